@@ -1,0 +1,1928 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.13.4,<4", "tiktoken>=0.8,<1"]
+# ///
+"""ccmux: Claude Code with any model of any provider, through one Python file.
+
+Claude Code speaks the Anthropic Messages API to ccmux. ccmux picks a model by rule, sends the request to whichever
+provider serves that model, streams the answer back as Anthropic events, goes on to the next provider when one
+fails, counts tokens, and keeps an exact account of what every request cost.
+
+One request, from the top of its way to the bottom:
+
+1.  `guard` looks at Host, Origin, content type and size; the body is read once and parsed strictly.
+2.  The key names the user (or the local user, where none is required).
+3.  `choose_route` walks the rules; the first that applies names the model. The trail of rules tried is kept.
+4.  Credits are held, or the request is refused before any upstream byte.
+5.  `Relay.run` walks the model's targets by priority, those with an open breaker or a cool-down last.
+6.  The dialect's `request` builds the upstream body; Anthropic-format upstreams get the client's own bytes.
+7.  Upstream bytes -> `SseDecoder` -> the dialect's stream -> Anthropic events -> the client. Whole answers for
+    clients that do not stream are collected from the same events: one translation path, not two.
+8.  Nothing but pings reaches the client before the first content event, so failover stays possible until then.
+9.  A client that hangs up closes the upstream.
+10. The true usage is priced and settled before the last event goes out; one log line tells the story.
+
+Sections, each using only those above it (pure: no socket, file, clock, environment or log):
+
+    Types and errors (pure)
+    Config (pure but for load and save)
+    Server-sent events (pure)
+    Routing (pure)
+    Anthropic stream (pure)
+    Translate: OpenAI Chat (pure)
+    Translate: OpenAI Responses (pure)
+    Translate: Gemini (pure)
+    Dialects and presets (tables)
+    Tokens and prices (pure; the encoder is handed in)
+    Store (SQLite)
+    Upstream (I/O)
+    HTTP API
+    Admin API
+    Pages
+    App and command line
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("ccmux needs Python 3.11 or newer; this is Python %d.%d" % sys.version_info[:2])
+
+import os
+import subprocess
+from pathlib import Path
+from typing import NoReturn
+
+__version__ = "0.1.0"
+
+# 3.13.4: the first aiohttp that refuses a duplicate Host header. Majors are not trusted unseen.
+PACKAGES = ("aiohttp>=3.13.4,<4", "tiktoken>=0.8,<1")
+
+
+def ccmux_home() -> Path:
+    """Where ccmux keeps what has no other place: ~/.ccmux."""
+    return Path.home() / ".ccmux"
+
+
+def bootstrap(missing: str) -> None:
+    """Install the packages into a private virtual environment and start again in it.
+
+    Returns only where nothing is needed (`--help`, `--version`); exits 2 with what to do where it cannot install.
+    """
+    if {"--help", "-h", "--version"} & set(sys.argv[1:]):
+        return
+    venv = Path(os.environ.get("CCMUX_VENV") or ccmux_home() / "venv")
+    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    ready = venv / "ccmux-ready"
+    if os.environ.get("CCMUX_NO_BOOTSTRAP") or Path(sys.prefix).resolve() == venv.resolve():
+        bootstrap_failed(f"the Python package {missing} is missing")
+    if not ready.exists() or ready.read_text() != "\n".join(PACKAGES):
+        print(
+            f"ccmux: {missing} is not installed; setting up {venv} once (about 20 s)",
+            file=sys.stderr,
+            flush=True,
+        )
+        install_packages(venv, python)
+        ready.write_text("\n".join(PACKAGES))
+    command = [str(python), os.path.abspath(__file__), *sys.argv[1:]]
+    if os.name == "nt":  # exec detaches from the console there
+        sys.exit(subprocess.run(command).returncode)  # noqa: S603
+    os.execv(command[0], command)  # noqa: S606
+
+
+def install_packages(venv: Path, python: Path) -> None:
+    """Make the virtual environment and pip-install PACKAGES there; exits 2 with pip's last words on failure."""
+    steps = (
+        [sys.executable, "-m", "venv", "--clear", str(venv)],
+        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES],
+    )
+    for step in steps:
+        try:
+            done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
+        except OSError as error:
+            bootstrap_failed(f"{step[0]}: {error.strerror}")
+        if done.returncode:
+            words = (done.stderr or done.stdout).strip().splitlines()
+            bootstrap_failed(words[-1] if words else f"{' '.join(step[:3])} exited with {done.returncode}")
+
+
+def bootstrap_failed(why: str) -> NoReturn:
+    sys.stderr.write(
+        f"ccmux: {why}. Install aiohttp and tiktoken in one of these ways and start again:\n"
+        "  pip:  python3 -m venv ccmux-venv && ccmux-venv/bin/pip install 'aiohttp>=3.13.4,<4' 'tiktoken>=0.8,<1'\n"
+        "        then start it with ccmux-venv/bin/python ccmux.py\n"
+        "  uv:   uv run --script ccmux.py\n"
+        "  apt:  apt install python3-venv   (then python3 ccmux.py sets itself up)\n"
+    )
+    sys.exit(2)
+
+
+try:
+    import aiohttp
+    import tiktoken  # noqa: F401  (a small module; its vocabularies are loaded when something is counted)
+    from aiohttp import web
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    bootstrap(error.name or str(error))
+
+import asyncio
+import base64
+import dataclasses
+import difflib
+import enum
+import functools
+import hashlib
+import ipaddress
+import json
+import logging
+import re
+import tomllib
+import typing
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from json.encoder import encode_basestring_ascii
+from typing import Any
+
+# ----------------------------------------------------------------------------------------------------------
+# Types and errors (pure)
+# ----------------------------------------------------------------------------------------------------------
+# Data of our own is frozen dataclasses; wire data stays plain dicts, so that fields we do not know pass through.
+# Absent is "" or None, one of the two, as the type says. Money is integer micro-dollars.
+
+Json = dict[str, Any]
+
+MAX_BODY = 32 * 2**20  # Anthropic's own limit of a request
+MAX_STRUCTURE = 2_000_000  # structural characters of a JSON body: what a depth or width bomb is made of
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer, disjoint as Anthropic counts them; `estimated` where an upstream did not say."""
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_write: int = 0  # five-minute cache
+    cache_write_1h: int = 0
+    estimated: bool = False
+
+    @property
+    def prompt(self) -> int:
+        """All that was sent, cached or not."""
+        return self.input + self.cache_read + self.cache_write + self.cache_write_1h
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """US dollars per million tokens, which is micro-dollars per token. None: costs what input costs."""
+
+    input: Decimal
+    output: Decimal
+    cache_read: Decimal | None = None
+    cache_write: Decimal | None = None
+    cache_write_1h: Decimal | None = None
+    tiers: tuple[
+        tuple[int, Price], ...
+    ] = ()  # (above this many prompt tokens, the price of the whole request)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of an upstream model: limits in tokens (0 unknown) and what it refuses."""
+
+    context: int = 0
+    max_output: int = 0
+    sampling: bool = True  # takes temperature, top_p, top_k
+    forced_tool: bool = True  # takes a tool_choice that forces a call
+    price: Price | None = None
+
+
+class ConfigError(Exception):
+    """The operator's mistake: one line that names the table and key and says what to do. Exit status 2."""
+
+
+class Retry(enum.Enum):
+    """What a failed try allows, by RFC 9110's and the vendors' meaning of the status."""
+
+    NO = "no"  # the request itself is at fault: no other try would differ
+    LARGER = "larger"  # too long for this model: a target with a larger context may take it
+    SAME = "same"  # a passing fault: the same target once more, then the next
+    NEXT = "next"  # this target will not serve it now: the next one at once
+    KEY = "key"  # this key is refused or limited: the provider's next key, then the next target
+
+
+ERROR_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
+    404: "not_found_error", 408: "timeout_error", 409: "conflict_error", 413: "request_too_large",
+    429: "rate_limit_error", 500: "api_error", 502: "api_error", 504: "timeout_error", 529: "overloaded_error",
+}  # fmt: skip
+
+
+def error_type(status: int) -> str:
+    """Anthropic's error type of a status: the documented ones, else by hundred."""
+    return ERROR_TYPES.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+
+
+class ApiError(Exception):
+    """An error for the client: Anthropic's error body, or an `error` event once a stream has begun.
+
+    `retry_after` is in seconds. `raw` is an upstream's own body, passed on as it came; `headers` go with it.
+    `cause` is a short word for logs and metrics: connect, timeout, status, stream, ...
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "",
+        retry: Retry = Retry.NO,
+        retry_after: float | None = None,
+        should_retry: bool | None = None,
+        raw: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        cause: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.type = status, message, type or error_type(status)
+        self.retry, self.retry_after, self.should_retry = retry, retry_after, should_retry
+        self.raw, self.headers, self.cause = raw, dict(headers or {}), cause or f"http_{status}"
+
+    def body(self, request_id: str) -> Json:
+        return {
+            "type": "error",
+            "error": {"type": self.type, "message": self.message},
+            "request_id": request_id,
+        }
+
+
+def strict_json(data: bytes, what: str = "the request body") -> Json:
+    """A JSON object out of UTF-8 bytes; ApiError 400 or 413 for anything a careless parser would let through.
+
+    Two parsers that read a duplicate key differently are a way around a check, so duplicates are refused, as are
+    NaN, Infinity, numbers that overflow, and nesting that exhausts the stack.
+    """
+    if len(data) > MAX_STRUCTURE and sum(map(data.count, (b"{", b"[", b",", b":"))) > MAX_STRUCTURE:
+        raise ApiError(413, f"{what} has more than {MAX_STRUCTURE} structural characters; send less")
+    try:
+        value = _STRICT.decode(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"{what} is not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise ApiError(400, f"{what} is nested too deeply") from None
+    except ValueError as error:
+        raise ApiError(400, f"{what} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"{what} must be a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Json:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
+    return members
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+
+
+def compact(value: Any) -> bytes:
+    """JSON as bytes without spaces; escapes beyond ASCII, which is what keeps lone surrogates harmless."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def blocks_of(content: Any) -> list[Json]:
+    """The content blocks of a message: a string is one text block, what is not a block is left out."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    if not isinstance(content, list):
+        return []
+    return [
+        block if isinstance(block, dict) else {"type": "text", "text": block}
+        for block in content
+        if isinstance(block, dict) or (isinstance(block, str) and block)
+    ]
+
+
+def text_of(content: Any) -> str:
+    """The text of a content value, blocks joined by blank lines; other blocks are left out."""
+    if isinstance(content, str):
+        return content
+    return "\n\n".join(str(b.get("text") or "") for b in blocks_of(content) if b.get("type") == "text")
+
+
+def messages_of(body: Json) -> list[Json]:
+    """The messages of a request that are objects; their shape is the upstream's to judge."""
+    messages = body.get("messages")
+    return [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+
+
+def tools_of(body: Json) -> list[Json]:
+    tools = body.get("tools")
+    return [t for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
+
+
+def scrub(text: str, secrets: Iterable[str] = ()) -> str:
+    """The text without keys: the configured ones, and whatever looks like one."""
+    for secret in secrets:
+        if len(secret) >= 6:
+            text = text.replace(secret, "[key]")
+    return _KEY_LIKE.sub(lambda m: f"{m[1] or ''}[key]", text)
+
+
+_KEY_LIKE = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}|\b(?:(?:sk|pk|rk|xai|gsk)[-_]|AIza)[\w-]{8,}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Config (pure but for load and save)
+# ----------------------------------------------------------------------------------------------------------
+# Each key is declared once, as a dataclass field with its default and `opt` metadata: the loader, the error texts,
+# the admin forms and the tests of the documentation are all made from that declaration. A Config is never changed:
+# a reload builds a new one and swaps it whole.
+
+
+def opt(
+    default: Any,
+    help: str,
+    *,
+    secret: bool = False,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+) -> Any:
+    """A config key: its default, what it means, whether it is write-only, what it may be."""
+    metadata = {"help": help, "secret": secret, "choices": choices, "least": least}
+    return keyed(default, not secret, metadata)
+
+
+def computed(default: Any) -> Any:
+    """A field that ccmux works out; not a key of the file."""
+    return keyed(default, False, {"computed": True})
+
+
+def keyed(default: Any, shown: bool, metadata: Json) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=dict, repr=shown, metadata=metadata)
+    return field(default=default, repr=shown, metadata=metadata)
+
+
+EFFORTS = ("minimal", "low", "medium", "high", "xhigh", "max")
+THINK_ON = ("plan", "budget", *EFFORTS[1:])
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    host: str = opt("127.0.0.1", "address to listen on; anything but loopback needs require_key = true")
+    port: int = opt(13456, "port to listen on", least=0)
+    log_level: str = opt("info", "how much is logged", choices=LOG_LEVELS)
+    database: str = opt("ccmux.db", 'SQLite file, beside this one if relative; ":memory:" keeps nothing')
+    admin_token: str = opt(
+        "", "token of the admin page; left out: made at first start and kept beside the database", secret=True
+    )
+    require_key: bool = opt(False, "true: every client needs a user's key")
+    allowed_hosts: tuple[str, ...] = opt((), "Host names accepted besides localhost, 127.0.0.1 and [::1]")
+    max_connections: int = opt(512, "client connections at once", least=1)
+    body_timeout: float = opt(
+        120.0, "seconds for a whole request body; 30 s without a byte ends it too", least=0.1
+    )
+    client_stall_timeout: float = opt(60.0, "seconds a client may stop reading", least=0.1)
+    drain_timeout: float = opt(20.0, "seconds live streams get at shutdown", least=0)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRule:
+    pattern: re.Pattern[str] = opt(
+        re.compile(""), "regular expression, searched in the user's own newest words"
+    )
+    model: str = opt("", "the model to use; $1 stands for the first group")
+    strip: bool = opt(False, "true: the matched words are taken out of the request")
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    default: str = opt("", "model for everything no other rule takes; left out: the first [[models]] row")
+    background: str = opt("", "model for auxiliary calls: titles, summaries, the small model")
+    think: str = opt("", "model for what think_on names")
+    think_on: tuple[str, ...] = opt(
+        ("plan", "xhigh", "max"), "when think applies: plan, budget, or an effort", choices=THINK_ON
+    )
+    websearch: str = opt("", "model for requests that offer the web_search server tool")
+    subagent: str = opt("", "model for sub-agents and workflows")
+    compaction: str = opt("", "model for compaction")
+    image: str = opt("", "model for requests with an image in the newest turn")
+    long_context: str = opt("", "model for requests above long_context_tokens")
+    long_context_tokens: int = opt(180_000, "counted input tokens above which long_context applies", least=1)
+    auto_map_regex: re.Pattern[str] | None = opt(
+        re.compile("^claude-"),
+        "Claude's own names, which the rules decide about; others were picked on purpose",
+    )
+    background_regex: re.Pattern[str] | None = opt(
+        re.compile("(?i)claude.*haiku"), "names that mean a background call"
+    )
+    fallback_provider: str = opt("", "names nobody serves go to this provider untouched")
+    rules: tuple[PromptRule, ...] = opt((), "prompt rules, first match wins")
+
+
+ROUTE_SLOTS = (
+    "default",
+    "background",
+    "think",
+    "websearch",
+    "subagent",
+    "compaction",
+    "image",
+    "long_context",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Quirks:
+    """How a provider differs from its wire format. Regular expressions are searched in the upstream model's name."""
+
+    auth: str = opt(
+        "",
+        "how the key is sent; left out: as the format does",
+        choices=("", "x-api-key", "bearer", "both", "none"),
+    )
+    drop: tuple[str, ...] = opt((), "body keys to leave out")
+    max_tokens_key: str = opt(
+        "auto", "name of the output limit", choices=("auto", "max_tokens", "max_completion_tokens")
+    )
+    effort: tuple[str, ...] = opt(
+        (), "reasoning efforts it takes, in rising order; empty: none is sent", choices=EFFORTS
+    )
+    reasoning_replay: str = opt(
+        "none", "whether earlier thinking goes back", choices=("none", "tool_turns", "all")
+    )
+    reasoning_key: str = opt("reasoning_content", "the message key earlier thinking goes back in")
+    cache_control: str = opt("", "models that take cache_control (regular expression)")
+    files: bool = opt(False, "takes PDF files as content parts")
+    vision: bool = opt(True, "takes images")
+    web_search: str = opt("", "how it searches the web", choices=("", "options", "plugin", "native"))
+    schema: str = opt("", "tool schema cleaning", choices=("", "gemini"))
+    midway_system: bool = opt(False, "takes system messages in mid-conversation")
+    stream_options: bool = opt(True, "takes stream_options, which asks for usage")
+    lax_finish: bool = opt(False, "may end a stream without a finish_reason")
+    think_tags: bool = opt(False, "puts thinking into <think> tags in the text")
+    tool_id: str = opt("", "pattern that tool ids must match, for example [A-Za-z0-9]{9}")
+    forced_tool: bool = opt(True, "takes a tool_choice that forces a call")
+    top_k: bool = opt(False, "takes top_k")
+    prompt_cache_key: bool = opt(False, "takes prompt_cache_key")
+    count_tokens: str = opt("auto", "who counts tokens", choices=("auto", "local", "upstream"))
+    codex: str = opt("", "models that are served by the Responses format instead (regular expression)")
+    transient: str = opt("", "text of a 400 that means a passing fault")
+    extra_body: dict[str, Any] = opt({}, "keys added to every request body")
+
+
+PROVIDER_KEYS_HELP = (
+    'the key, "$NAME" for an environment variable, a list for a pool, "passthrough" for the client\'s own'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    name: str = opt("", "how this file calls it")
+    type: str = opt("", "wire format (anthropic, openai, responses, gemini, demo) or a preset")
+    base_url: str = opt("", "overrides the preset's address")
+    api_key: tuple[str, ...] = opt((), PROVIDER_KEYS_HELP, secret=True)
+    models: tuple[str, ...] = opt((), "upstream names it serves without a [[models]] row")
+    headers: dict[str, str] = opt({}, "headers added to every request", secret=True)
+    enabled: bool = opt(True, "false: it is passed over")
+    max_retries: int = opt(1, "tries on one target beside the first", least=0)
+    max_concurrent: int = opt(64, "requests at once", least=1)
+    connect_timeout: float = opt(10.0, "seconds to connect", least=0.05)
+    first_byte_timeout: float = opt(120.0, "seconds until a streamed answer begins", least=0.05)
+    response_timeout: float = opt(600.0, "seconds until an answer that is not streamed begins", least=0.05)
+    idle_timeout: float = opt(120.0, "seconds between two reads of a stream", least=0.05)
+    total_timeout: float = opt(3600.0, "seconds for a whole request, all tries together", least=0.05)
+    proxy: str = opt("", "proxy address; left out: HTTPS_PROXY and NO_PROXY of the environment")
+    quirks: Quirks = opt(Quirks(), "how it differs from its format")
+    format: str = computed("")  # the wire format behind `type`
+    default_model: str = computed("")  # the preset's, for a start without a config
+    problem: str = computed("")  # why it cannot be used: a missing variable, say
+
+    @property
+    def usable(self) -> bool:
+        return self.enabled and not self.problem
+
+    @property
+    def passthrough(self) -> bool:
+        """Whether the client's own credential goes upstream."""
+        return self.api_key == ("passthrough",)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An upstream model at a provider; price and context are what the config says for it, if anything."""
+
+    provider: str = opt("", "name of a [[providers]] row")
+    actual_model: str = opt("", "the provider's own name of the model")
+    priority: int = opt(1, "1 is tried first; equal ones in file order")
+    price: Price | None = opt(None, "US dollars per million tokens, for this target alone")
+    context: int = opt(0, "context window in tokens, for this target alone", least=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    name: str = opt("", "the name that routes and clients use")
+    context: int = opt(0, "context window in tokens; 0: not known", least=0)
+    price: Price | None = opt(None, "US dollars per million tokens; left out: the built-in table")
+    mappings: tuple[Target, ...] = opt((), "providers that serve it, tried by priority")
+
+
+@dataclass(frozen=True, slots=True)
+class Credits:
+    enforce: bool = opt(False, "true: no balance, no request")
+    markup_percent: Decimal = opt(Decimal(0), "added to the provider's cost", least=0)
+    default_price: Price = opt(
+        Price(Decimal(5), Decimal(25)), "for models with no known price, when enforcing"
+    )
+    starting_credit: Decimal = opt(Decimal(0), "dollars a new user gets", least=0)
+    max_concurrent: int = opt(8, "requests of one user at a time when enforcing", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole configuration, swapped as one. `tables` is the file as parsed (secrets as written)."""
+
+    server: Server = opt(Server(), "the server itself")
+    router: Router = opt(Router(), "which model a request goes to")
+    providers: tuple[Provider, ...] = opt((), "who serves models")
+    models: tuple[Model, ...] = opt((), "names and what stands behind them")
+    credits: Credits = opt(Credits(), "what users pay")
+    path: str = computed("")  # "" when there is no file
+    text_hash: str = computed("")
+    tables: Json = computed({})
+    warnings: tuple[str, ...] = computed(())
+
+    def provider(self, name: str) -> Provider | None:
+        return next((p for p in self.providers if p.name == name), None)
+
+    def model(self, name: str) -> Model | None:
+        return next((m for m in self.models if m.name == name), None)
+
+    def secrets(self) -> list[str]:
+        """Every secret value in it, longest first, for scrubbing."""
+        found = {
+            key for p in self.providers for key in (*p.api_key, *p.headers.values()) if not p.passthrough
+        }
+        return sorted(found | {self.server.admin_token} - {""}, key=len, reverse=True)
+
+
+def parse_config(
+    text: str, env: Mapping[str, str], presets: Mapping[str, Json], formats: Iterable[str], path: str = ""
+) -> Config:
+    """TOML and environment -> Config; ConfigError naming table and key where it is wrong.
+
+    A preset is itself a provider table whose `type` is a wire format; a provider that names it inherits its keys.
+    """
+    try:
+        tables = tomllib.loads(text, parse_float=Decimal)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path or 'config'}: not valid TOML: {error}") from None
+    warnings: list[str] = []
+    wanted = import_mux(tables, warnings)
+    loader = Loader(env, warnings)
+    providers = tuple(
+        loader.provider(row, presets, tuple(formats), f"[[providers]] row {n}")
+        for n, row in enumerate(table_rows(wanted, "providers"), 1)
+    )
+    config: Config = loader.build(Config, {**wanted, "providers": []}, "")
+    config = dataclasses.replace(
+        config,
+        providers=providers,
+        path=path,
+        text_hash=hash_text(text),
+        tables=tables,
+        warnings=tuple(warnings),
+    )
+    check_names(config)
+    return config
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def table_rows(tables: Json, name: str) -> list[Json]:
+    rows = tables.get(name, [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{name}: write it as [[{name}]] tables")
+    return rows
+
+
+class Loader:
+    """Builds config dataclasses from parsed TOML, collecting warnings about what only disables a part."""
+
+    def __init__(self, env: Mapping[str, str], warnings: list[str]) -> None:
+        self.env, self.warnings = env, warnings
+        self.missing: list[str] = []  # environment variables named but not set
+
+    def provider(
+        self, row: Json, presets: Mapping[str, Json], formats: tuple[str, ...], where: str
+    ) -> Provider:
+        """A provider row over its preset's; a missing variable disables it, which is never fatal."""
+        name = row.get("name")
+        where = f"[[providers]] {name!r}" if isinstance(name, str) and name else where
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.@:+-]{1,64}", name):
+            raise ConfigError(
+                f"{where}: key 'name' must be 1 to 64 letters, digits or . _ - @ : + (no slash)"
+            )
+        kind = str(row.get("type", ""))
+        if kind not in formats and kind not in presets:
+            raise ConfigError(f"{where}: key 'type' is {kind!r}: {known_names(kind, [*formats, *presets])}")
+        preset = presets.get(kind, {})
+        merged = {**preset, **row, "quirks": {**preset.get("quirks", {}), **row.get("quirks", {})}}
+        merged["headers"] = {**preset.get("headers", {}), **row.get("headers", {})}
+        default_model = merged.pop("default", "")
+        self.missing = []
+        provider: Provider = self.build(Provider, {**merged, "type": kind}, where)
+        problem = f"${self.missing[0]} is not set in the environment" if self.missing else ""
+        wire_format = str(preset.get("type", kind))
+        if not provider.base_url and wire_format != "demo":
+            raise ConfigError(f"{where}: key 'base_url' is needed for type {kind!r}")
+        check_url(provider.base_url, f"{where}: key 'base_url'")
+        if problem and provider.enabled:
+            self.warnings.append(f"provider {name}: {problem}; it is disabled until then")
+        return dataclasses.replace(provider, format=wire_format, default_model=default_model, problem=problem)
+
+    def build(self, cls: Any, table: Any, where: str) -> Any:
+        """A dataclass from a table; unknown keys are an error that names the nearest known one."""
+        if not isinstance(table, dict):
+            raise ConfigError(f"{where or 'config'}: must be a table")
+        fields = {f.name: f for f in dataclasses.fields(cls) if "computed" not in f.metadata}
+        values = {}
+        for key, value in table.items():
+            if key not in fields:
+                raise ConfigError(
+                    f"{where + ': ' if where else ''}unknown key {key!r}: {known_names(key, fields)}"
+                )
+            at = f"{where}: key {key!r}" if where else table_title(key, value)
+            converted = self.convert(
+                value, type_hints(cls)[key], at, bool(fields[key].metadata.get("secret"))
+            )
+            self.check(converted, fields[key].metadata, at)
+            values[key] = converted
+        return cls(**values)
+
+    def check(self, value: Any, rule: Mapping[str, Any], at: str) -> None:
+        least, choices = rule.get("least"), rule.get("choices") or ()
+        if least is not None and isinstance(value, (int, float, Decimal)) and value < least:
+            raise ConfigError(f"{at} must be at least {least:g}")
+        for item in value if isinstance(value, tuple) else [value]:
+            if choices and item not in choices:
+                raise ConfigError(f"{at} is {item!r}: {known_names(str(item), choices)}")
+
+    def convert(self, value: Any, hint: Any, at: str, secret: bool = False) -> Any:
+        """A TOML value as the type the field declares."""
+        options = [o for o in typing.get_args(hint) if o is not type(None)]
+        if type(None) in typing.get_args(hint):
+            return None if value == "" else self.convert(value, options[0], at)
+        if typing.get_origin(hint) is tuple:
+            return self.sequence(value, options[0], at, secret)
+        if typing.get_origin(hint) is dict:
+            return self.mapping(value, options[1], at, secret)
+        if typing.get_origin(hint) is re.Pattern:
+            return compile_regex(self.scalar(value, str, at), at)
+        if hint is Price:
+            return parse_price(value, at)
+        if dataclasses.is_dataclass(hint):
+            return self.build(hint, value, at)
+        return self.expand(self.scalar(value, hint, at)) if secret else self.scalar(value, hint, at)
+
+    def sequence(self, value: Any, item: Any, at: str, secret: bool) -> tuple[Any, ...]:
+        if secret and isinstance(value, str):
+            value = [value] if value else []
+        if not isinstance(value, list):
+            raise ConfigError(f"{at} must be a list")
+        return tuple(self.convert(v, item, f"{at}, item {n}", secret) for n, v in enumerate(value, 1))
+
+    def mapping(self, value: Any, item: Any, at: str, secret: bool) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{at} must be a table")
+        if item is Any:
+            return {key: json_value(v, at) for key, v in value.items()}
+        return {key: self.convert(v, item, f"{at}, {key!r}", secret) for key, v in value.items()}
+
+    def scalar(self, value: Any, hint: Any, at: str) -> Any:
+        kinds: dict[Any, tuple[tuple[type, ...], str]] = {
+            str: ((str,), "text in quotes"), bool: ((bool,), "true or false"), int: ((int,), "a whole number"),
+            float: ((int, Decimal), "a number"), Decimal: ((int, Decimal), "a number"),
+        }  # fmt: skip
+        accepted, words = kinds[hint]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+            raise ConfigError(f"{at} must be {words}")
+        try:
+            return hint(value)
+        except (ValueError, OverflowError, InvalidOperation):
+            raise ConfigError(f"{at} must be {words}") from None
+
+    def expand(self, value: str) -> str:
+        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not fatal."""
+
+        def variable(match: re.Match[str]) -> str:
+            name, default = match[1] or match[3], match[2]
+            if not self.env.get(name) and default is None:
+                self.missing.append(name)
+            return self.env.get(name) or default or ""
+
+        return re.sub(r"\$(?:\{(\w+)(?::-([^}]*))?\}|([A-Za-z_]\w*))", variable, value)
+
+
+@functools.cache
+def type_hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def table_title(key: str, value: Any) -> str:
+    return f"[[{key}]]" if isinstance(value, list) else f"[{key}]"
+
+
+def known_names(name: str, known: Iterable[str]) -> str:
+    """What to write instead of an unknown name: the nearest one, else all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1, 0.6)
+    return f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(filter(None, names))
+
+
+def compile_regex(text: str, at: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"{at} is not a regular expression: {error}") from None
+
+
+def json_value(value: Any, at: str) -> Any:
+    """A TOML value as JSON has it: decimals become floats; dates have no JSON form."""
+    if isinstance(value, dict):
+        return {k: json_value(v, at) for k, v in value.items()}
+    if isinstance(value, list):
+        return [json_value(v, at) for v in value]
+    if isinstance(value, Decimal):
+        return float(value)
+    if not isinstance(value, (str, int, bool)):
+        raise ConfigError(f"{at}: {value} has no JSON form; write it as text")
+    return value
+
+
+def parse_price(value: Any, at: str) -> Price:
+    """`{ input = 3.0, output = 15.0, ... }` in dollars per million tokens; `tiers` as a list with `above`."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{at} must be a table such as {{ input = 3.0, output = 15.0 }}")
+    known = [f.name for f in dataclasses.fields(Price)]
+    amounts: dict[str, Any] = {}
+    for key, amount in value.items():
+        if key not in known:
+            raise ConfigError(f"{at}: unknown key {key!r}: {known_names(key, known)}")
+        if key == "tiers":
+            amounts[key] = tuple(price_tier(tier, value, f"{at}, tiers") for tier in amount)
+        elif isinstance(amount, bool) or not isinstance(amount, (int, float, Decimal)) or not amount >= 0:
+            raise ConfigError(f"{at}: {key!r} must be a number of dollars, not below 0")
+        else:
+            amounts[key] = Decimal(str(amount))
+    for key in {"input", "output"} - amounts.keys():
+        raise ConfigError(f"{at}: {key!r} is missing")
+    return Price(**amounts)
+
+
+def price_tier(tier: Json, base: Json, at: str) -> tuple[int, Price]:
+    if not isinstance(tier, dict) or not isinstance(tier.get("above"), int):
+        raise ConfigError(f"{at}: each tier needs `above`, a number of tokens")
+    rest = {k: v for k, v in {**base, **tier}.items() if k not in ("above", "tiers")}
+    return tier["above"], parse_price(rest, at)
+
+
+def check_url(url: str, at: str) -> None:
+    """http(s) with a host that is not link-local (cloud metadata services live there)."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ConfigError(f"{at} is not a URL: {error}") from None
+    if not url:
+        return
+    if parts.scheme not in ("http", "https") or not host:
+        raise ConfigError(f"{at} must be an http or https URL with a host")
+    if is_link_local(host):
+        raise ConfigError(f"{at} points at a link-local address, which ccmux does not call")
+
+
+def is_link_local(host: str) -> bool:
+    """Whether an address is link-local, in any spelling that a resolver takes (octal, hex, mapped into IPv6)."""
+    try:
+        address = ipaddress.ip_address(host.split("%")[0])
+    except ValueError:
+        return host.rstrip(".").lower() == "metadata.google.internal"
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_link_local)
+
+
+def check_names(config: Config) -> None:
+    """Names are unique, and every mapping names a provider."""
+    for table, names in (
+        ("providers", [p.name for p in config.providers]),
+        ("models", [m.name for m in config.models]),
+    ):
+        for name in names:
+            if not name:
+                raise ConfigError(f"[[{table}]]: each row needs a name")
+            if names.count(name) > 1:
+                raise ConfigError(f"[[{table}]] {name!r}: the name is used twice")
+    known = [p.name for p in config.providers]
+    for model in config.models:
+        for target in model.mappings:
+            where = f"[[models]] {model.name!r}, mapping to {target.provider!r}"
+            if target.provider not in known:
+                raise ConfigError(f"{where}: no such provider: {known_names(target.provider, known)}")
+            if not target.actual_model:
+                raise ConfigError(f"{where}: key 'actual_model' is needed")
+    fallback = config.router.fallback_provider
+    if fallback and fallback not in known:
+        raise ConfigError(
+            f"[router]: key 'fallback_provider' is {fallback!r}: {known_names(fallback, known)}"
+        )
+
+
+# claude-code-mux 0.6 writes some keys by other names, and has some that ccmux has no use for.
+MUX_KEYS = {
+    "server": {"api_key", "tracing", "timeouts", "oauth"},
+    "router": {"gemini_thinking"},
+    "providers": {"oauth_provider", "project_id", "location"},
+    "mappings": {"inject_continuation_prompt"},
+    "": {"presets", "cli"},
+}
+MUX_TYPES = {"z.ai": "zai"}
+
+
+def import_mux(tables: Json, warnings: list[str]) -> Json:
+    """The tables with claude-code-mux's names for things turned into ours; what ccmux lacks is warned of."""
+    wanted = {k: v for k, v in tables.items() if not mux_skips("", k, "config", warnings)}
+    timeouts = mux_timeouts(tables)
+    if isinstance(tables.get("server"), dict):
+        keep = {k: v for k, v in tables["server"].items() if k != "timeouts"}
+        wanted["server"] = {k: v for k, v in keep.items() if not mux_skips("server", k, "[server]", warnings)}
+    if isinstance(tables.get("router"), dict):
+        wanted["router"] = mux_router(tables["router"], warnings)
+    if isinstance(tables.get("providers"), list):
+        rows = [mux_provider(row, timeouts, warnings) for row in tables["providers"] if isinstance(row, dict)]
+        wanted["providers"] = [row for row in rows if row]
+    if isinstance(tables.get("models"), list):
+        lost = {r.get("name") for r in tables.get("providers", []) if isinstance(r, dict)}
+        lost -= {r.get("name") for r in wanted.get("providers", [])}
+        wanted["models"] = [mux_model(row, lost, warnings) for row in tables["models"]]
+    return wanted
+
+
+def mux_skips(table: str, key: str, where: str, warnings: list[str]) -> bool:
+    if key not in MUX_KEYS[table]:
+        return False
+    warning = f"{where}: claude-code-mux's key {key!r} has no meaning here and is skipped"
+    if warning not in warnings:
+        warnings.append(warning)
+    return True
+
+
+def mux_timeouts(tables: Json) -> Json:
+    server = tables.get("server")
+    given = server.get("timeouts") if isinstance(server, dict) else None
+    if not isinstance(given, dict):
+        return {}
+    names = {"api_timeout_ms": "response_timeout", "connect_timeout_ms": "connect_timeout"}
+    return {names[k]: Decimal(v) / 1000 for k, v in given.items() if k in names and isinstance(v, int)}
+
+
+def mux_router(table: Json, warnings: list[str]) -> Json:
+    wanted = {k: v for k, v in table.items() if not mux_skips("router", k, "[router]", warnings)}
+    rules = wanted.pop("prompt_rules", None)
+    if isinstance(rules, list):
+        renamed = [{("strip" if k == "strip_match" else k): v for k, v in rule.items()} for rule in rules]
+        wanted["rules"] = [*wanted.get("rules", []), *renamed]
+    return wanted
+
+
+def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> Json:
+    """The provider row in ccmux's keys; {} for a sign-in that ccmux does not do."""
+    name = row.get("name")
+    row = dict(row)
+    if row.pop("auth_type", "") == "oauth":
+        warnings.append(f"provider {name}: signing in by OAuth is not something ccmux does; it is skipped")
+        return {}
+    where = f"[[providers]] {name!r}"
+    wanted = {k: v for k, v in row.items() if not mux_skips("providers", k, where, warnings)}
+    if "provider_type" in wanted:
+        wanted["type"] = wanted.pop("provider_type")
+    wanted["type"] = MUX_TYPES.get(str(wanted.get("type")), wanted.get("type"))
+    return {**timeouts, **wanted}
+
+
+def mux_model(row: Any, lost: set[Any], warnings: list[str]) -> Any:
+    if not isinstance(row, dict) or not isinstance(row.get("mappings"), list):
+        return row
+    where = f"[[models]] {row.get('name')!r}"
+    mappings = [
+        {k: v for k, v in mapping.items() if not mux_skips("mappings", k, where, warnings)}
+        for mapping in row["mappings"]
+        if isinstance(mapping, dict) and mapping.get("provider") not in lost
+    ]
+    return {**row, "mappings": mappings}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Server-sent events (pure)
+# ----------------------------------------------------------------------------------------------------------
+# https://html.spec.whatwg.org/multipage/server-sent-events.html. Bytes go in cut anywhere; whole blocks come out, each
+# with the blank line that ends it, so that what is relayed can be relayed byte for byte.
+
+MAX_EVENT = 16 * 2**20
+
+
+class SseDecoder:
+    """Cuts a byte stream into whole event blocks. Lines may end in LF, CR LF or CR."""
+
+    def __init__(self, limit: int = MAX_EVENT) -> None:
+        self.limit = limit
+        self.rest = b""  # the unfinished block
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The blocks that `data` completes; ApiError 502 when one grows past the limit."""
+        data = self.rest + data if self.rest else data
+        blocks = data.split(b"\n\n") if b"\r" not in data else split_any_newline(data)
+        self.rest = blocks.pop()
+        if len(self.rest) > self.limit:
+            raise ApiError(
+                502,
+                f"the provider sent an event of more than {self.limit} bytes",
+                retry=Retry.SAME,
+                cause="stream",
+            )
+        return [block + b"\n\n" for block in blocks] if b"\r" not in data else blocks
+
+    def finish(self) -> list[bytes]:
+        """A last block whose blank line never came."""
+        rest, self.rest = self.rest, b""
+        return [rest] if rest.strip() else []
+
+
+_BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)")
+
+
+def split_any_newline(data: bytes) -> list[bytes]:
+    """Blocks with their ends, the unfinished one last. A CR at the very end may be half of a CR LF: it waits."""
+    blocks, start = [], 0
+    end = len(data) - 1 if data.endswith(b"\r") else len(data)
+    while match := _BLANK_LINE.search(data, start, end):
+        blocks.append(data[start : match.end()])
+        start = match.end()
+    return [*blocks, data[start:]]
+
+
+def event_of(block: bytes) -> tuple[str, str]:
+    """The event name ("" if none) and data of a block; data is "" for a comment or a ping without one."""
+    if block.startswith(b"data: {") and block.endswith(b"}\n\n") and block.find(b"\n") == len(block) - 2:
+        return "", block[6:-2].decode(
+            "utf-8", "replace"
+        )  # the one shape that nearly every block of a stream has
+    name, data = "", []
+    for line in block.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n"):
+        key, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if key == "data":
+            data.append(value)
+        elif key.lstrip("\ufeff") == "event":
+            name = value
+    return name, "\n".join(data)
+
+
+def encode_event(event: Json) -> bytes:
+    """An Anthropic event as bytes. Text deltas, nearly all of a stream, are put together by hand."""
+    if event["type"] == "content_block_delta" and event["delta"]["type"] == "text_delta":
+        text = encode_basestring_ascii(event["delta"]["text"])
+        return (
+            b"event: content_block_delta\n"
+            b'data: {"type":"content_block_delta","index":%d,"delta":{"type":"text_delta","text":%s}}\n\n'
+            % (event["index"], text.encode())
+        )
+    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), compact(event))
+
+
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Routing (pure)
+# ----------------------------------------------------------------------------------------------------------
+# Twelve steps; the first that applies and has a model set wins. Every step tried leaves a line in the trail, which
+# goes to the log, to `explain` and to the admin page, so that nobody has to guess why a request went where it went.
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes: the model's name, the targets behind it in order, and which step said so."""
+
+    model: str
+    reason: str
+    trail: tuple[tuple[str, str], ...]
+    targets: tuple[Target, ...]
+    body: Json | None = None  # the request with what routing takes out of it; None: as it came
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the routing steps look at."""
+
+    body: Json
+    headers: Mapping[str, str]  # lower-case names
+    config: Config
+    tokens: int  # counted input tokens; 0 where nothing needed the count
+    name: str  # the model asked for, without [1m]
+
+    @property
+    def request_class(self) -> str:
+        return self.headers.get("x-claude-code-request-class", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """One step's word: a model's name, or "" and why not."""
+
+    model: str = ""
+    note: str = ""
+    body: Json | None = None
+
+
+def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens: int = 0) -> Route:
+    """The route of a request; ApiError 400 without a model name, 404 for one that nobody serves."""
+    asked = Asked(body, headers, config, tokens, asked_model(body))
+    trail: list[tuple[str, str]] = []
+    for reason, step in ROUTE_STEPS:
+        pick = step(asked)
+        trail.append((reason, pick.note or pick.model))
+        targets = resolve(config, pick.model) if pick.model else ()
+        if pick.model and not targets:
+            trail[-1] = (reason, f"names {pick.model}, which nobody serves")
+        if targets:
+            roomy = long_context_instead(asked, pick.model, targets, trail)
+            return roomy or Route(pick.model, reason, tuple(trail), targets, pick.body)
+    known = model_names(config)
+    raise ApiError(
+        404,
+        f"model: {asked.name!r} is served by no provider; {known_names(asked.name, known)}",
+        should_retry=False,
+    )
+
+
+def asked_model(body: Json) -> str:
+    name = body.get("model")
+    if not isinstance(name, str) or not name:
+        raise ApiError(400, "model: Field required (a text)")
+    return re.sub(r"(?i)\[1m\]$", "", name)
+
+
+def long_context_instead(
+    asked: Asked, name: str, targets: tuple[Target, ...], trail: list[tuple[str, str]]
+) -> Route | None:
+    """The long_context route, where it is set and the model picked is too small for what was counted."""
+    router = asked.config.router
+    context = context_of(asked.config, name, targets)
+    if not router.long_context or not context or asked.tokens <= context or name == router.long_context:
+        return None
+    trail.append(("long_context", f"{asked.tokens} tokens are more than the {context} of {name}"))
+    return Route(
+        router.long_context, "long_context", tuple(trail), resolve(asked.config, router.long_context)
+    )
+
+
+def context_of(config: Config, name: str, targets: tuple[Target, ...]) -> int:
+    model = config.model(name)
+    return max((t.context for t in targets), default=0) or (model.context if model else 0)
+
+
+def resolve(config: Config, name: str) -> tuple[Target, ...]:
+    """The targets behind a name, first to be tried first; () when nobody serves it."""
+    if model := config.model(name):
+        return tuple(sorted(model.mappings, key=lambda t: t.priority))
+    head, slash, rest = name.partition("/")
+    if slash and rest:
+        if head == "anthropic" and config.model(rest):
+            return resolve(config, rest)
+        if config.provider(head):
+            return (Target(head, rest),)
+        if head == "anthropic":
+            return resolve(config, rest)
+    return tuple(Target(p.name, name) for p in config.providers if name in p.models)
+
+
+def model_names(config: Config) -> list[str]:
+    """The names a client may ask for: rows, then what providers list."""
+    listed = [name for p in config.providers if p.enabled for name in p.models]
+    return list(dict.fromkeys([m.name for m in config.models] + listed))
+
+
+def rule_step(asked: Asked) -> Pick:
+    rules = asked.config.router.rules
+    if not rules:
+        return Pick(note="no prompt rules")
+    at = newest_words(messages_of(asked.body))
+    for number, rule in enumerate(rules, 1):
+        for index, text in reversed(at):
+            if words := search_words(rule.pattern, text):
+                name = fill_groups(rule.model, words.match)
+                changed = without_words(asked.body, index, words) if rule.strip else None
+                return Pick(name, f"rule {number} matches {words.match[0]!r}: {name}", changed)
+    return Pick(note="no rule matches")
+
+
+def fill_groups(template: str, match: re.Match[str]) -> str:
+    """`$1` and `${name}` in a rule's model, filled from the match."""
+
+    def group(reference: re.Match[str]) -> str:
+        name = reference[1] or reference[2]
+        try:
+            return match[int(name) if name.isdigit() else name] or ""
+        except IndexError:
+            return ""
+
+    return re.sub(r"\$(?:\{(\w+)\}|(\d+))", group, template)
+
+
+_REMINDER = re.compile(r"<system-reminder>.*?(?:</system-reminder>|\Z)", re.S)
+
+
+def newest_words(messages: list[Json]) -> list[tuple[tuple[int, int], str]]:
+    """The text blocks of the newest turn in which the user typed something: ((message, block), text).
+
+    Later turns that only carry tool results belong to the same prompt, so that a tool round stays on its model.
+    """
+    for number in range(len(messages) - 1, -1, -1):
+        if messages[number].get("role") != "user":
+            continue
+        blocks = enumerate(blocks_of(messages[number].get("content")))
+        typed = [((number, n), str(b.get("text") or "")) for n, b in blocks if b.get("type") == "text"]
+        if any(_REMINDER.sub("", text).strip() for _, text in typed):
+            return typed
+    return []
+
+
+class Words(typing.NamedTuple):
+    """A match in a part of a text, and where that part begins."""
+
+    match: re.Match[str]
+    offset: int
+
+
+def search_words(pattern: re.Pattern[str], text: str) -> Words | None:
+    """The first match outside of <system-reminder> text."""
+    start = 0
+    for reminder in (*_REMINDER.finditer(text), None):
+        end = reminder.start() if reminder else len(text)
+        part = text[start:end]
+        if part.strip() and (match := pattern.search(part)):
+            return Words(match, start)
+        start = reminder.end() if reminder else end
+    return None
+
+
+def without_words(body: Json, at: tuple[int, int], words: Words) -> Json:
+    """The request without the words a rule matched."""
+    number, index = at
+    messages = list(messages_of(body))
+    blocks = list(blocks_of(messages[number].get("content")))
+    text = str(blocks[index]["text"])
+    start, end = (words.offset + n for n in words.match.span())
+    blocks[index] = {**blocks[index], "text": text[:start] + text[end:].lstrip()}
+    messages[number] = {**messages[number], "content": blocks}
+    return {**body, "messages": messages}
+
+
+_SUBAGENT_TAG = re.compile(r"<CCM-SUBAGENT-MODEL>\s*(.*?)\s*</CCM-SUBAGENT-MODEL>", re.S)
+
+
+def tag_step(asked: Asked) -> Pick:
+    system = asked.body.get("system")
+    for index, block in enumerate(blocks_of(system)):
+        if match := _SUBAGENT_TAG.search(str(block.get("text") or "")):
+            blocks: Any = blocks_of(system)
+            blocks[index] = {**block, "text": _SUBAGENT_TAG.sub("", str(block["text"]))}
+            kept = [b for b in blocks if b.get("text") != "" or b.get("type") != "text"]
+            changed = {**asked.body, "system": kept if isinstance(system, list) else text_of(kept)}
+            return Pick(match[1], f"tag names {match[1]}", changed)
+    return Pick(note="no <CCM-SUBAGENT-MODEL> tag in the system prompt")
+
+
+def slot_step(slot: str, applies: Callable[[Asked], str]) -> Callable[[Asked], Pick]:
+    """A step whose model is a [router] key; `applies` says why it does, or "" and it does not."""
+
+    def step(asked: Asked) -> Pick:
+        model = getattr(asked.config.router, slot)
+        if not model:
+            return Pick(note="not set")
+        why = applies(asked)
+        return Pick(model, f"{why}: {model}") if why else Pick(note="does not apply")
+
+    return step
+
+
+def offers_web_search(asked: Asked) -> str:
+    return "web_search is offered" if any(is_web_search(t) for t in tools_of(asked.body)) else ""
+
+
+def is_web_search(tool: Json) -> bool:
+    return str(tool.get("type") or "").startswith("web_search_")
+
+
+def newest_turn_has_image(asked: Asked) -> str:
+    messages = messages_of(asked.body)
+    for message in reversed(messages):
+        if message.get("role") == "assistant":
+            break
+        if message.get("role") == "user" and any(holds_image(b) for b in blocks_of(message.get("content"))):
+            return "an image in the newest turn"
+    return ""
+
+
+def holds_image(block: Json) -> bool:
+    inner = blocks_of(block.get("content")) if block.get("type") == "tool_result" else []
+    return block.get("type") == "image" or any(b.get("type") == "image" for b in inner)
+
+
+def is_long(asked: Asked) -> str:
+    limit = asked.config.router.long_context_tokens
+    return f"{asked.tokens} tokens are more than {limit}" if asked.tokens > limit else ""
+
+
+def is_compaction(asked: Asked) -> str:
+    return "request class compaction" if asked.request_class == "compaction" else ""
+
+
+def is_background(asked: Asked) -> str:
+    if asked.request_class in ("auxiliary", "side_reply"):
+        return f"request class {asked.request_class}"
+    regex = asked.config.router.background_regex
+    return f"{asked.name} matches background_regex" if regex and regex.search(asked.name) else ""
+
+
+def is_claudes_own(config: Config, name: str) -> bool:
+    """Whether a name is one that Claude Code picks by itself, and the rules decide about."""
+    regex = config.router.auto_map_regex
+    return bool(regex and regex.pattern and regex.search(name))
+
+
+def asked_step(asked: Asked) -> Pick:
+    if is_claudes_own(asked.config, asked.name):
+        return Pick(note=f"{asked.name} is one of Claude's own names")
+    served = bool(resolve(asked.config, asked.name))
+    return (
+        Pick(asked.name, f"{asked.name} was asked for")
+        if served
+        else Pick(note=f"nobody serves {asked.name}")
+    )
+
+
+def is_subagent(asked: Asked) -> str:
+    if asked.request_class in ("subagent", "workflow"):
+        return f"request class {asked.request_class}"
+    if asked.headers.get("x-claude-code-agent-id"):
+        return "an agent-id header"
+    first = next(iter(blocks_of(asked.body.get("system"))), {})
+    return "cc_is_subagent=true" if "cc_is_subagent=true" in str(first.get("text") or "") else ""
+
+
+def is_thinking(asked: Asked) -> str:
+    wanted = asked.config.router.think_on
+    effort = effort_of(asked.body)
+    if "plan" in wanted and in_plan_mode(asked.body):
+        return "plan mode"
+    if effort in wanted:
+        return f"effort {effort}"
+    thinking = asked.body.get("thinking")
+    budget = (
+        isinstance(thinking, dict) and thinking.get("type") == "enabled" and thinking.get("budget_tokens")
+    )
+    return "a thinking budget" if "budget" in wanted and budget else ""
+
+
+def effort_of(body: Json) -> str:
+    config = body.get("output_config")
+    return str(config.get("effort") or "") if isinstance(config, dict) else ""
+
+
+def in_plan_mode(body: Json) -> bool:
+    """Claude Code says so in `safeguards`, or in a system message of the newest prompt (2.1.330, November 2026)."""
+    safeguards = body.get("safeguards")
+    for guard in safeguards if isinstance(safeguards, list) else ():
+        context = guard.get("classifier_context") if isinstance(guard, dict) else None
+        if isinstance(context, dict) and context.get("permission_mode"):
+            return bool(context["permission_mode"] == "plan")
+    messages = messages_of(body)
+    typed = newest_words(messages)
+    start = max(typed[0][0][0] - 1, 0) if typed else 0
+    said = [m for m in messages[start:] if m.get("role") != "assistant"]
+    return any("Plan mode is active" in text_of(m.get("content")) for m in said)
+
+
+def row_step(asked: Asked) -> Pick:
+    name = asked.name
+    return (
+        Pick(name, f"[[models]] row {name}")
+        if asked.config.model(name)
+        else Pick(note=f"no [[models]] row {name}")
+    )
+
+
+def default_step(asked: Asked) -> Pick:
+    router = asked.config.router
+    if not is_claudes_own(asked.config, asked.name):
+        if router.fallback_provider:
+            name = f"{router.fallback_provider}/{asked.name}"
+            return Pick(name, f"nobody serves {asked.name}: {name}")
+        return Pick(note=f"{asked.name} is not one of Claude's own names, and no fallback_provider is set")
+    name = default_model(asked.config, asked.name)
+    return Pick(name, name) if name else Pick(note="no default, no [[models]] row and no provider")
+
+
+def default_model(config: Config, asked: str) -> str:
+    if config.router.default:
+        return config.router.default
+    if config.models:
+        return config.models[0].name
+    first = next((p.name for p in config.providers if p.usable), "")
+    return f"{first}/{asked}" if first else ""
+
+
+ROUTE_STEPS: tuple[tuple[str, Callable[[Asked], Pick]], ...] = (
+    ("rule", rule_step),
+    ("tag", tag_step),
+    ("websearch", slot_step("websearch", offers_web_search)),
+    ("image", slot_step("image", newest_turn_has_image)),
+    ("long_context", slot_step("long_context", is_long)),
+    ("compaction", slot_step("compaction", is_compaction)),
+    ("background", slot_step("background", is_background)),
+    ("asked", asked_step),
+    ("subagent", slot_step("subagent", is_subagent)),
+    ("think", slot_step("think", is_thinking)),
+    ("model", row_step),
+    ("default", default_step),
+)
+
+
+def check_routes(config: Config) -> None:
+    """Every [router] slot names something served; ConfigError otherwise."""
+    for slot in ROUTE_SLOTS:
+        name = getattr(config.router, slot)
+        if name and not resolve(config, name):
+            known = [*model_names(config), *(f"{p.name}/<model>" for p in config.providers)]
+            raise ConfigError(
+                f"[router]: key {slot!r} is {name!r}, which nobody serves: {known_names(name, known)}"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Anthropic stream (pure)
+# ----------------------------------------------------------------------------------------------------------
+# https://docs.anthropic.com/en/docs/build-with-claude/streaming. `AnthropicStream` is the one place that decides the
+# order of events: message_start; blocks one after another, each with start, deltas and stop; message_delta with the
+# stop reason and the true usage; message_stop. A dialect only says what arrived.
+
+SIGNATURE_TAG = "ccmux."  # what a thinking block's signature begins with when ccmux made the block
+
+
+def sign(payload: Json | None = None) -> str:
+    """A signature that marks a thinking block as made by ccmux; the payload comes back with the block."""
+    return SIGNATURE_TAG + base64.urlsafe_b64encode(compact(payload or {})).decode()
+
+
+def signed_payload(block: Json) -> Json | None:
+    """What `sign` put into a thinking block's signature (or a redacted block's data); None if it is not ccmux's."""
+    signature = block.get("signature") or block.get("data")
+    if not isinstance(signature, str) or not signature.startswith(SIGNATURE_TAG):
+        return None
+    try:
+        payload = json.loads(base64.urlsafe_b64decode(signature[len(SIGNATURE_TAG) :]))
+    except (ValueError, RecursionError):
+        return {}
+    return payload if isinstance(payload, dict) else {}
+
+
+class AnthropicStream:
+    """What an answer consists of, said in any order -> well-formed Anthropic events."""
+
+    def __init__(self, message_id: str, model: str, usage: Usage) -> None:
+        self.message_id, self.model = message_id, model
+        self.usage = usage  # an estimate until the upstream says
+        self.events: list[Json] = []
+        self.kind = ""  # of the open block
+        self.index = -1
+        self.has_content = False  # a delta went out, or a block ended
+        self.has_tool = False
+        self.started = self.ended = False
+        self.stop_reason = ""
+        self.signature: Json = {}  # payload for the open thinking block's signature
+        self.text_parts: list[str] = []  # all that the model made so far, for counting
+
+    def take(self) -> list[Json]:
+        """The events since the last take."""
+        events, self.events = self.events, []
+        return events
+
+    def start(self) -> None:
+        if self.started:
+            return
+        self.started = True
+        message: Json = {
+            "id": self.message_id, "type": "message", "role": "assistant", "model": self.model, "content": [],
+            "stop_reason": None, "stop_sequence": None, "usage": {**usage_json(self.usage), "output_tokens": 1},
+        }  # fmt: skip
+        self.events.append({"type": "message_start", "message": message})
+
+    def open(self, kind: str, block: Json) -> None:
+        self.close()
+        self.start()
+        self.kind = kind
+        self.index += 1
+        self.events.append({"type": "content_block_start", "index": self.index, "content_block": block})
+
+    def close(self) -> None:
+        """Ends the open block, if any; a thinking block is signed first."""
+        if not self.kind:
+            return
+        if self.kind == "thinking":
+            self.delta({"type": "signature_delta", "signature": sign(self.signature)})
+            self.signature = {}
+        self.events.append({"type": "content_block_stop", "index": self.index})
+        self.kind = ""
+        self.has_content = True
+
+    def delta(self, delta: Json) -> None:
+        self.has_content = True
+        self.events.append({"type": "content_block_delta", "index": self.index, "delta": delta})
+
+    def text(self, text: str) -> None:
+        if not text:
+            return
+        if self.kind != "text":
+            self.open("text", {"type": "text", "text": ""})
+        self.text_parts.append(text)
+        self.delta({"type": "text_delta", "text": text})
+
+    def thinking(self, text: str) -> None:
+        if not text:
+            return
+        if self.kind != "thinking":
+            self.open("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+        self.text_parts.append(text)
+        self.delta({"type": "thinking_delta", "thinking": text})
+
+    def keep(self, payload: Json) -> None:
+        """Data that must come back with the next request: it rides in a thinking block's signature."""
+        if self.kind != "thinking":
+            self.open("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+        self.signature.update(payload)
+
+    def tool(self, id: str, name: str) -> None:
+        self.open("tool", {"type": "tool_use", "id": id, "name": name, "input": {}})
+        self.has_tool = True
+        self.text_parts.append(name)
+
+    def tool_input(self, fragment: str) -> None:
+        if fragment:
+            self.text_parts.append(fragment)
+            self.delta({"type": "input_json_delta", "partial_json": fragment})
+
+    def whole(self, block: Json) -> None:
+        """A block that arrives in one piece: server_tool_use, web_search_tool_result, ..."""
+        given = block.get("input") if block.get("type") == "server_tool_use" else None
+        self.open("whole", {**block, "input": {}} if given is not None else block)
+        if given is not None:
+            self.delta({"type": "input_json_delta", "partial_json": json.dumps(given)})
+        self.close()
+
+    def finish(self, stop_reason: str, stop_sequence: str | None = None) -> None:
+        """Ends the message. stop_reason is tool_use if and only if a tool block went out."""
+        self.close()
+        self.start()
+        tool_ended = self.has_tool and stop_reason in ("end_turn", "tool_use")
+        self.stop_reason = (
+            "tool_use" if tool_ended else "end_turn" if stop_reason == "tool_use" else stop_reason
+        )
+        delta = {"stop_reason": self.stop_reason, "stop_sequence": stop_sequence}
+        self.events.append({"type": "message_delta", "delta": delta, "usage": usage_json(self.usage)})
+        self.events.append({"type": "message_stop"})
+        self.ended = True
+
+
+def usage_json(usage: Usage) -> Json:
+    """Usage in the fields of the Messages API."""
+    out: Json = {
+        "input_tokens": usage.input,
+        "output_tokens": usage.output,
+        "cache_creation_input_tokens": usage.cache_write + usage.cache_write_1h,
+        "cache_read_input_tokens": usage.cache_read,
+    }
+    if usage.cache_write_1h:
+        out["cache_creation"] = {
+            "ephemeral_5m_input_tokens": usage.cache_write,
+            "ephemeral_1h_input_tokens": usage.cache_write_1h,
+        }
+    return out
+
+
+MAX_COUNT = 10**8  # a token count above this is a provider's bug
+
+
+def token_number(value: Any) -> int | None:
+    """A token count as an upstream gave it; None where it is missing or absurd."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        return None
+    return int(value) if 0 <= value <= MAX_COUNT and int(value) == value else None
+
+
+def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
+    """Usage of a message or message_delta over what was known before; None where nothing usable is in it.
+
+    Counts are cumulative, so a later one replaces an earlier one; a delta need not repeat them all.
+    """
+    if not isinstance(usage, dict):
+        return before
+    known = before or Usage()
+    counts = {
+        k: token_number(usage.get(k)) for k in ("input_tokens", "output_tokens", "cache_read_input_tokens")
+    }
+    if any(usage.get(k) is not None and n is None for k, n in counts.items()):
+        return None
+    write, write_1h = cache_writes(usage, known)
+    if before is None and counts["input_tokens"] is None and counts["output_tokens"] is None:
+        return None
+
+    def pick(new: int | None, old: int) -> int:
+        return old if new is None else new
+
+    return Usage(
+        input=pick(counts["input_tokens"], known.input),
+        output=pick(counts["output_tokens"], known.output),
+        cache_read=pick(counts["cache_read_input_tokens"], known.cache_read),
+        cache_write=write,
+        cache_write_1h=write_1h,
+    )
+
+
+def cache_writes(usage: Json, known: Usage) -> tuple[int, int]:
+    """Five-minute and one-hour cache writes; without the breakdown all are taken as five-minute ones."""
+    total = token_number(usage.get("cache_creation_input_tokens"))
+    parts = usage.get("cache_creation")
+    if isinstance(parts, dict):
+        hour = token_number(parts.get("ephemeral_1h_input_tokens")) or 0
+        five = token_number(parts.get("ephemeral_5m_input_tokens")) or 0
+        return max((total or 0) - hour, five), hour
+    if total is None:
+        return known.cache_write, known.cache_write_1h
+    return max(total - known.cache_write_1h, 0), known.cache_write_1h
+
+
+def collect(events: Iterable[Json]) -> Json:
+    """The whole message that a stream of events amounts to."""
+    message: Json = {}
+    partial: dict[int, list[str]] = {}
+    for event in events:
+        kind = event["type"]
+        if kind == "message_start":
+            message = {**event["message"], "content": []}
+        elif kind == "content_block_start":
+            message["content"].append(dict(event["content_block"]))
+        elif kind == "content_block_delta":
+            apply_delta(message["content"][-1], event["delta"], partial.setdefault(event["index"], []))
+        elif kind == "content_block_stop":
+            close_block(message["content"][-1], "".join(partial.pop(event["index"], [])))
+        elif kind == "message_delta":
+            usage = {**message["usage"], **(event.get("usage") or {})}
+            message = {**message, **event["delta"], "usage": usage}
+    return message
+
+
+DELTA_FIELDS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
+
+
+def apply_delta(block: Json, delta: Json, parts: list[str]) -> None:
+    kind = delta["type"]
+    if kind in DELTA_FIELDS:
+        parts.append(delta[DELTA_FIELDS[kind]])
+    elif kind == "signature_delta":
+        block["signature"] = delta["signature"]
+    elif kind == "citations_delta":
+        block["citations"] = [*(block.get("citations") or []), delta["citation"]]
+
+
+def close_block(block: Json, text: str) -> None:
+    if block["type"] in ("text", "thinking"):
+        block[block["type"]] += text
+    elif text:
+        block["input"] = json.loads(text)
+
+
+class AnthropicTap:
+    """Relays Anthropic-format bytes as they came, whole events at a time, and reads off what ccmux must know.
+
+    Until the first content event every event is parsed. After it, only those that can end or break the stream, or
+    carry usage, are: a plain search tells whether any such event is among the bytes, and mostly there is none.
+    """
+
+    def __init__(self, scrub_text: Callable[[str], str]) -> None:
+        self.decoder = SseDecoder()
+        self.scrub_text = scrub_text
+        self.usage: Usage | None = None
+        self.usage_broken = False
+        self.stop_reason = ""
+        self.has_content = self.ended = False
+        self.error: ApiError | None = None
+        self.error_relayed = False  # the upstream's own error event is among the bytes already
+        self.ending = b""  # message_stop and what follows it: sent once the settlement is durable
+        self.relayed: list[bytes] = []
+
+    def feed(self, data: bytes) -> bytes:
+        blocks = self.decoder.feed(data)
+        if not blocks:
+            return b""
+        if self.has_content and not self.ended:
+            whole = b"".join(blocks)
+            if b"message_" not in whole and b"error" not in whole:
+                self.relayed.append(whole)
+                return whole
+        out = b"".join(map(self.relay, blocks))
+        self.relayed.append(out)
+        return out
+
+    def finish(self) -> bytes:
+        """The end of the upstream's bytes: without a message_stop it is a fault."""
+        out = b"".join(map(self.relay, self.decoder.finish()))
+        if out and not out.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):
+            out += b"\n\n"
+        if not self.ended and self.error is None:
+            self.error = ApiError(
+                502, "the provider's stream ended before the answer did", retry=Retry.SAME, cause="stream"
+            )
+        return out
+
+    def relay(self, block: bytes) -> bytes:
+        """One block, after a look at it; b"" where it is held back."""
+        if self.error is not None:
+            return b""
+        if self.ended:
+            self.ending += block
+            return b""
+        name, data = event_of(block)
+        if not data:
+            return block
+        try:
+            event = json.loads(data)
+            kind = event.get("type") or name
+        except (ValueError, RecursionError, AttributeError):
+            if self.has_content or name not in ("", "message_start", "error"):
+                return block  # the client's own parser is the judge of it
+            return self.fail(not_a_stream(data, "event stream"))
+        return self.look(kind, event, block)
+
+    def look(self, kind: str, event: Json, block: bytes) -> bytes:
+        if kind == "content_block_delta" or kind == "content_block_stop":
+            self.has_content = True
+        elif kind == "message_start":
+            message = event.get("message")
+            self.note_usage(message.get("usage") if isinstance(message, dict) else None)
+        elif kind == "message_delta":
+            self.has_content = True
+            self.note_usage(event.get("usage"))
+            delta = event.get("delta")
+            self.stop_reason = str(delta.get("stop_reason") or "") if isinstance(delta, dict) else ""
+        elif kind == "message_stop":
+            self.ended, self.ending = True, block
+            return b""
+        elif kind == "error":
+            return self.fail(error_of_event(event), self.scrubbed(block))
+        return block
+
+    def note_usage(self, usage: Any) -> None:
+        known = anthropic_usage(usage, self.usage)
+        self.usage_broken = self.usage_broken or (known is None and bool(usage))
+        self.usage = known or self.usage
+
+    def scrubbed(self, block: bytes) -> bytes:
+        text = block.decode("utf-8", "surrogateescape")
+        return self.scrub_text(text).encode("utf-8", "surrogateescape")
+
+    def fail(self, error: ApiError, block: bytes = b"") -> bytes:
+        self.error = error
+        self.error_relayed = bool(block) and self.has_content
+        return block if self.error_relayed else b""
+
+    def output_text(self) -> str:
+        """What the model made so far, for a count where the upstream gave none."""
+        parts: list[str] = []
+        for block in SseDecoder().feed(b"".join(self.relayed)):
+            try:
+                delta = json.loads(event_of(block)[1] or "{}").get("delta") or {}
+            except (ValueError, RecursionError, AttributeError):
+                continue
+            parts.extend(str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k))
+        return "".join(parts)
+
+
+# What upstreams answer when something is wrong. The words are for a person, the retry class is for the Relay.
+
+SAME_STATUSES = {408, 409, *range(500, 600)} - {529}
+KEY_STATUSES = {401, 402, 403, 429}
+
+
+def retry_class(status: int) -> Retry:
+    """What a status allows: RFC 9110 and what vendors mean by it."""
+    if status in KEY_STATUSES:
+        return Retry.KEY
+    if status in SAME_STATUSES:
+        return Retry.SAME
+    return Retry.NEXT if status in (404, 529) or not 400 <= status < 600 else Retry.NO
+
+
+STATUS_OF_TYPE = {
+    "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402, "permission_error": 403,
+    "not_found_error": 404, "request_too_large": 413, "rate_limit_error": 429, "rate_limit_exceeded": 429,
+    "insufficient_quota": 429, "overloaded_error": 529, "api_error": 500, "server_error": 500, "timeout_error": 504,
+    "context_length_exceeded": 400, "UNAVAILABLE": 503, "RESOURCE_EXHAUSTED": 429, "INVALID_ARGUMENT": 400,
+}  # fmt: skip
+
+
+def error_of_event(event: Json) -> ApiError:
+    """The error that an event, or a body with status 200, tells of; its own code or type gives the status."""
+    return upstream_error(status_of_error(event), event)
+
+
+def status_of_error(payload: Any) -> int:
+    detail = error_detail(payload)
+    for key in ("status", "code", "status_code", "type"):
+        value = detail.get(key)
+        if isinstance(value, str):
+            value = int(value) if value.isdigit() else STATUS_OF_TYPE.get(value, 0)
+        if isinstance(value, int) and 400 <= value < 600:
+            return value
+    return 502
+
+
+def error_detail(payload: Any) -> Json:
+    """The object that describes an error, wherever a vendor puts it."""
+    if isinstance(payload, list):
+        payload = payload[0] if payload else {}
+    if not isinstance(payload, dict):
+        return {}
+    inner = payload.get("error")
+    return inner if isinstance(inner, dict) else payload
+
+
+def error_words(payload: Any) -> str:
+    """The human part of an upstream's error body; "" where there is none."""
+    if isinstance(payload, list):
+        payload = payload[0] if payload else {}
+    if not isinstance(payload, dict):
+        return str(payload)[:500] if payload else ""
+    detail = error_detail(payload)
+    metadata = detail.get("metadata")
+    raw = (
+        metadata.get("raw") if isinstance(metadata, dict) else None
+    )  # OpenRouter puts the provider's own words there
+    others = (payload.get(key) for key in ("error", "detail", "message", "msg"))
+    for value in (detail.get("message"), *others):
+        if value:
+            words = value if isinstance(value, str) else json.dumps(value)
+            return f"{words}: {raw}" if isinstance(raw, str) and raw else words
+    return ""
+
+
+def upstream_error(
+    status: int, payload: Any, *, tokens: int = 0, context: int = 0, headers: Mapping[str, str] | None = None
+) -> ApiError:
+    """An upstream's error as the client gets it: overflow in the words Claude Code acts on, the rest by status."""
+    words = error_words(payload)
+    if status in (400, 413, 422, 500) and (sizes := overflow(words, payload, tokens, context)):
+        message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
+        return ApiError(400, message, retry=Retry.LARGER, headers=headers, cause="overflow")
+    message = words or f"the provider answered with status {status} and no message"
+    if not 400 <= status < 600:
+        message = f"the provider answered with status {status}, which is no answer to this request"
+    return ApiError(
+        status if 400 <= status < 600 else 502, message, retry=retry_class(status), headers=headers
+    )
+
+
+_OVERFLOW = re.compile(
+    r"(?i)prompt is too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
+    r"(?:maximum |available )?context|context window|prompt token count of|input token count|input is too long|"
+    r"maximum prompt length|longer than the maximum model length|too large for model with|exceeded model token limit|"
+    r"prompt exceeds max length|exceeds the available context size|exceed_context_size|input length exceeds|"
+    r"model'?s context length is only|context length of only|exceeded max context length|reduce the length of the "
+    r"(?:messages|prompt|input)|too many (?:input )?tokens in|tokens? exceeds? the (?:model|maximum|limit)"
+)
+_LEAVE_ALONE = re.compile(
+    r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
+)
+
+
+def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, int] | None:
+    """(tokens sent, tokens allowed) where an error says that the prompt does not fit; None where it says another thing.
+
+    Vendors name the two numbers in any order, or one, or none: what was sent is always the larger.
+    """
+    detail = error_detail(payload)
+    if (
+        not _OVERFLOW.search(f"{words} {detail.get('code')} {detail.get('type')}")
+        or "input length and `max_tokens`" in words
+    ):
+        return None
+    sent, allowed = token_number(detail.get("n_prompt_tokens")), token_number(detail.get("n_ctx"))
+    numbers = sorted({int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", words)}, reverse=True)
+    numbers = [n for n in numbers if 1000 <= n <= MAX_COUNT]
+    if len(numbers) >= 2:
+        sent, allowed = sent or numbers[0], allowed or numbers[1]
+    limit = allowed or (numbers[0] if numbers else 0) or context or max(tokens - 1, 1)
+    return max(sent or tokens, limit + 1), limit
+
+
+def not_a_stream(text: str, what: str) -> ApiError:
+    """For a 200 whose body is HTML, plain JSON or rubbish instead of a stream: its own error, else a 502."""
+    try:
+        payload = json.loads(text)
+    except (ValueError, RecursionError):
+        payload = None
+    if isinstance(payload, (dict, list)) and error_words(payload):
+        return error_of_event(payload if isinstance(payload, dict) else {"error": error_detail(payload)})
+    start = " ".join(text.split())[:120]
+    return ApiError(
+        502, f"the provider's answer is not an {what}; it begins: {start}", retry=Retry.SAME, cause="stream"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Translate: OpenAI Chat (pure)
+# ----------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Translate: OpenAI Responses (pure)
+# ----------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Translate: Gemini (pure)
+# ----------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Dialects and presets (tables)
+# ----------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tokens and prices (pure; the encoder is handed in)
+# ----------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Store (SQLite)
+# ----------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Upstream (I/O)
+# ----------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------
+# HTTP API
+# ----------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Admin API
+# ----------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pages
+# ----------------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------------
+# App and command line
+# ----------------------------------------------------------------------------------------------------------
