@@ -322,6 +322,16 @@ def blocks_of(content: Any) -> list[Json]:
     ]
 
 
+def as_list(value: Any) -> list[Any]:
+    """The value where it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def as_object(value: Any) -> Json:
+    """The value where it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def text_of(content: Any) -> str:
     """The text of a content value, blocks joined by blank lines; other blocks are left out."""
     if isinstance(content, str):
@@ -331,13 +341,11 @@ def text_of(content: Any) -> str:
 
 def messages_of(body: Json) -> list[Json]:
     """The messages of a request that are objects; their shape is the upstream's to judge."""
-    messages = body.get("messages")
-    return [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    return [m for m in as_list(body.get("messages")) if isinstance(m, dict)]
 
 
 def tools_of(body: Json) -> list[Json]:
-    tools = body.get("tools")
-    return [t for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
+    return [t for t in as_list(body.get("tools")) if isinstance(t, dict)]
 
 
 def scrub(text: str, secrets: Iterable[str] = ()) -> str:
@@ -1312,25 +1320,21 @@ def is_thinking(asked: Asked) -> str:
         return "plan mode"
     if effort in wanted:
         return f"effort {effort}"
-    thinking = asked.body.get("thinking")
-    budget = (
-        isinstance(thinking, dict) and thinking.get("type") == "enabled" and thinking.get("budget_tokens")
-    )
+    thinking = as_object(asked.body.get("thinking"))
+    budget = thinking.get("type") == "enabled" and thinking.get("budget_tokens")
     return "a thinking budget" if "budget" in wanted and budget else ""
 
 
 def effort_of(body: Json) -> str:
-    config = body.get("output_config")
-    return str(config.get("effort") or "") if isinstance(config, dict) else ""
+    return str(as_object(body.get("output_config")).get("effort") or "")
 
 
 def in_plan_mode(body: Json) -> bool:
     """Claude Code says so in `safeguards`, or in a system message of the newest prompt (2.1.330, November 2026)."""
-    safeguards = body.get("safeguards")
-    for guard in safeguards if isinstance(safeguards, list) else ():
-        context = guard.get("classifier_context") if isinstance(guard, dict) else None
-        if isinstance(context, dict) and context.get("permission_mode"):
-            return bool(context["permission_mode"] == "plan")
+    for guard in as_list(body.get("safeguards")):
+        mode = as_object(as_object(guard).get("classifier_context")).get("permission_mode")
+        if mode:
+            return bool(mode == "plan")
     messages = messages_of(body)
     typed = newest_words(messages)
     start = max(typed[0][0][0] - 1, 0) if typed else 0
@@ -1424,9 +1428,16 @@ def signed_payload(block: Json) -> Json | None:
 class AnthropicStream:
     """What an answer consists of, said in any order -> well-formed Anthropic events."""
 
-    def __init__(self, message_id: str, model: str, usage: Usage) -> None:
+    def __init__(
+        self,
+        message_id: str,
+        model: str,
+        usage: Usage,
+        count: Callable[[str], int] = lambda text: len(text) // 4,
+    ) -> None:
         self.message_id, self.model = message_id, model
         self.usage = usage  # an estimate until the upstream says
+        self.count = count  # tokens of a text, for an output that the upstream did not count
         self.events: list[Json] = []
         self.kind = ""  # of the open block
         self.index = -1
@@ -1522,6 +1533,8 @@ class AnthropicStream:
         self.stop_reason = (
             "tool_use" if tool_ended else "end_turn" if stop_reason == "tool_use" else stop_reason
         )
+        if self.usage.estimated:
+            self.usage = dataclasses.replace(self.usage, output=self.count("".join(self.text_parts)))
         delta = {"stop_reason": self.stop_reason, "stop_sequence": stop_sequence}
         self.events.append({"type": "message_delta", "delta": delta, "usage": usage_json(self.usage)})
         self.events.append({"type": "message_stop"})
@@ -1702,13 +1715,11 @@ class AnthropicTap:
         if kind == "content_block_delta" or kind == "content_block_stop":
             self.has_content = True
         elif kind == "message_start":
-            message = event.get("message")
-            self.note_usage(message.get("usage") if isinstance(message, dict) else None)
+            self.note_usage(as_object(event.get("message")).get("usage"))
         elif kind == "message_delta":
             self.has_content = True
             self.note_usage(event.get("usage"))
-            delta = event.get("delta")
-            self.stop_reason = str(delta.get("stop_reason") or "") if isinstance(delta, dict) else ""
+            self.stop_reason = str(as_object(event.get("delta")).get("stop_reason") or "")
         elif kind == "message_stop":
             self.ended, self.ending = True, block
             return b""
@@ -1876,6 +1887,854 @@ def not_a_stream(text: str, what: str) -> ApiError:
 # ----------------------------------------------------------------------------------------------------------
 # Translate: OpenAI Chat (pure)
 # ----------------------------------------------------------------------------------------------------------
+# Requests are built from an allow-list, so that nothing Anthropic-only leaks, and inputs are never changed. The facts
+# come from https://platform.openai.com/docs/api-reference/chat and from what compatible servers were seen to do.
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """What a dialect knows of where a request goes."""
+
+    model: str
+    quirks: Quirks
+    facts: Facts
+    session: str = ""
+    skip: frozenset[str] = frozenset()  # parameters that a 400 has named as unknown there
+
+
+def openai_request(body: Json, to: Upstream) -> Json:
+    """A Messages request as a Chat Completions request; ApiError 400 for what cannot be served."""
+    quirks = to.quirks
+    tools = openai_tools(body, to)
+    out: Json = {"model": to.model, "messages": openai_messages(body, to), "stream": True}
+    if quirks.stream_options:
+        out["stream_options"] = {"include_usage": True}
+    if tools:
+        out["tools"] = tools
+        out.update(openai_tool_choice(body, quirks))
+    out.update(openai_limits(body, to))
+    out.update(sampling(body, to, ("temperature", "top_p", *(("top_k",) if quirks.top_k else ()))))
+    if effort := wanted_effort(body, quirks.effort):
+        out["reasoning_effort"] = effort
+    if schema := json_schema_of(body):
+        named = {"name": "answer", "schema": schema["schema"]}
+        strict = {"strict": schema["strict"]} if "strict" in schema else {}
+        out["response_format"] = {"type": "json_schema", "json_schema": {**named, **strict}}
+    if quirks.prompt_cache_key and to.session:
+        out["prompt_cache_key"] = to.session[:64]
+    out.update(web_search_keys(body, quirks))
+    return without(out | quirks.extra_body, to)
+
+
+def without(out: Json, to: Upstream) -> Json:
+    """The request without what this upstream is known to refuse."""
+    return {k: v for k, v in out.items() if k not in to.skip and k not in to.quirks.drop}
+
+
+# Turns: what all translated dialects build their messages from.
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Neighbouring messages of one role as one; system messages in mid-conversation count as the user's."""
+
+    role: str
+    blocks: list[Json]
+
+
+MIDWAY_SYSTEM = "ccmux_system"  # the type of a block that was a system message in mid-conversation
+
+
+def turns_of(body: Json) -> list[Turn]:
+    turns: list[Turn] = []
+    for message in messages_of(body):
+        role = "assistant" if message.get("role") == "assistant" else "user"
+        blocks = blocks_of(message.get("content"))
+        if message.get("role") == "system":
+            blocks = [{"type": MIDWAY_SYSTEM, "text": text_of(blocks)}]
+        if turns and turns[-1].role == role:
+            turns[-1].blocks.extend(blocks)
+        else:
+            turns.append(Turn(role, list(blocks)))
+    return turns
+
+
+def reminder(text: str) -> str:
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+def system_blocks(body: Json) -> list[Json]:
+    """The system prompt's text blocks without Claude Code's billing header, which changes with each prompt."""
+    blocks = [b for b in blocks_of(body.get("system")) if b.get("type") == "text" and b.get("text")]
+    return [b for b in blocks if not str(b["text"]).startswith("x-anthropic-billing-header")]
+
+
+def calls_of(blocks: list[Json]) -> dict[str, Json]:
+    """The tool calls of an assistant turn by id, in order; of a repeated id the last one."""
+    return {str(b.get("id") or ""): b for b in blocks if b.get("type") == "tool_use"}
+
+
+def results_of(blocks: list[Json]) -> dict[str, Json]:
+    """The tool results of a user turn by the id they answer; of a repeated id the last one."""
+    return {str(b.get("tool_use_id") or ""): b for b in blocks if b.get("type") == "tool_result"}
+
+
+NO_RESULT = "No result was recorded for this call."
+
+
+def tool_arguments(block: Json) -> str:
+    """A tool call's input as JSON text; null or a value that is no object becomes {}."""
+    given = block.get("input")
+    return json.dumps(given if isinstance(given, dict) else {}, ensure_ascii=False)
+
+
+def result_parts(block: Json | None) -> tuple[str, list[Json]]:
+    """A tool result as text, with its images and documents apart."""
+    if block is None:
+        return NO_RESULT, []
+    texts, media = [], []
+    for part in blocks_of(block.get("content")):
+        if part.get("type") in ("image", "document"):
+            media.append(part)
+            texts.append(f"[{part['type']}: in the next user message]")
+        else:
+            texts.append(block_text(part))
+    prefix = "Error: " if block.get("is_error") else ""
+    return prefix + "\n\n".join(filter(None, texts)), media
+
+
+def block_text(block: Json) -> str:
+    """Any block as text, for dialects that have no form of it: never an error, never silence."""
+    kind = block.get("type")
+    if kind == MIDWAY_SYSTEM:
+        return reminder(str(block.get("text") or ""))
+    if isinstance(block.get("text"), str):
+        return str(block["text"])
+    if kind == "search_result":
+        return f"{block.get('title') or ''}\n{block.get('source') or ''}\n{text_of(block.get('content'))}".strip()
+    if kind == "document":
+        return document_text(block)
+    if kind == "tool_reference":
+        return f"[tool: {block.get('tool_name') or block.get('name') or ''}]"
+    if kind == "web_search_tool_result":
+        found = [r for r in blocks_of(block.get("content")) if r.get("url")]
+        return "\n".join(f"[{r.get('title') or ''}]({r['url']})" for r in found)
+    return json.dumps(block, ensure_ascii=False)
+
+
+def document_text(block: Json) -> str:
+    """A document's text under its title; a note where it is a PDF that was left out."""
+    source = as_object(block.get("source"))
+    title = str(block.get("title") or "")
+    if source.get("type") == "text":
+        text = str(source.get("data") or "")
+    elif source.get("type") == "content":
+        text = text_of(source.get("content"))
+    elif source.get("type") == "url":
+        text = str(source.get("url") or "")
+    else:
+        return f"[a PDF{f' named {title}' if title else ''} was left out: this model does not take files]"
+    return f"{title}\n\n{text}" if title else text
+
+
+def media_url(block: Json) -> str:
+    """An image's or document's URL, or a data: URL of its base64; "" where there is neither."""
+    source = as_object(block.get("source"))
+    if source.get("type") == "base64" and source.get("data"):
+        default = "image/png" if block.get("type") == "image" else "application/pdf"
+        return f"data:{source.get('media_type') or default};base64,{source['data']}"
+    return str(source.get("url") or "")
+
+
+def openai_messages(body: Json, to: Upstream) -> list[Json]:
+    keep_cache = bool(to.quirks.cache_control and re.search(to.quirks.cache_control, to.model))
+    write = OpenAIMessages(to, tool_names(body), keep_cache)
+    if blocks := system_blocks(body):
+        write.say("system", [write.text_part(b) for b in blocks])
+    turns = turns_of(body)
+    calls: dict[str, Json] = {}
+    for turn in turns:
+        if turn.role == "user":
+            write.user(turn.blocks, calls)
+            calls = {}
+        else:
+            write.answer_all(calls)
+            write.assistant(turn.blocks)
+            calls = calls_of(turn.blocks)
+    write.answer_all(calls)
+    return write.messages
+
+
+class OpenAIMessages:
+    """Writes turns as Chat Completions messages."""
+
+    def __init__(self, to: Upstream, names: dict[str, str], keep_cache: bool) -> None:
+        self.to, self.names, self.keep_cache = to, names, keep_cache
+        self.messages: list[Json] = []
+
+    def say(self, role: str, parts: list[Json]) -> None:
+        """A message of parts; a plain string where they are only text."""
+        if not parts:
+            return
+        if all(p.keys() == {"type", "text"} for p in parts):
+            self.messages.append({"role": role, "content": "\n\n".join(p["text"] for p in parts)})
+        else:
+            self.messages.append({"role": role, "content": parts})
+
+    def text_part(self, block: Json) -> Json:
+        part = {"type": "text", "text": block_text(block)}
+        if self.keep_cache and isinstance(block.get("cache_control"), dict):
+            part["cache_control"] = block["cache_control"]
+        return part
+
+    def assistant(self, blocks: list[Json]) -> None:
+        calls = calls_of(blocks)
+        text = "\n\n".join(block_text(b) for b in blocks if says_something(b))
+        message: Json = {"role": "assistant", "content": text or None, **self.thoughts(blocks, bool(calls))}
+        if calls:
+            message["tool_calls"] = [self.call(block) for block in calls.values()]
+        if text or calls:
+            self.messages.append(message)
+
+    def call(self, block: Json) -> Json:
+        name = str(block.get("name") or "")
+        function = {"name": self.names.get(name) or upstream_name(name), "arguments": tool_arguments(block)}
+        return {"id": self.id(block.get("id")), "type": "function", "function": function}
+
+    def id(self, client_id: Any) -> str:
+        return upstream_tool_id(str(client_id or ""), self.to.quirks.tool_id)
+
+    def thoughts(self, blocks: list[Json], has_calls: bool) -> Json:
+        """Earlier thinking, where this upstream wants it back."""
+        quirks = self.to.quirks
+        if quirks.reasoning_key == "reasoning_details":
+            payloads = [p for b in blocks if (p := signed_payload(b)) and p.get("model") == self.to.model]
+            details = [d for p in payloads for d in p.get("details") or []]
+            return {"reasoning_details": details} if details else {}
+        if quirks.reasoning_replay == "none" or (quirks.reasoning_replay == "tool_turns" and not has_calls):
+            return {}
+        thinking = "\n\n".join(str(b.get("thinking") or "") for b in blocks if b.get("type") == "thinking")
+        # DeepSeek and Kimi refuse a tool round whose assistant message lacks the key (seen November 2026).
+        return {quirks.reasoning_key: thinking} if thinking or quirks.reasoning_replay == "tool_turns" else {}
+
+    def answer_all(self, calls: dict[str, Json]) -> None:
+        """Neutral results for calls that were never answered; upstreams refuse a call without one."""
+        for client_id in calls:
+            self.messages.append({"role": "tool", "tool_call_id": self.id(client_id), "content": NO_RESULT})
+
+    def user(self, blocks: list[Json], calls: dict[str, Json]) -> None:
+        """Tool results in the order of their calls, then what moved out of them, then the rest of the turn."""
+        results = results_of(blocks)
+        moved: list[Json] = []
+        for client_id in calls:
+            result = results.get(client_id)
+            text, media = result_parts(result)
+            content: Any = text
+            if result and self.keep_cache and isinstance(result.get("cache_control"), dict):
+                content = [{"type": "text", "text": text, "cache_control": result["cache_control"]}]
+            self.messages.append({"role": "tool", "tool_call_id": self.id(client_id), "content": content})
+            moved.extend(part for block in media for part in self.parts(block))
+        parts = moved
+        for block in blocks:
+            if block.get("type") == "tool_result":
+                continue
+            if block.get("type") == MIDWAY_SYSTEM and self.to.quirks.midway_system:
+                self.say("user", parts)
+                parts = []
+                self.say("system", [{"type": "text", "text": str(block.get("text") or "")}])
+            else:
+                parts = [*parts, *self.parts(block)]
+        self.say("user", parts)
+
+    def parts(self, block: Json) -> list[Json]:
+        """A user block as content parts."""
+        kind, url = block.get("type"), media_url(block)
+        if kind == "image":
+            if not url:
+                return []
+            if not self.to.quirks.vision:
+                return [{"type": "text", "text": "[an image was left out: this model does not take images]"}]
+            return [{"type": "image_url", "image_url": {"url": url}}]
+        if kind == "document" and self.to.quirks.files and url.startswith("data:application/pdf"):
+            name = str(block.get("title") or "document.pdf")
+            return [{"type": "file", "file": {"filename": name, "file_data": url}}]
+        if kind in ("thinking", "redacted_thinking", "tool_use") or not block_text(block):
+            return []
+        return [self.text_part(block)]
+
+
+def says_something(block: Json) -> bool:
+    """Whether an assistant block has words to show; calls and thoughts are written in their own places."""
+    if block.get("type") in ("tool_use", "thinking", "redacted_thinking", "server_tool_use"):
+        return False
+    return block.get("type") != "text" or bool(block.get("text"))
+
+
+# Names and ids. Upstreams take 64 characters of [A-Za-z0-9_-]; both are mapped without a memory of what was mapped, so
+# that a restart, another process or a failover to another provider in mid-conversation changes nothing.
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def upstream_name(name: str) -> str:
+    """A tool's name in the charset upstreams take; a hash keeps shortened ones apart."""
+    if _PLAIN_NAME.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:55]}_{digest}"
+
+
+def tool_names(body: Json) -> dict[str, str]:
+    """The client's own tool name -> the name an upstream gets."""
+    return {name: upstream_name(name) for t in tools_of(body) if (name := str(t.get("name") or ""))}
+
+
+def client_tool_id(upstream_id: str) -> str:
+    """An upstream's call id as one that Anthropic clients take; `upstream_tool_id` turns it back."""
+    if _PLAIN_NAME.fullmatch(upstream_id):
+        return upstream_id
+    data = upstream_id.encode("utf-8", "surrogatepass")
+    packed = base64.urlsafe_b64encode(data).decode().rstrip("=")
+    return f"ccx_{packed}" if len(packed) <= 60 else f"cch_{hashlib.sha256(data).hexdigest()[:48]}"
+
+
+def upstream_tool_id(client_id: str, pattern: str = "") -> str:
+    """The id an upstream gets: its own where the client's was made from it, one of the pattern it insists on."""
+    if pattern and not re.fullmatch(pattern, client_id):
+        digest = hashlib.sha256(client_id.encode("utf-8", "surrogatepass")).digest()
+        return base64.b32encode(digest).decode().lower()[:9]
+    if client_id.startswith("ccx_"):
+        try:
+            packed = client_id[4:]
+            return base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4)).decode(
+                "utf-8", "surrogatepass"
+            )
+        except ValueError:
+            return client_id
+    if _PLAIN_NAME.fullmatch(client_id):
+        return client_id
+    return f"cch_{hashlib.sha256(client_id.encode('utf-8', 'surrogatepass')).hexdigest()[:48]}"
+
+
+def client_tools(body: Json) -> list[Json]:
+    """The tools that the client itself runs; server tools (web search and such) have a dated type and no schema."""
+    return [t for t in tools_of(body) if t.get("name") and t.get("type") in (None, "", "custom")]
+
+
+def openai_tools(body: Json, to: Upstream) -> list[Json]:
+    tools = []
+    for tool in client_tools(body):
+        function: Json = {"name": upstream_name(str(tool["name"]))}
+        if tool.get("description"):
+            function["description"] = str(tool["description"])
+        function["parameters"] = tool_schema(tool, to.quirks.schema)
+        tools.append({"type": "function", "function": function})
+    return tools
+
+
+def tool_schema(tool: Json, cleaning: str) -> Json:
+    """A tool's input schema as an object schema, cleaned where the upstream needs that."""
+    schema = as_object(tool.get("input_schema"))
+    if cleaning == "gemini":
+        schema = gemini_schema(schema)
+    if schema.get("type") != "object" or not isinstance(schema.get("properties"), dict):
+        properties = schema.get("properties")
+        schema = {
+            **schema,
+            "type": "object",
+            "properties": properties if isinstance(properties, dict) else {},
+        }
+    return schema
+
+
+GEMINI_SCHEMA_KEYS = {
+    "type", "description", "enum", "properties", "required", "items", "anyOf", "nullable", "minItems", "maxItems",
+    "minimum", "maximum", "title", "minLength", "maxLength", "pattern",
+}  # fmt: skip
+GEMINI_FORMATS = {"enum", "date-time", "int32", "int64", "float", "double"}
+
+
+def gemini_schema(schema: Any, definitions: Json | None = None, depth: int = 0) -> Json:
+    """A JSON schema in the subset that Gemini takes: references inlined, unknown keywords left out.
+
+    https://ai.google.dev/api/caching#Schema. A const becomes an enum of one, oneOf an anyOf, a list of types with
+    null a nullable.
+    """
+    if not isinstance(schema, dict) or depth > 24:
+        return {}
+    definitions = definitions or {**(schema.get("$defs") or {}), **(schema.get("definitions") or {})}
+    if isinstance(schema.get("$ref"), str):
+        found = definitions.get(schema["$ref"].rsplit("/", 1)[-1])
+        rest = {k: v for k, v in schema.items() if k != "$ref"}
+        return gemini_schema({**found, **rest} if isinstance(found, dict) else rest, definitions, depth + 1)
+    inner = functools.partial(gemini_schema, definitions=definitions, depth=depth + 1)
+    out = {k: v for k, v in schema.items() if k in GEMINI_SCHEMA_KEYS} | gemini_type(schema.get("type"))
+    if schema.get("format") in GEMINI_FORMATS:
+        out["format"] = schema["format"]
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        out.update(type="string", enum=[str(v) for v in values])
+    for key in ("anyOf", "oneOf", "allOf"):
+        if isinstance(schema.get(key), list):
+            out["anyOf"] = [inner(s) for s in schema[key]]
+    if isinstance(schema.get("properties"), dict):
+        out["properties"] = {k: inner(v) for k, v in schema["properties"].items()}
+    named = [r for r in as_list(schema.get("required")) if r in out.get("properties", ())]
+    out = {k: v for k, v in out.items() if k != "required"} | ({"required": named} if named else {})
+    if out.get("type") == "array":
+        out["items"] = inner(schema.get("items") or {"type": "string"})
+    return out
+
+
+def gemini_type(kind: Any) -> Json:
+    if not isinstance(kind, list):
+        return {"type": kind} if isinstance(kind, str) else {}
+    kinds = [k for k in kind if k != "null"]
+    nullable = {"nullable": True} if "null" in kind else {}
+    return {"type": kinds[0] if kinds else "string", **nullable}
+
+
+def openai_tool_choice(body: Json, quirks: Quirks) -> Json:
+    choice = as_object(body.get("tool_choice"))
+    kind = choice.get("type")
+    out: Json = {}
+    if kind in ("any", "tool") and not quirks.forced_tool:
+        out["tool_choice"] = "auto"
+    elif kind == "tool":
+        name = upstream_name(str(choice.get("name") or ""))
+        out["tool_choice"] = {"type": "function", "function": {"name": name}}
+    elif kind in ("auto", "any", "none"):
+        out["tool_choice"] = {"auto": "auto", "any": "required", "none": "none"}[kind]
+    if choice.get("disable_parallel_tool_use"):
+        out["parallel_tool_calls"] = False
+    return out
+
+
+_NEW_LIMIT_KEY = re.compile(r"^(?:o\d|gpt-(?:[5-9]|\d\d))")
+
+
+def openai_limits(body: Json, to: Upstream) -> Json:
+    out: Json = {}
+    if limit := output_limit(body, to.facts):
+        key = to.quirks.max_tokens_key
+        if key == "auto":
+            is_new = _NEW_LIMIT_KEY.match(to.model.rsplit("/", 1)[-1])
+            key = "max_completion_tokens" if is_new else "max_tokens"
+        out[key] = limit
+    if texts := [s for s in as_list(body.get("stop_sequences")) if isinstance(s, str) and s]:
+        out["stop"] = texts[:4]
+    return out
+
+
+def output_limit(body: Json, facts: Facts) -> int:
+    """max_tokens, no more than the model can make; 0 where the client set none."""
+    limit = body.get("max_tokens")
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        return 0
+    return min(limit, facts.max_output) if facts.max_output else limit
+
+
+def sampling(body: Json, to: Upstream, keys: tuple[str, ...]) -> Json:
+    """Sampling parameters, for models that take them."""
+    if not to.facts.sampling:
+        return {}
+    return {
+        k: body[k] for k in keys if isinstance(body.get(k), (int, float)) and not isinstance(body[k], bool)
+    }
+
+
+BUDGET_EFFORTS = ((1024, "minimal"), (4097, "low"), (12289, "medium"), (24577, "high"))
+
+
+def wanted_effort(body: Json, allowed: tuple[str, ...]) -> str:
+    """The reasoning effort a request asks for, clamped to what the upstream takes; "" where nothing is to be sent."""
+    thinking = as_object(body.get("thinking"))
+    effort = effort_of(body)
+    if not allowed or thinking.get("type") == "disabled":
+        return ""
+    budget = thinking.get("budget_tokens")
+    if not effort and thinking.get("type") == "enabled" and isinstance(budget, int):
+        effort = next((name for below, name in BUDGET_EFFORTS if budget < below), "xhigh")
+    if effort not in EFFORTS:
+        return ""
+    fitting = [a for a in allowed if EFFORTS.index(a) <= EFFORTS.index(effort)]
+    return fitting[-1] if fitting else allowed[0]
+
+
+def json_schema_of(body: Json) -> Json | None:
+    """output_config.format (or the older output_format), where it asks for a JSON schema."""
+    wanted = as_object(body.get("output_config")).get("format") or body.get("output_format")
+    if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+        return None
+    return wanted if isinstance(wanted.get("schema"), dict) else None
+
+
+def web_search_of(body: Json) -> Json | None:
+    return next((t for t in tools_of(body) if is_web_search(t)), None)
+
+
+def web_search_keys(body: Json, quirks: Quirks) -> Json:
+    """Web search in the provider's own form; ApiError 400 that says what to set up where it has none."""
+    tool = web_search_of(body)
+    if tool is None:
+        return {}
+    if quirks.web_search == "plugin":
+        return {"plugins": [{"id": "web"}]}
+    if quirks.web_search == "options":
+        return {"web_search_options": web_search_options(tool)}
+    raise no_web_search()
+
+
+def no_web_search() -> ApiError:
+    return ApiError(
+        400,
+        "this model's provider cannot search the web: set `websearch` in [router] to a model whose provider can "
+        "(Anthropic, OpenAI, Gemini or OpenRouter), or turn the WebSearch tool off in Claude Code",
+    )
+
+
+def web_search_options(tool: Json) -> Json:
+    place = tool.get("user_location")
+    if not isinstance(place, dict):
+        return {}
+    known = {k: v for k, v in place.items() if k in ("city", "country", "region", "timezone") and v}
+    return {"user_location": {"type": "approximate", "approximate": known}}
+
+
+def openai_usage(usage: Any) -> Usage | None:
+    """OpenAI's counts as Anthropic has them; None where there are none, or they are absurd.
+
+    OpenAI counts cached tokens inside prompt_tokens; Anthropic counts them apart.
+    """
+    if not isinstance(usage, dict):
+        return None
+    details = as_object(usage.get("prompt_tokens_details"))
+    prompt, output = token_number(usage.get("prompt_tokens")), token_number(usage.get("completion_tokens"))
+    if prompt is None or output is None:
+        return None
+    cached = (
+        token_number(details.get("cached_tokens")) or token_number(usage.get("prompt_cache_hit_tokens")) or 0
+    )
+    written = (
+        token_number(details.get("cache_write_tokens"))
+        or token_number(details.get("cache_creation_tokens"))
+        or 0
+    )
+    rest = prompt - cached - written if cached <= prompt else prompt
+    return Usage(input=max(rest, 0), output=output, cache_read=cached, cache_write=written)
+
+
+OPENAI_STOP = {
+    "stop": "end_turn", "length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use",
+    "function_call": "tool_use", "max_tokens": "max_tokens", "eos": "end_turn", "end_turn": "end_turn",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class ToolCall:
+    """A tool call as it arrives in pieces."""
+
+    id: str = ""
+    name: str = ""
+    pieces: list[str] = field(default_factory=list)
+    sent: int = 0  # how many of the pieces went out already
+    guarded: bool = False  # the pieces may be snapshots or encoded twice: decided at the end
+
+
+class OpenAIStream:
+    """Chat Completions chunks -> Anthropic events. `names` maps upstream tool names back to the client's."""
+
+    def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
+        self.out, self.names, self.to = out, names, to
+        self.usage: Usage | None = None
+        self.finish_reason = ""
+        self.refused = False
+        self.calls: dict[Any, ToolCall] = {}
+        self.live: ToolCall | None = None
+        self.think = ThinkTags() if to.quirks.think_tags else None
+        self.details: list[Json] = []
+        self.late: list[str] = []  # text that came beside an unfinished call
+
+    @property
+    def ended(self) -> bool:
+        return self.out.ended
+
+    def feed(self, name: str, data: str) -> None:
+        """One event's data. Raises ApiError for an error it tells of, or for data that is not JSON."""
+        if self.ended:
+            return
+        if data == "[DONE]":
+            self.finish()
+            return
+        try:
+            chunk = json.loads(data)
+        except (ValueError, RecursionError):
+            raise not_a_stream(data, "OpenAI stream") from None
+        choices = chunk.get("choices") if isinstance(chunk, dict) else None
+        if not isinstance(choices, list):
+            choices = self.other(name, chunk)
+        if chunk.get("usage") or chunk.get("x_groq"):
+            self.note_usage(chunk)
+        for choice in choices:
+            if isinstance(choice, dict) and not choice.get("index"):
+                self.choice(choice)
+
+    def other(self, name: str, chunk: Any) -> list[Json]:
+        """A chunk without choices: an error, or something that carries at most usage."""
+        is_error = isinstance(chunk, dict) and (
+            chunk.get("error") or (chunk.get("detail") and "usage" not in chunk)
+        )
+        if is_error or name == "error" or not isinstance(chunk, dict):
+            raise error_of_event(chunk if isinstance(chunk, dict) else {"error": {"message": str(chunk)}})
+        return []
+
+    def note_usage(self, chunk: Json) -> None:
+        given = chunk.get("usage") or as_object(chunk.get("x_groq")).get("usage")
+        self.usage = openai_usage(given) or self.usage
+
+    def choice(self, choice: Json) -> None:
+        delta = choice.get("delta") or choice.get("message")
+        if isinstance(delta, dict):
+            self.delta(delta)
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str) and reason:
+            self.finish_reason = reason
+            if reason == "error":
+                raise error_of_event(
+                    choice if choice.get("error") else {"error": {"message": "the provider gave up"}}
+                )
+
+    def delta(self, delta: Json) -> None:
+        """Thinking, then text, then tools, whatever order the keys of a mixed chunk have."""
+        self.reasoning(delta)
+        content = delta.get("content")
+        if content:
+            self.content(content if isinstance(content, str) else text_of(content))
+        refusal = delta.get("refusal")
+        if isinstance(refusal, str) and refusal:
+            self.refused = True
+            self.show(refusal)
+        for call in as_list(delta.get("tool_calls")):
+            if isinstance(call, dict):
+                self.tool_piece(call)
+        if isinstance(delta.get("function_call"), dict):
+            self.tool_piece({"index": "function_call", "function": delta["function_call"]})
+
+    def reasoning(self, delta: Json) -> None:
+        if self.live:
+            return  # the thought belongs to a block that has ended
+        details = delta.get("reasoning_details")
+        text = delta.get("reasoning_content") or delta.get("reasoning")
+        if isinstance(details, list) and details:
+            known = [d for d in details if isinstance(d, dict)]
+            text = text or "".join(str(d.get("text") or d.get("summary") or "") for d in known)
+            self.details = merge_details(self.details, known)
+            self.out.keep({"details": self.details, "model": self.to.model})
+        if isinstance(text, str) and text:
+            self.out.thinking(text)
+
+    def content(self, text: str) -> None:
+        if self.think is None:
+            self.show(text)
+        else:
+            self.show_parts(self.think.feed(text))
+
+    def show_parts(self, parts: list[tuple[str, str]]) -> None:
+        for kind, part in parts:
+            self.out.thinking(part) if kind == "thinking" else self.show(part)
+
+    def show(self, text: str) -> None:
+        """Text; beside an unfinished call it waits, because blocks never interleave."""
+        if self.live and not self.end_if_whole(self.live):
+            self.late.append(text)
+            return
+        self.details = []
+        self.out.text(text)
+
+    def end_if_whole(self, call: ToolCall) -> bool:
+        whole = bool(call.pieces) and bool(whole_arguments(call.pieces))
+        if whole:
+            self.end_call(call)
+        return whole
+
+    def tool_piece(self, piece: Json) -> None:
+        function = as_object(piece.get("function"))
+        call = self.call_of(piece)
+        call.id = call.id or str(piece.get("id") or "")
+        call.name = call.name or str(function.get("name") or "")
+        arguments = function.get("arguments")
+        if isinstance(arguments, (dict, list)):
+            call.guarded = True
+            arguments = json.dumps(arguments)
+        if isinstance(arguments, str) and arguments:
+            call.pieces.append(arguments)
+        self.stream_call(call)
+
+    def call_of(self, piece: Json) -> ToolCall:
+        """The call a piece belongs to: by index; without one by id, else the last open."""
+        index, given = piece.get("index"), piece.get("id")
+        if isinstance(index, (int, str)):
+            call = self.calls.setdefault(index, ToolCall())
+            # Some servers number every call 0; another id with a name is another call.
+            if call.id and given not in (None, "", call.id) and as_object(piece.get("function")).get("name"):
+                self.calls[f"{index} {call.id}"] = call
+                call = self.calls[index] = ToolCall()
+            return call
+        if given:
+            return self.calls.setdefault(f"id {given}", ToolCall())
+        return next(reversed(self.calls.values()), None) or self.calls.setdefault(0, ToolCall())
+
+    def stream_call(self, call: ToolCall) -> None:
+        """Lets the open call's arguments out as they come; the others wait for their turn."""
+        if self.live is None and call.name:
+            self.begin(call)
+        if self.live is call and not call.guarded:
+            waiting = "".join(call.pieces[call.sent :])
+            call.guarded = is_doubtful(call, waiting)
+            if waiting.strip() and not call.guarded:
+                self.out.tool_input(waiting)
+                call.sent = len(call.pieces)
+
+    def begin(self, call: ToolCall) -> None:
+        self.details = []
+        self.live = call
+        made_up = f"{self.out.message_id} {self.out.index} {len(self.calls)}"
+        id = call.id or f"toolu_{hashlib.sha256(made_up.encode()).hexdigest()[:24]}"
+        self.out.tool(client_tool_id(id), self.names.get(call.name, call.name))
+
+    def end_call(self, call: ToolCall) -> None:
+        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object."""
+        text, sent = whole_arguments(call.pieces), "".join(call.pieces[: call.sent])
+        if text is None or not text.startswith(sent):
+            message = f"the provider sent arguments of tool {call.name!r} that are not a JSON object"
+            raise ApiError(502, message, retry=Retry.SAME, cause="stream")
+        self.out.tool_input(text[len(sent) :])
+        self.out.close()
+        self.calls = {k: c for k, c in self.calls.items() if c is not call}
+        self.live = None
+
+    def finish(self) -> None:
+        """The end of the stream: ends the message, or says why it is none."""
+        if self.ended:
+            return
+        if not self.finish_reason and not self.to.quirks.lax_finish:
+            raise ApiError(
+                502, "the provider's stream ended before the answer did", retry=Retry.SAME, cause="stream"
+            )
+        if self.think is not None:
+            self.show_parts(self.think.finish())
+        if self.live:
+            self.end_call(self.live)
+        for call in [c for c in self.calls.values() if c.name or c.pieces]:
+            if not call.name:
+                raise ApiError(
+                    502, "the provider sent a tool call without a name", retry=Retry.SAME, cause="stream"
+                )
+            self.begin(call)
+            self.end_call(call)
+        if "".join(self.late).strip():
+            self.out.text("".join(self.late))
+        self.end_message()
+
+    def end_message(self) -> None:
+        reason = "refusal" if self.refused else OPENAI_STOP.get(self.finish_reason, "end_turn")
+        if not self.out.has_content and not self.out.kind and reason == "end_turn":
+            raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
+        if self.usage:
+            self.out.usage = self.usage
+        self.out.finish(reason)
+
+
+def is_doubtful(call: ToolCall, waiting: str) -> bool:
+    """Whether pieces may be growing snapshots, or JSON inside a JSON string: neither may be let out as it comes.
+
+    A piece that repeats all that came before it is what a snapshot looks like; so may, once in a long while, an
+    honest piece. Both readings begin with what is out already, so waiting decides it safely.
+    """
+    if not call.sent:
+        return waiting.strip() == "{}" or waiting.lstrip()[:1] not in ("{", "")
+    longest = max(map(len, call.pieces[: call.sent]))
+    return len(waiting) > longest and waiting.startswith("".join(call.pieces[: call.sent]))
+
+
+def whole_arguments(pieces: list[str]) -> str | None:
+    """All pieces as the text of one JSON object; None where no reading of them is one."""
+    text = "".join(pieces)
+    for reading in (text, pieces[-1] if pieces else ""):
+        value = parsed(reading) if reading.strip() else {}
+        if isinstance(value, str):  # encoded twice
+            reading, value = value, parsed(value)
+        if isinstance(value, dict):
+            return reading
+        if value is None and reading.strip() == "null":
+            return ""
+    return None
+
+
+def parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def merge_details(known: list[Json], new: list[Json]) -> list[Json]:
+    """OpenRouter's reasoning_details put together from their pieces: texts of one index and type grow."""
+    merged = list(known)
+    for detail in new:
+        last = merged[-1] if merged else {}
+        same = last.get("type") == detail.get("type") and last.get("index") == detail.get("index")
+        if not same or detail.get("type") == "reasoning.encrypted":
+            merged.append(detail)
+            continue
+        grown = {
+            k: str(last.get(k) or "") + detail[k]
+            for k in ("text", "summary")
+            if isinstance(detail.get(k), str)
+        }
+        merged[-1] = {**last, **{k: v for k, v in detail.items() if v is not None}, **grown}
+    return merged
+
+
+class ThinkTags:
+    """Splits a leading <think>...</think>, cut anywhere, from the text that follows it."""
+
+    def __init__(self) -> None:
+        self.mode = "start"  # start: may still open with the tag; thinking; text
+        self.rest = ""
+
+    def feed(self, text: str) -> list[tuple[str, str]]:
+        """(kind, text) pieces, kind "thinking" or "text"."""
+        self.rest += text
+        out: list[tuple[str, str]] = []
+        if self.mode == "start":
+            begin = self.rest.lstrip()
+            if begin.startswith("<think>"):
+                self.mode, self.rest = "thinking", begin[7:]
+            elif not "<think>".startswith(begin):
+                self.mode = "text"
+        if self.mode == "thinking":
+            thought, tag, after = self.rest.partition("</think>")
+            if tag:
+                out.append(("thinking", thought))
+                self.mode, self.rest = "text", after.lstrip("\n")
+            else:
+                cut = len(thought) - overlap(thought, "</think>")
+                out.append(("thinking", thought[:cut]))
+                self.rest = thought[cut:]
+        if self.mode == "text":
+            out.append(("text", self.rest))
+            self.rest = ""
+        return [(kind, part) for kind, part in out if part]
+
+    def finish(self) -> list[tuple[str, str]]:
+        rest, self.rest = self.rest, ""
+        return [("thinking" if self.mode == "thinking" else "text", rest)] if rest else []
+
+
+def overlap(text: str, tag: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `tag`."""
+    return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1891,6 +2750,360 @@ def not_a_stream(text: str, what: str) -> ApiError:
 # ----------------------------------------------------------------------------------------------------------
 # Dialects and presets (tables)
 # ----------------------------------------------------------------------------------------------------------
+# All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of PRESETS.
+
+
+class DialectStream(typing.Protocol):
+    """What reads an upstream's events; see `OpenAIStream`."""
+
+    usage: Usage | None
+
+    def feed(self, name: str, data: str) -> None: ...
+    def finish(self) -> None: ...
+
+
+class AnthropicEvents:
+    """Anthropic events read as a dialect like the others, for clients that speak another format."""
+
+    def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
+        self.out = out
+        self.usage: Usage | None = None
+
+    def feed(self, name: str, data: str) -> None:
+        try:
+            event = json.loads(data)
+            kind = event["type"]
+        except (ValueError, RecursionError, KeyError, TypeError):
+            raise not_a_stream(data, "Anthropic stream") from None
+        if kind == "error":
+            raise error_of_event(event)
+        if kind == "ping" or self.out.ended:
+            return
+        given = event.get("usage") or as_object(event.get("message")).get("usage")
+        self.usage = anthropic_usage(given, self.usage)
+        self.out.usage = self.usage or self.out.usage
+        self.out.has_content |= kind in ("content_block_delta", "content_block_stop", "message_delta")
+        self.out.stop_reason = as_object(event.get("delta")).get("stop_reason") or self.out.stop_reason
+        self.out.ended = kind == "message_stop"
+        self.out.events.append(event)
+
+    def finish(self) -> None:
+        if not self.out.ended:
+            raise ApiError(
+                502, "the provider's stream ended before the answer did", retry=Retry.SAME, cause="stream"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """A wire format: where requests go, what they are made by, what reads the answer."""
+
+    endpoint: str  # follows the base URL; {model} is filled in
+    stream: Callable[[AnthropicStream, dict[str, str], Upstream], DialectStream]
+    request: Callable[[Json, Upstream], Json] | None = None  # None: the client's own bytes are forwarded
+    auth: str = "bearer"
+    headers: tuple[tuple[str, str], ...] = ()
+    version: str = "/v1"  # what a bare host is followed by
+    is_local: bool = False  # answered in this process
+
+
+DIALECTS: dict[str, Dialect] = {
+    "anthropic": Dialect(
+        "/messages", AnthropicEvents, auth="x-api-key", headers=(("anthropic-version", "2023-06-01"),)
+    ),
+    "openai": Dialect("/chat/completions", OpenAIStream, openai_request),
+    "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
+}
+
+LOCAL = {"first_byte_timeout": 600}  # a local server loads its model first
+
+
+def preset(format: str, base_url: str, variable: str, default: str, **more: Any) -> Json:
+    """A provider table as the config has it; `more` are quirks, but for the provider's own keys."""
+    own = {k: more.pop(k) for k in tuple(more) if k in ("headers", "first_byte_timeout")}
+    key = {"api_key": f"${variable}"} if variable else {"api_key": ""}
+    return {"type": format, "base_url": base_url, "default": default, **key, **own, "quirks": more}
+
+
+def openai_effort(*names: str) -> tuple[str, ...]:
+    return names or ("minimal", "low", "medium", "high", "xhigh")
+
+
+# Base URLs, keys and quirks from the vendors' documentation and the projects' own code, November 2026.
+PRESETS: dict[str, Json] = {
+    "anthropic": preset("anthropic", "https://api.anthropic.com", "ANTHROPIC_API_KEY", "claude-sonnet-5-5"),
+    "openai": preset(
+        "openai", "https://api.openai.com/v1", "OPENAI_API_KEY", "gpt-6.1-terra", effort=["minimal", "low", "medium", "high", "xhigh"],
+        prompt_cache_key=True, files=True, web_search="options", codex="codex",
+    ),
+    "openrouter": preset(
+        "openai", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "z-ai/glm-5.3", cache_control="claude|gemini|qwen",
+        reasoning_key="reasoning_details", effort=["low", "medium", "high"], files=True, web_search="plugin",
+        transient="Provider returned error", headers={"HTTP-Referer": "https://github.com/ccmux", "X-Title": "ccmux"},
+    ),
+    "openrouter-anthropic": preset("anthropic", "https://openrouter.ai/api", "OPENROUTER_API_KEY", "z-ai/glm-5.3", auth="bearer"),
+    "zai": preset("anthropic", "https://api.z.ai/api/anthropic", "ZAI_API_KEY", "glm-5.3"),
+    "zai-openai": preset("openai", "https://api.z.ai/api/paas/v4", "ZAI_API_KEY", "glm-5.3", reasoning_replay="tool_turns"),
+    "moonshot": preset("anthropic", "https://api.moonshot.ai/anthropic", "MOONSHOT_API_KEY", "kimi-k3"),
+    "moonshot-openai": preset(
+        "openai", "https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", "kimi-k3", reasoning_replay="tool_turns",
+        effort=["low", "high", "max"],
+    ),
+    "kimi-coding": preset("anthropic", "https://api.kimi.com/coding", "KIMI_API_KEY", "kimi-for-coding", count_tokens="upstream"),
+    "deepseek": preset(
+        "anthropic", "https://api.deepseek.com/anthropic", "DEEPSEEK_API_KEY", "deepseek-v4-pro", vision=False,
+    ),
+    "deepseek-openai": preset(
+        "openai", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", "deepseek-v4-pro", reasoning_replay="tool_turns", vision=False,
+    ),
+    "minimax": preset("anthropic", "https://api.minimax.io/anthropic", "MINIMAX_API_KEY", "MiniMax-M3"),
+    "qwen": preset("anthropic", "https://dashscope-intl.aliyuncs.com/apps/anthropic", "DASHSCOPE_API_KEY", "qwen3-coder-plus"),
+    "qwen-openai": preset(
+        "openai", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY", "qwen3-coder-plus"
+    ),
+    "gemini": preset("gemini", "https://generativelanguage.googleapis.com/v1beta", "GEMINI_API_KEY", "gemini-3.8-flash"),
+    "gemini-openai": preset(
+        "openai", "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY", "gemini-3.8-flash", schema="gemini",
+        effort=["low", "medium", "high"],
+    ),
+    "groq": preset("openai", "https://api.groq.com/openai/v1", "GROQ_API_KEY", "openai/gpt-oss-120b", effort=["low", "medium", "high"]),
+    "together": preset("openai", "https://api.together.xyz/v1", "TOGETHER_API_KEY", "zai-org/GLM-5.3"),
+    "fireworks": preset("openai", "https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY", "accounts/fireworks/models/glm-5p3"),
+    "deepinfra": preset(
+        "openai", "https://api.deepinfra.com/v1/openai", "DEEPINFRA_API_KEY", "zai-org/GLM-5.3", forced_tool=False
+    ),
+    "cerebras": preset("openai", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", "zai-glm-5.3", lax_finish=True),
+    "mistral": preset("openai", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "devstral-medium-latest", tool_id="[A-Za-z0-9]{9}"),
+    "xai": preset("openai", "https://api.x.ai/v1", "XAI_API_KEY", "grok-5-fast", effort=["low", "high"]),
+    "nvidia": preset("openai", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY", "z-ai/glm-5.3"),
+    "github": preset("openai", "https://models.github.ai/inference", "GITHUB_TOKEN", "openai/gpt-4.1"),
+    "zenmux": preset("anthropic", "https://zenmux.ai/api/anthropic", "ZENMUX_API_KEY", "z-ai/glm-5.3"),
+    "nebius": preset("openai", "https://api.studio.nebius.ai/v1", "NEBIUS_API_KEY", "zai-org/GLM-5.3"),
+    "novita": preset("openai", "https://api.novita.ai/v3/openai", "NOVITA_API_KEY", "zai-org/glm-5.3"),
+    "baseten": preset("openai", "https://inference.baseten.co/v1", "BASETEN_API_KEY", "zai-org/GLM-5.3"),
+    "ollama": preset("anthropic", "http://localhost:11434", "", "", **LOCAL),
+    "lmstudio": preset("anthropic", "http://localhost:1234", "{LM_API_TOKEN:-}", "", **LOCAL),
+    "llamacpp": preset("anthropic", "http://localhost:8080", "", "", **LOCAL),
+    "vllm": preset("anthropic", "http://localhost:8000", "{VLLM_API_KEY:-}", ""),
+    "litellm": preset("anthropic", "http://localhost:4000", "LITELLM_API_KEY", "", auth="bearer"),
+    "demo": preset("demo", "", "", "demo"),
+}  # fmt: skip
+
+_VERSION_SEGMENT = re.compile(r"/v\d+(?:alpha|beta)?\d*(?=/|$)")
+
+
+def endpoint_url(base_url: str, dialect: Dialect, endpoint: str = "", model: str = "") -> str:
+    """The URL to call for a base URL in any of its usual forms: bare host, with a version, or the full endpoint."""
+    parts = urllib.parse.urlsplit(base_url.strip())
+    path = parts.path.rstrip("/")
+    for known in ("/messages", "/chat/completions", "/responses"):
+        path = path.removesuffix(known)
+    needs_version = not path or dialect.endpoint == "/messages"
+    if needs_version and not _VERSION_SEGMENT.search(path):
+        path += dialect.version
+    path += (endpoint or dialect.endpoint).format(model=urllib.parse.quote(model, safe="/@:.-"))
+    path, _, query = path.partition("?")
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, query or parts.query, ""))
+
+
+def load_config(text: str, env: Mapping[str, str], path: str = "") -> Config:
+    """`parse_config` with this file's presets and formats, and every route checked."""
+    config = parse_config(text, env, PRESETS, DIALECTS, path)
+    check_routes(config)
+    return config
+
+
+class ClientFormat(typing.Protocol):
+    """What turns Anthropic events into the bytes that a client wants."""
+
+    def feed(self, events: list[Json]) -> bytes: ...
+    def end(self, events: list[Json]) -> bytes: ...
+
+
+class EventWriter:
+    """Anthropic events as a stream."""
+
+    def feed(self, events: list[Json]) -> bytes:
+        return b"".join(map(encode_event, events))
+
+    end = feed
+
+
+class WholeMessage:
+    """Anthropic events as one JSON message, for a client that does not stream."""
+
+    def __init__(self) -> None:
+        self.events: list[Json] = []
+
+    def feed(self, events: list[Json]) -> bytes:
+        self.events.extend(events)
+        return b""
+
+    def end(self, events: list[Json]) -> bytes:
+        return compact(collect([*self.events, *events]))
+
+
+class Translation:
+    """An upstream's bytes -> the client's bytes, by way of Anthropic events. Same face as `AnthropicTap`."""
+
+    def __init__(self, stream: DialectStream, out: AnthropicStream, client: ClientFormat) -> None:
+        self.stream, self.out, self.client = stream, out, client
+        self.decoder = SseDecoder()
+        self.error: ApiError | None = None
+        self.error_relayed = False
+        self.ending = b""
+        self.head = b""  # the first bytes, until an event has been seen among them
+
+    @property
+    def usage(self) -> Usage | None:
+        return self.stream.usage
+
+    @property
+    def stop_reason(self) -> str:
+        return self.out.stop_reason
+
+    @property
+    def has_content(self) -> bool:
+        return self.out.has_content
+
+    @property
+    def ended(self) -> bool:
+        return self.out.ended
+
+    def feed(self, data: bytes) -> bytes:
+        if self.head is not None and len(self.head) < 65536:
+            self.head += data
+        return self.guarded(self.decoder.feed, data)
+
+    def finish(self) -> bytes:
+        return self.guarded(self.decoder.finish) + self.guarded(self.end_of_stream)
+
+    def guarded(self, step: Callable[..., list[bytes]], *data: bytes) -> bytes:
+        """What a step makes for the client; an ApiError is kept, so that what came before it still goes out."""
+        if self.error is None:
+            try:
+                for block in step(*data):
+                    name, text = event_of(block)
+                    if text:
+                        self.head = b""
+                        self.stream.feed(name, text)
+            except ApiError as error:
+                self.error = error
+        events = self.out.take()
+        if self.out.ended and events and not self.ending:
+            self.ending = self.client.end(events[-1:])
+            events = events[:-1]
+        return self.client.feed(events) if events else b""
+
+    def end_of_stream(self) -> list[bytes]:
+        if self.head.strip() and not self.head.lstrip().startswith(
+            (b"event:", b"data:", b":", b"id:", b"retry:")
+        ):
+            raise not_a_stream(self.head.decode("utf-8", "replace"), "event stream")
+        self.stream.finish()
+        return []
+
+    def output_text(self) -> str:
+        return "".join(self.out.text_parts)
+
+
+class AnthropicWhole:
+    """An Anthropic-format upstream's whole JSON answer, relayed as it came. Same face as `AnthropicTap`."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.size = 0
+        self.usage: Usage | None = None
+        self.usage_broken = False
+        self.stop_reason = ""
+        self.has_content = self.ended = self.error_relayed = False
+        self.error: ApiError | None = None
+        self.ending = b""
+        self.message: Json = {}
+
+    def feed(self, data: bytes) -> bytes:
+        self.parts.append(data)
+        self.size += len(data)
+        if self.size > MAX_ANSWER:
+            self.error = ApiError(
+                502, f"the provider's answer is larger than {MAX_ANSWER} bytes", cause="stream"
+            )
+        return b""
+
+    def finish(self) -> bytes:
+        body = b"".join(self.parts)
+        try:
+            message = json.loads(body)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict) or message.get("type") != "message":
+            self.error = not_a_stream(body.decode("utf-8", "replace"), "Anthropic message")
+            return b""
+        self.message, self.ending = message, body
+        self.usage = anthropic_usage(message.get("usage"))
+        self.stop_reason = str(message.get("stop_reason") or "")
+        self.has_content = self.ended = True
+        return b""
+
+    def output_text(self) -> str:
+        return "\n".join(block_text(b) for b in blocks_of(self.message.get("content")))
+
+
+MAX_ANSWER = 64 * 2**20
+
+
+# The demo provider: an answer made in this process, so that the first request works before anyone has a key.
+
+
+def demo_events(body: Json, message_id: str) -> list[Json]:
+    """The answer of the demo provider: a tool call where the prompt names one of the tools, else some words."""
+    out = AnthropicStream(message_id, str(body.get("model")), Usage(input=len(str(body)) // 4))
+    turns = turns_of(body)
+    last = turns[-1].blocks if turns else []
+    words = " ".join(_REMINDER.sub("", text) for _, text in newest_words(messages_of(body))).strip()
+    tool = demo_tool(body, words)
+    if results := results_of(last):
+        text = "\n".join(result_parts(r)[0] for r in results.values())
+        say(
+            out,
+            f"The tool answered:\n{text[:2000]}\n\nThat was the demo provider; add a real one to do real work.",
+        )
+    elif tool:
+        say(out, f"I will use {tool['name']} for that.")
+        out.tool(f"toolu_{message_id[4:28]}", str(tool["name"]))
+        out.tool_input(json.dumps(demo_input(tool, words)))
+    elif json_schema_of(body):
+        say(out, json.dumps({"title": "Demo session", "isNewTopic": True}))
+    else:
+        say(out, f"This is ccmux's built-in demo provider, and it heard: {words[:200]!r}. Set a provider's key in the "
+            "environment (ANTHROPIC_API_KEY, OPENAI_API_KEY, OPENROUTER_API_KEY, ...), or run `ccmux.py init`, "
+            "to talk to a real model. Name one of my tools to see a tool call.")  # fmt: skip
+    out.usage = Usage(input=out.usage.input, output=max(1, len("".join(out.text_parts)) // 4))
+    out.finish("end_turn")
+    return out.take()
+
+
+def say(out: AnthropicStream, text: str) -> None:
+    for word in re.findall(r"\S+\s*", text):
+        out.text(word)
+
+
+def demo_tool(body: Json, words: str) -> Json | None:
+    named = [t for t in client_tools(body) if re.search(rf"\b{re.escape(str(t['name']))}\b", words, re.I)]
+    return named[0] if named else None
+
+
+def demo_input(tool: Json, words: str) -> Json:
+    """Values for a tool's required properties: what stands in quotes or backticks in the prompt, in order."""
+    schema = as_object(tool.get("input_schema"))
+    quoted = re.findall(r"`([^`]+)`|\"([^\"]+)\"|'([^']+)'", words)
+    given = [next(filter(None, groups)) for groups in quoted]
+    empty = {"number": 1, "integer": 1, "boolean": False, "array": [], "object": {}}
+    values: Json = {}
+    for name in as_list(schema.get("required")):
+        kind = as_object(as_object(schema.get("properties")).get(name)).get("type")
+        values[name] = empty[kind] if kind in empty else (given.pop(0) if given else "echo hello")
+    return values
 
 
 # ----------------------------------------------------------------------------------------------------------
