@@ -128,21 +128,36 @@ except ImportError as error:
         raise
     bootstrap(error.name or str(error))
 
+import argparse
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import difflib
+import email.utils
 import enum
 import functools
 import hashlib
+import hmac
+import io
 import ipaddress
 import json
 import logging
+import math
+import random
 import re
+import secrets
+import shlex
+import signal
+import sqlite3
+import ssl
+import time
 import tomllib
 import typing
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from json.encoder import encode_basestring_ascii
@@ -1663,6 +1678,7 @@ class AnthropicTap:
         self.usage_broken = False
         self.stop_reason = ""
         self.has_content = self.ended = False
+        self.seen_event = False
         self.error: ApiError | None = None
         self.error_relayed = False  # the upstream's own error event is among the bytes already
         self.ending = b""  # message_stop and what follows it: sent once the settlement is durable
@@ -1683,7 +1699,10 @@ class AnthropicTap:
 
     def finish(self) -> bytes:
         """The end of the upstream's bytes: without a message_stop it is a fault."""
-        out = b"".join(map(self.relay, self.decoder.finish()))
+        rest = self.decoder.finish()
+        if rest and not self.seen_event and rest[0].lstrip()[:1] in (b"{", b"[", b"<"):
+            return self.fail(not_a_stream(rest[0].decode("utf-8", "replace"), "event stream"))
+        out = b"".join(map(self.relay, rest))
         if out and not out.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):
             out += b"\n\n"
         if not self.ended and self.error is None:
@@ -1702,6 +1721,7 @@ class AnthropicTap:
         name, data = event_of(block)
         if not data:
             return block
+        self.seen_event = True
         try:
             event = json.loads(data)
             kind = event.get("type") or name
@@ -2750,6 +2770,12 @@ def overlap(text: str, tag: str) -> int:
 # ----------------------------------------------------------------------------------------------------------
 # Dialects and presets (tables)
 # ----------------------------------------------------------------------------------------------------------
+
+
+def chat_error(error: ApiError, request_id: str) -> Json:
+    return {"error": {"message": error.message, "type": error.type, "code": None, "param": None}}
+
+
 # All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of PRESETS.
 
 
@@ -2888,6 +2914,13 @@ PRESETS: dict[str, Json] = {
     "litellm": preset("anthropic", "http://localhost:4000", "LITELLM_API_KEY", "", auth="bearer"),
     "demo": preset("demo", "", "", "demo"),
 }  # fmt: skip
+
+
+def dialect_of(provider: Provider, model: str) -> Dialect:
+    """The wire format that a provider serves a model by."""
+    codex = provider.quirks.codex
+    return DIALECTS["responses" if codex and re.search(codex, model) else provider.format]
+
 
 _VERSION_SEGMENT = re.compile(r"/v\d+(?:alpha|beta)?\d*(?=/|$)")
 
@@ -3109,33 +3142,2454 @@ def demo_input(tool: Json, words: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 # Tokens and prices (pure; the encoder is handed in)
 # ----------------------------------------------------------------------------------------------------------
+def facts_of(model: str) -> Facts:
+    return Facts()
+
+
+def price_of(config: Config, target: Target, model_name: str) -> Price | None:
+    row = config.model(model_name)
+    return target.price or (row.price if row else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    cost: int
+    markup: int
+    charge: int
+
+
+def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
+    cost = usage.input * price.input + usage.output * price.output
+    return Charge(math.ceil(cost), 0, math.ceil(cost))
+
+
+def hold_of(tokens: int, max_tokens: int, price: Price, markup_percent: Decimal) -> int:
+    return math.ceil(tokens * price.input + min(max_tokens, 4096) * price.output)
+
+
+def input_floor(tokens: int, price: Price, markup_percent: Decimal) -> int:
+    return math.ceil(tokens * price.input)
+
+
+def price_json(price: Price) -> Json:
+    return {"input": str(price.input), "output": str(price.output)}
+
+
+def count_request_body(body: Json) -> Json:
+    return {
+        k: body[k] for k in ("model", "messages", "system", "tools", "tool_choice", "thinking") if k in body
+    }
+
+
+def load_vocabulary(name: str) -> Any:
+    return None
+
+
+load_vocabulary_now = load_vocabulary
+
+
+class TokenCounter:
+    def __init__(self, load: Callable[[str], Any]) -> None:
+        self.load = load
+
+    async def count(self, body: Json, provider: str, model: str) -> int:
+        return len(json.dumps(body)) // 4
+
+    def count_now(self, body: Json, provider: str, model: str) -> int:
+        return len(json.dumps(body)) // 4
+
+    def count_text(self, text: str, model: str) -> int:
+        return len(text) // 4
+
+    def observe(self, provider: str, model: str, counted: int, true: int) -> None: ...
+
+    def export(self) -> list[Any]:
+        return []
+
+    def restore(self, rows: list[Any]) -> None: ...
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Store (SQLite)
 # ----------------------------------------------------------------------------------------------------------
+LOCAL_USER = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    id: int
+    name: str
+    disabled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    id: int
+    user_id: int
+    amount: int
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    request_id: str
+    user: str
+    session: str
+    agent: str
+    asked: str
+    route: str
+    provider: str
+    model: str
+    stream: bool
+    status: int
+    error: str
+    attempts: int
+    usage: Usage
+    cost: int | None
+    markup: int | None
+    charge: int
+    price: Json | None
+    first_token_ms: int | None
+    duration_ms: int
+    stop_reason: str
+    trail: list[list[str]]
+
+
+def settlement_row(done: Settlement) -> Json:
+    return dataclasses.asdict(done)
+
+
+class Store:
+    def __init__(self, path: str) -> None: ...
+    def open_server(self) -> None: ...
+    def close(self) -> None: ...
+    def authenticate(self, key: str) -> User | None:
+        return None
+
+    def local_user(self) -> User:
+        return User(1, LOCAL_USER)
+
+    async def hold(
+        self, user_id: int, request_id: str, amount: int, *, enforce: bool, max_concurrent: int
+    ) -> Hold:
+        return Hold(1, user_id, amount, request_id)
+
+    def answered(self, hold: Hold, floor: int) -> None: ...
+    def settle(self, hold: Hold | None, done: Settlement) -> asyncio.Future[None]:
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(None)
+        return future
+
+    def load_calibration(self) -> list[Any]:
+        return []
+
+    def save_calibration(self, rows: list[Any]) -> None: ...
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Upstream (I/O)
 # ----------------------------------------------------------------------------------------------------------
+# Envoy's and nginx's promises are the standard: never retry once content has gone out, one deadline over all tries,
+# budgets so that retries cannot multiply, exactly one probe of a half-open breaker. RELIABILITY in the README tells
+# which failure goes where.
+
+MAX_TRIES = 4  # of one client request, all targets together
+MAX_SLEEP = 15.0  # seconds of back-off of one client request
+SHORT_WAIT = 5.0  # a retry-after up to this is waited for on the same target
+KEY_COOLING = 300.0  # seconds that a refused key rests
+MAX_ERROR_BODY = 2**20
+RATE_WAIT = 1.0  # a 429 that does not say how long
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through. Times are handed in."""
+
+    failures: int = 0  # in a row
+    recent: deque[tuple[float, bool]] = field(default_factory=deque)  # (time, ok) of the last minute
+    open_until: float = 0.0
+    interval: float = 0.0  # of the last opening; 0 when closed
+    probing: bool = False
+
+    def state(self, now: float) -> str:
+        if not self.interval:
+            return "closed"
+        return "open" if now < self.open_until else "half-open"
+
+    def allows(self, now: float) -> bool:
+        """Whether a request may go now; in half-open only the one probe may."""
+        return self.state(now) == "closed" or (self.state(now) == "half-open" and not self.probing)
+
+    def begin(self, now: float) -> bool:
+        """Takes the probe's place where one is due; true if this request is it."""
+        is_probe = self.state(now) == "half-open"
+        self.probing = self.probing or is_probe
+        return is_probe
+
+    def record(self, now: float, ok: bool, is_probe: bool) -> None:
+        if is_probe:
+            self.probing = False
+        if ok:
+            self.failures, self.interval = 0, 0.0
+        else:
+            self.failures += 1
+        self.recent.append((now, ok))
+        while self.recent and self.recent[0][0] < now - 60:
+            self.recent.popleft()
+        bad = sum(not good for _, good in self.recent)
+        if not ok and (
+            is_probe or self.failures >= 5 or (len(self.recent) >= 10 and bad * 2 >= len(self.recent))
+        ):
+            self.trip(now)
+
+    def trip(self, now: float) -> None:
+        self.interval = min(self.interval * 2, 300.0) if self.interval else 10.0
+        self.open_until = now + self.interval * random.uniform(0.9, 1.1)  # noqa: S311
+        self.recent.clear()
+
+
+@dataclass(slots=True)
+class Health:
+    """What is known of one provider: for the admin page, /health, the retry budget and the concurrency cap."""
+
+    active: int = 0
+    retrying: int = 0
+    outcomes: deque[Json] = field(default_factory=lambda: deque(maxlen=50))
+    next_key: int = 0  # where the rotation of its key pool stands
+
+    def may_retry(self) -> bool:
+        return self.retrying < max(3, self.active // 5)
+
+
+@dataclass(slots=True)
+class Call:
+    """One client request on its way: what came, where it goes, and what became of it so far."""
+
+    request_id: str
+    body: Json
+    raw: bytes  # the client's own bytes of `body`; b"" where routing changed it
+    headers: Mapping[str, str]  # lower-case names
+    route: Route
+    config: Config
+    stream: bool
+    format: str = "anthropic"  # of the client: anthropic or chat
+    session: str = ""
+    tokens: int = 0  # counted input
+    query: str = ""
+    credential: str = ""  # the client's own, for passthrough providers
+    on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
+    on_raw: Callable[[str, Any], None] = lambda kind, data: None  # the inspect recorder
+    # What became of it:
+    target: Target | None = None
+    attempts: list[Json] = field(default_factory=list)
+    tries: int = 0
+    reader: Reader | None = None
+    started: float = 0.0
+    first_content: float = 0.0
+    reply_headers: dict[str, str] = field(default_factory=dict)
+    deadline: asyncio.Timeout | None = None
+    stopping: bool = False
+
+    def stop(self) -> None:
+        """Ends the request now, with an error: the server shuts down."""
+        self.stopping = True
+        if self.deadline:
+            self.deadline.reschedule(asyncio.get_running_loop().time())
+
+
+class Reader(typing.Protocol):
+    """What reads one upstream answer: `AnthropicTap`, `AnthropicWhole` or `Translation`."""
+
+    error: ApiError | None
+    error_relayed: bool
+    ending: bytes
+
+    @property
+    def usage(self) -> Usage | None: ...
+    @property
+    def stop_reason(self) -> str: ...
+    @property
+    def has_content(self) -> bool: ...
+    @property
+    def ended(self) -> bool: ...
+    def feed(self, data: bytes) -> bytes: ...
+    def finish(self) -> bytes: ...
+    def output_text(self) -> str: ...
+
+
+class Sink(typing.Protocol):
+    """Where an answer goes. `begin` sends the head of a 200; a sink that does not stream ignores both until the end."""
+
+    async def begin(self, headers: Mapping[str, str]) -> None: ...
+    async def write(self, data: bytes) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One thing to try: a target with one of its provider's keys."""
+
+    target: Target
+    provider: Provider
+    key: str
+
+    @property
+    def id(self) -> tuple[str, str, str]:
+        return (self.provider.name, self.target.actual_model, key_id(self.key))
+
+
+def key_id(key: str) -> str:
+    """A key's name in memory and logs that is not the key."""
+    return hashlib.sha256(key.encode()).hexdigest()[:8] if key else "-"
+
+
+class Watch:
+    """Ends a wait that lasts too long. One lazy timer looks now and then, so that a byte costs no timer of its own."""
+
+    def __init__(self, tick: float) -> None:
+        self.tick = tick
+        self.loop = asyncio.get_running_loop()
+        self.scope = asyncio.timeout(None)
+        self.limit, self.last, self.what = math.inf, 0.0, ""
+
+    async def __aenter__(self) -> Watch:
+        await self.scope.__aenter__()
+        self.timer = self.loop.call_later(self.tick, self.look)
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self.timer.cancel()
+        await self.scope.__aexit__(*error)
+
+    def wait(self, limit: float, what: str) -> None:
+        """From now on, `what` may take `limit` seconds."""
+        self.limit, self.last, self.what = limit, self.loop.time(), what
+        if limit < self.tick:
+            self.timer.cancel()
+            self.timer = self.loop.call_later(limit, self.look)
+
+    def look(self) -> None:
+        left = self.last + self.limit - self.loop.time()
+        if left <= 0:
+            self.scope.reschedule(self.loop.time())
+        else:
+            self.timer = self.loop.call_later(min(self.tick, max(left, 0.001)), self.look)
+
+
+class Relay:
+    """Carries requests upstream and answers back. One for the life of the server; configs come and go."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, fresh: aiohttp.ClientSession, metrics: Metrics
+    ) -> None:
+        self.session = session
+        self.fresh = fresh  # never reuses a connection: for the one retry after a stale one
+        self.metrics = metrics
+        self.health: dict[str, Health] = {}
+        self.breakers: dict[tuple[str, str, str], Breaker] = {}
+        self.cooling: dict[
+            tuple[str, str, str], float
+        ] = {}  # until when; model "" means every model of the key
+        self.learnt: dict[
+            tuple[str, str, str], frozenset[str]
+        ] = {}  # (config, provider, model): refused parameters
+        self.sticky: dict[tuple[str, str], tuple[str, str]] = {}  # (session, route) -> (provider, model)
+        self.ping_interval = 15.0
+        self.count_output: Callable[[str, str], int] = lambda text, model: len(text) // 4
+
+    async def run(self, call: Call, sink: Sink) -> None:
+        """Tries the call's targets until one answers, and sends all of that answer but its ending.
+
+        Raises ApiError when none did, or when the answer broke; `call` then tells how far it got.
+        """
+        call.started = time.monotonic()
+        total = min((p.total_timeout for p in self.providers_of(call)), default=3600.0)
+        try:
+            async with asyncio.timeout(total) as call.deadline:
+                await self.try_targets(call, sink)
+        except TimeoutError:
+            if call.stopping:
+                raise ApiError(
+                    529, "ccmux is shutting down; try again", retry_after=2, cause="shutdown"
+                ) from None
+            raise ApiError(
+                504, f"no whole answer within {total:g} s (total_timeout)", cause="timeout"
+            ) from None
+
+    def providers_of(self, call: Call) -> list[Provider]:
+        found = (call.config.provider(t.provider) for t in call.route.targets)
+        return [p for p in found if p is not None]
+
+    # Which target, which key, and whether again.
+
+    async def try_targets(self, call: Call, sink: Sink) -> None:
+        plan = Plan(self, call)
+        while True:
+            slot = plan.next_slot()
+            try:
+                await self.try_slot(call, slot, sink)
+                return
+            except ApiError as error:
+                if call.first_content or not await plan.goes_on(slot, error):
+                    raise client_error(error, slot, call) from None
+
+    async def try_slot(self, call: Call, slot: Slot, sink: Sink) -> None:
+        """One try: send, wait for content, relay. What it teaches goes into health, breaker and cool-downs."""
+        health, breaker = self.health_of(slot.provider.name), self.breakers.setdefault(slot.id, Breaker())
+        is_probe, began = breaker.begin(time.monotonic()), time.monotonic()
+        health.active += 1
+        call.tries += 1
+        error: ApiError | None = None
+        finished = False
+        try:
+            await self.exchange(call, slot, sink)
+            finished = True
+        except ApiError as failed:
+            error = failed
+            raise
+        finally:
+            health.active -= 1
+            self.learn(call, slot, error, began, is_probe, finished)
+
+    def learn(
+        self, call: Call, slot: Slot, error: ApiError | None, began: float, is_probe: bool, finished: bool
+    ) -> None:
+        """Notes how a try ended. A client that hung up teaches nothing, nor does a fault of the request."""
+        now = time.monotonic()
+        breaker, seconds = self.breakers[slot.id], now - began
+        status = error.status if error else 200 if finished else 0
+        call.attempts.append({
+            "provider": slot.provider.name, "model": slot.target.actual_model, "key": key_id(slot.key),
+            "status": status, "error": error.cause if error else "", "ms": round(seconds * 1000),
+        })  # fmt: skip
+        self.metrics.attempt(
+            slot.provider.name, slot.target.actual_model, error.cause if error else "" if finished else "gone"
+        )
+        if not finished and error is None:
+            breaker.probing = breaker.probing and not is_probe
+            return
+        blameless = error is not None and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY)
+        if blameless or (error is not None and error.cause == "stale"):
+            breaker.probing = breaker.probing and not is_probe
+        else:
+            breaker.record(now, error is None, is_probe)
+        outcome = {"time": time.time(), "ok": error is None, "status": status, "ms": round(seconds * 1000)}
+        self.health_of(slot.provider.name).outcomes.append({**outcome, "error": error.cause if error else ""})
+        if error is not None and not call.first_content:
+            self.cool(slot, error, now)
+        elif error is None and call.session:
+            self.sticky.pop((call.session, call.route.model), None)
+            self.sticky[call.session, call.route.model] = (slot.provider.name, slot.target.actual_model)
+            while len(self.sticky) > 10_000:
+                self.sticky.pop(next(iter(self.sticky)))
+
+    def cool(self, slot: Slot, error: ApiError, now: float) -> None:
+        """Lets a key rest: for a 429 as long as the upstream says, for a refused key five minutes."""
+        provider, model, key = slot.id
+        if error.cause == "http_429":
+            wait = RATE_WAIT if error.retry_after is None else error.retry_after
+            self.cooling[provider, model, key] = now + wait
+        elif error.retry is Retry.KEY and slot.key and not slot.provider.passthrough:
+            self.cooling[provider, "", key] = now + KEY_COOLING
+
+    def health_of(self, provider: str) -> Health:
+        return self.health.setdefault(provider, Health())
+
+    def rests(self, slot: Slot, now: float) -> float:
+        """Seconds until a slot's key has cooled down; 0 when it may be used."""
+        provider, model, key = slot.id
+        until = max(self.cooling.get((provider, model, key), 0.0), self.cooling.get((provider, "", key), 0.0))
+        return max(until - now, 0.0)
+
+    def slots_of(self, target: Target, provider: Provider) -> list[Slot]:
+        """A target with each of its provider's keys, in the pool's rotation."""
+        keys = provider.api_key or ("",)
+        start = self.health_of(provider.name).next_key % len(keys)
+        return [Slot(target, provider, key) for key in (*keys[start:], *keys[:start])]
+
+    # One exchange with one upstream.
+
+    async def exchange(self, call: Call, slot: Slot, sink: Sink) -> None:
+        """Sends the request and relays the answer; ApiError when either fails or lasts too long."""
+        dialect = dialect_of(slot.provider, slot.target.actual_model)
+        if dialect.is_local:
+            await self.demo(call, slot, sink)
+            return
+        watch = Watch(min(slot.provider.idle_timeout, call.config.server.client_stall_timeout, 4.0) / 4)
+        try:
+            async with watch:
+                response = await self.send(call, slot, dialect, watch)
+                await self.receive(call, slot, dialect, response, sink, watch)
+        except TimeoutError:
+            raise self.overdue(watch, slot) from None
+
+    async def receive(
+        self,
+        call: Call,
+        slot: Slot,
+        dialect: Dialect,
+        response: aiohttp.ClientResponse,
+        sink: Sink,
+        watch: Watch,
+    ) -> None:
+        done = False
+        try:
+            call.on_answer()
+            call.reader = reader = self.reader_for(call, slot, dialect)
+            call.reply_headers = answer_headers(response.headers, dialect)
+            await self.pump(call, slot, response, reader, sink, watch)
+            done = True
+        except UPSTREAM_FAULTS() as fault:
+            raise self.fault(fault, slot) from None
+        finally:
+            if done:
+                response.release()
+            else:
+                response.close()
+
+    async def send(self, call: Call, slot: Slot, dialect: Dialect, watch: Watch) -> aiohttp.ClientResponse:
+        """POSTs the request; the response once its status is 200, else an ApiError."""
+        request = self.request_for(call, slot, dialect)
+        provider = slot.provider
+        streams = call.stream or dialect.request is not None
+        limit = provider.first_byte_timeout if streams else provider.response_timeout
+        watch.wait(limit, "first byte")
+        call.on_raw("upstream request", request.data)
+        reused = Reused()
+        try:
+            response = await self.post(self.session, request, provider, reused)
+        except UPSTREAM_FAULTS() as fault:
+            if not (reused.yes and is_disconnect(fault)):
+                raise self.fault(fault, slot) from None
+            try:
+                response = await self.post(self.fresh, request, provider, reused)
+            except UPSTREAM_FAULTS() as again:
+                raise self.fault(again, slot) from None
+        if response.status != 200:
+            try:
+                raise await self.refusal(call, slot, dialect, response)
+            finally:
+                response.close()
+        return response
+
+    async def post(
+        self, session: aiohttp.ClientSession, request: UpstreamRequest, provider: Provider, reused: Reused
+    ) -> aiohttp.ClientResponse:
+        # aiohttp warns of a large body in one piece; from a file object it goes out in pieces.
+        data: Any = request.data if len(request.data) <= 2**20 else io.BytesIO(request.data)
+        return await session.post(
+            request.url,
+            data=data,
+            headers=request.headers,
+            allow_redirects=False,
+            proxy=provider.proxy or None,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=provider.connect_timeout),
+            trace_request_ctx=reused,
+        )
+
+    def request_for(self, call: Call, slot: Slot, dialect: Dialect) -> UpstreamRequest:
+        provider, target = slot.provider, slot.target
+        to = self.upstream_of(call, slot)
+        url = endpoint_url(provider.base_url, dialect, model=target.actual_model)
+        headers = upstream_headers(call, slot, dialect)
+        if dialect.request is None:
+            data = forwarded(call, to)
+            url += "?beta=true" if "beta=true" in call.query else ""
+        else:
+            data = compact(dialect.request(call.body, to))
+        return UpstreamRequest(url, headers, data)
+
+    def upstream_of(self, call: Call, slot: Slot) -> Upstream:
+        model = slot.target.actual_model
+        known = call.config.model(call.route.model)
+        facts = facts_of(model)
+        context = slot.target.context or (known.context if known else 0) or facts.context
+        skip = self.learnt.get((call.config.text_hash, slot.provider.name, model), frozenset())
+        return Upstream(
+            model, slot.provider.quirks, dataclasses.replace(facts, context=context), call.session, skip
+        )
+
+    def reader_for(self, call: Call, slot: Slot, dialect: Dialect) -> Reader:
+        secrets = call.config.secrets()
+        if dialect.request is None and call.format == "anthropic":
+            return AnthropicTap(lambda text: scrub(text, secrets)) if call.stream else AnthropicWhole()
+        to = self.upstream_of(call, slot)
+        count = functools.partial(self.count_for, to.model)
+        asked = str(call.body.get("model") or "")
+        out = AnthropicStream(
+            f"msg_{call.request_id[4:]}", asked, Usage(input=call.tokens, estimated=True), count
+        )
+        names = {upstream: client for client, upstream in tool_names(call.body).items()}
+        return Translation(dialect.stream(out, names, to), out, client_format(call))
+
+    async def pump(
+        self,
+        call: Call,
+        slot: Slot,
+        response: aiohttp.ClientResponse,
+        reader: Reader,
+        sink: Sink,
+        watch: Watch,
+    ) -> None:
+        """Relays an answer. Until its first content nothing goes out, and a fault is one that another try may mend."""
+        idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
+        held = b""
+        while not reader.ended and reader.error is None:
+            data = await response.content.readany()
+            call.on_raw("upstream", data)
+            out = reader.feed(data) if data else reader.finish()
+            if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
+                call.first_content = time.monotonic()
+                call.target = slot.target
+                await sink.begin(call.reply_headers)
+                out, held = held + out, b""
+            if call.first_content and out:
+                watch.wait(stall, "client")
+                await sink.write(out)
+            else:
+                held = held + out
+            if not data:
+                break
+            watch.wait(idle, "next byte")
+        if reader.error is not None:
+            raise reader.error
+
+    def count_for(self, model: str, text: str) -> int:
+        return self.count_output(text, model)
+
+    async def demo(self, call: Call, slot: Slot, sink: Sink) -> None:
+        """The in-process provider: its events, at the pace of a quick model."""
+        call.on_answer()
+        events = demo_events(call.body, f"msg_{call.request_id[4:]}")
+        out = AnthropicStream("", "", Usage())
+        to = self.upstream_of(call, slot)
+        call.reader = reader = Translation(AnthropicEvents(out, {}, to), out, client_format(call))
+        call.target, call.first_content = slot.target, time.monotonic()
+        await sink.begin({})
+        for event in events:
+            await sink.write(reader.feed(encode_event(event)))
+            await asyncio.sleep(0.01 if call.stream else 0)
+
+    async def refusal(
+        self, call: Call, slot: Slot, dialect: Dialect, response: aiohttp.ClientResponse
+    ) -> ApiError:
+        """The error that an answer with another status than 200 amounts to."""
+        try:
+            async with asyncio.timeout(10):
+                body = await response.content.read(MAX_ERROR_BODY)
+                while len(body) < MAX_ERROR_BODY and (more := await response.content.read(MAX_ERROR_BODY)):
+                    body += more
+        except UPSTREAM_FAULTS():
+            body = b""
+        call.on_raw("upstream", body)
+        text = scrub(body.decode("utf-8", "replace"), call.config.secrets())
+        try:
+            payload = json.loads(text)
+        except (ValueError, RecursionError):
+            payload = text.strip() if not text.lstrip().startswith("<") else ""
+        to = self.upstream_of(call, slot)
+        error = upstream_error(response.status, payload, tokens=call.tokens, context=to.facts.context)
+        error.retry_after = retry_after(response.headers)
+        should = response.headers.get("x-should-retry", "").lower()
+        error.should_retry = {"true": True, "false": False}.get(should)
+        if dialect.request is None and call.format == "anthropic" and isinstance(payload, dict):
+            error.headers = answer_headers(response.headers, dialect)
+            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(error_words(payload))
+            error.raw = text.encode() if keeps_words else b""
+        return error
+
+    def overdue(self, watch: Watch, slot: Slot) -> ApiError:
+        if watch.what == "client":
+            return ApiError(408, f"the client stopped reading for {watch.limit:g} s", cause="client_stall")
+        words = (
+            f"provider {slot.provider.name} sent nothing for {watch.limit:g} s (waiting for its {watch.what})"
+        )
+        return ApiError(504, words, retry=Retry.NEXT, cause="timeout")
+
+    def fault(self, fault: BaseException, slot: Slot) -> ApiError:
+        """A failure below HTTP as an ApiError. Its own words may hold a URL with a key, so they are not passed on."""
+        name = slot.provider.name
+        if isinstance(fault, aiohttp.ServerTimeoutError):
+            words = f"provider {name} could not be reached within {slot.provider.connect_timeout:g} s"
+            return ApiError(502, words, retry=Retry.SAME, cause="connect")
+        if isinstance(fault, aiohttp.ClientConnectorError):
+            reason = fault.os_error.strerror or type(fault.os_error).__name__
+            words = f"provider {name} could not be reached: {reason}; check its base_url and that it runs"
+            return ApiError(502, words, retry=Retry.SAME, cause="connect")
+        words = f"the connection to provider {name} broke ({type(fault).__name__})"
+        return ApiError(502, words, retry=Retry.SAME, cause="disconnect")
+
+
+@functools.cache
+def UPSTREAM_FAULTS() -> tuple[type[Exception], ...]:  # noqa: N802
+    """What aiohttp raises when an upstream misbehaves; it lets ValueErrors out of malformed heads and chunks.
+
+    A TimeoutError is an OSError. A function, because --help works before aiohttp is installed.
+    """
+    return (aiohttp.ClientError, OSError, ssl.SSLError, ValueError, RecursionError)
+
+
+def is_disconnect(fault: BaseException) -> bool:
+    kinds = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError)
+    return isinstance(fault, kinds) and not isinstance(fault, aiohttp.ClientConnectorError)
+
+
+@dataclass(slots=True)
+class Reused:
+    """Told by aiohttp's tracing: whether a request went out on a connection that had served before."""
+
+    yes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRequest:
+    url: str
+    headers: dict[str, str]
+    data: bytes = field(repr=False)
+
+
+class Plan:
+    """The order of tries of one call, and its budgets."""
+
+    def __init__(self, relay: Relay, call: Call) -> None:
+        self.relay, self.call = relay, call
+        self.tries: dict[tuple[str, str], int] = {}
+        self.total = 0
+        self.slept = 0.0
+        self.again: Slot | None = None  # the same slot once more
+        self.done: set[tuple[str, str, str]] = set()  # slots not to be tried again
+        self.uncounted: set[str] = set()  # mends that were tried: each at most once
+        self.smallest = 0  # context of the target that said the prompt is too long
+
+    def next_slot(self) -> Slot:
+        """The next thing to try; ApiError 429 or 529 when all there is rests or is broken."""
+        self.total += 1
+        if self.again:
+            slot, self.again = self.again, None
+        else:
+            slot = self.first_free()
+        target = (slot.provider.name, slot.target.actual_model)
+        self.tries[target] = self.tries.get(target, 0) + 1
+        return slot
+
+    def first_free(self) -> Slot:
+        now = time.monotonic()
+        slots = [s for s in self.slots() if s.id not in self.done]
+        for slot in slots:
+            if self.is_free(slot, now):
+                self.relay.health_of(slot.provider.name).next_key += (
+                    1 if len(slot.provider.api_key) > 1 else 0
+                )
+                return slot
+        raise self.nothing_free(slots, now)
+
+    def slots(self) -> list[Slot]:
+        """Every slot of the call, the session's own target first."""
+        found = []
+        for target in self.call.route.targets:
+            provider = self.call.config.provider(target.provider)
+            if provider and provider.usable:
+                found.extend(self.relay.slots_of(target, provider))
+        mine = (
+            self.relay.sticky.get((self.call.session, self.call.route.model)) if self.call.session else None
+        )
+        return (
+            sorted(found, key=lambda s: (s.provider.name, s.target.actual_model) != mine) if mine else found
+        )
+
+    def is_free(self, slot: Slot, now: float) -> bool:
+        health = self.relay.health_of(slot.provider.name)
+        breaker = self.relay.breakers.get(slot.id)
+        full = health.active >= slot.provider.max_concurrent
+        return not full and not self.relay.rests(slot, now) and (breaker is None or breaker.allows(now))
+
+    def nothing_free(self, slots: list[Slot], now: float) -> ApiError:
+        if not slots:
+            problems = [
+                f"provider {p.name}: {p.problem or 'enabled = false'}"
+                for p in self.relay.providers_of(self.call)
+            ]
+            why = "; ".join(problems) or "no provider serves it"
+            return ApiError(
+                500, f"model {self.call.route.model!r} has no usable provider: {why}", should_retry=False
+            )
+        rests = [self.relay.rests(slot, now) for slot in slots]
+        if all(rests):
+            wait = math.ceil(min(rests))
+            text = f"every provider of {self.call.route.model!r} is limiting requests; the next is free in {wait} s"
+            return ApiError(429, text, retry_after=wait, cause="cooling")
+        waits = [b.open_until - now for s in slots if (b := self.relay.breakers.get(s.id))] + [
+            r for r in rests if r
+        ]
+        wait = math.ceil(min(max(min(waits, default=1.0), 1.0), 60.0))
+        text = (
+            f"every provider of {self.call.route.model!r} is failing or busy; ccmux tries again in {wait} s"
+        )
+        return ApiError(529, text, retry_after=wait, cause="unavailable")
+
+    async def goes_on(self, slot: Slot, error: ApiError) -> bool:
+        """After a failed try: whether there is another, and the wait before it. The budgets are kept here."""
+        if self.mends(slot, error):
+            self.total -= 1
+            self.tries[slot.provider.name, slot.target.actual_model] -= 1
+            self.again = slot
+            return True
+        if self.total >= MAX_TRIES or error.retry is Retry.NO:
+            return False
+        if error.retry is Retry.LARGER:
+            return self.has_larger(slot)
+        if self.tries_same(slot, error):
+            return await self.backs_off(slot, error)
+        self.done.add(slot.id)
+        if error.retry is not Retry.KEY:
+            self.done |= {s.id for s in self.slots() if s.target == slot.target}
+        now = time.monotonic()
+        return any(s.id not in self.done and self.is_free(s, now) for s in self.slots())
+
+    def tries_same(self, slot: Slot, error: ApiError) -> bool:
+        """Whether the same target gets another try: for a passing fault, and a limit that ends soon."""
+        count = self.tries[slot.provider.name, slot.target.actual_model]
+        if count > slot.provider.max_retries or not self.relay.health_of(slot.provider.name).may_retry():
+            return False
+        others = [s for s in self.slots() if s.id not in self.done and s.id != slot.id]
+        free = [s for s in others if self.is_free(s, time.monotonic())]
+        if error.cause == "http_429":
+            wait = RATE_WAIT if error.retry_after is None else error.retry_after
+            same_pool = any(s.target == slot.target for s in free)
+            return wait <= SHORT_WAIT and error.should_retry is not False and not same_pool
+        if error.cause == "connect":
+            return not free
+        if error.status == 529:
+            return not free
+        return error.retry is Retry.SAME
+
+    async def backs_off(self, slot: Slot, error: ApiError) -> bool:
+        """Waits before the same slot is tried again; false when that would take too long."""
+        count = self.tries[slot.provider.name, slot.target.actual_model]
+        wait = random.uniform(0, min(4.0, 0.25 * 2 ** (count - 1)))  # noqa: S311  (full jitter)
+        if error.retry_after is not None or error.cause == "http_429":
+            wait += RATE_WAIT if error.retry_after is None else min(error.retry_after, SHORT_WAIT)
+        if self.slept + wait > MAX_SLEEP:
+            return False
+        self.slept += wait
+        health = self.relay.health_of(slot.provider.name)
+        health.retrying += 1
+        try:
+            await asyncio.sleep(wait)
+        finally:
+            health.retrying -= 1
+        breaker = self.relay.breakers.get(slot.id)
+        self.again = slot
+        return breaker is None or breaker.allows(time.monotonic()) or len(self.slots()) == 1
+
+    def mends(self, slot: Slot, error: ApiError) -> bool:
+        """Whether a 400 names something that this request can do without: a parameter, a thinking signature."""
+        if error.status != 400:
+            return False
+        transient = slot.provider.quirks.transient
+        if transient and transient in error.message:
+            return self.once("transient")
+        if dialect_of(slot.provider, slot.target.actual_model).request is None:
+            is_signature = "signature" in error.message and "thinking" in error.message
+            if is_signature and self.once("signature"):
+                self.call.body, self.call.raw = without_thinking(self.call.body), b""
+                return True
+            return False
+        name = refused_parameter(error.message)
+        place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
+        known = self.relay.learnt.get(place, frozenset())
+        if not name or name in known:
+            return False
+        self.relay.learnt[place] = known | {name}
+        return True
+
+    def once(self, mend: str) -> bool:
+        is_new = mend not in self.uncounted
+        self.uncounted.add(mend)
+        return is_new
+
+    def has_larger(self, slot: Slot) -> bool:
+        """After an overflow: whether a target with a larger context is left; the others are not tried."""
+        mine = self.relay.upstream_of(self.call, slot).facts.context
+        for other in self.slots():
+            if self.relay.upstream_of(self.call, other).facts.context <= mine:
+                self.done.add(other.id)
+        now = time.monotonic()
+        return any(s.id not in self.done and self.is_free(s, now) for s in self.slots())
+
+
+DROPPABLE = (
+    "temperature", "top_p", "top_k", "reasoning_effort", "stream_options", "parallel_tool_calls", "prompt_cache_key",
+    "stop", "response_format", "tool_choice", "max_tokens", "max_completion_tokens", "web_search_options", "plugins",
+    "reasoning", "include", "store", "text", "thinking", "metadata", "cache_control",
+)  # fmt: skip
+_REFUSES = re.compile(
+    r"(?i)unsupported|unknown|unrecognized|not supported|not permitted|extra inputs|does not support|unexpected|"
+    r"not allowed|no longer supported|only the default|invalid.{0,20}parameter|not (?:a )?valid"
+)
+
+
+def refused_parameter(message: str) -> str:
+    """The parameter that a 400 says the upstream does not know; "" where it says another thing."""
+    if not _REFUSES.search(message):
+        return ""
+    quoted = re.findall(r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)", message)
+    named = [name.split(".")[0] for names in quoted for name in names if name]
+    return next((name for name in named if name in DROPPABLE), "")
+
+
+def without_thinking(body: Json) -> Json:
+    """The request without thinking blocks, for an upstream that refuses the signature of one."""
+    return rewritten(body, lambda block: block.get("type") not in ("thinking", "redacted_thinking"))
+
+
+def without_foreign_thinking(body: Json) -> Json:
+    """The request without thinking blocks that ccmux made for other models, or that carry no signature."""
+
+    def is_own(block: Json) -> bool:
+        if block.get("type") not in ("thinking", "redacted_thinking"):
+            return True
+        mark = block.get("signature" if block["type"] == "thinking" else "data")
+        return bool(mark) and not str(mark).startswith(SIGNATURE_TAG)
+
+    return rewritten(body, is_own)
+
+
+def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
+    """The request with only those assistant blocks that `keeps` accepts; turns left empty are taken out."""
+    messages = []
+    for message in messages_of(body):
+        content = message.get("content")
+        if message.get("role") == "assistant" and isinstance(content, list):
+            kept = [b for b in content if not isinstance(b, dict) or keeps(b)]
+            message = {**message, "content": kept}
+            if content and not kept:
+                continue
+        messages.append(message)
+    return {**body, "messages": messages}
+
+
+def forwarded(call: Call, to: Upstream) -> bytes:
+    """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must go."""
+    body, raw = call.body, call.raw
+    # Only blocks that ccmux made carry its tag; the search is cheap, the rebuild is not.
+    if not raw or SIGNATURE_TAG.encode() in raw or b'"signature":""' in raw or b'"signature": ""' in raw:
+        clean = without_foreign_thinking(body)
+        body, raw = (clean, b"") if clean != body else (body, raw)
+    drop = {k for k in (*to.quirks.drop, *to.skip) if k in body}
+    if drop or to.quirks.extra_body:
+        body, raw = {k: v for k, v in body.items() if k not in drop} | to.quirks.extra_body, b""
+    if not raw:
+        return compact({**body, "model": to.model})
+    return raw if body.get("model") == to.model else with_model(raw, str(body["model"]), to.model)
+
+
+_MODEL_KEY = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.)*)"')
+
+
+def with_model(raw: bytes, old: str, new: str) -> bytes:
+    """The body's bytes with the top-level model's name changed and nothing else.
+
+    `"model":` as a key cannot stand inside a JSON string (its quotes would be escaped), so only keys match. The first
+    match is the top-level one where nothing was opened before it but the object itself; else the object is walked.
+    """
+    match = _MODEL_KEY.search(raw)
+    if match is None or raw.count(b"{", 0, match.start()) != 1 or b"[" in raw[: match.start()]:
+        match = top_level_model(raw)
+    if match is None or match[1] != old.encode():
+        return compact({**json.loads(raw), "model": new})
+    return raw[: match.start(1)] + json.dumps(new)[1:-1].encode() + raw[match.end(1) :]
+
+
+def top_level_model(raw: bytes) -> re.Match[bytes] | None:
+    """The match of the top-level `"model": "..."`, found by the depth it stands at."""
+    depth = 0
+    for token in re.finditer(rb'"(?:[^"\\]|\\.)*"|[{}\[\]]', raw):
+        if token[0] in (b"{", b"["):
+            depth += 1
+        elif token[0] in (b"}", b"]"):
+            depth -= 1
+        elif depth == 1 and token[0] == b'"model"' and (match := _MODEL_KEY.match(raw, token.start())):
+            return match
+    return None
+
+
+# Headers. Allow-lists both ways: what is not named does not pass.
+
+_PASS_UP = re.compile(r"(?:anthropic|x-claude-code|x-stainless)-[a-z0-9-]+|user-agent|x-app")
+_PASS_DOWN = re.compile(r"retry-after(?:-ms)?|x-should-retry|anthropic-ratelimit-[a-z0-9-]+|request-id")
+
+
+def upstream_headers(call: Call, slot: Slot, dialect: Dialect) -> dict[str, str]:
+    headers = {
+        "content-type": "application/json",
+        "accept-encoding": "identity",
+        "user-agent": f"ccmux/{__version__}",
+    }
+    headers["accept"] = "text/event-stream" if call.stream or dialect.request else "application/json"
+    headers.update(dialect.headers)
+    if dialect.request is None:
+        headers.update({k: v for k, v in call.headers.items() if _PASS_UP.fullmatch(k)})
+    headers.update(auth_headers(slot, dialect, call))
+    headers.update({k.lower(): v for k, v in slot.provider.headers.items()})
+    return headers
+
+
+def auth_headers(slot: Slot, dialect: Dialect, call: Call) -> dict[str, str]:
+    if slot.provider.passthrough:
+        name, _, value = call.credential.partition(" ")
+        return {name: value} if value else {}
+    style = slot.provider.quirks.auth or dialect.auth
+    ways = {
+        "x-api-key": ("x-api-key",),
+        "bearer": ("authorization",),
+        "both": ("x-api-key", "authorization"),
+        "x-goog-api-key": ("x-goog-api-key",),
+    }
+    values = {"authorization": f"Bearer {slot.key}"}
+    return {name: values.get(name, slot.key) for name in ways.get(style, ()) if slot.key}
+
+
+def answer_headers(headers: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
+    """What of an Anthropic-format upstream's headers the client gets."""
+    if dialect.request is not None:
+        return {}
+    return {k.lower(): v for k, v in headers.items() if _PASS_DOWN.fullmatch(k.lower())}
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, from retry-after-ms or retry-after as a number or an HTTP date; within 0 to 3600."""
+    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name, "").strip()
+        if not value:
+            continue
+        try:
+            seconds = float(value) * scale
+        except ValueError:
+            try:
+                seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+            except (ValueError, TypeError, OverflowError):
+                continue
+        return 0.0 if seconds != seconds else min(max(seconds, 0.0), 3600.0)
+    return None
+
+
+def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
+    """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's login."""
+    if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
+        name = slot.provider.name
+        words = (
+            f"provider {name} refuses ccmux's key ({error.status}): check api_key of [[providers]] {name!r}"
+        )
+        return ApiError(
+            500, f"{words}. It said: {error.message[:300]}", should_retry=False, cause=error.cause
+        )
+    if error.status == 529 and error.retry_after is None:
+        error.retry_after = 5.0
+    return error
+
+
+def client_format(call: Call) -> ClientFormat:
+    return EventWriter() if call.stream else WholeMessage()
+
+
+class Metrics:
+    """Counters and histograms in Prometheus' text format. Names as the field has them."""
+
+    BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self.in_flight = 0
+
+    def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
+        key = (name, tuple(labels.items()))
+        self.counts[key] = self.counts.get(key, 0) + amount
+
+    def attempt(self, provider: str, model: str, error: str) -> None:
+        self.add("ccmux_upstream_attempts_total", provider=provider, model=model)
+        if error:
+            self.add("ccmux_upstream_errors_total", provider=provider, error=error)
+
+    def observe(self, name: str, seconds: float, **labels: str) -> None:
+        for bound in (*self.BUCKETS, math.inf):
+            if seconds <= bound:
+                self.add(f"{name}_bucket", 1, **labels, le="+Inf" if bound == math.inf else f"{bound:g}")
+        self.add(f"{name}_sum", seconds, **labels)
+        self.add(f"{name}_count", 1, **labels)
+
+    def render(self, gauges: Mapping[str, float]) -> str:
+        lines = [
+            f"{name}{labels_text(labels)} {value:g}" for (name, labels), value in sorted(self.counts.items())
+        ]
+        lines += [f"{name} {value:g}" for name, value in gauges.items()]
+        return "\n".join(lines) + "\n"
+
+
+def labels_text(labels: tuple[tuple[str, str], ...]) -> str:
+    def quoted(value: str) -> str:
+        return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+    return "{" + ",".join(f'{k}="{quoted(v)}"' for k, v in labels) + "}" if labels else ""
 
 
 # ----------------------------------------------------------------------------------------------------------
 # HTTP API
 # ----------------------------------------------------------------------------------------------------------
+# Handlers are thin: guard, read, ask the sections above, answer. Every error leaves through one middleware, in
+# Anthropic's shape, with a request id.
+
+
+@dataclass(slots=True)
+class State:
+    """The only thing that changes while the server runs. Config is swapped whole; a request reads it once."""
+
+    config: Config
+    store: Store
+    relay: Relay
+    counter: TokenCounter
+    metrics: Metrics
+    admin_token: str = field(default="", repr=False)
+    config_error: str = ""  # why the file on disk is not the config in use
+    draining: bool = False
+    started: float = field(default_factory=time.monotonic)
+    calls: dict[str, Call] = field(default_factory=dict)  # in flight, by request id
+    failures: dict[str, deque[float]] = field(default_factory=dict)  # times of wrong tokens, by address
+    listeners: set[asyncio.Queue[Json]] = field(default_factory=set)  # of the live request log
+    refused_counts: dict[str, float] = field(
+        default_factory=dict
+    )  # provider -> until when it is not asked to count
+
+
+@functools.cache
+def state_key() -> web.AppKey[State]:
+    return web.AppKey("state", State)
+
+
+def state_of(request: web.Request) -> State:
+    return request.app[state_key()]
+
+
+log = logging.getLogger("ccmux")
+
+
+def one_line(value: Any) -> str:
+    """A value for a log line: control characters escaped, so that nobody can write a line of their own."""
+    text = str(value)
+    safe = text if text.isprintable() else text.encode("unicode_escape", "backslashreplace").decode()
+    return f'"{safe}"' if " " in safe or not safe else safe
+
+
+# The guard in front of every route.
+
+LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "[::1]"}
+CHANGING = {"POST", "PUT", "PATCH", "DELETE"}
+
+
+def guard(request: web.Request, config: Config) -> None:
+    """ApiError for what no handler should see: other hosts' names, other sites' pages, bodies that are not JSON."""
+    check_host(request, config)
+    check_site(request)
+    headers = request.headers
+    if request.method in CHANGING and request.content_type != "application/json":
+        raise ApiError(415, "send Content-Type: application/json")
+    if headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise ApiError(415, "compressed request bodies are not taken; send it plain")
+    if (request.content_length or 0) > MAX_BODY:
+        raise ApiError(413, f"the request is larger than {MAX_BODY // 2**20} MB")
+
+
+def check_host(request: web.Request, config: Config) -> None:
+    """A page that re-binds its own name to this address (DNS rebinding) still sends its own name as Host."""
+    names = [request.headers.get("Host", "")]
+    if "://" in request.raw_path.partition("?")[0]:  # absolute-form: that name counts as well
+        names.append(urllib.parse.urlsplit(request.raw_path).netloc)
+    allowed = LOOPBACK_HOSTS | {host_name(h) for h in config.server.allowed_hosts}
+    for name in names:
+        if host_name(name) not in allowed:
+            words = "add it to allowed_hosts in [server] if it is this server's own name"
+            raise ApiError(421, f"this server is not called {name[:100]!r}; {words}")
+
+
+def host_name(host: str) -> str:
+    """A Host without its port and trailing dot, in lower case; "" where it is malformed."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::\d{1,5})?", host)
+    return match[1].rstrip(".").lower() if match else ""
+
+
+def check_site(request: web.Request) -> None:
+    """No other site's page may call this server; the two pages themselves may be linked to from anywhere."""
+    path, headers = request.path, request.headers
+    origin, site = headers.get("Origin"), headers.get("Sec-Fetch-Site", "none")
+    if path.startswith("/v1"):
+        if origin is not None or site != "none":
+            raise ApiError(403, "this API is for programs, not for web pages")
+    elif path.startswith(("/api/", "/admin/api/", "/metrics")):
+        own = f"{request.scheme}://{headers.get('Host', '')}"
+        if origin not in (None, own) or site not in ("none", "same-origin"):
+            raise ApiError(403, "this API answers only its own pages")
+
+
+async def answer_errors(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
+    """The middleware around everything: an id for the request, the guard, errors in Anthropic's shape."""
+    request["id"] = f"req_{secrets.token_hex(12)}"
+    try:
+        guard(request, state_of(request).config)
+        response: web.StreamResponse = await handler(request)
+    except ApiError as error:
+        response = error_response(request, error)
+    except web.HTTPException as error:
+        response = error_response(request, http_error(request, error))
+    except Exception:
+        log.exception("request %s failed inside ccmux", request["id"])
+        response = error_response(request, ApiError(500, "ccmux failed at this request; its log says why"))
+    if not response.prepared:
+        response.headers.setdefault("request-id", request["id"])
+        response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        response.headers["Server"] = "ccmux"
+    return response
+
+
+def http_error(request: web.Request, error: web.HTTPException) -> ApiError:
+    if error.status == 404:
+        return ApiError(404, f"there is no {request.path[:200]!r} here; Claude Code talks to /v1/messages")
+    if error.status == 405:
+        return ApiError(405, f"{request.method} is not for {request.path[:200]!r}")
+    return ApiError(error.status if error.status >= 400 else 502, error.reason)
+
+
+def error_response(request: web.Request, error: ApiError) -> web.Response:
+    headers = {**error.headers, **error_headers(error)}
+    headers.setdefault("request-id", request["id"])
+    if request.method == "POST" and request.path == "/v1/chat/completions":
+        body = compact(chat_error(error, request["id"]))
+    else:
+        body = error.raw or compact(error.body(request["id"]))
+    return web.Response(status=error.status, body=body, headers=headers, content_type="application/json")
+
+
+def error_headers(error: ApiError) -> dict[str, str]:
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after))
+    if error.should_retry is not None:
+        headers["x-should-retry"] = "true" if error.should_retry else "false"
+    return headers
+
+
+async def expect_continue(request: web.Request) -> web.StreamResponse | None:
+    """`Expect: 100-continue`: what the guard refuses is refused before the body is asked for."""
+    request["id"] = f"req_{secrets.token_hex(12)}"
+    try:
+        guard(request, state_of(request).config)
+        if request.headers["Expect"].lower() != "100-continue":
+            raise ApiError(417, "the only expectation known here is 100-continue")
+    except ApiError as error:
+        return error_response(request, error)
+    if request.transport:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    return None
+
+
+# Who is asking.
+
+
+def credentials(request: web.Request) -> list[tuple[str, str, str]]:
+    """(header, its value, the key in it) for each credential a client sent."""
+    found = []
+    if key := request.headers.get("x-api-key", "").strip():
+        found.append(("x-api-key", key, key))
+    bearer = request.headers.get("Authorization", "")
+    if bearer[:7].lower() == "bearer " and bearer[7:].strip():
+        found.append(("authorization", bearer, bearer[7:].strip()))
+    return found
+
+
+def client_of(request: web.Request, state: State) -> tuple[User, str]:
+    """The user a request is from, and the credential that is not a ccmux key (for passthrough providers)."""
+    given = credentials(request)
+    own = ""
+    user: User | None = None
+    for header, value, key in given:
+        known = state.store.authenticate(key)
+        user = user or known
+        own = own or ("" if known else f"{header} {value}")
+    if user and user.disabled:
+        raise ApiError(403, f"user {user.name} is disabled; ask whoever runs this ccmux", should_retry=False)
+    if user is None and state.config.server.require_key:
+        count_failure(state, request)
+        words = "unknown key" if given else "a key is needed"
+        raise ApiError(401, f"{words}: set ANTHROPIC_API_KEY to your ccmux key", should_retry=False)
+    return user or state.store.local_user(), own
+
+
+def count_failure(state: State, request: web.Request) -> None:
+    """Ten wrong tokens a minute from one address; then 429. A right one never comes here."""
+    now, address = time.monotonic(), request.remote or ""
+    times = state.failures.setdefault(address, deque(maxlen=10))
+    if len(times) == 10 and times[0] > now - 60:
+        raise ApiError(
+            429, "too many wrong keys; wait a minute", retry_after=60 - (now - times[0]), should_retry=False
+        )
+    times.append(now)
+    while len(state.failures) > 10_000:
+        state.failures.pop(next(iter(state.failures)))
+
+
+def is_admin(request: web.Request, state: State) -> bool:
+    """Whether the admin token came as Bearer. Compared as bytes: str comparison raises beyond ASCII."""
+    bearer = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+    wanted = f"Bearer {state.admin_token}".encode()
+    return bool(state.admin_token) and hmac.compare_digest(bearer, wanted)
+
+
+def require_admin(request: web.Request) -> State:
+    state = state_of(request)
+    if not is_admin(request, state):
+        count_failure(state, request)
+        raise ApiError(
+            401, "the admin token is needed; the start-up text has the link, `ccmux.py token` prints it"
+        )
+    return state
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The whole body; ApiError 408 when it stalls or takes too long, 413 when it grows too large."""
+    limit = state_of(request).config.server.body_timeout
+    chunks: list[bytes] = []
+    size = 0
+    watch = Watch(min(limit, 30.0) / 4)
+    try:
+        async with asyncio.timeout(limit), watch:
+            while chunk := await request.content.readany():
+                size += len(chunk)
+                if size > MAX_BODY:
+                    raise ApiError(413, f"the request is larger than {MAX_BODY // 2**20} MB")
+                chunks.append(chunk)
+                watch.wait(30.0, "body")
+    except TimeoutError:
+        raise ApiError(408, "the request body did not arrive in time") from None
+    except (aiohttp.ClientError, web.RequestPayloadError, ValueError) as fault:
+        raise ApiError(400, f"the request body is broken ({type(fault).__name__})") from None
+    return b"".join(chunks)
+
+
+# Messages.
+
+
+async def post_messages(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, credential = client_of(request, state)
+    raw = await read_body(request)
+    call = await plan_call(request, state, strict_json(raw), raw)
+    call.credential = credential
+    return await Exchange(request, state, call, user).serve()
+
+
+async def plan_call(
+    request: web.Request, state: State, body: Json, raw: bytes, format: str = "anthropic"
+) -> Call:
+    """Routes and counts a request. The count comes first only where a rule needs it."""
+    config = state.config
+    headers = {k.lower(): v for k, v in request.headers.items()}
+    early = await state.counter.count(body, "", asked_model(body)) if config.router.long_context else 0
+    route = choose_route(body, headers, config, early)
+    changed = route.body
+    first = route.targets[0]
+    refuse_safeguards(body, config, route)
+    return Call(
+        request_id=request["id"],
+        body=changed or body,
+        raw=b"" if changed else raw,
+        headers=headers,
+        route=route,
+        config=config,
+        stream=body.get("stream") is True,
+        format=format,
+        session=session_of(body, headers),
+        tokens=await state.counter.count(changed or body, first.provider, first.actual_model),
+        query=request.query_string,
+    )
+
+
+def refuse_safeguards(body: Json, config: Config, route: Route) -> None:
+    """Auto mode's `safeguards` need an upstream that speaks Anthropic's format; the client then does without."""
+    formats = [p.format for t in route.targets if (p := config.provider(t.provider))]
+    if "safeguards" in body and formats and all(DIALECTS[f].request for f in formats):
+        raise ApiError(400, "safeguards: Extra inputs are not permitted")
+
+
+def session_of(body: Json, headers: Mapping[str, str]) -> str:
+    """Claude Code's session id: from its header, or from the JSON text in metadata.user_id."""
+    if session := headers.get("x-claude-code-session-id"):
+        return session[:128]
+    given = as_object(body.get("metadata")).get("user_id")
+    if not isinstance(given, str):
+        return ""
+    try:
+        return str(as_object(json.loads(given)).get("session_id") or "")[:128]
+    except (ValueError, RecursionError):
+        return given.partition("session_")[2][:128]
+
+
+class StreamSink:
+    """A streaming client. Its 200 goes out with the first bytes, or with the first ping."""
+
+    def __init__(self, request: web.Request, headers: Callable[[], dict[str, str]], interval: float) -> None:
+        self.request, self.headers, self.interval = request, headers, interval
+        self.response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        )
+        self.began = False
+        self.last = time.monotonic()
+        self.pinger = asyncio.create_task(self.ping_when_silent())
+
+    async def begin(self, headers: Mapping[str, str]) -> None:
+        if not self.began:
+            self.began = True
+            self.response.headers.update({**self.headers(), **headers})
+            self.response.headers["X-Accel-Buffering"] = "no"
+            await self.response.prepare(self.request)
+
+    async def write(self, data: bytes) -> None:
+        if data:
+            self.last = time.monotonic()
+            await self.response.write(data)
+
+    async def ping_when_silent(self) -> None:
+        """Keeps the client waiting. What is written elsewhere is whole events, so a ping always fits between."""
+        while True:
+            await asyncio.sleep(max(self.last + self.interval - time.monotonic(), 0.01))
+            if time.monotonic() - self.last >= self.interval:
+                await self.begin({})
+                await self.write(PING)
+
+    async def finish(self, ending: bytes) -> web.StreamResponse:
+        await self.write(ending)
+        await self.response.write_eof()
+        return self.response
+
+    def close(self) -> None:
+        self.pinger.cancel()
+
+
+class WholeSink:
+    """A client that gets one JSON body."""
+
+    def __init__(self, headers: Callable[[], dict[str, str]]) -> None:
+        self.headers = headers
+        self.reply: dict[str, str] = {}
+
+    async def begin(self, headers: Mapping[str, str]) -> None:
+        self.reply = dict(headers)
+
+    async def write(self, data: bytes) -> None:
+        return
+
+    async def finish(self, ending: bytes) -> web.StreamResponse:
+        return web.Response(
+            body=ending, headers={**self.headers(), **self.reply}, content_type="application/json"
+        )
+
+    def close(self) -> None:
+        return
+
+
+class Exchange:
+    """One client request from its hold to its settlement."""
+
+    def __init__(self, request: web.Request, state: State, call: Call, user: User) -> None:
+        self.request, self.state, self.call, self.user = request, state, call, user
+        self.hold: Hold | None = None
+        self.settled: asyncio.Future[None] | None = None
+        self.began = time.monotonic()
+        self.answered = False
+        call.on_answer = self.on_answer
+
+    async def serve(self) -> web.StreamResponse:
+        call, state = self.call, self.state
+        if state.draining:
+            raise ApiError(529, "ccmux is shutting down; try again in a moment", retry_after=2)
+        await self.place_hold()
+        sink = self.sink()
+        state.calls[call.request_id] = call
+        error: ApiError | None = None
+        try:
+            await state.relay.run(call, sink)
+            self.settle(None)
+            await self.durable()
+            assert call.reader is not None
+            return await sink.finish(call.reader.ending)
+        except ApiError as failed:
+            error = failed
+            self.settle(error)
+            if isinstance(sink, WholeSink) or not sink.began:
+                error.headers = {**self.headers(), **error.headers}
+                raise
+            return await self.fail(sink, error)
+        except ConnectionError:  # the client left while something was written to it
+            raise asyncio.CancelledError from None
+        finally:
+            sink.close()
+            state.calls.pop(call.request_id, None)
+            self.settle(error)
+
+    def sink(self) -> StreamSink | WholeSink:
+        if self.call.stream:
+            return StreamSink(self.request, self.headers, self.state.relay.ping_interval)
+        return WholeSink(self.headers)
+
+    async def fail(self, sink: StreamSink, error: ApiError) -> web.StreamResponse:
+        """After the 200: an `error` event (unless the upstream's own went out), then the end."""
+        if error.cause == "client_stall":
+            if self.request.transport:
+                self.request.transport.abort()
+            return sink.response
+        reader = self.call.reader
+        if not (reader and reader.error_relayed and reader.error is error):
+            event = encode_error(error, self.call)
+            await sink.write(event)
+        await sink.response.write_eof()
+        return sink.response
+
+    def on_answer(self) -> None:
+        if self.hold and not self.answered:
+            self.state.store.answered(self.hold, self.floor())
+        self.answered = True
+
+    # Money.
+
+    async def place_hold(self) -> None:
+        call, credits = self.call, self.call.config.credits
+        asked = call.body.get("max_tokens")
+        limit = asked if isinstance(asked, int) and asked > 0 else 4096
+        amounts = [hold_of(call.tokens, limit, p, credits.markup_percent) for p in self.prices() if p]
+        try:
+            self.hold = await self.state.store.hold(
+                self.user.id,
+                call.request_id,
+                max(amounts, default=0),
+                enforce=credits.enforce and self.user.name != LOCAL_USER,
+                max_concurrent=credits.max_concurrent,
+            )
+        except ApiError as error:
+            self.settle(error)
+            raise
+
+    def prices(self) -> list[Price | None]:
+        config = self.call.config
+        return [self.price_of(target) for target in self.call.route.targets] if config else []
+
+    def price_of(self, target: Target) -> Price | None:
+        credits = self.call.config.credits
+        known = price_of(self.call.config, target, self.call.route.model)
+        return known or (credits.default_price if credits.enforce else None)
+
+    def floor(self) -> int:
+        """The input's cost, with markup: what a request costs once its upstream has begun to answer."""
+        target = self.call.target or self.call.route.targets[0]
+        price = self.price_of(target)
+        return input_floor(self.call.tokens, price, self.call.config.credits.markup_percent) if price else 0
+
+    def usage(self, error: ApiError | None) -> Usage:
+        """The true usage where the upstream told it, else counted here and marked; none for what cost nothing."""
+        call, reader = self.call, self.call.reader
+        if reader is None or not call.first_content:
+            gone = error is None and self.answered and not call.first_content
+            return Usage(input=call.tokens, estimated=True) if gone else Usage()
+        told = reader.usage
+        model = call.target.actual_model if call.target else ""
+        if reader.ended and told and not getattr(reader, "usage_broken", False):
+            return told
+        counted = self.state.relay.count_output(reader.output_text(), model)
+        if told is None:
+            return Usage(input=call.tokens, output=counted, estimated=True)
+        return dataclasses.replace(told, output=max(told.output, counted), estimated=True)
+
+    def settle(self, error: ApiError | None) -> None:
+        """Puts the settlement on the store's queue, once, without waiting: a cancelled handler may not wait."""
+        if self.settled is not None:
+            return
+        call, config = self.call, self.call.config
+        usage = self.usage(error)
+        target = call.target or call.route.targets[0]
+        price = self.price_of(target) if usage != Usage() else None
+        known = price_of(config, target, call.route.model)
+        charge = charge_of(usage, price, config.credits.markup_percent) if price else Charge(0, 0, 0)
+        now = time.monotonic()
+        status = error.status if error else 200 if call.reader and call.reader.ended else 499
+        done = Settlement(
+            request_id=call.request_id,
+            user=self.user.name,
+            session=call.session,
+            agent=call.headers.get("x-claude-code-agent-id", "")[:128],
+            asked=str(call.body.get("model"))[:256],
+            route=call.route.reason,
+            provider=target.provider,
+            model=target.actual_model,
+            stream=call.stream,
+            status=status,
+            error=error.cause if error else "" if status == 200 else "client_gone",
+            attempts=call.tries,
+            usage=usage,
+            cost=charge.cost if known or usage == Usage() else None,
+            markup=charge.markup if known or usage == Usage() else None,
+            charge=charge.charge,
+            price=price_json(price) if price else None,
+            first_token_ms=round((call.first_content - call.started) * 1000) if call.first_content else None,
+            duration_ms=round((now - self.began) * 1000),
+            stop_reason=call.reader.stop_reason if call.reader else "",
+            trail=[list(step) for step in call.route.trail],
+        )
+        self.settled = self.state.store.settle(self.hold, done)
+        self.tell(done)
+
+    async def durable(self) -> None:
+        """Waits until the settlement is on disk; an answer that was made is not held back by a disk that is not."""
+        assert self.settled is not None
+        try:
+            async with asyncio.timeout(5):
+                await asyncio.shield(self.settled)
+        except (TimeoutError, sqlite3.Error, OSError) as fault:
+            log.error(
+                "settlement of %s is not on disk yet (%s); it will be tried again",
+                self.call.request_id,
+                fault,
+            )
+
+    def tell(self, done: Settlement) -> None:
+        """One log line, the metrics, the live log, and the counter's lesson."""
+        usage, call = done.usage, self.call
+        self.state.metrics.add(
+            "ccmux_requests_total", provider=done.provider, model=done.model, status=str(done.status)
+        )
+        for kind in ("input", "output", "cache_read", "cache_write", "cache_write_1h"):
+            if amount := getattr(usage, kind):
+                self.state.metrics.add("ccmux_tokens_total", amount, kind=kind, model=done.model)
+        if done.cost:
+            self.state.metrics.add("ccmux_cost_microusd_total", done.cost, model=done.model)
+        if done.first_token_ms is not None:
+            self.state.metrics.observe(
+                "ccmux_first_token_seconds", done.first_token_ms / 1000, provider=done.provider
+            )
+        if done.status == 200 and not usage.estimated and call.tokens:
+            self.state.counter.observe(done.provider, done.model, call.tokens, usage.prompt)
+        log.info("%s", log_line(done))
+        row = settlement_row(done)
+        for listener in self.state.listeners:
+            if not listener.full():
+                listener.put_nowait(row)
+
+    def headers(self) -> dict[str, str]:
+        """The headers every answer of a model carries. The upstream's name of the model is only known once it answers."""
+        target = self.call.target or self.call.route.targets[0]
+        return {
+            "request-id": self.call.request_id,
+            "x-ccmux-provider": header_text(target.provider),
+            "x-ccmux-model": header_text(target.actual_model),
+            "x-ccmux-route": self.call.route.reason,
+            "x-ccmux-attempts": str(self.call.tries),
+        }
+
+
+def header_text(text: str) -> str:
+    """A name as a header value: printable ASCII."""
+    return text.encode("ascii", "backslashreplace").decode() if text.isprintable() else repr(text)
+
+
+def encode_error(error: ApiError, call: Call) -> bytes:
+    if call.format == "chat":
+        return b"data: %s\n\n" % compact(chat_error(error, call.request_id))
+    return encode_event(error.body(call.request_id))
+
+
+def log_line(done: Settlement) -> str:
+    usage = done.usage
+    fields = {
+        "request": done.request_id, "user": done.user, "asked": done.asked, "route": done.route,
+        "target": f"{done.provider}/{done.model}", "status": done.status, "attempts": done.attempts,
+        "in": usage.input, "cached": usage.cache_read, "out": usage.output, "cost": dollars(done.cost),
+        "first": f"{(done.first_token_ms or 0) / 1000:.2f}", "seconds": f"{done.duration_ms / 1000:.2f}",
+        "stop": done.stop_reason, "error": done.error, "session": done.session[:8],
+    }  # fmt: skip
+    return " ".join(f"{k}={one_line(v)}" for k, v in fields.items() if v != "")
+
+
+def dollars(microdollars: int | None) -> str:
+    """Micro-dollars for a person; "unknown" where there is no price."""
+    return "unknown" if microdollars is None else f"${microdollars / 1e6:.6f}"
+
+
+# Counting, models, health.
+
+
+async def post_count_tokens(request: web.Request) -> web.StreamResponse:
+    """The input tokens of a request: the upstream's own count where it has one, else counted here. Free."""
+    state = state_of(request)
+    _, credential = client_of(request, state)
+    body = strict_json(await read_body(request))
+    headers = {k.lower(): v for k, v in request.headers.items()}
+    try:
+        route = choose_route(body, headers, state.config)
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return web.json_response({"input_tokens": await state.counter.count(body, "", asked_model(body))})
+    target = route.targets[0]
+    call = Call(request["id"], body, b"", headers, route, state.config, stream=False, credential=credential)
+    tokens = await upstream_count(state, call, target)
+    if tokens is None:
+        tokens = await state.counter.count(route.body or body, target.provider, target.actual_model)
+    return web.json_response({"input_tokens": tokens})
+
+
+async def upstream_count(state: State, call: Call, target: Target) -> int | None:
+    """What an Anthropic-format upstream says a request counts; None where it does not, or not in 3 s."""
+    provider = call.config.provider(target.provider)
+    if provider is None or not provider.usable or DIALECTS[provider.format].request or not provider.base_url:
+        return None
+    if (
+        provider.quirks.count_tokens == "local"
+        or state.refused_counts.get(provider.name, 0.0) > time.monotonic()
+    ):
+        return None
+    slot = state.relay.slots_of(target, provider)[0]
+    dialect = DIALECTS[provider.format]
+    headers = upstream_headers(call, slot, dialect)
+    body = {**count_request_body(call.body), "model": target.actual_model}
+    url = endpoint_url(provider.base_url, dialect, "/messages/count_tokens")
+    request = UpstreamRequest(url, {**headers, "accept": "application/json"}, compact(body))
+    try:
+        async with asyncio.timeout(3):
+            response = await state.relay.post(state.relay.session, request, provider, Reused())
+            answer = await response.json(content_type=None)
+    except UPSTREAM_FAULTS():
+        return None
+    if response.status in (400, 404, 405, 501) and provider.quirks.count_tokens == "auto":
+        state.refused_counts[provider.name] = time.monotonic() + 86_400
+    return token_number(as_object(answer).get("input_tokens")) if response.status == 200 else None
+
+
+async def get_models(request: web.Request) -> web.StreamResponse:
+    """Every name a client may ask for, in a shape that Anthropic's and OpenAI's clients both read.
+
+    Claude Code's discovery keeps only ids with `claude` or `anthropic` in them, so each name is also listed as
+    `anthropic/<name>`; routing takes the prefix off again.
+    """
+    state = state_of(request)
+    client_of(request, state)
+    names = model_names(state.config)
+    listed = [model_entry(n, n) for n in names]
+    listed += [
+        model_entry(f"anthropic/{n}", f"{n} (by ccmux)") for n in names if not n.startswith("anthropic/")
+    ]
+    ends = (
+        {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]}
+        if listed
+        else {"first_id": None, "last_id": None}
+    )
+    return web.json_response({"object": "list", "data": listed, "has_more": False, **ends})
+
+
+def model_entry(id: str, display_name: str) -> Json:
+    anthropic = {
+        "type": "model",
+        "id": id,
+        "display_name": display_name,
+        "created_at": "2026-01-01T00:00:00Z",
+    }
+    return {**anthropic, "object": "model", "created": 1767225600, "owned_by": "ccmux"}
+
+
+async def get_model(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    client_of(request, state)
+    name = request.match_info["id"]
+    if not resolve(state.config, re.sub(r"(?i)\[1m\]$", "", name)):
+        raise ApiError(
+            404, f"model: {name!r} is served by no provider; {known_names(name, model_names(state.config))}"
+        )
+    return web.json_response(model_entry(name, name))
+
+
+async def get_hello(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"status": "ok"})
+
+
+async def get_health(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    status = "draining" if state.draining else "ok"
+    uptime = round(time.monotonic() - state.started)
+    body: Json = {"status": status, "version": __version__, "uptime_s": uptime}
+    if is_admin(request, state) or not state.config.server.require_key:
+        body["providers"] = {p.name: provider_health(state, p) for p in state.config.providers}
+    return web.json_response(body, status=503 if state.draining else 200)
+
+
+def provider_health(state: State, provider: Provider) -> Json:
+    """A provider's state word, its last outcomes, and when a resting or broken part of it is tried again."""
+    now = time.monotonic()
+    health = state.relay.health_of(provider.name)
+    breakers = {k: b for k, b in state.relay.breakers.items() if k[0] == provider.name}
+    open_now = [b for b in breakers.values() if b.state(now) != "closed"]
+    resting = [t - now for k, t in state.relay.cooling.items() if k[0] == provider.name and t > now]
+    waits = [max(b.open_until - now, 0) for b in open_now] + resting
+    word = "disabled" if not provider.enabled else "unusable" if provider.problem else ""
+    word = word or (open_now[0].state(now) if open_now else "cooling" if resting else "ok")
+    good = [o["ms"] for o in health.outcomes if o["ok"]]
+    return {
+        "state": word,
+        "problem": provider.problem,
+        "active": health.active,
+        "latency_ms": round(sum(good) / len(good)) if good else None,
+        "next_try_s": round(min(waits), 1) if waits else None,
+        "outcomes": list(health.outcomes),
+    }
+
+
+async def get_metrics(request: web.Request) -> web.StreamResponse:
+    state = require_admin(request)
+    now = time.monotonic()
+    states = {"closed": 0, "half-open": 1, "open": 2}
+    gauges: dict[str, float] = {"ccmux_requests_in_flight": len(state.calls)}
+    for (provider, model, key), breaker in state.relay.breakers.items():
+        labels = labels_text((("provider", provider), ("model", model), ("key", key)))
+        gauges[f"ccmux_breaker_state{labels}"] = states[breaker.state(now)]
+    return web.Response(text=state.metrics.render(gauges), content_type="text/plain", charset="utf-8")
+
+
+def api_routes() -> list[web.RouteDef]:
+    return [
+        web.post("/v1/messages", post_messages, expect_handler=expect_continue),
+        web.post("/v1/messages/count_tokens", post_count_tokens, expect_handler=expect_continue),
+        web.get("/v1/models", get_models),
+        web.get("/v1/models/{id:.+}", get_model),
+        web.get("/api/hello", get_hello),
+        web.get("/health", get_health),
+        web.get("/metrics", get_metrics),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Admin API
 # ----------------------------------------------------------------------------------------------------------
+def admin_routes() -> list[web.RouteDef]:
+    return []
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Pages
 # ----------------------------------------------------------------------------------------------------------
+def page_routes() -> list[web.RouteDef]:
+    return []
 
 
 # ----------------------------------------------------------------------------------------------------------
 # App and command line
 # ----------------------------------------------------------------------------------------------------------
+# `main` parses the command line; each sub-command is one function that returns its exit status. `serve` owns the
+# sockets and the signals; `make_app` is the whole server for tests.
+
+DEFAULT_PORT = 13456
+
+
+def make_app(state: State) -> web.Application:
+    """The server's routes and middleware around a State."""
+    app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=MAX_BODY)
+    app[state_key()] = state
+    app.add_routes([*api_routes(), *admin_routes(), *page_routes()])
+    return app
+
+
+async def make_state(config: Config, store: Store, admin_token: str = "") -> State:
+    """A State with its upstream sessions; call inside a running loop, and `close_state` at the end."""
+    metrics = Metrics()
+    relay = Relay(upstream_session(), upstream_session(force_close=True), metrics)
+    counter = TokenCounter(load_vocabulary)
+    relay.count_output = counter.count_text
+    return State(config, store, relay, counter, metrics, admin_token or config.server.admin_token)
+
+
+async def close_state(state: State) -> None:
+    await state.relay.session.close()
+    await state.relay.fresh.close()
+
+
+def upstream_session(force_close: bool = False) -> aiohttp.ClientSession:
+    """A client session for upstreams: no cookies, no limit but ccmux's own, the environment's proxies."""
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(note_reuse)
+    connector = aiohttp.TCPConnector(limit=0, force_close=force_close)
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=True,
+        read_bufsize=65536,
+        trace_configs=[trace],
+        skip_auto_headers=("User-Agent",),
+    )
+
+
+async def note_reuse(session: Any, context: Any, params: Any) -> None:
+    if isinstance(context.trace_request_ctx, Reused):
+        context.trace_request_ctx.yes = True
+
+
+# Files and start.
+
+
+def config_path(given: str) -> Path | None:
+    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None where there is none."""
+    if given or os.environ.get("CCMUX_CONFIG"):
+        return Path(given or os.environ["CCMUX_CONFIG"]).expanduser()
+    places = (Path("config.toml"), ccmux_home() / "config.toml")
+    return next((p for p in places if p.exists()), None)
+
+
+def read_config(given: str) -> Config:
+    """The config file, or the config that the environment amounts to; ConfigError in one line."""
+    path = config_path(given)
+    if path is None:
+        return load_config(config_of_environment(os.environ, ollama_models()), os.environ)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        return load_config(text, os.environ, str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
+    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else demo."""
+    found = [name for name, row in PRESETS.items() if env.get(str(row["api_key"]).strip("$"))]
+    found = list({PRESETS[name]["api_key"]: name for name in reversed(found)}.values())[::-1]
+    lines = [f'[[providers]]\nname = "{name}"\ntype = "{name}"\n' for name in found]
+    default = ""
+    if found and PRESETS[found[0]]["type"] != "anthropic":
+        default = f"{found[0]}/{PRESETS[found[0]]['default']}"
+    if found and found[0] != "anthropic" and not default:
+        default = f"{found[0]}/{PRESETS[found[0]]['default']}"
+    if ollama:
+        lines.append('[[providers]]\nname = "ollama"\ntype = "ollama"\nmodels = ' + json.dumps(ollama) + "\n")
+        default = default or ("" if found else f"ollama/{ollama[0]}")
+    if not lines:
+        return '[[providers]]\nname = "demo"\ntype = "demo"\n'
+    router = f"[router]\ndefault = {json.dumps(default)}\n" if default else ""
+    return router + "\n".join(lines)
+
+
+def ollama_models() -> list[str]:
+    """The models of a local Ollama; [] where none answers within a moment."""
+    host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
+    url = (host if "://" in host else f"http://{host}").replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+    try:
+        with urllib.request.urlopen(f"{url}/api/tags", timeout=0.3) as answer:  # noqa: S310
+            tags = json.load(answer)
+    except (OSError, ValueError):
+        return []
+    return [
+        str(m["name"])
+        for m in as_list(as_object(tags).get("models"))
+        if isinstance(m, dict) and m.get("name")
+    ]
+
+
+def database_path(config: Config) -> str:
+    """Where the ledger is: beside the config, or in ~/.ccmux where there is none."""
+    name = config.server.database
+    if name == ":memory:":
+        return name
+    return str(home_of(config) / Path(name).expanduser())
+
+
+def home_of(config: Config) -> Path:
+    """The folder that relative paths of a config are in; made (0700) where it is ccmux's own."""
+    if config.path:
+        return Path(config.path).expanduser().resolve().parent
+    home = ccmux_home()
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return home
+
+
+def token_path(config: Config) -> Path:
+    database = database_path(config)
+    return (home_of(config) if database == ":memory:" else Path(database).parent) / "ccmux.token"
+
+
+def admin_token_of(config: Config) -> str:
+    """The admin token: the config's, else the one kept beside the database, made (0600) at the first start."""
+    if config.server.admin_token:
+        return config.server.admin_token
+    path = token_path(config)
+    try:
+        if kept := path.read_text("utf-8").strip():
+            return kept
+    except FileNotFoundError:
+        pass
+    token = secrets.token_urlsafe(24)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(token + "\n")
+    return token
+
+
+def check_binding(config: Config) -> None:
+    """Off loopback only with keys for clients and a token for the admin page."""
+    host = config.server.host
+    if host in ("localhost", "127.0.0.1", "::1") or host.startswith("127."):
+        return
+    if not config.server.require_key:
+        raise ConfigError(
+            f"[server]: key 'host' is {host!r}, which others can reach: set require_key = true (and an admin_token), "
+            "or listen on 127.0.0.1"
+        )
+    if not config.server.admin_token and not token_path(config).exists():
+        raise ConfigError(f"[server]: key 'host' is {host!r}, which others can reach: set admin_token first")
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Runs the server until a signal ends it."""
+    config = with_overrides(read_config(args.config), args)
+    check_binding(config)
+    set_up_logging(config.server.log_level)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    asyncio.run(run_server(config, args))
+    return 0
+
+
+def with_overrides(config: Config, args: argparse.Namespace) -> Config:
+    """The config with what the command line sets instead."""
+    given = {k: v for k in ("host", "port", "log_level") if (v := getattr(args, k, None)) is not None}
+    return (
+        dataclasses.replace(config, server=dataclasses.replace(config.server, **given)) if given else config
+    )
+
+
+def set_up_logging(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=level.upper(), force=True
+    )
+    for name in ("aiohttp.access", "aiohttp.server", "aiohttp.web", "aiohttp.client", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they echo header text, and a header may be a key
+
+
+async def run_server(config: Config, args: argparse.Namespace) -> None:
+    store = Store(database_path(config))
+    store.open_server()
+    state = await make_state(config, store, admin_token_of(config))
+    state.counter.restore(store.load_calibration())
+    runner = web.AppRunner(
+        make_app(state),
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=75,
+        shutdown_timeout=0.1,
+        max_line_size=16384,
+        max_field_size=32768,
+    )
+    await runner.setup()
+    try:
+        site = web.TCPSite(
+            runner, config.server.host, config.server.port, backlog=config.server.max_connections
+        )
+        try:
+            await site.start()
+        except OSError as error:
+            place = f"{config.server.host}:{config.server.port}"
+            hint = "is another ccmux running? --port sets another one"
+            raise ConfigError(f"cannot listen on {place} ({error.strerror or error}); {hint}") from None
+        port = runner.addresses[0][1]
+        print(start_text(config, port, state.admin_token), flush=True)
+        await until_stopped(state, args, site)
+    finally:
+        await runner.cleanup()
+        await close_state(state)
+        store.save_calibration(state.counter.export())
+        store.close()
+
+
+async def until_stopped(state: State, args: argparse.Namespace, site: web.TCPSite) -> None:
+    """Watches the config file, until a signal; then drains."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
+            loop.add_signal_handler(number, stop_or_exit, stop, number)
+    watcher = asyncio.create_task(watch_config(state, args))
+    try:
+        await stop.wait()
+    finally:
+        watcher.cancel()
+    await drain(state, site)
+
+
+def stop_or_exit(stop: asyncio.Event, number: int) -> None:
+    """The first signal asks for an orderly end, the second ends at once."""
+    if stop.is_set():
+        os._exit(128 + number)
+    stop.set()
+
+
+async def drain(state: State, site: web.TCPSite) -> None:
+    """Takes no more requests, gives the live ones their time, then ends them with an error event."""
+    state.draining = True
+    await site.stop()
+    deadline = time.monotonic() + state.config.server.drain_timeout
+    if state.calls:
+        log.info("stopping: %d requests have up to %g s", len(state.calls), state.config.server.drain_timeout)
+    while state.calls and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+    for call in list(state.calls.values()):
+        call.stop()
+    until = time.monotonic() + 2
+    while state.calls and time.monotonic() < until:
+        await asyncio.sleep(0.01)
+
+
+async def watch_config(state: State, args: argparse.Namespace) -> None:
+    """Swaps the config in when its file has changed; a broken file keeps the old one and says so."""
+    if not state.config.path:
+        return
+    path = Path(state.config.path)
+    seen = stamp_of(path)
+    while True:
+        await asyncio.sleep(0.5)
+        now = stamp_of(path)
+        if now != seen:
+            seen = now
+            reload_config(state, args)
+
+
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
+    """Reads the config file again. What only a start can change (address, database) is said to need one."""
+    old = state.config
+    try:
+        config = read_config(old.path)
+        config = with_overrides(config, args) if args else config
+    except ConfigError as error:
+        state.config_error = str(error)
+        log.error("config not reloaded: %s", error)
+        return
+    state.config_error = ""
+    if config.text_hash == old.text_hash:
+        return
+    state.config = config
+    if config.server.admin_token:
+        state.admin_token = config.server.admin_token
+    for key in ("host", "port", "database"):
+        if getattr(config.server, key) != getattr(old.server, key):
+            log.warning("[server] %s has changed; it takes effect at the next start", key)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    log.info("config reloaded from %s", config.path)
+
+
+def start_text(config: Config, port: int, token: str) -> str:
+    """What a newcomer needs to know, once, at the start."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(config.server.host, config.server.host)  # noqa: S104
+    url = f"http://{host}:{port}"
+    key = "a user's key" if config.server.require_key else "any-text"
+    lines = [
+        f"ccmux {__version__} at {url}",
+        f"  config     {config.path or what_was_found(config)}",
+        f"  dashboard  {url}/",
+        f"  admin      {url}/admin#token={token}",
+        "  Claude Code, in another terminal:",
+        f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_API_KEY={key}",
+        "    claude",
+    ]
+    return "\n".join(lines)
+
+
+def what_was_found(config: Config) -> str:
+    names = [p.name for p in config.providers]
+    if names == ["demo"]:
+        return "none: no key in the environment and no Ollama, so the built-in demo answers (`ccmux.py init` writes a config)"
+    route = default_model(config, "whatever Claude Code asks for")
+    return (
+        f"none: using {', '.join(names)} as found; requests go to {route} (`ccmux.py init` writes a config)"
+    )
+
+
+# Commands.
+
+
+def model_command(args: argparse.Namespace) -> int:
+    """Providers, models and routes as ccmux sees them."""
+    config = read_config(args.config)
+    print("providers")
+    for p in config.providers:
+        word = "ok" if p.usable else p.problem or "disabled"
+        print(
+            f"  {p.name:20} {p.type:14} {word:10} {endpoint_url(p.base_url, DIALECTS[p.format]) if p.base_url else ''}"
+        )
+    print("models")
+    for name in model_names(config):
+        targets = ", ".join(f"{t.provider}/{t.actual_model}" for t in resolve(config, name))
+        print(f"  {name:28} {targets}")
+    print("routes")
+    for slot in ROUTE_SLOTS:
+        model = getattr(config.router, slot) or (
+            default_model(config, "<as asked>") if slot == "default" else ""
+        )
+        print(f"  {slot:14} {model or '-'}")
+    return 0
+
+
+def check_command(args: argparse.Namespace) -> int:
+    """Whether the config is sound; with --live one tiny request to each provider."""
+    config = read_config(args.config)
+    check_binding(config)
+    for warning in config.warnings:
+        print(f"warning: {warning}")
+    print(
+        f"config {config.path or '(none)'}: ok, {len(config.providers)} providers, {len(config.models)} models"
+    )
+    if not args.live:
+        return 1 if config.warnings else 0
+    return asyncio.run(check_live(config))
+
+
+async def check_live(config: Config) -> int:
+    store = Store(":memory:")
+    state = await make_state(config, store)
+    failed = 0
+    try:
+        for provider in config.providers:
+            model = provider_model(config, provider)
+            result = await test_provider(state, provider, model)
+            failed += not result["ok"]
+            word = "ok" if result["ok"] else "FAILED"
+            print(
+                f"  {provider.name:20} {word:7} {model or '-':28} {result['ms']} ms {result['error']}",
+                flush=True,
+            )
+    finally:
+        await close_state(state)
+        store.close()
+    return 1 if failed else 0
+
+
+def provider_model(config: Config, provider: Provider) -> str:
+    """A model to try a provider with: one that the config maps to it, lists, or its preset names."""
+    mapped = [t.actual_model for m in config.models for t in m.mappings if t.provider == provider.name]
+    return next(iter([*mapped, *provider.models, provider.default_model]), "")
+
+
+async def test_provider(state: State, provider: Provider, model: str) -> Json:
+    """One tiny request over the live path: {ok, status, ms, model, text, error}."""
+    began = time.monotonic()
+    body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
+    route = Route(model, "test", (), (Target(provider.name, model),))
+    call = Call(f"req_{secrets.token_hex(12)}", body, compact(body), {}, route, state.config, stream=False)
+    sink = WholeSink(dict)
+    result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
+    try:
+        if not provider.usable or not model:
+            raise ApiError(
+                500, provider.problem or ("no model to try it with" if provider.enabled else "disabled")
+            )
+        await state.relay.run(call, sink)
+        assert call.reader is not None
+        result["text"] = text_of(json.loads(call.reader.ending).get("content"))[:200]
+    except ApiError as error:
+        result |= {"ok": False, "status": error.status, "error": error.message[:200]}
+    return result | {"ms": round((time.monotonic() - began) * 1000)}
+
+
+def explain_command(args: argparse.Namespace) -> int:
+    """Which model a request would go to, rule by rule, with its token count and the most it can cost."""
+    config = read_config(args.config)
+    raw = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
+    try:
+        told = explain(config, strict_json(raw, args.file), {}, TokenCounter(load_vocabulary_now))
+    except ApiError as error:
+        raise ConfigError(f"{args.file}: {error.message}") from None
+    for reason, note in told["trail"]:
+        print(f"  {reason:13} {note}")
+    print(f"model     {told['model']} ({told['reason']})")
+    for target in told["targets"]:
+        print(
+            f"target    {target['provider']}/{target['model']}: at most {dollars(target['ceiling_microusd'])}"
+        )
+    print(f"tokens    {told['tokens']} counted")
+    return 0
+
+
+def explain(config: Config, body: Json, headers: Mapping[str, str], counter: TokenCounter) -> Json:
+    """The route of a request and what it would hold, without sending it."""
+    early = counter.count_now(body, "", asked_model(body)) if config.router.long_context else 0
+    route = choose_route(body, headers, config, early)
+    first = route.targets[0]
+    tokens = counter.count_now(route.body or body, first.provider, first.actual_model)
+    asked = body.get("max_tokens")
+    limit = asked if isinstance(asked, int) and asked > 0 else 4096
+    targets = []
+    for target in route.targets:
+        price = price_of(config, target, route.model)
+        ceiling = (
+            charge_of(Usage(input=tokens, output=limit), price, config.credits.markup_percent)
+            if price
+            else None
+        )
+        targets.append({
+            "provider": target.provider, "model": target.actual_model,
+            "ceiling_microusd": ceiling.charge if ceiling else None,
+        })  # fmt: skip
+    return {
+        "model": route.model, "reason": route.reason, "trail": [list(step) for step in route.trail],
+        "tokens": tokens, "targets": targets,
+    }  # fmt: skip
+
+
+def client_environment(config: Config, url: str) -> dict[str, str]:
+    """The variables that point Claude Code here. ANTHROPIC_API_KEY is left alone where it is set to a ccmux key."""
+    model = config.model(default_model(config, ""))
+    context = model.context if model else 0
+    haiku = "claude-haiku-4-5"
+    out = {
+        "ANTHROPIC_BASE_URL": url,
+        "ANTHROPIC_API_KEY": os.environ.get("CCMUX_KEY", "ccmux-local"),
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": haiku,
+        "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
+    }
+    return out | ({"CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context)} if context else {})
+
+
+SHELLS = {"bash": "export {}={}", "fish": "set -gx {} {};", "powershell": "$env:{} = {}", "cmd": "set {}={}"}
+
+
+def quoted_for(shell: str, value: str) -> str:
+    if shell == "cmd":
+        return value
+    return "'" + value.replace("'", "''") + "'" if shell == "powershell" else shlex.quote(value)
+
+
+def env_command(args: argparse.Namespace) -> int:
+    """The variables that point Claude Code here, for a shell to read."""
+    config = with_overrides(read_config(args.config), args)
+    variables = client_environment(config, f"http://{config.server.host}:{config.server.port}")
+    if args.shell == "json":
+        print(json.dumps(variables, indent=2))
+        return 0
+    for name, value in variables.items():
+        print(SHELLS[args.shell].format(name, quoted_for(args.shell, value)))
+    return 0
+
+
+def token_command(args: argparse.Namespace) -> int:
+    """The admin token, made if there is none yet."""
+    print(admin_token_of(read_config(args.config)))
+    return 0
+
+
+def init_command(args: argparse.Namespace) -> int:
+    """Writes a commented config from the keys found; never over one that is there."""
+    path = Path(args.config or os.environ.get("CCMUX_CONFIG") or ccmux_home() / "config.toml").expanduser()
+    if path.exists():
+        raise ConfigError(f"{path} is there already; edit it, or name another file with --config")
+    text = INIT_HEAD + config_of_environment(os.environ, ollama_models()) + INIT_TAIL
+    load_config(text, os.environ, str(path))
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    print(f"wrote {path}; start with: python3 {Path(sys.argv[0]).name} --config {path}")
+    return 0
+
+
+INIT_HEAD = """\
+# ccmux config. config.example.toml beside ccmux.py shows every key; `ccmux.py check` tells whether this file is sound.
+# Keys are best left in the environment: api_key = "$NAME" reads the variable NAME.
+
+"""
+INIT_TAIL = """
+# [[models]]                        # a name of your own for one or more upstream models, tried in order
+# name = "sonnet"
+# [[models.mappings]]
+# provider = "openrouter"
+# actual_model = "z-ai/glm-5.3"
+# priority = 1
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="ccmux.py", description="Claude Code with any model of any provider.")
+    top.add_argument("--version", action="version", version=f"ccmux {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="command")
+    for name, run, help in COMMANDS:
+        command = commands.add_parser(name, help=help, description=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument(
+            "--config", default="", metavar="F", help="config file (default: see the README)"
+        )
+        for flags, options in FLAGS.get(name, ()):
+            command.add_argument(*flags, **options)
+    return top
+
+
+ADDRESS_FLAGS: tuple[tuple[tuple[str, ...], Json], ...] = (
+    (("--host",), {"help": "address to listen on"}),
+    (("--port",), {"type": int, "help": "port to listen on"}),
+)
+FLAGS: dict[str, tuple[tuple[tuple[str, ...], Json], ...]] = {
+    "serve": (*ADDRESS_FLAGS, (("--log-level",), {"choices": LOG_LEVELS, "help": "how much is logged"})),
+    "env": (
+        *ADDRESS_FLAGS,
+        (
+            ("--shell",),
+            {
+                "choices": ("bash", "fish", "powershell", "cmd", "json"),
+                "default": "bash",
+                "help": "for which shell",
+            },
+        ),
+    ),
+    "check": ((("--live",), {"action": "store_true", "help": "send one tiny request to each provider"}),),
+    "explain": (
+        (("file",), {"metavar": "FILE", "help": "a Messages request as JSON, - for standard input"}),
+    ),
+}
+COMMANDS: tuple[tuple[str, Callable[[argparse.Namespace], int], str], ...] = (
+    ("serve", serve, "run the server (the default)"),
+    ("env", env_command, "the variables that point Claude Code here"),
+    ("init", init_command, "write a commented config.toml from the keys found"),
+    ("model", model_command, "providers, models, routes"),
+    ("models", model_command, "the same as model"),
+    ("check", check_command, "validate the config"),
+    ("explain", explain_command, "which model a request would go to, rule by rule"),
+    ("token", token_command, "print the admin token"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; 0 good, 1 a check found something, 2 the operator's error in one line."""
+    given = sys.argv[1:] if argv is None else argv
+    names = {name for name, _, _ in COMMANDS}
+    is_top = any(a in ("--help", "-h", "--version") for a in given[:1])
+    if not is_top and not (given and given[0] in names):
+        given = ["serve", *given]
+    args = parser().parse_args(given)
+    try:
+        return int(args.run(args))
+    except ConfigError as error:
+        print(f"ccmux: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"ccmux: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
