@@ -3023,10 +3023,13 @@ class Translation:
             except ApiError as error:
                 self.error = error
         events = self.out.take()
-        if self.out.ended and events and not self.ending:
-            self.ending = self.client.end(events[-1:])
-            events = events[:-1]
-        return self.client.feed(events) if events else b""
+        if not events:
+            return b""
+        last = [events.pop()] if self.out.ended else []
+        out = self.client.feed(events)
+        if last:
+            self.ending = self.client.end(last)
+        return out
 
     def end_of_stream(self) -> list[bytes]:
         if self.head.strip() and not self.head.lstrip().startswith(
