@@ -136,6 +136,7 @@ import dataclasses
 import difflib
 import email.utils
 import enum
+import errno
 import functools
 import hashlib
 import hmac
@@ -149,6 +150,7 @@ import re
 import secrets
 import shlex
 import signal
+import socket
 import sqlite3
 import ssl
 import time
@@ -978,25 +980,25 @@ MAX_EVENT = 16 * 2**20
 
 
 class SseDecoder:
-    """Cuts a byte stream into whole event blocks. Lines may end in LF, CR LF or CR."""
+    """Cuts a byte stream where events end. Lines may end in LF, CR LF or CR."""
 
     def __init__(self, limit: int = MAX_EVENT) -> None:
         self.limit = limit
-        self.rest = b""  # the unfinished block
+        self.rest = b""  # the unfinished event
+
+    def cut(self, data: bytes) -> bytes:
+        """The bytes up to the last end of an event; the rest waits. ApiError 502 when it grows past the limit."""
+        data = self.rest + data if self.rest else data
+        end = data.rfind(b"\n\n") + 2 if b"\r" not in data else last_blank_line(data)
+        whole, self.rest = (data[:end], data[end:]) if end > 1 else (b"", data)
+        if len(self.rest) > self.limit:
+            words = f"the provider sent an event of more than {self.limit} bytes"
+            raise ApiError(502, words, retry=Retry.SAME, cause="stream")
+        return whole
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The blocks that `data` completes; ApiError 502 when one grows past the limit."""
-        data = self.rest + data if self.rest else data
-        blocks = data.split(b"\n\n") if b"\r" not in data else split_any_newline(data)
-        self.rest = blocks.pop()
-        if len(self.rest) > self.limit:
-            raise ApiError(
-                502,
-                f"the provider sent an event of more than {self.limit} bytes",
-                retry=Retry.SAME,
-                cause="stream",
-            )
-        return [block + b"\n\n" for block in blocks] if b"\r" not in data else blocks
+        """The whole event blocks that `data` completes, each with the blank line that ends it."""
+        return split_blocks(self.cut(data))
 
     def finish(self) -> list[bytes]:
         """A last block whose blank line never came."""
@@ -1007,14 +1009,18 @@ class SseDecoder:
 _BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)")
 
 
-def split_any_newline(data: bytes) -> list[bytes]:
-    """Blocks with their ends, the unfinished one last. A CR at the very end may be half of a CR LF: it waits."""
-    blocks, start = [], 0
+def last_blank_line(data: bytes) -> int:
+    """Where the last event of `data` ends; 0 where none does. A CR at the very end may be half of a CR LF: it waits."""
     end = len(data) - 1 if data.endswith(b"\r") else len(data)
-    while match := _BLANK_LINE.search(data, start, end):
-        blocks.append(data[start : match.end()])
-        start = match.end()
-    return [*blocks, data[start:]]
+    return max((m.end() for m in _BLANK_LINE.finditer(data, 0, end)), default=0)
+
+
+def split_blocks(whole: bytes) -> list[bytes]:
+    """Whole events, cut apart; each keeps its end."""
+    if b"\r" not in whole:
+        return [block + b"\n\n" for block in whole.split(b"\n\n")[:-1]]
+    ends = [0, *(m.end() for m in _BLANK_LINE.finditer(whole))]
+    return [whole[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def event_of(block: bytes) -> tuple[str, str]:
@@ -1685,17 +1691,19 @@ class AnthropicTap:
         self.relayed: list[bytes] = []
 
     def feed(self, data: bytes) -> bytes:
-        blocks = self.decoder.feed(data)
-        if not blocks:
-            return b""
-        if self.has_content and not self.ended:
-            whole = b"".join(blocks)
-            if b"message_" not in whole and b"error" not in whole:
-                self.relayed.append(whole)
-                return whole
-        out = b"".join(map(self.relay, blocks))
-        self.relayed.append(out)
+        whole = self.decoder.cut(data)
+        if self.is_plain(whole):
+            out = whole
+        else:
+            blocks = split_blocks(whole)
+            out = b"".join([block if self.is_plain(block) else self.relay(block) for block in blocks])
+        if out:
+            self.relayed.append(out)
         return out
+
+    def is_plain(self, data: bytes) -> bool:
+        """Whether nothing in it can end or break the stream, or carry usage."""
+        return self.has_content and not self.ended and b"message_" not in data and b"error" not in data
 
     def finish(self) -> bytes:
         """The end of the upstream's bytes: without a message_stop it is a fault."""
@@ -4075,7 +4083,7 @@ def forwarded(call: Call, to: Upstream) -> bytes:
     """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must go."""
     body, raw = call.body, call.raw
     # Only blocks that ccmux made carry its tag; the search is cheap, the rebuild is not.
-    if not raw or SIGNATURE_TAG.encode() in raw or b'"signature":""' in raw or b'"signature": ""' in raw:
+    if not raw or b'"signature"' in raw:
         clean = without_foreign_thinking(body)
         body, raw = (clean, b"") if clean != body else (body, raw)
     drop = {k for k in (*to.quirks.drop, *to.skip) if k in body}
@@ -4456,19 +4464,19 @@ def require_admin(request: web.Request) -> State:
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The whole body; ApiError 408 when it stalls or takes too long, 413 when it grows too large."""
-    limit = state_of(request).config.server.body_timeout
+    """The whole body; ApiError 408 when it stalls for 30 s or takes too long, 413 when it grows too large."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + state_of(request).config.server.body_timeout
     chunks: list[bytes] = []
     size = 0
-    watch = Watch(min(limit, 30.0) / 4)
     try:
-        async with asyncio.timeout(limit), watch:
+        async with asyncio.timeout_at(min(end, loop.time() + 30)) as idle:
             while chunk := await request.content.readany():
                 size += len(chunk)
                 if size > MAX_BODY:
                     raise ApiError(413, f"the request is larger than {MAX_BODY // 2**20} MB")
                 chunks.append(chunk)
-                watch.wait(30.0, "body")
+                idle.reschedule(min(end, loop.time() + 30))
     except TimeoutError:
         raise ApiError(408, "the request body did not arrive in time") from None
     except (aiohttp.ClientError, web.RequestPayloadError, ValueError) as fault:
@@ -5021,7 +5029,7 @@ def upstream_session(force_close: bool = False) -> aiohttp.ClientSession:
     """A client session for upstreams: no cookies, no limit but ccmux's own, the environment's proxies."""
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(note_reuse)
-    connector = aiohttp.TCPConnector(limit=0, force_close=force_close)
+    connector = aiohttp.TCPConnector(limit=0, force_close=force_close, socket_factory=open_socket)
     return aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -5030,6 +5038,14 @@ def upstream_session(force_close: bool = False) -> aiohttp.ClientSession:
         trace_configs=[trace],
         skip_auto_headers=("User-Agent",),
     )
+
+
+def open_socket(address: Any) -> socket.socket:
+    """A socket for an address that a name was resolved to; link-local ones (cloud metadata) are refused."""
+    family, kind, protocol, _, place = address
+    if is_link_local(str(place[0])):
+        raise OSError(errno.EACCES, "ccmux does not call link-local addresses")
+    return socket.socket(family, kind, protocol)
 
 
 async def note_reuse(session: Any, context: Any, params: Any) -> None:
@@ -5194,18 +5210,10 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
     )
     await runner.setup()
     try:
-        site = web.TCPSite(
-            runner, config.server.host, config.server.port, backlog=config.server.max_connections
-        )
-        try:
-            await site.start()
-        except OSError as error:
-            place = f"{config.server.host}:{config.server.port}"
-            hint = "is another ccmux running? --port sets another one"
-            raise ConfigError(f"cannot listen on {place} ({error.strerror or error}); {hint}") from None
-        port = runner.addresses[0][1]
+        server = await listen(runner, config)
+        port = server.sockets[0].getsockname()[1]
         print(start_text(config, port, state.admin_token), flush=True)
-        await until_stopped(state, args, site)
+        await until_stopped(state, args, server)
     finally:
         await runner.cleanup()
         await close_state(state)
@@ -5213,7 +5221,30 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
         store.close()
 
 
-async def until_stopped(state: State, args: argparse.Namespace, site: web.TCPSite) -> None:
+async def listen(runner: web.AppRunner, config: Config) -> asyncio.Server:
+    """The listening sockets; ConfigError where the port is taken."""
+    host, port, cap = config.server.host, config.server.port, config.server.max_connections
+    handlers = runner.server
+    assert handlers is not None
+
+    def protocol() -> asyncio.BaseProtocol:
+        return handlers() if len(handlers.connections) < cap else TurnAway()
+
+    try:
+        return await asyncio.get_running_loop().create_server(protocol, host, port, backlog=cap)
+    except OSError as error:
+        hint = "is another ccmux running? --port sets another one"
+        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror or error}); {hint}") from None
+
+
+class TurnAway(asyncio.Protocol):
+    """A connection beyond max_connections: closed at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+async def until_stopped(state: State, args: argparse.Namespace, server: asyncio.Server) -> None:
     """Watches the config file, until a signal; then drains."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -5225,7 +5256,7 @@ async def until_stopped(state: State, args: argparse.Namespace, site: web.TCPSit
         await stop.wait()
     finally:
         watcher.cancel()
-    await drain(state, site)
+    await drain(state, server)
 
 
 def stop_or_exit(stop: asyncio.Event, number: int) -> None:
@@ -5235,10 +5266,10 @@ def stop_or_exit(stop: asyncio.Event, number: int) -> None:
     stop.set()
 
 
-async def drain(state: State, site: web.TCPSite) -> None:
+async def drain(state: State, server: asyncio.Server) -> None:
     """Takes no more requests, gives the live ones their time, then ends them with an error event."""
     state.draining = True
-    await site.stop()
+    server.close()
     deadline = time.monotonic() + state.config.server.drain_timeout
     if state.calls:
         log.info("stopping: %d requests have up to %g s", len(state.calls), state.config.server.drain_timeout)
