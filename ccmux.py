@@ -3838,9 +3838,9 @@ def environment_proxy(url: str) -> str | None:
     aiohttp's own trust_env asks a thread (and reads ~/.netrc) for every request: 0.2 ms of CPU each.
     """
     parts = urllib.parse.urlsplit(url)
-    if urllib.request.proxy_bypass_environment(parts.hostname or ""):
+    if urllib.request.proxy_bypass(parts.hostname or ""):
         return None
-    return urllib.request.getproxies_environment().get(parts.scheme)
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 @functools.cache
