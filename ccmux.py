@@ -487,7 +487,7 @@ class Quirks:
         "how the key is sent; left out: as the format does",
         choices=("", "x-api-key", "bearer", "both", "none"),
     )
-    drop: tuple[str, ...] = opt((), "body keys to leave out")
+    drop: tuple[str, ...] = opt((), "body keys to leave out; also billing_header, tool_type, media")
     max_tokens_key: str = opt(
         "auto", "name of the output limit", choices=("auto", "max_tokens", "max_completion_tokens")
     )
@@ -2849,79 +2849,94 @@ DIALECTS: dict[str, Dialect] = {
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
 }
 
-LOCAL = {"first_byte_timeout": 600}  # a local server loads its model first
+# Base URLs, key variables and quirks from the vendors' documentation and the projects' own code, November 2026; the
+# last column is the model of a start without a config. A preset is a provider table whose `type` is a wire format.
+PRESET_ROWS = """
+anthropic            anthropic https://api.anthropic.com                                 ANTHROPIC_API_KEY   claude-sonnet-5-5
+openai               openai    https://api.openai.com/v1                                 OPENAI_API_KEY      gpt-6.1-terra
+openrouter           openai    https://openrouter.ai/api/v1                              OPENROUTER_API_KEY  z-ai/glm-5.3
+openrouter-anthropic anthropic https://openrouter.ai/api                                 OPENROUTER_API_KEY  z-ai/glm-5.3
+zai                  anthropic https://api.z.ai/api/anthropic                            ZAI_API_KEY         glm-5.3
+zai-openai           openai    https://api.z.ai/api/paas/v4                              ZAI_API_KEY         glm-5.3
+moonshot             anthropic https://api.moonshot.ai/anthropic                         MOONSHOT_API_KEY    kimi-k3
+moonshot-openai      openai    https://api.moonshot.ai/v1                                MOONSHOT_API_KEY    kimi-k3
+kimi-coding          anthropic https://api.kimi.com/coding                               KIMI_API_KEY        kimi-for-coding
+deepseek             anthropic https://api.deepseek.com/anthropic                        DEEPSEEK_API_KEY    deepseek-v4-pro
+deepseek-openai      openai    https://api.deepseek.com/v1                               DEEPSEEK_API_KEY    deepseek-v4-pro
+minimax              anthropic https://api.minimax.io/anthropic                          MINIMAX_API_KEY     MiniMax-M3
+qwen                 anthropic https://dashscope-intl.aliyuncs.com/apps/anthropic        DASHSCOPE_API_KEY   qwen3-coder-plus
+qwen-openai          openai    https://dashscope-intl.aliyuncs.com/compatible-mode/v1    DASHSCOPE_API_KEY   qwen3-coder-plus
+gemini               gemini    https://generativelanguage.googleapis.com/v1beta          GEMINI_API_KEY      gemini-3.8-flash
+gemini-openai        openai    https://generativelanguage.googleapis.com/v1beta/openai   GEMINI_API_KEY      gemini-3.8-flash
+groq                 openai    https://api.groq.com/openai/v1                            GROQ_API_KEY        openai/gpt-oss-120b
+together             openai    https://api.together.xyz/v1                               TOGETHER_API_KEY    zai-org/GLM-5.3
+fireworks            openai    https://api.fireworks.ai/inference/v1                     FIREWORKS_API_KEY   accounts/fireworks/models/glm-5p3
+deepinfra            openai    https://api.deepinfra.com/v1/openai                       DEEPINFRA_API_KEY   zai-org/GLM-5.3
+cerebras             openai    https://api.cerebras.ai/v1                                CEREBRAS_API_KEY    zai-glm-5.3
+mistral              openai    https://api.mistral.ai/v1                                 MISTRAL_API_KEY     devstral-medium-latest
+xai                  openai    https://api.x.ai/v1                                       XAI_API_KEY         grok-5-fast
+nvidia               openai    https://integrate.api.nvidia.com/v1                       NVIDIA_API_KEY      z-ai/glm-5.3
+github               openai    https://models.github.ai/inference                        GITHUB_TOKEN        openai/gpt-4.1
+zenmux               anthropic https://zenmux.ai/api/anthropic                           ZENMUX_API_KEY      z-ai/glm-5.3
+nebius               openai    https://api.studio.nebius.ai/v1                           NEBIUS_API_KEY      zai-org/GLM-5.3
+novita               openai    https://api.novita.ai/v3/openai                           NOVITA_API_KEY      zai-org/glm-5.3
+baseten              openai    https://inference.baseten.co/v1                           BASETEN_API_KEY     zai-org/GLM-5.3
+ollama               anthropic http://localhost:11434                                    -                   -
+lmstudio             anthropic http://localhost:1234                                     {LM_API_TOKEN:-}    -
+llamacpp             anthropic http://localhost:8080                                     -                   -
+vllm                 anthropic http://localhost:8000                                     {VLLM_API_KEY:-}    -
+litellm              anthropic http://localhost:4000                                     LITELLM_API_KEY     -
+demo                 demo      -                                                         -                   demo
+"""
+EFFORTS_3 = ["low", "medium", "high"]
+FOREIGN = {
+    "drop": ["billing_header"]
+}  # Claude Code's billing header changes with each prompt and spoils prompt caches
+PRESET_QUIRKS: dict[str, Json] = {
+    "openai": {"effort": ["minimal", *EFFORTS_3, "xhigh"], "prompt_cache_key": True, "files": True}
+    | {"web_search": "options", "codex": "codex"},
+    "openrouter": {
+        "cache_control": "claude|gemini|qwen",
+        "reasoning_key": "reasoning_details",
+        "effort": EFFORTS_3,
+    }
+    | {"files": True, "web_search": "plugin", "transient": "Provider returned error"},
+    "openrouter-anthropic": {"auth": "bearer"},
+    "zai-openai": {"reasoning_replay": "tool_turns"},
+    "moonshot-openai": {"reasoning_replay": "tool_turns", "effort": ["low", "high", "max"]},
+    **dict.fromkeys(
+        ("zai", "moonshot", "minimax", "qwen", "zenmux", "ollama", "lmstudio", "llamacpp", "vllm"), FOREIGN
+    ),
+    "kimi-coding": {"count_tokens": "upstream", **FOREIGN},
+    "deepseek": {"drop": ["billing_header", "tool_type", "media"]},
+    "deepseek-openai": {"reasoning_replay": "tool_turns", "vision": False},
+    "gemini-openai": {"schema": "gemini", "effort": EFFORTS_3},
+    "groq": {"effort": EFFORTS_3},
+    "deepinfra": {"forced_tool": False},
+    "cerebras": {"lax_finish": True},
+    "mistral": {"tool_id": "[A-Za-z0-9]{9}"},
+    "xai": {"effort": ["low", "high"]},
+    "litellm": {"auth": "bearer"},
+}
+PRESET_KEYS: dict[str, Json] = {  # what a row sets beside quirks; a local server loads its model first
+    "openrouter": {"headers": {"HTTP-Referer": "https://github.com/ccmux", "X-Title": "ccmux"}},
+    **dict.fromkeys(("ollama", "lmstudio", "llamacpp"), {"first_byte_timeout": 600}),
+}
 
 
-def preset(format: str, base_url: str, variable: str, default: str, **more: Any) -> Json:
-    """A provider table as the config has it; `more` are quirks, but for the provider's own keys."""
-    own = {k: more.pop(k) for k in tuple(more) if k in ("headers", "first_byte_timeout")}
-    key = {"api_key": f"${variable}"} if variable else {"api_key": ""}
-    return {"type": format, "base_url": base_url, "default": default, **key, **own, "quirks": more}
+def preset(row: str) -> tuple[str, Json]:
+    """A preset's name and its provider table, from a line of PRESET_ROWS; - stands for nothing."""
+    name, format, base_url, variable, default = ("" if word == "-" else word for word in row.split())
+    table = {
+        "type": format,
+        "base_url": base_url,
+        "default": default,
+        "api_key": f"${variable}" if variable else "",
+    }
+    return name, {**table, **PRESET_KEYS.get(name, {}), "quirks": PRESET_QUIRKS.get(name, {})}
 
 
-def openai_effort(*names: str) -> tuple[str, ...]:
-    return names or ("minimal", "low", "medium", "high", "xhigh")
-
-
-# Base URLs, keys and quirks from the vendors' documentation and the projects' own code, November 2026.
-PRESETS: dict[str, Json] = {
-    "anthropic": preset("anthropic", "https://api.anthropic.com", "ANTHROPIC_API_KEY", "claude-sonnet-5-5"),
-    "openai": preset(
-        "openai", "https://api.openai.com/v1", "OPENAI_API_KEY", "gpt-6.1-terra", effort=["minimal", "low", "medium", "high", "xhigh"],
-        prompt_cache_key=True, files=True, web_search="options", codex="codex",
-    ),
-    "openrouter": preset(
-        "openai", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY", "z-ai/glm-5.3", cache_control="claude|gemini|qwen",
-        reasoning_key="reasoning_details", effort=["low", "medium", "high"], files=True, web_search="plugin",
-        transient="Provider returned error", headers={"HTTP-Referer": "https://github.com/ccmux", "X-Title": "ccmux"},
-    ),
-    "openrouter-anthropic": preset("anthropic", "https://openrouter.ai/api", "OPENROUTER_API_KEY", "z-ai/glm-5.3", auth="bearer"),
-    "zai": preset("anthropic", "https://api.z.ai/api/anthropic", "ZAI_API_KEY", "glm-5.3"),
-    "zai-openai": preset("openai", "https://api.z.ai/api/paas/v4", "ZAI_API_KEY", "glm-5.3", reasoning_replay="tool_turns"),
-    "moonshot": preset("anthropic", "https://api.moonshot.ai/anthropic", "MOONSHOT_API_KEY", "kimi-k3"),
-    "moonshot-openai": preset(
-        "openai", "https://api.moonshot.ai/v1", "MOONSHOT_API_KEY", "kimi-k3", reasoning_replay="tool_turns",
-        effort=["low", "high", "max"],
-    ),
-    "kimi-coding": preset("anthropic", "https://api.kimi.com/coding", "KIMI_API_KEY", "kimi-for-coding", count_tokens="upstream"),
-    "deepseek": preset(
-        "anthropic", "https://api.deepseek.com/anthropic", "DEEPSEEK_API_KEY", "deepseek-v4-pro", vision=False,
-    ),
-    "deepseek-openai": preset(
-        "openai", "https://api.deepseek.com/v1", "DEEPSEEK_API_KEY", "deepseek-v4-pro", reasoning_replay="tool_turns", vision=False,
-    ),
-    "minimax": preset("anthropic", "https://api.minimax.io/anthropic", "MINIMAX_API_KEY", "MiniMax-M3"),
-    "qwen": preset("anthropic", "https://dashscope-intl.aliyuncs.com/apps/anthropic", "DASHSCOPE_API_KEY", "qwen3-coder-plus"),
-    "qwen-openai": preset(
-        "openai", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "DASHSCOPE_API_KEY", "qwen3-coder-plus"
-    ),
-    "gemini": preset("gemini", "https://generativelanguage.googleapis.com/v1beta", "GEMINI_API_KEY", "gemini-3.8-flash"),
-    "gemini-openai": preset(
-        "openai", "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY", "gemini-3.8-flash", schema="gemini",
-        effort=["low", "medium", "high"],
-    ),
-    "groq": preset("openai", "https://api.groq.com/openai/v1", "GROQ_API_KEY", "openai/gpt-oss-120b", effort=["low", "medium", "high"]),
-    "together": preset("openai", "https://api.together.xyz/v1", "TOGETHER_API_KEY", "zai-org/GLM-5.3"),
-    "fireworks": preset("openai", "https://api.fireworks.ai/inference/v1", "FIREWORKS_API_KEY", "accounts/fireworks/models/glm-5p3"),
-    "deepinfra": preset(
-        "openai", "https://api.deepinfra.com/v1/openai", "DEEPINFRA_API_KEY", "zai-org/GLM-5.3", forced_tool=False
-    ),
-    "cerebras": preset("openai", "https://api.cerebras.ai/v1", "CEREBRAS_API_KEY", "zai-glm-5.3", lax_finish=True),
-    "mistral": preset("openai", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", "devstral-medium-latest", tool_id="[A-Za-z0-9]{9}"),
-    "xai": preset("openai", "https://api.x.ai/v1", "XAI_API_KEY", "grok-5-fast", effort=["low", "high"]),
-    "nvidia": preset("openai", "https://integrate.api.nvidia.com/v1", "NVIDIA_API_KEY", "z-ai/glm-5.3"),
-    "github": preset("openai", "https://models.github.ai/inference", "GITHUB_TOKEN", "openai/gpt-4.1"),
-    "zenmux": preset("anthropic", "https://zenmux.ai/api/anthropic", "ZENMUX_API_KEY", "z-ai/glm-5.3"),
-    "nebius": preset("openai", "https://api.studio.nebius.ai/v1", "NEBIUS_API_KEY", "zai-org/GLM-5.3"),
-    "novita": preset("openai", "https://api.novita.ai/v3/openai", "NOVITA_API_KEY", "zai-org/glm-5.3"),
-    "baseten": preset("openai", "https://inference.baseten.co/v1", "BASETEN_API_KEY", "zai-org/GLM-5.3"),
-    "ollama": preset("anthropic", "http://localhost:11434", "", "", **LOCAL),
-    "lmstudio": preset("anthropic", "http://localhost:1234", "{LM_API_TOKEN:-}", "", **LOCAL),
-    "llamacpp": preset("anthropic", "http://localhost:8080", "", "", **LOCAL),
-    "vllm": preset("anthropic", "http://localhost:8000", "{VLLM_API_KEY:-}", ""),
-    "litellm": preset("anthropic", "http://localhost:4000", "LITELLM_API_KEY", "", auth="bearer"),
-    "demo": preset("demo", "", "", "demo"),
-}  # fmt: skip
+PRESETS: dict[str, Json] = dict(map(preset, PRESET_ROWS.strip().splitlines()))
 
 
 def dialect_of(provider: Provider, model: str) -> Dialect:
@@ -4099,13 +4114,65 @@ def forwarded(call: Call, to: Upstream) -> bytes:
     if not raw or b'"signature"' in raw:
         clean = without_foreign_thinking(body)
         body, raw = (clean, b"") if clean != body else (body, raw)
-    drop = {k for k in (*to.quirks.drop, *to.skip) if k in body}
-    if drop or to.quirks.extra_body:
-        body, raw = {k: v for k, v in body.items() if k not in drop} | to.quirks.extra_body, b""
+    lighter = without_dropped(body, to)
+    if lighter is not body:
+        body, raw = lighter, b""
     if not raw:
         return compact({**body, "model": to.model})
     return raw if body.get("model") == to.model else with_model(raw, str(body["model"]), to.model)
 
+
+def without_dropped(body: Json, to: Upstream) -> Json:
+    """The body without what the provider's drop list names; the very same object where nothing is dropped."""
+    for name in (*to.quirks.drop, *to.skip):
+        if name in DROPS:
+            body = DROPS[name](body)
+        elif name in body:
+            body = {k: v for k, v in body.items() if k != name}
+    return body | to.quirks.extra_body if to.quirks.extra_body else body
+
+
+def without_billing_header(body: Json) -> Json:
+    kept = system_blocks(body)
+    return (
+        body
+        if isinstance(body.get("system"), str) or len(kept) == len(body.get("system") or ())
+        else {**body, "system": kept}
+    )
+
+
+def without_tool_type(body: Json) -> Json:
+    """The body with client tools that carry no `type`; some endpoints know "custom" not at all."""
+    if not any("type" in tool for tool in client_tools(body)):
+        return body
+    tools = [{k: v for k, v in t.items() if k != "type" or v != "custom"} for t in tools_of(body)]
+    return {**body, "tools": tools}
+
+
+def without_media(body: Json) -> Json:
+    """The body with a note in place of each image and document."""
+
+    def noted(block: Json) -> Json:
+        if block.get("type") in ("image", "document"):
+            return {"type": "text", "text": f"[{block['type']} left out: this model takes only text]"}
+        if block.get("type") == "tool_result" and isinstance(block.get("content"), list):
+            return {**block, "content": [noted(b) for b in blocks_of(block["content"])]}
+        return block
+
+    def lighter(message: Json) -> Json:
+        if not isinstance(message.get("content"), list):
+            return message
+        return {**message, "content": [noted(b) for b in blocks_of(message["content"])]}
+
+    messages = [lighter(m) for m in messages_of(body)]
+    return body if messages == body.get("messages") else {**body, "messages": messages}
+
+
+DROPS: dict[str, Callable[[Json], Json]] = {  # entries of a drop list that are no top-level keys
+    "billing_header": without_billing_header,
+    "tool_type": without_tool_type,
+    "media": without_media,
+}
 
 _MODEL_KEY = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
