@@ -1,8 +1,8 @@
 """An upstream that misbehaves on purpose: a raw HTTP server on asyncio streams, driven by a script.
 
 A script is one `Behaviour` per call, the last repeats. A behaviour is a list of steps made from the call it
-answers, so the same row speaks Anthropic or OpenAI chat, streamed or whole, as the request asks. Every call is kept
-with its head, its body and the moment its peer closed it; waiting is by event (`await server.cancelled(1)`).
+answers, so the same row speaks Anthropic or OpenAI chat, streamed or whole, as the request asks. Every call is
+kept with its head, its body and the moment its peer closed it; waiting is by event.
 """
 
 from __future__ import annotations
@@ -482,6 +482,9 @@ def dripping(piece: int = 1, newline: bytes = b"\n") -> Behaviour:
         return [Send(head(200, STREAM_HEAD)), Send(cut + LAST_CHUNK, piece=piece + 5)]
 
     return Behaviour(steps)
+
+
+TYPES = {429: "rate_limit_error", 529: "overloaded_error"}
 
 
 def status(

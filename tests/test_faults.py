@@ -1,6 +1,6 @@
 """The fault matrix: what a client, the upstreams and the ledger see when a provider misbehaves.
 
-MATRIX is the table of the design as data; one row, mode and wire format is one test. A is the first target, B is
+MATRIX is the table of the design as data; one row, mode and wire format is one test. A is the first target, B
 the second. Below it stand the cases that need more than one request, or a process of their own.
 """
 
