@@ -3444,8 +3444,15 @@ class Reader(typing.Protocol):
     def output_text(self) -> str: ...
 
 
+class ClientGone(Exception):
+    """The client's connection broke while something was written to it; nobody's fault."""
+
+
 class Sink(typing.Protocol):
-    """Where an answer goes. `begin` sends the head of a 200; a sink that does not stream ignores both until the end."""
+    """Where an answer goes; ClientGone when nobody is there any more.
+
+    `begin` sends the head of a 200; a sink that does not stream ignores both until the end.
+    """
 
     async def begin(self, headers: Mapping[str, str]) -> None: ...
     async def write(self, data: bytes) -> None: ...
@@ -4635,24 +4642,32 @@ class StreamSink:
         self.pinger = asyncio.create_task(self.ping_when_silent())
 
     async def begin(self, headers: Mapping[str, str]) -> None:
-        if not self.began:
-            self.began = True
-            self.response.headers.update({**self.headers(), **headers})
-            self.response.headers["X-Accel-Buffering"] = "no"
+        if self.began:
+            return
+        self.began = True
+        self.response.headers.update({**self.headers(), **headers, "X-Accel-Buffering": "no"})
+        try:
             await self.response.prepare(self.request)
+        except ConnectionError:
+            raise ClientGone from None
 
     async def write(self, data: bytes) -> None:
-        if data:
-            self.last = time.monotonic()
+        if not data:
+            return
+        self.last = time.monotonic()
+        try:
             await self.response.write(data)
+        except ConnectionError:
+            raise ClientGone from None
 
     async def ping_when_silent(self) -> None:
         """Keeps the client waiting. What is written elsewhere is whole events, so a ping always fits between."""
         while True:
             await asyncio.sleep(max(self.last + self.interval - time.monotonic(), 0.01))
             if time.monotonic() - self.last >= self.interval:
-                await self.begin({})
-                await self.write(PING)
+                with contextlib.suppress(ClientGone):  # the exchange itself will notice
+                    await self.begin({})
+                    await self.write(PING)
 
     async def finish(self, ending: bytes) -> web.StreamResponse:
         await self.write(ending)
@@ -4717,8 +4732,8 @@ class Exchange:
                 error.headers = {**self.headers(), **error.headers}
                 raise
             return await self.fail(sink, error)
-        except ConnectionError:  # the client left while something was written to it
-            raise asyncio.CancelledError from None
+        except (ClientGone, ConnectionError):
+            raise asyncio.CancelledError from None  # as if aiohttp had noticed first
         finally:
             sink.close()
             state.calls.pop(call.request_id, None)
