@@ -138,6 +138,7 @@ import email.utils
 import enum
 import errno
 import functools
+import gc
 import hashlib
 import hmac
 import io
@@ -5313,12 +5314,23 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
         server = await listen(runner, config)
         port = server.sockets[0].getsockname()[1]
         print(start_text(config, port, state.admin_token), flush=True)
+        calm_collector()
         await until_stopped(state, args, server)
     finally:
         await runner.cleanup()
         await close_state(state)
         store.save_calibration(state.counter.export())
         store.close()
+
+
+def calm_collector() -> None:
+    """Fewer garbage collections: a parsed request is thousands of objects that are freed by count, not by cycles.
+
+    With Python's defaults a tenth of a request's CPU went there.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 async def listen(runner: web.AppRunner, config: Config) -> asyncio.Server:
