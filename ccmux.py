@@ -146,6 +146,7 @@ import io
 import ipaddress
 import json
 import logging
+import marshal
 import math
 import queue
 import random
@@ -162,7 +163,7 @@ import tomllib
 import typing
 import urllib.parse
 import urllib.request
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -3176,71 +3177,658 @@ def demo_input(tool: Json, words: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 # Tokens and prices (pure; the encoder is handed in)
 # ----------------------------------------------------------------------------------------------------------
+# Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and checked against
+# the vendors' pages where they have one. Columns: name, context, max output, input, output, cache read, cache write, 1 h
+# cache write; - is unknown, not free. Then what the model refuses (s sampling parameters, f forced tool calls) and the
+# tiers, above:input/output/read/write, that price a whole request once its prompt passes `above` tokens.
+PRICES_DATE = "2026-11-22"
+PRICE_ROWS = """
+claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sf
+claude-fable-5           1000000  128000    10    50      1   12.5  20 s
+claude-opus-5-5          1000000  128000     4    20    0.2      5   8 sf
+claude-opus-5            1000000  128000     5    25    0.5   6.25  10 s
+claude-opus-4-8          1000000  128000     5    25    0.5   6.25  10 s
+claude-opus-4-7          1000000  128000     5    25    0.5   6.25  10 s
+claude-opus-4-6          1000000  128000     5    25    0.5   6.25  10 -
+claude-opus-4-5           200000   64000     5    25    0.5   6.25  10 -
+claude-sonnet-5-5        1000000  128000     2    10    0.1    2.5   4 sf
+claude-sonnet-5          1000000  128000     2    10    0.2    2.5   4 s
+claude-sonnet-4-6        1000000  128000     3    15    0.3   3.75   6 -
+claude-sonnet-4-5         200000   64000     3    15    0.3   3.75   6 -
+claude-haiku-5-5         1000000  128000   0.1   0.5   0.01  0.125 0.2 s  100000:0.5/2.5/0.05/0.625
+claude-haiku-4-5          200000   64000     1     5    0.1   1.25   2 -
+gpt-6.1-sol               922000  128000     2    10    0.1    2.5   - -  272000:4/15/0.2/5
+gpt-6.1-terra             922000  128000     1     5   0.05   1.25   - -  272000:2/7.5/0.1/2.5
+gpt-6-astra               922000  128000    10    50      1   12.5   - -  272000:20/75/2/25
+gpt-6-sol                 922000  128000     2    10    0.2    2.5   - -  272000:4/15/0.4/5
+gpt-6-luna                922000  128000   0.1   0.5   0.01  0.125   - -  272000:0.2/0.75/0.02/0.25
+gpt-5.6                   922000  128000     4    20    0.4      5   - -  272000:8/30/0.8/10
+gpt-5.6-sol               922000  128000     4    20    0.4      5   - -  272000:8/30/0.8/10
+gpt-5.6-terra             922000  128000     2    12    0.2    2.5   - -  272000:4/18/0.4/5
+gpt-5.6-luna              922000  128000   0.2   1.2   0.02   0.25   - -  272000:0.4/1.8/0.04/0.5
+gpt-5.5                  1050000  128000     5    30    0.5      -   - -  272000:10/45/1/-
+gpt-5.4                  1050000  128000   2.5    15   0.25      -   - -  272000:5/22.5/0.5/-
+gpt-5.4-mini              272000  128000  0.75   4.5  0.075      -   - -
+gpt-5.4-nano              272000  128000   0.2  1.25   0.02      -   - -
+gpt-5.3-codex             272000  128000  1.75    14  0.175      -   - -
+gpt-5.2                   272000  128000  1.75    14  0.175      -   - -
+gpt-5.1                   272000  128000  1.25    10  0.125      -   - -
+gpt-5                     272000  128000  1.25    10  0.125      -   - -
+gpt-5-mini                272000  128000  0.25     2  0.025      -   - -
+gpt-5-nano                272000  128000  0.05   0.4  0.005      -   - -
+gpt-4.1                  1047576   32768     2     8    0.5      -   - -
+gpt-4.1-mini             1047576   32768   0.4   1.6    0.1      -   - -
+gpt-4o                    128000   16384   2.5    10   1.25      -   - -
+gpt-4o-mini               128000   16384  0.15   0.6  0.075      -   - -
+o3                        200000  100000     2     8    0.5      -   - -
+o4-mini                   200000  100000   1.1   4.4  0.275      -   - -
+gemini-4-argon           1048576 1048576     2    10    0.1      -   - -
+gemini-3.8-flash         1048576   65536  0.75  3.75  0.075      -   - s
+gemini-3.7-flash         1048576   65536  0.75  3.75  0.075      -   - s
+gemini-3.6-flash         1048576   65536  0.75  3.75  0.075      -   - s
+gemini-3.5-flash         1048576   65536   1.5     9   0.15      -   - -
+gemini-3.5-flash-lite    1048576   65536   0.3   2.5   0.03      -   - s
+gemini-3.1-pro-preview   1048576   65536     2    12    0.2      -   - -  200000:4/18/0.4/-
+gemini-2.5-pro           1048576   65536  1.25    10  0.125      -   - -  200000:2.5/15/0.25/-
+gemini-2.5-flash         1048576   65536   0.3   2.5   0.03      -   - -
+deepseek-v4-pro          1000000  393216  1.32  3.96  0.044      0   - -
+deepseek-v4-flash        1000000  393216   0.3   1.2  0.006      0   - -
+deepseek-chat             131072    8192  0.28  0.42  0.028      0   - -
+deepseek-reasoner         131072   65536  0.28  0.42  0.028      -   - -
+glm-5.3                  1000000  128000   1.4   4.4   0.26      0   - -
+glm-5.3-flash            1048576  128000  0.15   0.5   0.03      0   - -
+glm-5.2                  1000000  128000   1.4   4.4   0.26      0   - -
+glm-5.1                   200000  128000   1.4   4.4   0.26      0   - -
+glm-4.7                   200000  128000   0.6   2.2   0.11      0   - -
+glm-4.6                   200000  128000   0.6   2.2   0.11      0   - -
+glm-4.5-air               128000   32000   0.2   1.1      -      -   - -
+kimi-k3                  1048576 1048576     3    15    0.3      3   6 -
+kimi-k3.1-pro            1048576 1048576     2    10    0.2      2   4 -
+kimi-k2.7-code            262144  262144  0.95     4   0.19      -   - -
+kimi-k2.6                 262144  262144  0.95     4   0.16      -   - -
+kimi-k2.5                 262144  262144   0.6     3    0.1      -   - -
+MiniMax-M3               1000000  128000   0.3   1.2   0.06      -   - -  512000:0.6/2.4/0.12/-
+MiniMax-M2.5             1000000    8192   0.3   1.2   0.03  0.375   - -
+MiniMax-M2.1             1000000    8192   0.3   1.2   0.03  0.375   - -
+qwen3.8-max               991808  131072     2     6   0.25      -   - -
+qwen3.8-flash             991808  131072  0.15  0.47  0.016    0.2   - -
+qwen3.7-max               991808   65536   2.5   7.5    0.5  3.125   - -
+qwen3-coder-plus          997952   65536     1     5    0.1      -   - -  32000:1.8/9/0.18/- 128000:3/15/0.3/- 256000:6/60/0.6/-
+qwen3-max                 258048   65536   1.2     6      -      -   - -  32000:2.4/12/-/- 128000:3/15/-/-
+grok-4.7                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
+grok-4.6                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
+grok-4.5                  500000  500000     2     6    0.3      -   - -  200000:4/12/0.6/-
+grok-code-fast-1          256000  256000     1     2    0.2      -   - -  200000:2/4/0.4/-
+mistral-large-latest      262144  262144   0.5   1.5   0.05      -   - -
+mistral-medium-latest     262144  262144   1.5   7.5   0.15      -   - -
+devstral-latest           256000  256000   0.4     2   0.04      -   - -
+codestral-latest          128000  128000   0.3   0.9   0.03      -   - -
+openai/gpt-oss-120b       131072   65536  0.15   0.6  0.075      -   - -
+openai/gpt-oss-20b        131072   65536 0.075   0.3 0.0375      -   - -
+gpt-oss-120b              131072   32768  0.35  0.75      -      -   - -
+"""
+
+
+@functools.cache
+def price_table() -> dict[str, Facts]:
+    """The built-in table by lower-case model name, parsed at first use."""
+    return dict(map(price_row, PRICE_ROWS.strip().splitlines()))
+
+
+def price_row(row: str) -> tuple[str, Facts]:
+    name, context, max_output, input, output, read, write, write_1h, refuses, *tiers = row.split()
+    price = price_of_columns(input, output, read, write, write_1h)
+    above = []
+    for tier in tiers:
+        size, _, columns = tier.partition(":")
+        above.append((int(size), price_of_columns(*columns.split("/"), "-")))
+    price = dataclasses.replace(price, tiers=tuple(above))
+    return name.lower(), Facts(int(context), int(max_output), "s" not in refuses, "f" not in refuses, price)
+
+
+def price_of_columns(*columns: str) -> Price:
+    read, write, write_1h = (None if column == "-" else Decimal(column) for column in columns[2:])
+    return Price(Decimal(columns[0]), Decimal(columns[1]), read, write, write_1h)
+
+
+_MODEL_SUFFIX = re.compile(r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|:[a-z]+$|\[1m\]$")
+
+
+@functools.lru_cache(4096)
 def facts_of(model: str) -> Facts:
+    """What the built-in table knows of a model: by name, then without vendor prefix, then without date or tag."""
+    table, name = price_table(), model.lower()
+    for candidate in (name, name.rsplit("/", 1)[-1]):
+        while candidate not in table and (shorter := _MODEL_SUFFIX.sub("", candidate)) != candidate:
+            candidate = shorter
+        if candidate in table:
+            return table[candidate]
     return Facts()
 
 
 def price_of(config: Config, target: Target, model_name: str) -> Price | None:
-    row = config.model(model_name)
-    return target.price or (row.price if row else None)
+    """A target's price: its own, else its model's, else the built-in one; None where nobody knows it."""
+    provider, row = config.provider(target.provider), config.model(model_name)
+    if provider and provider.format == "demo":
+        return Price(Decimal(0), Decimal(0))
+    configured = target.price or (row.price if row else None)
+    return configured or facts_of(target.actual_model).price or facts_of(model_name).price
 
 
 @dataclass(frozen=True, slots=True)
 class Charge:
+    """Micro-dollars: what a provider takes, what is added, and their sum, which the user pays."""
+
     cost: int
     markup: int
     charge: int
 
 
+def exact_cost(usage: Usage, price: Price) -> Decimal:
+    """Micro-dollars, not rounded. A kind of token without a price of its own costs what input costs."""
+    price = next((tier for above, tier in reversed(price.tiers) if usage.prompt > above), price)
+    kinds = (
+        (usage.input, price.input), (usage.output, price.output), (usage.cache_read, price.cache_read),
+        (usage.cache_write, price.cache_write), (usage.cache_write_1h, price.cache_write_1h),
+    )  # fmt: skip
+    return sum((tokens * (price.input if each is None else each) for tokens, each in kinds), Decimal(0))
+
+
 def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
-    cost = usage.input * price.input + usage.output * price.output
-    return Charge(math.ceil(cost), 0, math.ceil(cost))
+    """The charge of an answer: the exact sum, and the exact sum with markup, each rounded up to a micro-dollar."""
+    exact = exact_cost(usage, price)
+    cost = math.ceil(exact)
+    charge = math.ceil(exact * (100 + markup_percent) / 100)
+    return Charge(cost, charge - cost, charge)
 
 
 def hold_of(tokens: int, max_tokens: int, price: Price, markup_percent: Decimal) -> int:
-    return math.ceil(tokens * price.input + min(max_tokens, 4096) * price.output)
+    """What is set aside for a request: its input and up to 4,096 tokens of output, in micro-dollars."""
+    usage = Usage(input=tokens, output=min(max_tokens, 4096))
+    return charge_of(usage, price, markup_percent).charge
 
 
 def input_floor(tokens: int, price: Price, markup_percent: Decimal) -> int:
-    return math.ceil(tokens * price.input)
+    """What a request's input costs, in micro-dollars."""
+    return charge_of(Usage(input=tokens), price, markup_percent).charge
 
 
 def price_json(price: Price) -> Json:
-    return {"input": str(price.input), "output": str(price.output)}
+    """A price as it is stored with a request: decimal texts, exact."""
+    out: Json = {k: str(v) for k in PRICE_KINDS if (v := getattr(price, k)) is not None}
+    if price.tiers:
+        out["tiers"] = [{"above": above, **price_json(tier)} for above, tier in price.tiers]
+    return out
 
 
-def count_request_body(body: Json) -> Json:
-    return {
-        k: body[k] for k in ("model", "messages", "system", "tools", "tool_choice", "thinking") if k in body
-    }
+PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 
 
-def load_vocabulary(name: str) -> Any:
-    return None
+# Counting. One encoding for what OpenAI-type models read; Claude's count is that times a factor, until true usage
+# teaches a better one. A request is counted block by block, and each block's count is kept by its hash, so that a
+# turn of a long conversation costs what its last message costs.
+
+SLICE = 65_536  # characters: a megabyte of one whitespace run makes the encoder panic
+INLINE = 16_384  # characters of new text that are counted on the event loop
+CACHE_SIZE = 20_000
+IMAGE_TOKENS = 1500
+PDF_PAGE_TOKENS = 2500
 
 
-load_vocabulary_now = load_vocabulary
+class Encoding(typing.Protocol):
+    """What is used of a tiktoken.Encoding."""
+
+    def encode_ordinary(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How a family of models counts a request beyond its texts. Tokens; `factor` is on o200k or cl100k counts."""
+
+    encoding: str
+    factor: float = 1.0
+    base: int = 3
+    per_message: int = 4
+    tools: int = 9
+    tools_forced: int = 9
+    is_claude: bool = False
+    largest_image: int = 1568  # tokens
+    image_side: int = 1568  # pixels
+
+
+_CL100K = re.compile(r"^gpt-(?:4(?!o|\.\d)|3\.5)|^gpt-35")
+_CLAUDE_VERSION = re.compile(r"claude-(?:[a-z]+-)?(\d+)(?:[-.](\d{1,2})(?!\d))?")
+
+
+@functools.lru_cache(1024)
+def framing_of(model: str) -> Framing:
+    """The framing of a model by its name; measured, see the README's account of token counts."""
+    name = model.lower().rsplit("/", 1)[-1]
+    if "claude" in name:
+        match = _CLAUDE_VERSION.search(name)
+        version = (int(match[1]), int(match[2] or 0)) if match else (4, 0)
+        if version < (4, 7):
+            return Framing("o200k_base", 1.18, 7, 0, 497, 589, True)
+        tools, forced = (675, 804) if version == (4, 7) else (290, 410)
+        return Framing("o200k_base", 1.45, 12, 0, tools, forced, True, 4784, 2576)
+    return Framing("cl100k_base" if _CL100K.match(name) else "o200k_base")
 
 
 class TokenCounter:
-    def __init__(self, load: Callable[[str], Any]) -> None:
+    """Counts requests and texts. `load` hands in an encoding by name, or None while there is none."""
+
+    def __init__(self, load: Callable[[str], Encoding | None]) -> None:
         self.load = load
+        self.cache: OrderedDict[bytes, int] = OrderedDict()
+        self.factors: dict[
+            tuple[str, str], tuple[float, int]
+        ] = {}  # (provider, model) -> (true / counted, samples)
 
     async def count(self, body: Json, provider: str, model: str) -> int:
-        return len(json.dumps(body)) // 4
+        """Input tokens of a whole request; new text beyond 16 KB is counted in a thread."""
+        request = RequestParts(body, framing_of(model))
+        fresh = self.missing(request)
+        if sum(part.size for part in fresh) > INLINE:
+            await asyncio.to_thread(self.learn, fresh, request.framing.encoding)
+        else:
+            self.learn(fresh, request.framing.encoding)
+        return self.total(request, provider, model)
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
-        return len(json.dumps(body)) // 4
+        """The same where there is no event loop."""
+        request = RequestParts(body, framing_of(model))
+        self.learn(self.missing(request), request.framing.encoding)
+        return self.total(request, provider, model)
 
     def count_text(self, text: str, model: str) -> int:
-        return len(text) // 4
+        """Tokens of a text that a model made."""
+        framing = framing_of(model)
+        return math.ceil(self.encoded_length(text, framing.encoding) * framing.factor) if text else 0
 
-    def observe(self, provider: str, model: str, counted: int, true: int) -> None: ...
+    def missing(self, request: RequestParts) -> list[Part]:
+        """The parts not counted before; the others become the cache's newest."""
+        fresh = []
+        for part in request.parts:
+            if part.key in self.cache:
+                self.cache.move_to_end(part.key)
+            else:
+                fresh.append(part)
+        return fresh
 
-    def export(self) -> list[Any]:
-        return []
+    def learn(self, fresh: list[Part], encoding: str) -> None:
+        """Counts parts into the cache; estimates are not kept."""
+        if fresh and self.load(encoding) is None:
+            return
+        for part in fresh:
+            self.cache[part.key] = self.encoded_length(part.text(), encoding)
+        while len(self.cache) > CACHE_SIZE:
+            self.cache.popitem(last=False)
 
-    def restore(self, rows: list[Any]) -> None: ...
+    def total(self, request: RequestParts, provider: str, model: str) -> int:
+        counts = (self.cache.get(part.key) for part in request.parts)
+        counted = sum(
+            estimate(part.text()) if count is None else count
+            for part, count in zip(request.parts, counts, strict=True)
+        )
+        tokens = counted * request.framing.factor + request.fixed
+        return max(1, math.ceil(tokens * self.factors.get((provider, model), (1.0, 0))[0]))
+
+    def encoded_length(self, text: str, name: str) -> int:
+        """Tokens of a text by an encoding, in slices; an estimate from its bytes while there is no encoding."""
+        encoding = self.load(name)
+        if encoding is None:
+            return estimate(text)
+        clean = (
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if has_surrogates(text)
+            else text
+        )
+        return sum(len(encoding.encode_ordinary(part)) for part in slices(clean))
+
+    # Calibration: what true usage teaches.
+
+    def observe(self, provider: str, model: str, counted: int, true: int) -> None:
+        """Learns from an answer whose prompt was counted here: an average over about the last 50."""
+        if counted <= 0 or true <= 0:
+            return
+        factor, samples = self.factors.get((provider, model), (1.0, 0))
+        wanted = factor * true / counted  # `counted` has the factor in it
+        share = 1 / min(samples + 1, 50)
+        factor = min(max(factor + (wanted - factor) * share, 0.5), 2.5)
+        self.factors[provider, model] = (factor, min(samples + 1, 1_000_000))
+
+    def export(self) -> list[tuple[str, str, float, int]]:
+        return [(*key, *value) for key, value in self.factors.items()]
+
+    def restore(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
+        self.factors.update({(p, m): (factor, samples) for p, m, factor, samples in rows})
+
+
+def has_surrogates(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def slices(text: str) -> Iterator[str]:
+    """The text in pieces of at most SLICE characters, cut at newlines where there are any."""
+    start = 0
+    while start < len(text):
+        end = start + SLICE
+        if end < len(text):
+            newline = text.rfind("\n", start + 1, end)
+            end = newline if newline > start else end
+        yield text[start:end]
+        start = end
+
+
+def estimate(text: str) -> int:
+    """Tokens by a rule of thumb, within a fifth for English and code."""
+    return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.7)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Something of a request that is counted as one, and kept by its hash."""
+
+    key: bytes
+    value: Any
+    render: Callable[[Any], str]
+
+    def text(self) -> str:
+        return self.render(self.value)
+
+    @property
+    def size(self) -> int:
+        return len(self.value) if isinstance(self.value, str) else 2 * INLINE
+
+
+class RequestParts:
+    """A request taken apart for counting: what is looked up by its hash, and what is fixed."""
+
+    def __init__(self, body: Json, framing: Framing) -> None:
+        self.framing = framing
+        self.salt = f"{framing.encoding[:1]}{framing.is_claude:d}".encode()
+        self.parts: list[Part] = []
+        self.fixed = float(framing.base)
+        self.add_content(body.get("system"))
+        self.fixed += framing.per_message if body.get("system") else 0
+        for message in messages_of(body):
+            self.fixed += framing.per_message
+            self.add_content(message.get("content"))
+        self.add_tools(body)
+
+    def add(self, value: Any, render: Callable[[Any], str] = str) -> None:
+        # marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON.
+        digest = hashlib.blake2b(marshal.dumps(value, 2), digest_size=16).digest()
+        self.parts.append(Part(self.salt + digest, value, render))
+
+    def add_text(self, text: str) -> None:
+        if text:
+            self.add(text)
+
+    def add_content(self, content: Any) -> None:
+        if isinstance(content, str):
+            self.add_text(content)
+            return
+        for block in blocks_of(content):
+            self.add_block(block)
+
+    def add_block(self, block: Json) -> None:
+        kind = block.get("type")
+        if kind == "text":
+            self.add_text(str(block.get("text") or ""))
+        elif kind == "tool_result":
+            self.fixed += 8 * self.framing.factor
+            self.add_content(block.get("content"))
+        elif kind == "tool_use":
+            self.fixed += 12 * self.framing.factor
+            self.add([block.get("name"), block.get("input")], call_text)
+        elif kind == "thinking":
+            self.add_text(str(block.get("thinking") or ""))
+        elif kind == "image":
+            self.fixed += image_tokens(as_object(block.get("source")), self.framing)
+        elif kind == "document":
+            self.add_document(as_object(block.get("source")))
+        elif kind != "redacted_thinking":
+            self.add_text(block_text(block))
+
+    def add_document(self, source: Json) -> None:
+        if source.get("type") == "base64":
+            self.fixed += PDF_PAGE_TOKENS * pdf_pages(str(source.get("data") or ""))
+        elif source.get("type") == "text":
+            self.add_text(str(source.get("data") or ""))
+        else:
+            self.add_content(source.get("content"))
+
+    def add_tools(self, body: Json) -> None:
+        tools = client_tools(body)
+        if not tools:
+            return
+        forced = as_object(body.get("tool_choice")).get("type") in ("any", "tool")
+        self.fixed += self.framing.tools_forced if forced else self.framing.tools
+        self.add(tools, functools.partial(tools_text, self.framing))
+
+
+def call_text(call: list[Any]) -> str:
+    return f"{call[0]} {tool_arguments({'input': call[1]})}"
+
+
+def tools_text(framing: Framing, tools: list[Json]) -> str:
+    return "".join(tool_text(tool, framing) for tool in tools)
+
+
+def tool_text(tool: Json, framing: Framing) -> str:
+    """A tool as the model reads it: Claude its JSON, OpenAI's models a TypeScript signature."""
+    name, description = str(tool.get("name") or ""), str(tool.get("description") or "")
+    schema = as_object(tool.get("input_schema"))
+    if framing.is_claude:
+        return json.dumps(
+            {"name": name, "description": description, "input_schema": schema}, ensure_ascii=False
+        )
+    return typescript_function(name, description, schema)
+
+
+def typescript_function(name: str, description: str, schema: Json) -> str:
+    """How OpenAI renders a function to its models (found out by others, see the vectors' sources)."""
+    head = f"// {description}\n" if description else ""
+    if not as_object(schema.get("properties")):
+        return f"{head}type {name} = () => any;\n"
+    return f"{head}type {name} = (_: {{\n{typescript_members(schema, 0)}}}) => any;\n"
+
+
+def typescript_members(schema: Json, depth: int) -> str:
+    required = as_list(schema.get("required"))
+    lines = []
+    for name, value in as_object(schema.get("properties")).items():
+        property = as_object(value)
+        if property.get("description") and depth < 2:
+            lines.append(f"// {property['description']}\n")
+        lines.append(f"{name}{'' if name in required else '?'}: {typescript_type(property, depth)},\n")
+    return "".join(lines)
+
+
+def typescript_type(schema: Json, depth: int) -> str:
+    if isinstance(schema.get("enum"), list):
+        return " | ".join(json.dumps(v) for v in schema["enum"])
+    kind = schema.get("type")
+    if kind == "array":
+        return (
+            f"{typescript_type(as_object(schema.get('items')), depth)}[]" if schema.get("items") else "any[]"
+        )
+    if kind == "object":
+        return f"{{\n{typescript_members(schema, depth + 1)}}}" if depth < 20 else "object"
+    return {"integer": "number"}.get(str(kind), str(kind)) if kind else "any"
+
+
+def image_tokens(source: Json, framing: Framing) -> int:
+    """Tokens of an image: 28-pixel patches for Claude, 512-pixel tiles for OpenAI; 1,500 where the size is unknown."""
+    data = source.get("data")
+    size = image_size(data) if source.get("type") == "base64" and isinstance(data, str) else None
+    if size is None:
+        return IMAGE_TOKENS
+    if not framing.is_claude:
+        return openai_image_tokens(*size)
+    scale = min(1.0, framing.image_side / max(size))
+    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), framing.largest_image)
+
+
+def openai_image_tokens(width: int, height: int) -> int:
+    """85 and 170 a tile, after fitting into 2048 x 2048 and a short side of 768."""
+    scale = min(1.0, 2048 / max(width, height))
+    scale *= min(1.0, 768 / (min(width, height) * scale))
+    return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
+
+
+def image_size(data: str) -> tuple[int, int] | None:
+    """(width, height) from the header of a PNG, GIF, WebP or JPEG in base64; None where it cannot be told."""
+    try:
+        head = base64.b64decode(data[:65_536] + "=" * (-len(data[:65_536]) % 4))
+    except ValueError:
+        return None
+    size = (0, 0)
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        size = (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
+    elif head[:4] == b"GIF8":
+        size = (int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little"))
+    elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        size = webp_size(head)
+    elif head[:2] == b"\xff\xd8":
+        size = jpeg_size(head)
+    return size if min(size) > 0 else None
+
+
+def webp_size(head: bytes) -> tuple[int, int]:
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+
+
+def jpeg_size(head: bytes) -> tuple[int, int]:
+    """From the start-of-frame segment, skipping the others."""
+    at = 2
+    while at + 9 < len(head) and head[at] == 0xFF:
+        marker, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(head[at + 7 : at + 9], "big"), int.from_bytes(head[at + 5 : at + 7], "big")
+        at += 2 + max(length, 2)
+    return 0, 0
+
+
+def pdf_pages(data: str) -> int:
+    """Pages of a PDF in base64, by its page objects; at least one."""
+    try:
+        return max(
+            1, len(re.findall(rb"/Type\s*/Page(?!s)", base64.b64decode(data + "=" * (-len(data) % 4))))
+        )
+    except ValueError:
+        return 1
+
+
+def count_request_body(body: Json) -> Json:
+    """A request for an upstream's count_tokens: without what that endpoint refuses."""
+    kept = ("model", "messages", "system", "tools", "tool_choice", "thinking")
+    out = {k: body[k] for k in kept if k in body}
+    if "tools" in out:
+        out["tools"] = client_tools(body)
+    return out
+
+
+# Vocabularies: files that tiktoken would fetch by itself, without a time limit, inside a lock. ccmux never lets it: a
+# file is looked for, its hash is checked, and it is loaded in a thread; until then counts are estimates.
+
+VOCABULARIES = {  # encoding: (file name as tiktoken caches it, the sha1 of its URL; sha256)
+    "o200k_base": (
+        "fb374d419588a4632f3f557e76b4b70aebbca790",
+        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+    ),
+    "cl100k_base": (
+        "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
+        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    ),
+}
+VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/encodings"
+
+
+def vocabulary_folders() -> list[Path]:
+    named = [os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
+    return [*(Path(folder) for folder in named if folder), ccmux_home() / "tiktoken"]
+
+
+def find_vocabulary(name: str) -> Path | None:
+    """The vocabulary's file with the right hash; None where there is none."""
+    file_name, sha256 = VOCABULARIES[name]
+    for folder in vocabulary_folders():
+        path = folder / file_name
+        try:
+            if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+                return path
+        except OSError:
+            continue
+    return None
+
+
+def load_encoding(name: str) -> Encoding | None:
+    """The encoding from its file, never from the network: 0.25 s and 84 MB for o200k."""
+    path = find_vocabulary(name)
+    if path is None:
+        return None
+    import importlib
+
+    definitions: Any = importlib.import_module("tiktoken_ext.openai_public")
+
+    ranks = {}
+    for line in path.read_bytes().splitlines():
+        token, _, rank = line.partition(b" ")
+        ranks[base64.b64decode(token)] = int(rank)
+    original = definitions.load_tiktoken_bpe
+    definitions.load_tiktoken_bpe = lambda *args, **kwargs: ranks
+    try:
+        made: Encoding = tiktoken.Encoding(**getattr(definitions, name)())
+    finally:
+        definitions.load_tiktoken_bpe = original
+    return made
+
+
+class Vocabulary:
+    """Hands encodings to the counter: what is loaded at once, the rest while a thread loads it."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Encoding | None] = {}
+        self.loading: set[str] = set()
+        self.lock = threading.Lock()
+
+    def get(self, name: str) -> Encoding | None:
+        """The encoding where it is loaded; else None, and a thread sets out to load it."""
+        if name in self.loaded:
+            return self.loaded[name]
+        with self.lock:
+            if name not in self.loading:
+                self.loading.add(name)
+                threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
+        return None
+
+    def load(self, name: str) -> Encoding | None:
+        """Loads an encoding now; for the command line, and for the thread."""
+        if name not in self.loaded:
+            self.loaded[name] = load_encoding(name)
+        return self.loaded[name]
+
+    def forget_missing(self) -> None:
+        """After a download: what was missing is looked for again."""
+        with self.lock:
+            for name in [n for n, encoding in self.loaded.items() if encoding is None]:
+                del self.loaded[name]
+                self.loading.discard(name)
+
+    def missing(self) -> list[str]:
+        return [name for name, encoding in self.loaded.items() if encoding is None]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5100,6 +5688,7 @@ class State:
     relay: Relay
     counter: TokenCounter
     metrics: Metrics
+    vocabulary: Vocabulary
     admin_token: str = field(default="", repr=False)
     config_error: str = ""  # why the file on disk is not the config in use
     draining: bool = False
@@ -5870,9 +6459,11 @@ async def make_state(config: Config, store: Store, admin_token: str = "") -> Sta
     """A State with its upstream sessions; call inside a running loop, and `close_state` at the end."""
     metrics = Metrics()
     relay = Relay(upstream_session(), upstream_session(force_close=True), metrics)
-    counter = TokenCounter(load_vocabulary)
+    vocabulary = Vocabulary()
+    counter = TokenCounter(vocabulary.get)
     relay.count_output = counter.count_text
-    return State(config, store, relay, counter, metrics, admin_token or config.server.admin_token)
+    token = admin_token or config.server.admin_token
+    return State(config, store, relay, counter, metrics, vocabulary, token)
 
 
 async def close_state(state: State) -> None:
@@ -6117,11 +6708,54 @@ async def until_stopped(state: State, args: argparse.Namespace, server: asyncio.
         with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
             loop.add_signal_handler(number, stop_or_exit, stop, number)
     watcher = asyncio.create_task(watch_config(state, args))
+    vocabulary = asyncio.create_task(fetch_vocabularies(state))
     try:
         await stop.wait()
     finally:
         watcher.cancel()
+        vocabulary.cancel()
     await drain(state, server)
+
+
+async def fetch_vocabularies(state: State, url: str = VOCABULARY_URL) -> None:
+    """Downloads a vocabulary that a count has missed: once now, then hourly until it is there."""
+    warned = False
+    while True:
+        await asyncio.sleep(1)
+        for name in state.vocabulary.missing():
+            if not warned:
+                log.warning(
+                    "no tiktoken vocabulary %s here yet: token counts are estimates until it is downloaded",
+                    name,
+                )
+                warned = True
+            if await fetch_vocabulary(state.relay.session, f"{url}/{name}.tiktoken", name):
+                state.vocabulary.forget_missing()
+            else:
+                await asyncio.sleep(3600)
+
+
+async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) -> bool:
+    """One vocabulary file into ~/.ccmux/tiktoken, its hash checked; false where that fails within 10 s."""
+    file_name, sha256 = VOCABULARIES[name]
+    folder = ccmux_home() / "tiktoken"
+    try:
+        async with (
+            asyncio.timeout(10),
+            session.get(url, proxy=environment_proxy(url), allow_redirects=False) as answer,
+        ):
+            data = await answer.read()
+        if answer.status != 200 or hashlib.sha256(data).hexdigest() != sha256:
+            log.warning("the tiktoken vocabulary %s could not be downloaded: status %s", name, answer.status)
+            return False
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = folder / f"{file_name}.{os.getpid()}.part"
+        part.write_bytes(data)
+        part.replace(folder / file_name)
+    except UPSTREAM_FAULTS() as fault:
+        log.warning("the tiktoken vocabulary %s could not be downloaded: %s", name, type(fault).__name__)
+        return False
+    return True
 
 
 def stop_or_exit(stop: asyncio.Event, number: int) -> None:
@@ -6311,7 +6945,7 @@ def explain_command(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     raw = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
     try:
-        told = explain(config, strict_json(raw, args.file), {}, TokenCounter(load_vocabulary_now))
+        told = explain(config, strict_json(raw, args.file), {}, TokenCounter(Vocabulary().load))
     except ApiError as error:
         raise ConfigError(f"{args.file}: {error.message}") from None
     for reason, note in told["trail"]:
