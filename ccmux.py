@@ -3825,10 +3825,11 @@ class Relay:
         error.retry_after = retry_after(response.headers)
         should = response.headers.get("x-should-retry", "").lower()
         error.should_retry = {"true": True, "false": False}.get(should)
-        if dialect.request is None and call.format == "anthropic" and isinstance(payload, dict):
+        if dialect.request is None and call.format == "anthropic":
             error.headers = answer_headers(response.headers, dialect)
-            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(error_words(payload))
-            error.raw = text.encode() if keeps_words else b""
+            words = error_words(payload) if isinstance(payload, dict) else ""
+            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(words)
+            error.raw = text.encode() if words and keeps_words and error.status == response.status else b""
         return error
 
     def overdue(self, watch: Watch, slot: Slot) -> ApiError:
