@@ -1,8 +1,8 @@
 """An upstream that misbehaves on purpose: a raw HTTP server on asyncio streams, driven by a script.
 
 A script is one `Behaviour` per call, the last repeats. A behaviour is a list of steps made from the call it
-answers, so the same row speaks Anthropic or OpenAI chat, streamed or whole, as the request asks. Every call is
-kept with its head, its body and the moment its peer closed it; waiting is by event.
+answers, so the same row speaks Anthropic or OpenAI chat, streamed or whole, as the request asks. Calls are kept
+with their head, their body and the moment their peer closed; waiting is by event.
 """
 
 from __future__ import annotations
