@@ -132,7 +132,13 @@ NO_ANSWERS = {
     "huge-header": HUGE_HEADER,
 }
 NO_STATUSES = [(204, b""), (206, b"{}"), (300, b"{}"), (304, b""), (600, b'{"error": {}}'), (999, b"x")]
-ODD_BODIES = {"empty": b"", "object": b"{}", "list": b"[]", "null-error": b'{"error": null}', "deep": b"[" * 9999}
+ODD_BODIES = {
+    "empty": b"",
+    "object": b"{}",
+    "list": b"[]",
+    "null-error": b'{"error": null}',
+    "deep": b"[" * 9999,
+}
 SILENCES = {
     "no-headers": fs.stall(),
     "partial-headers": fs.stall_in_headers(),
