@@ -4637,6 +4637,9 @@ def session_of(body: Json, headers: Mapping[str, str]) -> str:
         return given.partition("session_")[2][:128]
 
 
+CLIENT_BUFFER = 2**18  # bytes; the kernel's own buffer grows to 4 MB for a client that does not read
+
+
 class StreamSink:
     """A streaming client. Its 200 goes out with the first bytes, or with the first ping."""
 
@@ -4658,6 +4661,8 @@ class StreamSink:
             await self.response.prepare(self.request)
         except ConnectionError:
             raise ClientGone from None
+        if self.request.transport and (client := self.request.transport.get_extra_info("socket")):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CLIENT_BUFFER)
 
     async def write(self, data: bytes) -> None:
         if not data:
