@@ -1,8 +1,8 @@
 """An upstream that misbehaves on purpose: a raw HTTP server on asyncio streams, driven by a script.
 
 A script is one `Behaviour` per call, the last repeats. A behaviour is a list of steps made from the call it
-answers, so the same row speaks Anthropic or OpenAI chat, streamed or whole, as the request asks. Calls are kept
-with their head, their body and the moment their peer closed; waiting is by event.
+answers, so a row speaks Anthropic or OpenAI chat, streamed or whole, as the request asks. Calls are kept with
+their head, their body and the moment their peer closed; waiting is by event.
 """
 
 from __future__ import annotations
@@ -441,7 +441,7 @@ def answer(
     *,
     last: bool = False,
 ) -> Behaviour:
-    """A good answer in the format and mode the request asked for; `last`: the connection is closed after it."""
+    """A good answer in the format and mode the request asked for; after the `last` the connection closes."""
     more = [*headers, *([("Connection", "close")] if last else [])]
 
     def steps(call: UpstreamCall) -> Iterable[Step]:

@@ -1,4 +1,4 @@
-"""What failures teach: cool-downs, breakers, key pools, stickiness, budgets; and clients that leave or dawdle."""
+"""What failures teach: cool-downs, breakers, pools, stickiness, budgets; and clients that leave or dawdle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import ccmux
 import fault_server as fs
 import psutil
 import pytest
@@ -30,6 +29,8 @@ from proxy_harness import (
     until,
 )
 from test_faults import HELLO, PART, check_ledger, fails, full, stage
+
+import ccmux
 
 OK = (fs.answer(),)
 BOTH = pytest.mark.parametrize("wire", ["anthropic", "openai"])
@@ -617,7 +618,6 @@ async def test_slow_readers_cost_little_memory(tmp_path: Path) -> None:
                 await stack.enter_async_context(dawdler(proxy))
             await a.called(11)
             await still(lambda: a.sent)
-            print("sent each", a.sent / 11, "rss each", (server.memory_info().rss - before) / 10)
             assert server.memory_info().rss - before < 10 * 2 * 2**20
 
 
@@ -638,15 +638,19 @@ async def still(value: Callable[[], int], seconds: float = 0.5) -> None:
 # Many at once, and a config that changes.
 
 
+# fmt: off
+FAULTS = [
+    fs.status(500), fs.status(529), fs.status(400), fs.reset_at_accept(), fs.reset_before_status(),
+    fs.close_before_status(), fs.html(), fs.empty(), fs.error_first(), fs.error_after_start(),
+    fs.error_midway_at_once(), fs.cut_after(5, fs.Reset(), gate=False), fs.cut_after(5, fs.End(), gate=False),
+]
+# fmt: on
+
+
 def mixed_faults(share: float, seed: int) -> list[fs.Behaviour]:
-    """A script for many calls: a share of them fails, each in its own way. The connection never serves twice."""
+    """A script for many calls: a share of them fails, each in its own way. No connection serves twice."""
     chance = random.Random(seed)
-    faults = [
-        fs.status(500), fs.status(529), fs.reset_before_status(), fs.close_before_status(), fs.html(), fs.empty(),
-        fs.error_first(), fs.error_after_start(), fs.cut_after(5, fs.Reset(), gate=False),
-        fs.cut_after(5, fs.End(), gate=False), fs.error_midway_at_once(), fs.status(400), fs.reset_at_accept(),
-    ]  # fmt: skip
-    return [chance.choice(faults) if chance.random() < share else fs.answer(last=True) for _ in range(1000)]
+    return [chance.choice(FAULTS) if chance.random() < share else fs.answer(last=True) for _ in range(1000)]
 
 
 @BOTH
@@ -677,16 +681,18 @@ async def test_of_200_streams_each_ends_well_or_with_an_error(wire: str, tmp_pat
 
 
 async def test_a_reload_leaves_live_streams_alone(tmp_path: Path) -> None:
-    async with FaultServer(fs.gated_answer()) as a, FaultServer(fs.answer()) as b:
-        async with in_process(tmp_path, config_text({"A": a.url})) as proxy:
-            asked = asyncio.create_task(ask(proxy))
-            await a.called(1)
-            proxy.config_file.write_text(config_text({"B": b.url}))
-            ccmux.reload_config(proxy.state)
-            full("B")(await ask(proxy))
-            a.open_gate()
-            full("A")(await asked)
-            await proxy.idle()
+    async with contextlib.AsyncExitStack() as stack:
+        a = await stack.enter_async_context(FaultServer(fs.gated_answer()))
+        b = await stack.enter_async_context(FaultServer(fs.answer()))
+        proxy = await stack.enter_async_context(in_process(tmp_path, config_text({"A": a.url})))
+        asked = asyncio.create_task(ask(proxy))
+        await a.called(1)
+        proxy.config_file.write_text(config_text({"B": b.url}))
+        ccmux.reload_config(proxy.state)
+        full("B")(await ask(proxy))
+        a.open_gate()
+        full("A")(await asked)
+        await proxy.idle()
     assert [entry["amount_microusd"] for entry in proxy.books.ledger()] == [-FULL["B"], -FULL["A"]]
 
 
