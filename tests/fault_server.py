@@ -187,7 +187,7 @@ class FaultServer:
         self.tasks.add(task)
         self.connections += 1
         try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 await self.serve_connection(reader, writer, self.connections)
         finally:
             writer.close()
@@ -482,6 +482,11 @@ def gated_answer(after: int = 4) -> Behaviour:
         ]
 
     return Behaviour(steps)
+
+
+def gated_whole() -> Behaviour:
+    """A good whole answer, once the gate is open."""
+    return Behaviour(lambda call: [Gate(), whole(200, [JSON_TYPE], anthropic_message())])
 
 
 def dripping(piece: int = 1, newline: bytes = b"\n") -> Behaviour:
