@@ -132,6 +132,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import csv
 import dataclasses
 import difflib
 import email.utils
@@ -146,6 +147,7 @@ import ipaddress
 import json
 import logging
 import math
+import queue
 import random
 import re
 import secrets
@@ -154,17 +156,22 @@ import signal
 import socket
 import sqlite3
 import ssl
+import threading
 import time
 import tomllib
 import typing
 import urllib.parse
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from json.encoder import encode_basestring_ascii
 from typing import Any
+
+log = logging.getLogger("ccmux")
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Types and errors (pure)
@@ -2921,7 +2928,7 @@ PRESET_QUIRKS: dict[str, Json] = {
 }
 PRESET_KEYS: dict[str, Json] = {  # what a row sets beside quirks; a local server loads its model first
     "openrouter": {"headers": {"HTTP-Referer": "https://github.com/ccmux", "X-Title": "ccmux"}},
-    **dict.fromkeys(("ollama", "lmstudio", "llamacpp"), {"first_byte_timeout": 600}),
+    **{name: {"first_byte_timeout": 600} for name in ("ollama", "lmstudio", "llamacpp")},
 }
 
 
@@ -3239,14 +3246,87 @@ class TokenCounter:
 # ----------------------------------------------------------------------------------------------------------
 # Store (SQLite)
 # ----------------------------------------------------------------------------------------------------------
-LOCAL_USER = "local"
+# Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers keep, in one
+# SQLite file that the server and the command line share. One thread writes; whatever waits is committed together.
+
+LOCAL_USER = "local"  # the user of everyone who needs no key
+USER_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+
+MIGRATIONS = (
+    """
+    create table users (
+        id integer primary key, name text not null unique, note text not null default '', created text not null,
+        balance_microusd integer not null default 0, held_microusd integer not null default 0,
+        day_microusd integer, week_microusd integer, month_microusd integer, disabled integer not null default 0
+    ) strict;
+    create table keys (hash blob primary key, user_id integer not null references users) strict, without rowid;
+    create table ledger (
+        id integer primary key, time text not null, user_id integer not null references users,
+        kind text not null check (kind in ('topup', 'charge', 'refund', 'adjust', 'interrupted')),
+        amount_microusd integer not null, balance_microusd integer not null,
+        request_id text not null default '', note text not null default '', key text not null unique
+    ) strict;
+    create index ledger_by_user on ledger (user_id, id);
+    create table spent (
+        user_id integer not null references users, day text not null, microusd integer not null,
+        primary key (user_id, day)
+    ) strict, without rowid;
+    create table holds (
+        id integer primary key, user_id integer not null references users, amount_microusd integer not null,
+        floor_microusd integer not null default 0, request_id text not null unique, time text not null
+    ) strict;
+    create index holds_by_user on holds (user_id);
+    create table requests (
+        id integer primary key, time text not null, request_id text not null unique, user text not null,
+        session text not null, agent text not null, asked text not null, route text not null, provider text not null,
+        model text not null, stream integer not null, status integer not null, error text not null,
+        attempts integer not null, input_tokens integer not null, output_tokens integer not null,
+        cache_read_tokens integer not null, cache_write_tokens integer not null, cache_write_1h_tokens integer not null,
+        estimated integer not null, cost_microusd integer, markup_microusd integer, charge_microusd integer not null,
+        first_token_ms integer, duration_ms integer not null, stop_reason text not null,
+        price text not null, trail text not null
+    ) strict;
+    create index requests_by_user on requests (user, id);
+    create index requests_by_time on requests (time);
+    create table calibration (
+        provider text not null, model text not null, factor real not null, samples integer not null,
+        primary key (provider, model)
+    ) strict, without rowid;
+    create trigger ledger_in after insert on ledger begin
+        update users set balance_microusd = balance_microusd + new.amount_microusd where id = new.user_id;
+    end;
+    create trigger ledger_spent after insert on ledger when new.kind in ('charge', 'refund', 'interrupted') begin
+        insert into spent values (new.user_id, substr(new.time, 1, 10), -new.amount_microusd)
+            on conflict do update set microusd = microusd + excluded.microusd;
+    end;
+    create trigger ledger_fixed before update on ledger begin select raise(abort, 'the ledger is append-only'); end;
+    create trigger ledger_kept before delete on ledger begin select raise(abort, 'the ledger is append-only'); end;
+    create trigger holds_in after insert on holds begin
+        update users set held_microusd = held_microusd + new.amount_microusd where id = new.user_id;
+    end;
+    create trigger holds_out after delete on holds begin
+        update users set held_microusd = held_microusd - old.amount_microusd where id = old.user_id;
+    end;
+    create trigger holds_fixed before update of user_id, amount_microusd on holds
+        begin select raise(abort, 'a hold keeps its amount'); end;
+    """,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class User:
+    """Micro-dollars; a budget of None is none."""
+
     id: int
     name: str
-    disabled: bool = False
+    balance: int
+    held: int
+    day_budget: int | None
+    week_budget: int | None
+    month_budget: int | None
+    disabled: bool
+    created: str
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -3259,6 +3339,8 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
+    """One client request as the request log keeps it: all that explains its charge. cost None: no known price."""
+
     request_id: str
     user: str
     session: str
@@ -3282,35 +3364,705 @@ class Settlement:
     trail: list[list[str]]
 
 
-def settlement_row(done: Settlement) -> Json:
-    return dataclasses.asdict(done)
+USAGE_COLUMNS = (
+    "time", "request_id", "user", "session", "agent", "asked", "route", "provider", "model", "stream", "status",
+    "error", "attempts", "input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens",
+    "cache_write_1h_tokens", "estimated", "cost_microusd", "markup_microusd", "charge_microusd", "first_token_ms",
+    "duration_ms", "stop_reason",
+)  # fmt: skip
+REQUEST_COLUMNS = (*USAGE_COLUMNS, "price", "trail")
+TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
+
+
+def settlement_row(done: Settlement, time: str = "") -> Json:
+    """A settlement as the row of the request log, in the column names of DESIGN's usage row."""
+    usage = done.usage
+    return {
+        "time": time or iso(datetime.now(UTC)), "request_id": done.request_id, "user": done.user,
+        "session": done.session, "agent": done.agent, "asked": done.asked, "route": done.route,
+        "provider": done.provider, "model": done.model, "stream": int(done.stream), "status": done.status,
+        "error": done.error, "attempts": done.attempts, "input_tokens": usage.input, "output_tokens": usage.output,
+        "cache_read_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write,
+        "cache_write_1h_tokens": usage.cache_write_1h, "estimated": int(usage.estimated), "cost_microusd": done.cost,
+        "markup_microusd": done.markup, "charge_microusd": done.charge, "first_token_ms": done.first_token_ms,
+        "duration_ms": done.duration_ms, "stop_reason": done.stop_reason, "price": json.dumps(done.price),
+        "trail": json.dumps(done.trail),
+    }  # fmt: skip
+
+
+def iso(moment: datetime) -> str:
+    """ISO 8601 in UTC with milliseconds and Z."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03}Z"
+
+
+def key_hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+@dataclass(slots=True)
+class Write:
+    """One operation on its way to the writer thread."""
+
+    run: Callable[[sqlite3.Connection], Any]
+    future: asyncio.Future[Any] | None = None
+    keep: bool = False  # tried again until it can be written
+    result: Any = None
+    error: BaseException | None = None
 
 
 class Store:
-    def __init__(self, path: str) -> None: ...
-    def open_server(self) -> None: ...
-    def close(self) -> None: ...
-    def authenticate(self, key: str) -> User | None:
-        return None
+    """The ledger, the users and the request log. Reads on the caller's thread, writes on one of its own."""
 
-    def local_user(self) -> User:
-        return User(1, LOCAL_USER)
+    def __init__(
+        self, path: str, *, max_page_count: int = 0, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        """Opens and migrates the database (made with mode 0600); ConfigError in one line where that fails."""
+        self.path, self.now = path, now
+        self.lock_file: typing.IO[str] | None = None
+        self.thread: threading.Thread | None = None
+        self.queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
+        try:
+            if path != ":memory:" and not os.path.exists(path):
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            self.db = self.connect()
+            self.migrate()
+            if max_page_count:
+                self.db.execute(f"pragma max_page_count = {int(max_page_count)}")
+            self.reader = self.connect() if path != ":memory:" else self.db
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
+
+    def connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        db.execute("pragma journal_mode = wal")
+        db.execute("pragma synchronous = full")
+        db.execute("pragma foreign_keys = on")
+        return db
+
+    def migrate(self) -> None:
+        version = self.db.execute("pragma user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise ConfigError(f"database {self.path} was written by a newer ccmux; use that one")
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            self.db.executescript(f"begin immediate; {script}; pragma user_version = {number}; commit;")
+
+    # The server's side: one writer, and what a crash left behind.
+
+    def open_server(self) -> None:
+        """Takes the lock of the one server, settles what a crash left, starts the writer."""
+        if self.path != ":memory:":
+            self.lock_file = lock(self.path + ".lock")
+        self.recover()
+        self.thread = threading.Thread(target=self.write_forever, name="ccmux-store", daemon=True)
+        self.thread.start()
+
+    def recover(self) -> None:
+        """Each hold that a dead server left becomes an `interrupted` entry for its floor."""
+        with self.transaction():
+            for hold in self.db.execute(
+                "select h.*, u.name from holds h join users u on u.id = h.user_id"
+            ).fetchall():
+                floor = hold["floor_microusd"]
+                done = Settlement(
+                    request_id=hold["request_id"], user=hold["name"], session="", agent="", asked="", route="",
+                    provider="", model="", stream=False, status=499, error="interrupted", attempts=0,
+                    usage=Usage(estimated=True), cost=None, markup=None, charge=floor, price=None,
+                    first_token_ms=None, duration_ms=0, stop_reason="", trail=[],
+                )  # fmt: skip
+                self.write_settlement(self.db, hold["id"], done, "interrupted")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        self.db.execute("begin immediate")
+        try:
+            yield
+        except BaseException:
+            if self.db.in_transaction:
+                self.db.execute("rollback")
+            raise
+        self.db.execute("commit")
+
+    def write_forever(self) -> None:
+        """The writer thread: takes all that waits, commits it as one, then tells those who wait for it."""
+        kept: list[Write] = []
+        while True:
+            try:
+                first = self.queue.get(timeout=0.5 if kept else None)
+            except queue.Empty:
+                kept = self.write_each(kept)
+                continue
+            batch, open_end = self.take_waiting(first)
+            kept = self.write_each(kept) if kept else kept
+            kept += self.write_batch(batch)
+            if not open_end:
+                self.write_each(kept)
+                return
+
+    def take_waiting(self, first: Write | None) -> tuple[list[Write], bool]:
+        """What is on the queue; and whether more may come (None is the last word)."""
+        batch: list[Write] = []
+        item = first
+        while item is not None:
+            batch.append(item)
+            if len(batch) == 512:
+                return batch, True
+            try:
+                item = self.queue.get_nowait()
+            except queue.Empty:
+                return batch, True
+        return batch, False
+
+    def write_batch(self, batch: list[Write]) -> list[Write]:
+        """Writes a batch in one transaction, or, where that fails, one by one. Returns what must be tried again."""
+        try:
+            with self.transaction():
+                for write in batch:
+                    self.attempt(write)
+        except sqlite3.Error:
+            return self.write_each(batch)
+        tell(batch)
+        return []
+
+    def attempt(self, write: Write) -> None:
+        """One operation inside the batch's transaction: refused on its own, without undoing the others."""
+        self.db.execute("savepoint one")
+        try:
+            write.result, write.error = write.run(self.db), None
+        except (ApiError, sqlite3.IntegrityError) as error:
+            write.error = error
+            self.db.execute("rollback to one")
+        self.db.execute("release one")
+
+    def write_each(self, batch: list[Write]) -> list[Write]:
+        """Writes operations one by one; returns those that cannot be written now and must not be lost."""
+        kept = []
+        for write in batch:
+            try:
+                with self.transaction():
+                    write.result, write.error = write.run(self.db), None
+            except (ApiError, sqlite3.Error) as error:
+                write.error = error
+                if write.keep and not isinstance(error, sqlite3.IntegrityError):
+                    kept.append(write)
+                    continue
+            tell([write])
+        return kept
+
+    def put(self, run: Callable[[sqlite3.Connection], Any], keep: bool = False) -> asyncio.Future[Any]:
+        """Queues an operation; the future resolves when it is durable."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.queue.put(Write(run, future, keep))
+        return future
+
+    def do(self, run: Callable[[sqlite3.Connection], Any]) -> Any:
+        """An operation of the command line or the admin page: done when this returns."""
+        if self.thread is None:
+            with self.transaction():
+                return run(self.db)
+        done = threading.Event()
+        write = Write(lambda db: run(db))
+        write.future = typing.cast("asyncio.Future[Any]", Waiter(done))
+        self.queue.put(write)
+        done.wait()
+        if write.error:
+            raise write.error
+        return write.result
+
+    def close(self, timeout: float = 10) -> None:
+        """Writes what waits, checkpoints, gives the lock back."""
+        if self.thread:
+            self.queue.put(None)
+            self.thread.join(timeout)
+        with contextlib.suppress(sqlite3.Error):
+            self.db.execute("pragma wal_checkpoint(truncate)")
+        if self.reader is not self.db:
+            self.reader.close()
+        self.db.close()
+        if self.lock_file:
+            self.lock_file.close()
+
+    # Holds and settlements.
 
     async def hold(
         self, user_id: int, request_id: str, amount: int, *, enforce: bool, max_concurrent: int
     ) -> Hold:
-        return Hold(1, user_id, amount, request_id)
+        """Sets credit aside for a request. ApiError 402 without funds, 429 for a budget or too many at once."""
 
-    def answered(self, hold: Hold, floor: int) -> None: ...
+        def run(db: sqlite3.Connection) -> Hold:
+            if enforce:
+                self.check_funds(db, user_id, amount, max_concurrent)
+            cursor = db.execute(
+                "insert into holds (user_id, amount_microusd, request_id, time) values (?, ?, ?, ?)",
+                (user_id, amount, request_id, iso(self.now())),
+            )
+            return Hold(int(cursor.lastrowid or 0), user_id, amount, request_id)
+
+        try:
+            hold: Hold = await self.put(run)
+        except sqlite3.Error as error:
+            log.error("a hold could not be written: %s", error)
+            text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
+            raise ApiError(529, text, retry_after=30, cause="store") from None
+        return hold
+
+    def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
+        row = db.execute("select * from users where id = ?", (user_id,)).fetchone()
+        free = row["balance_microusd"] - row["held_microusd"]
+        if free < amount or free <= 0:
+            text = (
+                f"credits used up: {money(free)} are free and this request may cost {money(amount)}. "
+                "Ask whoever runs this ccmux for credit, or ask for a cheaper model"
+            )
+            raise ApiError(402, text, should_retry=False, cause="no_credit")
+        today = self.now().astimezone(UTC)
+        for name, start, end in periods(today):
+            budget = row[f"{name}_microusd"]
+            if budget is not None and (spent := spent_since(db, user_id, start)) >= budget:
+                text = (
+                    f"the {name}'s budget of {money(budget)} is used up ({money(spent)} spent). "
+                    f"It resets at {end:%Y-%m-%d %H:%M} UTC; ask whoever runs this ccmux to raise it"
+                )
+                wait = (end - today).total_seconds()
+                raise ApiError(
+                    429, text, type="billing_error", retry_after=wait, should_retry=False, cause="budget"
+                )
+        busy = db.execute("select count(*) from holds where user_id = ?", (user_id,)).fetchone()[0]
+        if busy >= max_concurrent:
+            raise ApiError(
+                429,
+                f"{busy} requests at once are the limit; wait for one to end",
+                retry_after=1,
+                cause="busy",
+            )
+
+    def answered(self, hold: Hold, floor: int) -> None:
+        """The upstream has begun to answer: from now on a crash charges `floor`."""
+        self.queue.put(
+            Write(lambda db: db.execute("update holds set floor_microusd = ? where id = ?", (floor, hold.id)))
+        )
+
     def settle(self, hold: Hold | None, done: Settlement) -> asyncio.Future[None]:
-        future = asyncio.get_running_loop().create_future()
-        future.set_result(None)
-        return future
+        """Queues the one settlement of a request, without waiting. It is kept until it can be written."""
+        hold_id = hold.id if hold else None
+        moment = iso(self.now())
+        return self.put(lambda db: self.write_settlement(db, hold_id, done, "charge", moment), keep=True)
 
-    def load_calibration(self) -> list[Any]:
-        return []
+    def write_settlement(
+        self, db: sqlite3.Connection, hold_id: int | None, done: Settlement, kind: str, moment: str = ""
+    ) -> None:
+        """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
+        moment = moment or iso(self.now())
+        db.execute("delete from holds where id = ?", (hold_id,))
+        if done.charge or kind == "interrupted":
+            enter(
+                db,
+                done.user,
+                kind,
+                -done.charge,
+                moment,
+                f"request:{done.request_id}",
+                request_id=done.request_id,
+            )
+        row = settlement_row(done, moment)
+        marks = ", ".join(f":{name}" for name in REQUEST_COLUMNS)
+        db.execute(
+            f"insert or ignore into requests ({', '.join(REQUEST_COLUMNS)}) values ({marks})",  # noqa: S608
+            row,
+        )
 
-    def save_calibration(self, rows: list[Any]) -> None: ...
+    # Users.
+
+    def authenticate(self, key: str) -> User | None:
+        """The user a key belongs to. Looked up by hash, so no time tells how much of a key was right."""
+        row = self.reader.execute(
+            "select u.* from keys k join users u on u.id = k.user_id where k.hash = ?", (key_hash(key),)
+        ).fetchone()
+        return user_of(row) if row else None
+
+    def local_user(self) -> User:
+        """The user of those who need no key, made at first use."""
+        return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+
+    def make_user(
+        self, db: sqlite3.Connection, name: str, budgets: Mapping[str, int | None], note: str
+    ) -> User:
+        columns = ("day_microusd", "week_microusd", "month_microusd")
+        values = [budgets.get(column) for column in columns]
+        db.execute(
+            "insert into users (name, note, created, day_microusd, week_microusd, month_microusd) values (?, ?, ?, ?, ?, ?) "
+            "on conflict (name) do nothing",
+            (name, note, iso(self.now()), *values),
+        )
+        return user_of(db.execute("select * from users where name = ?", (name,)).fetchone())
+
+    def add_user(
+        self, name: str, credit: int = 0, budgets: Mapping[str, int | None] | None = None, note: str = ""
+    ) -> tuple[User, str]:
+        """A new user and the key, which is not kept; ConfigError for a bad or taken name."""
+        if not USER_NAME.fullmatch(name) or name == LOCAL_USER:
+            raise ConfigError(
+                f"user name {name!r}: use 1 to 64 letters, digits or . _ @ - (and not {LOCAL_USER!r})"
+            )
+        if self.user(name):
+            raise ConfigError(f"user {name!r} is there already")
+        key = new_key()
+
+        def run(db: sqlite3.Connection) -> None:
+            user = self.make_user(db, name, budgets or {}, note)
+            db.execute("insert into keys values (?, ?)", (key_hash(key), user.id))
+            if credit:
+                enter(
+                    db,
+                    name,
+                    "topup",
+                    credit,
+                    iso(self.now()),
+                    f"start:{name}:{secrets.token_hex(8)}",
+                    note="first credit",
+                )
+
+        self.do(run)
+        return self.known(name), key
+
+    def rotate_key(self, name: str) -> str:
+        """A new key for a user; the old one stops working."""
+        user, key = self.known(name), new_key()
+
+        def run(db: sqlite3.Connection) -> None:
+            db.execute("delete from keys where user_id = ?", (user.id,))
+            db.execute("insert into keys values (?, ?)", (key_hash(key), user.id))
+
+        self.do(run)
+        return key
+
+    def set_budgets(self, name: str, budgets: Mapping[str, int | None]) -> User:
+        """Budgets by column (day_microusd, week_microusd, month_microusd); what is not named stays."""
+        user = self.known(name)
+
+        def run(db: sqlite3.Connection) -> None:
+            for column in budgets.keys() & {"day_microusd", "week_microusd", "month_microusd"}:
+                db.execute(f"update users set {column} = ? where id = ?", (budgets[column], user.id))  # noqa: S608
+
+        self.do(run)
+        return self.known(name)
+
+    def set_disabled(self, name: str, disabled: bool) -> User:
+        user = self.known(name)
+        self.do(lambda db: db.execute("update users set disabled = ? where id = ?", (int(disabled), user.id)))
+        return self.known(name)
+
+    def credit(self, name: str, amount: int, note: str = "", key: str = "") -> User:
+        """Adds credit, or takes it back where negative. The same key twice is one entry."""
+        self.known(name)
+        kind = "topup" if amount >= 0 else "adjust"
+        once = f"credit:{name}:{key or secrets.token_hex(16)}"
+        self.do(lambda db: enter(db, name, kind, amount, iso(self.now()), once, note=note))
+        return self.known(name)
+
+    def user(self, name: str) -> User | None:
+        row = self.reader.execute("select * from users where name = ?", (name,)).fetchone()
+        return user_of(row) if row else None
+
+    def known(self, name: str) -> User:
+        """The user of that name; ConfigError naming the nearest where there is none."""
+        user = self.user(name)
+        if user is None:
+            raise ConfigError(f"no user {name!r}: {known_names(name, [u.name for u in self.users()])}")
+        return user
+
+    def users(self) -> list[User]:
+        return [user_of(row) for row in self.reader.execute("select * from users order by name")]
+
+    def user_json(self, user: User) -> Json:
+        """The user shape of the JSON endpoints."""
+        today = self.now().astimezone(UTC)
+        starts = {name: start for name, start, _ in periods(today)}
+        return {
+            "name": user.name, "balance_microusd": user.balance, "held_microusd": user.held,
+            "spent_today_microusd": spent_since(self.reader, user.id, starts["day"]),
+            "spent_month_microusd": spent_since(self.reader, user.id, starts["month"]),
+            "budgets": {
+                "day_microusd": user.day_budget, "week_microusd": user.week_budget, "month_microusd": user.month_budget,
+            },
+            "disabled": user.disabled, "created": user.created, "note": user.note,
+        }  # fmt: skip
+
+    def budget_headers(self, user: User) -> dict[str, str]:
+        """`anthropic-ratelimit-unified-*` for users with a budget, so that Claude Code can show how much is left."""
+        today = self.now().astimezone(UTC)
+        budgets = {"day": user.day_budget, "week": user.week_budget, "month": user.month_budget}
+        used = [
+            (spent_since(self.reader, user.id, start) / max(budget, 1), end)
+            for name, start, end in periods(today)
+            if (budget := budgets[name]) is not None
+        ]
+        if not used:
+            return {}
+        share, end = max(used, key=lambda pair: pair[0])
+        status = "rejected" if share >= 1 else "allowed_warning" if share >= 0.8 else "allowed"
+        prefix = "anthropic-ratelimit-unified"
+        return {
+            f"{prefix}-status": status,
+            f"{prefix}-reset": str(int(end.timestamp())),
+            f"{prefix}-utilization": f"{min(share, 1):.4f}",
+        }
+
+    # Lists, reports, exports.
+
+    def transactions(self, name: str, limit: int = 50, before: int = 0) -> list[Json]:
+        """Ledger rows of a user, newest first; `before` is an id."""
+        rows = self.reader.execute(
+            "select l.* from ledger l join users u on u.id = l.user_id "
+            "where u.name = ? and (? = 0 or l.id < ?) order by l.id desc limit ?",
+            (name, before, before, limit),
+        )
+        columns = ("id", "time", "kind", "amount_microusd", "balance_microusd", "request_id", "note")
+        return [{c: row[c] for c in columns} for row in rows]
+
+    def requests(self, name: str | None = None, limit: int = 50, before: int = 0) -> list[Json]:
+        """Rows of the request log, newest first, of one user or of all; with id, price and trail."""
+        rows = self.reader.execute(
+            "select * from requests where (? is null or user = ?) and (? = 0 or id < ?) order by id desc limit ?",
+            (name, name, before, before, limit),
+        )
+        return [
+            {
+                **usage_row(row),
+                "id": row["id"],
+                "price": json.loads(row["price"]),
+                "trail": json.loads(row["trail"]),
+            }
+            for row in rows
+        ]
+
+    def report(self, by: str, since: str = "", until: str = "", user: str | None = None) -> list[Json]:
+        """What requests cost, grouped by user, model, provider, day, month, session or agent; micro-dollars.
+
+        `unpriced` counts the requests without a known price; their cost is not in the sums. since <= time < until.
+        """
+        if by not in REPORT_KEYS:
+            raise ConfigError(f"report by {by!r}: {known_names(by, REPORT_KEYS)}")
+        sums = ", ".join(f"sum({c}) as {c}" for c in (*TOKEN_COLUMNS, "charge_microusd"))
+        rows = self.reader.execute(
+            f"select {REPORT_KEYS[by]} as key, count(*) as requests, {sums}, "  # noqa: S608
+            "coalesce(sum(cost_microusd), 0) as cost_microusd, coalesce(sum(markup_microusd), 0) as markup_microusd, "
+            "sum(cost_microusd is null) as unpriced, sum(estimated) as estimated, "
+            "cast(avg(first_token_ms) as integer) as first_token_ms, sum(duration_ms) as duration_ms "
+            "from requests where (? = '' or time >= ?) and (? = '' or time < ?) and (? is null or user = ?) "
+            "group by key order by "
+            + ("key" if by in ("day", "month") else "charge_microusd desc, requests desc"),
+            (since, since, until, until, user, user),
+        )
+        return [dict(row) for row in rows]
+
+    def repriced(
+        self, by: str, since: str, until: str, price: Price, markup_percent: Decimal
+    ) -> dict[str, int]:
+        """What the same requests would have cost on a model of that price: charge by report key, micro-dollars."""
+        columns = ", ".join(TOKEN_COLUMNS)
+        rows = self.reader.execute(
+            f"select {REPORT_KEYS[by]} as key, {columns} from requests "  # noqa: S608
+            "where (? = '' or time >= ?) and (? = '' or time < ?)",
+            (since, since, until, until),
+        )
+        out: dict[str, int] = {}
+        for row in rows:
+            usage = Usage(*(row[c] for c in TOKEN_COLUMNS))
+            out[row["key"]] = out.get(row["key"], 0) + charge_of(usage, price, markup_percent).charge
+        return out
+
+    def export(self, since: str = "", until: str = "", user: str | None = None) -> Iterator[Json]:
+        """Usage rows, oldest first."""
+        rows = self.reader.execute(
+            "select * from requests where (? = '' or time >= ?) and (? = '' or time < ?) "
+            "and (? is null or user = ?) order by id",
+            (since, since, until, until, user, user),
+        )
+        return map(usage_row, rows)
+
+    # Soundness.
+
+    def sums_problem(self) -> str:
+        """Which sum is not what its rows say; "" where all are sound."""
+        checks = {
+            "balance": "select name from users u where balance_microusd != "
+            "(select coalesce(sum(amount_microusd), 0) from ledger where user_id = u.id)",
+            "held": "select name from users u where held_microusd != "
+            "(select coalesce(sum(amount_microusd), 0) from holds where user_id = u.id)",
+            "spent": "select u.name from spent s join users u on u.id = s.user_id where s.microusd != "
+            "(select coalesce(-sum(amount_microusd), 0) from ledger where user_id = s.user_id "
+            "and kind in ('charge', 'refund', 'interrupted') and substr(time, 1, 10) = s.day)",
+        }
+
+        def wrong(db: sqlite3.Connection) -> list[tuple[str, str]]:
+            return [(what, row[0]) for what, sql in checks.items() for row in db.execute(sql)]
+
+        if self.reader is self.db:
+            found = self.do(wrong)
+        else:
+            self.reader.execute("begin")  # one snapshot for all sums
+            try:
+                found = wrong(self.reader)
+            finally:
+                self.reader.execute("commit")
+        return "; ".join(f"{what} of user {name} differs from its rows" for what, name in found)
+
+    def backup(self, path: str) -> None:
+        """A consistent copy while the server runs; mode 0600."""
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600))
+        with contextlib.closing(sqlite3.connect(path)) as copy:
+            self.reader.backup(copy)
+            verdict = copy.execute("pragma integrity_check").fetchone()[0]
+        if verdict != "ok":
+            raise ConfigError(f"the backup {path} is not sound: {verdict}")
+
+    def load_calibration(self) -> list[tuple[str, str, float, int]]:
+        rows = self.reader.execute("select provider, model, factor, samples from calibration")
+        return [tuple(row) for row in rows]
+
+    def save_calibration(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
+        given = list(rows)
+        self.do(lambda db: db.executemany("insert or replace into calibration values (?, ?, ?, ?)", given))
+
+
+REPORT_KEYS = {
+    "user": "user", "model": "model", "provider": "provider", "session": "session", "agent": "agent",
+    "day": "substr(time, 1, 10)", "month": "substr(time, 1, 7)",
+}  # fmt: skip
+
+
+class Waiter:
+    """The part of a future that a thread waits on instead of a loop."""
+
+    def __init__(self, done: threading.Event) -> None:
+        self.event = done
+
+
+def tell(batch: list[Write]) -> None:
+    """Resolves the futures of written operations: one call into the loop for all of a loop's."""
+    loops: dict[asyncio.AbstractEventLoop, list[Write]] = {}
+    for write in batch:
+        if isinstance(write.future, Waiter):
+            write.future.event.set()
+        elif write.future is not None:
+            loops.setdefault(write.future.get_loop(), []).append(write)
+    for loop, writes in loops.items():
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+            loop.call_soon_threadsafe(resolve_all, writes)
+
+
+def resolve_all(writes: list[Write]) -> None:
+    for write in writes:
+        assert write.future is not None
+        if write.future.done():
+            continue
+        if write.error:
+            write.future.set_exception(write.error)
+            write.future.exception()  # settlements are often waited for by nobody
+        else:
+            write.future.set_result(write.result)
+
+
+def enter(
+    db: sqlite3.Connection,
+    name: str,
+    kind: str,
+    amount: int,
+    moment: str,
+    key: str,
+    request_id: str = "",
+    note: str = "",
+) -> None:
+    """One ledger entry; the same key again changes nothing."""
+    db.execute(
+        "insert into ledger (time, user_id, kind, amount_microusd, balance_microusd, request_id, note, key) "
+        "select ?, id, ?, ?, balance_microusd + ?, ?, ?, ? from users where name = ? on conflict (key) do nothing",
+        (moment, kind, amount, amount, request_id, note, key, name),
+    )
+
+
+def lock(path: str) -> typing.IO[str]:
+    """An exclusive lock that ends with the process; ConfigError naming the pid that has it."""
+    file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR, 0o600), "r+")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = file.read().strip()
+        file.close()
+        raise ConfigError(
+            f"database {path.removesuffix('.lock')} is in use by ccmux with pid {owner}"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def new_key() -> str:
+    """A user's key: 192 random bits. Only its hash is kept."""
+    return f"ccmux-{secrets.token_urlsafe(24)}"
+
+
+def user_of(row: sqlite3.Row) -> User:
+    return User(
+        row["id"], row["name"], row["balance_microusd"], row["held_microusd"], row["day_microusd"],
+        row["week_microusd"], row["month_microusd"], bool(row["disabled"]), row["created"], row["note"],
+    )  # fmt: skip
+
+
+def usage_row(row: sqlite3.Row) -> Json:
+    flags = {name: bool(row[name]) for name in ("stream", "estimated")}
+    return {**{name: row[name] for name in USAGE_COLUMNS}, **flags}
+
+
+def periods(now: datetime) -> list[tuple[str, datetime, datetime]]:
+    """(name, start, end) of the day, the week from Monday and the month that a UTC moment is in."""
+    day = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    week, month = day - timedelta(days=day.weekday()), day.replace(day=1)
+    next_month = (month + timedelta(days=32)).replace(day=1)
+    return [
+        ("day", day, day + timedelta(days=1)), ("week", week, week + timedelta(days=7)), ("month", month, next_month),
+    ]  # fmt: skip
+
+
+def spent_since(db: sqlite3.Connection, user_id: int, start: datetime) -> int:
+    row = db.execute(
+        "select coalesce(sum(microusd), 0) from spent where user_id = ? and day >= ?",
+        (user_id, f"{start:%Y-%m-%d}"),
+    ).fetchone()
+    return int(row[0])
+
+
+def money(microdollars: int) -> str:
+    """Micro-dollars for a person."""
+    sign, whole = ("-" if microdollars < 0 else ""), abs(microdollars)
+    return f"{sign}${whole // 10**6}.{whole % 10**6:06}".rstrip("0").ljust(
+        len(sign) + len(str(whole // 10**6)) + 4, "0"
+    )
+
+
+def csv_text(rows: Iterable[Json], columns: Iterable[str]) -> str:
+    """Rows as CSV. Texts that a spreadsheet would take for a formula get a leading apostrophe."""
+    names = list(columns)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([csv_cell(row.get(name)) for name in names] for row in rows)
+    return out.getvalue()
+
+
+def csv_cell(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return "" if value is None else value
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3445,12 +4197,12 @@ class Reader(typing.Protocol):
     def output_text(self) -> str: ...
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client's connection broke while something was written to it; nobody's fault."""
 
 
 class Sink(typing.Protocol):
-    """Where an answer goes; ClientGone when nobody is there any more.
+    """Where an answer goes; ClientGoneError when nobody is there any more.
 
     `begin` sends the head of a 200; a sink that does not stream ignores both until the end.
     """
@@ -4375,9 +5127,6 @@ def state_of(request: web.Request) -> State:
     return request.app[state_key()]
 
 
-log = logging.getLogger("ccmux")
-
-
 def one_line(value: Any) -> str:
     """A value for a log line: control characters escaped, so that nobody can write a line of their own."""
     text = str(value)
@@ -4660,7 +5409,7 @@ class StreamSink:
         try:
             await self.response.prepare(self.request)
         except ConnectionError:
-            raise ClientGone from None
+            raise ClientGoneError from None
         if self.request.transport and (client := self.request.transport.get_extra_info("socket")):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CLIENT_BUFFER)
 
@@ -4671,14 +5420,14 @@ class StreamSink:
         try:
             await self.response.write(data)
         except ConnectionError:
-            raise ClientGone from None
+            raise ClientGoneError from None
 
     async def ping_when_silent(self) -> None:
         """Keeps the client waiting. What is written elsewhere is whole events, so a ping always fits between."""
         while True:
             await asyncio.sleep(max(self.last + self.interval - time.monotonic(), 0.01))
             if time.monotonic() - self.last >= self.interval:
-                with contextlib.suppress(ClientGone):  # the exchange itself will notice
+                with contextlib.suppress(ClientGoneError):  # the exchange itself will notice
                     await self.begin({})
                     await self.write(PING)
 
@@ -4745,7 +5494,7 @@ class Exchange:
                 error.headers = {**self.headers(), **error.headers}
                 raise
             return await self.fail(sink, error)
-        except (ClientGone, ConnectionError):
+        except (ClientGoneError, ConnectionError):
             raise asyncio.CancelledError from None  # as if aiohttp had noticed first
         finally:
             sink.close()
@@ -4907,6 +5656,7 @@ class Exchange:
             "x-ccmux-model": header_text(target.actual_model),
             "x-ccmux-route": self.call.route.reason,
             "x-ccmux-attempts": str(self.call.tries),
+            **self.state.store.budget_headers(self.user),
         }
 
 
@@ -4954,7 +5704,9 @@ async def post_count_tokens(request: web.Request) -> web.StreamResponse:
             raise
         return web.json_response({"input_tokens": await state.counter.count(body, "", asked_model(body))})
     target = route.targets[0]
-    call = Call(request[request_key()], body, b"", headers, route, state.config, stream=False, credential=credential)
+    call = Call(
+        request[request_key()], body, b"", headers, route, state.config, stream=False, credential=credential
+    )
     tokens = await upstream_count(state, call, target)
     if tokens is None:
         tokens = await state.counter.count(route.body or body, target.provider, target.actual_model)
