@@ -5166,11 +5166,11 @@ class Relay:
         error.retry_after = retry_after(response.headers)
         should = response.headers.get("x-should-retry", "").lower()
         error.should_retry = {"true": True, "false": False}.get(should)
-        speaks_same = dialect.request is None and call.format == "anthropic"
-        if speaks_same and isinstance(payload, dict) and error.status == response.status:
+        if dialect.request is None and call.format == "anthropic":
             error.headers = answer_headers(response.headers, dialect)
-            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(error_words(payload))
-            error.raw = text.encode() if keeps_words else b""
+            words = error_words(payload) if isinstance(payload, dict) else ""
+            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(words)
+            error.raw = text.encode() if words and keeps_words and error.status == response.status else b""
         return error
 
     def overdue(self, watch: Watch, slot: Slot) -> ApiError:
@@ -5975,6 +5975,9 @@ def session_of(body: Json, headers: Mapping[str, str]) -> str:
         return given.partition("session_")[2][:128]
 
 
+CLIENT_BUFFER = 2**18  # bytes; the kernel's own buffer grows to 4 MB for a client that does not read
+
+
 class StreamSink:
     """A streaming client. Its 200 goes out with the first bytes, or with the first ping."""
 
@@ -5996,6 +5999,8 @@ class StreamSink:
             await self.response.prepare(self.request)
         except ConnectionError:
             raise ClientGoneError from None
+        if self.request.transport and (client := self.request.transport.get_extra_info("socket")):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CLIENT_BUFFER)
 
     async def write(self, data: bytes) -> None:
         if not data:
