@@ -2768,11 +2768,686 @@ def overlap(text: str, tag: str) -> int:
 # ----------------------------------------------------------------------------------------------------------
 # Translate: OpenAI Responses (pure)
 # ----------------------------------------------------------------------------------------------------------
+# https://platform.openai.com/docs/api-reference/responses. Nothing is stored there: a reasoning item comes back to us
+# encrypted, rides to the client in the signature of its thinking block, and is replayed from there to the same model.
+# The format has no stop sequences.
+
+
+def responses_request(body: Json, to: Upstream) -> Json:
+    """A Messages request as a Responses request; ApiError 400 for what cannot be served."""
+    out: Json = {"model": to.model, "input": responses_input(body, to), "stream": True, "store": False}
+    if system := "\n\n".join(str(b["text"]) for b in system_blocks(body)):
+        out["instructions"] = system
+    if tools := responses_tools(body, to):
+        out["tools"] = tools
+        out.update(responses_tool_choice(body, to))
+    if limit := output_limit(body, to.facts):
+        out["max_output_tokens"] = max(limit, 16)  # the least it takes
+    out.update(sampling(body, to, ("temperature", "top_p")))
+    include = ["web_search_call.action.sources"] if web_search_of(body) else []
+    if to.quirks.effort or _REASONING_MODEL.search(to.model):
+        include.append("reasoning.encrypted_content")
+        out.update(responses_reasoning(body, to))
+    if include:
+        out["include"] = include
+    if schema := json_schema_of(body):
+        named = {"name": "answer", "schema": schema["schema"], "strict": bool(schema.get("strict"))}
+        out["text"] = {"format": {"type": "json_schema", **named}}
+    if to.quirks.prompt_cache_key and to.session:
+        out["prompt_cache_key"] = to.session[:64]
+    return without(out | to.quirks.extra_body, to)
+
+
+# Other models answer 400 to reasoning and to include reasoning.encrypted_content (seen with gpt-4o and gpt-5-chat).
+_REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|codex")
+
+
+def responses_reasoning(body: Json, to: Upstream) -> Json:
+    """How much to think, and to tell of it unless the client turned thinking off."""
+    effort = wanted_effort(body, to.quirks.effort)
+    out: Json = {"effort": effort} if effort else {}
+    if as_object(body.get("thinking")).get("type") in ("enabled", "adaptive"):
+        out["summary"] = "auto"
+    return {"reasoning": out} if out else {}
+
+
+def responses_tools(body: Json, to: Upstream) -> list[Json]:
+    tools: list[Json] = []
+    for tool in client_tools(body):
+        described = {"description": str(tool["description"])} if tool.get("description") else {}
+        schema = tool_schema(tool, to.quirks.schema)
+        # strict is true where it is left out, and then refuses most schemas.
+        name = upstream_name(str(tool["name"]))
+        tools.append({"type": "function", "name": name, **described, "parameters": schema, "strict": False})
+    if search := web_search_of(body):
+        domains = [d for d in as_list(search.get("allowed_domains")) if isinstance(d, str)]
+        filters = {"filters": {"allowed_domains": domains}} if domains else {}
+        place = as_object(web_search_options(search).get("user_location")).get("approximate")
+        where = {"user_location": {"type": "approximate", **place}} if place else {}
+        tools.append({"type": "web_search", **filters, **where})
+    return tools
+
+
+def responses_tool_choice(body: Json, to: Upstream) -> Json:
+    """Flat where Chat Completions nests; a forced server tool is the only tool there, so any call will do."""
+    out = openai_tool_choice(body, to.quirks)
+    if isinstance(out.get("tool_choice"), dict):
+        name = out["tool_choice"]["function"]["name"]
+        known = name in {upstream_name(str(t["name"])) for t in client_tools(body)}
+        out["tool_choice"] = {"type": "function", "name": name} if known else "required"
+    return out
+
+
+def responses_input(body: Json, to: Upstream) -> list[Json]:
+    items: list[Json] = []
+    calls: dict[str, Json] = {}
+    for turn in turns_of(body):
+        results = results_of(turn.blocks) if turn.role == "user" else {}
+        items += [responses_result(id, results.get(id), to) for id in calls]
+        calls = {} if turn.role == "user" else calls_of(turn.blocks)
+        items += responses_user(turn.blocks, to) if turn.role == "user" else responses_turn(turn.blocks, to)
+    return items + [responses_result(id, None, to) for id in calls]
+
+
+def responses_user(blocks: list[Json], to: Upstream) -> list[Json]:
+    """A user turn without its tool results: one message, cut where a system message stands in it."""
+    items: list[Json] = []
+    for block in blocks:
+        if block.get("type") in ("tool_result", "tool_use", "thinking", "redacted_thinking"):
+            continue
+        is_system = block.get("type") == MIDWAY_SYSTEM and to.quirks.midway_system
+        role = "developer" if is_system else "user"
+        part = {"type": "input_text", "text": str(block["text"])} if is_system else responses_part(block, to)
+        if not items or items[-1]["role"] != role:
+            items.append({"type": "message", "role": role, "content": []})
+        if part.get("text") != "":
+            items[-1]["content"].append(part)
+    return [item for item in items if item["content"]]
+
+
+def responses_part(block: Json, to: Upstream) -> Json:
+    """A block as an input content part."""
+    kind, url = block.get("type"), media_url(block)
+    if kind == "image" and url and to.quirks.vision:
+        return {"type": "input_image", "image_url": url, "detail": "auto"}
+    if kind == "image":
+        return {"type": "input_text", "text": "[an image was left out]"}
+    if kind == "document" and url.startswith("data:application/pdf"):
+        return {"type": "input_file", "filename": str(block.get("title") or "document.pdf"), "file_data": url}
+    if kind == "document" and url:
+        return {"type": "input_file", "file_url": url}
+    return {"type": "input_text", "text": block_text(block)}
+
+
+def responses_result(client_id: str, block: Json | None, to: Upstream) -> Json:
+    """A tool's result; unlike Chat Completions it can hold images and files."""
+    id = upstream_tool_id(client_id, to.quirks.tool_id)
+    content = blocks_of(block.get("content")) if block else []
+    if not any(b.get("type") in ("image", "document") for b in content):
+        output: Any = result_parts(block)[0]
+    else:
+        failed = [{"type": "input_text", "text": "Error:"}] if block and block.get("is_error") else []
+        output = failed + [p for b in content if (p := responses_part(b, to)).get("text") != ""]
+    return {"type": "function_call_output", "call_id": id, "output": output}
+
+
+def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
+    """An assistant turn: messages, calls, and the reasoning items that this very model made."""
+    items: list[Json] = []
+    calls, phase = calls_of(blocks), None
+    for block in blocks:
+        if block.get("type") in ("thinking", "redacted_thinking"):
+            kept = signed_payload(block) or {}
+            is_own = kept.get("dialect") == "responses" and kept.get("model") == to.model
+            phase = kept.get("phase") if is_own else None
+            if is_own and isinstance(kept.get("item"), dict):
+                items.append(kept["item"])
+        elif block.get("type") == "tool_use":
+            if calls.get(str(block.get("id") or "")) is block:
+                items.append(responses_call(block, to))
+        elif says_something(block) and (text := block_text(block)):
+            message = {"type": "message", "role": "assistant", "content": text}
+            items.append({**message, "phase": phase} if phase in ("commentary", "final_answer") else message)
+    # "Item 'rs_...' of type 'reasoning' was provided without its required following item" is a 400.
+    while items and items[-1]["type"] == "reasoning":
+        items.pop()
+    return items
+
+
+def responses_call(block: Json, to: Upstream) -> Json:
+    id = upstream_tool_id(str(block.get("id") or ""), to.quirks.tool_id)
+    name = upstream_name(str(block.get("name") or ""))
+    return {"type": "function_call", "call_id": id, "name": name, "arguments": tool_arguments(block)}
+
+
+def responses_usage(usage: Any) -> Usage | None:
+    """The counts of a Responses answer as Anthropic has them: cached tokens apart."""
+    if not isinstance(usage, dict):
+        return None
+    names = {
+        "prompt_tokens": "input_tokens",
+        "completion_tokens": "output_tokens",
+        "prompt_tokens_details": "input_tokens_details",
+    }
+    return openai_usage({chat: usage.get(own) for chat, own in names.items()})
+
+
+class ResponsesStream:
+    """Responses events -> Anthropic events. `names` maps upstream tool names back to the client's.
+
+    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished call waits
+    until the call is done, and is then taken whole from the event that ends its item.
+    """
+
+    def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
+        self.out, self.names, self.to = out, names, to
+        self.usage: Usage | None = None
+        self.refused = False
+        self.sent: dict[Any, str] = {}  # item -> what of its text or arguments is out
+        self.live: Json | None = None  # the call that is open
+        self.live_key: Any = None
+        self.done: set[Any] = set()
+        self.waiting: list[tuple[Any, Json]] = []
+        self.cited: dict[str, str] = {}  # URL -> title
+
+    @property
+    def ended(self) -> bool:
+        return self.out.ended
+
+    def feed(self, name: str, data: str) -> None:
+        """One event. Raises ApiError for an error it tells of, or for data that is not JSON."""
+        if self.ended or data == "[DONE]":
+            return
+        event = parsed(data)
+        if not isinstance(event, dict):
+            raise not_a_stream(data, "OpenAI Responses stream")
+        kind = str(event.get("type") or name)
+        item, key = as_object(event.get("item")), event.get("output_index")
+        key = key if isinstance(key, int) else str(event.get("item_id") or item.get("id") or "")
+        if kind == "error" or (event.get("error") and "response" not in event):
+            raise responses_error(event)
+        if kind == "response.output_item.added":
+            self.item_added(key, item)
+        elif kind == "response.output_item.done":
+            self.item_done(key, item)
+        elif kind.startswith("response.output_text.annotation"):
+            self.note_citation(as_object(event.get("annotation")))
+        elif kind in ("response.completed", "response.incomplete", "response.failed", "response.done"):
+            self.response_ended(as_object(event.get("response")))
+        elif isinstance(delta := event.get("delta"), str) and key not in self.done:
+            self.delta(kind, key, delta)
+        elif kind == "response.reasoning_summary_part.added" and self.sent.get(key):
+            self.think(key, "\n\n")
+
+    def item_added(self, key: Any, item: Json) -> None:
+        if item.get("type") == "function_call" and not self.live and item.get("name"):
+            self.begin(key, item)
+        elif item.get("type") == "reasoning" and self.out.kind == "thinking":
+            self.out.close()  # one thinking block for each item, as each carries its own signature
+        elif item.get("phase") and not self.live:
+            self.out.keep(self.kept(phase=item["phase"]))
+
+    def kept(self, **payload: Any) -> Json:
+        return {"dialect": "responses", "model": self.to.model, **payload}
+
+    def delta(self, kind: str, key: Any, delta: str) -> None:
+        if kind == "response.function_call_arguments.delta":
+            # What does not begin as an object may be null, or encoded twice: it is taken whole at the end.
+            if self.live and key == self.live_key and (self.sent.get(key) or delta.lstrip()[:1] == "{"):
+                self.sent[key] = self.sent.get(key, "") + delta
+                self.out.tool_input(delta)
+        elif kind in ("response.output_text.delta", "response.refusal.delta"):
+            self.refused |= kind == "response.refusal.delta"
+            if not self.live:
+                self.sent[key] = self.sent.get(key, "") + delta
+                self.out.text(delta)
+        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            self.think(key, delta)
+
+    def think(self, key: Any, text: str) -> None:
+        if not self.live:
+            self.sent[key] = self.sent.get(key, "") + text
+            self.out.thinking(text)
+
+    def note_citation(self, annotation: Json) -> None:
+        if annotation.get("type") == "url_citation" and annotation.get("url"):
+            self.cited.setdefault(str(annotation["url"]), str(annotation.get("title") or ""))
+
+    def begin(self, key: Any, item: Json) -> None:
+        self.live, self.live_key = item, key
+        id = client_tool_id(str(item.get("call_id") or made_up_id("call_", self.out, key)))
+        self.out.tool(id, self.names.get(str(item["name"]), str(item["name"])))
+
+    def item_done(self, key: Any, item: Json) -> None:
+        """An item is whole; it waits for a call that is still open."""
+        if key in self.done:
+            return
+        if self.live and key != self.live_key:
+            self.waiting.append((key, item))
+            return
+        self.done.add(key)
+        write = {
+            "message": self.message_done, "reasoning": self.reasoning_done, "function_call": self.call_done,
+            "web_search_call": self.search_done,
+        }.get(str(item.get("type")))  # fmt: skip
+        if write:
+            write(key, item)
+
+    def message_done(self, key: Any, item: Json) -> None:
+        parts = [p for p in as_list(item.get("content")) if isinstance(p, dict)]
+        self.refused |= any(p.get("type") == "refusal" for p in parts)
+        for note in (n for p in parts for n in as_list(p.get("annotations"))):
+            self.note_citation(as_object(note))
+        text = "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
+        self.out.text(text[len(self.sent.get(key, "")) :])
+
+    def reasoning_done(self, key: Any, item: Json) -> None:
+        summary = [as_object(p) for p in as_list(item.get("summary"))]
+        if not self.sent.get(key):
+            content = summary or [as_object(p) for p in as_list(item.get("content"))]
+            self.out.thinking("\n\n".join(str(p.get("text") or "") for p in content))
+        if item.get("encrypted_content") and item.get("id"):
+            texts = [{"type": "summary_text", "text": str(p.get("text") or "")} for p in summary]
+            again = {k: str(item[k]) for k in ("id", "encrypted_content")}
+            self.out.keep(self.kept(item={"type": "reasoning", **again, "summary": texts}))
+
+    def call_done(self, key: Any, item: Json) -> None:
+        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object."""
+        if not self.live:
+            if not item.get("name"):
+                raise ApiError(
+                    502, "the provider sent a tool call without a name", retry=Retry.SAME, cause="stream"
+                )
+            self.begin(key, item)
+        given, sent = item.get("arguments"), self.sent.get(key, "")
+        text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
+        if text is None or not text.startswith(sent):
+            message = f"the provider sent arguments of tool {item.get('name')!r} that are not a JSON object"
+            raise ApiError(502, message, retry=Retry.SAME, cause="stream")
+        self.out.tool_input(text[len(sent) :])
+        self.out.close()
+        self.live = None
+        waiting, self.waiting = self.waiting, []
+        for place, other in waiting:
+            self.item_done(place, other)
+
+    def search_done(self, key: Any, item: Json) -> None:
+        action = as_object(item.get("action"))
+        query = (
+            action.get("query") or next(iter(as_list(action.get("queries"))), "") or action.get("url") or ""
+        )
+        found = [
+            str(s["url"]) for s in as_list(action.get("sources")) if isinstance(s, dict) and s.get("url")
+        ]
+        show_search(self.out, str(query), {url: self.cited.get(url, "") for url in found})
+
+    def response_ended(self, response: Json) -> None:
+        """The last event: what became of the answer, with its usage."""
+        self.usage = responses_usage(response.get("usage")) or self.usage
+        status = response.get("status")
+        if status == "failed" or response.get("error"):
+            raise responses_error(response)
+        if self.live:
+            self.item_done(self.live_key, {**self.live, "arguments": ""})
+        if not self.done:  # some servers tell all of it only here
+            for key, item in enumerate(as_list(response.get("output"))):
+                self.item_done(key, as_object(item))
+        reason = as_object(response.get("incomplete_details")).get("reason")
+        stop = (
+            {"content_filter": "refusal"}.get(str(reason), "max_tokens")
+            if status == "incomplete"
+            else "end_turn"
+        )
+        end_answer(self.out, "refusal" if self.refused else stop, self.usage, self.cited)
+
+    def finish(self) -> None:
+        """The end of the bytes, which is an error unless the answer has ended."""
+        if not self.ended:
+            raise stream_cut_off()
+
+
+def stream_cut_off() -> ApiError:
+    return ApiError(
+        502, "the provider's stream ended before the answer did", retry=Retry.SAME, cause="stream"
+    )
+
+
+# Codes of a failed response that say the request is at fault: another try would not differ.
+_REQUEST_FAULT = re.compile(r"^(?:invalid_|image_|unsupported_|empty_image|failed_to_download)|policy")
+
+
+def responses_error(event: Json) -> ApiError:
+    """The error that an `error` event or a failed response tells of."""
+    detail = error_detail(event)
+    is_fault = status_of_error(event) == 502 and _REQUEST_FAULT.search(str(detail.get("code") or ""))
+    return upstream_error(400 if is_fault else status_of_error(event), {"error": detail})
+
+
+def end_answer(out: AnthropicStream, reason: str, usage: Usage | None, cited: dict[str, str]) -> None:
+    """Ends an answer, with the pages it cites; ApiError 502 where there is nothing in it."""
+    if not out.has_content and not out.kind and reason == "end_turn":
+        raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
+    if cited:
+        out.text("\n\nSources:\n" + "\n".join(f"- [{title or url}]({url})" for url, title in cited.items()))
+    out.usage = usage or out.usage
+    out.finish(reason)
+
+
+def show_search(out: AnthropicStream, query: str, found: dict[str, str]) -> None:
+    """A web search as the server tool's call and result. `found`: URL -> title."""
+    id = made_up_id("srvtoolu_", out, out.index)
+    pages = [
+        {
+            "type": "web_search_result",
+            "url": url,
+            "title": title or url,
+            "encrypted_content": "",
+            "page_age": None,
+        }
+        for url, title in found.items()
+    ]
+    out.whole({"type": "server_tool_use", "id": id, "name": "web_search", "input": {"query": query}})
+    out.whole({"type": "web_search_tool_result", "tool_use_id": id, "content": pages})
+
+
+def made_up_id(prefix: str, out: AnthropicStream, place: Any) -> str:
+    """An id for what came without one: the same for the same place in the same answer."""
+    digest = hashlib.sha256(f"{out.message_id} {place}".encode("utf-8", "surrogatepass")).hexdigest()
+    return prefix + digest[:24]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Translate: Gemini (pure)
 # ----------------------------------------------------------------------------------------------------------
+# https://ai.google.dev/api/generate-content. The model stands in the URL. Gemini 3 refuses a step whose first function
+# call lacks the thought signature it was made with, so signatures ride to the client and back like reasoning items do.
+
+
+def gemini_request(body: Json, to: Upstream) -> Json:
+    """A Messages request as a GenerateContent request."""
+    out: Json = {"contents": gemini_contents(body, to)}
+    if blocks := system_blocks(body):
+        out["systemInstruction"] = {"parts": [{"text": str(b["text"])} for b in blocks]}
+    if declarations := [gemini_function(tool) for tool in client_tools(body)]:
+        out["tools"] = [{"functionDeclarations": declarations}]
+        out.update(gemini_tool_config(body, to))
+    elif web_search_of(body):
+        out["tools"] = [{"googleSearch": {}}]  # older models do not take it beside functions
+    if config := without(gemini_config(body, to), to):
+        out["generationConfig"] = config
+    return without(out | to.quirks.extra_body, to)
+
+
+def gemini_function(tool: Json) -> Json:
+    out: Json = {"name": upstream_name(str(tool["name"])), "description": str(tool.get("description") or "")}
+    schema = tool_schema(tool, "gemini")
+    return {**out, "parameters": schema} if schema["properties"] else out
+
+
+def gemini_tool_config(body: Json, to: Upstream) -> Json:
+    choice = as_object(body.get("tool_choice"))
+    modes = {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}
+    mode = modes.get(str(choice.get("type")))
+    if mode == "ANY" and not (to.quirks.forced_tool and to.facts.forced_tool):
+        mode = "AUTO"
+    if not mode:
+        return {}
+    only = [upstream_name(str(choice.get("name")))] if mode == "ANY" and choice["type"] == "tool" else []
+    return {
+        "toolConfig": {
+            "functionCallingConfig": {"mode": mode, **({"allowedFunctionNames": only} if only else {})}
+        }
+    }
+
+
+def gemini_config(body: Json, to: Upstream) -> Json:
+    names = {"temperature": "temperature", "top_p": "topP", "top_k": "topK"}
+    out: Json = {names[k]: v for k, v in sampling(body, to, tuple(names)).items()}
+    if limit := output_limit(body, to.facts):
+        out["maxOutputTokens"] = limit
+    if texts := [s for s in as_list(body.get("stop_sequences")) if isinstance(s, str) and s]:
+        out["stopSequences"] = texts[:5]
+    if schema := json_schema_of(body):
+        out.update(responseMimeType="application/json", responseJsonSchema=schema["schema"])
+    if thinking := gemini_thinking(body, to):
+        out["thinkingConfig"] = thinking
+    return out
+
+
+# https://ai.google.dev/gemini-api/docs/thinking (November 2026): 2.5 takes a budget, later ones a level, never both.
+_THINKS_BY_BUDGET = re.compile(r"gemini-2\.5|robotics-er")
+_NEVER_THINKS = re.compile(r"gemini-(?:1|2\.0)|gemma|learnlm")
+GEMINI_BUDGETS = {"minimal": 512, "low": 4096, "medium": 12288, "high": 24576, "xhigh": 24576, "max": 24576}
+
+
+def gemini_thinking(body: Json, to: Upstream) -> Json:
+    """thinkingConfig by effort or budget; thoughts are shown unless the client turned thinking off."""
+    if _NEVER_THINKS.search(to.model):
+        return {}
+    thinking = as_object(body.get("thinking"))
+    by_budget = bool(_THINKS_BY_BUDGET.search(to.model))
+    if thinking.get("type") == "disabled":  # the least there is: only 2.5 Flash can do without
+        least = 128 if "pro" in to.model else 0
+        return {"thinkingBudget": least} if by_budget else {"thinkingLevel": "low"}
+    levels = to.quirks.effort or (EFFORTS if by_budget else ("low", "medium", "high"))
+    effort, budget = wanted_effort(body, levels), thinking.get("budget_tokens")
+    out: Json = {"includeThoughts": True} if thinking.get("type") in ("enabled", "adaptive") else {}
+    if by_budget and isinstance(budget, int) and not isinstance(budget, bool):
+        out["thinkingBudget"] = min(max(budget, 512), GEMINI_BUDGETS["max"])
+    elif effort:
+        out.update({"thinkingBudget": GEMINI_BUDGETS[effort]} if by_budget else {"thinkingLevel": effort})
+    return out
+
+
+def gemini_contents(body: Json, to: Upstream) -> list[Json]:
+    contents: list[Json] = []
+    calls: dict[str, Json] = {}
+    for turn in turns_of(body):
+        if turn.role == "user":
+            parts = gemini_user(turn.blocks, calls, to)
+            calls = {}
+        else:
+            contents += gemini_content("user", [gemini_result(c, None) for c in calls.values()])
+            parts = gemini_turn(turn.blocks, to)
+            calls = calls_of(turn.blocks)
+        contents += gemini_content("user" if turn.role == "user" else "model", parts)
+    contents += gemini_content("user", [gemini_result(c, None) for c in calls.values()])
+    # It refuses a request without contents, and one that begins with a function call.
+    begins = bool(contents) and contents[0]["role"] == "user"
+    return contents if begins else [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
+
+
+def gemini_content(role: str, parts: list[Json]) -> list[Json]:
+    return [{"role": role, "parts": parts}] if parts else []
+
+
+def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> list[Json]:
+    """Function responses in the order of their calls, then what moved out of them, then the rest of the turn."""
+    results = results_of(blocks)
+    media = [m for id in calls for m in result_parts(results.get(id))[1]]
+    skip = ("tool_result", "tool_use", "thinking", "redacted_thinking")
+    rest = media + [b for b in blocks if b.get("type") not in skip]
+    answers = [gemini_result(call, results.get(id)) for id, call in calls.items()]
+    return answers + [p for block in rest if (p := gemini_part(block, to)).get("text") != ""]
+
+
+def gemini_part(block: Json, to: Upstream) -> Json:
+    kind, source = block.get("type"), as_object(block.get("source"))
+    is_media = kind in ("image", "document") and source.get("type") in ("base64", "url")
+    if kind == "image" and not (is_media and to.quirks.vision and media_url(block)):
+        return {"text": "[an image was left out]"}
+    if not is_media or not media_url(block):
+        return {"text": block_text(block)}
+    default = "image/png" if kind == "image" else "application/pdf"
+    mime = str(source.get("media_type") or default)
+    if source["type"] == "base64" and source.get("data"):
+        return {"inlineData": {"mimeType": mime, "data": str(source["data"])}}
+    return {"fileData": {"mimeType": mime, "fileUri": str(source.get("url"))}}
+
+
+def gemini_result(call: Json, block: Json | None) -> Json:
+    name = upstream_name(str(call.get("name") or ""))
+    text = result_parts(block)[0]
+    response = (
+        {"error": text.removeprefix("Error: ")} if block and block.get("is_error") else {"output": text}
+    )
+    id = upstream_tool_id(str(call.get("id") or ""))
+    return {"functionResponse": {"id": id, "name": name, "response": response}}
+
+
+# What Google documents for calls that another model made: https://ai.google.dev/gemini-api/docs/thought-signatures.
+NO_SIGNATURE = "skip_thought_signature_validator"
+
+
+def gemini_turn(blocks: list[Json], to: Upstream) -> list[Json]:
+    """An assistant turn. Of parallel calls only the first has a signature, and must have one."""
+    kept = [p for b in blocks if (p := signed_payload(b)) and p.get("dialect") == "gemini"]
+    signatures = {str(p.get("call")): p.get("signature") for p in kept if p.get("model") == to.model}
+    calls = calls_of(blocks)
+    first = next(iter(calls), "")
+    needs = not _NEVER_THINKS.search(to.model) and not _THINKS_BY_BUDGET.search(to.model)
+    parts: list[Json] = []
+    for block in blocks:
+        id = str(block.get("id") or "")
+        if block.get("type") == "tool_use" and calls.get(id) is block:
+            signature = signatures.get(id) or (NO_SIGNATURE if needs and id == first else "")
+            signed = {"thoughtSignature": str(signature)} if signature else {}
+            parts.append({"functionCall": gemini_call(block), **signed})
+        elif says_something(block) and (text := block_text(block)):
+            parts.append({"text": text})
+    return parts
+
+
+def gemini_call(block: Json) -> Json:
+    given = block.get("input")
+    name, id = upstream_name(str(block.get("name") or "")), upstream_tool_id(str(block.get("id") or ""))
+    return {"id": id, "name": name, "args": given if isinstance(given, dict) else {}}
+
+
+def gemini_usage(usage: Any) -> Usage | None:
+    """usageMetadata as Anthropic counts: cached tokens apart, thoughts within the output."""
+    given = as_object(usage)
+    prompt = token_number(given.get("promptTokenCount"))
+    keys = (
+        "toolUsePromptTokenCount",
+        "cachedContentTokenCount",
+        "candidatesTokenCount",
+        "thoughtsTokenCount",
+    )
+    counts = [0 if given.get(k) is None else token_number(given[k]) for k in keys]
+    if prompt is None or None in counts:
+        return None
+    tools, cached, answer, thoughts = (n or 0 for n in counts)
+    prompt += tools
+    rest = prompt - cached if cached <= prompt else prompt
+    return Usage(input=rest, output=answer + thoughts, cache_read=cached)
+
+
+GEMINI_STOP = {
+    "STOP": "end_turn", "MAX_TOKENS": "max_tokens", "CONTINUATION": "max_tokens",
+    **dict.fromkeys((
+        "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
+        "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR", "ESCALATION",
+    ), "refusal"),
+}  # fmt: skip
+# Of these no answer came; the first set passes, so another try may do better.
+GEMINI_FAULTS = {
+    **dict.fromkeys((
+        "MALFORMED_FUNCTION_CALL", "MALFORMED_RESPONSE", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", "OTHER",
+    ), 502),
+    "MISSING_THOUGHT_SIGNATURE": 400, "PUP_LIMITED_DISABLED": 403,
+}  # fmt: skip
+
+
+class GeminiStream:
+    """GenerateContent chunks -> Anthropic events. `names` maps upstream function names back to the client's."""
+
+    def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
+        self.out, self.names, self.to = out, names, to
+        self.usage: Usage | None = None
+        self.stop_reason = ""
+        self.calls = 0
+        self.queries: list[str] = []
+        self.cited: dict[str, str] = {}  # URL -> title
+
+    @property
+    def ended(self) -> bool:
+        return self.out.ended
+
+    def feed(self, name: str, data: str) -> None:
+        """One chunk. Raises ApiError for an error it tells of, or for data that is not JSON."""
+        if self.ended or data == "[DONE]":
+            return
+        chunk = parsed(data)
+        if isinstance(chunk, list) and len(chunk) == 1:
+            chunk = chunk[0]
+        if not isinstance(chunk, dict):
+            raise not_a_stream(data, "Gemini stream")
+        if chunk.get("error") or name == "error":
+            raise error_of_event(chunk)
+        self.usage = gemini_usage(chunk.get("usageMetadata")) or self.usage
+        for candidate in as_list(chunk.get("candidates"))[:1]:
+            self.candidate(as_object(candidate))
+        if reason := as_object(chunk.get("promptFeedback")).get("blockReason"):
+            self.stopped(str(reason), "refusal", as_object(chunk["promptFeedback"]).get("blockReasonMessage"))
+
+    def candidate(self, candidate: Json) -> None:
+        for part in as_list(as_object(candidate.get("content")).get("parts")):
+            if isinstance(part, dict):
+                self.part(part)
+        grounding = as_object(candidate.get("groundingMetadata"))
+        for chunk in as_list(grounding.get("groundingChunks")):
+            page = as_object(as_object(chunk).get("web"))
+            if page.get("uri"):
+                self.cited[str(page["uri"])] = str(page.get("title") or "")
+        queries = [q for q in as_list(grounding.get("webSearchQueries")) if isinstance(q, str)]
+        self.queries = queries or self.queries
+        if reason := str(candidate.get("finishReason") or ""):
+            if reason in GEMINI_FAULTS:
+                status = GEMINI_FAULTS[reason]
+                message = (
+                    f"the provider ended the answer with {reason}: {candidate.get('finishMessage') or ''}"
+                )
+                raise ApiError(status, message.rstrip(": "), retry=retry_class(status), cause="stream")
+            self.stopped(reason, GEMINI_STOP.get(reason, "end_turn"), candidate.get("finishMessage"))
+
+    def stopped(self, reason: str, stop: str, message: Any) -> None:
+        """A refusal without words of its own gets the provider's."""
+        self.stop_reason = stop
+        if stop == "refusal" and not self.out.has_content:
+            self.out.text(f"The provider refused ({reason}){f': {message}' if message else '.'}")
+
+    def part(self, part: Json) -> None:
+        call, text = part.get("functionCall"), part.get("text")
+        if isinstance(call, dict):
+            self.call(call, part.get("thoughtSignature"))
+        elif isinstance(text, str):
+            self.out.thinking(text) if part.get("thought") else self.out.text(text)
+
+    def call(self, call: Json, signature: Any) -> None:
+        name, args = str(call.get("name") or ""), call.get("args")
+        if not name:
+            raise ApiError(
+                502, "the provider sent a tool call without a name", retry=Retry.SAME, cause="stream"
+            )
+        id = client_tool_id(str(call.get("id") or made_up_id("toolu_", self.out, self.calls)))
+        self.calls += 1
+        if isinstance(signature, str) and signature:
+            kept = {"dialect": "gemini", "model": self.to.model, "call": id, "signature": signature}
+            self.out.keep(kept)
+        self.out.tool(id, self.names.get(name, name))
+        self.out.tool_input(json.dumps(args if isinstance(args, dict) else {}))
+        self.out.close()
+
+    def finish(self) -> None:
+        """The end of the bytes, which is how this format ends; an error where no finishReason came before."""
+        if self.ended:
+            return
+        if not self.stop_reason:
+            raise stream_cut_off()
+        if self.cited or self.queries:
+            show_search(self.out, "; ".join(self.queries), self.cited)
+        end_answer(self.out, self.stop_reason, self.usage, self.cited)
 
 
 # ----------------------------------------------------------------------------------------------------------
