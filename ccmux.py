@@ -2900,7 +2900,7 @@ def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
             kept = signed_payload(block) or {}
             is_own = kept.get("dialect") == "responses" and kept.get("model") == to.model
             phase = kept.get("phase") if is_own else None
-            if is_own and isinstance(kept.get("item"), dict):
+            if is_own and as_object(kept.get("item")).get("type") == "reasoning":
                 items.append(kept["item"])
         elif block.get("type") == "tool_use":
             if calls.get(str(block.get("id") or "")) is block:
@@ -3046,10 +3046,11 @@ class ResponsesStream:
         if not self.sent.get(key):
             content = summary or [as_object(p) for p in as_list(item.get("content"))]
             self.out.thinking("\n\n".join(str(p.get("text") or "") for p in content))
-        if item.get("encrypted_content") and item.get("id"):
+        if encrypted := item.get("encrypted_content"):
+            # Without its id: with one, the server looks for the stored item, or for the ids it was paired with.
             texts = [{"type": "summary_text", "text": str(p.get("text") or "")} for p in summary]
-            again = {k: str(item[k]) for k in ("id", "encrypted_content")}
-            self.out.keep(self.kept(item={"type": "reasoning", **again, "summary": texts}))
+            kept = {"type": "reasoning", "summary": texts, "encrypted_content": str(encrypted)}
+            self.out.keep(self.kept(item=kept))
 
     def call_done(self, key: Any, item: Json) -> None:
         """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object."""
