@@ -3242,24 +3242,24 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
 
 def gemini_contents(body: Json, to: Upstream) -> list[Json]:
     contents: list[Json] = []
+
+    def say(role: str, parts: list[Json]) -> None:
+        if parts and contents and contents[-1]["role"] == role:
+            contents[-1]["parts"] += parts
+        elif parts:
+            contents.append({"role": role, "parts": parts})
+
     calls: dict[str, Json] = {}
     for turn in turns_of(body):
         if turn.role == "user":
-            parts = gemini_user(turn.blocks, calls, to)
-            calls = {}
+            say("user", gemini_user(turn.blocks, calls, to))
         else:
-            contents += gemini_content("user", [gemini_result(c, None) for c in calls.values()])
-            parts = gemini_turn(turn.blocks, to)
-            calls = calls_of(turn.blocks)
-        contents += gemini_content("user" if turn.role == "user" else "model", parts)
-    contents += gemini_content("user", [gemini_result(c, None) for c in calls.values()])
+            say("model", gemini_turn(turn.blocks, to))
+        calls = calls_of(turn.blocks) if turn.role == "assistant" else {}
+    say("user", gemini_user([], calls, to))
     # It refuses a request without contents, and one that begins with a function call.
     begins = bool(contents) and contents[0]["role"] == "user"
     return contents if begins else [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
-
-
-def gemini_content(role: str, parts: list[Json]) -> list[Json]:
-    return [{"role": role, "parts": parts}] if parts else []
 
 
 def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> list[Json]:
