@@ -1,0 +1,191 @@
+"""Upstream: the parts that need no socket."""
+
+from __future__ import annotations
+
+import pytest
+
+import ccmux
+
+
+def tripped(failures: int = 5) -> ccmux.Breaker:
+    breaker = ccmux.Breaker()
+    for second in range(failures):
+        breaker.record(float(second), False, False)
+    return breaker
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "state"),
+    [
+        pytest.param([False] * 4, "closed", id="four failures in a row"),
+        pytest.param([False] * 5, "open", id="five failures in a row"),
+        pytest.param([False] * 4 + [True] + [False] * 4, "closed", id="a success between: 8 of 9 are too few"),
+        pytest.param([True, False] * 5, "open", id="half of ten"),
+        pytest.param([True, True, False] * 6, "closed", id="a third of eighteen"),
+        pytest.param([True] * 20, "closed", id="all well"),
+    ],
+)
+def test_breaker_opens(outcomes: list[bool], state: str) -> None:
+    breaker = ccmux.Breaker()
+    for second, ok in enumerate(outcomes):
+        breaker.record(float(second), ok, False)
+    assert breaker.state(len(outcomes)) == state
+
+
+def test_breaker_forgets_after_a_minute() -> None:
+    breaker = ccmux.Breaker()
+    for second in range(0, 20, 2):
+        breaker.record(float(second), True, False)
+    for second in range(4):
+        breaker.record(100.0 + second, False, False)
+    assert breaker.state(104) == "closed"
+    assert breaker.bad == 4
+    assert len(breaker.recent) == 4
+
+
+def test_half_open_lets_exactly_one_probe_through() -> None:
+    breaker = tripped()
+    assert not breaker.allows(5)
+    later = breaker.open_until + 0.1
+    assert breaker.state(later) == "half-open"
+    assert breaker.allows(later)
+    assert breaker.begin(later)
+    assert not breaker.allows(later)
+    breaker.record(later, True, True)
+    assert breaker.state(later) == "closed"
+    assert breaker.allows(later)
+
+
+def test_open_interval_doubles_up_to_five_minutes() -> None:
+    breaker = tripped()
+    intervals = [breaker.interval]
+    for _ in range(8):
+        now = breaker.open_until + 1
+        assert breaker.begin(now)
+        breaker.record(now, False, True)
+        intervals.append(breaker.interval)
+        assert abs(breaker.open_until - now - breaker.interval) <= 0.1 * breaker.interval
+    assert intervals == [10, 20, 40, 80, 160, 300, 300, 300, 300]
+
+
+def test_retry_budget_is_a_fifth_of_what_is_active_but_at_least_three() -> None:
+    health = ccmux.Health(active=1, retrying=2)
+    assert health.may_retry()
+    health.retrying = 3
+    assert not health.may_retry()
+    health.active = 100
+    assert health.may_retry()
+    health.retrying = 20
+    assert not health.may_retry()
+
+
+@pytest.mark.parametrize(
+    ("status", "retry"),
+    [
+        *((s, ccmux.Retry.NO) for s in (400, 405, 413, 415, 422, 431)),
+        *((s, ccmux.Retry.SAME) for s in (408, 409, 500, 502, 503, 504, 520, 599)),
+        *((s, ccmux.Retry.KEY) for s in (401, 402, 403, 429)),
+        *((s, ccmux.Retry.NEXT) for s in (404, 529, 301, 302, 307, 199, 201, 600)),
+    ],
+)
+def test_retry_class(status: int, retry: ccmux.Retry) -> None:
+    assert ccmux.retry_class(status) is retry
+
+
+def test_client_sees_a_refused_provider_key_as_ccmux_trouble() -> None:
+    provider = ccmux.Provider(name="p", api_key=("sk-secret-value",))
+    slot = ccmux.Slot(ccmux.Target("p", "m"), provider, "sk-secret-value")
+    call = ccmux.Call("req_1", {}, b"", {}, ccmux.Route("m", "default", (), ()), ccmux.Config(), stream=False)
+    seen = ccmux.client_error(ccmux.upstream_error(401, {"error": {"message": "bad key"}}), slot, call)
+    assert (seen.status, seen.type, seen.should_retry) == (500, "api_error", False)
+    assert "sk-secret" not in seen.message
+    assert "'p'" in seen.message
+
+
+def test_passthrough_keeps_the_upstreams_word_on_the_clients_own_login() -> None:
+    provider = ccmux.Provider(name="p", api_key=("passthrough",))
+    slot = ccmux.Slot(ccmux.Target("p", "m"), provider, "passthrough")
+    call = ccmux.Call("req_1", {}, b"", {}, ccmux.Route("m", "default", (), ()), ccmux.Config(), stream=False)
+    assert ccmux.client_error(ccmux.upstream_error(401, {}), slot, call).status == 401
+
+
+@pytest.mark.parametrize(
+    ("style", "expected"),
+    [
+        ("", {"x-api-key": "k"}),
+        ("bearer", {"authorization": "Bearer k"}),
+        ("both", {"x-api-key": "k", "authorization": "Bearer k"}),
+        ("none", {}),
+    ],
+)
+def test_auth_styles(style: str, expected: dict[str, str]) -> None:
+    provider = ccmux.Provider(name="p", api_key=("k",), quirks=ccmux.Quirks(auth=style))
+    slot = ccmux.Slot(ccmux.Target("p", "m"), provider, "k")
+    call = ccmux.Call("req_1", {}, b"", {}, ccmux.Route("m", "default", (), ()), ccmux.Config(), stream=False)
+    assert ccmux.auth_headers(slot, ccmux.DIALECTS["anthropic"], call) == expected
+
+
+def test_metrics_are_prometheus_text() -> None:
+    metrics = ccmux.Metrics()
+    metrics.add("ccmux_requests_total", provider='a"b\n', status="200")
+    metrics.add("ccmux_requests_total", 2, provider='a"b\n', status="200")
+    metrics.observe("ccmux_first_token_seconds", 0.3)
+    text = metrics.render({"ccmux_requests_in_flight": 1})
+    assert 'ccmux_requests_total{provider="a\\"b\\n",status="200"} 3\n' in text
+    assert 'ccmux_first_token_seconds_bucket{le="0.25"}' not in text
+    assert 'ccmux_first_token_seconds_bucket{le="0.5"} 1\n' in text
+    assert 'ccmux_first_token_seconds_bucket{le="+Inf"} 1\n' in text
+    assert text.endswith("ccmux_requests_in_flight 1\n")
+
+
+@pytest.mark.parametrize(
+    ("drop", "body", "expected"),
+    [
+        pytest.param(("foo",), {"foo": 1, "model": "m"}, {"model": "m"}, id="a key"),
+        pytest.param(("foo",), {"model": "m"}, {"model": "m"}, id="nothing to drop"),
+        pytest.param(
+            ("billing_header",),
+            {"system": [{"type": "text", "text": "x-anthropic-billing-header: v"}, {"type": "text", "text": "s"}]},
+            {"system": [{"type": "text", "text": "s"}]},
+            id="billing header",
+        ),
+        pytest.param(
+            ("tool_type",),
+            {"tools": [{"name": "a", "type": "custom"}, {"name": "w", "type": "web_search_20250305"}]},
+            {"tools": [{"name": "a"}, {"name": "w", "type": "web_search_20250305"}]},
+            id="type of client tools",
+        ),
+        pytest.param(
+            ("media",),
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image"}]}]}]},
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {
+                                "type": "tool_result",
+                                "content": [
+                                    {"type": "text", "text": "[image left out: this model takes only text]"}
+                                ],
+                            }
+                        ],
+                    }
+                ]
+            },
+            id="images in tool results",
+        ),
+    ],
+)
+def test_drop_list(drop: tuple[str, ...], body: ccmux.Json, expected: ccmux.Json) -> None:
+    to = ccmux.Upstream("m", ccmux.Quirks(drop=drop), ccmux.Facts())
+    assert ccmux.without_dropped(body, to) == expected
+
+
+def test_environment_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.test:3128")
+    monkeypatch.setenv("no_proxy", "inside.test")
+    ccmux.environment_proxy.cache_clear()
+    assert ccmux.environment_proxy("https://api.test/v1") == "http://proxy.test:3128"
+    assert ccmux.environment_proxy("https://inside.test/v1") is None
+    ccmux.environment_proxy.cache_clear()
