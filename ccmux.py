@@ -33,6 +33,7 @@ Sections, each using only those above it (pure: no socket, file, clock, environm
     Translate: OpenAI Chat (pure)
     Translate: OpenAI Responses (pure)
     Translate: Gemini (pure)
+    OpenAI-format clients (pure)
     Dialects and presets (tables)
     Tokens and prices (pure; the encoder is handed in)
     Store (SQLite)
@@ -3453,12 +3454,286 @@ class GeminiStream:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Dialects and presets (tables)
+# OpenAI-format clients (pure)
 # ----------------------------------------------------------------------------------------------------------
+# The other direction: a Chat Completions request becomes a Messages request, which any provider can serve, and the
+# Anthropic events of the answer become Chat Completions chunks.
+
+CHAT_MAX_TOKENS = 16384  # Messages needs a limit where Chat Completions does not
+
+
+def messages_request(body: Json) -> Json:
+    """A Chat Completions request as a Messages request, always a streaming one; ApiError 400 for what has no form there."""
+    if not isinstance(body.get("messages"), list):
+        raise ApiError(400, "messages: a list of messages is needed")
+    if body.get("n") not in (None, 1):
+        raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
+    system, messages = chat_conversation(messages_of(body))
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or CHAT_MAX_TOKENS
+    out: Json = {"model": body.get("model"), "messages": messages, "max_tokens": limit, "stream": True}
+    if as_object(body.get("response_format")).get("type") == "json_object":
+        system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
+    if system:
+        out["system"] = system
+    if isinstance(temperature := body.get("temperature"), (int, float)):
+        out["temperature"] = min(temperature, 1)  # OpenAI's scale ends at 2
+    if body.get("top_p") is not None:
+        out["top_p"] = body["top_p"]
+    if stop := body.get("stop"):
+        out["stop_sequences"] = [stop] if isinstance(stop, str) else stop
+    if user := body.get("safety_identifier") or body.get("user"):
+        out["metadata"] = {"user_id": user}
+    return out | messages_thinking(body) | messages_tools(body)
+
+
+def messages_thinking(body: Json) -> Json:
+    """reasoning_effort and response_format's schema as output_config; `thinking` as an Anthropic-minded client has it."""
+    config: Json = {}
+    effort = body.get("reasoning_effort")
+    if effort in EFFORTS:
+        config["effort"] = "low" if effort == "minimal" else effort
+    schema = as_object(as_object(body.get("response_format")).get("json_schema")).get("schema")
+    if isinstance(schema, dict):
+        config["format"] = {"type": "json_schema", "schema": schema}
+    thinking = {"type": "disabled"} if effort == "none" else body.get("thinking")
+    return {k: v for k, v in (("output_config", config), ("thinking", thinking)) if v}
+
+
+def messages_tools(body: Json) -> Json:
+    given = [as_object(t).get("function") for t in as_list(body.get("tools"))] + as_list(
+        body.get("functions")
+    )
+    tools: list[Json] = [
+        {
+            "name": f["name"], **({"description": f["description"]} if f.get("description") else {}),
+            "input_schema": f.get("parameters") or {"type": "object", "properties": {}},
+        }
+        for f in given if isinstance(f, dict) and f.get("name")
+    ]  # fmt: skip
+    if isinstance(body.get("web_search_options"), dict):
+        tools.append({"type": "web_search_20250305", "name": "web_search"})
+    choice = body.get("tool_choice") or body.get("function_call") or ""
+    if isinstance(choice, dict):
+        out: Json = {
+            "type": "tool",
+            "name": str((as_object(choice.get("function")) or choice).get("name") or ""),
+        }
+    else:
+        out = {"type": {"required": "any", "any": "any", "none": "none"}.get(choice, "auto")}
+    if body.get("parallel_tool_calls") is False and out["type"] != "none":
+        out["disable_parallel_tool_use"] = True
+    if not tools:
+        return {}
+    return {"tools": tools, "tool_choice": out} if choice or len(out) > 1 else {"tools": tools}
+
+
+def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
+    """(system blocks, messages): what the system says later on is told as a reminder; neighbours of a role merge."""
+    system: list[Json] = []
+    messages: list[Json] = []
+    for message in given:
+        role, blocks = str(message.get("role")), chat_blocks(message.get("content"))
+        if role in ("system", "developer"):
+            if not messages:
+                system += blocks
+                continue
+            blocks = [{"type": "text", "text": reminder(text_of(blocks))}] if blocks else []
+        elif role in ("tool", "function"):
+            id = client_tool_id(str(message.get("tool_call_id") or message.get("name") or ""))
+            blocks = [{"type": "tool_result", "tool_use_id": id, "content": blocks}]
+        elif role == "assistant":
+            blocks += chat_calls(message)
+        role = "assistant" if role == "assistant" else "user"
+        if blocks and messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += blocks
+        elif blocks:
+            messages.append({"role": role, "content": blocks})
+    return system, messages
+
+
+def chat_calls(message: Json) -> list[Json]:
+    """An assistant message's tool calls; arguments that are no JSON object survive as text."""
+    calls = [c for c in as_list(message.get("tool_calls")) if isinstance(c, dict)]
+    if legacy := as_object(message.get("function_call")):
+        calls.append({"id": legacy.get("name"), "function": legacy})
+    blocks = []
+    for call in calls:
+        function = as_object(call.get("function"))
+        text = str(function.get("arguments") or "{}")
+        value = parsed(text)
+        given = value if isinstance(value, dict) else {"arguments": text}
+        id, name = client_tool_id(str(call.get("id") or "")), str(function.get("name") or "")
+        blocks.append({"type": "tool_use", "id": id, "name": name, "input": given})
+    return blocks
+
+
+_DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.S)
+
+
+def chat_blocks(content: Any) -> list[Json]:
+    """Content parts as Anthropic blocks; ApiError 400 for audio and the like."""
+    blocks: list[Json] = []
+    for part in blocks_of(content):
+        kind = part.get("type")
+        if kind in ("text", "refusal", "input_text", "output_text"):
+            text = str(part.get("text") or part.get("refusal") or "")
+            blocks += [{"type": "text", "text": text}] if text else []
+        elif kind in ("image_url", "file"):
+            value = part.get(str(kind))
+            given = as_object(value)
+            url = str(value if isinstance(value, str) else given.get("url") or given.get("file_data") or "")
+            data = _DATA_URL.fullmatch(url)
+            source = (
+                {"type": "base64", "media_type": data[1], "data": data[2]}
+                if data
+                else {"type": "url", "url": url}
+            )
+            if not data and not url.startswith(("http://", "https://")):
+                raise ApiError(400, f"messages: a {kind} needs a data: URL or an http(s) URL")
+            blocks.append({"type": "image" if kind == "image_url" else "document", "source": source})
+        else:
+            raise ApiError(400, f"messages: content parts of type {str(kind)[:40]!r} cannot be served")
+    return blocks
+
+
+CHAT_FINISH = {
+    "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls",
+    "refusal": "content_filter", "model_context_window_exceeded": "length",
+}  # fmt: skip
+
+
+def chat_usage(usage: Json) -> Json:
+    """Usage of the Messages API as OpenAI counts it: cached tokens within the prompt."""
+    counts = {k: token_number(v) or 0 for k, v in usage.items()}
+    cached = counts.get("cache_read_input_tokens", 0)
+    prompt = counts.get("input_tokens", 0) + cached + counts.get("cache_creation_input_tokens", 0)
+    output = counts.get("output_tokens", 0)
+    total = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+    return {**total, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+class ChatWriter:
+    """Anthropic events as Chat Completions chunks. `created`: seconds since 1970."""
+
+    def __init__(self, model: str, created: int, include_usage: bool = False) -> None:
+        self.head: Json = {"id": "", "object": "chat.completion.chunk", "created": created, "model": model}
+        self.include_usage = include_usage
+        self.usage: Json = {}
+        self.calls = -1  # index of the newest tool call
+        self.arguments: str | None = None  # what of an open call's arguments is out
+
+    def feed(self, events: list[Json]) -> bytes:
+        return b"".join(self.encode(chunk) for event in events for chunk in self.chunks(event))
+
+    def end(self, events: list[Json]) -> bytes:
+        """The last event, with usage where it was asked for, and the mark that ends an OpenAI stream."""
+        last = {**self.head, "choices": [], "usage": chat_usage(self.usage)}
+        return self.feed(events) + (self.encode(last) if self.include_usage else b"") + b"data: [DONE]\n\n"
+
+    def encode(self, chunk: Json) -> bytes:
+        return b"data: %s\n\n" % compact(chunk)
+
+    def chunks(self, event: Json) -> list[Json]:
+        kind = event["type"]
+        reason = None
+        if kind == "message_start":
+            self.head["id"] = f"chatcmpl-{str(event['message'].get('id') or '').removeprefix('msg_')}"
+            self.usage = as_object(event["message"].get("usage"))
+            delta: Json = {"role": "assistant", "content": ""}
+        elif kind == "message_delta":
+            self.usage = {**self.usage, **as_object(event.get("usage"))}
+            delta, reason = {}, CHAT_FINISH.get(str(event["delta"].get("stop_reason")), "stop")
+        else:
+            delta = self.delta(event)
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return [{**self.head, "choices": [choice]}] if delta or reason else []
+
+    def delta(self, event: Json) -> Json:
+        """What an event adds to the message; {} for events that OpenAI's format has no form of."""
+        kind = event["type"]
+        block, delta = as_object(event.get("content_block")), as_object(event.get("delta"))
+        if kind == "content_block_start" and block.get("type") == "tool_use":
+            self.calls += 1
+            self.arguments = ""
+            return self.call(
+                {"name": block.get("name"), "arguments": ""}, id=block.get("id"), type="function"
+            )
+        if kind == "content_block_stop":
+            is_empty, self.arguments = self.arguments == "", None
+            return self.call({"arguments": "{}"}) if is_empty else {}
+        if delta.get("type") == "text_delta":
+            return {"content": delta["text"]}
+        if delta.get("type") == "thinking_delta":
+            return {"reasoning_content": delta["thinking"]}
+        if delta.get("type") == "input_json_delta" and self.arguments is not None and delta["partial_json"]:
+            self.arguments += delta["partial_json"]
+            return self.call({"arguments": delta["partial_json"]})
+        return {}
+
+    def call(self, function: Json, **more: Any) -> Json:
+        return {"tool_calls": [{"index": self.calls, **more, "function": function}]}
+
+
+class ChatCompletion:
+    """Anthropic events as one chat.completion, for a client that does not stream."""
+
+    def __init__(self, model: str, created: int) -> None:
+        self.model, self.created = model, created
+        self.events: list[Json] = []
+
+    def feed(self, events: list[Json]) -> bytes:
+        self.events.extend(events)
+        return b""
+
+    def end(self, events: list[Json]) -> bytes:
+        answer = collect([*self.events, *events])
+        id = f"chatcmpl-{str(answer.get('id') or '').removeprefix('msg_')}"
+        reason = CHAT_FINISH.get(str(answer.get("stop_reason")), "stop")
+        choice = {"index": 0, "message": chat_message(answer), "finish_reason": reason, "logprobs": None}
+        head = {"id": id, "object": "chat.completion", "created": self.created, "model": self.model}
+        return compact({**head, "choices": [choice], "usage": chat_usage(as_object(answer.get("usage")))})
+
+
+def chat_message(answer: Json) -> Json:
+    """A whole Anthropic message as OpenAI's assistant message."""
+    blocks = blocks_of(answer.get("content"))
+    texts = {
+        kind: "".join(str(b.get(kind) or "") for b in blocks if b.get("type") == kind)
+        for kind in ("text", "thinking")
+    }
+    out: Json = {"role": "assistant", "content": texts["text"] or None, "refusal": None}
+    if texts["thinking"]:
+        out["reasoning_content"] = texts["thinking"]
+    if calls := [b for b in blocks if b.get("type") == "tool_use"]:
+        out["tool_calls"] = [
+            {
+                "id": b["id"],
+                "type": "function",
+                "function": {"name": b["name"], "arguments": tool_arguments(b)},
+            }
+            for b in calls
+        ]
+    return out
+
+
+CHAT_CODES = {
+    401: "invalid_api_key",
+    402: "insufficient_quota",
+    404: "model_not_found",
+    429: "rate_limit_exceeded",
+}
 
 
 def chat_error(error: ApiError, request_id: str) -> Json:
-    return {"error": {"message": error.message, "type": error.type, "code": None, "param": None}}
+    """An error in OpenAI's shape, with the codes its clients look for."""
+    code = "context_length_exceeded" if error.cause == "overflow" else CHAT_CODES.get(error.status)
+    detail = {"message": error.message, "type": error.type, "param": None, "code": code}
+    return {"error": detail, "request_id": request_id}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Dialects and presets (tables)
+# ----------------------------------------------------------------------------------------------------------
 
 
 # All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of PRESETS.
@@ -5624,7 +5899,9 @@ async def post_count_tokens(request: web.Request) -> web.StreamResponse:
             raise
         return web.json_response({"input_tokens": await state.counter.count(body, "", asked_model(body))})
     target = route.targets[0]
-    call = Call(request[request_key()], body, b"", headers, route, state.config, stream=False, credential=credential)
+    call = Call(
+        request[request_key()], body, b"", headers, route, state.config, stream=False, credential=credential
+    )
     tokens = await upstream_count(state, call, target)
     if tokens is None:
         tokens = await state.counter.count(route.body or body, target.provider, target.actual_model)
