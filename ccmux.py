@@ -2770,8 +2770,8 @@ def overlap(text: str, tag: str) -> int:
 # ----------------------------------------------------------------------------------------------------------
 # Translate: OpenAI Responses (pure)
 # ----------------------------------------------------------------------------------------------------------
-# https://platform.openai.com/docs/api-reference/responses. Nothing is stored there: a reasoning item comes back to us
-# encrypted, rides to the client in the signature of its thinking block, and is replayed from there to the same model.
+# https://platform.openai.com/docs/api-reference/responses. Nothing is stored there: a reasoning item comes
+# encrypted, rides to the client in its thinking block's signature, and from there back to the same model.
 # The format has no stop sequences.
 
 
@@ -2800,7 +2800,7 @@ def responses_request(body: Json, to: Upstream) -> Json:
     return without(out | to.quirks.extra_body, to)
 
 
-# Other models answer 400 to reasoning and to include reasoning.encrypted_content (seen with gpt-4o and gpt-5-chat).
+# Others answer 400 to reasoning and to include reasoning.encrypted_content (gpt-4o and gpt-5-chat do).
 _REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|codex")
 
 
@@ -2923,22 +2923,17 @@ def responses_call(block: Json, to: Upstream) -> Json:
 
 
 def responses_usage(usage: Any) -> Usage | None:
-    """The counts of a Responses answer as Anthropic has them: cached tokens apart."""
-    if not isinstance(usage, dict):
-        return None
-    names = {
-        "prompt_tokens": "input_tokens",
-        "completion_tokens": "output_tokens",
-        "prompt_tokens_details": "input_tokens_details",
-    }
-    return openai_usage({chat: usage.get(own) for chat, own in names.items()})
+    """The counts of a Responses answer, which are Chat Completions' under other names."""
+    given = as_object(usage)
+    counts = {"prompt_tokens": given.get("input_tokens"), "completion_tokens": given.get("output_tokens")}
+    return openai_usage({**counts, "prompt_tokens_details": given.get("input_tokens_details")})
 
 
 class ResponsesStream:
     """Responses events -> Anthropic events. `names` maps upstream tool names back to the client's.
 
-    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished call waits
-    until the call is done, and is then taken whole from the event that ends its item.
+    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished call
+    waits until the call is done, and is then taken whole from the event that ends its item.
     """
 
     def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
@@ -2978,8 +2973,8 @@ class ResponsesStream:
             self.response_ended(as_object(event.get("response")))
         elif isinstance(delta := event.get("delta"), str) and key not in self.done:
             self.delta(kind, key, delta)
-        elif kind == "response.reasoning_summary_part.added" and self.sent.get(key):
-            self.think(key, "\n\n")
+        elif kind == "response.reasoning_summary_part.added" and self.sent.get(key) and not self.live:
+            self.show(self.out.thinking, key, "\n\n")
 
     def item_added(self, key: Any, item: Json) -> None:
         if item.get("type") == "function_call" and not self.live and item.get("name"):
@@ -2996,20 +2991,18 @@ class ResponsesStream:
         if kind == "response.function_call_arguments.delta":
             # What does not begin as an object may be null, or encoded twice: it is taken whole at the end.
             if self.live and key == self.live_key and (self.sent.get(key) or delta.lstrip()[:1] == "{"):
-                self.sent[key] = self.sent.get(key, "") + delta
-                self.out.tool_input(delta)
+                self.show(self.out.tool_input, key, delta)
+        elif self.live:
+            return
         elif kind in ("response.output_text.delta", "response.refusal.delta"):
             self.refused |= kind == "response.refusal.delta"
-            if not self.live:
-                self.sent[key] = self.sent.get(key, "") + delta
-                self.out.text(delta)
+            self.show(self.out.text, key, delta)
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
-            self.think(key, delta)
+            self.show(self.out.thinking, key, delta)
 
-    def think(self, key: Any, text: str) -> None:
-        if not self.live:
-            self.sent[key] = self.sent.get(key, "") + text
-            self.out.thinking(text)
+    def show(self, write: Callable[[str], None], key: Any, text: str) -> None:
+        self.sent[key] = self.sent.get(key, "") + text
+        write(text)
 
     def note_citation(self, annotation: Json) -> None:
         if annotation.get("type") == "url_citation" and annotation.get("url"):
@@ -3058,15 +3051,13 @@ class ResponsesStream:
         """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object."""
         if not self.live:
             if not item.get("name"):
-                raise ApiError(
-                    502, "the provider sent a tool call without a name", retry=Retry.SAME, cause="stream"
-                )
+                raise broken_stream("the provider sent a tool call without a name")
             self.begin(key, item)
         given, sent = item.get("arguments"), self.sent.get(key, "")
         text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
         if text is None or not text.startswith(sent):
-            message = f"the provider sent arguments of tool {item.get('name')!r} that are not a JSON object"
-            raise ApiError(502, message, retry=Retry.SAME, cause="stream")
+            name = item.get("name")
+            raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
         self.out.tool_input(text[len(sent) :])
         self.out.close()
         self.live = None
@@ -3076,13 +3067,10 @@ class ResponsesStream:
 
     def search_done(self, key: Any, item: Json) -> None:
         action = as_object(item.get("action"))
-        query = (
-            action.get("query") or next(iter(as_list(action.get("queries"))), "") or action.get("url") or ""
-        )
-        found = [
-            str(s["url"]) for s in as_list(action.get("sources")) if isinstance(s, dict) and s.get("url")
-        ]
-        show_search(self.out, str(query), {url: self.cited.get(url, "") for url in found})
+        queries = (action.get("query"), *as_list(action.get("queries")), action.get("url"))
+        found = [as_object(source).get("url") for source in as_list(action.get("sources"))]
+        titles = {str(url): self.cited.get(str(url), "") for url in found if url}
+        show_search(self.out, str(next(filter(None, queries), "")), titles)
 
     def response_ended(self, response: Json) -> None:
         """The last event: what became of the answer, with its usage."""
@@ -3096,23 +3084,18 @@ class ResponsesStream:
             for key, item in enumerate(as_list(response.get("output"))):
                 self.item_done(key, as_object(item))
         reason = as_object(response.get("incomplete_details")).get("reason")
-        stop = (
-            {"content_filter": "refusal"}.get(str(reason), "max_tokens")
-            if status == "incomplete"
-            else "end_turn"
-        )
-        end_answer(self.out, "refusal" if self.refused else stop, self.usage, self.cited)
+        cut_short = "refusal" if reason == "content_filter" else "max_tokens"
+        stop = "refusal" if self.refused else cut_short if status == "incomplete" else "end_turn"
+        end_answer(self.out, stop, self.usage, self.cited)
 
     def finish(self) -> None:
         """The end of the bytes, which is an error unless the answer has ended."""
         if not self.ended:
-            raise stream_cut_off()
+            raise broken_stream("the provider's stream ended before the answer did")
 
 
-def stream_cut_off() -> ApiError:
-    return ApiError(
-        502, "the provider's stream ended before the answer did", retry=Retry.SAME, cause="stream"
-    )
+def broken_stream(message: str) -> ApiError:
+    return ApiError(502, message, retry=Retry.SAME, cause="stream")
 
 
 # Codes of a failed response that say the request is at fault: another try would not differ.
@@ -3127,11 +3110,11 @@ def responses_error(event: Json) -> ApiError:
 
 
 def end_answer(out: AnthropicStream, reason: str, usage: Usage | None, cited: dict[str, str]) -> None:
-    """Ends an answer, with the pages it cites; ApiError 502 where there is nothing in it."""
+    """Ends an answer, with the pages it cites (URL -> title); ApiError 502 where there is nothing in it."""
     if not out.has_content and not out.kind and reason == "end_turn":
         raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
     if cited:
-        out.text("\n\nSources:\n" + "\n".join(f"- [{title or url}]({url})" for url, title in cited.items()))
+        out.text("\n\nSources:" + "".join(f"\n- [{title or url}]({url})" for url, title in cited.items()))
     out.usage = usage or out.usage
     out.finish(reason)
 
@@ -3139,16 +3122,8 @@ def end_answer(out: AnthropicStream, reason: str, usage: Usage | None, cited: di
 def show_search(out: AnthropicStream, query: str, found: dict[str, str]) -> None:
     """A web search as the server tool's call and result. `found`: URL -> title."""
     id = made_up_id("srvtoolu_", out, out.index)
-    pages = [
-        {
-            "type": "web_search_result",
-            "url": url,
-            "title": title or url,
-            "encrypted_content": "",
-            "page_age": None,
-        }
-        for url, title in found.items()
-    ]
+    empty = {"type": "web_search_result", "encrypted_content": "", "page_age": None}
+    pages = [{**empty, "url": url, "title": title or url} for url, title in found.items()]
     out.whole({"type": "server_tool_use", "id": id, "name": "web_search", "input": {"query": query}})
     out.whole({"type": "web_search_tool_result", "tool_use_id": id, "content": pages})
 
@@ -3162,8 +3137,8 @@ def made_up_id(prefix: str, out: AnthropicStream, place: Any) -> str:
 # ----------------------------------------------------------------------------------------------------------
 # Translate: Gemini (pure)
 # ----------------------------------------------------------------------------------------------------------
-# https://ai.google.dev/api/generate-content. The model stands in the URL. Gemini 3 refuses a step whose first function
-# call lacks the thought signature it was made with, so signatures ride to the client and back like reasoning items do.
+# https://ai.google.dev/api/generate-content. The model stands in the URL. Gemini 3 refuses a step whose first
+# function call lacks the thought signature it was made with, so signatures ride to the client and back.
 
 
 def gemini_request(body: Json, to: Upstream) -> Json:
@@ -3189,18 +3164,13 @@ def gemini_function(tool: Json) -> Json:
 
 def gemini_tool_config(body: Json, to: Upstream) -> Json:
     choice = as_object(body.get("tool_choice"))
-    modes = {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}
-    mode = modes.get(str(choice.get("type")))
-    if mode == "ANY" and not (to.quirks.forced_tool and to.facts.forced_tool):
-        mode = "AUTO"
-    if not mode:
-        return {}
-    only = [upstream_name(str(choice.get("name")))] if mode == "ANY" and choice["type"] == "tool" else []
-    return {
-        "toolConfig": {
-            "functionCallingConfig": {"mode": mode, **({"allowedFunctionNames": only} if only else {})}
-        }
-    }
+    kind = str(choice.get("type"))
+    config: Json = {"mode": {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}.get(kind)}
+    if config["mode"] == "ANY" and not (to.quirks.forced_tool and to.facts.forced_tool):
+        config["mode"] = "AUTO"
+    elif kind == "tool":
+        config["allowedFunctionNames"] = [upstream_name(str(choice.get("name")))]
+    return {"toolConfig": {"functionCallingConfig": config}} if config["mode"] else {}
 
 
 def gemini_config(body: Json, to: Upstream) -> Json:
@@ -3217,7 +3187,7 @@ def gemini_config(body: Json, to: Upstream) -> Json:
     return out
 
 
-# https://ai.google.dev/gemini-api/docs/thinking (November 2026): 2.5 takes a budget, later ones a level, never both.
+# https://ai.google.dev/gemini-api/docs/thinking: 2.5 takes a budget, later ones a level, none takes both.
 _THINKS_BY_BUDGET = re.compile(r"gemini-2\.5|robotics-er")
 _NEVER_THINKS = re.compile(r"gemini-(?:1|2\.0)|gemma|learnlm")
 GEMINI_BUDGETS = {"minimal": 512, "low": 4096, "medium": 12288, "high": 24576, "xhigh": 24576, "max": 24576}
@@ -3275,27 +3245,24 @@ def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> lis
 
 
 def gemini_part(block: Json, to: Upstream) -> Json:
-    kind, source = block.get("type"), as_object(block.get("source"))
-    is_media = kind in ("image", "document") and source.get("type") in ("base64", "url")
-    if kind == "image" and not (is_media and to.quirks.vision and media_url(block)):
+    """A user block as a part. Media are the only blocks it has a form of."""
+    kind, source, url = block.get("type"), as_object(block.get("source")), media_url(block)
+    if kind == "image" and not (url and to.quirks.vision):
         return {"text": "[an image was left out]"}
-    if not is_media or not media_url(block):
+    if kind not in ("image", "document") or not url:
         return {"text": block_text(block)}
-    default = "image/png" if kind == "image" else "application/pdf"
-    mime = str(source.get("media_type") or default)
-    if source["type"] == "base64" and source.get("data"):
-        return {"inlineData": {"mimeType": mime, "data": str(source["data"])}}
-    return {"fileData": {"mimeType": mime, "fileUri": str(source.get("url"))}}
+    mime = str(source.get("media_type") or ("image/png" if kind == "image" else "application/pdf"))
+    if url.startswith("data:"):
+        return {"inlineData": {"mimeType": mime, "data": url.partition("base64,")[2]}}
+    return {"fileData": {"mimeType": mime, "fileUri": url}}
 
 
 def gemini_result(call: Json, block: Json | None) -> Json:
-    name = upstream_name(str(call.get("name") or ""))
     text = result_parts(block)[0]
-    response = (
-        {"error": text.removeprefix("Error: ")} if block and block.get("is_error") else {"output": text}
-    )
-    id = upstream_tool_id(str(call.get("id") or ""))
-    return {"functionResponse": {"id": id, "name": name, "response": response}}
+    failed = bool(block and block.get("is_error"))
+    response = {"error": text.removeprefix("Error: ")} if failed else {"output": text}
+    named = {key: value for key, value in gemini_call(call).items() if key != "args"}
+    return {"functionResponse": {**named, "response": response}}
 
 
 # What Google documents for calls that another model made: https://ai.google.dev/gemini-api/docs/thought-signatures.
@@ -3331,13 +3298,10 @@ def gemini_usage(usage: Any) -> Usage | None:
     """usageMetadata as Anthropic counts: cached tokens apart, thoughts within the output."""
     given = as_object(usage)
     prompt = token_number(given.get("promptTokenCount"))
-    keys = (
-        "toolUsePromptTokenCount",
-        "cachedContentTokenCount",
-        "candidatesTokenCount",
-        "thoughtsTokenCount",
+    parts = (
+        given.get(f"{k}TokenCount") for k in ("toolUsePrompt", "cachedContent", "candidates", "thoughts")
     )
-    counts = [0 if given.get(k) is None else token_number(given[k]) for k in keys]
+    counts = [0 if part is None else token_number(part) for part in parts]
     if prompt is None or None in counts:
         return None
     tools, cached, answer, thoughts = (n or 0 for n in counts)
@@ -3353,12 +3317,9 @@ GEMINI_STOP = {
         "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR", "ESCALATION",
     ), "refusal"),
 }  # fmt: skip
-# Of these no answer came; the first set passes, so another try may do better.
-GEMINI_FAULTS = {
-    **dict.fromkeys((
-        "MALFORMED_FUNCTION_CALL", "MALFORMED_RESPONSE", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", "OTHER",
-    ), 502),
-    "MISSING_THOUGHT_SIGNATURE": 400, "PUP_LIMITED_DISABLED": 403,
+GEMINI_FAULTS = {  # no answer came; of a 502 another try may make one
+    "MALFORMED_FUNCTION_CALL": 502, "MALFORMED_RESPONSE": 502, "UNEXPECTED_TOOL_CALL": 502, "OTHER": 502,
+    "TOO_MANY_TOOL_CALLS": 502, "MISSING_THOUGHT_SIGNATURE": 400, "PUP_LIMITED_DISABLED": 403,
 }  # fmt: skip
 
 
@@ -3406,19 +3367,17 @@ class GeminiStream:
         queries = [q for q in as_list(grounding.get("webSearchQueries")) if isinstance(q, str)]
         self.queries = queries or self.queries
         if reason := str(candidate.get("finishReason") or ""):
-            if reason in GEMINI_FAULTS:
-                status = GEMINI_FAULTS[reason]
-                message = (
-                    f"the provider ended the answer with {reason}: {candidate.get('finishMessage') or ''}"
-                )
-                raise ApiError(status, message.rstrip(": "), retry=retry_class(status), cause="stream")
             self.stopped(reason, GEMINI_STOP.get(reason, "end_turn"), candidate.get("finishMessage"))
 
     def stopped(self, reason: str, stop: str, message: Any) -> None:
-        """A refusal without words of its own gets the provider's."""
+        """Notes how the answer ended. A refusal without words of its own gets the provider's."""
+        words = f"{reason}: {message}" if message else reason
+        if status := GEMINI_FAULTS.get(reason):
+            error = f"the provider ended the answer with {words}"
+            raise ApiError(status, error, retry=retry_class(status), cause="stream")
         self.stop_reason = stop
         if stop == "refusal" and not self.out.has_content:
-            self.out.text(f"The provider refused ({reason}){f': {message}' if message else '.'}")
+            self.out.text(f"The provider refused ({words}).")
 
     def part(self, part: Json) -> None:
         call, text = part.get("functionCall"), part.get("text")
@@ -3430,9 +3389,7 @@ class GeminiStream:
     def call(self, call: Json, signature: Any) -> None:
         name, args = str(call.get("name") or ""), call.get("args")
         if not name:
-            raise ApiError(
-                502, "the provider sent a tool call without a name", retry=Retry.SAME, cause="stream"
-            )
+            raise broken_stream("the provider sent a tool call without a name")
         id = client_tool_id(str(call.get("id") or made_up_id("toolu_", self.out, self.calls)))
         self.calls += 1
         if isinstance(signature, str) and signature:
@@ -3447,7 +3404,7 @@ class GeminiStream:
         if self.ended:
             return
         if not self.stop_reason:
-            raise stream_cut_off()
+            raise broken_stream("the provider's stream ended before the answer did")
         if self.cited or self.queries:
             show_search(self.out, "; ".join(self.queries), self.cited)
         end_answer(self.out, self.stop_reason, self.usage, self.cited)
