@@ -33,6 +33,7 @@ Sections, each using only those above it (pure: no socket, file, clock, environm
     Translate: OpenAI Chat (pure)
     Translate: OpenAI Responses (pure)
     Translate: Gemini (pure)
+    OpenAI-format clients (pure)
     Dialects and presets (tables)
     Tokens and prices (pure; the encoder is handed in)
     Store (SQLite)
@@ -2777,20 +2778,927 @@ def overlap(text: str, tag: str) -> int:
 # ----------------------------------------------------------------------------------------------------------
 # Translate: OpenAI Responses (pure)
 # ----------------------------------------------------------------------------------------------------------
+# https://platform.openai.com/docs/api-reference/responses. Nothing is stored there: a reasoning item comes
+# encrypted, rides to the client in its thinking block's signature, and from there back to the same model.
+# The format has no stop sequences.
+
+
+def responses_request(body: Json, to: Upstream) -> Json:
+    """A Messages request as a Responses request; ApiError 400 for what cannot be served."""
+    out: Json = {"model": to.model, "input": responses_input(body, to), "stream": True, "store": False}
+    if system := "\n\n".join(str(b["text"]) for b in system_blocks(body)):
+        out["instructions"] = system
+    if tools := responses_tools(body, to):
+        out["tools"] = tools
+        out.update(responses_tool_choice(body, to))
+    if limit := output_limit(body, to.facts):
+        out["max_output_tokens"] = max(limit, 16)  # the least it takes
+    out.update(sampling(body, to, ("temperature", "top_p")))
+    include = ["web_search_call.action.sources"] if web_search_of(body) else []
+    if to.quirks.effort or _REASONING_MODEL.search(to.model):
+        include.append("reasoning.encrypted_content")
+        out.update(responses_reasoning(body, to))
+    if include:
+        out["include"] = include
+    if schema := json_schema_of(body):
+        named = {"name": "answer", "schema": schema["schema"], "strict": bool(schema.get("strict"))}
+        out["text"] = {"format": {"type": "json_schema", **named}}
+    if to.quirks.prompt_cache_key and to.session:
+        out["prompt_cache_key"] = to.session[:64]
+    return without(out | to.quirks.extra_body, to)
+
+
+# Others answer 400 to reasoning and to include reasoning.encrypted_content (gpt-4o and gpt-5-chat do).
+_REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|codex")
+
+
+def responses_reasoning(body: Json, to: Upstream) -> Json:
+    """How much to think, and to tell of it unless the client turned thinking off."""
+    effort = wanted_effort(body, to.quirks.effort)
+    out: Json = {"effort": effort} if effort else {}
+    if as_object(body.get("thinking")).get("type") in ("enabled", "adaptive"):
+        out["summary"] = "auto"
+    return {"reasoning": out} if out else {}
+
+
+def responses_tools(body: Json, to: Upstream) -> list[Json]:
+    tools: list[Json] = []
+    for tool in client_tools(body):
+        described = {"description": str(tool["description"])} if tool.get("description") else {}
+        schema = tool_schema(tool, to.quirks.schema)
+        # strict is true where it is left out, and then refuses most schemas.
+        name = upstream_name(str(tool["name"]))
+        tools.append({"type": "function", "name": name, **described, "parameters": schema, "strict": False})
+    if search := web_search_of(body):
+        domains = [d for d in as_list(search.get("allowed_domains")) if isinstance(d, str)]
+        filters = {"filters": {"allowed_domains": domains}} if domains else {}
+        place = as_object(web_search_options(search).get("user_location")).get("approximate")
+        where = {"user_location": {"type": "approximate", **place}} if place else {}
+        tools.append({"type": "web_search", **filters, **where})
+    return tools
+
+
+def responses_tool_choice(body: Json, to: Upstream) -> Json:
+    """Flat where Chat Completions nests; a forced server tool is the only tool there, so any call will do."""
+    out = openai_tool_choice(body, to.quirks)
+    if isinstance(out.get("tool_choice"), dict):
+        name = out["tool_choice"]["function"]["name"]
+        known = name in {upstream_name(str(t["name"])) for t in client_tools(body)}
+        out["tool_choice"] = {"type": "function", "name": name} if known else "required"
+    return out
+
+
+def responses_input(body: Json, to: Upstream) -> list[Json]:
+    items: list[Json] = []
+    calls: dict[str, Json] = {}
+    for turn in turns_of(body):
+        results = results_of(turn.blocks) if turn.role == "user" else {}
+        items += [responses_result(id, results.get(id), to) for id in calls]
+        calls = {} if turn.role == "user" else calls_of(turn.blocks)
+        items += responses_user(turn.blocks, to) if turn.role == "user" else responses_turn(turn.blocks, to)
+    return items + [responses_result(id, None, to) for id in calls]
+
+
+def responses_user(blocks: list[Json], to: Upstream) -> list[Json]:
+    """A user turn without its tool results: one message, cut where a system message stands in it."""
+    items: list[Json] = []
+    for block in blocks:
+        if block.get("type") in ("tool_result", "tool_use", "thinking", "redacted_thinking"):
+            continue
+        is_system = block.get("type") == MIDWAY_SYSTEM and to.quirks.midway_system
+        role = "developer" if is_system else "user"
+        part = {"type": "input_text", "text": str(block["text"])} if is_system else responses_part(block, to)
+        if not items or items[-1]["role"] != role:
+            items.append({"type": "message", "role": role, "content": []})
+        if part.get("text") != "":
+            items[-1]["content"].append(part)
+    return [item for item in items if item["content"]]
+
+
+def responses_part(block: Json, to: Upstream) -> Json:
+    """A block as an input content part."""
+    kind, url = block.get("type"), media_url(block)
+    if kind == "image" and url and to.quirks.vision:
+        return {"type": "input_image", "image_url": url, "detail": "auto"}
+    if kind == "image":
+        return {"type": "input_text", "text": "[an image was left out]"}
+    if kind == "document" and url.startswith("data:application/pdf"):
+        return {"type": "input_file", "filename": str(block.get("title") or "document.pdf"), "file_data": url}
+    if kind == "document" and url:
+        return {"type": "input_file", "file_url": url}
+    return {"type": "input_text", "text": block_text(block)}
+
+
+def responses_result(client_id: str, block: Json | None, to: Upstream) -> Json:
+    """A tool's result; unlike Chat Completions it can hold images and files."""
+    id = upstream_tool_id(client_id, to.quirks.tool_id)
+    content = blocks_of(block.get("content")) if block else []
+    if not any(b.get("type") in ("image", "document") for b in content):
+        output: Any = result_parts(block)[0]
+    else:
+        failed = [{"type": "input_text", "text": "Error:"}] if block and block.get("is_error") else []
+        output = failed + [p for b in content if (p := responses_part(b, to)).get("text") != ""]
+    return {"type": "function_call_output", "call_id": id, "output": output}
+
+
+def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
+    """An assistant turn: messages, calls, and the reasoning items that this very model made."""
+    items: list[Json] = []
+    calls, phase = calls_of(blocks), None
+    for block in blocks:
+        if block.get("type") in ("thinking", "redacted_thinking"):
+            kept = signed_payload(block) or {}
+            is_own = kept.get("dialect") == "responses" and kept.get("model") == to.model
+            phase = kept.get("phase") if is_own else None
+            if is_own and as_object(kept.get("item")).get("type") == "reasoning":
+                items.append(kept["item"])
+        elif block.get("type") == "tool_use":
+            if calls.get(str(block.get("id") or "")) is block:
+                items.append(responses_call(block, to))
+        elif says_something(block) and (text := block_text(block)):
+            message = {"type": "message", "role": "assistant", "content": text}
+            items.append({**message, "phase": phase} if phase in ("commentary", "final_answer") else message)
+    # "Item 'rs_...' of type 'reasoning' was provided without its required following item" is a 400.
+    while items and items[-1]["type"] == "reasoning":
+        items.pop()
+    return items
+
+
+def responses_call(block: Json, to: Upstream) -> Json:
+    id = upstream_tool_id(str(block.get("id") or ""), to.quirks.tool_id)
+    name = upstream_name(str(block.get("name") or ""))
+    return {"type": "function_call", "call_id": id, "name": name, "arguments": tool_arguments(block)}
+
+
+def responses_usage(usage: Any) -> Usage | None:
+    """The counts of a Responses answer, which are Chat Completions' under other names."""
+    given = as_object(usage)
+    counts = {"prompt_tokens": given.get("input_tokens"), "completion_tokens": given.get("output_tokens")}
+    return openai_usage({**counts, "prompt_tokens_details": given.get("input_tokens_details")})
+
+
+class ResponsesStream:
+    """Responses events -> Anthropic events. `names` maps upstream tool names back to the client's.
+
+    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished call
+    waits until the call is done, and is then taken whole from the event that ends its item.
+    """
+
+    def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
+        self.out, self.names, self.to = out, names, to
+        self.usage: Usage | None = None
+        self.refused = False
+        self.sent: dict[Any, str] = {}  # item -> what of its text or arguments is out
+        self.live: Json | None = None  # the call that is open
+        self.live_key: Any = None
+        self.done: set[Any] = set()
+        self.waiting: list[tuple[Any, Json]] = []
+        self.cited: dict[str, str] = {}  # URL -> title
+
+    @property
+    def ended(self) -> bool:
+        return self.out.ended
+
+    def feed(self, name: str, data: str) -> None:
+        """One event. Raises ApiError for an error it tells of, or for data that is not JSON."""
+        if self.ended or data == "[DONE]":
+            return
+        event = parsed(data)
+        if not isinstance(event, dict):
+            raise not_a_stream(data, "OpenAI Responses stream")
+        kind = str(event.get("type") or name)
+        item, key = as_object(event.get("item")), event.get("output_index")
+        key = key if isinstance(key, int) else str(event.get("item_id") or item.get("id") or "")
+        if kind == "error" or (event.get("error") and "response" not in event):
+            raise responses_error(event)
+        if kind == "response.output_item.added":
+            self.item_added(key, item)
+        elif kind == "response.output_item.done":
+            self.item_done(key, item)
+        elif kind.startswith("response.output_text.annotation"):
+            self.note_citation(as_object(event.get("annotation")))
+        elif kind in ("response.completed", "response.incomplete", "response.failed", "response.done"):
+            self.response_ended(as_object(event.get("response")))
+        elif isinstance(delta := event.get("delta"), str) and key not in self.done:
+            self.delta(kind, key, delta)
+        elif kind == "response.reasoning_summary_part.added" and self.sent.get(key) and not self.live:
+            self.show(self.out.thinking, key, "\n\n")
+
+    def item_added(self, key: Any, item: Json) -> None:
+        if item.get("type") == "function_call" and not self.live and item.get("name"):
+            self.begin(key, item)
+        elif item.get("type") == "reasoning" and self.out.kind == "thinking":
+            self.out.close()  # one thinking block for each item, as each carries its own signature
+        elif item.get("phase") and not self.live:
+            self.out.keep(self.kept(phase=item["phase"]))
+
+    def kept(self, **payload: Any) -> Json:
+        return {"dialect": "responses", "model": self.to.model, **payload}
+
+    def delta(self, kind: str, key: Any, delta: str) -> None:
+        if kind == "response.function_call_arguments.delta":
+            # What does not begin as an object may be null, or encoded twice: it is taken whole at the end.
+            if self.live and key == self.live_key and (self.sent.get(key) or delta.lstrip()[:1] == "{"):
+                self.show(self.out.tool_input, key, delta)
+        elif self.live:
+            return
+        elif kind in ("response.output_text.delta", "response.refusal.delta"):
+            self.refused |= kind == "response.refusal.delta"
+            self.show(self.out.text, key, delta)
+        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            self.show(self.out.thinking, key, delta)
+
+    def show(self, write: Callable[[str], None], key: Any, text: str) -> None:
+        self.sent[key] = self.sent.get(key, "") + text
+        write(text)
+
+    def note_citation(self, annotation: Json) -> None:
+        if annotation.get("type") == "url_citation" and annotation.get("url"):
+            self.cited.setdefault(str(annotation["url"]), str(annotation.get("title") or ""))
+
+    def begin(self, key: Any, item: Json) -> None:
+        self.live, self.live_key = item, key
+        id = client_tool_id(str(item.get("call_id") or made_up_id("call_", self.out, key)))
+        self.out.tool(id, self.names.get(str(item["name"]), str(item["name"])))
+
+    def item_done(self, key: Any, item: Json) -> None:
+        """An item is whole; it waits for a call that is still open."""
+        if key in self.done:
+            return
+        if self.live and key != self.live_key:
+            self.waiting.append((key, item))
+            return
+        self.done.add(key)
+        write = {
+            "message": self.message_done, "reasoning": self.reasoning_done, "function_call": self.call_done,
+            "web_search_call": self.search_done,
+        }.get(str(item.get("type")))  # fmt: skip
+        if write:
+            write(key, item)
+
+    def message_done(self, key: Any, item: Json) -> None:
+        parts = [p for p in as_list(item.get("content")) if isinstance(p, dict)]
+        self.refused |= any(p.get("type") == "refusal" for p in parts)
+        for note in (n for p in parts for n in as_list(p.get("annotations"))):
+            self.note_citation(as_object(note))
+        text = "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
+        self.out.text(text[len(self.sent.get(key, "")) :])
+
+    def reasoning_done(self, key: Any, item: Json) -> None:
+        summary = [as_object(p) for p in as_list(item.get("summary"))]
+        if not self.sent.get(key):
+            content = summary or [as_object(p) for p in as_list(item.get("content"))]
+            self.out.thinking("\n\n".join(str(p.get("text") or "") for p in content))
+        if encrypted := item.get("encrypted_content"):
+            # Without its id: with one, the server looks for the stored item, or for the ids it was paired with.
+            texts = [{"type": "summary_text", "text": str(p.get("text") or "")} for p in summary]
+            kept = {"type": "reasoning", "summary": texts, "encrypted_content": str(encrypted)}
+            self.out.keep(self.kept(item=kept))
+
+    def call_done(self, key: Any, item: Json) -> None:
+        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object."""
+        if not self.live:
+            if not item.get("name"):
+                raise broken_stream("the provider sent a tool call without a name")
+            self.begin(key, item)
+        given, sent = item.get("arguments"), self.sent.get(key, "")
+        text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
+        if text is None or not text.startswith(sent):
+            name = item.get("name")
+            raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
+        self.out.tool_input(text[len(sent) :])
+        self.out.close()
+        self.live = None
+        waiting, self.waiting = self.waiting, []
+        for place, other in waiting:
+            self.item_done(place, other)
+
+    def search_done(self, key: Any, item: Json) -> None:
+        action = as_object(item.get("action"))
+        queries = (action.get("query"), *as_list(action.get("queries")), action.get("url"))
+        found = [as_object(source).get("url") for source in as_list(action.get("sources"))]
+        titles = {str(url): self.cited.get(str(url), "") for url in found if url}
+        show_search(self.out, str(next(filter(None, queries), "")), titles)
+
+    def response_ended(self, response: Json) -> None:
+        """The last event: what became of the answer, with its usage."""
+        self.usage = responses_usage(response.get("usage")) or self.usage
+        status = response.get("status")
+        if status == "failed" or response.get("error"):
+            raise responses_error(response)
+        if self.live:
+            self.item_done(self.live_key, {**self.live, "arguments": ""})
+        if not self.done:  # some servers tell all of it only here
+            for key, item in enumerate(as_list(response.get("output"))):
+                self.item_done(key, as_object(item))
+        reason = as_object(response.get("incomplete_details")).get("reason")
+        cut_short = "refusal" if reason == "content_filter" else "max_tokens"
+        stop = "refusal" if self.refused else cut_short if status == "incomplete" else "end_turn"
+        end_answer(self.out, stop, self.usage, self.cited)
+
+    def finish(self) -> None:
+        """The end of the bytes, which is an error unless the answer has ended."""
+        if not self.ended:
+            raise broken_stream("the provider's stream ended before the answer did")
+
+
+def broken_stream(message: str) -> ApiError:
+    return ApiError(502, message, retry=Retry.SAME, cause="stream")
+
+
+# Codes of a failed response that say the request is at fault: another try would not differ.
+_REQUEST_FAULT = re.compile(r"^(?:invalid_|image_|unsupported_|empty_image|failed_to_download)|policy")
+
+
+def responses_error(event: Json) -> ApiError:
+    """The error that an `error` event or a failed response tells of."""
+    detail = error_detail(event)
+    is_fault = status_of_error(event) == 502 and _REQUEST_FAULT.search(str(detail.get("code") or ""))
+    return upstream_error(400 if is_fault else status_of_error(event), {"error": detail})
+
+
+def end_answer(out: AnthropicStream, reason: str, usage: Usage | None, cited: dict[str, str]) -> None:
+    """Ends an answer, with the pages it cites (URL -> title); ApiError 502 where there is nothing in it."""
+    if not out.has_content and not out.kind and reason == "end_turn":
+        raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
+    if cited:
+        out.text("\n\nSources:" + "".join(f"\n- [{title or url}]({url})" for url, title in cited.items()))
+    out.usage = usage or out.usage
+    out.finish(reason)
+
+
+def show_search(out: AnthropicStream, query: str, found: dict[str, str]) -> None:
+    """A web search as the server tool's call and result. `found`: URL -> title."""
+    id = made_up_id("srvtoolu_", out, out.index)
+    empty = {"type": "web_search_result", "encrypted_content": "", "page_age": None}
+    pages = [{**empty, "url": url, "title": title or url} for url, title in found.items()]
+    out.whole({"type": "server_tool_use", "id": id, "name": "web_search", "input": {"query": query}})
+    out.whole({"type": "web_search_tool_result", "tool_use_id": id, "content": pages})
+
+
+def made_up_id(prefix: str, out: AnthropicStream, place: Any) -> str:
+    """An id for what came without one: the same for the same place in the same answer."""
+    digest = hashlib.sha256(f"{out.message_id} {place}".encode("utf-8", "surrogatepass")).hexdigest()
+    return prefix + digest[:24]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Translate: Gemini (pure)
 # ----------------------------------------------------------------------------------------------------------
+# https://ai.google.dev/api/generate-content. The model stands in the URL. Gemini 3 refuses a step whose first
+# function call lacks the thought signature it was made with, so signatures ride to the client and back.
+
+
+def gemini_request(body: Json, to: Upstream) -> Json:
+    """A Messages request as a GenerateContent request."""
+    out: Json = {"contents": gemini_contents(body, to)}
+    if blocks := system_blocks(body):
+        out["systemInstruction"] = {"parts": [{"text": str(b["text"])} for b in blocks]}
+    if declarations := [gemini_function(tool) for tool in client_tools(body)]:
+        out["tools"] = [{"functionDeclarations": declarations}]
+        out.update(gemini_tool_config(body, to))
+    elif web_search_of(body):
+        out["tools"] = [{"googleSearch": {}}]  # older models do not take it beside functions
+    if config := without(gemini_config(body, to), to):
+        out["generationConfig"] = config
+    return without(out | to.quirks.extra_body, to)
+
+
+def gemini_function(tool: Json) -> Json:
+    out: Json = {"name": upstream_name(str(tool["name"])), "description": str(tool.get("description") or "")}
+    schema = tool_schema(tool, "gemini")
+    return {**out, "parameters": schema} if schema["properties"] else out
+
+
+def gemini_tool_config(body: Json, to: Upstream) -> Json:
+    choice = as_object(body.get("tool_choice"))
+    kind = str(choice.get("type"))
+    config: Json = {"mode": {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}.get(kind)}
+    if config["mode"] == "ANY" and not (to.quirks.forced_tool and to.facts.forced_tool):
+        config["mode"] = "AUTO"
+    elif kind == "tool":
+        config["allowedFunctionNames"] = [upstream_name(str(choice.get("name")))]
+    return {"toolConfig": {"functionCallingConfig": config}} if config["mode"] else {}
+
+
+def gemini_config(body: Json, to: Upstream) -> Json:
+    names = {"temperature": "temperature", "top_p": "topP", "top_k": "topK"}
+    out: Json = {names[k]: v for k, v in sampling(body, to, tuple(names)).items()}
+    if limit := output_limit(body, to.facts):
+        out["maxOutputTokens"] = limit
+    if texts := [s for s in as_list(body.get("stop_sequences")) if isinstance(s, str) and s]:
+        out["stopSequences"] = texts[:5]
+    if schema := json_schema_of(body):
+        out.update(responseMimeType="application/json", responseJsonSchema=schema["schema"])
+    if thinking := gemini_thinking(body, to):
+        out["thinkingConfig"] = thinking
+    return out
+
+
+# https://ai.google.dev/gemini-api/docs/thinking: 2.5 takes a budget, later ones a level, none takes both.
+_THINKS_BY_BUDGET = re.compile(r"gemini-2\.5|robotics-er")
+_NEVER_THINKS = re.compile(r"gemini-(?:1|2\.0)|gemma|learnlm")
+GEMINI_BUDGETS = {"minimal": 512, "low": 4096, "medium": 12288, "high": 24576, "xhigh": 24576, "max": 24576}
+
+
+def gemini_thinking(body: Json, to: Upstream) -> Json:
+    """thinkingConfig by effort or budget; thoughts are shown unless the client turned thinking off."""
+    if _NEVER_THINKS.search(to.model):
+        return {}
+    thinking = as_object(body.get("thinking"))
+    by_budget = bool(_THINKS_BY_BUDGET.search(to.model))
+    if thinking.get("type") == "disabled":  # the least there is: only 2.5 Flash can do without
+        least = 128 if "pro" in to.model else 0
+        return {"thinkingBudget": least} if by_budget else {"thinkingLevel": "low"}
+    levels = to.quirks.effort or (EFFORTS if by_budget else ("low", "medium", "high"))
+    effort, budget = wanted_effort(body, levels), thinking.get("budget_tokens")
+    out: Json = {"includeThoughts": True} if thinking.get("type") in ("enabled", "adaptive") else {}
+    if by_budget and isinstance(budget, int) and not isinstance(budget, bool):
+        out["thinkingBudget"] = min(max(budget, 512), GEMINI_BUDGETS["max"])
+    elif effort:
+        out.update({"thinkingBudget": GEMINI_BUDGETS[effort]} if by_budget else {"thinkingLevel": effort})
+    return out
+
+
+def gemini_contents(body: Json, to: Upstream) -> list[Json]:
+    contents: list[Json] = []
+
+    def say(role: str, parts: list[Json]) -> None:
+        if parts and contents and contents[-1]["role"] == role:
+            contents[-1]["parts"] += parts
+        elif parts:
+            contents.append({"role": role, "parts": parts})
+
+    calls: dict[str, Json] = {}
+    for turn in turns_of(body):
+        if turn.role == "user":
+            say("user", gemini_user(turn.blocks, calls, to))
+        else:
+            say("model", gemini_turn(turn.blocks, to))
+        calls = calls_of(turn.blocks) if turn.role == "assistant" else {}
+    say("user", gemini_user([], calls, to))
+    # It refuses a request without contents, and one that begins with a function call.
+    begins = bool(contents) and contents[0]["role"] == "user"
+    return contents if begins else [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
+
+
+def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> list[Json]:
+    """Function responses in the order of their calls, then what moved out of them, then the rest of the turn."""
+    results = results_of(blocks)
+    media = [m for id in calls for m in result_parts(results.get(id))[1]]
+    skip = ("tool_result", "tool_use", "thinking", "redacted_thinking")
+    rest = media + [b for b in blocks if b.get("type") not in skip]
+    answers = [gemini_result(call, results.get(id)) for id, call in calls.items()]
+    return answers + [p for block in rest if (p := gemini_part(block, to)).get("text") != ""]
+
+
+def gemini_part(block: Json, to: Upstream) -> Json:
+    """A user block as a part. Media are the only blocks it has a form of."""
+    kind, source, url = block.get("type"), as_object(block.get("source")), media_url(block)
+    if kind == "image" and not (url and to.quirks.vision):
+        return {"text": "[an image was left out]"}
+    if kind not in ("image", "document") or not url:
+        return {"text": block_text(block)}
+    mime = str(source.get("media_type") or ("image/png" if kind == "image" else "application/pdf"))
+    if url.startswith("data:"):
+        return {"inlineData": {"mimeType": mime, "data": url.partition("base64,")[2]}}
+    return {"fileData": {"mimeType": mime, "fileUri": url}}
+
+
+def gemini_result(call: Json, block: Json | None) -> Json:
+    text = result_parts(block)[0]
+    failed = bool(block and block.get("is_error"))
+    response = {"error": text.removeprefix("Error: ")} if failed else {"output": text}
+    named = {key: value for key, value in gemini_call(call).items() if key != "args"}
+    return {"functionResponse": {**named, "response": response}}
+
+
+# What Google documents for calls that another model made: https://ai.google.dev/gemini-api/docs/thought-signatures.
+NO_SIGNATURE = "skip_thought_signature_validator"
+
+
+def gemini_turn(blocks: list[Json], to: Upstream) -> list[Json]:
+    """An assistant turn. Of parallel calls only the first has a signature, and must have one."""
+    kept = [p for b in blocks if (p := signed_payload(b)) and p.get("dialect") == "gemini"]
+    signatures = {str(p.get("call")): p.get("signature") for p in kept if p.get("model") == to.model}
+    calls = calls_of(blocks)
+    first = next(iter(calls), "")
+    needs = not _NEVER_THINKS.search(to.model) and not _THINKS_BY_BUDGET.search(to.model)
+    parts: list[Json] = []
+    for block in blocks:
+        id = str(block.get("id") or "")
+        if block.get("type") == "tool_use" and calls.get(id) is block:
+            signature = signatures.get(id) or (NO_SIGNATURE if needs and id == first else "")
+            signed = {"thoughtSignature": str(signature)} if signature else {}
+            parts.append({"functionCall": gemini_call(block), **signed})
+        elif says_something(block) and (text := block_text(block)):
+            parts.append({"text": text})
+    return parts
+
+
+def gemini_call(block: Json) -> Json:
+    given = block.get("input")
+    name, id = upstream_name(str(block.get("name") or "")), upstream_tool_id(str(block.get("id") or ""))
+    return {"id": id, "name": name, "args": given if isinstance(given, dict) else {}}
+
+
+def gemini_usage(usage: Any) -> Usage | None:
+    """usageMetadata as Anthropic counts: cached tokens apart, thoughts within the output."""
+    given = as_object(usage)
+    prompt = token_number(given.get("promptTokenCount"))
+    parts = (
+        given.get(f"{k}TokenCount") for k in ("toolUsePrompt", "cachedContent", "candidates", "thoughts")
+    )
+    counts = [0 if part is None else token_number(part) for part in parts]
+    if prompt is None or None in counts:
+        return None
+    tools, cached, answer, thoughts = (n or 0 for n in counts)
+    prompt += tools
+    rest = prompt - cached if cached <= prompt else prompt
+    return Usage(input=rest, output=answer + thoughts, cache_read=cached)
+
+
+GEMINI_STOP = {
+    "STOP": "end_turn", "MAX_TOKENS": "max_tokens", "CONTINUATION": "max_tokens",
+    **dict.fromkeys((
+        "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
+        "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR", "ESCALATION",
+    ), "refusal"),
+}  # fmt: skip
+GEMINI_FAULTS = {  # no answer came; of a 502 another try may make one
+    "MALFORMED_FUNCTION_CALL": 502, "MALFORMED_RESPONSE": 502, "UNEXPECTED_TOOL_CALL": 502, "OTHER": 502,
+    "TOO_MANY_TOOL_CALLS": 502, "MISSING_THOUGHT_SIGNATURE": 400, "PUP_LIMITED_DISABLED": 403,
+}  # fmt: skip
+
+
+class GeminiStream:
+    """GenerateContent chunks -> Anthropic events. `names` maps upstream function names back to the client's."""
+
+    def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
+        self.out, self.names, self.to = out, names, to
+        self.usage: Usage | None = None
+        self.stop_reason = ""
+        self.calls = 0
+        self.queries: list[str] = []
+        self.cited: dict[str, str] = {}  # URL -> title
+
+    @property
+    def ended(self) -> bool:
+        return self.out.ended
+
+    def feed(self, name: str, data: str) -> None:
+        """One chunk. Raises ApiError for an error it tells of, or for data that is not JSON."""
+        if self.ended or data == "[DONE]":
+            return
+        chunk = parsed(data)
+        if isinstance(chunk, list) and len(chunk) == 1:
+            chunk = chunk[0]
+        if not isinstance(chunk, dict):
+            raise not_a_stream(data, "Gemini stream")
+        if chunk.get("error") or name == "error":
+            raise error_of_event(chunk)
+        self.usage = gemini_usage(chunk.get("usageMetadata")) or self.usage
+        for candidate in as_list(chunk.get("candidates"))[:1]:
+            self.candidate(as_object(candidate))
+        if reason := as_object(chunk.get("promptFeedback")).get("blockReason"):
+            self.stopped(str(reason), "refusal", as_object(chunk["promptFeedback"]).get("blockReasonMessage"))
+
+    def candidate(self, candidate: Json) -> None:
+        for part in as_list(as_object(candidate.get("content")).get("parts")):
+            if isinstance(part, dict):
+                self.part(part)
+        grounding = as_object(candidate.get("groundingMetadata"))
+        for chunk in as_list(grounding.get("groundingChunks")):
+            page = as_object(as_object(chunk).get("web"))
+            if page.get("uri"):
+                self.cited[str(page["uri"])] = str(page.get("title") or "")
+        queries = [q for q in as_list(grounding.get("webSearchQueries")) if isinstance(q, str)]
+        self.queries = queries or self.queries
+        if reason := str(candidate.get("finishReason") or ""):
+            self.stopped(reason, GEMINI_STOP.get(reason, "end_turn"), candidate.get("finishMessage"))
+
+    def stopped(self, reason: str, stop: str, message: Any) -> None:
+        """Notes how the answer ended. A refusal without words of its own gets the provider's."""
+        words = f"{reason}: {message}" if message else reason
+        if status := GEMINI_FAULTS.get(reason):
+            error = f"the provider ended the answer with {words}"
+            raise ApiError(status, error, retry=retry_class(status), cause="stream")
+        self.stop_reason = stop
+        if stop == "refusal" and not self.out.has_content:
+            self.out.text(f"The provider refused ({words}).")
+
+    def part(self, part: Json) -> None:
+        call, text = part.get("functionCall"), part.get("text")
+        if isinstance(call, dict):
+            self.call(call, part.get("thoughtSignature"))
+        elif isinstance(text, str):
+            self.out.thinking(text) if part.get("thought") else self.out.text(text)
+
+    def call(self, call: Json, signature: Any) -> None:
+        name, args = str(call.get("name") or ""), call.get("args")
+        if not name:
+            raise broken_stream("the provider sent a tool call without a name")
+        id = client_tool_id(str(call.get("id") or made_up_id("toolu_", self.out, self.calls)))
+        self.calls += 1
+        if isinstance(signature, str) and signature:
+            kept = {"dialect": "gemini", "model": self.to.model, "call": id, "signature": signature}
+            self.out.keep(kept)
+        self.out.tool(id, self.names.get(name, name))
+        self.out.tool_input(json.dumps(args if isinstance(args, dict) else {}))
+        self.out.close()
+
+    def finish(self) -> None:
+        """The end of the bytes, which is how this format ends; an error where no finishReason came before."""
+        if self.ended:
+            return
+        if not self.stop_reason:
+            raise broken_stream("the provider's stream ended before the answer did")
+        if self.cited or self.queries:
+            show_search(self.out, "; ".join(self.queries), self.cited)
+        end_answer(self.out, self.stop_reason, self.usage, self.cited)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# OpenAI-format clients (pure)
+# ----------------------------------------------------------------------------------------------------------
+# The other direction: a Chat Completions request becomes a Messages request, which any provider can serve, and the
+# Anthropic events of the answer become Chat Completions chunks.
+
+CHAT_MAX_TOKENS = 16384  # Messages needs a limit where Chat Completions does not
+
+
+def messages_request(body: Json) -> Json:
+    """A Chat Completions request as a Messages request, always a streaming one; ApiError 400 for what has no form there."""
+    if not isinstance(body.get("messages"), list):
+        raise ApiError(400, "messages: a list of messages is needed")
+    if body.get("n") not in (None, 1):
+        raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
+    system, messages = chat_conversation(messages_of(body))
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or CHAT_MAX_TOKENS
+    out: Json = {"model": body.get("model"), "messages": messages, "max_tokens": limit, "stream": True}
+    if as_object(body.get("response_format")).get("type") == "json_object":
+        system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
+    if system:
+        out["system"] = system
+    if isinstance(temperature := body.get("temperature"), (int, float)):
+        out["temperature"] = min(temperature, 1)  # OpenAI's scale ends at 2
+    if body.get("top_p") is not None:
+        out["top_p"] = body["top_p"]
+    if stop := body.get("stop"):
+        out["stop_sequences"] = [stop] if isinstance(stop, str) else stop
+    if user := body.get("safety_identifier") or body.get("user"):
+        out["metadata"] = {"user_id": user}
+    return out | messages_thinking(body) | messages_tools(body)
+
+
+def messages_thinking(body: Json) -> Json:
+    """reasoning_effort and response_format's schema as output_config; `thinking` as an Anthropic-minded client has it."""
+    config: Json = {}
+    effort = body.get("reasoning_effort")
+    if effort in EFFORTS:
+        config["effort"] = "low" if effort == "minimal" else effort
+    schema = as_object(as_object(body.get("response_format")).get("json_schema")).get("schema")
+    if isinstance(schema, dict):
+        config["format"] = {"type": "json_schema", "schema": schema}
+    thinking = {"type": "disabled"} if effort == "none" else body.get("thinking")
+    return {k: v for k, v in (("output_config", config), ("thinking", thinking)) if v}
+
+
+def messages_tools(body: Json) -> Json:
+    given = [as_object(t).get("function") for t in as_list(body.get("tools"))] + as_list(
+        body.get("functions")
+    )
+    tools: list[Json] = [
+        {
+            "name": f["name"], **({"description": f["description"]} if f.get("description") else {}),
+            "input_schema": f.get("parameters") or {"type": "object", "properties": {}},
+        }
+        for f in given if isinstance(f, dict) and f.get("name")
+    ]  # fmt: skip
+    if isinstance(body.get("web_search_options"), dict):
+        tools.append({"type": "web_search_20250305", "name": "web_search"})
+    choice = body.get("tool_choice") or body.get("function_call") or ""
+    if isinstance(choice, dict):
+        out: Json = {
+            "type": "tool",
+            "name": str((as_object(choice.get("function")) or choice).get("name") or ""),
+        }
+    else:
+        out = {"type": {"required": "any", "any": "any", "none": "none"}.get(choice, "auto")}
+    if body.get("parallel_tool_calls") is False and out["type"] != "none":
+        out["disable_parallel_tool_use"] = True
+    if not tools:
+        return {}
+    return {"tools": tools, "tool_choice": out} if choice or len(out) > 1 else {"tools": tools}
+
+
+def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
+    """(system blocks, messages): what the system says later on is told as a reminder; neighbours of a role merge."""
+    system: list[Json] = []
+    messages: list[Json] = []
+    for message in given:
+        role, blocks = str(message.get("role")), chat_blocks(message.get("content"))
+        if role in ("system", "developer"):
+            if not messages:
+                system += blocks
+                continue
+            blocks = [{"type": "text", "text": reminder(text_of(blocks))}] if blocks else []
+        elif role in ("tool", "function"):
+            id = client_tool_id(str(message.get("tool_call_id") or message.get("name") or ""))
+            blocks = [{"type": "tool_result", "tool_use_id": id, "content": blocks}]
+        elif role == "assistant":
+            blocks += chat_calls(message)
+        role = "assistant" if role == "assistant" else "user"
+        if blocks and messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += blocks
+        elif blocks:
+            messages.append({"role": role, "content": blocks})
+    return system, messages
+
+
+def chat_calls(message: Json) -> list[Json]:
+    """An assistant message's tool calls; arguments that are no JSON object survive as text."""
+    calls = [c for c in as_list(message.get("tool_calls")) if isinstance(c, dict)]
+    if legacy := as_object(message.get("function_call")):
+        calls.append({"id": legacy.get("name"), "function": legacy})
+    blocks = []
+    for call in calls:
+        function = as_object(call.get("function"))
+        text = str(function.get("arguments") or "{}")
+        value = parsed(text)
+        given = value if isinstance(value, dict) else {"arguments": text}
+        id, name = client_tool_id(str(call.get("id") or "")), str(function.get("name") or "")
+        blocks.append({"type": "tool_use", "id": id, "name": name, "input": given})
+    return blocks
+
+
+_DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.S)
+
+
+def chat_blocks(content: Any) -> list[Json]:
+    """Content parts as Anthropic blocks; ApiError 400 for audio and the like."""
+    blocks: list[Json] = []
+    for part in blocks_of(content):
+        kind = part.get("type")
+        if kind in ("text", "refusal", "input_text", "output_text"):
+            text = str(part.get("text") or part.get("refusal") or "")
+            blocks += [{"type": "text", "text": text}] if text else []
+        elif kind in ("image_url", "file"):
+            value = part.get(str(kind))
+            given = as_object(value)
+            url = str(value if isinstance(value, str) else given.get("url") or given.get("file_data") or "")
+            data = _DATA_URL.fullmatch(url)
+            source = (
+                {"type": "base64", "media_type": data[1], "data": data[2]}
+                if data
+                else {"type": "url", "url": url}
+            )
+            if not data and not url.startswith(("http://", "https://")):
+                raise ApiError(400, f"messages: a {kind} needs a data: URL or an http(s) URL")
+            blocks.append({"type": "image" if kind == "image_url" else "document", "source": source})
+        else:
+            raise ApiError(400, f"messages: content parts of type {str(kind)[:40]!r} cannot be served")
+    return blocks
+
+
+CHAT_FINISH = {
+    "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls",
+    "refusal": "content_filter", "model_context_window_exceeded": "length",
+}  # fmt: skip
+
+
+def chat_usage(usage: Json) -> Json:
+    """Usage of the Messages API as OpenAI counts it: cached tokens within the prompt."""
+    counts = {k: token_number(v) or 0 for k, v in usage.items()}
+    cached = counts.get("cache_read_input_tokens", 0)
+    prompt = counts.get("input_tokens", 0) + cached + counts.get("cache_creation_input_tokens", 0)
+    output = counts.get("output_tokens", 0)
+    total = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+    return {**total, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+class ChatWriter:
+    """Anthropic events as Chat Completions chunks. `created`: seconds since 1970."""
+
+    def __init__(self, model: str, created: int, include_usage: bool = False) -> None:
+        self.head: Json = {"id": "", "object": "chat.completion.chunk", "created": created, "model": model}
+        self.include_usage = include_usage
+        self.usage: Json = {}
+        self.calls = -1  # index of the newest tool call
+        self.arguments: str | None = None  # what of an open call's arguments is out
+
+    def feed(self, events: list[Json]) -> bytes:
+        return b"".join(self.encode(chunk) for event in events for chunk in self.chunks(event))
+
+    def end(self, events: list[Json]) -> bytes:
+        """The last event, with usage where it was asked for, and the mark that ends an OpenAI stream."""
+        last = {**self.head, "choices": [], "usage": chat_usage(self.usage)}
+        return self.feed(events) + (self.encode(last) if self.include_usage else b"") + b"data: [DONE]\n\n"
+
+    def encode(self, chunk: Json) -> bytes:
+        return b"data: %s\n\n" % compact(chunk)
+
+    def chunks(self, event: Json) -> list[Json]:
+        kind = event["type"]
+        reason = None
+        if kind == "message_start":
+            self.head["id"] = f"chatcmpl-{str(event['message'].get('id') or '').removeprefix('msg_')}"
+            self.usage = as_object(event["message"].get("usage"))
+            delta: Json = {"role": "assistant", "content": ""}
+        elif kind == "message_delta":
+            self.usage = {**self.usage, **as_object(event.get("usage"))}
+            delta, reason = {}, CHAT_FINISH.get(str(event["delta"].get("stop_reason")), "stop")
+        else:
+            delta = self.delta(event)
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return [{**self.head, "choices": [choice]}] if delta or reason else []
+
+    def delta(self, event: Json) -> Json:
+        """What an event adds to the message; {} for events that OpenAI's format has no form of."""
+        kind = event["type"]
+        block, delta = as_object(event.get("content_block")), as_object(event.get("delta"))
+        if kind == "content_block_start" and block.get("type") == "tool_use":
+            self.calls += 1
+            self.arguments = ""
+            return self.call(
+                {"name": block.get("name"), "arguments": ""}, id=block.get("id"), type="function"
+            )
+        if kind == "content_block_stop":
+            is_empty, self.arguments = self.arguments == "", None
+            return self.call({"arguments": "{}"}) if is_empty else {}
+        if delta.get("type") == "text_delta":
+            return {"content": delta["text"]}
+        if delta.get("type") == "thinking_delta":
+            return {"reasoning_content": delta["thinking"]}
+        if delta.get("type") == "input_json_delta" and self.arguments is not None and delta["partial_json"]:
+            self.arguments += delta["partial_json"]
+            return self.call({"arguments": delta["partial_json"]})
+        return {}
+
+    def call(self, function: Json, **more: Any) -> Json:
+        return {"tool_calls": [{"index": self.calls, **more, "function": function}]}
+
+
+class ChatCompletion:
+    """Anthropic events as one chat.completion, for a client that does not stream."""
+
+    def __init__(self, model: str, created: int) -> None:
+        self.model, self.created = model, created
+        self.events: list[Json] = []
+
+    def feed(self, events: list[Json]) -> bytes:
+        self.events.extend(events)
+        return b""
+
+    def end(self, events: list[Json]) -> bytes:
+        answer = collect([*self.events, *events])
+        id = f"chatcmpl-{str(answer.get('id') or '').removeprefix('msg_')}"
+        reason = CHAT_FINISH.get(str(answer.get("stop_reason")), "stop")
+        choice = {"index": 0, "message": chat_message(answer), "finish_reason": reason, "logprobs": None}
+        head = {"id": id, "object": "chat.completion", "created": self.created, "model": self.model}
+        return compact({**head, "choices": [choice], "usage": chat_usage(as_object(answer.get("usage")))})
+
+
+def chat_message(answer: Json) -> Json:
+    """A whole Anthropic message as OpenAI's assistant message."""
+    blocks = blocks_of(answer.get("content"))
+    texts = {
+        kind: "".join(str(b.get(kind) or "") for b in blocks if b.get("type") == kind)
+        for kind in ("text", "thinking")
+    }
+    out: Json = {"role": "assistant", "content": texts["text"] or None, "refusal": None}
+    if texts["thinking"]:
+        out["reasoning_content"] = texts["thinking"]
+    if calls := [b for b in blocks if b.get("type") == "tool_use"]:
+        out["tool_calls"] = [
+            {
+                "id": b["id"],
+                "type": "function",
+                "function": {"name": b["name"], "arguments": tool_arguments(b)},
+            }
+            for b in calls
+        ]
+    return out
+
+
+CHAT_CODES = {
+    401: "invalid_api_key",
+    402: "insufficient_quota",
+    404: "model_not_found",
+    429: "rate_limit_exceeded",
+}
+
+
+def chat_error(error: ApiError, request_id: str) -> Json:
+    """An error in OpenAI's shape, with the codes its clients look for."""
+    code = "context_length_exceeded" if error.cause == "overflow" else CHAT_CODES.get(error.status)
+    detail = {"message": error.message, "type": error.type, "param": None, "code": code}
+    return {"error": detail, "request_id": request_id}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Dialects and presets (tables)
 # ----------------------------------------------------------------------------------------------------------
-
-
-def chat_error(error: ApiError, request_id: str) -> Json:
-    return {"error": {"message": error.message, "type": error.type, "code": None, "param": None}}
 
 
 # All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of PRESETS.
