@@ -7568,11 +7568,12 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
     )
     await runner.setup()
     try:
+        stop = stop_on_signals()  # before the start-up text: whoever has read it may send one
         server = await listen(runner, config)
         port = server.sockets[0].getsockname()[1]
         print(start_text(config, port, state.admin_token), flush=True)
         calm_collector()
-        await until_stopped(state, args, server)
+        await until_stopped(state, args, server, stop)
     finally:
         await runner.cleanup()
         await close_state(state)
@@ -7613,13 +7614,10 @@ class TurnAway(asyncio.Protocol):
         transport.close()
 
 
-async def until_stopped(state: State, args: argparse.Namespace, server: asyncio.Server) -> None:
+async def until_stopped(
+    state: State, args: argparse.Namespace, server: asyncio.Server, stop: asyncio.Event
+) -> None:
     """Watches the config file, until a signal; then drains."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
-            loop.add_signal_handler(number, stop_or_exit, stop, number)
     watcher = asyncio.create_task(watch_config(state, args))
     vocabulary = asyncio.create_task(fetch_vocabularies(state))
     try:
@@ -7669,6 +7667,16 @@ async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) 
         log.warning("the tiktoken vocabulary %s could not be downloaded: %s", name, type(fault).__name__)
         return False
     return True
+
+
+def stop_on_signals() -> asyncio.Event:
+    """The event that the first SIGINT or SIGTERM sets."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
+            loop.add_signal_handler(number, stop_or_exit, stop, number)
+    return stop
 
 
 def stop_or_exit(stop: asyncio.Event, number: int) -> None:
