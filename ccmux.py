@@ -5097,9 +5097,7 @@ class Store:
         try:
             hold: Hold = await self.put(run)
         except sqlite3.Error as error:
-            log.error("a hold could not be written: %s", error)
-            text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
-            raise ApiError(529, text, retry_after=30, cause="store") from None
+            raise cannot_write(error) from None
         return hold
 
     def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
@@ -5149,7 +5147,8 @@ class Store:
     ) -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
         moment = moment or iso(self.now())
-        db.execute("delete from holds where id = ?", (hold_id,))
+        # By request as well: where the client left before its hold was written, nobody knows the hold's id.
+        db.execute("delete from holds where id = ? or request_id = ?", (hold_id, done.request_id))
         if done.charge or kind == "interrupted":
             enter(
                 db,
@@ -5178,7 +5177,10 @@ class Store:
 
     def local_user(self) -> User:
         """The user of those who need no key, made at first use."""
-        return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+        try:
+            return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+        except sqlite3.Error as error:
+            raise cannot_write(error) from None
 
     def make_user(
         self, db: sqlite3.Connection, name: str, budgets: Mapping[str, int | None], note: str
@@ -5433,6 +5435,13 @@ class Waiter:
 
     def __init__(self, done: threading.Event) -> None:
         self.event = done
+
+
+def cannot_write(error: sqlite3.Error) -> ApiError:
+    """For a request that must not go on, as its cost could not be written down."""
+    log.error("the ledger could not be written: %s", error)
+    text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
+    return ApiError(529, text, retry_after=30, cause="store")
 
 
 def tell(batch: list[Write]) -> None:
@@ -7038,6 +7047,9 @@ class Exchange:
             )
         except ApiError as error:
             self.settle(error)
+            raise
+        except asyncio.CancelledError:  # the client left while the hold was on its way to the disk
+            self.settle(None)
             raise
 
     def prices(self) -> list[Price | None]:
