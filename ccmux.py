@@ -5105,9 +5105,7 @@ class Store:
         try:
             hold: Hold = await self.put(run)
         except sqlite3.Error as error:
-            log.error("a hold could not be written: %s", error)
-            text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
-            raise ApiError(529, text, retry_after=30, cause="store") from None
+            raise cannot_write(error) from None
         return hold
 
     def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
@@ -5157,7 +5155,8 @@ class Store:
     ) -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
         moment = moment or iso(self.now())
-        db.execute("delete from holds where id = ?", (hold_id,))
+        # By request as well: where the client left before its hold was written, nobody knows the hold's id.
+        db.execute("delete from holds where id = ? or request_id = ?", (hold_id, done.request_id))
         if done.charge or kind == "interrupted":
             enter(
                 db,
@@ -5186,7 +5185,10 @@ class Store:
 
     def local_user(self) -> User:
         """The user of those who need no key, made at first use."""
-        return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+        try:
+            return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+        except sqlite3.Error as error:
+            raise cannot_write(error) from None
 
     def make_user(
         self, db: sqlite3.Connection, name: str, budgets: Mapping[str, int | None], note: str
@@ -5441,6 +5443,13 @@ class Waiter:
 
     def __init__(self, done: threading.Event) -> None:
         self.event = done
+
+
+def cannot_write(error: sqlite3.Error) -> ApiError:
+    """For a request that must not go on, as its cost could not be written down."""
+    log.error("the ledger could not be written: %s", error)
+    text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
+    return ApiError(529, text, retry_after=30, cause="store")
 
 
 def tell(batch: list[Write]) -> None:
@@ -7071,6 +7080,9 @@ class Exchange:
         except ApiError as error:
             self.settle(error)
             raise
+        except asyncio.CancelledError:  # the client left while the hold was on its way to the disk
+            self.settle(None)
+            raise
 
     def prices(self) -> list[Price | None]:
         config = self.call.config
@@ -7952,8 +7964,8 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
         max_field_size=32768,
     )
     await runner.setup()
-    stop = stop_on_signals()
     try:
+        stop = stop_on_signals()  # before the start-up text: whoever has read it may send one
         server = await listen(runner, config)
         port = server.sockets[0].getsockname()[1]
         print(start_text(config, port, state.admin_token), flush=True)
@@ -7997,15 +8009,6 @@ class TurnAway(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
-
-
-def stop_on_signals() -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; the second ends the process."""
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
-            asyncio.get_running_loop().add_signal_handler(number, stop_or_exit, stop, number)
-    return stop
 
 
 async def until_stopped(
@@ -8061,6 +8064,16 @@ async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) 
         log.warning("the tiktoken vocabulary %s could not be downloaded: %s", name, type(fault).__name__)
         return False
     return True
+
+
+def stop_on_signals() -> asyncio.Event:
+    """The event that the first SIGINT or SIGTERM sets."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
+            loop.add_signal_handler(number, stop_or_exit, stop, number)
+    return stop
 
 
 def stop_or_exit(stop: asyncio.Event, number: int) -> None:
