@@ -1,4 +1,4 @@
-"""OpenAI-format clients: their requests as Messages requests, Anthropic events as the openai package reads."""
+"""OpenAI-format clients: requests as the anthropic package types them, answers as the openai package does."""
 
 from __future__ import annotations
 
@@ -281,6 +281,32 @@ def test_any_conversation_is_valid_or_a_400(messages: list[Any]) -> None:
         roles = [m["role"] for m in valid(out)["messages"]]
         assert all(a != b for a, b in itertools.pairwise(roles))
     assert body == before
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "n",
+                "max_tokens",
+                "temperature",
+                "stop",
+                "user",
+                "tools",
+                "functions",
+                "tool_choice",
+                "response_format",
+            ]
+        ),
+        st.one_of(SCALARS, st.lists(SCALARS, max_size=2), st.just({"type": "json_schema"}), st.just([BASH])),
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_any_parameters_make_a_request_or_a_400(body: Any) -> None:
+    try:
+        json.dumps(messages_request({"messages": [], **body}))
+    except ApiError as error:
+        assert error.status == 400
 
 
 # Answers

@@ -1,4 +1,4 @@
-"""Gemini: requests as the google-genai package types them, streams as golden pairs; both fed anything at all."""
+"""Gemini: requests as the google-genai package types them, golden streams; both fed anything at all."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_finish_reasons(finish: str, stop: str) -> None:
                 {
                     "error": {
                         "code": 400,
-                        "message": "The input token count (1200000) exceeds the maximum number of tokens (1048576).",
+                        "message": "The input token count (1200000) exceeds the maximum (1048576).",
                     }
                 }
             ),

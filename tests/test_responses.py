@@ -45,7 +45,7 @@ PARAMS: TypeAdapter[Any] = TypeAdapter(ResponseCreateParamsStreaming)
 
 
 def valid(out: Any) -> Any:
-    """The request, as the openai package would have typed it; iterables are drained, or nothing is checked."""
+    """The request, as the openai package would type it; iterables are drained, or nothing is checked."""
     json.dumps(out)
     # The package wants the id of a reasoning item; what is not stored is replayed without, as Codex does.
     named = [{"id": "rs_1", **i} if i["type"] == "reasoning" else i for i in out["input"]]
