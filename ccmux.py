@@ -133,6 +133,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import csv
 import dataclasses
 import difflib
 import email.utils
@@ -146,7 +147,9 @@ import io
 import ipaddress
 import json
 import logging
+import marshal
 import math
+import queue
 import random
 import re
 import secrets
@@ -155,17 +158,22 @@ import signal
 import socket
 import sqlite3
 import ssl
+import threading
 import time
 import tomllib
 import typing
 import urllib.parse
 import urllib.request
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from json.encoder import encode_basestring_ascii
 from typing import Any
+
+log = logging.getLogger("ccmux")
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Types and errors (pure)
@@ -3812,7 +3820,7 @@ PRESET_QUIRKS: dict[str, Json] = {
 }
 PRESET_KEYS: dict[str, Json] = {  # what a row sets beside quirks; a local server loads its model first
     "openrouter": {"headers": {"HTTP-Referer": "https://github.com/ccmux", "X-Title": "ccmux"}},
-    **dict.fromkeys(("ollama", "lmstudio", "llamacpp"), {"first_byte_timeout": 600}),
+    **{name: {"first_byte_timeout": 600} for name in ("ollama", "lmstudio", "llamacpp")},
 }
 
 
@@ -4060,84 +4068,744 @@ def demo_input(tool: Json, words: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 # Tokens and prices (pure; the encoder is handed in)
 # ----------------------------------------------------------------------------------------------------------
+# Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and checked against
+# the vendors' pages where they have one. Columns: name, context, max output, input, output, cache read, cache write, 1 h
+# cache write; - is unknown, not free. Then what the model refuses (s sampling parameters, f forced tool calls) and the
+# tiers, above:input/output/read/write, that price a whole request once its prompt passes `above` tokens.
+PRICES_DATE = "2026-11-22"
+PRICE_ROWS = """
+claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sf
+claude-fable-5           1000000  128000    10    50      1   12.5  20 s
+claude-opus-5-5          1000000  128000     4    20    0.2      5   8 sf
+claude-opus-5            1000000  128000     5    25    0.5   6.25  10 s
+claude-opus-4-8          1000000  128000     5    25    0.5   6.25  10 s
+claude-opus-4-7          1000000  128000     5    25    0.5   6.25  10 s
+claude-opus-4-6          1000000  128000     5    25    0.5   6.25  10 -
+claude-opus-4-5           200000   64000     5    25    0.5   6.25  10 -
+claude-sonnet-5-5        1000000  128000     2    10    0.1    2.5   4 sf
+claude-sonnet-5          1000000  128000     2    10    0.2    2.5   4 s
+claude-sonnet-4-6        1000000  128000     3    15    0.3   3.75   6 -
+claude-sonnet-4-5         200000   64000     3    15    0.3   3.75   6 -
+claude-haiku-5-5         1000000  128000   0.1   0.5   0.01  0.125 0.2 s  100000:0.5/2.5/0.05/0.625
+claude-haiku-4-5          200000   64000     1     5    0.1   1.25   2 -
+gpt-6.1-sol               922000  128000     2    10    0.1    2.5   - -  272000:4/15/0.2/5
+gpt-6.1-terra             922000  128000     1     5   0.05   1.25   - -  272000:2/7.5/0.1/2.5
+gpt-6-astra               922000  128000    10    50      1   12.5   - -  272000:20/75/2/25
+gpt-6-sol                 922000  128000     2    10    0.2    2.5   - -  272000:4/15/0.4/5
+gpt-6-luna                922000  128000   0.1   0.5   0.01  0.125   - -  272000:0.2/0.75/0.02/0.25
+gpt-5.6                   922000  128000     4    20    0.4      5   - -  272000:8/30/0.8/10
+gpt-5.6-sol               922000  128000     4    20    0.4      5   - -  272000:8/30/0.8/10
+gpt-5.6-terra             922000  128000     2    12    0.2    2.5   - -  272000:4/18/0.4/5
+gpt-5.6-luna              922000  128000   0.2   1.2   0.02   0.25   - -  272000:0.4/1.8/0.04/0.5
+gpt-5.5                  1050000  128000     5    30    0.5      -   - -  272000:10/45/1/-
+gpt-5.4                  1050000  128000   2.5    15   0.25      -   - -  272000:5/22.5/0.5/-
+gpt-5.4-mini              272000  128000  0.75   4.5  0.075      -   - -
+gpt-5.4-nano              272000  128000   0.2  1.25   0.02      -   - -
+gpt-5.3-codex             272000  128000  1.75    14  0.175      -   - -
+gpt-5.2                   272000  128000  1.75    14  0.175      -   - -
+gpt-5.1                   272000  128000  1.25    10  0.125      -   - -
+gpt-5                     272000  128000  1.25    10  0.125      -   - -
+gpt-5-mini                272000  128000  0.25     2  0.025      -   - -
+gpt-5-nano                272000  128000  0.05   0.4  0.005      -   - -
+gpt-4.1                  1047576   32768     2     8    0.5      -   - -
+gpt-4.1-mini             1047576   32768   0.4   1.6    0.1      -   - -
+gpt-4o                    128000   16384   2.5    10   1.25      -   - -
+gpt-4o-mini               128000   16384  0.15   0.6  0.075      -   - -
+o3                        200000  100000     2     8    0.5      -   - -
+o4-mini                   200000  100000   1.1   4.4  0.275      -   - -
+gemini-4-argon           1048576 1048576     2    10    0.1      -   - -
+gemini-3.8-flash         1048576   65536  0.75  3.75  0.075      -   - s
+gemini-3.7-flash         1048576   65536  0.75  3.75  0.075      -   - s
+gemini-3.6-flash         1048576   65536  0.75  3.75  0.075      -   - s
+gemini-3.5-flash         1048576   65536   1.5     9   0.15      -   - -
+gemini-3.5-flash-lite    1048576   65536   0.3   2.5   0.03      -   - s
+gemini-3.1-pro-preview   1048576   65536     2    12    0.2      -   - -  200000:4/18/0.4/-
+gemini-2.5-pro           1048576   65536  1.25    10  0.125      -   - -  200000:2.5/15/0.25/-
+gemini-2.5-flash         1048576   65536   0.3   2.5   0.03      -   - -
+deepseek-v4-pro          1000000  393216  1.32  3.96  0.044      0   - -
+deepseek-v4-flash        1000000  393216   0.3   1.2  0.006      0   - -
+deepseek-chat             131072    8192  0.28  0.42  0.028      0   - -
+deepseek-reasoner         131072   65536  0.28  0.42  0.028      -   - -
+glm-5.3                  1000000  128000   1.4   4.4   0.26      0   - -
+glm-5.3-flash            1048576  128000  0.15   0.5   0.03      0   - -
+glm-5.2                  1000000  128000   1.4   4.4   0.26      0   - -
+glm-5.1                   200000  128000   1.4   4.4   0.26      0   - -
+glm-4.7                   200000  128000   0.6   2.2   0.11      0   - -
+glm-4.6                   200000  128000   0.6   2.2   0.11      0   - -
+glm-4.5-air               128000   32000   0.2   1.1      -      -   - -
+kimi-k3                  1048576 1048576     3    15    0.3      3   6 -
+kimi-k3.1-pro            1048576 1048576     2    10    0.2      2   4 -
+kimi-k2.7-code            262144  262144  0.95     4   0.19      -   - -
+kimi-k2.6                 262144  262144  0.95     4   0.16      -   - -
+kimi-k2.5                 262144  262144   0.6     3    0.1      -   - -
+MiniMax-M3               1000000  128000   0.3   1.2   0.06      -   - -  512000:0.6/2.4/0.12/-
+MiniMax-M2.5             1000000    8192   0.3   1.2   0.03  0.375   - -
+MiniMax-M2.1             1000000    8192   0.3   1.2   0.03  0.375   - -
+qwen3.8-max               991808  131072     2     6   0.25      -   - -
+qwen3.8-flash             991808  131072  0.15  0.47  0.016    0.2   - -
+qwen3.7-max               991808   65536   2.5   7.5    0.5  3.125   - -
+qwen3-coder-plus          997952   65536     1     5    0.1      -   - -  32000:1.8/9/0.18/- 128000:3/15/0.3/- 256000:6/60/0.6/-
+qwen3-max                 258048   65536   1.2     6      -      -   - -  32000:2.4/12/-/- 128000:3/15/-/-
+grok-4.7                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
+grok-4.6                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
+grok-4.5                  500000  500000     2     6    0.3      -   - -  200000:4/12/0.6/-
+grok-code-fast-1          256000  256000     1     2    0.2      -   - -  200000:2/4/0.4/-
+mistral-large-latest      262144  262144   0.5   1.5   0.05      -   - -
+mistral-medium-latest     262144  262144   1.5   7.5   0.15      -   - -
+devstral-latest           256000  256000   0.4     2   0.04      -   - -
+codestral-latest          128000  128000   0.3   0.9   0.03      -   - -
+openai/gpt-oss-120b       131072   65536  0.15   0.6  0.075      -   - -
+openai/gpt-oss-20b        131072   65536 0.075   0.3 0.0375      -   - -
+gpt-oss-120b              131072   32768  0.35  0.75      -      -   - -
+"""
+
+
+@functools.cache
+def price_table() -> dict[str, Facts]:
+    """The built-in table by lower-case model name, parsed at first use."""
+    return dict(map(price_row, PRICE_ROWS.strip().splitlines()))
+
+
+def price_row(row: str) -> tuple[str, Facts]:
+    name, context, max_output, input, output, read, write, write_1h, refuses, *tiers = row.split()
+    price = price_of_columns(input, output, read, write, write_1h)
+    above = []
+    for tier in tiers:
+        size, _, columns = tier.partition(":")
+        above.append((int(size), price_of_columns(*columns.split("/"), "-")))
+    price = dataclasses.replace(price, tiers=tuple(above))
+    return name.lower(), Facts(int(context), int(max_output), "s" not in refuses, "f" not in refuses, price)
+
+
+def price_of_columns(*columns: str) -> Price:
+    read, write, write_1h = (None if column == "-" else Decimal(column) for column in columns[2:])
+    return Price(Decimal(columns[0]), Decimal(columns[1]), read, write, write_1h)
+
+
+_MODEL_SUFFIX = re.compile(r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|:[a-z]+$|\[1m\]$")
+
+
+@functools.lru_cache(4096)
 def facts_of(model: str) -> Facts:
+    """What the built-in table knows of a model: by name, then without vendor prefix, then without date or tag."""
+    table, name = price_table(), model.lower()
+    for candidate in (name, name.rsplit("/", 1)[-1]):
+        while candidate not in table and (shorter := _MODEL_SUFFIX.sub("", candidate)) != candidate:
+            candidate = shorter
+        if candidate in table:
+            return table[candidate]
     return Facts()
 
 
 def price_of(config: Config, target: Target, model_name: str) -> Price | None:
-    row = config.model(model_name)
-    return target.price or (row.price if row else None)
+    """A target's price: its own, else its model's, else the built-in one; None where nobody knows it."""
+    provider, row = config.provider(target.provider), config.model(model_name)
+    if provider and provider.format == "demo":
+        return Price(Decimal(0), Decimal(0))
+    configured = target.price or (row.price if row else None)
+    return configured or facts_of(target.actual_model).price or facts_of(model_name).price
 
 
 @dataclass(frozen=True, slots=True)
 class Charge:
+    """Micro-dollars: what a provider takes, what is added, and their sum, which the user pays."""
+
     cost: int
     markup: int
     charge: int
 
 
+def exact_cost(usage: Usage, price: Price) -> Decimal:
+    """Micro-dollars, not rounded. A kind of token without a price of its own costs what input costs."""
+    price = next((tier for above, tier in reversed(price.tiers) if usage.prompt > above), price)
+    kinds = (
+        (usage.input, price.input), (usage.output, price.output), (usage.cache_read, price.cache_read),
+        (usage.cache_write, price.cache_write), (usage.cache_write_1h, price.cache_write_1h),
+    )  # fmt: skip
+    return sum((tokens * (price.input if each is None else each) for tokens, each in kinds), Decimal(0))
+
+
 def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
-    cost = usage.input * price.input + usage.output * price.output
-    return Charge(math.ceil(cost), 0, math.ceil(cost))
+    """The charge of an answer: the exact sum, and the exact sum with markup, each rounded up to a micro-dollar."""
+    exact = exact_cost(usage, price)
+    cost = math.ceil(exact)
+    charge = math.ceil(exact * (100 + markup_percent) / 100)
+    return Charge(cost, charge - cost, charge)
 
 
 def hold_of(tokens: int, max_tokens: int, price: Price, markup_percent: Decimal) -> int:
-    return math.ceil(tokens * price.input + min(max_tokens, 4096) * price.output)
+    """What is set aside for a request: its input and up to 4,096 tokens of output, in micro-dollars."""
+    usage = Usage(input=tokens, output=min(max_tokens, 4096))
+    return charge_of(usage, price, markup_percent).charge
 
 
 def input_floor(tokens: int, price: Price, markup_percent: Decimal) -> int:
-    return math.ceil(tokens * price.input)
+    """What a request's input costs, in micro-dollars."""
+    return charge_of(Usage(input=tokens), price, markup_percent).charge
 
 
 def price_json(price: Price) -> Json:
-    return {"input": str(price.input), "output": str(price.output)}
+    """A price as it is stored with a request: decimal texts, exact."""
+    out: Json = {k: str(v) for k in PRICE_KINDS if (v := getattr(price, k)) is not None}
+    if price.tiers:
+        out["tiers"] = [{"above": above, **price_json(tier)} for above, tier in price.tiers]
+    return out
 
 
-def count_request_body(body: Json) -> Json:
-    return {
-        k: body[k] for k in ("model", "messages", "system", "tools", "tool_choice", "thinking") if k in body
-    }
+PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 
 
-def load_vocabulary(name: str) -> Any:
-    return None
+# Counting. One encoding for what OpenAI-type models read; Claude's count is that times a factor, until true usage
+# teaches a better one. A request is counted block by block, and each block's count is kept by its hash, so that a
+# turn of a long conversation costs what its last message costs.
+
+SLICE = 65_536  # characters: a megabyte of one whitespace run makes the encoder panic
+INLINE = 16_384  # characters of new text that are counted on the event loop
+CACHE_SIZE = 20_000
+IMAGE_TOKENS = 1500
+PDF_PAGE_TOKENS = 2500
 
 
-load_vocabulary_now = load_vocabulary
+class Encoding(typing.Protocol):
+    """What is used of a tiktoken.Encoding."""
+
+    def encode_ordinary(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How a family of models counts a request beyond its texts. Tokens; `factor` is on o200k or cl100k counts."""
+
+    encoding: str
+    factor: float = 1.0
+    base: int = 3
+    per_message: int = 4
+    tools: int = 9
+    tools_forced: int = 9
+    is_claude: bool = False
+    largest_image: int = 1568  # tokens
+    image_side: int = 1568  # pixels
+
+
+_CL100K = re.compile(r"^gpt-(?:4(?!o|\.\d)|3\.5)|^gpt-35")
+_CLAUDE_VERSION = re.compile(r"claude-(?:[a-z]+-)?(\d+)(?:[-.](\d{1,2})(?!\d))?")
+
+
+@functools.lru_cache(1024)
+def framing_of(model: str) -> Framing:
+    """The framing of a model by its name; measured, see the README's account of token counts."""
+    name = model.lower().rsplit("/", 1)[-1]
+    if "claude" in name:
+        match = _CLAUDE_VERSION.search(name)
+        version = (int(match[1]), int(match[2] or 0)) if match else (4, 0)
+        if version < (4, 7):
+            return Framing("o200k_base", 1.18, 7, 0, 497, 589, True)
+        tools, forced = (675, 804) if version == (4, 7) else (290, 410)
+        return Framing("o200k_base", 1.45, 12, 0, tools, forced, True, 4784, 2576)
+    return Framing("cl100k_base" if _CL100K.match(name) else "o200k_base")
 
 
 class TokenCounter:
-    def __init__(self, load: Callable[[str], Any]) -> None:
+    """Counts requests and texts. `load` hands in an encoding by name, or None while there is none."""
+
+    def __init__(self, load: Callable[[str], Encoding | None]) -> None:
         self.load = load
+        self.cache: OrderedDict[bytes, int] = OrderedDict()
+        self.factors: dict[
+            tuple[str, str], tuple[float, int]
+        ] = {}  # (provider, model) -> (true / counted, samples)
 
     async def count(self, body: Json, provider: str, model: str) -> int:
-        return len(json.dumps(body)) // 4
+        """Input tokens of a whole request; new text beyond 16 KB is counted in a thread."""
+        request = RequestParts(body, framing_of(model))
+        fresh = self.missing(request)
+        if sum(part.size for part in fresh) > INLINE:
+            await asyncio.to_thread(self.learn, fresh, request.framing.encoding)
+        else:
+            self.learn(fresh, request.framing.encoding)
+        return self.total(request, provider, model)
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
-        return len(json.dumps(body)) // 4
+        """The same where there is no event loop."""
+        request = RequestParts(body, framing_of(model))
+        self.learn(self.missing(request), request.framing.encoding)
+        return self.total(request, provider, model)
 
     def count_text(self, text: str, model: str) -> int:
-        return len(text) // 4
+        """Tokens of a text that a model made."""
+        framing = framing_of(model)
+        return math.ceil(self.encoded_length(text, framing.encoding) * framing.factor) if text else 0
 
-    def observe(self, provider: str, model: str, counted: int, true: int) -> None: ...
+    def missing(self, request: RequestParts) -> list[Part]:
+        """The parts not counted before; the others become the cache's newest."""
+        fresh = []
+        for part in request.parts:
+            if part.key in self.cache:
+                self.cache.move_to_end(part.key)
+            else:
+                fresh.append(part)
+        return fresh
 
-    def export(self) -> list[Any]:
-        return []
+    def learn(self, fresh: list[Part], encoding: str) -> None:
+        """Counts parts into the cache; estimates are not kept."""
+        if fresh and self.load(encoding) is None:
+            return
+        for part in fresh:
+            self.cache[part.key] = self.encoded_length(part.text(), encoding)
+        while len(self.cache) > CACHE_SIZE:
+            self.cache.popitem(last=False)
 
-    def restore(self, rows: list[Any]) -> None: ...
+    def total(self, request: RequestParts, provider: str, model: str) -> int:
+        counts = (self.cache.get(part.key) for part in request.parts)
+        counted = sum(
+            estimate(part.text()) if count is None else count
+            for part, count in zip(request.parts, counts, strict=True)
+        )
+        tokens = counted * request.framing.factor + request.fixed
+        return max(1, math.ceil(tokens * self.factors.get((provider, model), (1.0, 0))[0]))
+
+    def encoded_length(self, text: str, name: str) -> int:
+        """Tokens of a text by an encoding, in slices; an estimate from its bytes while there is no encoding."""
+        encoding = self.load(name)
+        if encoding is None:
+            return estimate(text)
+        clean = (
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if has_surrogates(text)
+            else text
+        )
+        return sum(len(encoding.encode_ordinary(part)) for part in slices(clean))
+
+    # Calibration: what true usage teaches.
+
+    def observe(self, provider: str, model: str, counted: int, true: int) -> None:
+        """Learns from an answer whose prompt was counted here: an average over about the last 50."""
+        if counted <= 0 or true <= 0:
+            return
+        factor, samples = self.factors.get((provider, model), (1.0, 0))
+        wanted = factor * true / counted  # `counted` has the factor in it
+        share = 1 / min(samples + 1, 50)
+        factor = min(max(factor + (wanted - factor) * share, 0.5), 2.5)
+        self.factors[provider, model] = (factor, min(samples + 1, 1_000_000))
+
+    def export(self) -> list[tuple[str, str, float, int]]:
+        return [(*key, *value) for key, value in self.factors.items()]
+
+    def restore(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
+        self.factors.update({(p, m): (factor, samples) for p, m, factor, samples in rows})
+
+
+def has_surrogates(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def slices(text: str) -> Iterator[str]:
+    """The text in pieces of at most SLICE characters, cut at newlines where there are any."""
+    start = 0
+    while start < len(text):
+        end = start + SLICE
+        if end < len(text):
+            newline = text.rfind("\n", start + 1, end)
+            end = newline if newline > start else end
+        yield text[start:end]
+        start = end
+
+
+def estimate(text: str) -> int:
+    """Tokens by a rule of thumb, within a fifth for English and code."""
+    return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.7)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Something of a request that is counted as one, and kept by its hash."""
+
+    key: bytes
+    value: Any
+    render: Callable[[Any], str]
+
+    def text(self) -> str:
+        return self.render(self.value)
+
+    @property
+    def size(self) -> int:
+        return len(self.value) if isinstance(self.value, str) else 2 * INLINE
+
+
+class RequestParts:
+    """A request taken apart for counting: what is looked up by its hash, and what is fixed."""
+
+    def __init__(self, body: Json, framing: Framing) -> None:
+        self.framing = framing
+        self.salt = f"{framing.encoding[:1]}{framing.is_claude:d}".encode()
+        self.parts: list[Part] = []
+        self.fixed = float(framing.base)
+        self.add_content(body.get("system"))
+        self.fixed += framing.per_message if body.get("system") else 0
+        for message in messages_of(body):
+            self.fixed += framing.per_message
+            self.add_content(message.get("content"))
+        self.add_tools(body)
+
+    def add(self, value: Any, render: Callable[[Any], str] = str) -> None:
+        # marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON.
+        digest = hashlib.blake2b(marshal.dumps(value, 2), digest_size=16).digest()
+        self.parts.append(Part(self.salt + digest, value, render))
+
+    def add_text(self, text: str) -> None:
+        if text:
+            self.add(text)
+
+    def add_content(self, content: Any) -> None:
+        if isinstance(content, str):
+            self.add_text(content)
+            return
+        for block in blocks_of(content):
+            self.add_block(block)
+
+    def add_block(self, block: Json) -> None:
+        kind = block.get("type")
+        if kind == "text":
+            self.add_text(str(block.get("text") or ""))
+        elif kind == "tool_result":
+            self.fixed += 8 * self.framing.factor
+            self.add_content(block.get("content"))
+        elif kind == "tool_use":
+            self.fixed += 12 * self.framing.factor
+            self.add([block.get("name"), block.get("input")], call_text)
+        elif kind == "thinking":
+            self.add_text(str(block.get("thinking") or ""))
+        elif kind == "image":
+            self.fixed += image_tokens(as_object(block.get("source")), self.framing)
+        elif kind == "document":
+            self.add_document(as_object(block.get("source")))
+        elif kind != "redacted_thinking":
+            self.add_text(block_text(block))
+
+    def add_document(self, source: Json) -> None:
+        if source.get("type") == "base64":
+            self.fixed += PDF_PAGE_TOKENS * pdf_pages(str(source.get("data") or ""))
+        elif source.get("type") == "text":
+            self.add_text(str(source.get("data") or ""))
+        else:
+            self.add_content(source.get("content"))
+
+    def add_tools(self, body: Json) -> None:
+        tools = client_tools(body)
+        if not tools:
+            return
+        forced = as_object(body.get("tool_choice")).get("type") in ("any", "tool")
+        self.fixed += self.framing.tools_forced if forced else self.framing.tools
+        self.add(tools, functools.partial(tools_text, self.framing))
+
+
+def call_text(call: list[Any]) -> str:
+    return f"{call[0]} {tool_arguments({'input': call[1]})}"
+
+
+def tools_text(framing: Framing, tools: list[Json]) -> str:
+    return "".join(tool_text(tool, framing) for tool in tools)
+
+
+def tool_text(tool: Json, framing: Framing) -> str:
+    """A tool as the model reads it: Claude its JSON, OpenAI's models a TypeScript signature."""
+    name, description = str(tool.get("name") or ""), str(tool.get("description") or "")
+    schema = as_object(tool.get("input_schema"))
+    if framing.is_claude:
+        return json.dumps(
+            {"name": name, "description": description, "input_schema": schema}, ensure_ascii=False
+        )
+    return typescript_function(name, description, schema)
+
+
+def typescript_function(name: str, description: str, schema: Json) -> str:
+    """How OpenAI renders a function to its models (found out by others, see the vectors' sources)."""
+    head = f"// {description}\n" if description else ""
+    if not as_object(schema.get("properties")):
+        return f"{head}type {name} = () => any;\n"
+    return f"{head}type {name} = (_: {{\n{typescript_members(schema, 0)}}}) => any;\n"
+
+
+def typescript_members(schema: Json, depth: int) -> str:
+    required = as_list(schema.get("required"))
+    lines = []
+    for name, value in as_object(schema.get("properties")).items():
+        property = as_object(value)
+        if property.get("description") and depth < 2:
+            lines.append(f"// {property['description']}\n")
+        lines.append(f"{name}{'' if name in required else '?'}: {typescript_type(property, depth)},\n")
+    return "".join(lines)
+
+
+def typescript_type(schema: Json, depth: int) -> str:
+    if isinstance(schema.get("enum"), list):
+        return " | ".join(json.dumps(v) for v in schema["enum"])
+    kind = schema.get("type")
+    if kind == "array":
+        return (
+            f"{typescript_type(as_object(schema.get('items')), depth)}[]" if schema.get("items") else "any[]"
+        )
+    if kind == "object":
+        return f"{{\n{typescript_members(schema, depth + 1)}}}" if depth < 20 else "object"
+    return {"integer": "number"}.get(str(kind), str(kind)) if kind else "any"
+
+
+def image_tokens(source: Json, framing: Framing) -> int:
+    """Tokens of an image: 28-pixel patches for Claude, 512-pixel tiles for OpenAI; 1,500 where the size is unknown."""
+    data = source.get("data")
+    size = image_size(data) if source.get("type") == "base64" and isinstance(data, str) else None
+    if size is None:
+        return IMAGE_TOKENS
+    if not framing.is_claude:
+        return openai_image_tokens(*size)
+    scale = min(1.0, framing.image_side / max(size))
+    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), framing.largest_image)
+
+
+def openai_image_tokens(width: int, height: int) -> int:
+    """85 and 170 a tile, after fitting into 2048 x 2048 and a short side of 768."""
+    scale = min(1.0, 2048 / max(width, height))
+    scale *= min(1.0, 768 / (min(width, height) * scale))
+    return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
+
+
+def image_size(data: str) -> tuple[int, int] | None:
+    """(width, height) from the header of a PNG, GIF, WebP or JPEG in base64; None where it cannot be told."""
+    try:
+        head = base64.b64decode(data[:65_536] + "=" * (-len(data[:65_536]) % 4))
+    except ValueError:
+        return None
+    size = (0, 0)
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        size = (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
+    elif head[:4] == b"GIF8":
+        size = (int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little"))
+    elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        size = webp_size(head)
+    elif head[:2] == b"\xff\xd8":
+        size = jpeg_size(head)
+    return size if min(size) > 0 else None
+
+
+def webp_size(head: bytes) -> tuple[int, int]:
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+
+
+def jpeg_size(head: bytes) -> tuple[int, int]:
+    """From the start-of-frame segment, skipping the others."""
+    at = 2
+    while at + 9 < len(head) and head[at] == 0xFF:
+        marker, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(head[at + 7 : at + 9], "big"), int.from_bytes(head[at + 5 : at + 7], "big")
+        at += 2 + max(length, 2)
+    return 0, 0
+
+
+def pdf_pages(data: str) -> int:
+    """Pages of a PDF in base64, by its page objects; at least one."""
+    try:
+        return max(
+            1, len(re.findall(rb"/Type\s*/Page(?!s)", base64.b64decode(data + "=" * (-len(data) % 4))))
+        )
+    except ValueError:
+        return 1
+
+
+def count_request_body(body: Json) -> Json:
+    """A request for an upstream's count_tokens: without what that endpoint refuses."""
+    kept = ("model", "messages", "system", "tools", "tool_choice", "thinking")
+    out = {k: body[k] for k in kept if k in body}
+    if "tools" in out:
+        out["tools"] = client_tools(body)
+    return out
+
+
+# Vocabularies: files that tiktoken would fetch by itself, without a time limit, inside a lock. ccmux never lets it: a
+# file is looked for, its hash is checked, and it is loaded in a thread; until then counts are estimates.
+
+VOCABULARIES = {  # encoding: (file name as tiktoken caches it, the sha1 of its URL; sha256)
+    "o200k_base": (
+        "fb374d419588a4632f3f557e76b4b70aebbca790",
+        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+    ),
+    "cl100k_base": (
+        "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
+        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    ),
+}
+VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/encodings"
+
+
+def vocabulary_folders() -> list[Path]:
+    named = [os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
+    return [*(Path(folder) for folder in named if folder), ccmux_home() / "tiktoken"]
+
+
+def find_vocabulary(name: str) -> Path | None:
+    """The vocabulary's file with the right hash; None where there is none."""
+    file_name, sha256 = VOCABULARIES[name]
+    for folder in vocabulary_folders():
+        path = folder / file_name
+        try:
+            if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+                return path
+        except OSError:
+            continue
+    return None
+
+
+def load_encoding(name: str) -> Encoding | None:
+    """The encoding from its file, never from the network: 0.25 s and 84 MB for o200k."""
+    path = find_vocabulary(name)
+    if path is None:
+        return None
+    import importlib
+
+    definitions: Any = importlib.import_module("tiktoken_ext.openai_public")
+
+    ranks = {}
+    for line in path.read_bytes().splitlines():
+        token, _, rank = line.partition(b" ")
+        ranks[base64.b64decode(token)] = int(rank)
+    original = definitions.load_tiktoken_bpe
+    definitions.load_tiktoken_bpe = lambda *args, **kwargs: ranks
+    try:
+        made: Encoding = tiktoken.Encoding(**getattr(definitions, name)())
+    finally:
+        definitions.load_tiktoken_bpe = original
+    return made
+
+
+class Vocabulary:
+    """Hands encodings to the counter: what is loaded at once, the rest while a thread loads it."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Encoding | None] = {}
+        self.loading: set[str] = set()
+        self.lock = threading.Lock()
+
+    def get(self, name: str) -> Encoding | None:
+        """The encoding where it is loaded; else None, and a thread sets out to load it."""
+        if name in self.loaded:
+            return self.loaded[name]
+        with self.lock:
+            if name not in self.loading:
+                self.loading.add(name)
+                threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
+        return None
+
+    def load(self, name: str) -> Encoding | None:
+        """Loads an encoding now; for the command line, and for the thread."""
+        if name not in self.loaded:
+            self.loaded[name] = load_encoding(name)
+        return self.loaded[name]
+
+    def forget_missing(self) -> None:
+        """After a download: what was missing is looked for again."""
+        with self.lock:
+            for name in [n for n, encoding in self.loaded.items() if encoding is None]:
+                del self.loaded[name]
+                self.loading.discard(name)
+
+    def missing(self) -> list[str]:
+        return [name for name, encoding in self.loaded.items() if encoding is None]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Store (SQLite)
 # ----------------------------------------------------------------------------------------------------------
-LOCAL_USER = "local"
+# Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers keep, in one
+# SQLite file that the server and the command line share. One thread writes; whatever waits is committed together.
+
+LOCAL_USER = "local"  # the user of everyone who needs no key
+USER_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+
+MIGRATIONS = (
+    """
+    create table users (
+        id integer primary key, name text not null unique, note text not null default '', created text not null,
+        balance_microusd integer not null default 0, held_microusd integer not null default 0,
+        day_microusd integer, week_microusd integer, month_microusd integer, disabled integer not null default 0
+    ) strict;
+    create table keys (hash blob primary key, user_id integer not null references users) strict, without rowid;
+    create table ledger (
+        id integer primary key, time text not null, user_id integer not null references users,
+        kind text not null check (kind in ('topup', 'charge', 'refund', 'adjust', 'interrupted')),
+        amount_microusd integer not null, balance_microusd integer not null,
+        request_id text not null default '', note text not null default '', key text not null unique
+    ) strict;
+    create index ledger_by_user on ledger (user_id, id);
+    create table spent (
+        user_id integer not null references users, day text not null, microusd integer not null,
+        primary key (user_id, day)
+    ) strict, without rowid;
+    create table holds (
+        id integer primary key, user_id integer not null references users, amount_microusd integer not null,
+        floor_microusd integer not null default 0, request_id text not null unique, time text not null
+    ) strict;
+    create index holds_by_user on holds (user_id);
+    create table requests (
+        id integer primary key, time text not null, request_id text not null unique, user text not null,
+        session text not null, agent text not null, asked text not null, route text not null, provider text not null,
+        model text not null, stream integer not null, status integer not null, error text not null,
+        attempts integer not null, input_tokens integer not null, output_tokens integer not null,
+        cache_read_tokens integer not null, cache_write_tokens integer not null, cache_write_1h_tokens integer not null,
+        estimated integer not null, cost_microusd integer, markup_microusd integer, charge_microusd integer not null,
+        first_token_ms integer, duration_ms integer not null, stop_reason text not null,
+        price text not null, trail text not null
+    ) strict;
+    create index requests_by_user on requests (user, id);
+    create index requests_by_time on requests (time);
+    create table calibration (
+        provider text not null, model text not null, factor real not null, samples integer not null,
+        primary key (provider, model)
+    ) strict, without rowid;
+    create trigger ledger_in after insert on ledger begin
+        update users set balance_microusd = balance_microusd + new.amount_microusd where id = new.user_id;
+    end;
+    create trigger ledger_spent after insert on ledger when new.kind in ('charge', 'refund', 'interrupted') begin
+        insert into spent values (new.user_id, substr(new.time, 1, 10), -new.amount_microusd)
+            on conflict do update set microusd = microusd + excluded.microusd;
+    end;
+    create trigger ledger_fixed before update on ledger begin select raise(abort, 'the ledger is append-only'); end;
+    create trigger ledger_kept before delete on ledger begin select raise(abort, 'the ledger is append-only'); end;
+    create trigger holds_in after insert on holds begin
+        update users set held_microusd = held_microusd + new.amount_microusd where id = new.user_id;
+    end;
+    create trigger holds_out after delete on holds begin
+        update users set held_microusd = held_microusd - old.amount_microusd where id = old.user_id;
+    end;
+    create trigger holds_fixed before update of user_id, amount_microusd on holds
+        begin select raise(abort, 'a hold keeps its amount'); end;
+    """,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class User:
+    """Micro-dollars; a budget of None is none."""
+
     id: int
     name: str
-    disabled: bool = False
+    balance: int
+    held: int
+    day_budget: int | None
+    week_budget: int | None
+    month_budget: int | None
+    disabled: bool
+    created: str
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -4150,6 +4818,8 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
+    """One client request as the request log keeps it: all that explains its charge. cost None: no known price."""
+
     request_id: str
     user: str
     session: str
@@ -4173,35 +4843,705 @@ class Settlement:
     trail: list[list[str]]
 
 
-def settlement_row(done: Settlement) -> Json:
-    return dataclasses.asdict(done)
+USAGE_COLUMNS = (
+    "time", "request_id", "user", "session", "agent", "asked", "route", "provider", "model", "stream", "status",
+    "error", "attempts", "input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens",
+    "cache_write_1h_tokens", "estimated", "cost_microusd", "markup_microusd", "charge_microusd", "first_token_ms",
+    "duration_ms", "stop_reason",
+)  # fmt: skip
+REQUEST_COLUMNS = (*USAGE_COLUMNS, "price", "trail")
+TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
+
+
+def settlement_row(done: Settlement, time: str = "") -> Json:
+    """A settlement as the row of the request log, in the column names of DESIGN's usage row."""
+    usage = done.usage
+    return {
+        "time": time or iso(datetime.now(UTC)), "request_id": done.request_id, "user": done.user,
+        "session": done.session, "agent": done.agent, "asked": done.asked, "route": done.route,
+        "provider": done.provider, "model": done.model, "stream": int(done.stream), "status": done.status,
+        "error": done.error, "attempts": done.attempts, "input_tokens": usage.input, "output_tokens": usage.output,
+        "cache_read_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write,
+        "cache_write_1h_tokens": usage.cache_write_1h, "estimated": int(usage.estimated), "cost_microusd": done.cost,
+        "markup_microusd": done.markup, "charge_microusd": done.charge, "first_token_ms": done.first_token_ms,
+        "duration_ms": done.duration_ms, "stop_reason": done.stop_reason, "price": json.dumps(done.price),
+        "trail": json.dumps(done.trail),
+    }  # fmt: skip
+
+
+def iso(moment: datetime) -> str:
+    """ISO 8601 in UTC with milliseconds and Z."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03}Z"
+
+
+def key_hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+@dataclass(slots=True)
+class Write:
+    """One operation on its way to the writer thread."""
+
+    run: Callable[[sqlite3.Connection], Any]
+    future: asyncio.Future[Any] | None = None
+    keep: bool = False  # tried again until it can be written
+    result: Any = None
+    error: BaseException | None = None
 
 
 class Store:
-    def __init__(self, path: str) -> None: ...
-    def open_server(self) -> None: ...
-    def close(self) -> None: ...
-    def authenticate(self, key: str) -> User | None:
-        return None
+    """The ledger, the users and the request log. Reads on the caller's thread, writes on one of its own."""
 
-    def local_user(self) -> User:
-        return User(1, LOCAL_USER)
+    def __init__(
+        self, path: str, *, max_page_count: int = 0, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        """Opens and migrates the database (made with mode 0600); ConfigError in one line where that fails."""
+        self.path, self.now = path, now
+        self.lock_file: typing.IO[str] | None = None
+        self.thread: threading.Thread | None = None
+        self.queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
+        try:
+            if path != ":memory:" and not os.path.exists(path):
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            self.db = self.connect()
+            self.migrate()
+            if max_page_count:
+                self.db.execute(f"pragma max_page_count = {int(max_page_count)}")
+            self.reader = self.connect() if path != ":memory:" else self.db
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
+
+    def connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        db.execute("pragma journal_mode = wal")
+        db.execute("pragma synchronous = full")
+        db.execute("pragma foreign_keys = on")
+        return db
+
+    def migrate(self) -> None:
+        version = self.db.execute("pragma user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise ConfigError(f"database {self.path} was written by a newer ccmux; use that one")
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            self.db.executescript(f"begin immediate; {script}; pragma user_version = {number}; commit;")
+
+    # The server's side: one writer, and what a crash left behind.
+
+    def open_server(self) -> None:
+        """Takes the lock of the one server, settles what a crash left, starts the writer."""
+        if self.path != ":memory:":
+            self.lock_file = lock(self.path + ".lock")
+        self.recover()
+        self.thread = threading.Thread(target=self.write_forever, name="ccmux-store", daemon=True)
+        self.thread.start()
+
+    def recover(self) -> None:
+        """Each hold that a dead server left becomes an `interrupted` entry for its floor."""
+        with self.transaction():
+            for hold in self.db.execute(
+                "select h.*, u.name from holds h join users u on u.id = h.user_id"
+            ).fetchall():
+                floor = hold["floor_microusd"]
+                done = Settlement(
+                    request_id=hold["request_id"], user=hold["name"], session="", agent="", asked="", route="",
+                    provider="", model="", stream=False, status=499, error="interrupted", attempts=0,
+                    usage=Usage(estimated=True), cost=None, markup=None, charge=floor, price=None,
+                    first_token_ms=None, duration_ms=0, stop_reason="", trail=[],
+                )  # fmt: skip
+                self.write_settlement(self.db, hold["id"], done, "interrupted")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        self.db.execute("begin immediate")
+        try:
+            yield
+        except BaseException:
+            if self.db.in_transaction:
+                self.db.execute("rollback")
+            raise
+        self.db.execute("commit")
+
+    def write_forever(self) -> None:
+        """The writer thread: takes all that waits, commits it as one, then tells those who wait for it."""
+        kept: list[Write] = []
+        while True:
+            try:
+                first = self.queue.get(timeout=0.5 if kept else None)
+            except queue.Empty:
+                kept = self.write_each(kept)
+                continue
+            batch, open_end = self.take_waiting(first)
+            kept = self.write_each(kept) if kept else kept
+            kept += self.write_batch(batch)
+            if not open_end:
+                self.write_each(kept)
+                return
+
+    def take_waiting(self, first: Write | None) -> tuple[list[Write], bool]:
+        """What is on the queue; and whether more may come (None is the last word)."""
+        batch: list[Write] = []
+        item = first
+        while item is not None:
+            batch.append(item)
+            if len(batch) == 512:
+                return batch, True
+            try:
+                item = self.queue.get_nowait()
+            except queue.Empty:
+                return batch, True
+        return batch, False
+
+    def write_batch(self, batch: list[Write]) -> list[Write]:
+        """Writes a batch in one transaction, or, where that fails, one by one. Returns what must be tried again."""
+        try:
+            with self.transaction():
+                for write in batch:
+                    self.attempt(write)
+        except sqlite3.Error:
+            return self.write_each(batch)
+        tell(batch)
+        return []
+
+    def attempt(self, write: Write) -> None:
+        """One operation inside the batch's transaction: refused on its own, without undoing the others."""
+        self.db.execute("savepoint one")
+        try:
+            write.result, write.error = write.run(self.db), None
+        except (ApiError, sqlite3.IntegrityError) as error:
+            write.error = error
+            self.db.execute("rollback to one")
+        self.db.execute("release one")
+
+    def write_each(self, batch: list[Write]) -> list[Write]:
+        """Writes operations one by one; returns those that cannot be written now and must not be lost."""
+        kept = []
+        for write in batch:
+            try:
+                with self.transaction():
+                    write.result, write.error = write.run(self.db), None
+            except (ApiError, sqlite3.Error) as error:
+                write.error = error
+                if write.keep and not isinstance(error, sqlite3.IntegrityError):
+                    kept.append(write)
+                    continue
+            tell([write])
+        return kept
+
+    def put(self, run: Callable[[sqlite3.Connection], Any], keep: bool = False) -> asyncio.Future[Any]:
+        """Queues an operation; the future resolves when it is durable."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.queue.put(Write(run, future, keep))
+        return future
+
+    def do(self, run: Callable[[sqlite3.Connection], Any]) -> Any:
+        """An operation of the command line or the admin page: done when this returns."""
+        if self.thread is None:
+            with self.transaction():
+                return run(self.db)
+        done = threading.Event()
+        write = Write(lambda db: run(db))
+        write.future = typing.cast("asyncio.Future[Any]", Waiter(done))
+        self.queue.put(write)
+        done.wait()
+        if write.error:
+            raise write.error
+        return write.result
+
+    def close(self, timeout: float = 10) -> None:
+        """Writes what waits, checkpoints, gives the lock back."""
+        if self.thread:
+            self.queue.put(None)
+            self.thread.join(timeout)
+        with contextlib.suppress(sqlite3.Error):
+            self.db.execute("pragma wal_checkpoint(truncate)")
+        if self.reader is not self.db:
+            self.reader.close()
+        self.db.close()
+        if self.lock_file:
+            self.lock_file.close()
+
+    # Holds and settlements.
 
     async def hold(
         self, user_id: int, request_id: str, amount: int, *, enforce: bool, max_concurrent: int
     ) -> Hold:
-        return Hold(1, user_id, amount, request_id)
+        """Sets credit aside for a request. ApiError 402 without funds, 429 for a budget or too many at once."""
 
-    def answered(self, hold: Hold, floor: int) -> None: ...
+        def run(db: sqlite3.Connection) -> Hold:
+            if enforce:
+                self.check_funds(db, user_id, amount, max_concurrent)
+            cursor = db.execute(
+                "insert into holds (user_id, amount_microusd, request_id, time) values (?, ?, ?, ?)",
+                (user_id, amount, request_id, iso(self.now())),
+            )
+            return Hold(int(cursor.lastrowid or 0), user_id, amount, request_id)
+
+        try:
+            hold: Hold = await self.put(run)
+        except sqlite3.Error as error:
+            log.error("a hold could not be written: %s", error)
+            text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
+            raise ApiError(529, text, retry_after=30, cause="store") from None
+        return hold
+
+    def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
+        row = db.execute("select * from users where id = ?", (user_id,)).fetchone()
+        free = row["balance_microusd"] - row["held_microusd"]
+        if free < amount or free <= 0:
+            text = (
+                f"credits used up: {money(free)} are free and this request may cost {money(amount)}. "
+                "Ask whoever runs this ccmux for credit, or ask for a cheaper model"
+            )
+            raise ApiError(402, text, should_retry=False, cause="no_credit")
+        today = self.now().astimezone(UTC)
+        for name, start, end in periods(today):
+            budget = row[f"{name}_microusd"]
+            if budget is not None and (spent := spent_since(db, user_id, start)) >= budget:
+                text = (
+                    f"the {name}'s budget of {money(budget)} is used up ({money(spent)} spent). "
+                    f"It resets at {end:%Y-%m-%d %H:%M} UTC; ask whoever runs this ccmux to raise it"
+                )
+                wait = (end - today).total_seconds()
+                raise ApiError(
+                    429, text, type="billing_error", retry_after=wait, should_retry=False, cause="budget"
+                )
+        busy = db.execute("select count(*) from holds where user_id = ?", (user_id,)).fetchone()[0]
+        if busy >= max_concurrent:
+            raise ApiError(
+                429,
+                f"{busy} requests at once are the limit; wait for one to end",
+                retry_after=1,
+                cause="busy",
+            )
+
+    def answered(self, hold: Hold, floor: int) -> None:
+        """The upstream has begun to answer: from now on a crash charges `floor`."""
+        self.queue.put(
+            Write(lambda db: db.execute("update holds set floor_microusd = ? where id = ?", (floor, hold.id)))
+        )
+
     def settle(self, hold: Hold | None, done: Settlement) -> asyncio.Future[None]:
-        future = asyncio.get_running_loop().create_future()
-        future.set_result(None)
-        return future
+        """Queues the one settlement of a request, without waiting. It is kept until it can be written."""
+        hold_id = hold.id if hold else None
+        moment = iso(self.now())
+        return self.put(lambda db: self.write_settlement(db, hold_id, done, "charge", moment), keep=True)
 
-    def load_calibration(self) -> list[Any]:
-        return []
+    def write_settlement(
+        self, db: sqlite3.Connection, hold_id: int | None, done: Settlement, kind: str, moment: str = ""
+    ) -> None:
+        """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
+        moment = moment or iso(self.now())
+        db.execute("delete from holds where id = ?", (hold_id,))
+        if done.charge or kind == "interrupted":
+            enter(
+                db,
+                done.user,
+                kind,
+                -done.charge,
+                moment,
+                f"request:{done.request_id}",
+                request_id=done.request_id,
+            )
+        row = settlement_row(done, moment)
+        marks = ", ".join(f":{name}" for name in REQUEST_COLUMNS)
+        db.execute(
+            f"insert or ignore into requests ({', '.join(REQUEST_COLUMNS)}) values ({marks})",  # noqa: S608
+            row,
+        )
 
-    def save_calibration(self, rows: list[Any]) -> None: ...
+    # Users.
+
+    def authenticate(self, key: str) -> User | None:
+        """The user a key belongs to. Looked up by hash, so no time tells how much of a key was right."""
+        row = self.reader.execute(
+            "select u.* from keys k join users u on u.id = k.user_id where k.hash = ?", (key_hash(key),)
+        ).fetchone()
+        return user_of(row) if row else None
+
+    def local_user(self) -> User:
+        """The user of those who need no key, made at first use."""
+        return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+
+    def make_user(
+        self, db: sqlite3.Connection, name: str, budgets: Mapping[str, int | None], note: str
+    ) -> User:
+        columns = ("day_microusd", "week_microusd", "month_microusd")
+        values = [budgets.get(column) for column in columns]
+        db.execute(
+            "insert into users (name, note, created, day_microusd, week_microusd, month_microusd) values (?, ?, ?, ?, ?, ?) "
+            "on conflict (name) do nothing",
+            (name, note, iso(self.now()), *values),
+        )
+        return user_of(db.execute("select * from users where name = ?", (name,)).fetchone())
+
+    def add_user(
+        self, name: str, credit: int = 0, budgets: Mapping[str, int | None] | None = None, note: str = ""
+    ) -> tuple[User, str]:
+        """A new user and the key, which is not kept; ConfigError for a bad or taken name."""
+        if not USER_NAME.fullmatch(name) or name == LOCAL_USER:
+            raise ConfigError(
+                f"user name {name!r}: use 1 to 64 letters, digits or . _ @ - (and not {LOCAL_USER!r})"
+            )
+        if self.user(name):
+            raise ConfigError(f"user {name!r} is there already")
+        key = new_key()
+
+        def run(db: sqlite3.Connection) -> None:
+            user = self.make_user(db, name, budgets or {}, note)
+            db.execute("insert into keys values (?, ?)", (key_hash(key), user.id))
+            if credit:
+                enter(
+                    db,
+                    name,
+                    "topup",
+                    credit,
+                    iso(self.now()),
+                    f"start:{name}:{secrets.token_hex(8)}",
+                    note="first credit",
+                )
+
+        self.do(run)
+        return self.known(name), key
+
+    def rotate_key(self, name: str) -> str:
+        """A new key for a user; the old one stops working."""
+        user, key = self.known(name), new_key()
+
+        def run(db: sqlite3.Connection) -> None:
+            db.execute("delete from keys where user_id = ?", (user.id,))
+            db.execute("insert into keys values (?, ?)", (key_hash(key), user.id))
+
+        self.do(run)
+        return key
+
+    def set_budgets(self, name: str, budgets: Mapping[str, int | None]) -> User:
+        """Budgets by column (day_microusd, week_microusd, month_microusd); what is not named stays."""
+        user = self.known(name)
+
+        def run(db: sqlite3.Connection) -> None:
+            for column in budgets.keys() & {"day_microusd", "week_microusd", "month_microusd"}:
+                db.execute(f"update users set {column} = ? where id = ?", (budgets[column], user.id))  # noqa: S608
+
+        self.do(run)
+        return self.known(name)
+
+    def set_disabled(self, name: str, disabled: bool) -> User:
+        user = self.known(name)
+        self.do(lambda db: db.execute("update users set disabled = ? where id = ?", (int(disabled), user.id)))
+        return self.known(name)
+
+    def credit(self, name: str, amount: int, note: str = "", key: str = "") -> User:
+        """Adds credit, or takes it back where negative. The same key twice is one entry."""
+        self.known(name)
+        kind = "topup" if amount >= 0 else "adjust"
+        once = f"credit:{name}:{key or secrets.token_hex(16)}"
+        self.do(lambda db: enter(db, name, kind, amount, iso(self.now()), once, note=note))
+        return self.known(name)
+
+    def user(self, name: str) -> User | None:
+        row = self.reader.execute("select * from users where name = ?", (name,)).fetchone()
+        return user_of(row) if row else None
+
+    def known(self, name: str) -> User:
+        """The user of that name; ConfigError naming the nearest where there is none."""
+        user = self.user(name)
+        if user is None:
+            raise ConfigError(f"no user {name!r}: {known_names(name, [u.name for u in self.users()])}")
+        return user
+
+    def users(self) -> list[User]:
+        return [user_of(row) for row in self.reader.execute("select * from users order by name")]
+
+    def user_json(self, user: User) -> Json:
+        """The user shape of the JSON endpoints."""
+        today = self.now().astimezone(UTC)
+        starts = {name: start for name, start, _ in periods(today)}
+        return {
+            "name": user.name, "balance_microusd": user.balance, "held_microusd": user.held,
+            "spent_today_microusd": spent_since(self.reader, user.id, starts["day"]),
+            "spent_month_microusd": spent_since(self.reader, user.id, starts["month"]),
+            "budgets": {
+                "day_microusd": user.day_budget, "week_microusd": user.week_budget, "month_microusd": user.month_budget,
+            },
+            "disabled": user.disabled, "created": user.created, "note": user.note,
+        }  # fmt: skip
+
+    def budget_headers(self, user: User) -> dict[str, str]:
+        """`anthropic-ratelimit-unified-*` for users with a budget, so that Claude Code can show how much is left."""
+        today = self.now().astimezone(UTC)
+        budgets = {"day": user.day_budget, "week": user.week_budget, "month": user.month_budget}
+        used = [
+            (spent_since(self.reader, user.id, start) / max(budget, 1), end)
+            for name, start, end in periods(today)
+            if (budget := budgets[name]) is not None
+        ]
+        if not used:
+            return {}
+        share, end = max(used, key=lambda pair: pair[0])
+        status = "rejected" if share >= 1 else "allowed_warning" if share >= 0.8 else "allowed"
+        prefix = "anthropic-ratelimit-unified"
+        return {
+            f"{prefix}-status": status,
+            f"{prefix}-reset": str(int(end.timestamp())),
+            f"{prefix}-utilization": f"{min(share, 1):.4f}",
+        }
+
+    # Lists, reports, exports.
+
+    def transactions(self, name: str, limit: int = 50, before: int = 0) -> list[Json]:
+        """Ledger rows of a user, newest first; `before` is an id."""
+        rows = self.reader.execute(
+            "select l.* from ledger l join users u on u.id = l.user_id "
+            "where u.name = ? and (? = 0 or l.id < ?) order by l.id desc limit ?",
+            (name, before, before, limit),
+        )
+        columns = ("id", "time", "kind", "amount_microusd", "balance_microusd", "request_id", "note")
+        return [{c: row[c] for c in columns} for row in rows]
+
+    def requests(self, name: str | None = None, limit: int = 50, before: int = 0) -> list[Json]:
+        """Rows of the request log, newest first, of one user or of all; with id, price and trail."""
+        rows = self.reader.execute(
+            "select * from requests where (? is null or user = ?) and (? = 0 or id < ?) order by id desc limit ?",
+            (name, name, before, before, limit),
+        )
+        return [
+            {
+                **usage_row(row),
+                "id": row["id"],
+                "price": json.loads(row["price"]),
+                "trail": json.loads(row["trail"]),
+            }
+            for row in rows
+        ]
+
+    def report(self, by: str, since: str = "", until: str = "", user: str | None = None) -> list[Json]:
+        """What requests cost, grouped by user, model, provider, day, month, session or agent; micro-dollars.
+
+        `unpriced` counts the requests without a known price; their cost is not in the sums. since <= time < until.
+        """
+        if by not in REPORT_KEYS:
+            raise ConfigError(f"report by {by!r}: {known_names(by, REPORT_KEYS)}")
+        sums = ", ".join(f"sum({c}) as {c}" for c in (*TOKEN_COLUMNS, "charge_microusd"))
+        rows = self.reader.execute(
+            f"select {REPORT_KEYS[by]} as key, count(*) as requests, {sums}, "  # noqa: S608
+            "coalesce(sum(cost_microusd), 0) as cost_microusd, coalesce(sum(markup_microusd), 0) as markup_microusd, "
+            "sum(cost_microusd is null) as unpriced, sum(estimated) as estimated, "
+            "cast(avg(first_token_ms) as integer) as first_token_ms, sum(duration_ms) as duration_ms "
+            "from requests where (? = '' or time >= ?) and (? = '' or time < ?) and (? is null or user = ?) "
+            "group by key order by "
+            + ("key" if by in ("day", "month") else "charge_microusd desc, requests desc"),
+            (since, since, until, until, user, user),
+        )
+        return [dict(row) for row in rows]
+
+    def repriced(
+        self, by: str, since: str, until: str, price: Price, markup_percent: Decimal
+    ) -> dict[str, int]:
+        """What the same requests would have cost on a model of that price: charge by report key, micro-dollars."""
+        columns = ", ".join(TOKEN_COLUMNS)
+        rows = self.reader.execute(
+            f"select {REPORT_KEYS[by]} as key, {columns} from requests "  # noqa: S608
+            "where (? = '' or time >= ?) and (? = '' or time < ?)",
+            (since, since, until, until),
+        )
+        out: dict[str, int] = {}
+        for row in rows:
+            usage = Usage(*(row[c] for c in TOKEN_COLUMNS))
+            out[row["key"]] = out.get(row["key"], 0) + charge_of(usage, price, markup_percent).charge
+        return out
+
+    def export(self, since: str = "", until: str = "", user: str | None = None) -> Iterator[Json]:
+        """Usage rows, oldest first."""
+        rows = self.reader.execute(
+            "select * from requests where (? = '' or time >= ?) and (? = '' or time < ?) "
+            "and (? is null or user = ?) order by id",
+            (since, since, until, until, user, user),
+        )
+        return map(usage_row, rows)
+
+    # Soundness.
+
+    def sums_problem(self) -> str:
+        """Which sum is not what its rows say; "" where all are sound."""
+        checks = {
+            "balance": "select name from users u where balance_microusd != "
+            "(select coalesce(sum(amount_microusd), 0) from ledger where user_id = u.id)",
+            "held": "select name from users u where held_microusd != "
+            "(select coalesce(sum(amount_microusd), 0) from holds where user_id = u.id)",
+            "spent": "select u.name from spent s join users u on u.id = s.user_id where s.microusd != "
+            "(select coalesce(-sum(amount_microusd), 0) from ledger where user_id = s.user_id "
+            "and kind in ('charge', 'refund', 'interrupted') and substr(time, 1, 10) = s.day)",
+        }
+
+        def wrong(db: sqlite3.Connection) -> list[tuple[str, str]]:
+            return [(what, row[0]) for what, sql in checks.items() for row in db.execute(sql)]
+
+        if self.reader is self.db:
+            found = self.do(wrong)
+        else:
+            self.reader.execute("begin")  # one snapshot for all sums
+            try:
+                found = wrong(self.reader)
+            finally:
+                self.reader.execute("commit")
+        return "; ".join(f"{what} of user {name} differs from its rows" for what, name in found)
+
+    def backup(self, path: str) -> None:
+        """A consistent copy while the server runs; mode 0600."""
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600))
+        with contextlib.closing(sqlite3.connect(path)) as copy:
+            self.reader.backup(copy)
+            verdict = copy.execute("pragma integrity_check").fetchone()[0]
+        if verdict != "ok":
+            raise ConfigError(f"the backup {path} is not sound: {verdict}")
+
+    def load_calibration(self) -> list[tuple[str, str, float, int]]:
+        rows = self.reader.execute("select provider, model, factor, samples from calibration")
+        return [tuple(row) for row in rows]
+
+    def save_calibration(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
+        given = list(rows)
+        self.do(lambda db: db.executemany("insert or replace into calibration values (?, ?, ?, ?)", given))
+
+
+REPORT_KEYS = {
+    "user": "user", "model": "model", "provider": "provider", "session": "session", "agent": "agent",
+    "day": "substr(time, 1, 10)", "month": "substr(time, 1, 7)",
+}  # fmt: skip
+
+
+class Waiter:
+    """The part of a future that a thread waits on instead of a loop."""
+
+    def __init__(self, done: threading.Event) -> None:
+        self.event = done
+
+
+def tell(batch: list[Write]) -> None:
+    """Resolves the futures of written operations: one call into the loop for all of a loop's."""
+    loops: dict[asyncio.AbstractEventLoop, list[Write]] = {}
+    for write in batch:
+        if isinstance(write.future, Waiter):
+            write.future.event.set()
+        elif write.future is not None:
+            loops.setdefault(write.future.get_loop(), []).append(write)
+    for loop, writes in loops.items():
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+            loop.call_soon_threadsafe(resolve_all, writes)
+
+
+def resolve_all(writes: list[Write]) -> None:
+    for write in writes:
+        assert write.future is not None
+        if write.future.done():
+            continue
+        if write.error:
+            write.future.set_exception(write.error)
+            write.future.exception()  # settlements are often waited for by nobody
+        else:
+            write.future.set_result(write.result)
+
+
+def enter(
+    db: sqlite3.Connection,
+    name: str,
+    kind: str,
+    amount: int,
+    moment: str,
+    key: str,
+    request_id: str = "",
+    note: str = "",
+) -> None:
+    """One ledger entry; the same key again changes nothing."""
+    db.execute(
+        "insert into ledger (time, user_id, kind, amount_microusd, balance_microusd, request_id, note, key) "
+        "select ?, id, ?, ?, balance_microusd + ?, ?, ?, ? from users where name = ? on conflict (key) do nothing",
+        (moment, kind, amount, amount, request_id, note, key, name),
+    )
+
+
+def lock(path: str) -> typing.IO[str]:
+    """An exclusive lock that ends with the process; ConfigError naming the pid that has it."""
+    file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR, 0o600), "r+")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = file.read().strip()
+        file.close()
+        raise ConfigError(
+            f"database {path.removesuffix('.lock')} is in use by ccmux with pid {owner}"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def new_key() -> str:
+    """A user's key: 192 random bits. Only its hash is kept."""
+    return f"ccmux-{secrets.token_urlsafe(24)}"
+
+
+def user_of(row: sqlite3.Row) -> User:
+    return User(
+        row["id"], row["name"], row["balance_microusd"], row["held_microusd"], row["day_microusd"],
+        row["week_microusd"], row["month_microusd"], bool(row["disabled"]), row["created"], row["note"],
+    )  # fmt: skip
+
+
+def usage_row(row: sqlite3.Row) -> Json:
+    flags = {name: bool(row[name]) for name in ("stream", "estimated")}
+    return {**{name: row[name] for name in USAGE_COLUMNS}, **flags}
+
+
+def periods(now: datetime) -> list[tuple[str, datetime, datetime]]:
+    """(name, start, end) of the day, the week from Monday and the month that a UTC moment is in."""
+    day = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    week, month = day - timedelta(days=day.weekday()), day.replace(day=1)
+    next_month = (month + timedelta(days=32)).replace(day=1)
+    return [
+        ("day", day, day + timedelta(days=1)), ("week", week, week + timedelta(days=7)), ("month", month, next_month),
+    ]  # fmt: skip
+
+
+def spent_since(db: sqlite3.Connection, user_id: int, start: datetime) -> int:
+    row = db.execute(
+        "select coalesce(sum(microusd), 0) from spent where user_id = ? and day >= ?",
+        (user_id, f"{start:%Y-%m-%d}"),
+    ).fetchone()
+    return int(row[0])
+
+
+def money(microdollars: int) -> str:
+    """Micro-dollars for a person."""
+    sign, whole = ("-" if microdollars < 0 else ""), abs(microdollars)
+    return f"{sign}${whole // 10**6}.{whole % 10**6:06}".rstrip("0").ljust(
+        len(sign) + len(str(whole // 10**6)) + 4, "0"
+    )
+
+
+def csv_text(rows: Iterable[Json], columns: Iterable[str]) -> str:
+    """Rows as CSV. Texts that a spreadsheet would take for a formula get a leading apostrophe."""
+    names = list(columns)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([csv_cell(row.get(name)) for name in names] for row in rows)
+    return out.getvalue()
+
+
+def csv_cell(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return "" if value is None else value
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4336,12 +5676,12 @@ class Reader(typing.Protocol):
     def output_text(self) -> str: ...
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client's connection broke while something was written to it; nobody's fault."""
 
 
 class Sink(typing.Protocol):
-    """Where an answer goes; ClientGone when nobody is there any more.
+    """Where an answer goes; ClientGoneError when nobody is there any more.
 
     `begin` sends the head of a 200; a sink that does not stream ignores both until the end.
     """
@@ -4717,10 +6057,11 @@ class Relay:
         error.retry_after = retry_after(response.headers)
         should = response.headers.get("x-should-retry", "").lower()
         error.should_retry = {"true": True, "false": False}.get(should)
-        if dialect.request is None and call.format == "anthropic" and isinstance(payload, dict):
+        if dialect.request is None and call.format == "anthropic":
             error.headers = answer_headers(response.headers, dialect)
-            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(error_words(payload))
-            error.raw = text.encode() if keeps_words else b""
+            words = error_words(payload) if isinstance(payload, dict) else ""
+            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(words)
+            error.raw = text.encode() if words and keeps_words and error.status == response.status else b""
         return error
 
     def overdue(self, watch: Watch, slot: Slot) -> ApiError:
@@ -5238,6 +6579,7 @@ class State:
     relay: Relay
     counter: TokenCounter
     metrics: Metrics
+    vocabulary: Vocabulary
     admin_token: str = field(default="", repr=False)
     config_error: str = ""  # why the file on disk is not the config in use
     draining: bool = False
@@ -5263,9 +6605,6 @@ def request_key() -> web.RequestKey[str]:
 
 def state_of(request: web.Request) -> State:
     return request.app[state_key()]
-
-
-log = logging.getLogger("ccmux")
 
 
 def one_line(value: Any) -> str:
@@ -5527,6 +6866,9 @@ def session_of(body: Json, headers: Mapping[str, str]) -> str:
         return given.partition("session_")[2][:128]
 
 
+CLIENT_BUFFER = 2**18  # bytes; the kernel's own buffer grows to 4 MB for a client that does not read
+
+
 class StreamSink:
     """A streaming client. Its 200 goes out with the first bytes, or with the first ping."""
 
@@ -5547,7 +6889,9 @@ class StreamSink:
         try:
             await self.response.prepare(self.request)
         except ConnectionError:
-            raise ClientGone from None
+            raise ClientGoneError from None
+        if self.request.transport and (client := self.request.transport.get_extra_info("socket")):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CLIENT_BUFFER)
 
     async def write(self, data: bytes) -> None:
         if not data:
@@ -5556,14 +6900,14 @@ class StreamSink:
         try:
             await self.response.write(data)
         except ConnectionError:
-            raise ClientGone from None
+            raise ClientGoneError from None
 
     async def ping_when_silent(self) -> None:
         """Keeps the client waiting. What is written elsewhere is whole events, so a ping always fits between."""
         while True:
             await asyncio.sleep(max(self.last + self.interval - time.monotonic(), 0.01))
             if time.monotonic() - self.last >= self.interval:
-                with contextlib.suppress(ClientGone):  # the exchange itself will notice
+                with contextlib.suppress(ClientGoneError):  # the exchange itself will notice
                     await self.begin({})
                     await self.write(PING)
 
@@ -5630,7 +6974,7 @@ class Exchange:
                 error.headers = {**self.headers(), **error.headers}
                 raise
             return await self.fail(sink, error)
-        except (ClientGone, ConnectionError):
+        except (ClientGoneError, ConnectionError):
             raise asyncio.CancelledError from None  # as if aiohttp had noticed first
         finally:
             sink.close()
@@ -5792,6 +7136,7 @@ class Exchange:
             "x-ccmux-model": header_text(target.actual_model),
             "x-ccmux-route": self.call.route.reason,
             "x-ccmux-attempts": str(self.call.tries),
+            **self.state.store.budget_headers(self.user),
         }
 
 
@@ -6010,9 +7355,11 @@ async def make_state(config: Config, store: Store, admin_token: str = "") -> Sta
     """A State with its upstream sessions; call inside a running loop, and `close_state` at the end."""
     metrics = Metrics()
     relay = Relay(upstream_session(), upstream_session(force_close=True), metrics)
-    counter = TokenCounter(load_vocabulary)
+    vocabulary = Vocabulary()
+    counter = TokenCounter(vocabulary.get)
     relay.count_output = counter.count_text
-    return State(config, store, relay, counter, metrics, admin_token or config.server.admin_token)
+    token = admin_token or config.server.admin_token
+    return State(config, store, relay, counter, metrics, vocabulary, token)
 
 
 async def close_state(state: State) -> None:
@@ -6257,11 +7604,54 @@ async def until_stopped(state: State, args: argparse.Namespace, server: asyncio.
         with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
             loop.add_signal_handler(number, stop_or_exit, stop, number)
     watcher = asyncio.create_task(watch_config(state, args))
+    vocabulary = asyncio.create_task(fetch_vocabularies(state))
     try:
         await stop.wait()
     finally:
         watcher.cancel()
+        vocabulary.cancel()
     await drain(state, server)
+
+
+async def fetch_vocabularies(state: State, url: str = VOCABULARY_URL) -> None:
+    """Downloads a vocabulary that a count has missed: once now, then hourly until it is there."""
+    warned = False
+    while True:
+        await asyncio.sleep(1)
+        for name in state.vocabulary.missing():
+            if not warned:
+                log.warning(
+                    "no tiktoken vocabulary %s here yet: token counts are estimates until it is downloaded",
+                    name,
+                )
+                warned = True
+            if await fetch_vocabulary(state.relay.session, f"{url}/{name}.tiktoken", name):
+                state.vocabulary.forget_missing()
+            else:
+                await asyncio.sleep(3600)
+
+
+async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) -> bool:
+    """One vocabulary file into ~/.ccmux/tiktoken, its hash checked; false where that fails within 10 s."""
+    file_name, sha256 = VOCABULARIES[name]
+    folder = ccmux_home() / "tiktoken"
+    try:
+        async with (
+            asyncio.timeout(10),
+            session.get(url, proxy=environment_proxy(url), allow_redirects=False) as answer,
+        ):
+            data = await answer.read()
+        if answer.status != 200 or hashlib.sha256(data).hexdigest() != sha256:
+            log.warning("the tiktoken vocabulary %s could not be downloaded: status %s", name, answer.status)
+            return False
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = folder / f"{file_name}.{os.getpid()}.part"
+        part.write_bytes(data)
+        part.replace(folder / file_name)
+    except UPSTREAM_FAULTS() as fault:
+        log.warning("the tiktoken vocabulary %s could not be downloaded: %s", name, type(fault).__name__)
+        return False
+    return True
 
 
 def stop_or_exit(stop: asyncio.Event, number: int) -> None:
@@ -6451,7 +7841,7 @@ def explain_command(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     raw = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
     try:
-        told = explain(config, strict_json(raw, args.file), {}, TokenCounter(load_vocabulary_now))
+        told = explain(config, strict_json(raw, args.file), {}, TokenCounter(Vocabulary().load))
     except ApiError as error:
         raise ConfigError(f"{args.file}: {error.message}") from None
     for reason, note in told["trail"]:

@@ -21,10 +21,9 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import ccmux
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ADMIN_TOKEN = "admin-token-of-the-tests-0123456789"  # noqa: S105
 # Dollars per million tokens are micro-dollars per token: 100 in and 50 out cost 200 at A, 500 at B.
