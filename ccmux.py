@@ -2813,10 +2813,11 @@ _REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|cod
 
 
 def responses_reasoning(body: Json, to: Upstream) -> Json:
-    """How much to think, and to tell of it unless the client turned thinking off."""
+    """How much to think, and to tell of it where the client thinks. OpenAI tells verified organisations only."""
     effort = wanted_effort(body, to.quirks.effort)
     out: Json = {"effort": effort} if effort else {}
-    if as_object(body.get("thinking")).get("type") in ("enabled", "adaptive"):
+    is_shown = as_object(body.get("thinking")).get("type") in ("enabled", "adaptive")
+    if is_shown and "reasoning.summary" not in to.skip:
         out["summary"] = "auto"
     return {"reasoning": out} if out else {}
 
