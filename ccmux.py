@@ -3429,7 +3429,7 @@ CHAT_MAX_TOKENS = 16384  # Messages needs a limit where Chat Completions does no
 
 
 def messages_request(body: Json) -> Json:
-    """A Chat Completions request as a streaming Messages request; ApiError 400 for what has no form there."""
+    """A Chat Completions request as a Messages request; ApiError 400 for what has no form there."""
     if not isinstance(body.get("messages"), list):
         raise ApiError(400, "messages: a list of messages is needed")
     if body.get("n") not in (None, 1):
@@ -3451,7 +3451,12 @@ def messages_request(body: Json) -> Json:
         **messages_thinking(body),
         **messages_tools(body),
     }
-    out = {"model": body.get("model"), "messages": messages, "max_tokens": limit, "stream": True}
+    out = {
+        "model": body.get("model"),
+        "messages": messages,
+        "max_tokens": limit,
+        "stream": body.get("stream") is True,
+    }
     return out | {k: v for k, v in optional.items() if v is not None}
 
 

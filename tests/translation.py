@@ -58,7 +58,7 @@ def decoded(data: bytes, cut: int) -> list[tuple[str, str]]:
 
 
 def check_cuts(make: Callable[[], Any], data: bytes) -> None:
-    """A stream cut at any byte is the same stream: every cut decodes alike, and every eighth is read through."""
+    """A stream cut at any byte is the same stream: all cuts decode alike, each eighth is read through."""
     whole, told = golden(*read(make(), data)), decoded(data, 0)
     for cut in range(len(data)):
         assert decoded(data, cut) == told
