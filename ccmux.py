@@ -2813,10 +2813,11 @@ _REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|cod
 
 
 def responses_reasoning(body: Json, to: Upstream) -> Json:
-    """How much to think, and to tell of it unless the client turned thinking off."""
+    """How much to think, and to tell of it where the client thinks. OpenAI tells verified organisations only."""
     effort = wanted_effort(body, to.quirks.effort)
     out: Json = {"effort": effort} if effort else {}
-    if as_object(body.get("thinking")).get("type") in ("enabled", "adaptive"):
+    is_shown = as_object(body.get("thinking")).get("type") in ("enabled", "adaptive")
+    if is_shown and "reasoning.summary" not in to.skip:
         out["summary"] = "auto"
     return {"reasoning": out} if out else {}
 
@@ -2940,8 +2941,8 @@ def responses_usage(usage: Any) -> Usage | None:
 class ResponsesStream:
     """Responses events -> Anthropic events. `names` maps upstream tool names back to the client's.
 
-    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished call
-    waits until the call is done, and is then taken whole from the event that ends its item.
+    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished
+    call waits until the call is done, and is then taken whole from the event that ends its item.
     """
 
     def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
@@ -3050,7 +3051,7 @@ class ResponsesStream:
             content = summary or [as_object(p) for p in as_list(item.get("content"))]
             self.out.thinking("\n\n".join(str(p.get("text") or "") for p in content))
         if encrypted := item.get("encrypted_content"):
-            # Without its id: with one, the server looks for the stored item, or for the ids it was paired with.
+            # Without its id: with one, the server looks for the stored item, or for the item it led to.
             texts = [{"type": "summary_text", "text": str(p.get("text") or "")} for p in summary]
             kept = {"type": "reasoning", "summary": texts, "encrypted_content": str(encrypted)}
             self.out.keep(self.kept(item=kept))
@@ -3243,7 +3244,7 @@ def gemini_contents(body: Json, to: Upstream) -> list[Json]:
 
 
 def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> list[Json]:
-    """Function responses in the order of their calls, then what moved out of them, then the rest of the turn."""
+    """Function responses in the order of their calls, what moved out of them, then the rest of the turn."""
     results = results_of(blocks)
     media = [m for id in calls for m in result_parts(results.get(id))[1]]
     skip = ("tool_result", "tool_use", "thinking", "redacted_thinking")
@@ -3332,7 +3333,7 @@ GEMINI_FAULTS = {  # no answer came; of a 502 another try may make one
 
 
 class GeminiStream:
-    """GenerateContent chunks -> Anthropic events. `names` maps upstream function names back to the client's."""
+    """GenerateContent chunks -> Anthropic events. `names` maps upstream tool names back to the client's."""
 
     def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
         self.out, self.names, self.to = out, names, to
@@ -3421,38 +3422,46 @@ class GeminiStream:
 # ----------------------------------------------------------------------------------------------------------
 # OpenAI-format clients (pure)
 # ----------------------------------------------------------------------------------------------------------
-# The other direction: a Chat Completions request becomes a Messages request, which any provider can serve, and the
-# Anthropic events of the answer become Chat Completions chunks.
+# The other direction: a Chat Completions request becomes a Messages request, which any provider can serve,
+# and the Anthropic events of the answer become Chat Completions chunks.
 
 CHAT_MAX_TOKENS = 16384  # Messages needs a limit where Chat Completions does not
 
 
 def messages_request(body: Json) -> Json:
-    """A Chat Completions request as a Messages request, always a streaming one; ApiError 400 for what has no form there."""
+    """A Chat Completions request as a Messages request; ApiError 400 for what has no form there."""
     if not isinstance(body.get("messages"), list):
         raise ApiError(400, "messages: a list of messages is needed")
     if body.get("n") not in (None, 1):
         raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
     system, messages = chat_conversation(messages_of(body))
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or CHAT_MAX_TOKENS
-    out: Json = {"model": body.get("model"), "messages": messages, "max_tokens": limit, "stream": True}
     if as_object(body.get("response_format")).get("type") == "json_object":
         system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
-    if system:
-        out["system"] = system
-    if isinstance(temperature := body.get("temperature"), (int, float)):
-        out["temperature"] = min(temperature, 1)  # OpenAI's scale ends at 2
-    if body.get("top_p") is not None:
-        out["top_p"] = body["top_p"]
-    if stop := body.get("stop"):
-        out["stop_sequences"] = [stop] if isinstance(stop, str) else stop
-    if user := body.get("safety_identifier") or body.get("user"):
-        out["metadata"] = {"user_id": user}
-    return out | messages_thinking(body) | messages_tools(body)
+    temperature, stop = body.get("temperature"), body.get("stop")
+    user = body.get("safety_identifier") or body.get("user")
+    optional = {
+        "system": system or None,
+        "temperature": min(temperature, 1)
+        if isinstance(temperature, (int, float))
+        else None,  # theirs goes to 2
+        "top_p": body.get("top_p"),
+        "stop_sequences": [stop] if isinstance(stop, str) and stop else stop or None,
+        "metadata": {"user_id": user} if user else None,
+        **messages_thinking(body),
+        **messages_tools(body),
+    }
+    out = {
+        "model": body.get("model"),
+        "messages": messages,
+        "max_tokens": limit,
+        "stream": body.get("stream") is True,
+    }
+    return out | {k: v for k, v in optional.items() if v is not None}
 
 
 def messages_thinking(body: Json) -> Json:
-    """reasoning_effort and response_format's schema as output_config; `thinking` as an Anthropic-minded client has it."""
+    """reasoning_effort and a schema as output_config; `thinking` as some clients send it to Claude models."""
     config: Json = {}
     effort = body.get("reasoning_effort")
     if effort in EFFORTS:
@@ -3461,39 +3470,31 @@ def messages_thinking(body: Json) -> Json:
     if isinstance(schema, dict):
         config["format"] = {"type": "json_schema", "schema": schema}
     thinking = {"type": "disabled"} if effort == "none" else body.get("thinking")
-    return {k: v for k, v in (("output_config", config), ("thinking", thinking)) if v}
+    return {"output_config": config or None, "thinking": thinking}
 
 
 def messages_tools(body: Json) -> Json:
-    given = [as_object(t).get("function") for t in as_list(body.get("tools"))] + as_list(
-        body.get("functions")
-    )
-    tools: list[Json] = [
-        {
-            "name": f["name"], **({"description": f["description"]} if f.get("description") else {}),
-            "input_schema": f.get("parameters") or {"type": "object", "properties": {}},
-        }
-        for f in given if isinstance(f, dict) and f.get("name")
-    ]  # fmt: skip
+    """Functions in today's form and the old one, web search, and the choice among them."""
+    functions = [as_object(t).get("function") for t in as_list(body.get("tools"))]
+    tools: list[Json] = []
+    for function in (as_object(f) for f in [*functions, *as_list(body.get("functions"))]):
+        if name := function.get("name"):
+            described = {"description": d} if (d := function.get("description")) else {}
+            schema = function.get("parameters") or {"type": "object", "properties": {}}
+            tools.append({"name": str(name), **described, "input_schema": schema})
     if isinstance(body.get("web_search_options"), dict):
         tools.append({"type": "web_search_20250305", "name": "web_search"})
-    choice = body.get("tool_choice") or body.get("function_call") or ""
-    if isinstance(choice, dict):
-        out: Json = {
-            "type": "tool",
-            "name": str((as_object(choice.get("function")) or choice).get("name") or ""),
-        }
-    else:
-        out = {"type": {"required": "any", "any": "any", "none": "none"}.get(choice, "auto")}
-    if body.get("parallel_tool_calls") is False and out["type"] != "none":
-        out["disable_parallel_tool_use"] = True
-    if not tools:
-        return {}
-    return {"tools": tools, "tool_choice": out} if choice or len(out) > 1 else {"tools": tools}
+    given = body.get("tool_choice") or body.get("function_call") or ""
+    choice: Json = {"type": {"required": "any", "any": "any", "none": "none"}.get(str(given), "auto")}
+    if isinstance(given, dict):
+        choice = {"type": "tool", "name": str((as_object(given.get("function")) or given).get("name") or "")}
+    if body.get("parallel_tool_calls") is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
 
 
 def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
-    """(system blocks, messages): what the system says later on is told as a reminder; neighbours of a role merge."""
+    """(system blocks, messages). What the system says later is a reminder; neighbours of a role merge."""
     system: list[Json] = []
     messages: list[Json] = []
     for message in given:
@@ -3526,8 +3527,8 @@ def chat_calls(message: Json) -> list[Json]:
         function = as_object(call.get("function"))
         text = str(function.get("arguments") or "{}")
         value = parsed(text)
-        given = value if isinstance(value, dict) else {"arguments": text}
         id, name = client_tool_id(str(call.get("id") or "")), str(function.get("name") or "")
+        given = value if isinstance(value, dict) else {"arguments": text}
         blocks.append({"type": "tool_use", "id": id, "name": name, "input": given})
     return blocks
 
@@ -3536,29 +3537,25 @@ _DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.S)
 
 
 def chat_blocks(content: Any) -> list[Json]:
-    """Content parts as Anthropic blocks; ApiError 400 for audio and the like."""
-    blocks: list[Json] = []
-    for part in blocks_of(content):
-        kind = part.get("type")
-        if kind in ("text", "refusal", "input_text", "output_text"):
-            text = str(part.get("text") or part.get("refusal") or "")
-            blocks += [{"type": "text", "text": text}] if text else []
-        elif kind in ("image_url", "file"):
-            value = part.get(str(kind))
-            given = as_object(value)
-            url = str(value if isinstance(value, str) else given.get("url") or given.get("file_data") or "")
-            data = _DATA_URL.fullmatch(url)
-            source = (
-                {"type": "base64", "media_type": data[1], "data": data[2]}
-                if data
-                else {"type": "url", "url": url}
-            )
-            if not data and not url.startswith(("http://", "https://")):
-                raise ApiError(400, f"messages: a {kind} needs a data: URL or an http(s) URL")
-            blocks.append({"type": "image" if kind == "image_url" else "document", "source": source})
-        else:
-            raise ApiError(400, f"messages: content parts of type {str(kind)[:40]!r} cannot be served")
-    return blocks
+    """Content parts as Anthropic blocks, empty texts left out; ApiError 400 for audio and the like."""
+    blocks = [chat_block(part) for part in blocks_of(content)]
+    return [block for block in blocks if block.get("text") != ""]
+
+
+def chat_block(part: Json) -> Json:
+    kind = str(part.get("type"))
+    if kind in ("text", "refusal", "input_text", "output_text"):
+        return {"type": "text", "text": str(part.get("text") or part.get("refusal") or "")}
+    if kind not in ("image_url", "file"):
+        raise ApiError(400, f"messages: content parts of type {kind[:40]!r} cannot be served")
+    given = as_object(part.get(kind)) or {"url": part.get(kind)}
+    url = str(given.get("url") or given.get("file_data") or "")
+    source: Json = {"type": "url", "url": url}
+    if data := _DATA_URL.fullmatch(url):
+        source = {"type": "base64", "media_type": data[1], "data": data[2]}
+    elif not url.startswith(("http://", "https://")):
+        raise ApiError(400, f"messages: {kind} needs a base64 data: URL or an http(s) URL")
+    return {"type": "image" if kind == "image_url" else "document", "source": source}
 
 
 CHAT_FINISH = {
@@ -3567,14 +3564,12 @@ CHAT_FINISH = {
 }  # fmt: skip
 
 
-def chat_usage(usage: Json) -> Json:
+def chat_usage(given: Any) -> Json:
     """Usage of the Messages API as OpenAI counts it: cached tokens within the prompt."""
-    counts = {k: token_number(v) or 0 for k, v in usage.items()}
-    cached = counts.get("cache_read_input_tokens", 0)
-    prompt = counts.get("input_tokens", 0) + cached + counts.get("cache_creation_input_tokens", 0)
-    output = counts.get("output_tokens", 0)
-    total = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-    return {**total, "prompt_tokens_details": {"cached_tokens": cached}}
+    usage = anthropic_usage(given, Usage()) or Usage()
+    total = {"prompt_tokens": usage.prompt, "completion_tokens": usage.output}
+    details = {"prompt_tokens_details": {"cached_tokens": usage.cache_read}}
+    return {**total, "total_tokens": usage.prompt + usage.output, **details}
 
 
 class ChatWriter:
@@ -3656,29 +3651,23 @@ class ChatCompletion:
         reason = CHAT_FINISH.get(str(answer.get("stop_reason")), "stop")
         choice = {"index": 0, "message": chat_message(answer), "finish_reason": reason, "logprobs": None}
         head = {"id": id, "object": "chat.completion", "created": self.created, "model": self.model}
-        return compact({**head, "choices": [choice], "usage": chat_usage(as_object(answer.get("usage")))})
+        return compact({**head, "choices": [choice], "usage": chat_usage(answer.get("usage"))})
 
 
 def chat_message(answer: Json) -> Json:
     """A whole Anthropic message as OpenAI's assistant message."""
     blocks = blocks_of(answer.get("content"))
-    texts = {
-        kind: "".join(str(b.get(kind) or "") for b in blocks if b.get("type") == kind)
-        for kind in ("text", "thinking")
-    }
-    out: Json = {"role": "assistant", "content": texts["text"] or None, "refusal": None}
-    if texts["thinking"]:
-        out["reasoning_content"] = texts["thinking"]
-    if calls := [b for b in blocks if b.get("type") == "tool_use"]:
-        out["tool_calls"] = [
-            {
-                "id": b["id"],
-                "type": "function",
-                "function": {"name": b["name"], "arguments": tool_arguments(b)},
-            }
-            for b in calls
-        ]
-    return out
+    text = "".join(b["text"] for b in blocks if b.get("type") == "text")
+    thinking = "".join(b["thinking"] for b in blocks if b.get("type") == "thinking")
+    calls = [
+        {"id": b["id"], "type": "function", "function": {"name": b["name"], "arguments": tool_arguments(b)}}
+        for b in blocks
+        if b.get("type") == "tool_use"
+    ]
+    out = {"role": "assistant", "content": text or None, "refusal": None}
+    return (
+        out | ({"reasoning_content": thinking} if thinking else {}) | ({"tool_calls": calls} if calls else {})
+    )
 
 
 CHAT_CODES = {
