@@ -495,7 +495,7 @@ class Quirks:
     auth: str = opt(
         "",
         "how the key is sent; left out: as the format does",
-        choices=("", "x-api-key", "bearer", "both", "none"),
+        choices=("", "x-api-key", "bearer", "both", "none", "x-goog-api-key"),
     )
     drop: tuple[str, ...] = opt((), "body keys to leave out; also billing_header, tool_type, media")
     max_tokens_key: str = opt(
@@ -3763,6 +3763,14 @@ DIALECTS: dict[str, Dialect] = {
         "/messages", AnthropicEvents, auth="x-api-key", headers=(("anthropic-version", "2023-06-01"),)
     ),
     "openai": Dialect("/chat/completions", OpenAIStream, openai_request),
+    "responses": Dialect("/responses", ResponsesStream, responses_request),
+    "gemini": Dialect(
+        "/models/{model}:streamGenerateContent?alt=sse",
+        GeminiStream,
+        gemini_request,
+        "x-goog-api-key",
+        version="/v1beta",
+    ),
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
 }
 
@@ -5653,6 +5661,7 @@ class Call:
     tokens: int = 0  # counted input
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
+    wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
     on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
     on_raw: Callable[[str, Any], None] = lambda kind, data: None  # the inspect recorder
     # What became of it:
@@ -5665,6 +5674,10 @@ class Call:
     reply_headers: dict[str, str] = field(default_factory=dict)
     deadline: asyncio.Timeout | None = None
     stopping: bool = False
+
+    def is_streamed(self, dialect: Dialect) -> bool:
+        """Whether the upstream streams: all but an Anthropic client's whole answer from its own format do."""
+        return self.stream or self.format != "anthropic" or dialect.request is not None
 
     def stop(self) -> None:
         """Ends the request now, with an error: the server shuts down."""
@@ -5933,7 +5946,7 @@ class Relay:
         """POSTs the request; the response once its status is 200, else an ApiError."""
         request = self.request_for(call, slot, dialect)
         provider = slot.provider
-        streams = call.stream or dialect.request is not None
+        streams = call.is_streamed(dialect)
         limit = provider.first_byte_timeout if streams else provider.response_timeout
         watch.wait(limit, "first byte")
         call.on_raw("upstream request", request.data)
@@ -6473,7 +6486,7 @@ def upstream_headers(call: Call, slot: Slot, dialect: Dialect) -> dict[str, str]
         "accept-encoding": "identity",
         "user-agent": f"ccmux/{__version__}",
     }
-    headers["accept"] = "text/event-stream" if call.stream or dialect.request else "application/json"
+    headers["accept"] = "text/event-stream" if call.is_streamed(dialect) else "application/json"
     headers.update(dialect.headers)
     if dialect.request is None:
         headers.update({k: v for k, v in call.headers.items() if _PASS_UP.fullmatch(k)})
@@ -6537,6 +6550,9 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
 
 
 def client_format(call: Call) -> ClientFormat:
+    if call.format == "chat":
+        model, now = str(call.body.get("model")), int(time.time())
+        return ChatWriter(model, now, call.wants_usage) if call.stream else ChatCompletion(model, now)
     return EventWriter() if call.stream else WholeMessage()
 
 
@@ -6837,6 +6853,19 @@ async def post_messages(request: web.Request) -> web.StreamResponse:
     return await Exchange(request, state, call, user).serve()
 
 
+async def post_chat_completions(request: web.Request) -> web.StreamResponse:
+    """An OpenAI-format request, served by any provider through the same machinery."""
+    state = state_of(request)
+    user, credential = client_of(request, state)
+    given = strict_json(await read_body(request))
+    body = messages_request(given)
+    call = await plan_call(request, state, body, b"", format="chat")
+    call.credential = credential
+    call.body = {**call.body, "stream": True}  # upstream; the client's own wish is call.stream
+    call.wants_usage = as_object(given.get("stream_options")).get("include_usage") is True
+    return await Exchange(request, state, call, user).serve()
+
+
 async def plan_call(
     request: web.Request, state: State, body: Json, raw: bytes, format: str = "anthropic"
 ) -> Call:
@@ -6889,8 +6918,10 @@ CLIENT_BUFFER = 2**18  # bytes; the kernel's own buffer grows to 4 MB for a clie
 class StreamSink:
     """A streaming client. Its 200 goes out with the first bytes, or with the first ping."""
 
-    def __init__(self, request: web.Request, headers: Callable[[], dict[str, str]], interval: float) -> None:
-        self.request, self.headers, self.interval = request, headers, interval
+    def __init__(
+        self, request: web.Request, headers: Callable[[], dict[str, str]], interval: float, ping: bytes = PING
+    ) -> None:
+        self.request, self.headers, self.interval, self.ping = request, headers, interval, ping
         self.response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
@@ -6926,7 +6957,7 @@ class StreamSink:
             if time.monotonic() - self.last >= self.interval:
                 with contextlib.suppress(ClientGoneError):  # the exchange itself will notice
                     await self.begin({})
-                    await self.write(PING)
+                    await self.write(self.ping)
 
     async def finish(self, ending: bytes) -> web.StreamResponse:
         await self.write(ending)
@@ -7000,7 +7031,8 @@ class Exchange:
 
     def sink(self) -> StreamSink | WholeSink:
         if self.call.stream:
-            return StreamSink(self.request, self.headers, self.state.relay.ping_interval)
+            ping = PING if self.call.format == "anthropic" else b": ping\n\n"
+            return StreamSink(self.request, self.headers, self.state.relay.ping_interval, ping)
         return WholeSink(self.headers)
 
     async def fail(self, sink: StreamSink, error: ApiError) -> web.StreamResponse:
@@ -7329,6 +7361,7 @@ def api_routes() -> list[web.RouteDef]:
     return [
         web.post("/v1/messages", post_messages, expect_handler=expect_continue),
         web.post("/v1/messages/count_tokens", post_count_tokens, expect_handler=expect_continue),
+        web.post("/v1/chat/completions", post_chat_completions, expect_handler=expect_continue),
         web.get("/v1/models", get_models),
         web.get("/v1/models/{id:.+}", get_model),
         web.get("/api/hello", get_hello),
@@ -7567,12 +7600,13 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
         max_field_size=32768,
     )
     await runner.setup()
+    stop = stop_on_signals()
     try:
         server = await listen(runner, config)
         port = server.sockets[0].getsockname()[1]
         print(start_text(config, port, state.admin_token), flush=True)
         calm_collector()
-        await until_stopped(state, args, server)
+        await until_stopped(state, args, server, stop)
     finally:
         await runner.cleanup()
         await close_state(state)
@@ -7613,13 +7647,19 @@ class TurnAway(asyncio.Protocol):
         transport.close()
 
 
-async def until_stopped(state: State, args: argparse.Namespace, server: asyncio.Server) -> None:
-    """Watches the config file, until a signal; then drains."""
+def stop_on_signals() -> asyncio.Event:
+    """An event that the first SIGINT or SIGTERM sets; the second ends the process."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
-            loop.add_signal_handler(number, stop_or_exit, stop, number)
+            asyncio.get_running_loop().add_signal_handler(number, stop_or_exit, stop, number)
+    return stop
+
+
+async def until_stopped(
+    state: State, args: argparse.Namespace, server: asyncio.Server, stop: asyncio.Event
+) -> None:
+    """Watches the config file, until a signal; then drains."""
     watcher = asyncio.create_task(watch_config(state, args))
     vocabulary = asyncio.create_task(fetch_vocabularies(state))
     try:
