@@ -5555,7 +5555,7 @@ def csv_text(rows: Iterable[Json], columns: Iterable[str]) -> str:
     """Rows as CSV. Texts that a spreadsheet would take for a formula get a leading apostrophe."""
     names = list(columns)
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(names)
     writer.writerows([csv_cell(row.get(name)) for name in names] for row in rows)
     return out.getvalue()
