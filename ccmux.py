@@ -5089,9 +5089,7 @@ class Store:
         try:
             hold: Hold = await self.put(run)
         except sqlite3.Error as error:
-            log.error("a hold could not be written: %s", error)
-            text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
-            raise ApiError(529, text, retry_after=30, cause="store") from None
+            raise cannot_write(error) from None
         return hold
 
     def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
@@ -5141,7 +5139,8 @@ class Store:
     ) -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
         moment = moment or iso(self.now())
-        db.execute("delete from holds where id = ?", (hold_id,))
+        # By request as well: where the client left before its hold was written, nobody knows the hold's id.
+        db.execute("delete from holds where id = ? or request_id = ?", (hold_id, done.request_id))
         if done.charge or kind == "interrupted":
             enter(
                 db,
@@ -5170,7 +5169,10 @@ class Store:
 
     def local_user(self) -> User:
         """The user of those who need no key, made at first use."""
-        return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+        try:
+            return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+        except sqlite3.Error as error:
+            raise cannot_write(error) from None
 
     def make_user(
         self, db: sqlite3.Connection, name: str, budgets: Mapping[str, int | None], note: str
@@ -5425,6 +5427,13 @@ class Waiter:
 
     def __init__(self, done: threading.Event) -> None:
         self.event = done
+
+
+def cannot_write(error: sqlite3.Error) -> ApiError:
+    """For a request that must not go on, as its cost could not be written down."""
+    log.error("the ledger could not be written: %s", error)
+    text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
+    return ApiError(529, text, retry_after=30, cause="store")
 
 
 def tell(batch: list[Write]) -> None:
@@ -7055,6 +7064,9 @@ class Exchange:
         except ApiError as error:
             self.settle(error)
             raise
+        except asyncio.CancelledError:  # the client left while the hold was on its way to the disk
+            self.settle(None)
+            raise
 
     def prices(self) -> list[Price | None]:
         config = self.call.config
@@ -7357,8 +7369,360 @@ def api_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # Admin API
 # ----------------------------------------------------------------------------------------------------------
+# JSON for the two pages and for scripts. User endpoints answer for the key's own user; /admin/api needs the admin token.
+
+
+def page_query(request: web.Request) -> tuple[int, int]:
+    """`limit` (1 to 500, 50 if left out) and `before` (an id) of a list's query."""
+    limit, before = query_number(request, "limit", 50), query_number(request, "before", 0)
+    return min(max(limit, 1), 500), before
+
+
+def query_number(request: web.Request, name: str, default: int) -> int:
+    text = request.query.get(name, "")
+    if text and not re.fullmatch(r"\d{1,15}", text):
+        raise ApiError(400, f"{name}: must be a whole number, not {text[:40]!r}")
+    return int(text) if text else default
+
+
+def query_choice(request: web.Request, name: str, known: Iterable[str], default: str) -> str:
+    value = request.query.get(name, default)
+    if value not in known:
+        raise ApiError(400, f"{name}: {known_names(value[:40], known)}")
+    return value
+
+
+def query_time(request: web.Request, name: str) -> str:
+    """A date or a moment in ISO 8601, as text that compares with the request log's times; "" where left out."""
+    text = request.query.get(name, "")
+    try:
+        return iso_text(text)
+    except ValueError:
+        raise ApiError(400, f"{name}: must be a date such as 2026-11-24 or a time in ISO 8601") from None
+
+
+def iso_text(text: str) -> str:
+    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "". ValueError for anything else."""
+    if not text:
+        return ""
+    moment = datetime.fromisoformat(text)
+    return iso(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+
+
+async def body_of(request: web.Request, known: Iterable[str]) -> Json:
+    """A small JSON object with known keys only; ApiError 400 naming the nearest one."""
+    body = strict_json(await read_body(request) or b"{}")
+    for key in body:
+        if key not in known:
+            raise ApiError(400, f"unknown key {key[:40]!r}: {known_names(key, known)}")
+    return body
+
+
+def number_in(body: Json, name: str, *, optional: bool = False) -> int | None:
+    """A whole number of micro-dollars out of a body; None only where optional."""
+    value = body.get(name)
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 10**15:
+        raise ApiError(400, f"{name}: must be a whole number of micro-dollars (1 dollar is 1000000)")
+    return value
+
+
+def text_in(body: Json, name: str, longest: int = 500) -> str:
+    value = body.get(name, "")
+    if not isinstance(value, str) or len(value) > longest:
+        raise ApiError(400, f"{name}: must be a text of at most {longest} characters")
+    return value
+
+
+def budgets_in(body: Json) -> dict[str, int | None]:
+    """`budgets` as columns; a null takes a budget away, what is not named stays."""
+    given = body.get("budgets") or {}
+    columns = ("day_microusd", "week_microusd", "month_microusd")
+    if not isinstance(given, dict) or any(key not in columns for key in given):
+        raise ApiError(400, f"budgets: an object with {', '.join(columns)}")
+    found = {key: number_in(given, key, optional=True) for key in given}
+    if any(value is not None and value < 0 for value in found.values()):
+        raise ApiError(400, "budgets: must not be below 0; null takes one away")
+    return found
+
+
+def table_response(
+    request: web.Request, name: str, rows: Iterable[Json], columns: Iterable[str]
+) -> web.Response:
+    """Rows as JSON, or as a CSV file where `format=csv` asks for it."""
+    if query_choice(request, "format", ("json", "csv"), "json") == "json":
+        return web.json_response({name: list(rows)})
+    headers = {"Content-Disposition": f'attachment; filename="ccmux-{name}.csv"'}
+    return web.Response(
+        text=csv_text(rows, columns), content_type="text/csv", charset="utf-8", headers=headers
+    )
+
+
+# For users.
+
+
+async def get_me(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response(state.store.user_json(state.store.known(user.name)))
+
+
+async def get_my_models(request: web.Request) -> web.StreamResponse:
+    """What may be asked for, and what it costs (dollars per million tokens, with markup)."""
+    state = state_of(request)
+    client_of(request, state)
+    return web.json_response(
+        {"models": [model_json(state.config, name) for name in model_names(state.config)]}
+    )
+
+
+def model_json(config: Config, name: str) -> Json:
+    targets = resolve(config, name)
+    first = targets[0] if targets else None
+    price = price_of(config, first, name) if first else None
+    context = context_of(config, name, targets) or (facts_of(first.actual_model).context if first else 0)
+    shown = [f"{t.provider}/{t.actual_model}" for t in targets]
+    return {
+        "name": name,
+        "targets": shown,
+        "context": context or None,
+        "price": price_json(price) if price else None,
+    }
+
+
+async def get_my_usage(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    by = query_choice(request, "by", ("day", "model", "session"), "day")
+    days = min(max(query_number(request, "days", 30), 1), 3660)
+    since = iso(
+        datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=days - 1)
+    )
+    return web.json_response({"usage": state.store.report(by, since, "", user.name), "by": by, "days": days})
+
+
+async def get_my_transactions(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response({"transactions": state.store.transactions(user.name, *page_query(request))})
+
+
+async def get_my_requests(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response({"requests": state.store.requests(user.name, *page_query(request))})
+
+
+async def get_my_export(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    rows = state.store.export(query_time(request, "since"), query_time(request, "until"), user.name)
+    return table_response(request, "usage", rows, USAGE_COLUMNS)
+
+
+async def post_purchase(request: web.Request) -> web.StreamResponse:
+    client_of(request, state_of(request))
+    raise ApiError(
+        501, "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page"
+    )
+
+
+# For the admin.
+
+
+async def get_users(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    return web.json_response({"users": [store.user_json(user) for user in store.users()]})
+
+
+async def post_user(request: web.Request) -> web.StreamResponse:
+    """A new user; the only answer that ever has the key in it."""
+    state = require_admin(request)
+    body = await body_of(request, ("name", "credit_microusd", "budgets", "note"))
+    start = int(state.config.credits.starting_credit * 10**6)
+    credit = number_in(body, "credit_microusd", optional=True)
+    if credit is not None and credit < 0:
+        raise ApiError(400, "credit_microusd: must not be below 0")
+    with operator_errors():
+        user, key = state.store.add_user(
+            text_in(body, "name", 64),
+            start if credit is None else credit,
+            budgets_in(body),
+            text_in(body, "note"),
+        )
+    return web.json_response({**state.store.user_json(user), "key": key}, status=201)
+
+
+@contextlib.contextmanager
+def operator_errors() -> Iterator[None]:
+    """What the command line says in one line, as a 400, a 404 or a 409."""
+    try:
+        yield
+    except ConfigError as error:
+        words = str(error)
+        raise ApiError(
+            404 if words.startswith("no user") else 409 if "already" in words else 400, words
+        ) from None
+
+
+async def patch_user(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    body = await body_of(request, ("disabled", "budgets"))
+    name = request.match_info["name"]
+    with operator_errors():
+        user = store.known(name)
+        if "disabled" in body:
+            if not isinstance(body["disabled"], bool):
+                raise ApiError(400, "disabled: must be true or false")
+            user = store.set_disabled(name, body["disabled"])
+        if "budgets" in body:
+            user = store.set_budgets(name, budgets_in(body))
+    return web.json_response(store.user_json(user))
+
+
+async def post_credit(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    body = await body_of(request, ("amount_microusd", "note", "key"))
+    amount = number_in(body, "amount_microusd")
+    assert amount is not None
+    with operator_errors():
+        user = store.credit(
+            request.match_info["name"], amount, text_in(body, "note"), text_in(body, "key", 100)
+        )
+    return web.json_response(store.user_json(user))
+
+
+async def post_key(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    await body_of(request, ())
+    with operator_errors():
+        return web.json_response({"key": store.rotate_key(request.match_info["name"])})
+
+
+async def get_user_transactions(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    with operator_errors():
+        name = store.known(request.match_info["name"]).name
+    return web.json_response({"transactions": store.transactions(name, *page_query(request))})
+
+
+async def get_report(request: web.Request) -> web.StreamResponse:
+    """Cost, markup and charge by key; with `as_if=MODEL` also what the same tokens would have cost there."""
+    state = require_admin(request)
+    by = query_choice(request, "by", REPORT_KEYS, "user")
+    since, until = query_time(request, "since"), query_time(request, "until")
+    rows = state.store.report(by, since, until)
+    if other := request.query.get("as_if", ""):
+        charges = state.store.repriced(
+            by, since, until, as_if_price(state.config, other), state.config.credits.markup_percent
+        )
+        rows = [{**row, "as_if_microusd": charges.get(row["key"], 0)} for row in rows]
+    return table_response(request, "report", rows, rows[0] if rows else ("key",))
+
+
+def as_if_price(config: Config, name: str) -> Price:
+    """The price of a model that a report compares with; ApiError 400 where none is known."""
+    targets = resolve(config, name)
+    price = price_of(config, targets[0], name) if targets else facts_of(name).price
+    if price is None:
+        raise ApiError(
+            400, f"as_if: no price is known for {name[:100]!r}; {known_names(name, price_table())}"
+        )
+    return price
+
+
+async def get_export(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    rows = store.export(query_time(request, "since"), query_time(request, "until"))
+    return table_response(request, "usage", rows, USAGE_COLUMNS)
+
+
+async def get_requests(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"requests": require_admin(request).store.requests(None, *page_query(request))})
+
+
+async def get_events(request: web.Request) -> web.StreamResponse:
+    """The request log as it happens, as server-sent events: one `request` event a row."""
+    state = require_admin(request)
+    rows: asyncio.Queue[Json] = asyncio.Queue(1000)
+    state.listeners.add(rows)
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    try:
+        await response.prepare(request)
+        await response.write(b": here\n\n")
+        while not state.draining:
+            try:
+                async with asyncio.timeout(15):
+                    row = await rows.get()
+            except TimeoutError:
+                await response.write(b": still here\n\n")
+                continue
+            await response.write(b"event: request\ndata: %s\n\n" % compact(row))
+    except ConnectionError:
+        pass  # the page was closed
+    finally:
+        state.listeners.discard(rows)
+    return response
+
+
+async def post_explain(request: web.Request) -> web.StreamResponse:
+    """Where a request would go and the most it can cost; {body, headers?} in, nothing is sent."""
+    state = require_admin(request)
+    given = await body_of(request, ("body", "headers"))
+    if not isinstance(given.get("body"), dict):
+        raise ApiError(400, "body: must be a Messages request")
+    headers = {str(k).lower(): str(v) for k, v in as_object(given.get("headers")).items()}
+    return web.json_response(explain(state.config, given["body"], headers, state.counter))
+
+
+def explain(config: Config, body: Json, headers: Mapping[str, str], counter: TokenCounter) -> Json:
+    """The route of a request and what it would hold, without sending it."""
+    early = counter.count_now(body, "", asked_model(body)) if config.router.long_context else 0
+    route = choose_route(body, headers, config, early)
+    first = route.targets[0]
+    tokens = counter.count_now(route.body or body, first.provider, first.actual_model)
+    asked = body.get("max_tokens")
+    limit = asked if isinstance(asked, int) and asked > 0 else 4096
+    return {
+        "model": route.model,
+        "reason": route.reason,
+        "trail": [list(step) for step in route.trail],
+        "tokens": tokens,
+        "factor": counter.factors.get((first.provider, first.actual_model), (1.0, 0))[0],
+        "targets": [ceiling_of(config, route, target, tokens, limit) for target in route.targets],
+    }
+
+
+def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit: int) -> Json:
+    """A target with the most that a request can cost there, in micro-dollars; null where no price is known."""
+    price = price_of(config, target, route.model)
+    usage = Usage(input=tokens, output=limit)
+    charge = charge_of(usage, price, config.credits.markup_percent).charge if price else None
+    return {"provider": target.provider, "model": target.actual_model, "ceiling_microusd": charge}
+
+
 def admin_routes() -> list[web.RouteDef]:
-    return []
+    return [
+        web.get("/api/me", get_me),
+        web.get("/api/models", get_my_models),
+        web.get("/api/usage", get_my_usage),
+        web.get("/api/transactions", get_my_transactions),
+        web.get("/api/requests", get_my_requests),
+        web.get("/api/export", get_my_export),
+        web.post("/api/purchase", post_purchase),
+        web.get("/admin/api/users", get_users),
+        web.post("/admin/api/users", post_user),
+        web.patch("/admin/api/users/{name}", patch_user),
+        web.post("/admin/api/users/{name}/credit", post_credit),
+        web.post("/admin/api/users/{name}/key", post_key),
+        web.get("/admin/api/users/{name}/transactions", get_user_transactions),
+        web.get("/admin/api/report", get_report),
+        web.get("/admin/api/export", get_export),
+        web.get("/admin/api/requests", get_requests),
+        web.get("/admin/api/events", get_events),
+        web.post("/admin/api/explain", post_explain),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7584,8 +7948,8 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
         max_field_size=32768,
     )
     await runner.setup()
-    stop = stop_on_signals()
     try:
+        stop = stop_on_signals()  # before the start-up text: whoever has read it may send one
         server = await listen(runner, config)
         port = server.sockets[0].getsockname()[1]
         print(start_text(config, port, state.admin_token), flush=True)
@@ -7629,15 +7993,6 @@ class TurnAway(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
-
-
-def stop_on_signals() -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; the second ends the process."""
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
-            asyncio.get_running_loop().add_signal_handler(number, stop_or_exit, stop, number)
-    return stop
 
 
 async def until_stopped(
@@ -7693,6 +8048,16 @@ async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) 
         log.warning("the tiktoken vocabulary %s could not be downloaded: %s", name, type(fault).__name__)
         return False
     return True
+
+
+def stop_on_signals() -> asyncio.Event:
+    """The event that the first SIGINT or SIGTERM sets."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
+            loop.add_signal_handler(number, stop_or_exit, stop, number)
+    return stop
 
 
 def stop_or_exit(stop: asyncio.Event, number: int) -> None:
@@ -7894,32 +8259,6 @@ def explain_command(args: argparse.Namespace) -> int:
         )
     print(f"tokens    {told['tokens']} counted")
     return 0
-
-
-def explain(config: Config, body: Json, headers: Mapping[str, str], counter: TokenCounter) -> Json:
-    """The route of a request and what it would hold, without sending it."""
-    early = counter.count_now(body, "", asked_model(body)) if config.router.long_context else 0
-    route = choose_route(body, headers, config, early)
-    first = route.targets[0]
-    tokens = counter.count_now(route.body or body, first.provider, first.actual_model)
-    asked = body.get("max_tokens")
-    limit = asked if isinstance(asked, int) and asked > 0 else 4096
-    targets = []
-    for target in route.targets:
-        price = price_of(config, target, route.model)
-        ceiling = (
-            charge_of(Usage(input=tokens, output=limit), price, config.credits.markup_percent)
-            if price
-            else None
-        )
-        targets.append({
-            "provider": target.provider, "model": target.actual_model,
-            "ceiling_microusd": ceiling.charge if ceiling else None,
-        })  # fmt: skip
-    return {
-        "model": route.model, "reason": route.reason, "trail": [list(step) for step in route.trail],
-        "tokens": tokens, "targets": targets,
-    }  # fmt: skip
 
 
 def client_environment(config: Config, url: str) -> dict[str, str]:
