@@ -2813,7 +2813,7 @@ _REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|cod
 
 
 def responses_reasoning(body: Json, to: Upstream) -> Json:
-    """How much to think, and to tell of it where the client thinks. OpenAI tells verified organisations only."""
+    """How much to think, and whether to tell of it: OpenAI does so to verified organisations only."""
     effort = wanted_effort(body, to.quirks.effort)
     out: Json = {"effort": effort} if effort else {}
     is_shown = as_object(body.get("thinking")).get("type") in ("enabled", "adaptive")
@@ -2949,7 +2949,7 @@ class ResponsesStream:
         self.out, self.names, self.to = out, names, to
         self.usage: Usage | None = None
         self.refused = False
-        self.sent: dict[Any, str] = {}  # item -> what of its text or arguments is out
+        self.sent: dict[Any, list[str]] = {}  # item -> what of its text or arguments is out
         self.live: Json | None = None  # the call that is open
         self.live_key: Any = None
         self.done: set[Any] = set()
@@ -2979,7 +2979,7 @@ class ResponsesStream:
         elif kind.startswith("response.output_text.annotation"):
             self.note_citation(as_object(event.get("annotation")))
         elif kind in ("response.completed", "response.incomplete", "response.failed", "response.done"):
-            self.response_ended(as_object(event.get("response")))
+            self.response_ended(kind.removeprefix("response."), as_object(event.get("response")))
         elif isinstance(delta := event.get("delta"), str) and key not in self.done:
             self.delta(kind, key, delta)
         elif kind == "response.reasoning_summary_part.added" and self.sent.get(key) and not self.live:
@@ -3010,7 +3010,7 @@ class ResponsesStream:
             self.show(self.out.thinking, key, delta)
 
     def show(self, write: Callable[[str], None], key: Any, text: str) -> None:
-        self.sent[key] = self.sent.get(key, "") + text
+        self.sent.setdefault(key, []).append(text)
         write(text)
 
     def note_citation(self, annotation: Json) -> None:
@@ -3043,7 +3043,7 @@ class ResponsesStream:
         for note in (n for p in parts for n in as_list(p.get("annotations"))):
             self.note_citation(as_object(note))
         text = "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
-        self.out.text(text[len(self.sent.get(key, "")) :])
+        self.out.text(text[sum(map(len, self.sent.get(key, ()))) :])
 
     def reasoning_done(self, key: Any, item: Json) -> None:
         summary = [as_object(p) for p in as_list(item.get("summary"))]
@@ -3062,7 +3062,7 @@ class ResponsesStream:
             if not item.get("name"):
                 raise broken_stream("the provider sent a tool call without a name")
             self.begin(key, item)
-        given, sent = item.get("arguments"), self.sent.get(key, "")
+        given, sent = item.get("arguments"), "".join(self.sent.get(key, ()))
         text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
         if text is None or not text.startswith(sent):
             name = item.get("name")
@@ -3081,10 +3081,10 @@ class ResponsesStream:
         titles = {str(url): self.cited.get(str(url), "") for url in found if url}
         show_search(self.out, str(next(filter(None, queries), "")), titles)
 
-    def response_ended(self, response: Json) -> None:
+    def response_ended(self, status: str, response: Json) -> None:
         """The last event: what became of the answer, with its usage."""
         self.usage = responses_usage(response.get("usage")) or self.usage
-        status = response.get("status")
+        status = str(response.get("status") or status)
         if status == "failed" or response.get("error"):
             raise responses_error(response)
         if self.live:
@@ -3442,21 +3442,16 @@ def messages_request(body: Json) -> Json:
     user = body.get("safety_identifier") or body.get("user")
     optional = {
         "system": system or None,
-        "temperature": min(temperature, 1)
-        if isinstance(temperature, (int, float))
-        else None,  # theirs goes to 2
+        # OpenAI's goes to 2.
+        "temperature": min(temperature, 1) if isinstance(temperature, (int, float)) else None,
         "top_p": body.get("top_p"),
         "stop_sequences": [stop] if isinstance(stop, str) and stop else stop or None,
         "metadata": {"user_id": user} if user else None,
         **messages_thinking(body),
         **messages_tools(body),
     }
-    out = {
-        "model": body.get("model"),
-        "messages": messages,
-        "max_tokens": limit,
-        "stream": body.get("stream") is True,
-    }
+    out = {"model": body.get("model"), "messages": messages, "max_tokens": limit}
+    out["stream"] = body.get("stream") is True
     return out | {k: v for k, v in optional.items() if v is not None}
 
 
@@ -3499,6 +3494,8 @@ def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
     messages: list[Json] = []
     for message in given:
         role, blocks = str(message.get("role")), chat_blocks(message.get("content"))
+        if role in ("system", "developer", "assistant"):
+            blocks = [b for b in blocks if b["type"] == "text"]
         if role in ("system", "developer"):
             if not messages:
                 system += blocks
@@ -3580,7 +3577,7 @@ class ChatWriter:
         self.include_usage = include_usage
         self.usage: Json = {}
         self.calls = -1  # index of the newest tool call
-        self.arguments: str | None = None  # what of an open call's arguments is out
+        self.in_call = self.has_arguments = False
 
     def feed(self, events: list[Json]) -> bytes:
         return b"".join(self.encode(chunk) for event in events for chunk in self.chunks(event))
@@ -3614,19 +3611,18 @@ class ChatWriter:
         block, delta = as_object(event.get("content_block")), as_object(event.get("delta"))
         if kind == "content_block_start" and block.get("type") == "tool_use":
             self.calls += 1
-            self.arguments = ""
-            return self.call(
-                {"name": block.get("name"), "arguments": ""}, id=block.get("id"), type="function"
-            )
+            self.in_call, self.has_arguments = True, False
+            function = {"name": block.get("name"), "arguments": ""}
+            return self.call(function, id=block.get("id"), type="function")
         if kind == "content_block_stop":
-            is_empty, self.arguments = self.arguments == "", None
-            return self.call({"arguments": "{}"}) if is_empty else {}
+            is_bare, self.in_call = self.in_call and not self.has_arguments, False
+            return self.call({"arguments": "{}"}) if is_bare else {}
         if delta.get("type") == "text_delta":
             return {"content": delta["text"]}
         if delta.get("type") == "thinking_delta":
             return {"reasoning_content": delta["thinking"]}
-        if delta.get("type") == "input_json_delta" and self.arguments is not None and delta["partial_json"]:
-            self.arguments += delta["partial_json"]
+        if delta.get("type") == "input_json_delta" and self.in_call and delta["partial_json"]:
+            self.has_arguments = True
             return self.call({"arguments": delta["partial_json"]})
         return {}
 
@@ -3664,10 +3660,9 @@ def chat_message(answer: Json) -> Json:
         for b in blocks
         if b.get("type") == "tool_use"
     ]
+    optional = {"reasoning_content": thinking, "tool_calls": calls}
     out = {"role": "assistant", "content": text or None, "refusal": None}
-    return (
-        out | ({"reasoning_content": thinking} if thinking else {}) | ({"tool_calls": calls} if calls else {})
-    )
+    return out | {key: value for key, value in optional.items() if value}
 
 
 CHAT_CODES = {
