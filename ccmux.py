@@ -279,6 +279,7 @@ class ApiError(Exception):
         self.status, self.message, self.type = status, message, type or error_type(status)
         self.retry, self.retry_after, self.should_retry = retry, retry_after, should_retry
         self.raw, self.headers, self.cause = raw, dict(headers or {}), cause or f"http_{status}"
+        self.param = ""  # the request's parameter that an upstream names as the trouble
 
     def body(self, request_id: str) -> Json:
         return {
@@ -1949,7 +1950,7 @@ def openai_request(body: Json, to: Upstream) -> Json:
         out["stream_options"] = {"include_usage": True}
     if tools:
         out["tools"] = tools
-        out.update(openai_tool_choice(body, quirks))
+        out.update(openai_tool_choice(body, to))
     out.update(openai_limits(body, to))
     out.update(sampling(body, to, ("temperature", "top_p", *(("top_k",) if quirks.top_k else ()))))
     if effort := wanted_effort(body, quirks.effort):
@@ -2332,11 +2333,11 @@ def gemini_type(kind: Any) -> Json:
     return {"type": kinds[0] if kinds else "string", **nullable}
 
 
-def openai_tool_choice(body: Json, quirks: Quirks) -> Json:
+def openai_tool_choice(body: Json, to: Upstream) -> Json:
     choice = as_object(body.get("tool_choice"))
     kind = choice.get("type")
     out: Json = {}
-    if kind in ("any", "tool") and not quirks.forced_tool:
+    if kind in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
         out["tool_choice"] = "auto"
     elif kind == "tool":
         name = upstream_name(str(choice.get("name") or ""))
@@ -6290,13 +6291,12 @@ class Plan:
         transient = slot.provider.quirks.transient
         if transient and transient in error.message:
             return self.once("transient")
+        if _SIGNATURE_REFUSED.search(error.message) and self.once("signature"):
+            self.call.body, self.call.raw = without_thinking(self.call.body), b""
+            return True
         if dialect_of(slot.provider, slot.target.actual_model).request is None:
-            is_signature = "signature" in error.message and "thinking" in error.message
-            if is_signature and self.once("signature"):
-                self.call.body, self.call.raw = without_thinking(self.call.body), b""
-                return True
             return False
-        name = refused_parameter(error.message)
+        name = refused_parameter(error.message, error.param)
         place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
         known = self.relay.learnt.get(place, frozenset())
         if not name or name in known:
@@ -6330,13 +6330,24 @@ _REFUSES = re.compile(
 )
 
 
-def refused_parameter(message: str) -> str:
-    """The parameter that a 400 says the upstream does not know; "" where it says another thing."""
+# Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's signatures.
+_SIGNATURE_REFUSED = re.compile(
+    r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,60}verified"
+)
+
+
+def refused_parameter(message: str, param: str = "") -> str:
+    """The parameter that a 400 says the upstream does not know; "" where it says another thing.
+
+    `param` is the one that the error names in a field of its own, as OpenAI's do.
+    """
+    if "reasoning summaries" in message:  # OpenAI, to organisations that are not verified
+        return "reasoning.summary"
     if not _REFUSES.search(message):
         return ""
     quoted = re.findall(r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)", message)
-    named = [name.split(".")[0] for names in quoted for name in names if name]
-    return next((name for name in named if name in DROPPABLE), "")
+    named = [param, *(name for names in quoted for name in names if name)]
+    return next((top for name in named if (top := name.split(".")[0]) in DROPPABLE), "")
 
 
 def without_thinking(body: Json) -> Json:
@@ -6373,6 +6384,8 @@ def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
 def forwarded(call: Call, to: Upstream) -> bytes:
     """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must go."""
     body, raw = call.body, call.raw
+    if call.format != "anthropic" and not to.facts.sampling:
+        body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
     # Only blocks that ccmux made carry its tag; the search is cheap, the rebuild is not.
     if not raw or b'"signature"' in raw:
         clean = without_foreign_thinking(body)
