@@ -1871,9 +1871,10 @@ def upstream_error(
     message = words or f"the provider answered with status {status} and no message"
     if not 400 <= status < 600:
         message = f"the provider answered with status {status}, which is no answer to this request"
-    return ApiError(
-        status if 400 <= status < 600 else 502, message, retry=retry_class(status), headers=headers
-    )
+    sent = status if 400 <= status < 600 else 502
+    error = ApiError(sent, message, retry=retry_class(status), headers=headers)
+    error.param = str(error_detail(payload).get("param") or "")
+    return error
 
 
 _OVERFLOW = re.compile(
@@ -2842,7 +2843,7 @@ def responses_tools(body: Json, to: Upstream) -> list[Json]:
 
 def responses_tool_choice(body: Json, to: Upstream) -> Json:
     """Flat where Chat Completions nests; a forced server tool is the only tool there, so any call will do."""
-    out = openai_tool_choice(body, to.quirks)
+    out = openai_tool_choice(body, to)
     if isinstance(out.get("tool_choice"), dict):
         name = out["tool_choice"]["function"]["name"]
         known = name in {upstream_name(str(t["name"])) for t in client_tools(body)}
