@@ -605,6 +605,7 @@ class Config:
     models: tuple[Model, ...] = opt((), "names and what stands behind them")
     credits: Credits = opt(Credits(), "what users pay")
     path: str = computed("")  # "" when there is no file
+    text: str = computed("")
     text_hash: str = computed("")
     tables: Json = computed({})
     warnings: tuple[str, ...] = computed(())
@@ -646,6 +647,7 @@ def parse_config(
         config,
         providers=providers,
         path=path,
+        text=text,
         text_hash=hash_text(text),
         tables=tables,
         warnings=tuple(warnings),
@@ -979,6 +981,355 @@ def mux_model(row: Any, lost: set[Any], warnings: list[str]) -> Any:
         if isinstance(mapping, dict) and mapping.get("provider") not in lost
     ]
     return {**row, "mappings": mappings}
+
+
+# Editing the file. A save changes only the table it edits: what stands elsewhere stays byte for byte, and inside the
+# table the lines of unchanged keys do. The result is parsed and compared with what was meant before it is written.
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A stretch of a TOML file: a header, a key with its value, or a blank or comment line. Spans are in characters."""
+
+    kind: str  # table, array, key or blank
+    start: int
+    end: int  # after the line's end
+    path: tuple[str, ...] = ()  # of a header, or of the key within its table
+    value: tuple[int, int] = (0, 0)
+
+
+def scan_toml(text: str) -> list[Statement]:
+    """The statements of a file that tomllib has accepted, in order and without gaps."""
+    found = []
+    at = 0
+    while at < len(text):
+        start, at = at, skip_blank(text, at)
+        kind, value = "blank", (0, 0)
+        path: tuple[str, ...] = ()
+        if text[at : at + 1] == "[":
+            kind = "array" if text[at : at + 2] == "[[" else "table"
+            path, at = scan_keys(text, at + (2 if kind == "array" else 1))
+        elif text[at : at + 1] not in ("", "#", "\n", "\r"):
+            kind = "key"
+            path, at = scan_keys(text, at)
+            begin = skip_blank(text, at + 1)
+            at = skip_value(text, begin)
+            value = (begin, at)
+        newline = text.find("\n", at)
+        at = len(text) if newline < 0 else newline + 1
+        found.append(Statement(kind, start, at, path, value))
+    return found
+
+
+def skip_blank(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t":
+        at += 1
+    return at
+
+
+def scan_keys(text: str, at: int) -> tuple[tuple[str, ...], int]:
+    """A dotted key; and where what follows it begins."""
+    keys = []
+    while True:
+        at = skip_blank(text, at)
+        end = skip_string(text, at) if text[at] in "\"'" else at + len(re.match(r"[\w-]*", text[at:])[0])  # type: ignore[index]
+        part = text[at:end]
+        keys.append(str(tomllib.loads(f"k = {part}")["k"]) if part[:1] in ('"', "'") else part)
+        at = skip_blank(text, end)
+        if text[at : at + 1] != ".":
+            return tuple(keys), at
+        at += 1
+
+
+def skip_string(text: str, at: int) -> int:
+    """The end of the string, in any of TOML's four forms, that begins here."""
+    quote = text[at]
+    mark = quote * 3 if text.startswith(quote * 3, at) else quote
+    at += len(mark)
+    while not text.startswith(mark, at):
+        at += 2 if quote == '"' and text[at] == "\\" else 1
+    at += len(mark)
+    while (
+        len(mark) == 3 and text[at : at + 1] == quote
+    ):  # up to two quotes may stand before the closing three
+        at += 1
+    return at
+
+
+def skip_value(text: str, at: int) -> int:
+    """The end of the value that begins here; brackets may hold strings, comments and line ends."""
+    if text[at] in "\"'":
+        return skip_string(text, at)
+    if text[at] not in "[{":
+        line = re.match(r"[^#\n\r]*", text[at:])
+        return at + len(line[0].rstrip()) if line else at
+    depth = 0
+    while True:
+        char = text[at]
+        if char in "\"'":
+            at = skip_string(text, at)
+            continue
+        if char == "#":
+            at = text.find("\n", at)
+        depth += (char in "[{") - (char in "]}")
+        at += 1
+        if depth == 0:
+            return at
+
+
+def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str:
+    """The file with one table replaced, made or (None) taken away: `[root]`, or the row of `[[root]]` with that name.
+
+    ConfigError where the result would not parse to exactly what is meant.
+    """
+    before = tomllib.loads(text)
+    meant = meant_tables(before, root, name, table)
+    for edit in (splice_table, rewrite_root):
+        try:
+            after = edit(text, before, meant, root, name)
+            if same_value(tomllib.loads(after), meant):
+                return after
+        except (tomllib.TOMLDecodeError, IndexError):
+            continue
+    raise ConfigError(f"[{root}] cannot be edited by machine in this file; edit it by hand")
+
+
+def meant_tables(before: Json, root: str, name: str | None, table: Json | None) -> Json:
+    """What the file is to say after the edit."""
+    if name is None:
+        rest = {k: v for k, v in before.items() if k != root}
+        return rest if table is None else {**rest, root: table}
+    rows = list(before.get(root, []))
+    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
+    rows[at : at + 1] = [] if table is None else [table]
+    return {**{k: v for k, v in before.items() if k != root}, **({root: rows} if rows else {})}
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Deep equality that tells true from 1, as TOML does."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_value(one[k], other[k]) for k in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def splice_table(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
+    """The edit for the usual layout: a header with keys under it. IndexError where the file is laid out otherwise."""
+    statements = scan_toml(text)
+    if name is None:
+        if root not in before:
+            return insert_text(text, len(text), emit_table(root, meant[root]))
+        block = blocks_of_root(statements, root, "table")[0]
+        return splice_block(text, block, before[root], meant.get(root), root, "table")
+    rows = before.get(root, [])
+    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
+    blocks = blocks_of_root(statements, root, "array")
+    if at == len(rows):
+        end = last_key_end(blocks[-1]) if blocks else len(text)
+        return insert_text(text, end, emit_table(root, meant[root][at], "array"))
+    after = meant[root][at] if len(meant.get(root, [])) == len(rows) else None
+    return splice_block(text, blocks[at], rows[at], after, root, "array")
+
+
+def blocks_of_root(statements: list[Statement], root: str, kind: str) -> list[list[Statement]]:
+    """The statements of each `[root]` or `[[root]]`, with those of its sub-tables."""
+    blocks: list[list[Statement]] = []
+    inside = False
+    for statement in statements:
+        if statement.kind in ("table", "array"):
+            begins = statement.path == (root,) and statement.kind == kind
+            inside = begins or (inside and statement.path[0] == root and len(statement.path) > 1)
+            if begins:
+                blocks.append([])
+        if inside:
+            blocks[-1].append(statement)
+    return blocks
+
+
+def last_key_end(block: list[Statement]) -> int:
+    """Where a block's last header or key ends: comments after it belong to what follows."""
+    return max(s.end for s in block if s.kind != "blank")
+
+
+def splice_block(text: str, block: list[Statement], old: Json, new: Json | None, root: str, kind: str) -> str:
+    """One table's block with only its changed keys changed."""
+    if new is None:
+        kept = [s for s in block if s.kind == "blank" and s.start >= last_key_end(block)]
+        return text[: block[0].start] + text[kept[0].start if kept else block[-1].end :]
+    edits: list[tuple[int, int, str]] = []
+    added = [k for k in new if k not in old]
+    own, subs = split_block(block)
+    for key in old:
+        if key in new and same_value(old[key], new[key]):
+            continue
+        lines = [s for s in own if s.kind == "key" and s.path[0] == key]
+        if key in new and len(lines) == 1 and lines[0].path == (key,) and not is_rows(new[key]):
+            edits.append((*lines[0].value, emit_value(new[key])))
+            continue
+        gone = [*lines, *(s for sub in subs.get(key, []) for s in sub)]
+        edits += [(s.start, s.end, "") for s in gone if s.kind != "blank"]
+        added += [key] if key in new else []
+    inline = "".join(f"{emit_key(k)} = {emit_value(new[k])}\n" for k in added if not is_rows(new[k]))
+    rows = "".join(emit_rows(f"{root}.{emit_key(k)}", new[k]) for k in added if is_rows(new[k]))
+    end_of_own, end = last_key_end(own), last_key_end(block)
+    if inline:
+        edits.append((end_of_own, end_of_own, inline))
+    if rows:
+        edits.append((end, end, rows))
+    return apply_edits(text, edits)
+
+
+def split_block(block: list[Statement]) -> tuple[list[Statement], dict[str, list[list[Statement]]]]:
+    """A block's own statements (with its header), and those of its sub-tables by key."""
+    own: list[Statement] = []
+    subs: dict[str, list[list[Statement]]] = {}
+    current = own
+    for statement in block:
+        if statement.kind in ("table", "array") and len(statement.path) > 1:
+            current = []
+            subs.setdefault(statement.path[1], []).append(current)
+        current.append(statement)
+    return own, subs
+
+
+def apply_edits(text: str, edits: list[tuple[int, int, str]]) -> str:
+    newline = "\r\n" if "\r\n" in text else "\n"
+    for start, end, new in sorted(edits, reverse=True):
+        if start == end and start and text[start - 1] != "\n":
+            new = "\n" + new
+        text = text[:start] + new.replace("\n", newline) + text[end:]
+    return text
+
+
+def insert_text(text: str, at: int, new: str) -> str:
+    return apply_edits(text, [(at, at, "\n" + new if text[:at].strip() else new)])
+
+
+def rewrite_root(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
+    """The edit for any other layout: everything of that root is taken out and written anew at the end."""
+    gone = []
+    table: tuple[str, ...] = ()
+    for statement in scan_toml(text):
+        if statement.kind in ("table", "array"):
+            table = statement.path
+        full = table if statement.kind != "key" else (*table, *statement.path)
+        if statement.kind != "blank" and full[:1] == (root,):
+            gone.append((statement.start, statement.end, ""))
+    rest = apply_edits(text, gone)
+    if root not in meant:
+        return rest
+    value = meant[root]
+    new = emit_rows(root, value) if is_rows(value) else emit_table(root, value)
+    return insert_text(rest, len(rest), new)
+
+
+def is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def emit_rows(title: str, rows: list[Json]) -> str:
+    return "\n".join(emit_table(title, row, "array") for row in rows)
+
+
+def emit_table(title: str, table: Json, kind: str = "table") -> str:
+    """A table under its header; rows of tables get headers of their own, other tables stand inline."""
+    lines = [f"[[{title}]]" if kind == "array" else f"[{title}]"]
+    lines += [f"{emit_key(k)} = {emit_value(v)}" for k, v in table.items() if not is_rows(v)]
+    rows = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in table.items() if is_rows(v)]
+    return "\n".join([*lines, *(row.rstrip("\n") for row in rows)]) + "\n"
+
+
+def emit_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else emit_value(key)
+
+
+def emit_value(value: Any) -> str:
+    """A value as TOML writes it; ConfigError for what TOML has no form of."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return emit_text(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, (float, Decimal)):
+        text = format(value, "f") if isinstance(value, Decimal) else repr(value)
+        return text if re.search(r"[.einf]", text) else f"{text}.0"
+    if isinstance(value, dict):
+        return (
+            "{ " + ", ".join(f"{emit_key(k)} = {emit_value(v)}" for k, v in value.items()) + " }"
+            if value
+            else "{}"
+        )
+    if isinstance(value, list):
+        return "[" + ", ".join(map(emit_value, value)) + "]"
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat())
+    raise ConfigError(f"{type(value).__name__} cannot be written to the config file")
+
+
+def emit_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("a text with half a surrogate pair cannot be written to the config file") from None
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+class StaleError(ConfigError):
+    """The file has changed since it was read: saving would lose that change."""
+
+
+def save_config(path: Path, text: str, expected_hash: str) -> None:
+    """Replaces the file as one step, keeping three backups; StaleError when it is not what the editor saw.
+
+    Mode 0600; a symlink stays one; what is on disk is read back before it takes the old one's place.
+    """
+    path = Path(os.path.realpath(path))
+    current = path.read_bytes().decode("utf-8") if path.exists() else ""
+    if path.exists() and hash_text(current) != expected_hash:
+        raise StaleError(f"{path.name} has changed on disk since this page was loaded; load it again")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write_private(part, text)
+        if part.read_bytes().decode("utf-8") != text:
+            raise ConfigError(f"{path.name} could not be written whole; nothing was changed")
+        if current:
+            keep_backups(path, current)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name != "nt":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file for its owner only, on the disk when this returns."""
+    with open(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8", newline=""
+    ) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+BACKUPS = 3
+
+
+def backup_paths(path: Path) -> list[Path]:
+    """Where a config's backups are, newest first."""
+    return [path.with_name(f"{path.name}.bak{n}") for n in range(1, BACKUPS + 1)]
+
+
+def keep_backups(path: Path, text: str) -> None:
+    places = backup_paths(path)
+    for older, newer in zip(reversed(places), reversed(places[:-1]), strict=False):
+        if newer.exists():
+            os.replace(newer, older)
+    write_private(places[0], text)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5658,7 +6009,7 @@ class Call:
     credential: str = ""  # the client's own, for passthrough providers
     wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
     on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
-    on_raw: Callable[[str, Any], None] = lambda kind, data: None  # the inspect recorder
+    on_raw: Callable[[str, bytes], None] | None = None  # the inspect recorder
     # What became of it:
     target: Target | None = None
     attempts: list[Json] = field(default_factory=list)
@@ -5944,7 +6295,8 @@ class Relay:
         streams = call.is_streamed(dialect)
         limit = provider.first_byte_timeout if streams else provider.response_timeout
         watch.wait(limit, "first byte")
-        call.on_raw("upstream request", request.data)
+        if call.on_raw:
+            call.on_raw("upstream_request", request.data)
         reused = Reused()
         try:
             response = await self.post(self.session, request, provider, reused)
@@ -6026,8 +6378,10 @@ class Relay:
         held = b""
         while not reader.ended and reader.error is None:
             data = await response.content.readany()
-            call.on_raw("upstream", data)
             out = reader.feed(data) if data else reader.finish()
+            if call.on_raw:
+                call.on_raw("upstream_answer", data)
+                call.on_raw("events", out + reader.ending)
             if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
                 call.first_content = time.monotonic()
                 call.target = slot.target
@@ -6071,7 +6425,8 @@ class Relay:
                     body += more
         except UPSTREAM_FAULTS():
             body = b""
-        call.on_raw("upstream", body)
+        if call.on_raw:
+            call.on_raw("upstream_answer", body)
         text = scrub(body.decode("utf-8", "replace"), call.config.secrets())
         try:
             payload = json.loads(text)
@@ -6627,9 +6982,68 @@ class State:
     calls: dict[str, Call] = field(default_factory=dict)  # in flight, by request id
     failures: dict[str, deque[float]] = field(default_factory=dict)  # times of wrong tokens, by address
     listeners: set[asyncio.Queue[Json]] = field(default_factory=set)  # of the live request log
+    recorder: Recorder = field(default_factory=lambda: Recorder())
     refused_counts: dict[str, float] = field(
         default_factory=dict
     )  # provider -> until when it is not asked to count
+
+
+class Recorder:
+    """Keeps the last requests whole while it is switched on: in memory only, and without keys."""
+
+    MOST = 20
+    LARGEST = 2**20  # bytes of each part that is kept
+
+    def __init__(self) -> None:
+        self.until = 0.0
+        self.held: OrderedDict[str, Json] = OrderedDict()
+
+    def switch(self, seconds: float) -> None:
+        self.until = time.monotonic() + seconds
+        if not seconds:
+            self.held.clear()
+
+    @property
+    def is_on(self) -> bool:
+        if self.until and time.monotonic() > self.until:
+            self.until = 0.0
+            self.held.clear()
+        return self.until > 0
+
+    def summary(self) -> Json:
+        left = max(self.until - time.monotonic(), 0) if self.is_on else 0
+        listed = ("id", "time", "asked", "route", "target", "status")
+        return {
+            "on_for_s": round(left),
+            "held": [{k: row.get(k) for k in listed} for row in reversed(self.held.values())],
+        }
+
+    def begin(self, call: Call) -> None:
+        """Starts a record and has the relay add to it."""
+        secrets_of = call.config.secrets()
+        record: Json = {
+            "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.body.get("model"),
+            "route": call.route.reason, "client_request": call.body, "upstream_request": "", "upstream_answer": "",
+            "events": "",
+        }  # fmt: skip
+        self.held[call.request_id] = record
+        while len(self.held) > self.MOST:
+            self.held.popitem(last=False)
+
+        def note(part: str, data: bytes) -> None:
+            if len(record[part]) < self.LARGEST:
+                record[part] += scrub(data.decode("utf-8", "replace"), secrets_of)
+
+        call.on_raw = note
+
+    def end(self, call: Call, status: int) -> None:
+        if record := self.held.get(call.request_id):
+            target = call.target or call.route.targets[0]
+            record |= {
+                "status": status,
+                "target": f"{target.provider}/{target.actual_model}",
+                "attempts": call.attempts,
+            }
 
 
 @functools.cache
@@ -7004,6 +7418,7 @@ class Exchange:
         self.request, self.state, self.call, self.user = request, state, call, user
         self.hold: Hold | None = None
         self.settled: asyncio.Future[None] | None = None
+        self.done: Settlement | None = None
         self.began = time.monotonic()
         self.answered = False
         call.on_answer = self.on_answer
@@ -7015,13 +7430,15 @@ class Exchange:
         await self.place_hold()
         sink = self.sink()
         state.calls[call.request_id] = call
+        if state.recorder.is_on:
+            state.recorder.begin(call)
         error: ApiError | None = None
         try:
             await state.relay.run(call, sink)
             self.settle(None)
             await self.durable()
             assert call.reader is not None
-            return await sink.finish(call.reader.ending)
+            return await sink.finish(call.reader.ending + self.epilogue())
         except ApiError as failed:
             error = failed
             self.settle(error)
@@ -7035,6 +7452,10 @@ class Exchange:
             sink.close()
             state.calls.pop(call.request_id, None)
             self.settle(error)
+
+    def epilogue(self) -> bytes:
+        """What follows an answer's ending: nothing, but for the admin page's own requests."""
+        return b""
 
     def sink(self) -> StreamSink | WholeSink:
         if self.call.stream:
@@ -7147,6 +7568,7 @@ class Exchange:
             stop_reason=call.reader.stop_reason if call.reader else "",
             trail=[list(step) for step in call.route.trail],
         )
+        self.done = done
         self.settled = self.state.store.settle(self.hold, done)
         self.tell(done)
 
@@ -7181,6 +7603,7 @@ class Exchange:
         if done.status == 200 and not usage.estimated and call.tokens:
             self.state.counter.observe(done.provider, done.model, call.tokens, usage.prompt)
         log.info("%s", log_line(done))
+        self.state.recorder.end(call, done.status)
         row = settlement_row(done)
         for listener in self.state.listeners:
             if not listener.full():
@@ -7716,6 +8139,419 @@ def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit:
     return {"provider": target.provider, "model": target.actual_model, "ceiling_microusd": charge}
 
 
+# The config, seen and edited.
+
+SECRET_KEYS = ("api_key", "admin_token")
+
+
+def masked(secret: Any) -> Any:
+    """A secret as the admin page may see it: whether it is set, a reference as written, else its last four."""
+    if isinstance(secret, list):
+        return [masked(s) for s in secret]
+    if not isinstance(secret, str) or not secret:
+        return {"set": False, "last4": "", "reference": ""}
+    if secret.startswith("$") or secret == "passthrough":  # noqa: S105
+        return {"set": True, "last4": "", "reference": secret}
+    return {"set": True, "last4": secret[-4:] if len(secret) >= 12 else "", "reference": ""}
+
+
+def masked_table(table: Any) -> Any:
+    """A parsed table without its secrets, as JSON has it."""
+    if isinstance(table, dict):
+        out = {}
+        for key, value in table.items():
+            if key in SECRET_KEYS:
+                out[key] = masked(value)
+            elif key == "headers" and isinstance(value, dict):
+                out[key] = {name: masked(text) for name, text in value.items()}
+            else:
+                out[key] = masked_table(value)
+        return out
+    if isinstance(table, list):
+        return [masked_table(item) for item in table]
+    return (
+        float(table) if isinstance(table, Decimal) else table if isinstance(table, (str, int)) else str(table)
+    )
+
+
+def form_fields() -> Json:
+    """The config's keys as the pages' forms show them, from the dataclasses' own declarations."""
+    classes = {
+        "server": Server, "router": Router, "rules": PromptRule, "providers": Provider, "quirks": Quirks,
+        "models": Model, "mappings": Target, "credits": Credits,
+    }  # fmt: skip
+    return {
+        name: [form_field(cls, f) for f in dataclasses.fields(cls) if "help" in f.metadata]
+        for name, cls in classes.items()
+    }
+
+
+def form_field(cls: Any, field: Any) -> Json:
+    hint = str(type_hints(cls)[field.name])
+    words = "Price price tuple list dict table Pattern text bool bool int number float number Decimal number Quirks table"
+    kinds = zip(words.split()[::2], words.split()[1::2], strict=True)
+    kind = "secret" if field.metadata["secret"] else next((k for word, k in kinds if word in hint), "text")
+    default = field.default if field.default is not dataclasses.MISSING else {}
+    if isinstance(default, re.Pattern):
+        default = default.pattern
+    plain = (
+        default
+        if isinstance(default, (str, int, float, bool))
+        else list(default)
+        if isinstance(default, tuple)
+        else ""
+    )
+    choices = [c for c in field.metadata["choices"] if c]
+    return {
+        "name": field.name, "kind": "choice" if choices and kind == "text" else kind, "help": field.metadata["help"],
+        "default": plain if not isinstance(default, Decimal) else float(default), "choices": choices,
+        "secret": field.metadata["secret"],
+    }  # fmt: skip
+
+
+async def get_state(request: web.Request) -> web.StreamResponse:
+    """Everything the admin page shows at its start; keys masked."""
+    state = require_admin(request)
+    config = state.config
+    return web.json_response({
+        "version": __version__,
+        "uptime_s": round(time.monotonic() - state.started),
+        "path": config.path,
+        "config": masked_table(config.tables),
+        "config_hash": config.text_hash,
+        "config_error": state.config_error,
+        "warnings": list(config.warnings),
+        "providers": {p.name: provider_state(state, p) for p in config.providers},
+        "presets": {name: preset_json(row) for name, row in PRESETS.items()},
+        "formats": list(DIALECTS),
+        "fields": form_fields(),
+        "routes": {slot: getattr(config.router, slot) or "" for slot in ROUTE_SLOTS},
+        "names": model_names(config),
+        "unpriced": [name for name in model_names(config) if model_json(config, name)["price"] is None],
+        "calibration": [
+            {"provider": p, "model": m, "factor": round(f, 4), "samples": n} for p, m, f, n in state.counter.export()
+        ],
+        "vocabulary_missing": state.vocabulary.missing(),
+    })  # fmt: skip
+
+
+def provider_state(state: State, provider: Provider) -> Json:
+    url = (
+        endpoint_url(provider.base_url, DIALECTS[provider.format], model="MODEL") if provider.base_url else ""
+    )
+    return {**provider_health(state, provider), "url": url, "format": provider.format}
+
+
+def preset_json(row: Json) -> Json:
+    """A preset as the form offers it: where a key will be sent, and the variable it is usually in."""
+    url = endpoint_url(row["base_url"], DIALECTS[row["type"]], model="MODEL") if row["base_url"] else ""
+    return {
+        "type": row["type"],
+        "base_url": row["base_url"],
+        "url": url,
+        "api_key": row["api_key"],
+        "default": row["default"],
+    }
+
+
+def config_text(state: State) -> tuple[str, Path]:
+    """The config file's text and place; for a start without one, what the environment amounted to."""
+    if state.config.path:
+        path = Path(state.config.path).expanduser()
+        return path.read_bytes().decode("utf-8"), path
+    return state.config.text, ccmux_home() / "config.toml"
+
+
+def store_text(state: State, text: str, given_hash: Any) -> str:
+    """Checks and saves a new config text and swaps it in; the new hash. ApiError 400 where it is wrong, 409 stale."""
+    _, path = config_text(state)
+    if given_hash != state.config.text_hash:
+        raise ApiError(
+            409, "the config has changed since this page was loaded; load it again (nothing was saved)"
+        )
+    try:
+        config = load_config(text, os.environ, str(path))
+        check_binding(config)
+        save_config(path, text, state.config.text_hash)
+    except StaleError as error:
+        raise ApiError(409, str(error)) from None
+    except (ConfigError, OSError) as error:
+        raise ApiError(400, str(error)) from None
+    adopt_config(state, config)
+    return config.text_hash
+
+
+def adopt_config(state: State, config: Config) -> None:
+    """Swaps a config in; what only a start can change keeps its old value until then."""
+    state.config, state.config_error = config, ""
+    if config.server.admin_token:
+        state.admin_token = config.server.admin_token
+
+
+async def save_table(
+    request: web.Request, root: str, name: str | None, table: Json | None, hash: Any
+) -> web.Response:
+    """Saves one table; the answer carries the new hash."""
+    state = require_admin(request)
+    text, _ = config_text(state)
+    try:
+        edited = edit_toml(text, root, name, table)
+    except ConfigError as error:
+        raise ApiError(400, str(error)) from None
+    return web.json_response({"hash": store_text(state, edited, hash)})
+
+
+async def table_of(request: web.Request) -> tuple[Json, Any]:
+    """`{table, hash}` of a PUT; the keys of a table may also stand beside hash."""
+    body = strict_json(await read_body(request))
+    hash = body.pop("hash", None)
+    table = body.pop("table", body)
+    if not isinstance(table, dict):
+        raise ApiError(400, "table: must be an object with the TOML's own keys")
+    return table, hash
+
+
+def old_row(state: State, root: str, name: str) -> Json:
+    """The row as the file has it, secrets as written; {} for a new one."""
+    rows = as_list(tomllib.loads(config_text(state)[0]).get(root))
+    return next((row for row in rows if row.get("name") == name), {})
+
+
+async def put_provider(request: web.Request) -> web.StreamResponse:
+    """Makes or replaces a provider. A key left out stays, but never goes along to another address."""
+    state = require_admin(request)
+    name = request.match_info["name"]
+    table, hash = await table_of(request)
+    table = {"name": name, **table}
+    old = old_row(state, "providers", name)
+    kept = kept_secrets(old, table)
+    table = {
+        k: v for k, v in table.items() if v is not None and k not in kept and not (k == "api_key" and v == "")
+    }
+    if kept and address_of(state, table, name) == address_of(state, old, name):
+        table |= kept
+    return await save_table(request, "providers", name, table, hash)
+
+
+def kept_secrets(old: Json, new: Json) -> Json:
+    """The secrets of the old row that the new one leaves out (or has null, or masked, for)."""
+    kept: Json = {}
+    if "api_key" in old and (new.get("api_key") is None or is_mask(new["api_key"])):
+        kept["api_key"] = old["api_key"]
+    if "headers" in old and "headers" in new:
+        given = as_object(new["headers"])
+        headers = {k: old["headers"].get(k, "") if v is None or is_mask(v) else v for k, v in given.items()}
+        if headers != given:
+            kept["headers"] = headers
+    return kept
+
+
+def is_mask(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict) for v in value))
+
+
+def address_of(state: State, row: Json, name: str) -> str:
+    """The base URL a row amounts to, with its preset's where it has none of its own."""
+    return str(row.get("base_url") or PRESETS.get(str(row.get("type")), {}).get("base_url") or "").rstrip("/")
+
+
+async def delete_provider(request: web.Request) -> web.StreamResponse:
+    state = require_admin(request)
+    name = request.match_info["name"]
+    users = [m.name for m in state.config.models if any(t.provider == name for t in m.mappings)]
+    if users:
+        raise ApiError(409, f"provider {name!r} is used by model {', '.join(users)}; change them first")
+    return await remove_row(request, "providers", name)
+
+
+async def remove_row(request: web.Request, root: str, name: str) -> web.StreamResponse:
+    state = require_admin(request)
+    body = await body_of(request, ("hash",))
+    if not old_row(state, root, name):
+        raise ApiError(404, f"there is no {root[:-1]} {name!r}")
+    return await save_table(request, root, name, None, body.get("hash"))
+
+
+async def put_model(request: web.Request) -> web.StreamResponse:
+    require_admin(request)
+    table, hash = await table_of(request)
+    name = request.match_info["name"]
+    return await save_table(request, "models", name, {"name": name, **without_nulls(table)}, hash)
+
+
+def without_nulls(table: Json) -> Json:
+    return {k: v for k, v in table.items() if v is not None}
+
+
+async def delete_model(request: web.Request) -> web.StreamResponse:
+    state = require_admin(request)
+    name = request.match_info["name"]
+    slots = [slot for slot in ROUTE_SLOTS if getattr(state.config.router, slot) == name]
+    if slots:
+        raise ApiError(409, f"model {name!r} is what [router] {', '.join(slots)} names; change that first")
+    return await remove_row(request, "models", name)
+
+
+def put_single(root: str) -> Callable[[web.Request], Any]:
+    """The handler that replaces a single table: [router], [credits] or [server]."""
+
+    async def put(request: web.Request) -> web.StreamResponse:
+        state = require_admin(request)
+        table, hash = await table_of(request)
+        old = as_object(tomllib.loads(config_text(state)[0]).get(root))
+        token = table.get("admin_token")
+        if "admin_token" in old and (token is None or is_mask(token)):
+            table["admin_token"] = old["admin_token"]
+        return await save_table(request, root, None, without_nulls(table), hash)
+
+    return put
+
+
+async def post_provider_test(request: web.Request) -> web.StreamResponse:
+    """One tiny request to a saved provider over the live path."""
+    state = require_admin(request)
+    body = await body_of(request, ("model",))
+    provider = saved_provider(state, request.match_info["name"])
+    model = text_in(body, "model", 200) or provider_model(state.config, provider)
+    return web.json_response(await test_provider(state, provider, model))
+
+
+def saved_provider(state: State, name: str) -> Provider:
+    provider = state.config.provider(name)
+    if provider is None:
+        raise ApiError(404, f"there is no provider {name!r}; save it first")
+    return provider
+
+
+async def get_provider_models(request: web.Request) -> web.StreamResponse:
+    """The model names that a provider itself lists."""
+    state = require_admin(request)
+    return web.json_response(
+        {"models": await listed_models(state, saved_provider(state, request.match_info["name"]))}
+    )
+
+
+async def listed_models(state: State, provider: Provider) -> list[str]:
+    """The ids of a provider's model list; ApiError 502 where it gives none."""
+    dialect = DIALECTS[provider.format]
+    if dialect.is_local:
+        return [provider.default_model]
+    slot = state.relay.slots_of(Target(provider.name, ""), provider)[0]
+    call = Call("", {}, b"", {}, Route("", "", (), ()), state.config, stream=False)
+    headers = {**upstream_headers(call, slot, dialect), "accept": "application/json"}
+    url = endpoint_url(provider.base_url, dialect, "/models")
+    try:
+        async with asyncio.timeout(15):
+            proxy = provider.proxy or environment_proxy(provider.base_url)
+            answer = await state.relay.session.get(url, headers=headers, proxy=proxy, allow_redirects=False)
+            listed = await answer.json(content_type=None)
+    except UPSTREAM_FAULTS() as fault:
+        raise ApiError(502, f"provider {provider.name} gave no model list ({type(fault).__name__})") from None
+    rows = as_list(as_object(listed).get("data")) or as_list(as_object(listed).get("models"))
+    names = [
+        str(row.get("id") or row.get("name") or "").removeprefix("models/")
+        for row in rows
+        if isinstance(row, dict)
+    ]
+    if answer.status != 200 or not any(names):
+        raise ApiError(502, f"provider {provider.name} gave no model list (status {answer.status})")
+    return sorted(filter(None, names))
+
+
+async def get_config(request: web.Request) -> web.StreamResponse:
+    """The file's text; literal secrets in it are shown as marks that a save turns back."""
+    state = require_admin(request)
+    text = config_text(state)[0]
+    for secret, mark in secret_marks(text).items():
+        text = text.replace(secret, mark)
+    return web.json_response({"text": text, "hash": state.config.text_hash})
+
+
+def secret_marks(text: str) -> dict[str, str]:
+    """Each literal secret in a config text, longest first, with the mark that stands for it."""
+    tables = tomllib.loads(text)
+    found: list[Any] = [as_object(tables.get("server")).get("admin_token")]
+    for row in as_list(tables.get("providers")):
+        keys = row.get("api_key")
+        found += [*(keys if isinstance(keys, list) else [keys]), *as_object(row.get("headers")).values()]
+    literal = {s for s in found if isinstance(s, str) and s and not s.startswith("$") and s != "passthrough"}
+    return {s: f"[kept-{hash_text(s)}]" for s in sorted(literal, key=len, reverse=True)}
+
+
+async def put_config(request: web.Request) -> web.StreamResponse:
+    """Saves the whole text. A kept secret may not move to another address."""
+    state = require_admin(request)
+    body = await body_of(request, ("text", "hash"))
+    text = text_in(body, "text", 2**20)
+    marks = secret_marks(config_text(state)[0])
+    before, after = state.config, text
+    for secret, mark in marks.items():
+        after = after.replace(mark, secret)
+    try:
+        wanted = load_config(after, os.environ, before.path)
+    except ConfigError as error:
+        raise ApiError(400, str(error)) from None
+    for provider in wanted.providers:
+        old = before.provider(provider.name)
+        moved = old is None or old.base_url.rstrip("/") != provider.base_url.rstrip("/")
+        if moved and after != text and any(key in marks for key in provider.api_key):
+            raise ApiError(
+                400, f"provider {provider.name!r} has a new address: type its key again, or use $NAME"
+            )
+    return web.json_response({"hash": store_text(state, after, body.get("hash"))})
+
+
+async def get_backups(request: web.Request) -> web.StreamResponse:
+    _, path = config_text(require_admin(request))
+    found = [(p, p.stat()) for p in backup_paths(Path(os.path.realpath(path))) if p.exists()]
+    rows = [
+        {"name": p.name, "time": iso(datetime.fromtimestamp(s.st_mtime, UTC)), "bytes": s.st_size}
+        for p, s in found
+    ]
+    return web.json_response({"backups": rows})
+
+
+async def post_try(request: web.Request) -> web.StreamResponse:
+    """A real request through the live path, streamed as raw events; a last `ccmux` event tells its route and cost."""
+    state = require_admin(request)
+    given = await body_of(request, ("body", "headers"))
+    body = {"max_tokens": 1024, **as_object(given.get("body")), "stream": True}
+    call = await plan_call(request, state, body, b"")
+    call.body = {**call.body, "stream": True}
+    return await Try(request, state, call, state.store.local_user()).serve()
+
+
+class Try(Exchange):
+    """An exchange of the admin page's, which tells its row of the request log at the end."""
+
+    def epilogue(self) -> bytes:
+        assert self.done is not None
+        row = {**settlement_row(self.done), "trail": self.done.trail, "price": self.done.price}
+        return b"event: ccmux\ndata: %s\n\n" % compact(row)
+
+
+async def get_inspect(request: web.Request) -> web.StreamResponse:
+    return web.json_response(require_admin(request).recorder.summary())
+
+
+async def put_inspect(request: web.Request) -> web.StreamResponse:
+    """Switches the recorder on for some minutes (at most 15), or off with 0."""
+    recorder = require_admin(request).recorder
+    body = await body_of(request, ("minutes",))
+    minutes = body.get("minutes")
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 <= minutes <= 15:
+        raise ApiError(400, "minutes: a number from 0 (off) to 15")
+    recorder.switch(minutes * 60)
+    return web.json_response(recorder.summary())
+
+
+async def get_inspected(request: web.Request) -> web.StreamResponse:
+    found = require_admin(request).recorder.held.get(request.match_info["id"])
+    if found is None:
+        raise ApiError(404, "that request is not held; the recorder keeps the last 20 while it is on")
+    return web.json_response(found)
+
+
 def admin_routes() -> list[web.RouteDef]:
     return [
         web.get("/api/me", get_me),
@@ -7725,6 +8561,21 @@ def admin_routes() -> list[web.RouteDef]:
         web.get("/api/requests", get_my_requests),
         web.get("/api/export", get_my_export),
         web.post("/api/purchase", post_purchase),
+        web.get("/admin/api/state", get_state),
+        web.put("/admin/api/providers/{name}", put_provider),
+        web.delete("/admin/api/providers/{name}", delete_provider),
+        web.post("/admin/api/providers/{name}/test", post_provider_test),
+        web.get("/admin/api/providers/{name}/models", get_provider_models),
+        web.put("/admin/api/models/{name:.+}", put_model),
+        web.delete("/admin/api/models/{name:.+}", delete_model),
+        *(web.put(f"/admin/api/{root}", put_single(root)) for root in ("router", "credits", "server")),
+        web.get("/admin/api/config", get_config),
+        web.put("/admin/api/config", put_config),
+        web.get("/admin/api/backups", get_backups),
+        web.post("/admin/api/try", post_try),
+        web.get("/admin/api/inspect", get_inspect),
+        web.put("/admin/api/inspect", put_inspect),
+        web.get("/admin/api/inspect/{id}", get_inspected),
         web.get("/admin/api/users", get_users),
         web.post("/admin/api/users", post_user),
         web.patch("/admin/api/users/{name}", patch_user),
@@ -7823,7 +8674,7 @@ def read_config(given: str) -> Config:
     if path is None:
         return load_config(config_of_environment(os.environ, ollama_models()), os.environ)
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
@@ -8099,15 +8950,12 @@ async def drain(state: State, server: asyncio.Server) -> None:
 
 async def watch_config(state: State, args: argparse.Namespace) -> None:
     """Swaps the config in when its file has changed; a broken file keeps the old one and says so."""
-    if not state.config.path:
-        return
-    path = Path(state.config.path)
-    seen = stamp_of(path)
+    path, seen = state.config.path, stamp_of(Path(state.config.path))
     while True:
         await asyncio.sleep(0.5)
-        now = stamp_of(path)
-        if now != seen:
-            seen = now
+        now = stamp_of(Path(state.config.path))
+        if state.config.path and (now != seen or path != state.config.path):
+            path, seen = state.config.path, now
             reload_config(state, args)
 
 
