@@ -4081,10 +4081,11 @@ def demo_input(tool: Json, words: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 # Tokens and prices (pure; the encoder is handed in)
 # ----------------------------------------------------------------------------------------------------------
-# Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and checked against
-# the vendors' pages where they have one. Columns: name, context, max output, input, output, cache read, cache write, 1 h
-# cache write; - is unknown, not free. Then what the model refuses (s sampling parameters, f forced tool calls) and the
-# tiers, above:input/output/read/write, that price a whole request once its prompt passes `above` tokens.
+# Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and
+# checked against the vendors' pages where they have one. Columns: name, context, max output, input, output,
+# cache read, cache write, 1 h cache write; - is unknown, not free. Then what the model refuses (s sampling
+# parameters, f forced tool calls) and the tiers, above:input/output/read/write, that price a whole request
+# once its prompt passes that.
 PRICES_DATE = "2026-11-22"
 PRICE_ROWS = """
 claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sf
@@ -4157,7 +4158,7 @@ MiniMax-M2.1             1000000    8192   0.3   1.2   0.03  0.375   - -
 qwen3.8-max               991808  131072     2     6   0.25      -   - -
 qwen3.8-flash             991808  131072  0.15  0.47  0.016    0.2   - -
 qwen3.7-max               991808   65536   2.5   7.5    0.5  3.125   - -
-qwen3-coder-plus          997952   65536     1     5    0.1      -   - -  32000:1.8/9/0.18/- 128000:3/15/0.3/- 256000:6/60/0.6/-
+qwen3-coder-plus  997952 65536 1 5 0.1 - - -  32000:1.8/9/0.18/- 128000:3/15/0.3/- 256000:6/60/0.6/-
 qwen3-max                 258048   65536   1.2     6      -      -   - -  32000:2.4/12/-/- 128000:3/15/-/-
 grok-4.7                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
 grok-4.6                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
@@ -4200,7 +4201,7 @@ _MODEL_SUFFIX = re.compile(r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|:[a-z]+$|\
 
 @functools.lru_cache(4096)
 def facts_of(model: str) -> Facts:
-    """What the built-in table knows of a model: by name, then without vendor prefix, then without date or tag."""
+    """What the built-in table knows of a model: by its name, then without vendor prefix, date or tag."""
     table, name = price_table(), model.lower()
     for candidate in (name, name.rsplit("/", 1)[-1]):
         while candidate not in table and (shorter := _MODEL_SUFFIX.sub("", candidate)) != candidate:
@@ -4230,7 +4231,8 @@ class Charge:
 
 def exact_cost(usage: Usage, price: Price) -> Decimal:
     """Micro-dollars, not rounded. A kind of token without a price of its own costs what input costs."""
-    price = next((tier for above, tier in reversed(price.tiers) if usage.prompt > above), price)
+    above = [tier for tier in price.tiers if usage.prompt > tier[0]]
+    price = max(above, key=lambda tier: tier[0])[1] if above else price
     kinds = (
         (usage.input, price.input), (usage.output, price.output), (usage.cache_read, price.cache_read),
         (usage.cache_write, price.cache_write), (usage.cache_write_1h, price.cache_write_1h),
@@ -4239,7 +4241,7 @@ def exact_cost(usage: Usage, price: Price) -> Decimal:
 
 
 def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
-    """The charge of an answer: the exact sum, and the exact sum with markup, each rounded up to a micro-dollar."""
+    """The charge of an answer: the exact sum, without and with markup, each rounded up to a micro-dollar."""
     exact = exact_cost(usage, price)
     cost = math.ceil(exact)
     charge = math.ceil(exact * (100 + markup_percent) / 100)
@@ -4268,9 +4270,10 @@ def price_json(price: Price) -> Json:
 PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 
 
-# Counting. Every family of models has a framing: which vocabulary, what each message and tool costs beyond its text.
-# A request is counted block by block and each block's count is kept by its hash, so that a turn of a long conversation
-# costs what its last message costs. True usage then teaches a factor for each (provider, model).
+# Counting. Every family of models has a framing: which vocabulary, and what messages and tools cost beyond
+# their text. A request is counted block by block and each block's count is kept by its hash, so that a turn
+# of a long conversation costs what its last message costs. True usage then teaches a factor for each
+# (provider, model).
 
 SLICE = 65_536  # characters: a megabyte of one whitespace run makes the encoder panic
 INLINE = 16_384  # bytes of new text that are counted on the event loop
@@ -4313,7 +4316,7 @@ class Framing:
 
 _CL100K = re.compile(r"^gpt-(?:4(?!o|\.\d)|3\.5)|^gpt-35")
 _CLAUDE_VERSION = re.compile(r"claude-(?:[a-z]+-)?(\d+)(?:[-.](\d{1,2})(?!\d))?")
-# o200k: fitted to recorded counts of code. claude: Anthropic's published tokenizer of Claude 2. ctok is exact.
+# o200k: fitted to recorded counts of code. claude: Anthropic's published tokenizer, of Claude 2.
 FACTORS_TO_46 = (("o200k_base", 1.18), ("claude", 1.13))
 FACTORS_FROM_47 = (("o200k_base", 1.45), ("claude", 1.39))
 
@@ -4350,7 +4353,7 @@ class TokenCounter:
         self.cache: OrderedDict[bytes, int] = OrderedDict()
         # (provider, model) -> (true / counted, answers it was learnt from)
         self.factors: dict[tuple[str, str], tuple[float, int]] = {}
-        # (provider, model, count given) -> the count without its factor, so that answers can come in any order
+        # (provider, model, count given) -> the count without its factor, as answers come in any order
         self.recent: OrderedDict[tuple[str, str, int], float] = OrderedDict()
 
     async def count(self, body: Json, provider: str, model: str) -> int:
@@ -4390,7 +4393,7 @@ class TokenCounter:
     def total(
         self, request: RequestParts, counts: dict[bytes, int], encoding: Encoding | None, key: tuple[str, str]
     ) -> int:
-        """The sum, calibrated. What was counted is kept; estimates, made while there is no encoding, are not."""
+        """The sum, calibrated. Counts are kept; estimates, made while there is no encoding, are not."""
         known = ((self.cache.get(part.key), part) for part in request.parts)
         tokens = request.fixed + sum(
             (counts.get(part.key, 0) if count is None else count) * part.factor for count, part in known
@@ -4409,7 +4412,7 @@ class TokenCounter:
     def observe(self, provider: str, model: str, counted: int, true: int) -> None:
         """Learns from an answer's true prompt tokens: a running average over the last 50.
 
-        Only a count that was made here for this very (provider, model), from a vocabulary, has something to teach.
+        Only a count made here, for this very (provider, model), from a vocabulary, has something to teach.
         """
         tokens = self.recent.get((provider, model, counted), 0.0)
         if tokens <= 0 or true <= 0:
@@ -4445,7 +4448,7 @@ def vocabulary_of(encoding: Encoding | None) -> str:
 
 
 def encoded_length(text: str, encoding: Encoding | None) -> int:
-    """Tokens of a text, in slices; without an encoding an estimate from its bytes, within a fifth for prose and code."""
+    """Tokens of a text, in slices; without an encoding an estimate from its bytes, good to a fifth."""
     if encoding is None:
         return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.7)
     return sum(len(encoding.encode_ordinary(part)) for part in slices(text))
@@ -4488,8 +4491,8 @@ def strings_in(value: Any) -> Iterator[str]:
 class RequestParts:
     """A request taken apart for counting: what is looked up by its hash, and what is `fixed`.
 
-    Reads Messages API requests, and OpenAI Chat ones too (names, calls and functions where those put them), which is
-    how the formulas can be measured against recorded usage of both.
+    Reads Messages API requests, and OpenAI Chat ones too (names, calls, functions where those put them), so
+    that the formulas can be measured against recorded usage of both.
     """
 
     def __init__(self, body: Json, framing: Framing, vocabulary: str) -> None:
@@ -4568,7 +4571,7 @@ class RequestParts:
     def add_document(self, source: Json, depth: int) -> None:
         data = str(source.get("data") or "")
         if source.get("type") == "base64":
-            # Its length and ends tell one PDF from another; hashing megabytes on every turn would not be free.
+            # Its length and ends tell one PDF from another; hashing megabytes every turn would not be free.
             ends = f"{len(data)} {data[:4096]} {data[-4096:]}".encode("utf-8", "surrogatepass")
             self.add(b"pdf" + ends, functools.partial(pdf_tokens, data, self.factor), len(data))
         elif source.get("type") == "text":
@@ -4594,7 +4597,7 @@ def call_text(call: list[Any]) -> str:
 
 
 def offered_tools(body: Json) -> list[Json]:
-    """The tools the model reads about, as {name, description, input_schema}, out of either form of request."""
+    """The tools that the model reads about, as {name, description, input_schema}, from either form."""
     functions = [*(t.get("function") for t in tools_of(body)), *as_list(body.get("functions"))]
     openai = [
         {"name": f.get("name"), "description": f.get("description"), "input_schema": f.get("parameters")}
@@ -4610,7 +4613,7 @@ def claude_tools(tools: list[Json]) -> str:
 
 
 def openai_namespace(tools: list[Json]) -> str:
-    """Tools as OpenAI renders them for its models, which others found out: see the README's account of counting."""
+    """Tools as OpenAI renders them for its models, as github.com/hmarr/openai-chat-tokens found out."""
     functions = (
         typescript_function(str(t.get("name") or ""), t.get("description"), as_object(t.get("input_schema")))
         for t in tools
@@ -4650,7 +4653,7 @@ def typescript_type(schema: Json, indent: int) -> str:
 
 
 def image_tokens(block: Json, framing: Framing) -> int:
-    """Tokens of an image: 28-pixel patches for Claude, 512-pixel tiles for OpenAI; 1,500 where the size is unknown."""
+    """Tokens of an image: Claude 28-pixel patches, OpenAI 512-pixel tiles; 1,500 where unknown."""
     source, link = as_object(block.get("source")), as_object(block.get("image_url"))
     data = source.get("data") or str(link.get("url") or "").partition(";base64,")[2]
     size = image_size(data) if isinstance(data, str) else None
@@ -4731,8 +4734,9 @@ def count_request_body(body: Json) -> Json:
     return out
 
 
-# Vocabularies (I/O from here on): files that tiktoken would fetch by itself, without a time limit, inside a lock. ccmux
-# never lets it: a file is looked for, its hash is checked, and a thread loads it; until then counts are estimates.
+# Vocabularies (I/O from here on): files that tiktoken would fetch by itself, without a time limit, inside a
+# lock. ccmux never lets it: a file is looked for, its hash checked, and a thread loads it; until then counts
+# are estimates.
 
 VOCABULARIES = {  # name: (file name, for OpenAI's as tiktoken caches it: the sha1 of its URL; sha256)
     "o200k_base": (
@@ -4749,12 +4753,14 @@ VOCABULARIES = {  # name: (file name, for OpenAI's as tiktoken caches it: the sh
 VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/encodings"
 PATTERNS = {  # as in tiktoken_ext.openai_public, whose functions would download
     "o200k_base": "|".join((
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
         r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
     )),
-    "cl100k_base": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
-    r"\s*[\r\n]|\s+(?!\S)|\s",
+    "cl100k_base": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
 }  # fmt: skip
 
 
@@ -4784,7 +4790,7 @@ def vocabulary_state() -> Json:
 
 
 def source_of(name: str) -> str:
-    """The vocabulary that an encoding is made from: for Claude ctok, Anthropic's own, or OpenAI's with a factor."""
+    """What an encoding is made from: for Claude ctok, Anthropic's own vocabulary, or OpenAI's."""
     if not name.startswith("claude-"):
         return name
     if importlib.util.find_spec("ctok"):
@@ -4793,7 +4799,7 @@ def source_of(name: str) -> str:
 
 
 def load_encoding(name: str) -> Encoding | None:
-    """An encoding from its file, never from the network: 0.25 s and 84 MB for o200k. None where there is no file."""
+    """An encoding from its file, never from the network; o200k takes 0.25 s, 84 MB. None without a file."""
     if name.startswith("ctok-"):
         return CtokEncoding(name)
     path = find_vocabulary(name)
@@ -4812,7 +4818,7 @@ def read_ranks(lines: Iterable[bytes]) -> dict[bytes, int]:
 
 
 class ClaudeEncoding:
-    """Anthropic's published tokenizer, of Claude 2: a base64 token a word, ranks counted up from the first word."""
+    """Anthropic's published tokenizer, of Claude 2: base64 tokens in the order of their ranks."""
 
     name = "claude"
 

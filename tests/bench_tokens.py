@@ -19,14 +19,14 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import vocabulary as files
 from ccmux import Json, TokenCounter, Vocabulary
-from tiktoken_cache import vocabulary_folder
 
 
 def main(arguments: list[str]) -> int:
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary_folder())
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(files.filled(files.cache_dir())))
     path = arguments[0] if arguments else os.environ.get("CCMUX_TOKEN_VECTORS", "")
     vocabulary = Vocabulary()
     if path:
@@ -48,7 +48,9 @@ def measure_errors(vectors: list[Json], vocabulary: Vocabulary) -> None:
     others = [v for v in vectors if v["api"] != "openai-chat" and "input_tokens" in v]
     for vector in others:
         body = vector.get("body") or image_request(*vector["image"])
-        print(f"{vector['id']}: {count(vocabulary, body, 'claude-sonnet-4-5')}, true {vector['input_tokens']}")
+        print(
+            f"{vector['id']}: {count(vocabulary, body, 'claude-sonnet-4-5')}, true {vector['input_tokens']}"
+        )
 
 
 def chat_model(vector: Json) -> str:
