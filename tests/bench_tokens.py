@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vocabulary as files
+
 from ccmux import Json, TokenCounter, Vocabulary
 
 
@@ -102,7 +103,7 @@ def image_request(width: int, height: int) -> Json:
 
 
 def conversation(size: int, seed: int = 0) -> Json:
-    """A Claude Code request of about `size` characters: tools, a system prompt, turns of calls and results."""
+    """A Claude Code request of about `size` characters: tools, system prompt, turns of calls and results."""
     drawn = random.Random(seed)
     words = ("return", "def", "value", "request", "for", "stream", "the", "not", "found", "0x1f", "()", "=")
 

@@ -8,6 +8,9 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ccmux import (
     PRICE_KINDS,
     Charge,
@@ -27,8 +30,6 @@ from ccmux import (
     price_of,
     price_table,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def price(*amounts: str, tiers: tuple[tuple[int, Price], ...] = ()) -> Price:
