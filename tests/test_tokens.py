@@ -191,7 +191,8 @@ def test_openai_framing(body: Json, expected: int) -> None:
 ENCODINGS = {
     "gpt-4": "cl100k_base", "gpt-4-0613": "cl100k_base", "gpt-4-turbo": "cl100k_base",
     "gpt-35-turbo": "cl100k_base", "openai/gpt-3.5-turbo": "cl100k_base",
-    "gpt-4o": "o200k_base", "gpt-4.1": "o200k_base", "gpt-4.5": "o200k_base", "gpt-5": "o200k_base", "o3": "o200k_base", "glm-5.3": "o200k_base", "": "o200k_base",
+    "gpt-4o": "o200k_base", "gpt-4.1": "o200k_base", "gpt-4.5": "o200k_base", "gpt-5": "o200k_base",
+    "o3": "o200k_base", "glm-5.3": "o200k_base", "": "o200k_base",
 }  # fmt: skip
 
 
@@ -381,10 +382,9 @@ kinds = st.sampled_from(
     ["text", "tool_use", "tool_result", "thinking", "image", "image_url", "document", "search_result", "x"]
 )
 keys = st.sampled_from(
-    ["type", "text", "content", "source", "data", "name", "input", "role", "system", "messages", "tools",
-     "image_url", "function", "tool_calls", "function_call", "tool_choice", "input_schema", "properties", "enum",
-     "items", "anyOf"]
-)  # fmt: skip
+    "type text content source data name input role system messages tools image_url function tool_calls "
+    "function_call tool_choice input_schema properties enum items anyOf".split()
+)
 values = st.recursive(
     scalars | kinds, lambda inner: st.lists(inner) | st.dictionaries(keys, inner), max_leaves=30
 )
@@ -462,7 +462,7 @@ async def test_long_texts_are_counted_in_a_thread_short_ones_at_once() -> None:
 
 
 async def test_the_loop_runs_on_while_much_is_counted() -> None:
-    """50 requests of 60 KB at once; the bench measures the stall in milliseconds, here there is a coarse bound."""
+    """50 requests of 60 KB at once. The bench measures the stall; here there is a coarse bound."""
     counter, ticks = TokenCounter(VOCABULARY.load), 0
     bodies = [user(f"{n} some words to count\n" * 2700) for n in range(50)]
 
