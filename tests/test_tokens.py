@@ -382,8 +382,29 @@ kinds = st.sampled_from(
     ["text", "tool_use", "tool_result", "thinking", "image", "image_url", "document", "search_result", "x"]
 )
 keys = st.sampled_from(
-    "type text content source data name input role system messages tools image_url function tool_calls "
-    "function_call tool_choice input_schema properties enum items anyOf".split()
+    [
+        "type",
+        "text",
+        "content",
+        "source",
+        "data",
+        "name",
+        "input",
+        "role",
+        "system",
+        "messages",
+        "tools",
+        "image_url",
+        "function",
+        "tool_calls",
+        "function_call",
+        "tool_choice",
+        "input_schema",
+        "properties",
+        "enum",
+        "items",
+        "anyOf",
+    ]
 )
 values = st.recursive(
     scalars | kinds, lambda inner: st.lists(inner) | st.dictionaries(keys, inner), max_leaves=30
