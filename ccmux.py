@@ -67,52 +67,139 @@ def ccmux_home() -> Path:
     return Path.home() / ".ccmux"
 
 
-def bootstrap(missing: str) -> None:
-    """Install the packages into a private virtual environment and start again in it.
+def config_path(given: str) -> Path | None:
+    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None where there is none."""
+    if given or os.environ.get("CCMUX_CONFIG"):
+        return Path(given or os.environ["CCMUX_CONFIG"]).expanduser()
+    places = (Path("config.toml"), ccmux_home() / "config.toml")
+    return next((p for p in places if p.exists()), None)
+
+
+# What runs before the packages are there. `statusline` is asked for at every turn of a conversation, and stays under
+# 60 ms by ending here: aiohttp alone takes 200.
+
+
+def wants_help(argv: list[str]) -> bool:
+    """Whether --help or --version is ccmux's own, which need nothing installed; after `code` they are claude's."""
+    return bool({"--help", "-h", "--version"} & set(argv[:2] if argv[:1] == ["code"] else argv))
+
+
+def statusline(given: str = "") -> str:
+    """One line for Claude Code's statusLine command, whose JSON stands on stdin: who answered, and what it cost."""
+    import json
+    import sqlite3
+
+    try:
+        told = json.loads("" if sys.stdin.isatty() else sys.stdin.buffer.read())
+        model, session = str(told["model"]["display_name"]), str(told["session_id"])
+    except (ValueError, KeyError, TypeError):
+        model, session = "", ""
+    try:
+        figures = session_figures(database_of(config_path(given)), session)
+    except (OSError, ValueError, AttributeError, sqlite3.Error) as error:
+        figures = [f"ccmux: no figures ({error})"]
+    return " | ".join(filter(None, [model, *figures]))
+
+
+def session_figures(database: str, session: str) -> list[str]:
+    """[provider/model (route), cost of the session, of the day, balance] as texts; only what there is."""
+    import sqlite3
+
+    db = sqlite3.connect(f"{Path(database).absolute().as_uri()}?mode=ro", uri=True, timeout=0.05)
+    last = db.execute(
+        "select provider || '/' || model, route, user from requests where session = ? order by id desc limit 1",
+        (session,),
+    ).fetchone()
+    target, route, user = last or ("", "", "local")
+    cost = db.execute("select coalesce(sum(charge_microusd), 0) from requests where session = ?", (session,))
+    today = db.execute(
+        "select u.balance_microusd, coalesce(s.microusd, 0) from users u "
+        "left join spent s on s.user_id = u.id and s.day = date('now') where u.name = ?",
+        (user,),
+    ).fetchone()
+    balance, spent = today or (0, 0)
+
+    def dollars(amount: int) -> str:
+        return f"${amount / 1e6:.{2 if abs(amount) >= 10**6 else 4}f}"
+
+    figures = [f"{target} ({route})", f"session {dollars(cost.fetchone()[0])}"] if last else []
+    figures.append(f"today {dollars(spent)}")
+    return figures + ([f"balance {dollars(balance)}"] if user != "local" else [])
+
+
+def database_of(config: Path | None) -> str:
+    """The database that a config file names: beside it, or in ~/.ccmux where there is no config."""
+    import tomllib
+
+    if config is None:
+        return str(ccmux_home() / "ccmux.db")
+    name = tomllib.loads(config.read_text("utf-8")).get("server", {}).get("database", "ccmux.db")
+    return str(config.resolve().parent / Path(name).expanduser())
+
+
+def bootstrap(problem: str) -> None:
+    """Installs the packages into a private virtual environment and starts again in it.
 
     Returns only where nothing is needed (`--help`, `--version`); exits 2 with what to do where it cannot install.
     """
-    if {"--help", "-h", "--version"} & set(sys.argv[1:]):
+    if wants_help(sys.argv[1:]):
         return
-    venv = Path(os.environ.get("CCMUX_VENV") or ccmux_home() / "venv")
+    venv = Path(os.environ.get("CCMUX_VENV") or ccmux_home() / "venv").expanduser().absolute()
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    ready = venv / "ccmux-ready"
-    if os.environ.get("CCMUX_NO_BOOTSTRAP") or Path(sys.prefix).resolve() == venv.resolve():
-        bootstrap_failed(f"the Python package {missing} is missing")
-    if not ready.exists() or ready.read_text() != "\n".join(PACKAGES):
-        print(
-            f"ccmux: {missing} is not installed; setting up {venv} once (about 20 s)",
-            file=sys.stderr,
-            flush=True,
-        )
-        install_packages(venv, python)
-        ready.write_text("\n".join(PACKAGES))
-    command = [str(python), os.path.abspath(__file__), *sys.argv[1:]]
-    if os.name == "nt":  # exec detaches from the console there
-        sys.exit(subprocess.run(command).returncode)  # noqa: S603
-    os.execv(command[0], command)  # noqa: S606
+    ready = venv / "ccmux-ready"  # written last, so that an interrupted installation is begun again
+    recipe = "\n".join([*PACKAGES, "Python %d.%d" % sys.version_info[:2]])
+    if os.environ.get("CCMUX_NO_BOOTSTRAP"):
+        bootstrap_failed(f"{problem}, and CCMUX_NO_BOOTSTRAP is set")
+    try:
+        if Path(sys.prefix).resolve() == venv.resolve():
+            ready.unlink(missing_ok=True)
+            bootstrap_failed(f"{problem} in {venv} any more; start again to set it up anew")
+        if not (python.exists() and ready.exists() and ready.read_text() == recipe):
+            print(f"ccmux: {problem}; setting up {venv} once (about 20 s)", file=sys.stderr, flush=True)
+            install_packages(venv, python)
+            ready.write_text(recipe)
+        start_again([str(python), os.path.abspath(__file__), *sys.argv[1:]])
+    except OSError as error:
+        bootstrap_failed(f"{problem}, and {venv} cannot be set up: {error.strerror} ({error.filename})")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def start_again(command: list[str]) -> NoReturn:
+    """Becomes the command; on Windows, where exec detaches from the console, runs it and passes its status on."""
+    if os.name != "nt":
+        os.execv(command[0], command)  # noqa: S606
+    child = subprocess.Popen(command)  # noqa: S603
+    while True:
+        try:
+            sys.exit(child.wait())
+        except KeyboardInterrupt:  # the child has heard it as well, and decides
+            continue
 
 
 def install_packages(venv: Path, python: Path) -> None:
-    """Make the virtual environment and pip-install PACKAGES there; exits 2 with pip's last words on failure."""
+    """Makes the virtual environment and pip-installs PACKAGES there; exits 2 with pip's last words on failure."""
+    if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
+        bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
+    venv.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     steps = (
         [sys.executable, "-m", "venv", "--clear", str(venv)],
         [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES],
     )
     for step in steps:
-        try:
-            done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
-        except OSError as error:
-            bootstrap_failed(f"{step[0]}: {error.strerror}")
+        done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
         if done.returncode:
-            words = (done.stderr or done.stdout).strip().splitlines()
-            bootstrap_failed(words[-1] if words else f"{' '.join(step[:3])} exited with {done.returncode}")
+            words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            if any("ensurepip" in line for line in words):
+                words = ["this Python lacks its venv parts (on Debian and Ubuntu: apt install python3-venv)"]
+            said = next((line for line in words if line.startswith("ERROR")), (words or ["it failed"])[-1])
+            bootstrap_failed(f"{' '.join(step[1:4])}: {said}")
 
 
 def bootstrap_failed(why: str) -> NoReturn:
     sys.stderr.write(
-        f"ccmux: {why}. Install aiohttp and tiktoken in one of these ways and start again:\n"
-        "  pip:  python3 -m venv ccmux-venv && ccmux-venv/bin/pip install 'aiohttp>=3.14,<4' 'tiktoken>=0.8,<1'\n"
+        f"ccmux: {why}. ccmux needs aiohttp and tiktoken; any of these brings them:\n"
+        f"  pip:  python3 -m venv ccmux-venv && ccmux-venv/bin/pip install '{PACKAGES[0]}' '{PACKAGES[1]}'\n"
         "        then start it with ccmux-venv/bin/python ccmux.py\n"
         "  uv:   uv run --script ccmux.py\n"
         "  apt:  apt install python3-venv   (then python3 ccmux.py sets itself up)\n"
@@ -120,14 +207,21 @@ def bootstrap_failed(why: str) -> NoReturn:
     sys.exit(2)
 
 
+if __name__ == "__main__" and sys.argv[1:2] == ["statusline"] and not wants_help(sys.argv):
+    print(statusline(sys.argv[3] if sys.argv[2:3] == ["--config"] and len(sys.argv) > 3 else ""))
+    sys.exit(0)
+
 try:
     import aiohttp
-    import tiktoken  # noqa: F401  (a small module; its vocabularies are loaded when something is counted)
+    import tiktoken  # a small module; its vocabularies are loaded when something is counted
     from aiohttp import web
+
+    if tuple(map(int, aiohttp.__version__.split(".")[:2])) < (3, 14):  # Debian 12 has 3.8
+        raise ImportError(f"aiohttp {aiohttp.__version__} is too old, and a newer one is not installed")
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    bootstrap(error.name or str(error))
+    bootstrap(f"{error.name} is not installed" if error.name else str(error))
 
 import argparse
 import asyncio
@@ -143,9 +237,12 @@ import functools
 import gc
 import hashlib
 import hmac
+import http.client
+import importlib
 import importlib.util
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import marshal
@@ -155,6 +252,7 @@ import random
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -164,6 +262,7 @@ import time
 import tomllib
 import typing
 import unicodedata
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections import OrderedDict, deque
@@ -8811,14 +8910,6 @@ async def note_reuse(session: Any, context: Any, params: Any) -> None:
 # Files and start.
 
 
-def config_path(given: str) -> Path | None:
-    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None where there is none."""
-    if given or os.environ.get("CCMUX_CONFIG"):
-        return Path(given or os.environ["CCMUX_CONFIG"]).expanduser()
-    places = (Path("config.toml"), ccmux_home() / "config.toml")
-    return next((p for p in places if p.exists()), None)
-
-
 def read_config(given: str) -> Config:
     """The config file, or the config that the environment amounts to; ConfigError in one line."""
     path = config_path(given)
@@ -8835,38 +8926,60 @@ def read_config(given: str) -> Config:
 
 
 def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
-    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else demo."""
-    found = [name for name, row in PRESETS.items() if env.get(str(row["api_key"]).strip("$"))]
-    found = list({PRESETS[name]["api_key"]: name for name in reversed(found)}.values())[::-1]
-    lines = [f'[[providers]]\nname = "{name}"\ntype = "{name}"\n' for name in found]
-    default = ""
-    if found and PRESETS[found[0]]["type"] != "anthropic":
-        default = f"{found[0]}/{PRESETS[found[0]]['default']}"
-    if found and found[0] != "anthropic" and not default:
-        default = f"{found[0]}/{PRESETS[found[0]]['default']}"
+    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else demo.
+
+    The first key in the presets' order takes the requests: Anthropic by the names Claude Code asks for, others by the
+    model their preset names.
+    """
+    found = {str(row["api_key"]): name for name, row in reversed(PRESETS.items()) if row["api_key"]}
+    names = [
+        name for name in PRESETS if name in found.values() and has_key(env, str(PRESETS[name]["api_key"]))
+    ]
+    lines = [
+        f'[[providers]]\nname = "{name}"\ntype = "{name}"\napi_key = "{PRESETS[name]["api_key"]}"\n'
+        for name in names
+    ]
+    first = names[0] if names else ""
+    default = f"{first}/{PRESETS[first]['default']}" if first not in ("", "anthropic") else ""
     if ollama:
-        lines.append('[[providers]]\nname = "ollama"\ntype = "ollama"\nmodels = ' + json.dumps(ollama) + "\n")
-        default = default or ("" if found else f"ollama/{ollama[0]}")
+        base = ollama_url(env)
+        lines.append(
+            f'[[providers]]\nname = "ollama"\ntype = "ollama"\nbase_url = "{base}"\nmodels = {json.dumps(ollama)}\n'
+        )
+        default = default or ("" if names else f"ollama/{ollama[0]}")
     if not lines:
         return '[[providers]]\nname = "demo"\ntype = "demo"\n'
-    router = f"[router]\ndefault = {json.dumps(default)}\n" if default else ""
+    router = f"[router]\ndefault = {json.dumps(default)}\n\n" if default else ""
     return router + "\n".join(lines)
 
 
+def has_key(env: Mapping[str, str], reference: str) -> bool:
+    """Whether a preset's `$NAME` is set to a key; the one by which Claude Code comes here is none of Anthropic's."""
+    name = reference.removeprefix("$")
+    host = urllib.parse.urlsplit(env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com").hostname
+    return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or host == "api.anthropic.com")
+
+
+def ollama_url(env: Mapping[str, str]) -> str:
+    """Where $OLLAMA_HOST says Ollama is, as its own client reads it."""
+    host = env.get("OLLAMA_HOST") or "127.0.0.1"
+    parts = urllib.parse.urlsplit(host if "://" in host else f"http://{host}")
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1"}.get(parts.hostname or "", parts.hostname)  # noqa: S104
+    return f"{parts.scheme}://{f'[{name}]' if ':' in str(name) else name}:{parts.port or 11434}"
+
+
 def ollama_models() -> list[str]:
-    """The models of a local Ollama; [] where none answers within a moment."""
-    host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-    url = (host if "://" in host else f"http://{host}").replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+    """The models of a local Ollama that can chat; [] where none answers within a moment."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{url}/api/tags", timeout=0.3) as answer:  # noqa: S310
-            tags = json.load(answer)
-    except (OSError, ValueError):
+        with direct.open(f"{ollama_url(os.environ)}/api/tags", timeout=0.3) as answer:
+            tags = as_object(json.load(answer))
+    except (OSError, ValueError, http.client.HTTPException):
         return []
-    return [
-        str(m["name"])
-        for m in as_list(as_object(tags).get("models"))
-        if isinstance(m, dict) and m.get("name")
+    names = [
+        str(row["name"]) for row in as_list(tags.get("models")) if isinstance(row, dict) and row.get("name")
     ]
+    return [name for name in names if "embed" not in name]
 
 
 def database_path(config: Config) -> str:
@@ -9144,65 +9257,94 @@ def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
 
 def start_text(config: Config, port: int, token: str) -> str:
     """What a newcomer needs to know, once, at the start."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(config.server.host, config.server.host)  # noqa: S104
-    url = f"http://{host}:{port}"
-    key = "a user's key" if config.server.require_key else "any-text"
-    lines = [
+    url = client_url(config, port)
+    key = "YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local"
+    return "\n".join([
         f"ccmux {__version__} at {url}",
         f"  config     {config.path or what_was_found(config)}",
         f"  dashboard  {url}/",
         f"  admin      {url}/admin#token={token}",
         "  Claude Code, in another terminal:",
-        f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_API_KEY={key}",
+        f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key}",
         "    claude",
-    ]
-    return "\n".join(lines)
+    ])  # fmt: skip
 
 
 def what_was_found(config: Config) -> str:
     names = [p.name for p in config.providers]
+    hint = "`ccmux.py init` writes a config"
     if names == ["demo"]:
-        return "none: no key in the environment and no Ollama, so the built-in demo answers (`ccmux.py init` writes a config)"
-    route = default_model(config, "whatever Claude Code asks for")
-    return (
-        f"none: using {', '.join(names)} as found; requests go to {route} (`ccmux.py init` writes a config)"
-    )
+        return f"none; no key in the environment and no Ollama, so the built-in demo answers ({hint})"
+    route = default_model(config, "the model asked for")
+    return f"none; found {', '.join(names)}; Claude Code's requests go to {route} ({hint})"
 
 
-# Commands.
+def client_url(config: Config, port: int = 0) -> str:
+    """The address that clients on this machine use."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)  # noqa: S104
+    return f"http://{f'[{host}]' if ':' in host else host}:{port or config.server.port}"
+
+
+# Commands. Each is a function of its parsed arguments that returns the exit status.
+
+
+def painted(word: str, width: int = 0) -> str:
+    """A status word, coloured where a person looks at a terminal that shows colours."""
+    color = {"ok": 32, "note": 33, "FAILED": 31}.get(word)
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return f"{word:{width}}" if plain or not color else f"\033[{color}m{word:{width}}\033[0m"
+
+
+def print_table(rows: Iterable[Iterable[str]], right: bool = False) -> None:
+    """Columns as wide as they need; `right` aligns all but the first to the right."""
+    table = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = [
+            f"{c:>{w}}" if right and n else f"{c:{w}}"
+            for n, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
 
 
 def model_command(args: argparse.Namespace) -> int:
-    """Providers, models and routes as ccmux sees them."""
+    """Shows the providers, the models with their targets and prices, and the routes, as ccmux sees them."""
     config = read_config(args.config)
     print("providers")
-    for p in config.providers:
-        word = "ok" if p.usable else p.problem or "disabled"
-        print(
-            f"  {p.name:20} {p.type:14} {word:10} {endpoint_url(p.base_url, DIALECTS[p.format]) if p.base_url else ''}"
-        )
+    states = [p.problem or ("ok" if p.enabled else "disabled") for p in config.providers]
+    rows = zip(config.providers, states, strict=True)
+    print_table([(f"  {p.name}", p.type, state, provider_url(p)) for p, state in rows])
     print("models")
-    for name in model_names(config):
-        targets = ", ".join(f"{t.provider}/{t.actual_model}" for t in resolve(config, name))
-        print(f"  {name:28} {targets}")
+    found = [(name, target) for name in model_names(config) for target in resolve(config, name)]
+    print_table(
+        (f"  {n}", f"{t.provider}/{t.actual_model}", price_text(price_of(config, t, n))) for n, t in found
+    )
+    print("" if found else "  none of its own: Claude's names go to the default route")
     print("routes")
-    for slot in ROUTE_SLOTS:
-        model = getattr(config.router, slot) or (
-            default_model(config, "<as asked>") if slot == "default" else ""
-        )
-        print(f"  {slot:14} {model or '-'}")
+    default = default_model(config, "<the name asked for>")
+    slots = {slot: getattr(config.router, slot) or "-" for slot in ROUTE_SLOTS} | {"default": default}
+    print_table([(f"  {slot}", model) for slot, model in slots.items()])
     return 0
 
 
+def provider_url(provider: Provider) -> str:
+    return (
+        endpoint_url(provider.base_url, DIALECTS[provider.format]) if provider.base_url else "in this process"
+    )
+
+
+def price_text(price: Price | None) -> str:
+    return f"${price.input:f} in, ${price.output:f} out per million" if price else "price unknown"
+
+
 def check_command(args: argparse.Namespace) -> int:
-    """Whether the config is sound; with --live one tiny request to each provider."""
+    """Says whether the config is sound; with --live it also sends one tiny request to each provider."""
     config = read_config(args.config)
     check_binding(config)
     for warning in config.warnings:
-        print(f"warning: {warning}")
-    print(
-        f"config {config.path or '(none)'}: ok, {len(config.providers)} providers, {len(config.models)} models"
-    )
+        print(f"{painted('note', 7)} {warning}")
+    counts = f"providers: {len(config.providers)}, models: {len(config.models)}"
+    print(f"{painted('ok', 7)} {config.path or 'no config file: the environment'}: {counts}")
     if not args.live:
         return 1 if config.warnings else 0
     return asyncio.run(check_live(config))
@@ -9217,11 +9359,8 @@ async def check_live(config: Config) -> int:
             model = provider_model(config, provider)
             result = await test_provider(state, provider, model)
             failed += not result["ok"]
-            word = "ok" if result["ok"] else "FAILED"
-            print(
-                f"  {provider.name:20} {word:7} {model or '-':28} {result['ms']} ms {result['error']}",
-                flush=True,
-            )
+            word = painted("ok" if result["ok"] else "FAILED", 7)
+            print(f"{word} {provider.name}/{model or '-'}  {result['ms']} ms  {result['error']}", flush=True)
     finally:
         await close_state(state)
         store.close()
@@ -9256,67 +9395,37 @@ async def test_provider(state: State, provider: Provider, model: str) -> Json:
 
 
 def explain_command(args: argparse.Namespace) -> int:
-    """Which model a request would go to, rule by rule, with its token count and the most it can cost."""
+    """Shows which model a request would go to, rule by rule, with its token count and the most it can cost."""
     config = read_config(args.config)
     raw = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
     try:
         told = explain(config, strict_json(raw, args.file), {}, TokenCounter(Vocabulary().load))
     except ApiError as error:
         raise ConfigError(f"{args.file}: {error.message}") from None
-    for reason, note in told["trail"]:
-        print(f"  {reason:13} {note}")
-    print(f"model     {told['model']} ({told['reason']})")
+    print_table([(f"  {reason}", note) for reason, note in told["trail"]])
+    print(f"model     {told['model']} (by {told['reason']})")
     for target in told["targets"]:
-        print(
-            f"target    {target['provider']}/{target['model']}: at most {dollars(target['ceiling_microusd'])}"
-        )
+        ceiling = target["ceiling_microusd"]
+        cost = "price unknown" if ceiling is None else f"at most {money(ceiling)}"
+        print(f"target    {target['provider']}/{target['model']}, {cost}")
     print(f"tokens    {told['tokens']} counted")
     return 0
 
 
-def client_environment(config: Config, url: str) -> dict[str, str]:
-    """The variables that point Claude Code here. ANTHROPIC_API_KEY is left alone where it is set to a ccmux key."""
-    model = config.model(default_model(config, ""))
-    context = model.context if model else 0
-    haiku = "claude-haiku-4-5"
-    out = {
-        "ANTHROPIC_BASE_URL": url,
-        "ANTHROPIC_API_KEY": os.environ.get("CCMUX_KEY", "ccmux-local"),
-        "ANTHROPIC_DEFAULT_HAIKU_MODEL": haiku,
-        "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
-    }
-    return out | ({"CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context)} if context else {})
-
-
-SHELLS = {"bash": "export {}={}", "fish": "set -gx {} {};", "powershell": "$env:{} = {}", "cmd": "set {}={}"}
-
-
-def quoted_for(shell: str, value: str) -> str:
-    if shell == "cmd":
-        return value
-    return "'" + value.replace("'", "''") + "'" if shell == "powershell" else shlex.quote(value)
-
-
-def env_command(args: argparse.Namespace) -> int:
-    """The variables that point Claude Code here, for a shell to read."""
-    config = with_overrides(read_config(args.config), args)
-    variables = client_environment(config, f"http://{config.server.host}:{config.server.port}")
-    if args.shell == "json":
-        print(json.dumps(variables, indent=2))
-        return 0
-    for name, value in variables.items():
-        print(SHELLS[args.shell].format(name, quoted_for(args.shell, value)))
-    return 0
-
-
 def token_command(args: argparse.Namespace) -> int:
-    """The admin token, made if there is none yet."""
+    """Prints the admin token, making it if there is none yet."""
     print(admin_token_of(read_config(args.config)))
     return 0
 
 
+def statusline_command(args: argparse.Namespace) -> int:
+    """Prints one line for Claude Code's statusLine command: model, session's cost, today's cost, balance."""
+    print(statusline(args.config))
+    return 0
+
+
 def init_command(args: argparse.Namespace) -> int:
-    """Writes a commented config from the keys found; never over one that is there."""
+    """Writes a commented config.toml from the keys found in the environment; never over one that is there."""
     path = Path(args.config or os.environ.get("CCMUX_CONFIG") or ccmux_home() / "config.toml").expanduser()
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or name another file with --config")
@@ -9325,7 +9434,9 @@ def init_command(args: argparse.Namespace) -> int:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
-    print(f"wrote {path}; start with: python3 {Path(sys.argv[0]).name} --config {path}")
+    used = config_path("")
+    flag = "" if used and used.resolve() == path.resolve() else f" --config {shlex.quote(str(path))}"
+    print(f"wrote {path}\nstart ccmux with: python3 {shlex.quote(sys.argv[0])}{flag}")
     return 0
 
 
@@ -9335,82 +9446,1131 @@ INIT_HEAD = """\
 
 """
 INIT_TAIL = """
-# [[models]]                        # a name of your own for one or more upstream models, tried in order
+# A name of your own for one or more upstream models; they are tried by priority until one answers:
+# [[models]]
 # name = "sonnet"
 # [[models.mappings]]
 # provider = "openrouter"
 # actual_model = "z-ai/glm-5.3"
 # priority = 1
+#
+# Then send background work to a cheap model, and hard thinking to a strong one:
+# [router]
+# default = "sonnet"
+# background = "openrouter/z-ai/glm-5.3-flash"
+# think = "anthropic/claude-opus-5-5"
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="ccmux.py", description="Claude Code with any model of any provider.")
-    top.add_argument("--version", action="version", version=f"ccmux {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="command")
-    for name, run, help in COMMANDS:
-        command = commands.add_parser(name, help=help, description=run.__doc__)
-        command.set_defaults(run=run)
-        command.add_argument(
-            "--config", default="", metavar="F", help="config file (default: see the README)"
+# Claude Code: its variables, its settings, and running it.
+
+
+def client_environment(config: Config, url: str) -> dict[str, str]:
+    """The variables that point Claude Code here.
+
+    The key is $CCMUX_KEY, where one is set. A passthrough provider needs Claude Code's own login, so no key is set then.
+    """
+    name = default_model(config, "")
+    targets = resolve(config, name)
+    context = context_of(config, name, targets) or (
+        facts_of(targets[0].actual_model).context if targets else 0
+    )
+    key = os.environ.get("CCMUX_KEY") or ("YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local")
+    own = any(p.passthrough for p in config.providers if p.usable) and "CCMUX_KEY" not in os.environ
+    return {
+        "ANTHROPIC_BASE_URL": url,
+        **({} if own else {"ANTHROPIC_AUTH_TOKEN": key}),
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": "claude-haiku-4-5",
+        "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
+        **({"CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context)} if context else {}),
+    }
+
+
+SHELLS = {
+    "bash": "export {}={}",
+    "fish": "set -gx {} {};",
+    "powershell": "$env:{} = {}",
+    "cmd": 'set "{}={}"',
+}
+
+
+def quoted_for(shell: str, value: str) -> str:
+    if shell == "cmd":
+        return value
+    return "'" + value.replace("'", "''") + "'" if shell == "powershell" else shlex.quote(value)
+
+
+def env_command(args: argparse.Namespace) -> int:
+    """Prints the variables that point Claude Code here, as commands of a shell or as JSON."""
+    config = with_overrides(read_config(args.config), args)
+    variables = client_environment(config, client_url(config))
+    if args.shell == "json":
+        print(json.dumps(variables, indent=2))
+    else:
+        for name, value in variables.items():
+            print(SHELLS[args.shell].format(name, quoted_for(args.shell, value)))
+    if config.server.require_key and not os.environ.get("CCMUX_KEY"):
+        print(f"ccmux: {NEEDS_KEY}", file=sys.stderr)
+    return 0
+
+
+NEEDS_KEY = "this ccmux asks for a user's key: set CCMUX_KEY to one (`ccmux.py user add NAME` makes one)"
+
+
+def code_command(args: argparse.Namespace) -> int:
+    """Runs Claude Code through ccmux: starts ccmux unless it runs, runs `claude`, stops what it started."""
+    known = [shutil.which("claude"), Path.home() / ".local/bin/claude", Path.home() / ".claude/local/claude"]
+    claude = next((str(path) for path in known if path and os.access(path, os.X_OK)), "")
+    if not claude:
+        raise ConfigError(
+            "there is no `claude` here: npm install -g @anthropic-ai/claude-code, and try again"
         )
-        for flags, options in FLAGS.get(name, ()):
-            command.add_argument(*flags, **options)
+    config = read_config(args.config)
+    if config.server.require_key and not os.environ.get("CCMUX_KEY"):
+        raise ConfigError(NEEDS_KEY)
+    with running_server(config) as url:
+        variables = {**os.environ, **client_environment(config, url)}
+        if "ANTHROPIC_AUTH_TOKEN" in client_environment(config, url):
+            variables.pop("ANTHROPIC_API_KEY", None)  # two credentials make Claude Code ask which
+        return run_child([claude, *args.rest], variables)
+
+
+def run_child(command: list[str], variables: dict[str, str]) -> int:
+    """Runs a command in the foreground; its exit status as a shell has it. Signals are its own to heed."""
+    child = subprocess.Popen(command, env=variables)  # noqa: S603
+    heeded = {signal.SIGINT: lambda *_: None}
+    for name in ("SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            heeded[number] = lambda *_: child.terminate()
+    before = {number: signal.signal(number, act) for number, act in heeded.items()}
+    try:
+        status = child.wait()
+    finally:
+        for number, act in before.items():
+            signal.signal(number, act)
+    return status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def running_server(config: Config) -> Iterator[str]:
+    """The address of a ccmux with this config: one that runs, else one that is started here and stopped at the end."""
+    port = config.server.port or free_port()
+    url = client_url(config, port)
+    if is_ccmux(url):
+        yield url
+        return
+    path = home_of(config) / "ccmux.log"
+    command = [sys.executable, os.path.abspath(__file__), "serve", "--port", str(port)]
+    command += ["--config", config.path] if config.path else []
+    # A session of its own: Ctrl-C in the terminal is for claude.
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log_file:
+        server = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
+        )
+    try:
+        wait_for_server(server, url, path)
+        yield url
+    finally:
+        stop_server(server)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def is_ccmux(url: str) -> bool:
+    """Whether a ccmux answers there; ConfigError where something else does."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url}/health", timeout=2) as answer:
+            server = answer.headers.get("Server")
+    except urllib.error.HTTPError as error:
+        server = error.headers.get("Server")
+    except (OSError, http.client.HTTPException) as error:
+        if "refused" in str(error):
+            return False
+        server = str(error)
+    if server != "ccmux":
+        raise ConfigError(f"something else answers at {url} ({server}); [server] port sets another one")
+    return True
+
+
+def wait_for_server(server: subprocess.Popen[bytes], url: str, path: Path) -> None:
+    print(f"ccmux: starting at {url}, its log is {path}", file=sys.stderr, flush=True)
+    end = time.monotonic() + 30
+    while server.poll() is None and time.monotonic() < end:
+        if is_ccmux(url):
+            return
+        time.sleep(0.05)
+    words = path.read_text("utf-8", "replace").strip().splitlines()
+    raise ConfigError(
+        words[-1].removeprefix("ccmux: ") if words else f"ccmux did not start within 30 s; see {path}"
+    )
+
+
+def stop_server(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(1)
+    except subprocess.TimeoutExpired:
+        print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
+        try:
+            server.wait(30)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            server.kill()
+
+
+def setup_command(args: argparse.Namespace) -> int:
+    """Points Claude Code here for good, in its own settings; --undo puts them back as they were."""
+    folder = Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude")
+    path = Path(os.path.realpath(folder / "settings.json"))
+    before, ours = (path.with_name(f"settings.json.{word}") for word in ("before-ccmux", "by-ccmux"))
+    old = path.read_bytes() if path.exists() else None
+    if args.undo:
+        new = undone(old, before, ours)
+    else:
+        config = with_overrides(read_config(args.config), args)
+        new = settings_with(old, client_environment(config, client_url(config)), statusline_shell(config))
+    show_change(path, old, new)
+    if new is None:
+        path.unlink(missing_ok=True)
+    elif new != old:
+        write_whole(path, new)
+    if args.undo:
+        before.unlink(missing_ok=True)
+        ours.unlink()
+        return 0
+    if old is not None and not ours.exists():
+        write_whole(before, old)
+    write_whole(ours, new or b"")
+    print(f"Claude Code now uses {client_url(config)}; `ccmux.py setup --undo` puts the file back as it was")
+    return 0
+
+
+def settings_with(old: bytes | None, variables: Mapping[str, str], shell: str) -> bytes:
+    """Claude Code's settings with these variables in their `env`, and a status line where there is none."""
+    settings = settings_of(old)
+    kept = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
+    settings["env"] = {**kept, **variables}
+    settings.setdefault("statusLine", {"type": "command", "command": shell})
+    indent = re.search(rb"\n([ \t]+)\"", old or b"")
+    return (
+        json.dumps(settings, indent=indent[1].decode() if indent else 2, ensure_ascii=False) + "\n"
+    ).encode()
+
+
+# What `env`, `code` and `setup` decide about, so that no old value of one is left beside the others' new ones.
+MANAGED = (
+    "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
+    "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
+)  # fmt: skip
+
+
+def settings_of(data: bytes | None) -> Json:
+    try:
+        settings = json.loads(data or b"{}")
+    except ValueError as error:
+        raise ConfigError(f"Claude Code's settings.json is not valid JSON ({error}); mend it first") from None
+    if not isinstance(settings, dict):
+        raise ConfigError("Claude Code's settings.json is not a JSON object; mend it first")
+    return settings
+
+
+def undone(old: bytes | None, before: Path, ours: Path) -> bytes | None:
+    """The settings as they were (None: there were none); where they were changed since, only what setup did goes."""
+    if not ours.exists():
+        raise ConfigError("there is nothing to undo: ccmux.py setup was not used here")
+    original = before.read_bytes() if before.exists() else None
+    if old == ours.read_bytes():
+        return original
+    now, first, made = settings_of(old), settings_of(original), settings_of(ours.read_bytes())
+    environment = {k: v for k, v in as_object(now.get("env")).items() if k not in MANAGED}
+    environment |= {k: v for k, v in as_object(first.get("env")).items() if k in MANAGED}
+    now |= {"env": environment}
+    if not environment and "env" not in first:
+        del now["env"]
+    if now.get("statusLine") == made.get("statusLine") != first.get("statusLine"):
+        del now["statusLine"]
+    return (json.dumps(now, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def statusline_shell(config: Config) -> str:
+    """The status line's command. `-m` uses the compiled file, which `python3 ccmux.py` cannot."""
+    flag = ["--config", os.path.abspath(config.path)] if config.path else []
+    if os.name == "nt":
+        return subprocess.list2cmdline([sys.executable, os.path.abspath(__file__), "statusline", *flag])
+    folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+    return f"PYTHONPATH={folder} {shlex.join([sys.executable, '-m', 'ccmux', 'statusline', *flag])}"
+
+
+def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:
+    was, now = ((data or b"").decode("utf-8", "replace").splitlines() for data in (old, new))
+    lines = list(difflib.unified_diff(was, now, str(path), f"{path} (new)", lineterm="", n=1))
+    secret = re.compile(r'("[^"]*(?:KEY|TOKEN|SECRET)[^"]*": ")(?!ccmux-local)[^"]+', re.I)
+    print("\n".join(secret.sub(r"\1...", line) for line in lines) or f"{path} stays as it is")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replaces a file in one step, keeping its mode (0600 for a new one)."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+# Money.
+
+
+def open_store(config: Config, to_read: bool = True) -> contextlib.closing[Store]:
+    """The database beside a server or without one; ConfigError where there is nothing to read."""
+    path = database_path(config)
+    if path == ":memory:":
+        raise ConfigError(
+            '[server] database is ":memory:", which keeps nothing; name a file to use this command'
+        )
+    if to_read and not os.path.exists(path):
+        raise ConfigError(f"there is no database {path} yet; it is made when ccmux first runs")
+    return contextlib.closing(Store(path))
+
+
+def microdollars(text: str) -> int:
+    """Dollars as a person writes them -> micro-dollars."""
+    try:
+        amount = Decimal(text.removeprefix("$")) * 10**6
+        whole = int(amount)
+    except (InvalidOperation, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of dollars such as 5 or 1.50") from None
+    if whole != amount or abs(whole) > 10**15:
+        raise argparse.ArgumentTypeError(f"{text!r} must have at most 6 decimals and be below a billion")
+    return whole
+
+
+def budget(text: str) -> int | None:
+    """A budget in dollars -> micro-dollars; `none` -> None."""
+    amount = None if text == "none" else microdollars(text)
+    if amount is not None and amount < 0:
+        raise argparse.ArgumentTypeError("a budget cannot be below 0; `none` takes it away")
+    return amount
+
+
+def budgets_of(args: argparse.Namespace) -> dict[str, int | None]:
+    return {f"{name}_microusd": getattr(args, name) for name in PERIODS if hasattr(args, name)}
+
+
+PERIODS = ("day", "week", "month")
+
+
+def user_add(args: argparse.Namespace) -> int:
+    """Adds a user and shows the key, which is not kept and cannot be shown again."""
+    config = read_config(args.config)
+    credit = int(config.credits.starting_credit * 10**6) if args.credit is None else args.credit
+    with open_store(config, to_read=False) as store:
+        user, key = store.add_user(args.name, credit, budgets_of(args), args.note)
+        print_users(store, [user])
+    print_key(config, key)
+    return 0
+
+
+def print_key(config: Config, key: str) -> None:
+    print(f"key       {key}   (shown this once)")
+    print(f"for them  export ANTHROPIC_BASE_URL={client_url(config)} ANTHROPIC_AUTH_TOKEN={key}")
+
+
+def user_list(args: argparse.Namespace) -> int:
+    """Lists the users with their balances, what they spent, and their budgets."""
+    with open_store(read_config(args.config)) as store:
+        print_users(store, store.users())
+    return 0
+
+
+def print_users(store: Store, users: list[User]) -> None:
+    rows: list[tuple[str, ...]] = [("name", "balance", "held", "today", "month", "budgets", "note")]
+    for user in users:
+        told = store.user_json(user)
+        limits = {name: told["budgets"][f"{name}_microusd"] for name in PERIODS}
+        texts = [f"{money(amount)} a {name}" for name, amount in limits.items() if amount is not None]
+        amounts = ("balance_microusd", "held_microusd", "spent_today_microusd", "spent_month_microusd")
+        note = " ".join(filter(None, ["(disabled)" if user.disabled else "", user.note]))
+        rows.append((user.name, *(money(told[a]) for a in amounts), ", ".join(texts) or "-", note))
+    print_table(rows)
+
+
+def user_credit(args: argparse.Namespace) -> int:
+    """Adds credit to a user, or takes it back where the amount is negative."""
+    with open_store(read_config(args.config)) as store:
+        print_users(store, [store.credit(args.name, args.amount, args.note)])
+    return 0
+
+
+def user_budget(args: argparse.Namespace) -> int:
+    """Sets what a user may spend in a day, a week (from Monday) or a month, in UTC; `none` takes a budget away."""
+    with open_store(read_config(args.config)) as store:
+        print_users(store, [store.set_budgets(args.name, budgets_of(args))])
+    return 0
+
+
+def user_key(args: argparse.Namespace) -> int:
+    """Makes a new key for a user; the old one stops working at once."""
+    config = read_config(args.config)
+    with open_store(config) as store:
+        print_key(config, store.rotate_key(args.name))
+    return 0
+
+
+def user_disable(args: argparse.Namespace, disabled: bool) -> int:
+    """Stops a user's key from working, or lets it work again; balance and history stay."""
+    with open_store(read_config(args.config)) as store:
+        print_users(store, [store.set_disabled(args.name, disabled)])
+    return 0
+
+
+def moment(text: str) -> str:
+    """`2026-11-24`, `2026-11-24T08:00`, `today`, `7d` (days back) -> the UTC time that the ledger's texts compare with."""
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    match = re.fullmatch(r"(\d{1,4})d|today", text)
+    try:
+        return iso(today - timedelta(days=int(match[1] or 0))) if match else iso_text(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: 2026-11-24, today or 7d") from None
+
+
+REPORT_COLUMNS = (
+    "requests",
+    *TOKEN_COLUMNS,
+    "cost_microusd",
+    "markup_microusd",
+    "charge_microusd",
+    "unpriced",
+)
+
+
+def report_command(args: argparse.Namespace) -> int:
+    """Shows what requests cost: provider's cost, markup and charge by user, model, provider, day, session or month."""
+    config = read_config(args.config)
+    with open_store(config) as store:
+        rows = store.report(args.by, args.since, args.until, args.user or None)
+        if args.as_if:
+            try:
+                price = as_if_price(config, args.as_if)
+            except ApiError as error:
+                raise ConfigError(f"--{error.message.replace('_', '-', 1)}") from None
+            as_if = store.repriced(args.by, args.since, args.until, price, config.credits.markup_percent)
+            rows = [{**row, "as_if_microusd": as_if.get(row["key"], 0)} for row in rows]
+    columns = (args.by, *REPORT_COLUMNS, *(("as_if_microusd",) if args.as_if else ()))
+    rows = [{args.by: row["key"], **{c: row[c] for c in columns[1:]}} for row in rows]
+    if args.format == "json":
+        print(json.dumps(rows, indent=2))
+    elif args.format == "csv":
+        print(csv_text(rows, columns), end="")
+    else:
+        print_report(columns, rows)
+    return 0
+
+
+def print_report(columns: tuple[str, ...], rows: list[Json]) -> None:
+    """The report as a table with a sum below; money in dollars."""
+    total = {columns[0]: "total", **{c: sum(row[c] for row in rows) for c in columns[1:]}}
+    heads = [c.removesuffix("_microusd").removesuffix("_tokens").replace("_", " ") for c in columns]
+    cells = [
+        tuple(money(row[c]) if c.endswith("_microusd") else str(row[c]) or "-" for c in columns)
+        for row in [*rows, total]
+    ]
+    print_table([tuple(heads), *cells], right=True)
+    if total["unpriced"]:
+        print(f"{total['unpriced']} requests have no known price; their cost is not in the sums")
+
+
+def export_command(args: argparse.Namespace) -> int:
+    """Writes the request log, one row a request, as CSV or JSON."""
+    with open_store(read_config(args.config)) as store:
+        rows = list(store.export(args.since, args.until))
+    text = csv_text(rows, USAGE_COLUMNS) if args.format == "csv" else json.dumps(rows, indent=1) + "\n"
+    if args.output == "-":
+        sys.stdout.write(text)
+    else:
+        write_whole(Path(args.output), text.encode())
+        print(f"wrote {len(rows)} requests to {args.output}")
+    return 0
+
+
+def backup_command(args: argparse.Namespace) -> int:
+    """Copies the database to a file, also while ccmux runs; never over one that is there."""
+    config = read_config(args.config)
+    with open_store(config) as store:
+        size = os.path.getsize(database_path(config)) / 1e6
+        print(f"copying {size:.1f} MB", file=sys.stderr, flush=True)
+        store.backup(args.file)
+    print(f"wrote {args.file}")
+    return 0
+
+
+# doctor
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    """Looks for what commonly goes wrong: config, files, port, ledger, vocabularies, variables, Claude Code's settings."""
+    failed = False
+    for word, text in diagnose(args.config):
+        print(f"{painted(word, 7)} {text}", flush=True)
+        failed |= word == "FAILED"
+    return 1 if failed else 0
+
+
+def diagnose(given: str) -> Iterator[tuple[str, str]]:
+    """(ok, note or FAILED; what was found)."""
+    versions = (
+        f"aiohttp {aiohttp.__version__}, tiktoken {tiktoken.__version__}, SQLite {sqlite3.sqlite_version}"
+    )
+    yield "ok", f"ccmux {__version__}, Python {sys.version.split()[0]}, {versions}"
+    try:
+        config = read_config(given)
+        check_binding(config)
+    except ConfigError as error:
+        yield "FAILED", str(error)
+        return
+    yield "ok", f"config {config.path or 'none: ' + what_was_found(config)}"
+    yield from (("note", warning) for warning in config.warnings)
+    yield from diagnose_files(config)
+    yield diagnose_port(config)
+    yield diagnose_database(config)
+    for name in VOCABULARIES:
+        found = find_vocabulary(name)
+        missing = "is not here yet: counts are estimates until the server has downloaded it"
+        yield ("ok", f"vocabulary {found}") if found else ("note", f"vocabulary {name} {missing}")
+    yield from diagnose_variables(config)
+    yield from diagnose_claude(config)
+
+
+def diagnose_files(config: Config) -> Iterator[tuple[str, str]]:
+    """Files with secrets in them that others on this machine can read."""
+    paths = [Path(database_path(config)), token_path(config)]
+    if config.path and any(secret in Path(config.path).read_text("utf-8") for secret in config.secrets()):
+        paths.append(Path(config.path))
+    for path in paths:
+        if os.name != "nt" and path.exists() and path.stat().st_mode & 0o077:
+            yield "FAILED", f"others can read {path}: chmod 600 {shlex.quote(str(path))}"
+
+
+def diagnose_port(config: Config) -> tuple[str, str]:
+    url = client_url(config)
+    try:
+        return "ok", f"ccmux runs at {url}" if is_ccmux(url) else f"port {config.server.port} is free"
+    except ConfigError as error:
+        return "FAILED", f"{error}{port_owner(config.server.port)}"
+
+
+def port_owner(port: int) -> str:
+    """` (pid 12, name)` of who listens on a port, where Linux tells; else ""."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{fields[9]}]")
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) in sockets:
+                return f" (pid {link.parts[2]}, {Path('/proc', link.parts[2], 'comm').read_text().strip()})"
+    return ""
+
+
+def diagnose_database(config: Config) -> tuple[str, str]:
+    path = database_path(config)
+    if path == ":memory:" or not os.path.exists(path):
+        return "note", f"database {path}: " + ("nothing is kept" if path == ":memory:" else "not made yet")
+    try:
+        with open_store(config) as store:
+            problem = store.sums_problem()
+            requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
+    except (ConfigError, sqlite3.Error) as error:
+        return "FAILED", f"database {path}: {error}"
+    sound = f"database {path}: {requests} requests, {users} users, all sums equal their rows"
+    return ("FAILED", f"database {path}: {problem}") if problem else ("ok", sound)
+
+
+def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
+    """What in this shell's environment keeps Claude Code from coming here."""
+    env, url = os.environ, client_url(config)
+    if (base := env.get("ANTHROPIC_BASE_URL", url).rstrip("/")) != url:
+        yield "FAILED", f"ANTHROPIC_BASE_URL is {base}, and ccmux is at {url}: see `ccmux.py env`"
+    if env.get("ANTHROPIC_API_KEY") and env.get("ANTHROPIC_AUTH_TOKEN"):
+        yield (
+            "note",
+            "ANTHROPIC_API_KEY and ANTHROPIC_AUTH_TOKEN are both set: Claude Code sends both; unset one",
+        )
+    for name in ("CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY"):
+        if env.get(name):
+            yield "FAILED", f"{name} is set: Claude Code then does not use ANTHROPIC_BASE_URL; unset it"
+    for name in ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"):
+        if asked := env.get(name):
+            yield "note", f"{name} is set: Claude Code asks for {asked} whatever /model says"
+    proxy = env.get("HTTPS_PROXY") or env.get("HTTP_PROXY") or env.get("https_proxy") or env.get("http_proxy")
+    if proxy and "127.0.0.1" not in env.get("NO_PROXY", env.get("no_proxy", "")):
+        yield (
+            "note",
+            "a proxy is set and NO_PROXY lacks 127.0.0.1: Claude Code may look for ccmux through the proxy",
+        )
+
+
+def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
+    """What Claude Code's own settings, the user's and this folder's, say about where it goes."""
+    url = client_url(config)
+    user = Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude")
+    found = shutil.which("claude")
+    yield ("ok", f"Claude Code is {found}") if found else ("note", "there is no `claude` on the PATH")
+    for path in (user / "settings.json", Path(".claude/settings.json"), Path(".claude/settings.local.json")):
+        try:
+            settings = settings_of(path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, ConfigError) as error:
+            yield "FAILED", f"{path}: {error}"
+            continue
+        base = str(as_object(settings.get("env")).get("ANTHROPIC_BASE_URL") or "").rstrip("/")
+        if base:
+            yield ("ok" if base == url else "FAILED"), f"{path} sends Claude Code to {base}"
+        if "apiKeyHelper" in settings:
+            yield "note", f"{path} has an apiKeyHelper: its key is sent to ccmux in place of yours"
+
+
+# import-litellm
+
+
+def import_litellm_command(args: argparse.Namespace) -> int:
+    """Turns a LiteLLM config.yaml into TOML, with a report of what was mapped, approximated and dropped.
+
+    A dry run, unless --write names a file. Keys written in the file are never copied or shown.
+    """
+    try:
+        yaml = importlib.import_module("yaml")
+    except ImportError:
+        raise ConfigError(
+            f"import-litellm needs PyYAML: {shlex.quote(sys.executable)} -m pip install pyyaml"
+        ) from None
+    try:
+        tables = yaml.safe_load(Path(args.file).read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{args.file}: not valid YAML: {' '.join(str(error).split())}") from None
+    imported = LiteLLMImport(as_object(tables), os.environ)
+    text = imported.toml()
+    load_config(text, os.environ)
+    report = [
+        f"{word:13} {line}" for word, line in sorted(imported.report, key=lambda r: REPORT_ORDER.index(r[0]))
+    ]
+    if not args.write:
+        print(text + "\n".join(["", "# Report", *(f"# {line}" for line in report)]))
+        return 0
+    with open(
+        os.open(args.write, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as file:
+        file.write(text)
+    print("\n".join([*report, f"wrote {args.write}; `ccmux.py check --config {args.write}` tries it"]))
+    return 0
+
+
+REPORT_ORDER = ("mapped", "approximated", "dropped")
+
+# LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that serves them.
+LITELLM_PRESETS = {
+    **{
+        name: name
+        for name in ("anthropic", "openai", "openrouter", "gemini", "groq", "deepinfra", "cerebras", "mistral", "xai")
+    },
+    **{name: name for name in ("github", "ollama", "minimax", "nebius", "novita", "baseten")},
+    "together_ai": "together", "fireworks_ai": "fireworks", "nvidia_nim": "nvidia", "deepseek": "deepseek-openai",
+    "moonshot": "moonshot-openai", "zai": "zai-openai", "dashscope": "qwen-openai", "ollama_chat": "ollama",
+    "litellm_proxy": "litellm", "codestral": "mistral", "azure": "openai", "hosted_vllm": "openai",
+    "lm_studio": "openai", "openai_like": "openai", "custom_openai": "openai", "text-completion-openai": "openai",
+}  # fmt: skip
+LITELLM_NAMES = ((r"gpt-|chatgpt-|o\d|codex", "openai"), ("claude", "anthropic"))
+LITELLM_PRICES = {
+    "input_cost_per_token": "input", "output_cost_per_token": "output", "cache_read_input_token_cost": "cache_read",
+    "cache_creation_input_token_cost": "cache_write", "cache_creation_input_token_cost_above_1hr": "cache_write_1h",
+}  # fmt: skip
+LITELLM_KNOWN = {
+    "model", "api_key", "api_base", "base_url", "api_version", "custom_llm_provider", "extra_headers", "order",
+    "max_input_tokens", "id", "mode", "base_model", "max_tokens", "max_output_tokens", *LITELLM_PRICES,
+}  # fmt: skip
+
+
+class LiteLLMImport:
+    """A LiteLLM config, table by table, in ccmux's terms; `report` has a line on all that was in it."""
+
+    def __init__(self, tables: Json, env: Mapping[str, str]) -> None:
+        self.env = env
+        self.server: Json = {}
+        self.router: Json = {}
+        self.providers: list[Json] = []
+        self.models: dict[str, list[Json]] = {}
+        self.literals: dict[str, str] = {}  # a key written in the file -> the variable to put it in
+        self.report: list[tuple[str, str]] = []
+        for row in as_list(tables.get("model_list")):
+            self.deployment(as_object(row))
+        if any(len(targets) > 1 for targets in self.models.values()):
+            self.say(
+                "approximated", "several deployments of a model: the first is used, the others when it fails"
+            )
+        if self.models:
+            first = next(iter(self.models))
+            self.say(
+                "approximated",
+                f"Claude Code's own names without a row go to {first}; [router] default sets another",
+            )
+        names = ("litellm_settings", "router_settings", "general_settings")
+        litellm, router, general = (dict(as_object(tables.get(name))) for name in names)
+        aliases = as_object(router.pop("model_group_alias", None))
+        self.fallbacks(litellm, router)
+        self.aliases(aliases)
+        self.limits({**litellm, **router})
+        self.master_key(general)
+        for name, rest in zip(names, (litellm, router, general), strict=True):
+            if unread := sorted(str(key) for key in rest.keys() - LITELLM_LIMITS.keys()):
+                self.say("dropped", f"{name}: {', '.join(unread)}")
+        for name in tables.keys() - {"model_list", *names}:
+            self.say("dropped", f"{name}: ccmux has nothing like it")
+
+    def say(self, word: str, line: str) -> None:
+        if (word, line) not in self.report:
+            self.report.append((word, line))
+
+    def deployment(self, row: Json) -> None:
+        """One row of model_list: a provider, and a target of the model."""
+        name, params, info = (
+            str(row.get("model_name")),
+            as_object(row.get("litellm_params")),
+            as_object(row.get("model_info")),
+        )
+        if (mode := info.get("mode") or "chat") not in ("chat", "completion", "responses"):
+            return self.say("dropped", f"model {name}: mode {mode}; ccmux serves chat models")
+        prefix, upstream = self.split(params)
+        provider = self.provider(prefix, params, name)
+        if not provider:
+            return None
+        if "*" in name:
+            return self.wildcard(name, prefix, provider)
+        order = params.get("order")
+        target = {
+            "provider": provider,
+            "actual_model": upstream,
+            "priority": order if isinstance(order, int) else 1,
+        }
+        self.models.setdefault(name, []).append(target | self.price_and_context({**params, **info}, name))
+        self.say("mapped", f"model {name} -> {provider}/{upstream}")
+        if unread := sorted(
+            str(k) for k in (params.keys() | info.keys() | row.keys()) - LITELLM_KNOWN - LITELLM_ROW
+        ):
+            self.say("dropped", f"model {name}: {', '.join(unread)}")
+        return None
+
+    def split(self, params: Json) -> tuple[str, str]:
+        """(LiteLLM's provider prefix, the upstream model); a prefix of "" is one it infers in ways unknown here."""
+        model = str(params.get("model") or "")
+        head, slash, rest = model.partition("/")
+        if params.get("custom_llm_provider"):
+            return str(params["custom_llm_provider"]), rest if head == params[
+                "custom_llm_provider"
+            ] else model
+        if slash and (head in LITELLM_PRESETS or params.get("api_base") or not re.match("[A-Z]", rest)):
+            return head, rest
+        return next((preset for pattern, preset in LITELLM_NAMES if re.match(pattern, model)), ""), model
+
+    def provider(self, prefix: str, params: Json, name: str) -> str:
+        """The name of the provider row for a deployment, made if it is a new one; "" where ccmux has none for it."""
+        base = self.expanded(params.get("api_base") or params.get("base_url"), name)
+        preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
+        if base is None or not preset:
+            if base is not None:
+                self.say(
+                    "dropped",
+                    f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}",
+                )
+            return ""
+        if prefix == "azure":
+            base = base.rstrip("/").removesuffix("/openai/v1") + "/openai/v1"
+            self.say(
+                "approximated", f"model {name}: Azure through its v1 address, {base}, without an api_version"
+            )
+        elif base and prefix not in LITELLM_PRESETS:
+            self.say(
+                "approximated", f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format"
+            )
+        row: Json = {"type": preset, **({"base_url": base} if base else {})}
+        if params.get("api_key") or base:
+            row["api_key"] = self.secret(params.get("api_key"), f"model {name}")
+        if headers := as_object(params.get("extra_headers")):
+            row["headers"] = {str(k): self.secret(v, f"model {name}, header {k}") for k, v in headers.items()}
+        for known in self.providers:
+            if {**known, "name": ""} == {**row, "name": ""}:
+                return str(known["name"])
+        taken = {p["name"] for p in self.providers}
+        stem = re.sub(r"[^\w.-]", "-", prefix) or preset
+        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        row["name"] = next(candidate for candidate in names if candidate not in taken)
+        self.providers.append(row)
+        return str(row["name"])
+
+    def expanded(self, value: Any, name: str) -> str | None:
+        """An address; None where it stands in a variable that is not set."""
+        text = str(value or "")
+        if not text.startswith("os.environ/"):
+            return text
+        variable = text.removeprefix("os.environ/")
+        if found := self.env.get(variable):
+            self.say("approximated", f"model {name}: the address is what {variable} holds now")
+            return found
+        self.say("dropped", f"model {name}: its address stands in {variable}, which is not set here")
+        return None
+
+    def secret(self, value: Any, where: str) -> str:
+        """`$NAME` for a key; one that is written out gets a variable's name instead, and is not shown."""
+        text = str(value or "")
+        if not text:
+            return ""
+        if text.startswith("os.environ/"):
+            return "$" + text.removeprefix("os.environ/")
+        variable = self.literals.setdefault(text, f"LITELLM_KEY_{len(self.literals) + 1}")
+        self.say(
+            "approximated",
+            f"{where}: what is written there is not copied; put it into the variable {variable}",
+        )
+        return f"${variable}"
+
+    def price_and_context(self, info: Json, name: str) -> Json:
+        amounts = {
+            ours: info[theirs] for theirs, ours in LITELLM_PRICES.items() if info.get(theirs) is not None
+        }
+        out: Json = {}
+        try:
+            price = {kind: Decimal(str(amount)) * 10**6 for kind, amount in amounts.items()}
+        except InvalidOperation:
+            price = {}
+        if {"input", "output"} <= price.keys():
+            out["price"] = price
+            self.say("mapped", f"model {name}: prices per token, as dollars per million")
+        elif amounts:
+            self.say(
+                "dropped", f"model {name}: a price needs both input_cost_per_token and output_cost_per_token"
+            )
+        if isinstance(context := info.get("max_input_tokens"), int):
+            out["context"] = context
+        return out
+
+    def wildcard(self, name: str, prefix: str, provider: str) -> None:
+        if name == "*":
+            self.router["fallback_provider"] = provider
+            self.say(
+                "mapped",
+                f"model * -> fallback_provider {provider}; Claude's own names go to the default instead",
+            )
+        elif name == f"{prefix}/*":
+            self.say("mapped", f"model {name} -> ask for {provider}/NAME, which needs no row")
+        else:
+            self.say("dropped", f"model {name}: write the names into `models` of provider {provider}")
+
+    def aliases(self, table: Json) -> None:
+        for alias, given in table.items():
+            name = str(given.get("model") if isinstance(given, dict) else given)
+            if name in self.models:
+                self.models[str(alias)] = [dict(target) for target in self.models[name]]
+                self.say("mapped", f"alias {alias} -> the targets of {name}")
+            else:
+                self.say("dropped", f"alias {alias}: {name} is no model that was imported")
+
+    def fallbacks(self, *settings: Json) -> None:
+        """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop of them is cut after one round."""
+        own = {name: list(targets) for name, targets in self.models.items()}
+        for table, (key, word) in itertools.product(settings, LITELLM_FALLBACKS.items()):
+            given = as_list(table.pop(key, None))
+            rows = [dict.fromkeys(own, given)] if key == "default_fallbacks" else map(as_object, given)
+            for name, others in ((n, o) for row in rows for n, o in row.items()):
+                for other in as_list(others):
+                    self.fallback(own, str(name), str(other), key, word)
+
+    def fallback(self, own: dict[str, list[Json]], name: str, other: str, key: str, word: str) -> None:
+        if name not in own or other not in own or name == other:
+            if name != other:
+                self.say("dropped", f"{key}: {name} -> {other}, of which one is no model that was imported")
+            return
+        mine = self.models[name]
+        last = max(target["priority"] for target in mine)
+        pairs = {(t["provider"], t["actual_model"]) for t in mine}
+        new = [t for t in own[other] if (t["provider"], t["actual_model"]) not in pairs]
+        mine.extend({**target, "priority": last + target["priority"]} for target in new)
+        self.say(word, f"{key}: {name} -> {other}, as targets of a lower priority")
+
+    def limits(self, settings: Json) -> None:
+        for key, ours in LITELLM_LIMITS.items():
+            amount = settings.get(key)
+            if ours and isinstance(amount, (int, float)) and not isinstance(amount, bool) and amount > 0:
+                for provider in self.providers:
+                    provider[ours] = int(amount) if ours == "max_retries" else amount
+                self.say("mapped", f"{key} = {amount} -> {ours} of each provider")
+        if strategy := settings.get("routing_strategy"):
+            self.say("approximated", f"routing_strategy {strategy}: ccmux goes by priority, then file order")
+
+    def master_key(self, general: Json) -> None:
+        if key := general.pop("master_key", None):
+            self.literals.setdefault(str(key), "CCMUX_ADMIN_TOKEN")
+            self.server = {
+                "require_key": True,
+                "admin_token": self.secret(key, "general_settings.master_key"),
+            }
+            self.say(
+                "approximated",
+                "master_key -> admin_token and require_key: each user gets a key of ccmux's own",
+            )
+
+    def toml(self) -> str:
+        tables = [("[server]", self.server), ("[router]", self.router)]
+        tables += [("[[providers]]", {"name": row["name"], **row}) for row in self.providers]
+        for name, targets in self.models.items():
+            tables.append(("[[models]]", {"name": name}))
+            tables += [("[[models.mappings]]", target) for target in targets]
+        return "\n".join(
+            f"{head}\n" + "".join(f"{key} = {toml_text(value)}\n" for key, value in table.items())
+            for head, table in tables
+            if table
+        )
+
+
+LITELLM_ROW = {"model_name", "litellm_params", "model_info"}
+LITELLM_FALLBACKS = {
+    "fallbacks": "mapped", "context_window_fallbacks": "approximated", "default_fallbacks": "mapped",
+}  # fmt: skip
+LITELLM_LIMITS = {
+    "request_timeout": "response_timeout", "timeout": "response_timeout", "num_retries": "max_retries",
+    "routing_strategy": "",
+}  # fmt: skip
+
+
+def toml_text(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(str(k))} = {toml_text(v)}" for k, v in value.items()) + " }"
+    return f"{value.normalize():f}" if isinstance(value, Decimal) else json.dumps(value)
+
+
+# The command line.
+
+
+Flag = tuple[tuple[str, ...], Json]
+
+
+def flag(*names: str, **options: Any) -> Flag:
+    return names, options
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A sub-command: what runs it, a line of help, its flags as argparse takes them, examples."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    flags: tuple[Flag, ...] = ()
+    examples: str = ""
+
+
+ADDRESS = (flag("--host", help="address to listen on"), flag("--port", type=int, help="port to listen on"))
+AMOUNT = {"metavar": "D", "type": budget, "default": argparse.SUPPRESS}
+BUDGETS = tuple(flag(f"--{name}", help=f"dollars a {name}, or none", **AMOUNT) for name in PERIODS)
+NAME = flag("name", metavar="NAME", help="the user's name")
+NOTE = flag("--note", default="", metavar="T", help="kept with it, for people")
+SPAN = (
+    flag("--since", type=moment, default="", metavar="D", help="from this time on: 2026-11-24, today, 7d"),
+    flag("--until", type=moment, default="", metavar="D", help="up to this time"),
+)
+COMMANDS = (
+    Command(
+        "serve", serve, "run the server (what happens without a command)",
+        (*ADDRESS, flag("--log-level", choices=LOG_LEVELS, help="how much is logged")),
+        "ccmux.py\nccmux.py --port 8000 --log-level debug",
+    ),
+    Command(
+        "code", code_command, "run Claude Code through ccmux, started and stopped as needed",
+        (flag("rest", nargs="*", metavar="ARGUMENT", help="claude's own arguments"),),
+        'ccmux.py code\nccmux.py code -p "say hi"\nccmux.py code --config work.toml --continue',
+    ),
+    Command(
+        "env", env_command, "print the variables that point Claude Code here",
+        (*ADDRESS, flag("--shell", choices=(*SHELLS, "json"), default="bash", help="for which shell")),
+        'eval "$(ccmux.py env)"\nccmux.py env --shell fish | source\nccmux.py env --shell powershell | Invoke-Expression',
+    ),
+    Command(
+        "setup", setup_command, "write them into Claude Code's settings; --undo takes them out",
+        (*ADDRESS, flag("--undo", action="store_true", help="put the settings back as they were")),
+        "ccmux.py setup\nccmux.py setup --undo",
+    ),
+    Command("init", init_command, "write a commented config.toml from the keys found"),
+    Command("model", model_command, "show providers, models and routes (also: models)"),
+    Command(
+        "check", check_command, "validate the config",
+        (flag("--live", action="store_true", help="send one tiny request to each provider"),),
+        "ccmux.py check --config new.toml\nccmux.py check --live",
+    ),
+    Command(
+        "explain", explain_command, "show which model a request would go to, rule by rule",
+        (flag("file", metavar="FILE", help="a Messages request as JSON, - for standard input"),),
+        'echo \'{"model": "claude-x", "messages": []}\' | ccmux.py explain -',
+    ),
+    Command("doctor", doctor_command, "look for what commonly goes wrong"),
+    Command(
+        "user add", user_add, "add a user; shows the key once",
+        (NAME, flag("--credit", type=microdollars, metavar="D", help="first credit in dollars"), *BUDGETS, NOTE),
+        "ccmux.py user add anna --credit 5 --day 1.50",
+    ),
+    Command("user list", user_list, "list users, balances and budgets"),
+    Command(
+        "user credit", user_credit, "add credit, or take it back",
+        (NAME, flag("amount", type=microdollars, metavar="D", help="dollars; negative takes back"), NOTE),
+        'ccmux.py user credit anna 10 --note "paid in cash"\nccmux.py user credit anna -2.50',
+    ),
+    Command(
+        "user budget", user_budget, "set budgets", (NAME, *BUDGETS), "ccmux.py user budget anna --day 2 --month none"
+    ),
+    Command("user key", user_key, "make a new key; the old one stops working", (NAME,)),
+    Command("user disable", functools.partial(user_disable, disabled=True), "stop a user's key from working", (NAME,)),
+    Command("user enable", functools.partial(user_disable, disabled=False), "let it work again", (NAME,)),
+    Command(
+        "report", report_command, "show what requests cost",
+        (
+            flag("--by", choices=tuple(REPORT_KEYS), default="user", help="what a row is (default: user)"),
+            *SPAN,
+            flag("--user", default="", metavar="NAME", help="of this user alone"),
+            flag("--as-if", default="", metavar="MODEL", help="also what it would have cost on this model"),
+            flag("--format", choices=("table", "csv", "json"), default="table", help="default: table"),
+        ),
+        "ccmux.py report --by model --since 7d\nccmux.py report --by day --as-if claude-opus-5-5",
+    ),
+    Command(
+        "export", export_command, "write the request log as CSV or JSON",
+        (
+            *SPAN,
+            flag("--format", choices=("csv", "json"), default="csv", help="default: csv"),
+            flag("-o", "--output", default="-", metavar="F", help="file to write; left out: standard output"),
+        ),
+        "ccmux.py export --since 2026-11-01 -o november.csv",
+    ),
+    Command(
+        "backup", backup_command, "copy the database, also while ccmux runs",
+        (flag("file", metavar="FILE", help="the file to write"),),
+    ),
+    Command("token", token_command, "print the admin token"),
+    Command("statusline", statusline_command, "one line for Claude Code's statusLine setting"),
+    Command(
+        "import-litellm", import_litellm_command, "turn a LiteLLM config.yaml into a ccmux config",
+        (
+            flag("file", metavar="FILE", help="LiteLLM's config.yaml"),
+            flag("--write", default="", metavar="F", help="write the TOML there, instead of showing it"),
+        ),
+        "ccmux.py import-litellm config.yaml\nccmux.py import-litellm config.yaml --write config.toml",
+    ),
+)  # fmt: skip
+ALIASES = {"models": "model"}
+HELP_END = """
+Without a config file ccmux uses the keys it finds in the environment (ANTHROPIC_API_KEY, OPENAI_API_KEY,
+OPENROUTER_API_KEY, ...), a local Ollama, or else a built-in demo. A config is found at --config, $CCMUX_CONFIG,
+./config.toml or ~/.ccmux/config.toml. Each command takes --config F, and tells about itself with --help.
+
+exit status: 0 good; 1 a check found something; 2 something to put right, said in one line. `code` passes on
+claude's own.
+
+examples:
+  ccmux.py                  run the server, and be told how to point Claude Code at it
+  ccmux.py code             run Claude Code through ccmux
+  ccmux.py init             write a config to begin with
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="ccmux.py", description="Claude Code with any model of any provider.", epilog=HELP_END,
+        formatter_class=help_format,
+    )  # fmt: skip
+    top.add_argument("--version", action="version", version=f"ccmux {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="command", required=True)
+    actions: Any = None
+    for command in COMMANDS:
+        if command.name.startswith("user ") and actions is None:
+            users = commands.add_parser("user", help="add and list users; their credit, budgets and keys")
+            actions = users.add_subparsers(dest="action", metavar="action", required=True)
+        group = actions if command.name.startswith("user ") else commands
+        add_command(group, command.name.removeprefix("user "), command)
     return top
 
 
-ADDRESS_FLAGS: tuple[tuple[tuple[str, ...], Json], ...] = (
-    (("--host",), {"help": "address to listen on"}),
-    (("--port",), {"type": int, "help": "port to listen on"}),
-)
-FLAGS: dict[str, tuple[tuple[tuple[str, ...], Json], ...]] = {
-    "serve": (*ADDRESS_FLAGS, (("--log-level",), {"choices": LOG_LEVELS, "help": "how much is logged"})),
-    "env": (
-        *ADDRESS_FLAGS,
-        (
-            ("--shell",),
-            {
-                "choices": ("bash", "fish", "powershell", "cmd", "json"),
-                "default": "bash",
-                "help": "for which shell",
-            },
-        ),
-    ),
-    "check": ((("--live",), {"action": "store_true", "help": "send one tiny request to each provider"}),),
-    "explain": (
-        (("file",), {"metavar": "FILE", "help": "a Messages request as JSON, - for standard input"}),
-    ),
-}
-COMMANDS: tuple[tuple[str, Callable[[argparse.Namespace], int], str], ...] = (
-    ("serve", serve, "run the server (the default)"),
-    ("env", env_command, "the variables that point Claude Code here"),
-    ("init", init_command, "write a commented config.toml from the keys found"),
-    ("model", model_command, "providers, models, routes"),
-    ("models", model_command, "the same as model"),
-    ("check", check_command, "validate the config"),
-    ("explain", explain_command, "which model a request would go to, rule by rule"),
-    ("token", token_command, "print the admin token"),
-)
+help_format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110)
+
+
+def add_command(group: Any, name: str, command: Command) -> None:
+    function = command.run.func if isinstance(command.run, functools.partial) else command.run
+    examples = "".join(f"\n  {line}" for line in command.examples.splitlines())
+    made = group.add_parser(
+        name, help=command.help, description=function.__doc__,
+        epilog=f"examples:{examples}" if examples else None,
+        formatter_class=help_format,
+    )  # fmt: skip
+    made.set_defaults(run=command.run)
+    made.add_argument("--config", default="", metavar="F", help="config file")
+    for names, options in command.flags:
+        made.add_argument(*names, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; 0 good, 1 a check found something, 2 the operator's error in one line."""
-    given = sys.argv[1:] if argv is None else argv
-    names = {name for name, _, _ in COMMANDS}
-    is_top = any(a in ("--help", "-h", "--version") for a in given[:1])
-    if not is_top and not (given and given[0] in names):
-        given = ["serve", *given]
-    args = parser().parse_args(given)
     try:
-        return int(args.run(args))
+        args = parsed_arguments(sys.argv[1:] if argv is None else argv)
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
-        print(f"ccmux: {error}", file=sys.stderr)
-        return 2
+        return failed(str(error))
+    except BrokenPipeError:  # `ccmux.py report | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        print(f"ccmux: {error}", file=sys.stderr)
-        return 2
+        return failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except sqlite3.Error as error:
+        return failed(f"the database: {error}")
     except KeyboardInterrupt:
         return 130
+
+
+def failed(why: str) -> int:
+    print(f"ccmux: {' '.join(why.split())}", file=sys.stderr)
+    return 2
+
+
+def parsed_arguments(given: list[str]) -> argparse.Namespace:
+    """The command line; without a command it is `serve`, and --config may stand before the command."""
+    names = {command.name.split()[0] for command in COMMANDS} | ALIASES.keys()
+    if given[:1] == ["--config"] and len(given) > 2 and given[2] in names:
+        given = [given[2], *given[:2], *given[3:]]
+    given = [ALIASES.get(word, word) if n == 0 else word for n, word in enumerate(given)]
+    first = given[0] if given else ""
+    if first == "code" and not {"--help", "-h"} & set(given[1:2]):
+        mine = 3 if given[1:2] == ["--config"] and len(given) > 2 else 1
+        rest = given[mine:]
+        rest = rest[1:] if rest[:1] == ["--"] else rest
+        return argparse.Namespace(run=code_command, config="".join(given[2:mine]), rest=rest)
+    if first and not first.startswith("-") and first not in names:
+        raise ConfigError(f"there is no command {first!r}: {known_names(first, sorted(names))}")
+    if first not in names | {"--help", "-h", "--version"}:
+        given = ["serve", *given]
+    return parser().parse_args(given)
 
 
 if __name__ == "__main__":
