@@ -279,6 +279,7 @@ class ApiError(Exception):
         self.status, self.message, self.type = status, message, type or error_type(status)
         self.retry, self.retry_after, self.should_retry = retry, retry_after, should_retry
         self.raw, self.headers, self.cause = raw, dict(headers or {}), cause or f"http_{status}"
+        self.param = ""  # the request's parameter that an upstream names as the trouble
 
     def body(self, request_id: str) -> Json:
         return {
@@ -1870,9 +1871,10 @@ def upstream_error(
     message = words or f"the provider answered with status {status} and no message"
     if not 400 <= status < 600:
         message = f"the provider answered with status {status}, which is no answer to this request"
-    return ApiError(
-        status if 400 <= status < 600 else 502, message, retry=retry_class(status), headers=headers
-    )
+    sent = status if 400 <= status < 600 else 502
+    error = ApiError(sent, message, retry=retry_class(status), headers=headers)
+    error.param = str(error_detail(payload).get("param") or "")
+    return error
 
 
 _OVERFLOW = re.compile(
@@ -1949,7 +1951,7 @@ def openai_request(body: Json, to: Upstream) -> Json:
         out["stream_options"] = {"include_usage": True}
     if tools:
         out["tools"] = tools
-        out.update(openai_tool_choice(body, quirks))
+        out.update(openai_tool_choice(body, to))
     out.update(openai_limits(body, to))
     out.update(sampling(body, to, ("temperature", "top_p", *(("top_k",) if quirks.top_k else ()))))
     if effort := wanted_effort(body, quirks.effort):
@@ -2332,11 +2334,11 @@ def gemini_type(kind: Any) -> Json:
     return {"type": kinds[0] if kinds else "string", **nullable}
 
 
-def openai_tool_choice(body: Json, quirks: Quirks) -> Json:
+def openai_tool_choice(body: Json, to: Upstream) -> Json:
     choice = as_object(body.get("tool_choice"))
     kind = choice.get("type")
     out: Json = {}
-    if kind in ("any", "tool") and not quirks.forced_tool:
+    if kind in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
         out["tool_choice"] = "auto"
     elif kind == "tool":
         name = upstream_name(str(choice.get("name") or ""))
@@ -2813,10 +2815,11 @@ _REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|cod
 
 
 def responses_reasoning(body: Json, to: Upstream) -> Json:
-    """How much to think, and to tell of it unless the client turned thinking off."""
+    """How much to think, and whether to tell of it: OpenAI does so to verified organisations only."""
     effort = wanted_effort(body, to.quirks.effort)
     out: Json = {"effort": effort} if effort else {}
-    if as_object(body.get("thinking")).get("type") in ("enabled", "adaptive"):
+    is_shown = as_object(body.get("thinking")).get("type") in ("enabled", "adaptive")
+    if is_shown and "reasoning.summary" not in to.skip:
         out["summary"] = "auto"
     return {"reasoning": out} if out else {}
 
@@ -2840,7 +2843,7 @@ def responses_tools(body: Json, to: Upstream) -> list[Json]:
 
 def responses_tool_choice(body: Json, to: Upstream) -> Json:
     """Flat where Chat Completions nests; a forced server tool is the only tool there, so any call will do."""
-    out = openai_tool_choice(body, to.quirks)
+    out = openai_tool_choice(body, to)
     if isinstance(out.get("tool_choice"), dict):
         name = out["tool_choice"]["function"]["name"]
         known = name in {upstream_name(str(t["name"])) for t in client_tools(body)}
@@ -2940,15 +2943,15 @@ def responses_usage(usage: Any) -> Usage | None:
 class ResponsesStream:
     """Responses events -> Anthropic events. `names` maps upstream tool names back to the client's.
 
-    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished call
-    waits until the call is done, and is then taken whole from the event that ends its item.
+    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished
+    call waits until the call is done, and is then taken whole from the event that ends its item.
     """
 
     def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
         self.out, self.names, self.to = out, names, to
         self.usage: Usage | None = None
         self.refused = False
-        self.sent: dict[Any, str] = {}  # item -> what of its text or arguments is out
+        self.sent: dict[Any, list[str]] = {}  # item -> what of its text or arguments is out
         self.live: Json | None = None  # the call that is open
         self.live_key: Any = None
         self.done: set[Any] = set()
@@ -2978,7 +2981,7 @@ class ResponsesStream:
         elif kind.startswith("response.output_text.annotation"):
             self.note_citation(as_object(event.get("annotation")))
         elif kind in ("response.completed", "response.incomplete", "response.failed", "response.done"):
-            self.response_ended(as_object(event.get("response")))
+            self.response_ended(kind.removeprefix("response."), as_object(event.get("response")))
         elif isinstance(delta := event.get("delta"), str) and key not in self.done:
             self.delta(kind, key, delta)
         elif kind == "response.reasoning_summary_part.added" and self.sent.get(key) and not self.live:
@@ -3009,7 +3012,7 @@ class ResponsesStream:
             self.show(self.out.thinking, key, delta)
 
     def show(self, write: Callable[[str], None], key: Any, text: str) -> None:
-        self.sent[key] = self.sent.get(key, "") + text
+        self.sent.setdefault(key, []).append(text)
         write(text)
 
     def note_citation(self, annotation: Json) -> None:
@@ -3042,7 +3045,7 @@ class ResponsesStream:
         for note in (n for p in parts for n in as_list(p.get("annotations"))):
             self.note_citation(as_object(note))
         text = "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
-        self.out.text(text[len(self.sent.get(key, "")) :])
+        self.out.text(text[sum(map(len, self.sent.get(key, ()))) :])
 
     def reasoning_done(self, key: Any, item: Json) -> None:
         summary = [as_object(p) for p in as_list(item.get("summary"))]
@@ -3050,7 +3053,7 @@ class ResponsesStream:
             content = summary or [as_object(p) for p in as_list(item.get("content"))]
             self.out.thinking("\n\n".join(str(p.get("text") or "") for p in content))
         if encrypted := item.get("encrypted_content"):
-            # Without its id: with one, the server looks for the stored item, or for the ids it was paired with.
+            # Without its id: with one, the server looks for the stored item, or for the item it led to.
             texts = [{"type": "summary_text", "text": str(p.get("text") or "")} for p in summary]
             kept = {"type": "reasoning", "summary": texts, "encrypted_content": str(encrypted)}
             self.out.keep(self.kept(item=kept))
@@ -3061,7 +3064,7 @@ class ResponsesStream:
             if not item.get("name"):
                 raise broken_stream("the provider sent a tool call without a name")
             self.begin(key, item)
-        given, sent = item.get("arguments"), self.sent.get(key, "")
+        given, sent = item.get("arguments"), "".join(self.sent.get(key, ()))
         text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
         if text is None or not text.startswith(sent):
             name = item.get("name")
@@ -3080,10 +3083,10 @@ class ResponsesStream:
         titles = {str(url): self.cited.get(str(url), "") for url in found if url}
         show_search(self.out, str(next(filter(None, queries), "")), titles)
 
-    def response_ended(self, response: Json) -> None:
+    def response_ended(self, status: str, response: Json) -> None:
         """The last event: what became of the answer, with its usage."""
         self.usage = responses_usage(response.get("usage")) or self.usage
-        status = response.get("status")
+        status = str(response.get("status") or status)
         if status == "failed" or response.get("error"):
             raise responses_error(response)
         if self.live:
@@ -3243,7 +3246,7 @@ def gemini_contents(body: Json, to: Upstream) -> list[Json]:
 
 
 def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> list[Json]:
-    """Function responses in the order of their calls, then what moved out of them, then the rest of the turn."""
+    """Function responses in the order of their calls, what moved out of them, then the rest of the turn."""
     results = results_of(blocks)
     media = [m for id in calls for m in result_parts(results.get(id))[1]]
     skip = ("tool_result", "tool_use", "thinking", "redacted_thinking")
@@ -3332,7 +3335,7 @@ GEMINI_FAULTS = {  # no answer came; of a 502 another try may make one
 
 
 class GeminiStream:
-    """GenerateContent chunks -> Anthropic events. `names` maps upstream function names back to the client's."""
+    """GenerateContent chunks -> Anthropic events. `names` maps upstream tool names back to the client's."""
 
     def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
         self.out, self.names, self.to = out, names, to
@@ -3421,38 +3424,41 @@ class GeminiStream:
 # ----------------------------------------------------------------------------------------------------------
 # OpenAI-format clients (pure)
 # ----------------------------------------------------------------------------------------------------------
-# The other direction: a Chat Completions request becomes a Messages request, which any provider can serve, and the
-# Anthropic events of the answer become Chat Completions chunks.
+# The other direction: a Chat Completions request becomes a Messages request, which any provider can serve,
+# and the Anthropic events of the answer become Chat Completions chunks.
 
 CHAT_MAX_TOKENS = 16384  # Messages needs a limit where Chat Completions does not
 
 
 def messages_request(body: Json) -> Json:
-    """A Chat Completions request as a Messages request, always a streaming one; ApiError 400 for what has no form there."""
+    """A Chat Completions request as a Messages request; ApiError 400 for what has no form there."""
     if not isinstance(body.get("messages"), list):
         raise ApiError(400, "messages: a list of messages is needed")
     if body.get("n") not in (None, 1):
         raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
     system, messages = chat_conversation(messages_of(body))
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or CHAT_MAX_TOKENS
-    out: Json = {"model": body.get("model"), "messages": messages, "max_tokens": limit, "stream": True}
     if as_object(body.get("response_format")).get("type") == "json_object":
         system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
-    if system:
-        out["system"] = system
-    if isinstance(temperature := body.get("temperature"), (int, float)):
-        out["temperature"] = min(temperature, 1)  # OpenAI's scale ends at 2
-    if body.get("top_p") is not None:
-        out["top_p"] = body["top_p"]
-    if stop := body.get("stop"):
-        out["stop_sequences"] = [stop] if isinstance(stop, str) else stop
-    if user := body.get("safety_identifier") or body.get("user"):
-        out["metadata"] = {"user_id": user}
-    return out | messages_thinking(body) | messages_tools(body)
+    temperature, stop = body.get("temperature"), body.get("stop")
+    user = body.get("safety_identifier") or body.get("user")
+    optional = {
+        "system": system or None,
+        # OpenAI's goes to 2.
+        "temperature": min(temperature, 1) if isinstance(temperature, (int, float)) else None,
+        "top_p": body.get("top_p"),
+        "stop_sequences": [stop] if isinstance(stop, str) and stop else stop or None,
+        "metadata": {"user_id": user} if user else None,
+        **messages_thinking(body),
+        **messages_tools(body),
+    }
+    out = {"model": body.get("model"), "messages": messages, "max_tokens": limit}
+    out["stream"] = body.get("stream") is True
+    return out | {k: v for k, v in optional.items() if v is not None}
 
 
 def messages_thinking(body: Json) -> Json:
-    """reasoning_effort and response_format's schema as output_config; `thinking` as an Anthropic-minded client has it."""
+    """reasoning_effort and a schema as output_config; `thinking` as some clients send it to Claude models."""
     config: Json = {}
     effort = body.get("reasoning_effort")
     if effort in EFFORTS:
@@ -3461,43 +3467,37 @@ def messages_thinking(body: Json) -> Json:
     if isinstance(schema, dict):
         config["format"] = {"type": "json_schema", "schema": schema}
     thinking = {"type": "disabled"} if effort == "none" else body.get("thinking")
-    return {k: v for k, v in (("output_config", config), ("thinking", thinking)) if v}
+    return {"output_config": config or None, "thinking": thinking}
 
 
 def messages_tools(body: Json) -> Json:
-    given = [as_object(t).get("function") for t in as_list(body.get("tools"))] + as_list(
-        body.get("functions")
-    )
-    tools: list[Json] = [
-        {
-            "name": f["name"], **({"description": f["description"]} if f.get("description") else {}),
-            "input_schema": f.get("parameters") or {"type": "object", "properties": {}},
-        }
-        for f in given if isinstance(f, dict) and f.get("name")
-    ]  # fmt: skip
+    """Functions in today's form and the old one, web search, and the choice among them."""
+    functions = [as_object(t).get("function") for t in as_list(body.get("tools"))]
+    tools: list[Json] = []
+    for function in (as_object(f) for f in [*functions, *as_list(body.get("functions"))]):
+        if name := function.get("name"):
+            described = {"description": d} if (d := function.get("description")) else {}
+            schema = function.get("parameters") or {"type": "object", "properties": {}}
+            tools.append({"name": str(name), **described, "input_schema": schema})
     if isinstance(body.get("web_search_options"), dict):
         tools.append({"type": "web_search_20250305", "name": "web_search"})
-    choice = body.get("tool_choice") or body.get("function_call") or ""
-    if isinstance(choice, dict):
-        out: Json = {
-            "type": "tool",
-            "name": str((as_object(choice.get("function")) or choice).get("name") or ""),
-        }
-    else:
-        out = {"type": {"required": "any", "any": "any", "none": "none"}.get(choice, "auto")}
-    if body.get("parallel_tool_calls") is False and out["type"] != "none":
-        out["disable_parallel_tool_use"] = True
-    if not tools:
-        return {}
-    return {"tools": tools, "tool_choice": out} if choice or len(out) > 1 else {"tools": tools}
+    given = body.get("tool_choice") or body.get("function_call") or ""
+    choice: Json = {"type": {"required": "any", "any": "any", "none": "none"}.get(str(given), "auto")}
+    if isinstance(given, dict):
+        choice = {"type": "tool", "name": str((as_object(given.get("function")) or given).get("name") or "")}
+    if body.get("parallel_tool_calls") is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
 
 
 def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
-    """(system blocks, messages): what the system says later on is told as a reminder; neighbours of a role merge."""
+    """(system blocks, messages). What the system says later is a reminder; neighbours of a role merge."""
     system: list[Json] = []
     messages: list[Json] = []
     for message in given:
         role, blocks = str(message.get("role")), chat_blocks(message.get("content"))
+        if role in ("system", "developer", "assistant"):
+            blocks = [b for b in blocks if b["type"] == "text"]
         if role in ("system", "developer"):
             if not messages:
                 system += blocks
@@ -3526,8 +3526,8 @@ def chat_calls(message: Json) -> list[Json]:
         function = as_object(call.get("function"))
         text = str(function.get("arguments") or "{}")
         value = parsed(text)
-        given = value if isinstance(value, dict) else {"arguments": text}
         id, name = client_tool_id(str(call.get("id") or "")), str(function.get("name") or "")
+        given = value if isinstance(value, dict) else {"arguments": text}
         blocks.append({"type": "tool_use", "id": id, "name": name, "input": given})
     return blocks
 
@@ -3536,29 +3536,25 @@ _DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.S)
 
 
 def chat_blocks(content: Any) -> list[Json]:
-    """Content parts as Anthropic blocks; ApiError 400 for audio and the like."""
-    blocks: list[Json] = []
-    for part in blocks_of(content):
-        kind = part.get("type")
-        if kind in ("text", "refusal", "input_text", "output_text"):
-            text = str(part.get("text") or part.get("refusal") or "")
-            blocks += [{"type": "text", "text": text}] if text else []
-        elif kind in ("image_url", "file"):
-            value = part.get(str(kind))
-            given = as_object(value)
-            url = str(value if isinstance(value, str) else given.get("url") or given.get("file_data") or "")
-            data = _DATA_URL.fullmatch(url)
-            source = (
-                {"type": "base64", "media_type": data[1], "data": data[2]}
-                if data
-                else {"type": "url", "url": url}
-            )
-            if not data and not url.startswith(("http://", "https://")):
-                raise ApiError(400, f"messages: a {kind} needs a data: URL or an http(s) URL")
-            blocks.append({"type": "image" if kind == "image_url" else "document", "source": source})
-        else:
-            raise ApiError(400, f"messages: content parts of type {str(kind)[:40]!r} cannot be served")
-    return blocks
+    """Content parts as Anthropic blocks, empty texts left out; ApiError 400 for audio and the like."""
+    blocks = [chat_block(part) for part in blocks_of(content)]
+    return [block for block in blocks if block.get("text") != ""]
+
+
+def chat_block(part: Json) -> Json:
+    kind = str(part.get("type"))
+    if kind in ("text", "refusal", "input_text", "output_text"):
+        return {"type": "text", "text": str(part.get("text") or part.get("refusal") or "")}
+    if kind not in ("image_url", "file"):
+        raise ApiError(400, f"messages: content parts of type {kind[:40]!r} cannot be served")
+    given = as_object(part.get(kind)) or {"url": part.get(kind)}
+    url = str(given.get("url") or given.get("file_data") or "")
+    source: Json = {"type": "url", "url": url}
+    if data := _DATA_URL.fullmatch(url):
+        source = {"type": "base64", "media_type": data[1], "data": data[2]}
+    elif not url.startswith(("http://", "https://")):
+        raise ApiError(400, f"messages: {kind} needs a base64 data: URL or an http(s) URL")
+    return {"type": "image" if kind == "image_url" else "document", "source": source}
 
 
 CHAT_FINISH = {
@@ -3567,14 +3563,12 @@ CHAT_FINISH = {
 }  # fmt: skip
 
 
-def chat_usage(usage: Json) -> Json:
+def chat_usage(given: Any) -> Json:
     """Usage of the Messages API as OpenAI counts it: cached tokens within the prompt."""
-    counts = {k: token_number(v) or 0 for k, v in usage.items()}
-    cached = counts.get("cache_read_input_tokens", 0)
-    prompt = counts.get("input_tokens", 0) + cached + counts.get("cache_creation_input_tokens", 0)
-    output = counts.get("output_tokens", 0)
-    total = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-    return {**total, "prompt_tokens_details": {"cached_tokens": cached}}
+    usage = anthropic_usage(given, Usage()) or Usage()
+    total = {"prompt_tokens": usage.prompt, "completion_tokens": usage.output}
+    details = {"prompt_tokens_details": {"cached_tokens": usage.cache_read}}
+    return {**total, "total_tokens": usage.prompt + usage.output, **details}
 
 
 class ChatWriter:
@@ -3585,7 +3579,7 @@ class ChatWriter:
         self.include_usage = include_usage
         self.usage: Json = {}
         self.calls = -1  # index of the newest tool call
-        self.arguments: str | None = None  # what of an open call's arguments is out
+        self.in_call = self.has_arguments = False
 
     def feed(self, events: list[Json]) -> bytes:
         return b"".join(self.encode(chunk) for event in events for chunk in self.chunks(event))
@@ -3619,19 +3613,18 @@ class ChatWriter:
         block, delta = as_object(event.get("content_block")), as_object(event.get("delta"))
         if kind == "content_block_start" and block.get("type") == "tool_use":
             self.calls += 1
-            self.arguments = ""
-            return self.call(
-                {"name": block.get("name"), "arguments": ""}, id=block.get("id"), type="function"
-            )
+            self.in_call, self.has_arguments = True, False
+            function = {"name": block.get("name"), "arguments": ""}
+            return self.call(function, id=block.get("id"), type="function")
         if kind == "content_block_stop":
-            is_empty, self.arguments = self.arguments == "", None
-            return self.call({"arguments": "{}"}) if is_empty else {}
+            is_bare, self.in_call = self.in_call and not self.has_arguments, False
+            return self.call({"arguments": "{}"}) if is_bare else {}
         if delta.get("type") == "text_delta":
             return {"content": delta["text"]}
         if delta.get("type") == "thinking_delta":
             return {"reasoning_content": delta["thinking"]}
-        if delta.get("type") == "input_json_delta" and self.arguments is not None and delta["partial_json"]:
-            self.arguments += delta["partial_json"]
+        if delta.get("type") == "input_json_delta" and self.in_call and delta["partial_json"]:
+            self.has_arguments = True
             return self.call({"arguments": delta["partial_json"]})
         return {}
 
@@ -3656,29 +3649,22 @@ class ChatCompletion:
         reason = CHAT_FINISH.get(str(answer.get("stop_reason")), "stop")
         choice = {"index": 0, "message": chat_message(answer), "finish_reason": reason, "logprobs": None}
         head = {"id": id, "object": "chat.completion", "created": self.created, "model": self.model}
-        return compact({**head, "choices": [choice], "usage": chat_usage(as_object(answer.get("usage")))})
+        return compact({**head, "choices": [choice], "usage": chat_usage(answer.get("usage"))})
 
 
 def chat_message(answer: Json) -> Json:
     """A whole Anthropic message as OpenAI's assistant message."""
     blocks = blocks_of(answer.get("content"))
-    texts = {
-        kind: "".join(str(b.get(kind) or "") for b in blocks if b.get("type") == kind)
-        for kind in ("text", "thinking")
-    }
-    out: Json = {"role": "assistant", "content": texts["text"] or None, "refusal": None}
-    if texts["thinking"]:
-        out["reasoning_content"] = texts["thinking"]
-    if calls := [b for b in blocks if b.get("type") == "tool_use"]:
-        out["tool_calls"] = [
-            {
-                "id": b["id"],
-                "type": "function",
-                "function": {"name": b["name"], "arguments": tool_arguments(b)},
-            }
-            for b in calls
-        ]
-    return out
+    text = "".join(b["text"] for b in blocks if b.get("type") == "text")
+    thinking = "".join(b["thinking"] for b in blocks if b.get("type") == "thinking")
+    calls = [
+        {"id": b["id"], "type": "function", "function": {"name": b["name"], "arguments": tool_arguments(b)}}
+        for b in blocks
+        if b.get("type") == "tool_use"
+    ]
+    optional = {"reasoning_content": thinking, "tool_calls": calls}
+    out = {"role": "assistant", "content": text or None, "refusal": None}
+    return out | {key: value for key, value in optional.items() if value}
 
 
 CHAT_CODES = {
@@ -5105,9 +5091,7 @@ class Store:
         try:
             hold: Hold = await self.put(run)
         except sqlite3.Error as error:
-            log.error("a hold could not be written: %s", error)
-            text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
-            raise ApiError(529, text, retry_after=30, cause="store") from None
+            raise cannot_write(error) from None
         return hold
 
     def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
@@ -5157,7 +5141,8 @@ class Store:
     ) -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
         moment = moment or iso(self.now())
-        db.execute("delete from holds where id = ?", (hold_id,))
+        # By request as well: where the client left before its hold was written, nobody knows the hold's id.
+        db.execute("delete from holds where id = ? or request_id = ?", (hold_id, done.request_id))
         if done.charge or kind == "interrupted":
             enter(
                 db,
@@ -5186,7 +5171,10 @@ class Store:
 
     def local_user(self) -> User:
         """The user of those who need no key, made at first use."""
-        return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+        try:
+            return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+        except sqlite3.Error as error:
+            raise cannot_write(error) from None
 
     def make_user(
         self, db: sqlite3.Connection, name: str, budgets: Mapping[str, int | None], note: str
@@ -5443,6 +5431,13 @@ class Waiter:
         self.event = done
 
 
+def cannot_write(error: sqlite3.Error) -> ApiError:
+    """For a request that must not go on, as its cost could not be written down."""
+    log.error("the ledger could not be written: %s", error)
+    text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
+    return ApiError(529, text, retry_after=30, cause="store")
+
+
 def tell(batch: list[Write]) -> None:
     """Resolves the futures of written operations: one call into the loop for all of a loop's."""
     loops: dict[asyncio.AbstractEventLoop, list[Write]] = {}
@@ -5557,7 +5552,7 @@ def csv_text(rows: Iterable[Json], columns: Iterable[str]) -> str:
     """Rows as CSV. Texts that a spreadsheet would take for a formula get a leading apostrophe."""
     names = list(columns)
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(names)
     writer.writerows([csv_cell(row.get(name)) for name in names] for row in rows)
     return out.getvalue()
@@ -6297,13 +6292,12 @@ class Plan:
         transient = slot.provider.quirks.transient
         if transient and transient in error.message:
             return self.once("transient")
+        if _SIGNATURE_REFUSED.search(error.message) and self.once("signature"):
+            self.call.body, self.call.raw = without_thinking(self.call.body), b""
+            return True
         if dialect_of(slot.provider, slot.target.actual_model).request is None:
-            is_signature = "signature" in error.message and "thinking" in error.message
-            if is_signature and self.once("signature"):
-                self.call.body, self.call.raw = without_thinking(self.call.body), b""
-                return True
             return False
-        name = refused_parameter(error.message)
+        name = refused_parameter(error.message, error.param)
         place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
         known = self.relay.learnt.get(place, frozenset())
         if not name or name in known:
@@ -6337,13 +6331,24 @@ _REFUSES = re.compile(
 )
 
 
-def refused_parameter(message: str) -> str:
-    """The parameter that a 400 says the upstream does not know; "" where it says another thing."""
+# Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's signatures.
+_SIGNATURE_REFUSED = re.compile(
+    r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,60}verified"
+)
+
+
+def refused_parameter(message: str, param: str = "") -> str:
+    """The parameter that a 400 says the upstream does not know; "" where it says another thing.
+
+    `param` is the one that the error names in a field of its own, as OpenAI's do.
+    """
+    if "reasoning summaries" in message:  # OpenAI, to organisations that are not verified
+        return "reasoning.summary"
     if not _REFUSES.search(message):
         return ""
     quoted = re.findall(r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)", message)
-    named = [name.split(".")[0] for names in quoted for name in names if name]
-    return next((name for name in named if name in DROPPABLE), "")
+    named = [param, *(name for names in quoted for name in names if name)]
+    return next((top for name in named if (top := name.split(".")[0]) in DROPPABLE), "")
 
 
 def without_thinking(body: Json) -> Json:
@@ -6380,6 +6385,8 @@ def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
 def forwarded(call: Call, to: Upstream) -> bytes:
     """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must go."""
     body, raw = call.body, call.raw
+    if call.format != "anthropic" and not to.facts.sampling:
+        body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
     # Only blocks that ccmux made carry its tag; the search is cheap, the rebuild is not.
     if not raw or b'"signature"' in raw:
         clean = without_foreign_thinking(body)
@@ -7071,6 +7078,9 @@ class Exchange:
         except ApiError as error:
             self.settle(error)
             raise
+        except asyncio.CancelledError:  # the client left while the hold was on its way to the disk
+            self.settle(None)
+            raise
 
     def prices(self) -> list[Price | None]:
         config = self.call.config
@@ -7373,8 +7383,360 @@ def api_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # Admin API
 # ----------------------------------------------------------------------------------------------------------
+# JSON for the two pages and for scripts. User endpoints answer for the key's own user; /admin/api needs the admin token.
+
+
+def page_query(request: web.Request) -> tuple[int, int]:
+    """`limit` (1 to 500, 50 if left out) and `before` (an id) of a list's query."""
+    limit, before = query_number(request, "limit", 50), query_number(request, "before", 0)
+    return min(max(limit, 1), 500), before
+
+
+def query_number(request: web.Request, name: str, default: int) -> int:
+    text = request.query.get(name, "")
+    if text and not re.fullmatch(r"\d{1,15}", text):
+        raise ApiError(400, f"{name}: must be a whole number, not {text[:40]!r}")
+    return int(text) if text else default
+
+
+def query_choice(request: web.Request, name: str, known: Iterable[str], default: str) -> str:
+    value = request.query.get(name, default)
+    if value not in known:
+        raise ApiError(400, f"{name}: {known_names(value[:40], known)}")
+    return value
+
+
+def query_time(request: web.Request, name: str) -> str:
+    """A date or a moment in ISO 8601, as text that compares with the request log's times; "" where left out."""
+    text = request.query.get(name, "")
+    try:
+        return iso_text(text)
+    except ValueError:
+        raise ApiError(400, f"{name}: must be a date such as 2026-11-24 or a time in ISO 8601") from None
+
+
+def iso_text(text: str) -> str:
+    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "". ValueError for anything else."""
+    if not text:
+        return ""
+    moment = datetime.fromisoformat(text)
+    return iso(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+
+
+async def body_of(request: web.Request, known: Iterable[str]) -> Json:
+    """A small JSON object with known keys only; ApiError 400 naming the nearest one."""
+    body = strict_json(await read_body(request) or b"{}")
+    for key in body:
+        if key not in known:
+            raise ApiError(400, f"unknown key {key[:40]!r}: {known_names(key, known)}")
+    return body
+
+
+def number_in(body: Json, name: str, *, optional: bool = False) -> int | None:
+    """A whole number of micro-dollars out of a body; None only where optional."""
+    value = body.get(name)
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 10**15:
+        raise ApiError(400, f"{name}: must be a whole number of micro-dollars (1 dollar is 1000000)")
+    return value
+
+
+def text_in(body: Json, name: str, longest: int = 500) -> str:
+    value = body.get(name, "")
+    if not isinstance(value, str) or len(value) > longest:
+        raise ApiError(400, f"{name}: must be a text of at most {longest} characters")
+    return value
+
+
+def budgets_in(body: Json) -> dict[str, int | None]:
+    """`budgets` as columns; a null takes a budget away, what is not named stays."""
+    given = body.get("budgets") or {}
+    columns = ("day_microusd", "week_microusd", "month_microusd")
+    if not isinstance(given, dict) or any(key not in columns for key in given):
+        raise ApiError(400, f"budgets: an object with {', '.join(columns)}")
+    found = {key: number_in(given, key, optional=True) for key in given}
+    if any(value is not None and value < 0 for value in found.values()):
+        raise ApiError(400, "budgets: must not be below 0; null takes one away")
+    return found
+
+
+def table_response(
+    request: web.Request, name: str, rows: Iterable[Json], columns: Iterable[str]
+) -> web.Response:
+    """Rows as JSON, or as a CSV file where `format=csv` asks for it."""
+    if query_choice(request, "format", ("json", "csv"), "json") == "json":
+        return web.json_response({name: list(rows)})
+    headers = {"Content-Disposition": f'attachment; filename="ccmux-{name}.csv"'}
+    return web.Response(
+        text=csv_text(rows, columns), content_type="text/csv", charset="utf-8", headers=headers
+    )
+
+
+# For users.
+
+
+async def get_me(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response(state.store.user_json(state.store.known(user.name)))
+
+
+async def get_my_models(request: web.Request) -> web.StreamResponse:
+    """What may be asked for, and what it costs (dollars per million tokens, with markup)."""
+    state = state_of(request)
+    client_of(request, state)
+    return web.json_response(
+        {"models": [model_json(state.config, name) for name in model_names(state.config)]}
+    )
+
+
+def model_json(config: Config, name: str) -> Json:
+    targets = resolve(config, name)
+    first = targets[0] if targets else None
+    price = price_of(config, first, name) if first else None
+    context = context_of(config, name, targets) or (facts_of(first.actual_model).context if first else 0)
+    shown = [f"{t.provider}/{t.actual_model}" for t in targets]
+    return {
+        "name": name,
+        "targets": shown,
+        "context": context or None,
+        "price": price_json(price) if price else None,
+    }
+
+
+async def get_my_usage(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    by = query_choice(request, "by", ("day", "model", "session"), "day")
+    days = min(max(query_number(request, "days", 30), 1), 3660)
+    since = iso(
+        datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=days - 1)
+    )
+    return web.json_response({"usage": state.store.report(by, since, "", user.name), "by": by, "days": days})
+
+
+async def get_my_transactions(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response({"transactions": state.store.transactions(user.name, *page_query(request))})
+
+
+async def get_my_requests(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response({"requests": state.store.requests(user.name, *page_query(request))})
+
+
+async def get_my_export(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    rows = state.store.export(query_time(request, "since"), query_time(request, "until"), user.name)
+    return table_response(request, "usage", rows, USAGE_COLUMNS)
+
+
+async def post_purchase(request: web.Request) -> web.StreamResponse:
+    client_of(request, state_of(request))
+    raise ApiError(
+        501, "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page"
+    )
+
+
+# For the admin.
+
+
+async def get_users(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    return web.json_response({"users": [store.user_json(user) for user in store.users()]})
+
+
+async def post_user(request: web.Request) -> web.StreamResponse:
+    """A new user; the only answer that ever has the key in it."""
+    state = require_admin(request)
+    body = await body_of(request, ("name", "credit_microusd", "budgets", "note"))
+    start = int(state.config.credits.starting_credit * 10**6)
+    credit = number_in(body, "credit_microusd", optional=True)
+    if credit is not None and credit < 0:
+        raise ApiError(400, "credit_microusd: must not be below 0")
+    with operator_errors():
+        user, key = state.store.add_user(
+            text_in(body, "name", 64),
+            start if credit is None else credit,
+            budgets_in(body),
+            text_in(body, "note"),
+        )
+    return web.json_response({**state.store.user_json(user), "key": key}, status=201)
+
+
+@contextlib.contextmanager
+def operator_errors() -> Iterator[None]:
+    """What the command line says in one line, as a 400, a 404 or a 409."""
+    try:
+        yield
+    except ConfigError as error:
+        words = str(error)
+        raise ApiError(
+            404 if words.startswith("no user") else 409 if "already" in words else 400, words
+        ) from None
+
+
+async def patch_user(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    body = await body_of(request, ("disabled", "budgets"))
+    name = request.match_info["name"]
+    with operator_errors():
+        user = store.known(name)
+        if "disabled" in body:
+            if not isinstance(body["disabled"], bool):
+                raise ApiError(400, "disabled: must be true or false")
+            user = store.set_disabled(name, body["disabled"])
+        if "budgets" in body:
+            user = store.set_budgets(name, budgets_in(body))
+    return web.json_response(store.user_json(user))
+
+
+async def post_credit(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    body = await body_of(request, ("amount_microusd", "note", "key"))
+    amount = number_in(body, "amount_microusd")
+    assert amount is not None
+    with operator_errors():
+        user = store.credit(
+            request.match_info["name"], amount, text_in(body, "note"), text_in(body, "key", 100)
+        )
+    return web.json_response(store.user_json(user))
+
+
+async def post_key(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    await body_of(request, ())
+    with operator_errors():
+        return web.json_response({"key": store.rotate_key(request.match_info["name"])})
+
+
+async def get_user_transactions(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    with operator_errors():
+        name = store.known(request.match_info["name"]).name
+    return web.json_response({"transactions": store.transactions(name, *page_query(request))})
+
+
+async def get_report(request: web.Request) -> web.StreamResponse:
+    """Cost, markup and charge by key; with `as_if=MODEL` also what the same tokens would have cost there."""
+    state = require_admin(request)
+    by = query_choice(request, "by", REPORT_KEYS, "user")
+    since, until = query_time(request, "since"), query_time(request, "until")
+    rows = state.store.report(by, since, until)
+    if other := request.query.get("as_if", ""):
+        charges = state.store.repriced(
+            by, since, until, as_if_price(state.config, other), state.config.credits.markup_percent
+        )
+        rows = [{**row, "as_if_microusd": charges.get(row["key"], 0)} for row in rows]
+    return table_response(request, "report", rows, rows[0] if rows else ("key",))
+
+
+def as_if_price(config: Config, name: str) -> Price:
+    """The price of a model that a report compares with; ApiError 400 where none is known."""
+    targets = resolve(config, name)
+    price = price_of(config, targets[0], name) if targets else facts_of(name).price
+    if price is None:
+        raise ApiError(
+            400, f"as_if: no price is known for {name[:100]!r}; {known_names(name, price_table())}"
+        )
+    return price
+
+
+async def get_export(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    rows = store.export(query_time(request, "since"), query_time(request, "until"))
+    return table_response(request, "usage", rows, USAGE_COLUMNS)
+
+
+async def get_requests(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"requests": require_admin(request).store.requests(None, *page_query(request))})
+
+
+async def get_events(request: web.Request) -> web.StreamResponse:
+    """The request log as it happens, as server-sent events: one `request` event a row."""
+    state = require_admin(request)
+    rows: asyncio.Queue[Json] = asyncio.Queue(1000)
+    state.listeners.add(rows)
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    try:
+        await response.prepare(request)
+        await response.write(b": here\n\n")
+        while not state.draining:
+            try:
+                async with asyncio.timeout(15):
+                    row = await rows.get()
+            except TimeoutError:
+                await response.write(b": still here\n\n")
+                continue
+            await response.write(b"event: request\ndata: %s\n\n" % compact(row))
+    except ConnectionError:
+        pass  # the page was closed
+    finally:
+        state.listeners.discard(rows)
+    return response
+
+
+async def post_explain(request: web.Request) -> web.StreamResponse:
+    """Where a request would go and the most it can cost; {body, headers?} in, nothing is sent."""
+    state = require_admin(request)
+    given = await body_of(request, ("body", "headers"))
+    if not isinstance(given.get("body"), dict):
+        raise ApiError(400, "body: must be a Messages request")
+    headers = {str(k).lower(): str(v) for k, v in as_object(given.get("headers")).items()}
+    return web.json_response(explain(state.config, given["body"], headers, state.counter))
+
+
+def explain(config: Config, body: Json, headers: Mapping[str, str], counter: TokenCounter) -> Json:
+    """The route of a request and what it would hold, without sending it."""
+    early = counter.count_now(body, "", asked_model(body)) if config.router.long_context else 0
+    route = choose_route(body, headers, config, early)
+    first = route.targets[0]
+    tokens = counter.count_now(route.body or body, first.provider, first.actual_model)
+    asked = body.get("max_tokens")
+    limit = asked if isinstance(asked, int) and asked > 0 else 4096
+    return {
+        "model": route.model,
+        "reason": route.reason,
+        "trail": [list(step) for step in route.trail],
+        "tokens": tokens,
+        "factor": counter.factors.get((first.provider, first.actual_model), (1.0, 0))[0],
+        "targets": [ceiling_of(config, route, target, tokens, limit) for target in route.targets],
+    }
+
+
+def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit: int) -> Json:
+    """A target with the most that a request can cost there, in micro-dollars; null where no price is known."""
+    price = price_of(config, target, route.model)
+    usage = Usage(input=tokens, output=limit)
+    charge = charge_of(usage, price, config.credits.markup_percent).charge if price else None
+    return {"provider": target.provider, "model": target.actual_model, "ceiling_microusd": charge}
+
+
 def admin_routes() -> list[web.RouteDef]:
-    return []
+    return [
+        web.get("/api/me", get_me),
+        web.get("/api/models", get_my_models),
+        web.get("/api/usage", get_my_usage),
+        web.get("/api/transactions", get_my_transactions),
+        web.get("/api/requests", get_my_requests),
+        web.get("/api/export", get_my_export),
+        web.post("/api/purchase", post_purchase),
+        web.get("/admin/api/users", get_users),
+        web.post("/admin/api/users", post_user),
+        web.patch("/admin/api/users/{name}", patch_user),
+        web.post("/admin/api/users/{name}/credit", post_credit),
+        web.post("/admin/api/users/{name}/key", post_key),
+        web.get("/admin/api/users/{name}/transactions", get_user_transactions),
+        web.get("/admin/api/report", get_report),
+        web.get("/admin/api/export", get_export),
+        web.get("/admin/api/requests", get_requests),
+        web.get("/admin/api/events", get_events),
+        web.post("/admin/api/explain", post_explain),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7600,8 +7962,8 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
         max_field_size=32768,
     )
     await runner.setup()
-    stop = stop_on_signals()
     try:
+        stop = stop_on_signals()  # before the start-up text: whoever has read it may send one
         server = await listen(runner, config)
         port = server.sockets[0].getsockname()[1]
         print(start_text(config, port, state.admin_token), flush=True)
@@ -7645,15 +8007,6 @@ class TurnAway(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
-
-
-def stop_on_signals() -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; the second ends the process."""
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
-            asyncio.get_running_loop().add_signal_handler(number, stop_or_exit, stop, number)
-    return stop
 
 
 async def until_stopped(
@@ -7709,6 +8062,16 @@ async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) 
         log.warning("the tiktoken vocabulary %s could not be downloaded: %s", name, type(fault).__name__)
         return False
     return True
+
+
+def stop_on_signals() -> asyncio.Event:
+    """The event that the first SIGINT or SIGTERM sets."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
+            loop.add_signal_handler(number, stop_or_exit, stop, number)
+    return stop
 
 
 def stop_or_exit(stop: asyncio.Event, number: int) -> None:
@@ -7910,32 +8273,6 @@ def explain_command(args: argparse.Namespace) -> int:
         )
     print(f"tokens    {told['tokens']} counted")
     return 0
-
-
-def explain(config: Config, body: Json, headers: Mapping[str, str], counter: TokenCounter) -> Json:
-    """The route of a request and what it would hold, without sending it."""
-    early = counter.count_now(body, "", asked_model(body)) if config.router.long_context else 0
-    route = choose_route(body, headers, config, early)
-    first = route.targets[0]
-    tokens = counter.count_now(route.body or body, first.provider, first.actual_model)
-    asked = body.get("max_tokens")
-    limit = asked if isinstance(asked, int) and asked > 0 else 4096
-    targets = []
-    for target in route.targets:
-        price = price_of(config, target, route.model)
-        ceiling = (
-            charge_of(Usage(input=tokens, output=limit), price, config.credits.markup_percent)
-            if price
-            else None
-        )
-        targets.append({
-            "provider": target.provider, "model": target.actual_model,
-            "ceiling_microusd": ceiling.charge if ceiling else None,
-        })  # fmt: skip
-    return {
-        "model": route.model, "reason": route.reason, "trail": [list(step) for step in route.trail],
-        "tokens": tokens, "targets": targets,
-    }  # fmt: skip
 
 
 def client_environment(config: Config, url: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ import contextlib
 import resource
 import signal
 import socket
+import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -29,7 +30,7 @@ from proxy_harness import (
     message_body,
     until,
 )
-from test_fault_sequences import mixed_faults
+from test_fault_sequences import mixed_faults, plain_request
 from test_faults import PART, breaks_off, check_ledger, fails, full, stage
 
 BOTH = pytest.mark.parametrize("wire", ["anthropic", "openai"])
@@ -244,6 +245,35 @@ async def test_with_a_full_disk_no_upstream_is_called(tmp_path: Path) -> None:
     proxy.books.check_sums()
 
 
+async def test_a_disk_that_is_full_from_the_start_is_told(tmp_path: Path) -> None:
+    async with served(tmp_path, fs.answer()) as (proxy, a):
+        may_write(proxy, 0)
+        fails(529, "overloaded_error")(await ask(proxy))
+        assert a.count == 0
+        may_write(proxy, resource.RLIM_INFINITY)
+        full()(await ask(proxy))
+
+
+async def test_a_client_that_leaves_while_its_hold_is_written_leaves_no_hold(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.answer(),)) as (proxy, (a,)):
+        full()(await ask(proxy))
+        await proxy.idle()
+        with contextlib.closing(sqlite3.connect(proxy.books.path, isolation_level=None)) as other:
+            other.execute("begin immediate")
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            writer.write(plain_request(proxy))
+            await until(lambda: proxy.state.store.queue.empty() and proxy.connections == 1, "it came")
+            await asyncio.sleep(0.1)  # until the hold waits for the lock: nothing outside can tell
+            writer.close()
+            await until(lambda: proxy.connections == 0, "ccmux saw it leave")
+            other.execute("commit")
+        assert await reader.read() == b""
+        full()(await ask(proxy))
+        await proxy.idle()
+        assert a.count == 2
+        proxy.books.check_sums()
+
+
 @pytest.mark.parametrize("mode", ["s", "n"])
 async def test_a_settlement_that_cannot_be_written_is_written_later(mode: str, tmp_path: Path) -> None:
     script = (fs.gated_answer(),) if mode == "s" else (fs.gated_whole(),)
@@ -268,7 +298,7 @@ ENFORCED = {"credits": {"enforce": True}, "server": {"require_key": True}}
 async def test_without_funds_nothing_goes_upstream(tmp_path: Path) -> None:
     async with stage(tmp_path, (fs.answer(),), **ENFORCED) as (proxy, (a,)):
         for credit in (0, 1000):
-            key = await proxy.add_user(f"poor{credit}", credit)
+            key = proxy.add_user(f"poor{credit}", credit)
             for stream in (True, False):
                 fails(402, "billing_error")(await ask(proxy, key=key, stream=stream))
         assert a.count == 0 and proxy.books.holds() == []
@@ -278,7 +308,7 @@ async def test_without_funds_nothing_goes_upstream(tmp_path: Path) -> None:
 async def test_funds_for_three_holds_let_three_of_twenty_through(tmp_path: Path) -> None:
     """A hold is the input and 1,000 output tokens at 2 micro-dollars: a little above 2,000."""
     async with stage(tmp_path, (fs.gated_answer(),), **ENFORCED) as (proxy, (a,)):
-        key = await proxy.add_user("anna", 6500)
+        key = proxy.add_user("anna", 6500)
         asked = [asyncio.create_task(ask(proxy, key=key)) for _ in range(20)]
         await a.called(3)
         await until(lambda: sum(task.done() for task in asked) == 17, "the others were refused")
@@ -294,7 +324,7 @@ async def test_funds_for_three_holds_let_three_of_twenty_through(tmp_path: Path)
 async def test_one_too_many_at_once_gets_429(tmp_path: Path) -> None:
     options = {"credits": {"enforce": True, "max_concurrent": 2}, "server": {"require_key": True}}
     async with stage(tmp_path, (fs.gated_answer(),), **options) as (proxy, (a,)):
-        key = await proxy.add_user("anna", 10**7)
+        key = proxy.add_user("anna", 10**7)
         asked = [asyncio.create_task(ask(proxy, key=key)) for _ in range(2)]
         await a.called(2)
         fails(429, "rate_limit_error", retry_after=(1, 1))(await ask(proxy, key=key))
@@ -307,7 +337,7 @@ async def test_one_too_many_at_once_gets_429(tmp_path: Path) -> None:
 async def test_more_than_was_held_is_charged_in_full(tmp_path: Path) -> None:
     usage = {"input_tokens": 100_000, "output_tokens": 50}
     async with stage(tmp_path, (fs.answer(usage=usage),), **ENFORCED) as (proxy, (a,)):
-        key = await proxy.add_user("anna", 3000)
+        key = proxy.add_user("anna", 3000)
         full()(await ask(proxy, key=key, stream=False))
         await proxy.idle()
         assert [e["amount_microusd"] for e in proxy.books.ledger()] == [-100_100]
@@ -320,7 +350,7 @@ async def test_a_crowd_of_users_and_faults_balances(tmp_path: Path) -> None:
     options = {"credits": {"enforce": True, "max_concurrent": 100}, "server": {"require_key": True}}
     scripts = tuple(mixed_faults(0.3, 3)), tuple(mixed_faults(0.3, 4))
     async with stage(tmp_path, *scripts, **options) as (proxy, _):
-        keys = [await proxy.add_user(f"user{n}", 10**6) for n in range(4)]
+        keys = [proxy.add_user(f"user{n}", 10**6) for n in range(4)]
         await asyncio.gather(*(ask_many(proxy, 15, key=key) for key in keys))
         await proxy.idle()
         rows = proxy.books.requests()
