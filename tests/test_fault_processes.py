@@ -371,8 +371,13 @@ async def start(folder: Path, *args: str) -> tuple[int, str]:
         sys.executable, str(ROOT / "ccmux.py"), *args, cwd=folder, env={"HOME": str(folder), "PATH": "/bin"},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    async with asyncio.timeout(30):
-        _, said = await process.communicate()
+    try:
+        async with asyncio.timeout(30):
+            _, said = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     return process.returncode or 0, said.decode()
 
 
