@@ -495,7 +495,7 @@ class Quirks:
     auth: str = opt(
         "",
         "how the key is sent; left out: as the format does",
-        choices=("", "x-api-key", "bearer", "both", "none"),
+        choices=("", "x-api-key", "bearer", "both", "none", "x-goog-api-key"),
     )
     drop: tuple[str, ...] = opt((), "body keys to leave out; also billing_header, tool_type, media")
     max_tokens_key: str = opt(
@@ -2813,10 +2813,11 @@ _REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|cod
 
 
 def responses_reasoning(body: Json, to: Upstream) -> Json:
-    """How much to think, and to tell of it unless the client turned thinking off."""
+    """How much to think, and to tell of it where the client thinks. OpenAI tells verified organisations only."""
     effort = wanted_effort(body, to.quirks.effort)
     out: Json = {"effort": effort} if effort else {}
-    if as_object(body.get("thinking")).get("type") in ("enabled", "adaptive"):
+    is_shown = as_object(body.get("thinking")).get("type") in ("enabled", "adaptive")
+    if is_shown and "reasoning.summary" not in to.skip:
         out["summary"] = "auto"
     return {"reasoning": out} if out else {}
 
@@ -2940,8 +2941,8 @@ def responses_usage(usage: Any) -> Usage | None:
 class ResponsesStream:
     """Responses events -> Anthropic events. `names` maps upstream tool names back to the client's.
 
-    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished call
-    waits until the call is done, and is then taken whole from the event that ends its item.
+    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished
+    call waits until the call is done, and is then taken whole from the event that ends its item.
     """
 
     def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
@@ -3050,7 +3051,7 @@ class ResponsesStream:
             content = summary or [as_object(p) for p in as_list(item.get("content"))]
             self.out.thinking("\n\n".join(str(p.get("text") or "") for p in content))
         if encrypted := item.get("encrypted_content"):
-            # Without its id: with one, the server looks for the stored item, or for the ids it was paired with.
+            # Without its id: with one, the server looks for the stored item, or for the item it led to.
             texts = [{"type": "summary_text", "text": str(p.get("text") or "")} for p in summary]
             kept = {"type": "reasoning", "summary": texts, "encrypted_content": str(encrypted)}
             self.out.keep(self.kept(item=kept))
@@ -3243,7 +3244,7 @@ def gemini_contents(body: Json, to: Upstream) -> list[Json]:
 
 
 def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> list[Json]:
-    """Function responses in the order of their calls, then what moved out of them, then the rest of the turn."""
+    """Function responses in the order of their calls, what moved out of them, then the rest of the turn."""
     results = results_of(blocks)
     media = [m for id in calls for m in result_parts(results.get(id))[1]]
     skip = ("tool_result", "tool_use", "thinking", "redacted_thinking")
@@ -3332,7 +3333,7 @@ GEMINI_FAULTS = {  # no answer came; of a 502 another try may make one
 
 
 class GeminiStream:
-    """GenerateContent chunks -> Anthropic events. `names` maps upstream function names back to the client's."""
+    """GenerateContent chunks -> Anthropic events. `names` maps upstream tool names back to the client's."""
 
     def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
         self.out, self.names, self.to = out, names, to
@@ -3421,38 +3422,46 @@ class GeminiStream:
 # ----------------------------------------------------------------------------------------------------------
 # OpenAI-format clients (pure)
 # ----------------------------------------------------------------------------------------------------------
-# The other direction: a Chat Completions request becomes a Messages request, which any provider can serve, and the
-# Anthropic events of the answer become Chat Completions chunks.
+# The other direction: a Chat Completions request becomes a Messages request, which any provider can serve,
+# and the Anthropic events of the answer become Chat Completions chunks.
 
 CHAT_MAX_TOKENS = 16384  # Messages needs a limit where Chat Completions does not
 
 
 def messages_request(body: Json) -> Json:
-    """A Chat Completions request as a Messages request, always a streaming one; ApiError 400 for what has no form there."""
+    """A Chat Completions request as a Messages request; ApiError 400 for what has no form there."""
     if not isinstance(body.get("messages"), list):
         raise ApiError(400, "messages: a list of messages is needed")
     if body.get("n") not in (None, 1):
         raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
     system, messages = chat_conversation(messages_of(body))
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or CHAT_MAX_TOKENS
-    out: Json = {"model": body.get("model"), "messages": messages, "max_tokens": limit, "stream": True}
     if as_object(body.get("response_format")).get("type") == "json_object":
         system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
-    if system:
-        out["system"] = system
-    if isinstance(temperature := body.get("temperature"), (int, float)):
-        out["temperature"] = min(temperature, 1)  # OpenAI's scale ends at 2
-    if body.get("top_p") is not None:
-        out["top_p"] = body["top_p"]
-    if stop := body.get("stop"):
-        out["stop_sequences"] = [stop] if isinstance(stop, str) else stop
-    if user := body.get("safety_identifier") or body.get("user"):
-        out["metadata"] = {"user_id": user}
-    return out | messages_thinking(body) | messages_tools(body)
+    temperature, stop = body.get("temperature"), body.get("stop")
+    user = body.get("safety_identifier") or body.get("user")
+    optional = {
+        "system": system or None,
+        "temperature": min(temperature, 1)
+        if isinstance(temperature, (int, float))
+        else None,  # theirs goes to 2
+        "top_p": body.get("top_p"),
+        "stop_sequences": [stop] if isinstance(stop, str) and stop else stop or None,
+        "metadata": {"user_id": user} if user else None,
+        **messages_thinking(body),
+        **messages_tools(body),
+    }
+    out = {
+        "model": body.get("model"),
+        "messages": messages,
+        "max_tokens": limit,
+        "stream": body.get("stream") is True,
+    }
+    return out | {k: v for k, v in optional.items() if v is not None}
 
 
 def messages_thinking(body: Json) -> Json:
-    """reasoning_effort and response_format's schema as output_config; `thinking` as an Anthropic-minded client has it."""
+    """reasoning_effort and a schema as output_config; `thinking` as some clients send it to Claude models."""
     config: Json = {}
     effort = body.get("reasoning_effort")
     if effort in EFFORTS:
@@ -3461,39 +3470,31 @@ def messages_thinking(body: Json) -> Json:
     if isinstance(schema, dict):
         config["format"] = {"type": "json_schema", "schema": schema}
     thinking = {"type": "disabled"} if effort == "none" else body.get("thinking")
-    return {k: v for k, v in (("output_config", config), ("thinking", thinking)) if v}
+    return {"output_config": config or None, "thinking": thinking}
 
 
 def messages_tools(body: Json) -> Json:
-    given = [as_object(t).get("function") for t in as_list(body.get("tools"))] + as_list(
-        body.get("functions")
-    )
-    tools: list[Json] = [
-        {
-            "name": f["name"], **({"description": f["description"]} if f.get("description") else {}),
-            "input_schema": f.get("parameters") or {"type": "object", "properties": {}},
-        }
-        for f in given if isinstance(f, dict) and f.get("name")
-    ]  # fmt: skip
+    """Functions in today's form and the old one, web search, and the choice among them."""
+    functions = [as_object(t).get("function") for t in as_list(body.get("tools"))]
+    tools: list[Json] = []
+    for function in (as_object(f) for f in [*functions, *as_list(body.get("functions"))]):
+        if name := function.get("name"):
+            described = {"description": d} if (d := function.get("description")) else {}
+            schema = function.get("parameters") or {"type": "object", "properties": {}}
+            tools.append({"name": str(name), **described, "input_schema": schema})
     if isinstance(body.get("web_search_options"), dict):
         tools.append({"type": "web_search_20250305", "name": "web_search"})
-    choice = body.get("tool_choice") or body.get("function_call") or ""
-    if isinstance(choice, dict):
-        out: Json = {
-            "type": "tool",
-            "name": str((as_object(choice.get("function")) or choice).get("name") or ""),
-        }
-    else:
-        out = {"type": {"required": "any", "any": "any", "none": "none"}.get(choice, "auto")}
-    if body.get("parallel_tool_calls") is False and out["type"] != "none":
-        out["disable_parallel_tool_use"] = True
-    if not tools:
-        return {}
-    return {"tools": tools, "tool_choice": out} if choice or len(out) > 1 else {"tools": tools}
+    given = body.get("tool_choice") or body.get("function_call") or ""
+    choice: Json = {"type": {"required": "any", "any": "any", "none": "none"}.get(str(given), "auto")}
+    if isinstance(given, dict):
+        choice = {"type": "tool", "name": str((as_object(given.get("function")) or given).get("name") or "")}
+    if body.get("parallel_tool_calls") is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
 
 
 def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
-    """(system blocks, messages): what the system says later on is told as a reminder; neighbours of a role merge."""
+    """(system blocks, messages). What the system says later is a reminder; neighbours of a role merge."""
     system: list[Json] = []
     messages: list[Json] = []
     for message in given:
@@ -3526,8 +3527,8 @@ def chat_calls(message: Json) -> list[Json]:
         function = as_object(call.get("function"))
         text = str(function.get("arguments") or "{}")
         value = parsed(text)
-        given = value if isinstance(value, dict) else {"arguments": text}
         id, name = client_tool_id(str(call.get("id") or "")), str(function.get("name") or "")
+        given = value if isinstance(value, dict) else {"arguments": text}
         blocks.append({"type": "tool_use", "id": id, "name": name, "input": given})
     return blocks
 
@@ -3536,29 +3537,25 @@ _DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.S)
 
 
 def chat_blocks(content: Any) -> list[Json]:
-    """Content parts as Anthropic blocks; ApiError 400 for audio and the like."""
-    blocks: list[Json] = []
-    for part in blocks_of(content):
-        kind = part.get("type")
-        if kind in ("text", "refusal", "input_text", "output_text"):
-            text = str(part.get("text") or part.get("refusal") or "")
-            blocks += [{"type": "text", "text": text}] if text else []
-        elif kind in ("image_url", "file"):
-            value = part.get(str(kind))
-            given = as_object(value)
-            url = str(value if isinstance(value, str) else given.get("url") or given.get("file_data") or "")
-            data = _DATA_URL.fullmatch(url)
-            source = (
-                {"type": "base64", "media_type": data[1], "data": data[2]}
-                if data
-                else {"type": "url", "url": url}
-            )
-            if not data and not url.startswith(("http://", "https://")):
-                raise ApiError(400, f"messages: a {kind} needs a data: URL or an http(s) URL")
-            blocks.append({"type": "image" if kind == "image_url" else "document", "source": source})
-        else:
-            raise ApiError(400, f"messages: content parts of type {str(kind)[:40]!r} cannot be served")
-    return blocks
+    """Content parts as Anthropic blocks, empty texts left out; ApiError 400 for audio and the like."""
+    blocks = [chat_block(part) for part in blocks_of(content)]
+    return [block for block in blocks if block.get("text") != ""]
+
+
+def chat_block(part: Json) -> Json:
+    kind = str(part.get("type"))
+    if kind in ("text", "refusal", "input_text", "output_text"):
+        return {"type": "text", "text": str(part.get("text") or part.get("refusal") or "")}
+    if kind not in ("image_url", "file"):
+        raise ApiError(400, f"messages: content parts of type {kind[:40]!r} cannot be served")
+    given = as_object(part.get(kind)) or {"url": part.get(kind)}
+    url = str(given.get("url") or given.get("file_data") or "")
+    source: Json = {"type": "url", "url": url}
+    if data := _DATA_URL.fullmatch(url):
+        source = {"type": "base64", "media_type": data[1], "data": data[2]}
+    elif not url.startswith(("http://", "https://")):
+        raise ApiError(400, f"messages: {kind} needs a base64 data: URL or an http(s) URL")
+    return {"type": "image" if kind == "image_url" else "document", "source": source}
 
 
 CHAT_FINISH = {
@@ -3567,14 +3564,12 @@ CHAT_FINISH = {
 }  # fmt: skip
 
 
-def chat_usage(usage: Json) -> Json:
+def chat_usage(given: Any) -> Json:
     """Usage of the Messages API as OpenAI counts it: cached tokens within the prompt."""
-    counts = {k: token_number(v) or 0 for k, v in usage.items()}
-    cached = counts.get("cache_read_input_tokens", 0)
-    prompt = counts.get("input_tokens", 0) + cached + counts.get("cache_creation_input_tokens", 0)
-    output = counts.get("output_tokens", 0)
-    total = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-    return {**total, "prompt_tokens_details": {"cached_tokens": cached}}
+    usage = anthropic_usage(given, Usage()) or Usage()
+    total = {"prompt_tokens": usage.prompt, "completion_tokens": usage.output}
+    details = {"prompt_tokens_details": {"cached_tokens": usage.cache_read}}
+    return {**total, "total_tokens": usage.prompt + usage.output, **details}
 
 
 class ChatWriter:
@@ -3656,29 +3651,23 @@ class ChatCompletion:
         reason = CHAT_FINISH.get(str(answer.get("stop_reason")), "stop")
         choice = {"index": 0, "message": chat_message(answer), "finish_reason": reason, "logprobs": None}
         head = {"id": id, "object": "chat.completion", "created": self.created, "model": self.model}
-        return compact({**head, "choices": [choice], "usage": chat_usage(as_object(answer.get("usage")))})
+        return compact({**head, "choices": [choice], "usage": chat_usage(answer.get("usage"))})
 
 
 def chat_message(answer: Json) -> Json:
     """A whole Anthropic message as OpenAI's assistant message."""
     blocks = blocks_of(answer.get("content"))
-    texts = {
-        kind: "".join(str(b.get(kind) or "") for b in blocks if b.get("type") == kind)
-        for kind in ("text", "thinking")
-    }
-    out: Json = {"role": "assistant", "content": texts["text"] or None, "refusal": None}
-    if texts["thinking"]:
-        out["reasoning_content"] = texts["thinking"]
-    if calls := [b for b in blocks if b.get("type") == "tool_use"]:
-        out["tool_calls"] = [
-            {
-                "id": b["id"],
-                "type": "function",
-                "function": {"name": b["name"], "arguments": tool_arguments(b)},
-            }
-            for b in calls
-        ]
-    return out
+    text = "".join(b["text"] for b in blocks if b.get("type") == "text")
+    thinking = "".join(b["thinking"] for b in blocks if b.get("type") == "thinking")
+    calls = [
+        {"id": b["id"], "type": "function", "function": {"name": b["name"], "arguments": tool_arguments(b)}}
+        for b in blocks
+        if b.get("type") == "tool_use"
+    ]
+    out = {"role": "assistant", "content": text or None, "refusal": None}
+    return (
+        out | ({"reasoning_content": thinking} if thinking else {}) | ({"tool_calls": calls} if calls else {})
+    )
 
 
 CHAT_CODES = {
@@ -3763,6 +3752,14 @@ DIALECTS: dict[str, Dialect] = {
         "/messages", AnthropicEvents, auth="x-api-key", headers=(("anthropic-version", "2023-06-01"),)
     ),
     "openai": Dialect("/chat/completions", OpenAIStream, openai_request),
+    "responses": Dialect("/responses", ResponsesStream, responses_request),
+    "gemini": Dialect(
+        "/models/{model}:streamGenerateContent?alt=sse",
+        GeminiStream,
+        gemini_request,
+        "x-goog-api-key",
+        version="/v1beta",
+    ),
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
 }
 
@@ -5662,6 +5659,7 @@ class Call:
     tokens: int = 0  # counted input
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
+    wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
     on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
     on_raw: Callable[[str, Any], None] = lambda kind, data: None  # the inspect recorder
     # What became of it:
@@ -5674,6 +5672,10 @@ class Call:
     reply_headers: dict[str, str] = field(default_factory=dict)
     deadline: asyncio.Timeout | None = None
     stopping: bool = False
+
+    def is_streamed(self, dialect: Dialect) -> bool:
+        """Whether the upstream streams: all but an Anthropic client's whole answer from its own format do."""
+        return self.stream or self.format != "anthropic" or dialect.request is not None
 
     def stop(self) -> None:
         """Ends the request now, with an error: the server shuts down."""
@@ -5942,7 +5944,7 @@ class Relay:
         """POSTs the request; the response once its status is 200, else an ApiError."""
         request = self.request_for(call, slot, dialect)
         provider = slot.provider
-        streams = call.stream or dialect.request is not None
+        streams = call.is_streamed(dialect)
         limit = provider.first_byte_timeout if streams else provider.response_timeout
         watch.wait(limit, "first byte")
         call.on_raw("upstream request", request.data)
@@ -6482,7 +6484,7 @@ def upstream_headers(call: Call, slot: Slot, dialect: Dialect) -> dict[str, str]
         "accept-encoding": "identity",
         "user-agent": f"ccmux/{__version__}",
     }
-    headers["accept"] = "text/event-stream" if call.stream or dialect.request else "application/json"
+    headers["accept"] = "text/event-stream" if call.is_streamed(dialect) else "application/json"
     headers.update(dialect.headers)
     if dialect.request is None:
         headers.update({k: v for k, v in call.headers.items() if _PASS_UP.fullmatch(k)})
@@ -6546,6 +6548,9 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
 
 
 def client_format(call: Call) -> ClientFormat:
+    if call.format == "chat":
+        model, now = str(call.body.get("model")), int(time.time())
+        return ChatWriter(model, now, call.wants_usage) if call.stream else ChatCompletion(model, now)
     return EventWriter() if call.stream else WholeMessage()
 
 
@@ -6846,6 +6851,19 @@ async def post_messages(request: web.Request) -> web.StreamResponse:
     return await Exchange(request, state, call, user).serve()
 
 
+async def post_chat_completions(request: web.Request) -> web.StreamResponse:
+    """An OpenAI-format request, served by any provider through the same machinery."""
+    state = state_of(request)
+    user, credential = client_of(request, state)
+    given = strict_json(await read_body(request))
+    body = messages_request(given)
+    call = await plan_call(request, state, body, b"", format="chat")
+    call.credential = credential
+    call.body = {**call.body, "stream": True}  # upstream; the client's own wish is call.stream
+    call.wants_usage = as_object(given.get("stream_options")).get("include_usage") is True
+    return await Exchange(request, state, call, user).serve()
+
+
 async def plan_call(
     request: web.Request, state: State, body: Json, raw: bytes, format: str = "anthropic"
 ) -> Call:
@@ -6898,8 +6916,10 @@ CLIENT_BUFFER = 2**18  # bytes; the kernel's own buffer grows to 4 MB for a clie
 class StreamSink:
     """A streaming client. Its 200 goes out with the first bytes, or with the first ping."""
 
-    def __init__(self, request: web.Request, headers: Callable[[], dict[str, str]], interval: float) -> None:
-        self.request, self.headers, self.interval = request, headers, interval
+    def __init__(
+        self, request: web.Request, headers: Callable[[], dict[str, str]], interval: float, ping: bytes = PING
+    ) -> None:
+        self.request, self.headers, self.interval, self.ping = request, headers, interval, ping
         self.response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
@@ -6935,7 +6955,7 @@ class StreamSink:
             if time.monotonic() - self.last >= self.interval:
                 with contextlib.suppress(ClientGoneError):  # the exchange itself will notice
                     await self.begin({})
-                    await self.write(PING)
+                    await self.write(self.ping)
 
     async def finish(self, ending: bytes) -> web.StreamResponse:
         await self.write(ending)
@@ -7009,7 +7029,8 @@ class Exchange:
 
     def sink(self) -> StreamSink | WholeSink:
         if self.call.stream:
-            return StreamSink(self.request, self.headers, self.state.relay.ping_interval)
+            ping = PING if self.call.format == "anthropic" else b": ping\n\n"
+            return StreamSink(self.request, self.headers, self.state.relay.ping_interval, ping)
         return WholeSink(self.headers)
 
     async def fail(self, sink: StreamSink, error: ApiError) -> web.StreamResponse:
@@ -7341,6 +7362,7 @@ def api_routes() -> list[web.RouteDef]:
     return [
         web.post("/v1/messages", post_messages, expect_handler=expect_continue),
         web.post("/v1/messages/count_tokens", post_count_tokens, expect_handler=expect_continue),
+        web.post("/v1/chat/completions", post_chat_completions, expect_handler=expect_continue),
         web.get("/v1/models", get_models),
         web.get("/v1/models/{id:.+}", get_model),
         web.get("/api/hello", get_hello),
@@ -7352,8 +7374,360 @@ def api_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # Admin API
 # ----------------------------------------------------------------------------------------------------------
+# JSON for the two pages and for scripts. User endpoints answer for the key's own user; /admin/api needs the admin token.
+
+
+def page_query(request: web.Request) -> tuple[int, int]:
+    """`limit` (1 to 500, 50 if left out) and `before` (an id) of a list's query."""
+    limit, before = query_number(request, "limit", 50), query_number(request, "before", 0)
+    return min(max(limit, 1), 500), before
+
+
+def query_number(request: web.Request, name: str, default: int) -> int:
+    text = request.query.get(name, "")
+    if text and not re.fullmatch(r"\d{1,15}", text):
+        raise ApiError(400, f"{name}: must be a whole number, not {text[:40]!r}")
+    return int(text) if text else default
+
+
+def query_choice(request: web.Request, name: str, known: Iterable[str], default: str) -> str:
+    value = request.query.get(name, default)
+    if value not in known:
+        raise ApiError(400, f"{name}: {known_names(value[:40], known)}")
+    return value
+
+
+def query_time(request: web.Request, name: str) -> str:
+    """A date or a moment in ISO 8601, as text that compares with the request log's times; "" where left out."""
+    text = request.query.get(name, "")
+    try:
+        return iso_text(text)
+    except ValueError:
+        raise ApiError(400, f"{name}: must be a date such as 2026-11-24 or a time in ISO 8601") from None
+
+
+def iso_text(text: str) -> str:
+    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "". ValueError for anything else."""
+    if not text:
+        return ""
+    moment = datetime.fromisoformat(text)
+    return iso(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+
+
+async def body_of(request: web.Request, known: Iterable[str]) -> Json:
+    """A small JSON object with known keys only; ApiError 400 naming the nearest one."""
+    body = strict_json(await read_body(request) or b"{}")
+    for key in body:
+        if key not in known:
+            raise ApiError(400, f"unknown key {key[:40]!r}: {known_names(key, known)}")
+    return body
+
+
+def number_in(body: Json, name: str, *, optional: bool = False) -> int | None:
+    """A whole number of micro-dollars out of a body; None only where optional."""
+    value = body.get(name)
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 10**15:
+        raise ApiError(400, f"{name}: must be a whole number of micro-dollars (1 dollar is 1000000)")
+    return value
+
+
+def text_in(body: Json, name: str, longest: int = 500) -> str:
+    value = body.get(name, "")
+    if not isinstance(value, str) or len(value) > longest:
+        raise ApiError(400, f"{name}: must be a text of at most {longest} characters")
+    return value
+
+
+def budgets_in(body: Json) -> dict[str, int | None]:
+    """`budgets` as columns; a null takes a budget away, what is not named stays."""
+    given = body.get("budgets") or {}
+    columns = ("day_microusd", "week_microusd", "month_microusd")
+    if not isinstance(given, dict) or any(key not in columns for key in given):
+        raise ApiError(400, f"budgets: an object with {', '.join(columns)}")
+    found = {key: number_in(given, key, optional=True) for key in given}
+    if any(value is not None and value < 0 for value in found.values()):
+        raise ApiError(400, "budgets: must not be below 0; null takes one away")
+    return found
+
+
+def table_response(
+    request: web.Request, name: str, rows: Iterable[Json], columns: Iterable[str]
+) -> web.Response:
+    """Rows as JSON, or as a CSV file where `format=csv` asks for it."""
+    if query_choice(request, "format", ("json", "csv"), "json") == "json":
+        return web.json_response({name: list(rows)})
+    headers = {"Content-Disposition": f'attachment; filename="ccmux-{name}.csv"'}
+    return web.Response(
+        text=csv_text(rows, columns), content_type="text/csv", charset="utf-8", headers=headers
+    )
+
+
+# For users.
+
+
+async def get_me(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response(state.store.user_json(state.store.known(user.name)))
+
+
+async def get_my_models(request: web.Request) -> web.StreamResponse:
+    """What may be asked for, and what it costs (dollars per million tokens, with markup)."""
+    state = state_of(request)
+    client_of(request, state)
+    return web.json_response(
+        {"models": [model_json(state.config, name) for name in model_names(state.config)]}
+    )
+
+
+def model_json(config: Config, name: str) -> Json:
+    targets = resolve(config, name)
+    first = targets[0] if targets else None
+    price = price_of(config, first, name) if first else None
+    context = context_of(config, name, targets) or (facts_of(first.actual_model).context if first else 0)
+    shown = [f"{t.provider}/{t.actual_model}" for t in targets]
+    return {
+        "name": name,
+        "targets": shown,
+        "context": context or None,
+        "price": price_json(price) if price else None,
+    }
+
+
+async def get_my_usage(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    by = query_choice(request, "by", ("day", "model", "session"), "day")
+    days = min(max(query_number(request, "days", 30), 1), 3660)
+    since = iso(
+        datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=days - 1)
+    )
+    return web.json_response({"usage": state.store.report(by, since, "", user.name), "by": by, "days": days})
+
+
+async def get_my_transactions(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response({"transactions": state.store.transactions(user.name, *page_query(request))})
+
+
+async def get_my_requests(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response({"requests": state.store.requests(user.name, *page_query(request))})
+
+
+async def get_my_export(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    rows = state.store.export(query_time(request, "since"), query_time(request, "until"), user.name)
+    return table_response(request, "usage", rows, USAGE_COLUMNS)
+
+
+async def post_purchase(request: web.Request) -> web.StreamResponse:
+    client_of(request, state_of(request))
+    raise ApiError(
+        501, "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page"
+    )
+
+
+# For the admin.
+
+
+async def get_users(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    return web.json_response({"users": [store.user_json(user) for user in store.users()]})
+
+
+async def post_user(request: web.Request) -> web.StreamResponse:
+    """A new user; the only answer that ever has the key in it."""
+    state = require_admin(request)
+    body = await body_of(request, ("name", "credit_microusd", "budgets", "note"))
+    start = int(state.config.credits.starting_credit * 10**6)
+    credit = number_in(body, "credit_microusd", optional=True)
+    if credit is not None and credit < 0:
+        raise ApiError(400, "credit_microusd: must not be below 0")
+    with operator_errors():
+        user, key = state.store.add_user(
+            text_in(body, "name", 64),
+            start if credit is None else credit,
+            budgets_in(body),
+            text_in(body, "note"),
+        )
+    return web.json_response({**state.store.user_json(user), "key": key}, status=201)
+
+
+@contextlib.contextmanager
+def operator_errors() -> Iterator[None]:
+    """What the command line says in one line, as a 400, a 404 or a 409."""
+    try:
+        yield
+    except ConfigError as error:
+        words = str(error)
+        raise ApiError(
+            404 if words.startswith("no user") else 409 if "already" in words else 400, words
+        ) from None
+
+
+async def patch_user(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    body = await body_of(request, ("disabled", "budgets"))
+    name = request.match_info["name"]
+    with operator_errors():
+        user = store.known(name)
+        if "disabled" in body:
+            if not isinstance(body["disabled"], bool):
+                raise ApiError(400, "disabled: must be true or false")
+            user = store.set_disabled(name, body["disabled"])
+        if "budgets" in body:
+            user = store.set_budgets(name, budgets_in(body))
+    return web.json_response(store.user_json(user))
+
+
+async def post_credit(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    body = await body_of(request, ("amount_microusd", "note", "key"))
+    amount = number_in(body, "amount_microusd")
+    assert amount is not None
+    with operator_errors():
+        user = store.credit(
+            request.match_info["name"], amount, text_in(body, "note"), text_in(body, "key", 100)
+        )
+    return web.json_response(store.user_json(user))
+
+
+async def post_key(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    await body_of(request, ())
+    with operator_errors():
+        return web.json_response({"key": store.rotate_key(request.match_info["name"])})
+
+
+async def get_user_transactions(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    with operator_errors():
+        name = store.known(request.match_info["name"]).name
+    return web.json_response({"transactions": store.transactions(name, *page_query(request))})
+
+
+async def get_report(request: web.Request) -> web.StreamResponse:
+    """Cost, markup and charge by key; with `as_if=MODEL` also what the same tokens would have cost there."""
+    state = require_admin(request)
+    by = query_choice(request, "by", REPORT_KEYS, "user")
+    since, until = query_time(request, "since"), query_time(request, "until")
+    rows = state.store.report(by, since, until)
+    if other := request.query.get("as_if", ""):
+        charges = state.store.repriced(
+            by, since, until, as_if_price(state.config, other), state.config.credits.markup_percent
+        )
+        rows = [{**row, "as_if_microusd": charges.get(row["key"], 0)} for row in rows]
+    return table_response(request, "report", rows, rows[0] if rows else ("key",))
+
+
+def as_if_price(config: Config, name: str) -> Price:
+    """The price of a model that a report compares with; ApiError 400 where none is known."""
+    targets = resolve(config, name)
+    price = price_of(config, targets[0], name) if targets else facts_of(name).price
+    if price is None:
+        raise ApiError(
+            400, f"as_if: no price is known for {name[:100]!r}; {known_names(name, price_table())}"
+        )
+    return price
+
+
+async def get_export(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    rows = store.export(query_time(request, "since"), query_time(request, "until"))
+    return table_response(request, "usage", rows, USAGE_COLUMNS)
+
+
+async def get_requests(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"requests": require_admin(request).store.requests(None, *page_query(request))})
+
+
+async def get_events(request: web.Request) -> web.StreamResponse:
+    """The request log as it happens, as server-sent events: one `request` event a row."""
+    state = require_admin(request)
+    rows: asyncio.Queue[Json] = asyncio.Queue(1000)
+    state.listeners.add(rows)
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    try:
+        await response.prepare(request)
+        await response.write(b": here\n\n")
+        while not state.draining:
+            try:
+                async with asyncio.timeout(15):
+                    row = await rows.get()
+            except TimeoutError:
+                await response.write(b": still here\n\n")
+                continue
+            await response.write(b"event: request\ndata: %s\n\n" % compact(row))
+    except ConnectionError:
+        pass  # the page was closed
+    finally:
+        state.listeners.discard(rows)
+    return response
+
+
+async def post_explain(request: web.Request) -> web.StreamResponse:
+    """Where a request would go and the most it can cost; {body, headers?} in, nothing is sent."""
+    state = require_admin(request)
+    given = await body_of(request, ("body", "headers"))
+    if not isinstance(given.get("body"), dict):
+        raise ApiError(400, "body: must be a Messages request")
+    headers = {str(k).lower(): str(v) for k, v in as_object(given.get("headers")).items()}
+    return web.json_response(explain(state.config, given["body"], headers, state.counter))
+
+
+def explain(config: Config, body: Json, headers: Mapping[str, str], counter: TokenCounter) -> Json:
+    """The route of a request and what it would hold, without sending it."""
+    early = counter.count_now(body, "", asked_model(body)) if config.router.long_context else 0
+    route = choose_route(body, headers, config, early)
+    first = route.targets[0]
+    tokens = counter.count_now(route.body or body, first.provider, first.actual_model)
+    asked = body.get("max_tokens")
+    limit = asked if isinstance(asked, int) and asked > 0 else 4096
+    return {
+        "model": route.model,
+        "reason": route.reason,
+        "trail": [list(step) for step in route.trail],
+        "tokens": tokens,
+        "factor": counter.factors.get((first.provider, first.actual_model), (1.0, 0))[0],
+        "targets": [ceiling_of(config, route, target, tokens, limit) for target in route.targets],
+    }
+
+
+def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit: int) -> Json:
+    """A target with the most that a request can cost there, in micro-dollars; null where no price is known."""
+    price = price_of(config, target, route.model)
+    usage = Usage(input=tokens, output=limit)
+    charge = charge_of(usage, price, config.credits.markup_percent).charge if price else None
+    return {"provider": target.provider, "model": target.actual_model, "ceiling_microusd": charge}
+
+
 def admin_routes() -> list[web.RouteDef]:
-    return []
+    return [
+        web.get("/api/me", get_me),
+        web.get("/api/models", get_my_models),
+        web.get("/api/usage", get_my_usage),
+        web.get("/api/transactions", get_my_transactions),
+        web.get("/api/requests", get_my_requests),
+        web.get("/api/export", get_my_export),
+        web.post("/api/purchase", post_purchase),
+        web.get("/admin/api/users", get_users),
+        web.post("/admin/api/users", post_user),
+        web.patch("/admin/api/users/{name}", patch_user),
+        web.post("/admin/api/users/{name}/credit", post_credit),
+        web.post("/admin/api/users/{name}/key", post_key),
+        web.get("/admin/api/users/{name}/transactions", get_user_transactions),
+        web.get("/admin/api/report", get_report),
+        web.get("/admin/api/export", get_export),
+        web.get("/admin/api/requests", get_requests),
+        web.get("/admin/api/events", get_events),
+        web.post("/admin/api/explain", post_explain),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7890,32 +8264,6 @@ def explain_command(args: argparse.Namespace) -> int:
         )
     print(f"tokens    {told['tokens']} counted")
     return 0
-
-
-def explain(config: Config, body: Json, headers: Mapping[str, str], counter: TokenCounter) -> Json:
-    """The route of a request and what it would hold, without sending it."""
-    early = counter.count_now(body, "", asked_model(body)) if config.router.long_context else 0
-    route = choose_route(body, headers, config, early)
-    first = route.targets[0]
-    tokens = counter.count_now(route.body or body, first.provider, first.actual_model)
-    asked = body.get("max_tokens")
-    limit = asked if isinstance(asked, int) and asked > 0 else 4096
-    targets = []
-    for target in route.targets:
-        price = price_of(config, target, route.model)
-        ceiling = (
-            charge_of(Usage(input=tokens, output=limit), price, config.credits.markup_percent)
-            if price
-            else None
-        )
-        targets.append({
-            "provider": target.provider, "model": target.actual_model,
-            "ceiling_microusd": ceiling.charge if ceiling else None,
-        })  # fmt: skip
-    return {
-        "model": route.model, "reason": route.reason, "trail": [list(step) for step in route.trail],
-        "tokens": tokens, "targets": targets,
-    }  # fmt: skip
 
 
 def client_environment(config: Config, url: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""OpenAI-format clients: their requests as Messages requests, Anthropic events as the openai package reads."""
+"""OpenAI-format clients: requests as the anthropic package types them, answers as the openai package does."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def valid(out: Any) -> Any:
     """The request, which the anthropic package would have typed the same."""
     json.dumps(out)
     # The package no longer types what its newest models refuse; older models and other providers take it.
-    known = {k: v for k, v in out.items() if k not in ("temperature", "top_p")}
-    drain(PARAMS.validate_python(known, extra="forbid"))
+    known = {k: v for k, v in out.items() if k not in ("temperature", "top_p", "stream")}
+    drain(PARAMS.validate_python({**known, "stream": True}, extra="forbid"))
     return out
 
 
@@ -135,7 +135,7 @@ def test_conversation() -> None:
     [
         pytest.param(
             {},
-            {"max_tokens": 16384, "stream": True, "model": "sonnet", "tools": None, "thinking": None},
+            {"max_tokens": 16384, "stream": False, "model": "sonnet", "tools": None, "thinking": None},
             id="nothing asked",
         ),
         pytest.param({"max_completion_tokens": 9, "max_tokens": 8}, {"max_tokens": 9}, id="limit"),
@@ -281,6 +281,32 @@ def test_any_conversation_is_valid_or_a_400(messages: list[Any]) -> None:
         roles = [m["role"] for m in valid(out)["messages"]]
         assert all(a != b for a, b in itertools.pairwise(roles))
     assert body == before
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "n",
+                "max_tokens",
+                "temperature",
+                "stop",
+                "user",
+                "tools",
+                "functions",
+                "tool_choice",
+                "response_format",
+            ]
+        ),
+        st.one_of(SCALARS, st.lists(SCALARS, max_size=2), st.just({"type": "json_schema"}), st.just([BASH])),
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_any_parameters_make_a_request_or_a_400(body: Any) -> None:
+    try:
+        json.dumps(messages_request({"messages": [], **body}))
+    except ApiError as error:
+        assert error.status == 400
 
 
 # Answers

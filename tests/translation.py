@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,22 @@ def read(stream: Any, data: bytes, cut: int | None = None) -> tuple[list[Json], 
     except ApiError as error:
         return stream.out.take(), error
     return stream.out.take(), None
+
+
+def decoded(data: bytes, cut: int) -> list[tuple[str, str]]:
+    """The events that two pieces of a stream hold."""
+    decoder = SseDecoder()
+    pieces = (*map(decoder.feed, (data[:cut], data[cut:])), decoder.finish())
+    return [event_of(block) for blocks in pieces for block in blocks]
+
+
+def check_cuts(make: Callable[[], Any], data: bytes) -> None:
+    """A stream cut at any byte is the same stream: all cuts decode alike, each eighth is read through."""
+    whole, told = golden(*read(make(), data)), decoded(data, 0)
+    for cut in range(len(data)):
+        assert decoded(data, cut) == told
+        if cut % 8 == 0:
+            assert golden(*read(make(), data, cut)) == whole
 
 
 def stream_of(make: Any, to: Upstream, names: dict[str, str] | None = None) -> Any:
