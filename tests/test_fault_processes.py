@@ -172,7 +172,8 @@ async def test_after_a_crash_orphan_holds_become_interrupted_entries(
     behaviour: fs.Behaviour, answered: bool, wire: str, tmp_path: Path
 ) -> None:
     async with FaultServer(behaviour) as a:
-        text = config_text({"A": a.url}, formats=wire)
+        here = {"A": {"quirks": {"count_tokens": "local"}}}
+        text = config_text({"A": a.url}, formats=wire, providers=here)
         async with as_process(tmp_path, text) as proxy:
             came, look = when_text_comes()
             asked = asyncio.create_task(ask(proxy, on_data=look))
