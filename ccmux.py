@@ -279,6 +279,7 @@ class ApiError(Exception):
         self.status, self.message, self.type = status, message, type or error_type(status)
         self.retry, self.retry_after, self.should_retry = retry, retry_after, should_retry
         self.raw, self.headers, self.cause = raw, dict(headers or {}), cause or f"http_{status}"
+        self.param = ""  # the request's parameter that an upstream names as the trouble
 
     def body(self, request_id: str) -> Json:
         return {
@@ -1870,9 +1871,10 @@ def upstream_error(
     message = words or f"the provider answered with status {status} and no message"
     if not 400 <= status < 600:
         message = f"the provider answered with status {status}, which is no answer to this request"
-    return ApiError(
-        status if 400 <= status < 600 else 502, message, retry=retry_class(status), headers=headers
-    )
+    sent = status if 400 <= status < 600 else 502
+    error = ApiError(sent, message, retry=retry_class(status), headers=headers)
+    error.param = str(error_detail(payload).get("param") or "")
+    return error
 
 
 _OVERFLOW = re.compile(
@@ -1949,7 +1951,7 @@ def openai_request(body: Json, to: Upstream) -> Json:
         out["stream_options"] = {"include_usage": True}
     if tools:
         out["tools"] = tools
-        out.update(openai_tool_choice(body, quirks))
+        out.update(openai_tool_choice(body, to))
     out.update(openai_limits(body, to))
     out.update(sampling(body, to, ("temperature", "top_p", *(("top_k",) if quirks.top_k else ()))))
     if effort := wanted_effort(body, quirks.effort):
@@ -2332,11 +2334,11 @@ def gemini_type(kind: Any) -> Json:
     return {"type": kinds[0] if kinds else "string", **nullable}
 
 
-def openai_tool_choice(body: Json, quirks: Quirks) -> Json:
+def openai_tool_choice(body: Json, to: Upstream) -> Json:
     choice = as_object(body.get("tool_choice"))
     kind = choice.get("type")
     out: Json = {}
-    if kind in ("any", "tool") and not quirks.forced_tool:
+    if kind in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
         out["tool_choice"] = "auto"
     elif kind == "tool":
         name = upstream_name(str(choice.get("name") or ""))
@@ -2813,7 +2815,7 @@ _REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|cod
 
 
 def responses_reasoning(body: Json, to: Upstream) -> Json:
-    """How much to think, and to tell of it where the client thinks. OpenAI tells verified organisations only."""
+    """How much to think, and whether to tell of it: OpenAI does so to verified organisations only."""
     effort = wanted_effort(body, to.quirks.effort)
     out: Json = {"effort": effort} if effort else {}
     is_shown = as_object(body.get("thinking")).get("type") in ("enabled", "adaptive")
@@ -2841,7 +2843,7 @@ def responses_tools(body: Json, to: Upstream) -> list[Json]:
 
 def responses_tool_choice(body: Json, to: Upstream) -> Json:
     """Flat where Chat Completions nests; a forced server tool is the only tool there, so any call will do."""
-    out = openai_tool_choice(body, to.quirks)
+    out = openai_tool_choice(body, to)
     if isinstance(out.get("tool_choice"), dict):
         name = out["tool_choice"]["function"]["name"]
         known = name in {upstream_name(str(t["name"])) for t in client_tools(body)}
@@ -2949,7 +2951,7 @@ class ResponsesStream:
         self.out, self.names, self.to = out, names, to
         self.usage: Usage | None = None
         self.refused = False
-        self.sent: dict[Any, str] = {}  # item -> what of its text or arguments is out
+        self.sent: dict[Any, list[str]] = {}  # item -> what of its text or arguments is out
         self.live: Json | None = None  # the call that is open
         self.live_key: Any = None
         self.done: set[Any] = set()
@@ -2979,7 +2981,7 @@ class ResponsesStream:
         elif kind.startswith("response.output_text.annotation"):
             self.note_citation(as_object(event.get("annotation")))
         elif kind in ("response.completed", "response.incomplete", "response.failed", "response.done"):
-            self.response_ended(as_object(event.get("response")))
+            self.response_ended(kind.removeprefix("response."), as_object(event.get("response")))
         elif isinstance(delta := event.get("delta"), str) and key not in self.done:
             self.delta(kind, key, delta)
         elif kind == "response.reasoning_summary_part.added" and self.sent.get(key) and not self.live:
@@ -3010,7 +3012,7 @@ class ResponsesStream:
             self.show(self.out.thinking, key, delta)
 
     def show(self, write: Callable[[str], None], key: Any, text: str) -> None:
-        self.sent[key] = self.sent.get(key, "") + text
+        self.sent.setdefault(key, []).append(text)
         write(text)
 
     def note_citation(self, annotation: Json) -> None:
@@ -3043,7 +3045,7 @@ class ResponsesStream:
         for note in (n for p in parts for n in as_list(p.get("annotations"))):
             self.note_citation(as_object(note))
         text = "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
-        self.out.text(text[len(self.sent.get(key, "")) :])
+        self.out.text(text[sum(map(len, self.sent.get(key, ()))) :])
 
     def reasoning_done(self, key: Any, item: Json) -> None:
         summary = [as_object(p) for p in as_list(item.get("summary"))]
@@ -3062,7 +3064,7 @@ class ResponsesStream:
             if not item.get("name"):
                 raise broken_stream("the provider sent a tool call without a name")
             self.begin(key, item)
-        given, sent = item.get("arguments"), self.sent.get(key, "")
+        given, sent = item.get("arguments"), "".join(self.sent.get(key, ()))
         text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
         if text is None or not text.startswith(sent):
             name = item.get("name")
@@ -3081,10 +3083,10 @@ class ResponsesStream:
         titles = {str(url): self.cited.get(str(url), "") for url in found if url}
         show_search(self.out, str(next(filter(None, queries), "")), titles)
 
-    def response_ended(self, response: Json) -> None:
+    def response_ended(self, status: str, response: Json) -> None:
         """The last event: what became of the answer, with its usage."""
         self.usage = responses_usage(response.get("usage")) or self.usage
-        status = response.get("status")
+        status = str(response.get("status") or status)
         if status == "failed" or response.get("error"):
             raise responses_error(response)
         if self.live:
@@ -3442,21 +3444,16 @@ def messages_request(body: Json) -> Json:
     user = body.get("safety_identifier") or body.get("user")
     optional = {
         "system": system or None,
-        "temperature": min(temperature, 1)
-        if isinstance(temperature, (int, float))
-        else None,  # theirs goes to 2
+        # OpenAI's goes to 2.
+        "temperature": min(temperature, 1) if isinstance(temperature, (int, float)) else None,
         "top_p": body.get("top_p"),
         "stop_sequences": [stop] if isinstance(stop, str) and stop else stop or None,
         "metadata": {"user_id": user} if user else None,
         **messages_thinking(body),
         **messages_tools(body),
     }
-    out = {
-        "model": body.get("model"),
-        "messages": messages,
-        "max_tokens": limit,
-        "stream": body.get("stream") is True,
-    }
+    out = {"model": body.get("model"), "messages": messages, "max_tokens": limit}
+    out["stream"] = body.get("stream") is True
     return out | {k: v for k, v in optional.items() if v is not None}
 
 
@@ -3499,6 +3496,8 @@ def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
     messages: list[Json] = []
     for message in given:
         role, blocks = str(message.get("role")), chat_blocks(message.get("content"))
+        if role in ("system", "developer", "assistant"):
+            blocks = [b for b in blocks if b["type"] == "text"]
         if role in ("system", "developer"):
             if not messages:
                 system += blocks
@@ -3580,7 +3579,7 @@ class ChatWriter:
         self.include_usage = include_usage
         self.usage: Json = {}
         self.calls = -1  # index of the newest tool call
-        self.arguments: str | None = None  # what of an open call's arguments is out
+        self.in_call = self.has_arguments = False
 
     def feed(self, events: list[Json]) -> bytes:
         return b"".join(self.encode(chunk) for event in events for chunk in self.chunks(event))
@@ -3614,19 +3613,18 @@ class ChatWriter:
         block, delta = as_object(event.get("content_block")), as_object(event.get("delta"))
         if kind == "content_block_start" and block.get("type") == "tool_use":
             self.calls += 1
-            self.arguments = ""
-            return self.call(
-                {"name": block.get("name"), "arguments": ""}, id=block.get("id"), type="function"
-            )
+            self.in_call, self.has_arguments = True, False
+            function = {"name": block.get("name"), "arguments": ""}
+            return self.call(function, id=block.get("id"), type="function")
         if kind == "content_block_stop":
-            is_empty, self.arguments = self.arguments == "", None
-            return self.call({"arguments": "{}"}) if is_empty else {}
+            is_bare, self.in_call = self.in_call and not self.has_arguments, False
+            return self.call({"arguments": "{}"}) if is_bare else {}
         if delta.get("type") == "text_delta":
             return {"content": delta["text"]}
         if delta.get("type") == "thinking_delta":
             return {"reasoning_content": delta["thinking"]}
-        if delta.get("type") == "input_json_delta" and self.arguments is not None and delta["partial_json"]:
-            self.arguments += delta["partial_json"]
+        if delta.get("type") == "input_json_delta" and self.in_call and delta["partial_json"]:
+            self.has_arguments = True
             return self.call({"arguments": delta["partial_json"]})
         return {}
 
@@ -3664,10 +3662,9 @@ def chat_message(answer: Json) -> Json:
         for b in blocks
         if b.get("type") == "tool_use"
     ]
+    optional = {"reasoning_content": thinking, "tool_calls": calls}
     out = {"role": "assistant", "content": text or None, "refusal": None}
-    return (
-        out | ({"reasoning_content": thinking} if thinking else {}) | ({"tool_calls": calls} if calls else {})
-    )
+    return out | {key: value for key, value in optional.items() if value}
 
 
 CHAT_CODES = {
@@ -5555,7 +5552,7 @@ def csv_text(rows: Iterable[Json], columns: Iterable[str]) -> str:
     """Rows as CSV. Texts that a spreadsheet would take for a formula get a leading apostrophe."""
     names = list(columns)
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(names)
     writer.writerows([csv_cell(row.get(name)) for name in names] for row in rows)
     return out.getvalue()
@@ -6295,13 +6292,12 @@ class Plan:
         transient = slot.provider.quirks.transient
         if transient and transient in error.message:
             return self.once("transient")
+        if _SIGNATURE_REFUSED.search(error.message) and self.once("signature"):
+            self.call.body, self.call.raw = without_thinking(self.call.body), b""
+            return True
         if dialect_of(slot.provider, slot.target.actual_model).request is None:
-            is_signature = "signature" in error.message and "thinking" in error.message
-            if is_signature and self.once("signature"):
-                self.call.body, self.call.raw = without_thinking(self.call.body), b""
-                return True
             return False
-        name = refused_parameter(error.message)
+        name = refused_parameter(error.message, error.param)
         place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
         known = self.relay.learnt.get(place, frozenset())
         if not name or name in known:
@@ -6335,13 +6331,24 @@ _REFUSES = re.compile(
 )
 
 
-def refused_parameter(message: str) -> str:
-    """The parameter that a 400 says the upstream does not know; "" where it says another thing."""
+# Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's signatures.
+_SIGNATURE_REFUSED = re.compile(
+    r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,60}verified"
+)
+
+
+def refused_parameter(message: str, param: str = "") -> str:
+    """The parameter that a 400 says the upstream does not know; "" where it says another thing.
+
+    `param` is the one that the error names in a field of its own, as OpenAI's do.
+    """
+    if "reasoning summaries" in message:  # OpenAI, to organisations that are not verified
+        return "reasoning.summary"
     if not _REFUSES.search(message):
         return ""
     quoted = re.findall(r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)", message)
-    named = [name.split(".")[0] for names in quoted for name in names if name]
-    return next((name for name in named if name in DROPPABLE), "")
+    named = [param, *(name for names in quoted for name in names if name)]
+    return next((top for name in named if (top := name.split(".")[0]) in DROPPABLE), "")
 
 
 def without_thinking(body: Json) -> Json:
@@ -6378,6 +6385,8 @@ def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
 def forwarded(call: Call, to: Upstream) -> bytes:
     """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must go."""
     body, raw = call.body, call.raw
+    if call.format != "anthropic" and not to.facts.sampling:
+        body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
     # Only blocks that ccmux made carry its tag; the search is cheap, the rebuild is not.
     if not raw or b'"signature"' in raw:
         clean = without_foreign_thinking(body)

@@ -268,6 +268,12 @@ ANY_MESSAGE = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_only_users_have_pictures(role: str) -> None:
+    out = valid(messages_request({"model": "m", "messages": [{"role": role, "content": [PNG, text("hi")]}]}))
+    assert (out.get("system") or out["messages"][0]["content"]) == [text("hi")]
+
+
 @given(st.lists(st.one_of(ANY_MESSAGE, st.none()), max_size=6))
 @settings(max_examples=200, deadline=None)
 def test_any_conversation_is_valid_or_a_400(messages: list[Any]) -> None:

@@ -148,6 +148,9 @@ def test_answers(events: list[Any], kinds: list[str]) -> None:
     [
         pytest.param(sse(completed()), 502, Retry.SAME, "empty", id="nothing in it"),
         pytest.param(sse(done(MESSAGE)), 502, Retry.SAME, "stream", id="cut off"),
+        pytest.param(
+            sse({"type": "response.failed"}), 502, Retry.SAME, "http_502", id="failed, and nothing more"
+        ),
         pytest.param(b"", 502, Retry.SAME, "stream", id="no bytes at all"),
         pytest.param(b"data: {nonsense\n\n", 502, Retry.SAME, "stream", id="not JSON"),
         pytest.param(b"data: [1]\n\n", 502, Retry.SAME, "http_502", id="no object"),
