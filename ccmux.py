@@ -5468,7 +5468,7 @@ TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
 def settlement_row(done: Settlement, time: str = "") -> Json:
     """A settlement as the row of the request log, in the column names of DESIGN's usage row."""
     usage = done.usage
-    return {
+    row = {
         "time": time or iso(datetime.now(UTC)), "request_id": done.request_id, "user": done.user,
         "session": done.session, "agent": done.agent, "asked": done.asked, "route": done.route,
         "provider": done.provider, "model": done.model, "stream": int(done.stream), "status": done.status,
@@ -5479,6 +5479,12 @@ def settlement_row(done: Settlement, time: str = "") -> Json:
         "duration_ms": done.duration_ms, "stop_reason": done.stop_reason, "price": json.dumps(done.price),
         "trail": json.dumps(done.trail),
     }  # fmt: skip
+    return {k: storable(v) if isinstance(v, str) else v for k, v in row.items()}
+
+
+def storable(text: str) -> str:
+    """Text that SQLite takes: half a surrogate pair, from JSON's \\ud800 or a header's bytes, is written out."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def iso(moment: datetime) -> str:
@@ -5610,7 +5616,7 @@ class Store:
             with self.transaction():
                 for write in batch:
                     self.attempt(write)
-        except sqlite3.Error:
+        except Exception:  # whatever it is, the writer must live on
             return self.write_each(batch)
         tell(batch)
         return []
@@ -5632,11 +5638,14 @@ class Store:
             try:
                 with self.transaction():
                     write.result, write.error = write.run(self.db), None
-            except (ApiError, sqlite3.Error) as error:
+            except Exception as error:
                 write.error = error
-                if write.keep and not isinstance(error, sqlite3.IntegrityError):
+                passing = isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
+                if write.keep and passing:
                     kept.append(write)
                     continue
+                if write.keep:
+                    log.exception("a settlement cannot be written")
             tell([write])
         return kept
 
@@ -7068,7 +7077,7 @@ def with_model(raw: bytes, old: str, new: str) -> bytes:
     match = _MODEL_KEY.search(raw)
     if match is None or raw.count(b"{", 0, match.start()) != 1 or b"[" in raw[: match.start()]:
         match = top_level_model(raw)
-    if match is None or match[1] != old.encode():
+    if match is None or match[1] != old.encode("utf-8", "backslashreplace"):
         return compact({**json.loads(raw), "model": new})
     return raw[: match.start(1)] + json.dumps(new)[1:-1].encode() + raw[match.end(1) :]
 
@@ -7101,7 +7110,7 @@ def upstream_headers(call: Call, slot: Slot, dialect: Dialect) -> dict[str, str]
     headers["accept"] = "text/event-stream" if call.is_streamed(dialect) else "application/json"
     headers.update(dialect.headers)
     if dialect.request is None:
-        headers.update({k: v for k, v in call.headers.items() if _PASS_UP.fullmatch(k)})
+        headers.update(allowed_headers(call.headers, _PASS_UP))
     headers.update(auth_headers(slot, dialect, call))
     headers.update({k.lower(): v for k, v in slot.provider.headers.items()})
     return headers
@@ -7126,7 +7135,14 @@ def answer_headers(headers: Mapping[str, str], dialect: Dialect) -> dict[str, st
     """What of an Anthropic-format upstream's headers the client gets."""
     if dialect.request is not None:
         return {}
-    return {k.lower(): v for k, v in headers.items() if _PASS_DOWN.fullmatch(k.lower())}
+    return allowed_headers(headers, _PASS_DOWN)
+
+
+def allowed_headers(headers: Mapping[str, str], allowed: re.Pattern[str]) -> dict[str, str]:
+    """The headers that an allow-list names, but for those that Connection says are for one hop."""
+    lower = {k.lower(): v for k, v in headers.items()}
+    hop = {name.strip().lower() for name in lower.get("connection", "").split(",")}
+    return {k: v for k, v in lower.items() if allowed.fullmatch(k) and k not in hop and v.isascii()}
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -8084,7 +8100,7 @@ def query_time(request: web.Request, name: str) -> str:
     text = request.query.get(name, "")
     try:
         return iso_text(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ApiError(400, f"{name}: must be a date such as 2026-11-24 or a time in ISO 8601") from None
 
 
@@ -8117,7 +8133,7 @@ def number_in(body: Json, name: str, *, optional: bool = False) -> int | None:
 
 def text_in(body: Json, name: str, longest: int = 500) -> str:
     value = body.get(name, "")
-    if not isinstance(value, str) or len(value) > longest:
+    if not isinstance(value, str) or len(value) > longest or storable(value) != value:
         raise ApiError(400, f"{name}: must be a text of at most {longest} characters")
     return value
 

@@ -189,7 +189,9 @@ async def as_process(
     proxy = Proxy("", Books(folder / "ccmux.db"), folder, process=process)
     reader = asyncio.create_task(keep_output(proxy))
     try:
-        await until(lambda: b"claude\n" in proxy.output or process.returncode is not None, "ccmux started")
+        await until(
+            lambda: b"claude\n" in proxy.output or process.returncode is not None, "ccmux started", seconds=30
+        )
         match = re.search(rb"at (http://[\d.]+:\d+)", proxy.output)
         assert match, proxy.output.decode()
         proxy.url = match[1].decode()

@@ -172,7 +172,8 @@ async def test_after_a_crash_orphan_holds_become_interrupted_entries(
     behaviour: fs.Behaviour, answered: bool, wire: str, tmp_path: Path
 ) -> None:
     async with FaultServer(behaviour) as a:
-        text = config_text({"A": a.url}, formats=wire)
+        here = {"A": {"quirks": {"count_tokens": "local"}}}
+        text = config_text({"A": a.url}, formats=wire, providers=here)
         async with as_process(tmp_path, text) as proxy:
             came, look = when_text_comes()
             asked = asyncio.create_task(ask(proxy, on_data=look))
@@ -371,8 +372,13 @@ async def start(folder: Path, *args: str) -> tuple[int, str]:
         sys.executable, str(ROOT / "ccmux.py"), *args, cwd=folder, env={"HOME": str(folder), "PATH": "/bin"},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    async with asyncio.timeout(30):
-        _, said = await process.communicate()
+    try:
+        async with asyncio.timeout(30):
+            _, said = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     return process.returncode or 0, said.decode()
 
 
