@@ -6263,7 +6263,8 @@ class Call:
     stream: bool
     format: str = "anthropic"  # of the client: anthropic or chat
     session: str = ""
-    tokens: int = 0  # counted input
+    tokens: int = 0  # input, counted or (is_counted false) told from the request's size
+    is_counted: bool = False
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
     wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
@@ -7561,22 +7562,36 @@ async def plan_call(
     headers = {k.lower(): v for k, v in request.headers.items()}
     early = await state.counter.count(body, "", asked_model(body)) if config.router.long_context else 0
     route = choose_route(body, headers, config, early)
-    changed = route.body
-    first = route.targets[0]
     refuse_safeguards(body, config, route)
-    return Call(
+    call = Call(
         request_id=request[request_key()],
-        body=changed or body,
-        raw=b"" if changed else raw,
+        body=route.body or body,
+        raw=b"" if route.body else raw,
         headers=headers,
         route=route,
         config=config,
         stream=body.get("stream") is True,
         format=format,
         session=session_of(body, headers),
-        tokens=await state.counter.count(changed or body, first.provider, first.actual_model),
         query=request.query_string,
     )
+    first = route.targets[0]
+    if needs_count(config, route):
+        call.tokens = await state.counter.count(call.body, first.provider, first.actual_model)
+        call.is_counted = True
+    else:
+        call.tokens = max(1, (request.content_length or len(raw)) // 4)
+    return call
+
+
+def needs_count(config: Config, route: Route) -> bool:
+    """Whether something needs the input counted: a rule, enforced credits, a translated answer's first usage.
+
+    A server that only forwards loads no vocabulary (84 MB): its holds go by the request's size.
+    """
+    formats = [p.format for t in route.targets if (p := config.provider(t.provider))]
+    translates = any(DIALECTS[f].request for f in formats)
+    return bool(config.router.long_context) or config.credits.enforce or translates
 
 
 def refuse_safeguards(body: Json, config: Config, route: Route) -> None:
@@ -7796,6 +7811,9 @@ class Exchange:
             return told
         counted = self.state.relay.count_output(reader.output_text(), model)
         if told is None:
+            target = call.target or call.route.targets[0]
+            if not call.is_counted:
+                call.tokens = self.state.counter.count_now(call.body, target.provider, target.actual_model)
             return Usage(input=call.tokens, output=counted, estimated=True)
         return dataclasses.replace(told, output=max(told.output, counted), estimated=True)
 
@@ -7866,7 +7884,7 @@ class Exchange:
             self.state.metrics.observe(
                 "ccmux_first_token_seconds", done.first_token_ms / 1000, provider=done.provider
             )
-        if done.status == 200 and not usage.estimated and call.tokens:
+        if done.status == 200 and not usage.estimated and call.is_counted:
             self.state.counter.observe(done.provider, done.model, call.tokens, usage.prompt)
         log.info("%s", log_line(done))
         self.state.recorder.end(call, done.status)
