@@ -49,7 +49,7 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 11):
-    sys.exit("ccmux needs Python 3.11 or newer; this is Python %d.%d" % sys.version_info[:2])
+    sys.exit(f"ccmux needs Python 3.11 or newer; this is Python {sys.version.split()[0]}")
 
 import os
 import subprocess
@@ -58,7 +58,8 @@ from typing import NoReturn
 
 __version__ = "0.1.0"
 
-# aiohttp refuses a duplicate Host header since 3.13.4 and has RequestKey since 3.14; majors are not trusted unseen.
+# aiohttp refuses a duplicate Host header since 3.13.4 and has RequestKey since 3.14; majors are not trusted
+# unseen.
 PACKAGES = ("aiohttp>=3.14,<4", "tiktoken>=0.8,<1")
 
 
@@ -68,24 +69,30 @@ def ccmux_home() -> Path:
 
 
 def config_path(given: str) -> Path | None:
-    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None where there is none."""
+    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None where there
+    is none.
+    """
     if given or os.environ.get("CCMUX_CONFIG"):
         return Path(given or os.environ["CCMUX_CONFIG"]).expanduser()
     places = (Path("config.toml"), ccmux_home() / "config.toml")
     return next((p for p in places if p.exists()), None)
 
 
-# What runs before the packages are there. `statusline` is asked for at every turn of a conversation, and stays under
-# 60 ms by ending here: aiohttp alone takes 200.
+# What runs before the packages are there. `statusline` is asked for at every turn of a conversation, and
+# stays under 60 ms by ending here: aiohttp alone takes 200.
 
 
 def wants_help(argv: list[str]) -> bool:
-    """Whether --help or --version is ccmux's own, which need nothing installed; after `code` they are claude's."""
+    """Whether --help or --version is ccmux's own, which need nothing installed; after `code` they are
+    claude's.
+    """
     return bool({"--help", "-h", "--version"} & set(argv[:2] if argv[:1] == ["code"] else argv))
 
 
 def statusline(given: str = "") -> str:
-    """One line for Claude Code's statusLine command, whose JSON stands on stdin: who answered, and what it cost."""
+    """One line for Claude Code's statusLine command, whose JSON stands on stdin: who answered, and what it
+    cost.
+    """
     import json
     import sqlite3
 
@@ -147,7 +154,7 @@ def bootstrap(problem: str) -> None:
     venv = Path(os.environ.get("CCMUX_VENV") or ccmux_home() / "venv").expanduser().absolute()
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     ready = venv / "ccmux-ready"  # written last, so that an interrupted installation is begun again
-    recipe = "\n".join([*PACKAGES, "Python %d.%d" % sys.version_info[:2]])
+    recipe = "\n".join([*PACKAGES, f"Python {sys.version_info[0]}.{sys.version_info[1]}"])
     if os.environ.get("CCMUX_NO_BOOTSTRAP"):
         bootstrap_failed(f"{problem}, and CCMUX_NO_BOOTSTRAP is set")
     try:
@@ -166,7 +173,9 @@ def bootstrap(problem: str) -> None:
 
 
 def start_again(command: list[str]) -> NoReturn:
-    """Becomes the command; on Windows, where exec detaches from the console, runs it and passes its status on."""
+    """Becomes the command; on Windows, where exec detaches from the console, runs it and passes its status
+    on.
+    """
     if os.name != "nt":
         os.execv(command[0], command)  # noqa: S606
     child = subprocess.Popen(command)  # noqa: S603
@@ -178,7 +187,9 @@ def start_again(command: list[str]) -> NoReturn:
 
 
 def install_packages(venv: Path, python: Path) -> None:
-    """Makes the virtual environment and pip-installs PACKAGES there; exits 2 with pip's last words on failure."""
+    """Makes the virtual environment and pip-installs PACKAGES there; exits 2 with pip's last words on
+    failure.
+    """
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
     venv.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -279,8 +290,8 @@ log = logging.getLogger("ccmux")
 # ----------------------------------------------------------------------------------------------------------
 # Types and errors (pure)
 # ----------------------------------------------------------------------------------------------------------
-# Data of our own is frozen dataclasses; wire data stays plain dicts, so that fields we do not know pass through.
-# Absent is "" or None, one of the two, as the type says. Money is integer micro-dollars.
+# Data of our own is frozen dataclasses; wire data stays plain dicts, so that fields we do not know pass
+# through. Absent is "" or None, one of the two, as the type says. Money is integer micro-dollars.
 
 Json = dict[str, Any]
 
@@ -491,9 +502,9 @@ _KEY_LIKE = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}|\b(?:(?:sk|pk|rk|xai|gs
 # ----------------------------------------------------------------------------------------------------------
 # Config (pure but for load and save)
 # ----------------------------------------------------------------------------------------------------------
-# Each key is declared once, as a dataclass field with its default and `opt` metadata: the loader, the error texts,
-# the admin forms and the tests of the documentation are all made from that declaration. A Config is never changed:
-# a reload builds a new one and swaps it whole.
+# Each key is declared once, as a dataclass field with its default and `opt` metadata: the loader, the error
+# texts, the admin forms and the tests of the documentation are all made from that declaration. A Config is
+# never changed: a reload builds a new one and swaps it whole.
 
 
 def opt(
@@ -592,7 +603,10 @@ ROUTE_SLOTS = (
 
 @dataclass(frozen=True, slots=True)
 class Quirks:
-    """How a provider differs from its wire format. Regular expressions are searched in the upstream model's name."""
+    """How a provider differs from its wire format.
+
+    Regular expressions are searched in the upstream model's name.
+    """
 
     auth: str = opt(
         "",
@@ -875,7 +889,9 @@ class Loader:
             raise ConfigError(f"{at} must be {words}") from None
 
     def expand(self, value: str) -> str:
-        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not fatal."""
+        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not
+        fatal.
+        """
 
         def variable(match: re.Match[str]) -> str:
             name, default = match[1] or match[3], match[2]
@@ -1084,13 +1100,17 @@ def mux_model(row: Any, lost: set[Any], warnings: list[str]) -> Any:
     return {**row, "mappings": mappings}
 
 
-# Editing the file. A save changes only the table it edits: what stands elsewhere stays byte for byte, and inside the
-# table the lines of unchanged keys do. The result is parsed and compared with what was meant before it is written.
+# Editing the file. A save changes only the table it edits: what stands elsewhere stays byte for byte, and
+# inside the table the lines of unchanged keys do. The result is parsed and compared with what was meant
+# before it is written.
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A stretch of a TOML file: a header, a key with its value, or a blank or comment line. Spans are in characters."""
+    """A stretch of a TOML file: a header, a key with its value, or a blank or comment line.
+
+    Spans are in characters.
+    """
 
     kind: str  # table, array, key or blank
     start: int
@@ -1179,7 +1199,8 @@ def skip_value(text: str, at: int) -> int:
 
 
 def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str:
-    """The file with one table replaced, made or (None) taken away: `[root]`, or the row of `[[root]]` with that name.
+    """The file with one table replaced, made or (None) taken away: `[root]`, or the row of `[[root]]` with
+    that name.
 
     ConfigError where the result would not parse to exactly what is meant.
     """
@@ -1216,7 +1237,10 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def splice_table(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
-    """The edit for the usual layout: a header with keys under it. IndexError where the file is laid out otherwise."""
+    """The edit for the usual layout: a header with keys under it.
+
+    IndexError where the file is laid out otherwise.
+    """
     statements = scan_toml(text)
     if name is None:
         if root not in before:
@@ -1436,8 +1460,8 @@ def keep_backups(path: Path, text: str) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # Server-sent events (pure)
 # ----------------------------------------------------------------------------------------------------------
-# https://html.spec.whatwg.org/multipage/server-sent-events.html. Bytes go in cut anywhere; whole blocks come out, each
-# with the blank line that ends it, so that what is relayed can be relayed byte for byte.
+# https://html.spec.whatwg.org/multipage/server-sent-events.html. Bytes go in cut anywhere; whole blocks come
+# out, each with the blank line that ends it, so that what is relayed can be relayed byte for byte.
 
 MAX_EVENT = 16 * 2**20
 
@@ -1450,7 +1474,10 @@ class SseDecoder:
         self.rest = b""  # the unfinished event
 
     def cut(self, data: bytes) -> bytes:
-        """The bytes up to the last end of an event; the rest waits. ApiError 502 when it grows past the limit."""
+        """The bytes up to the last end of an event; the rest waits.
+
+        ApiError 502 when it grows past the limit.
+        """
         data = self.rest + data if self.rest else data
         end = data.rfind(b"\n\n") + 2 if b"\r" not in data else last_blank_line(data)
         whole, self.rest = (data[:end], data[end:]) if end > 1 else (b"", data)
@@ -1473,7 +1500,10 @@ _BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)")
 
 
 def last_blank_line(data: bytes) -> int:
-    """Where the last event of `data` ends; 0 where none does. A CR at the very end may be half of a CR LF: it waits."""
+    """Where the last event of `data` ends; 0 where none does.
+
+    A CR at the very end may be half of a CR LF: it waits.
+    """
     end = len(data) - 1 if data.endswith(b"\r") else len(data)
     return max((m.end() for m in _BLANK_LINE.finditer(data, 0, end)), default=0)
 
@@ -1483,7 +1513,7 @@ def split_blocks(whole: bytes) -> list[bytes]:
     if b"\r" not in whole:
         return [block + b"\n\n" for block in whole.split(b"\n\n")[:-1]]
     ends = [0, *(m.end() for m in _BLANK_LINE.finditer(whole))]
-    return [whole[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [whole[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def event_of(block: bytes) -> tuple[str, str]:
@@ -1521,8 +1551,9 @@ PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 # ----------------------------------------------------------------------------------------------------------
 # Routing (pure)
 # ----------------------------------------------------------------------------------------------------------
-# Twelve steps; the first that applies and has a model set wins. Every step tried leaves a line in the trail, which
-# goes to the log, to `explain` and to the admin page, so that nobody has to guess why a request went where it went.
+# Twelve steps; the first that applies and has a model set wins. Every step tried leaves a line in the trail,
+# which goes to the log, to `explain` and to the admin page, so that nobody has to guess why a request went
+# where it went.
 
 
 @dataclass(frozen=True, slots=True)
@@ -1814,7 +1845,9 @@ def effort_of(body: Json) -> str:
 
 
 def in_plan_mode(body: Json) -> bool:
-    """Claude Code says so in `safeguards`, or in a system message of the newest prompt (2.1.330, November 2026)."""
+    """Claude Code says so in `safeguards`, or in a system message of the newest prompt (2.1.330, November
+    2026).
+    """
     for guard in as_list(body.get("safeguards")):
         mode = as_object(as_object(guard).get("classifier_context")).get("permission_mode")
         if mode:
@@ -1885,9 +1918,9 @@ def check_routes(config: Config) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # Anthropic stream (pure)
 # ----------------------------------------------------------------------------------------------------------
-# https://docs.anthropic.com/en/docs/build-with-claude/streaming. `AnthropicStream` is the one place that decides the
-# order of events: message_start; blocks one after another, each with start, deltas and stop; message_delta with the
-# stop reason and the true usage; message_stop. A dialect only says what arrived.
+# https://docs.anthropic.com/en/docs/build-with-claude/streaming. `AnthropicStream` is the one place that
+# decides the order of events: message_start; blocks one after another, each with start, deltas and stop;
+# message_delta with the stop reason and the true usage; message_stop. A dialect only says what arrived.
 
 SIGNATURE_TAG = "ccmux."  # what a thinking block's signature begins with when ccmux made the block
 
@@ -1898,7 +1931,9 @@ def sign(payload: Json | None = None) -> str:
 
 
 def signed_payload(block: Json) -> Json | None:
-    """What `sign` put into a thinking block's signature (or a redacted block's data); None if it is not ccmux's."""
+    """What `sign` put into a thinking block's signature (or a redacted block's data); None if it is not
+    ccmux's.
+    """
     signature = block.get("signature") or block.get("data")
     if not isinstance(signature, str) or not signature.startswith(SIGNATURE_TAG):
         return None
@@ -2315,7 +2350,9 @@ def error_words(payload: Any) -> str:
 def upstream_error(
     status: int, payload: Any, *, tokens: int = 0, context: int = 0, headers: Mapping[str, str] | None = None
 ) -> ApiError:
-    """An upstream's error as the client gets it: overflow in the words Claude Code acts on, the rest by status."""
+    """An upstream's error as the client gets it: overflow in the words Claude Code acts on, the rest by
+    status.
+    """
     words = error_words(payload)
     if status in (400, 413, 422, 500) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
@@ -2343,7 +2380,8 @@ _LEAVE_ALONE = re.compile(
 
 
 def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, int] | None:
-    """(tokens sent, tokens allowed) where an error says that the prompt does not fit; None where it says another thing.
+    """(tokens sent, tokens allowed) where an error says that the prompt does not fit; None where it says
+    another thing.
 
     Vendors name the two numbers in any order, or one, or none: what was sent is always the larger.
     """
@@ -2379,8 +2417,9 @@ def not_a_stream(text: str, what: str) -> ApiError:
 # ----------------------------------------------------------------------------------------------------------
 # Translate: OpenAI Chat (pure)
 # ----------------------------------------------------------------------------------------------------------
-# Requests are built from an allow-list, so that nothing Anthropic-only leaks, and inputs are never changed. The facts
-# come from https://platform.openai.com/docs/api-reference/chat and from what compatible servers were seen to do.
+# Requests are built from an allow-list, so that nothing Anthropic-only leaks, and inputs are never changed.
+# The facts come from https://platform.openai.com/docs/api-reference/chat and from what compatible servers
+# were seen to do.
 
 
 @dataclass(frozen=True, slots=True)
@@ -2662,8 +2701,9 @@ def says_something(block: Json) -> bool:
     return block.get("type") != "text" or bool(block.get("text"))
 
 
-# Names and ids. Upstreams take 64 characters of [A-Za-z0-9_-]; both are mapped without a memory of what was mapped, so
-# that a restart, another process or a failover to another provider in mid-conversation changes nothing.
+# Names and ids. Upstreams take 64 characters of [A-Za-z0-9_-]; both are mapped without a memory of what was
+# mapped, so that a restart, another process or a failover to another provider in mid-conversation changes
+# nothing.
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -2709,7 +2749,9 @@ def upstream_tool_id(client_id: str, pattern: str = "") -> str:
 
 
 def client_tools(body: Json) -> list[Json]:
-    """The tools that the client itself runs; server tools (web search and such) have a dated type and no schema."""
+    """The tools that the client itself runs; server tools (web search and such) have a dated type and no
+    schema.
+    """
     return [t for t in tools_of(body) if t.get("name") and t.get("type") in (None, "", "custom")]
 
 
@@ -2839,7 +2881,9 @@ BUDGET_EFFORTS = ((1024, "minimal"), (4097, "low"), (12289, "medium"), (24577, "
 
 
 def wanted_effort(body: Json, allowed: tuple[str, ...]) -> str:
-    """The reasoning effort a request asks for, clamped to what the upstream takes; "" where nothing is to be sent."""
+    """The reasoning effort a request asks for, clamped to what the upstream takes; "" where nothing is to be
+    sent.
+    """
     thinking = as_object(body.get("thinking"))
     effort = effort_of(body)
     if not allowed or thinking.get("type") == "disabled":
@@ -3138,7 +3182,8 @@ class OpenAIStream:
 
 
 def is_doubtful(call: ToolCall, waiting: str) -> bool:
-    """Whether pieces may be growing snapshots, or JSON inside a JSON string: neither may be let out as it comes.
+    """Whether pieces may be growing snapshots, or JSON inside a JSON string: neither may be let out as it
+    comes.
 
     A piece that repeats all that came before it is what a snapshot looks like; so may, once in a long while, an
     honest piece. Both readings begin with what is out already, so waiting decides it safely.
@@ -3728,7 +3773,8 @@ def gemini_result(call: Json, block: Json | None) -> Json:
     return {"functionResponse": {**named, "response": response}}
 
 
-# What Google documents for calls that another model made: https://ai.google.dev/gemini-api/docs/thought-signatures.
+# What Google documents for calls that another model made:
+# https://ai.google.dev/gemini-api/docs/thought-signatures.
 NO_SIGNATURE = "skip_thought_signature_validator"
 
 
@@ -4139,7 +4185,8 @@ def chat_error(error: ApiError, request_id: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 
 
-# All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of PRESETS.
+# All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of
+# PRESETS.
 
 
 class DialectStream(typing.Protocol):
@@ -4212,8 +4259,9 @@ DIALECTS: dict[str, Dialect] = {
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
 }
 
-# Base URLs, key variables and quirks from the vendors' documentation and the projects' own code, November 2026; the
-# last column is the model of a start without a config. A preset is a provider table whose `type` is a wire format.
+# Base URLs, key variables and quirks from the vendors' documentation and the projects' own code, November
+# 2026; the last column is the model of a start without a config. A preset is a provider table whose `type` is
+# a wire format.
 PRESET_ROWS = """
 anthropic            anthropic https://api.anthropic.com                                 ANTHROPIC_API_KEY   claude-sonnet-5-5
 openai               openai    https://api.openai.com/v1                                 OPENAI_API_KEY      gpt-6.1-terra
@@ -4312,7 +4360,9 @@ _VERSION_SEGMENT = re.compile(r"/v\d+(?:alpha|beta)?\d*(?=/|$)")
 
 
 def endpoint_url(base_url: str, dialect: Dialect, endpoint: str = "", model: str = "") -> str:
-    """The URL to call for a base URL in any of its usual forms: bare host, with a version, or the full endpoint."""
+    """The URL to call for a base URL in any of its usual forms: bare host, with a version, or the full
+    endpoint.
+    """
     parts = urllib.parse.urlsplit(base_url.strip())
     path = parts.path.rstrip("/")
     for known in ("/messages", "/chat/completions", "/responses"):
@@ -5337,8 +5387,9 @@ class Vocabulary:
 # ----------------------------------------------------------------------------------------------------------
 # Store (SQLite)
 # ----------------------------------------------------------------------------------------------------------
-# Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers keep, in one
-# SQLite file that the server and the command line share. One thread writes; whatever waits is committed together.
+# Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers
+# keep, in one SQLite file that the server and the command line share. One thread writes; whatever waits is
+# committed together.
 
 LOCAL_USER = "local"  # the user of everyone who needs no key
 USER_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
@@ -5430,7 +5481,9 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """One client request as the request log keeps it: all that explains its charge. cost None: no known price."""
+    """One client request as the request log keeps it: all that explains its charge. cost None: no known
+    price.
+    """
 
     request_id: str
     user: str
@@ -5611,7 +5664,10 @@ class Store:
         return batch, False
 
     def write_batch(self, batch: list[Write]) -> list[Write]:
-        """Writes a batch in one transaction, or, where that fails, one by one. Returns what must be tried again."""
+        """Writes a batch in one transaction, or, where that fails, one by one.
+
+        Returns what must be tried again.
+        """
         try:
             with self.transaction():
                 for write in batch:
@@ -5687,7 +5743,10 @@ class Store:
     async def hold(
         self, user_id: int, request_id: str, amount: int, *, enforce: bool, max_concurrent: int
     ) -> Hold:
-        """Sets credit aside for a request. ApiError 402 without funds, 429 for a budget or too many at once."""
+        """Sets credit aside for a request.
+
+        ApiError 402 without funds, 429 for a budget or too many at once.
+        """
 
         def run(db: sqlite3.Connection) -> Hold:
             if enforce:
@@ -5891,7 +5950,9 @@ class Store:
         }  # fmt: skip
 
     def budget_headers(self, user: User) -> dict[str, str]:
-        """`anthropic-ratelimit-unified-*` for users with a budget, so that Claude Code can show how much is left."""
+        """`anthropic-ratelimit-unified-*` for users with a budget, so that Claude Code can show how much is
+        left.
+        """
         today = self.now().astimezone(UTC)
         budgets = {"day": user.day_budget, "week": user.week_budget, "month": user.month_budget}
         used = [
@@ -5961,7 +6022,9 @@ class Store:
     def repriced(
         self, by: str, since: str, until: str, price: Price, markup_percent: Decimal
     ) -> dict[str, int]:
-        """What the same requests would have cost on a model of that price: charge by report key, micro-dollars."""
+        """What the same requests would have cost on a model of that price: charge by report key,
+        micro-dollars.
+        """
         columns = ", ".join(TOKEN_COLUMNS)
         rows = self.reader.execute(
             f"select {REPORT_KEYS[by]} as key, {columns} from requests "  # noqa: S608
@@ -6177,9 +6240,9 @@ def csv_cell(value: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------
 # Upstream (I/O)
 # ----------------------------------------------------------------------------------------------------------
-# Envoy's and nginx's promises are the standard: never retry once content has gone out, one deadline over all tries,
-# budgets so that retries cannot multiply, exactly one probe of a half-open breaker. RELIABILITY in the README tells
-# which failure goes where.
+# Envoy's and nginx's promises are the standard: never retry once content has gone out, one deadline over all
+# tries, budgets so that retries cannot multiply, exactly one probe of a half-open breaker. RELIABILITY in the
+# README tells which failure goes where.
 
 MAX_TRIES = 4  # of one client request, all targets together
 MAX_SLEEP = 15.0  # seconds of back-off of one client request
@@ -6191,7 +6254,10 @@ RATE_WAIT = 1.0  # a 429 that does not say how long
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through. Times are handed in."""
+    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through.
+
+    Times are handed in.
+    """
 
     failures: int = 0  # in a row
     recent: deque[tuple[float, bool]] = field(default_factory=deque)  # (time, ok) of the last minute
@@ -6345,7 +6411,10 @@ def key_id(key: str) -> str:
 
 
 class Watch:
-    """Ends a wait that lasts too long. One lazy timer looks now and then, so that a byte costs no timer of its own."""
+    """Ends a wait that lasts too long.
+
+    One lazy timer looks now and then, so that a byte costs no timer of its own.
+    """
 
     def __init__(self, tick: float) -> None:
         self.tick = tick
@@ -6435,7 +6504,10 @@ class Relay:
                     raise client_error(error, slot, call) from None
 
     async def try_slot(self, call: Call, slot: Slot, sink: Sink) -> None:
-        """One try: send, wait for content, relay. What it teaches goes into health, breaker and cool-downs."""
+        """One try: send, wait for content, relay.
+
+        What it teaches goes into health, breaker and cool-downs.
+        """
         health, breaker = self.health_of(slot.provider.name), self.breakers.setdefault(slot.id, Breaker())
         is_probe, began = breaker.begin(time.monotonic()), time.monotonic()
         health.active += 1
@@ -6633,7 +6705,10 @@ class Relay:
         sink: Sink,
         watch: Watch,
     ) -> None:
-        """Relays an answer. Until its first content nothing goes out, and a fault is one that another try may mend."""
+        """Relays an answer.
+
+        Until its first content nothing goes out, and a fault is one that another try may mend.
+        """
         idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
         held = b""
         while not reader.ended and reader.error is None:
@@ -6713,7 +6788,10 @@ class Relay:
         return ApiError(504, words, retry=Retry.NEXT, cause="timeout")
 
     def fault(self, fault: BaseException, slot: Slot) -> ApiError:
-        """A failure below HTTP as an ApiError. Its own words may hold a URL with a key, so they are not passed on."""
+        """A failure below HTTP as an ApiError.
+
+        Its own words may hold a URL with a key, so they are not passed on.
+        """
         name = slot.provider.name
         if isinstance(fault, aiohttp.ServerTimeoutError):
             words = f"provider {name} could not be reached within {slot.provider.connect_timeout:g} s"
@@ -6946,7 +7024,8 @@ _REFUSES = re.compile(
 )
 
 
-# Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's signatures.
+# Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's
+# signatures.
 _SIGNATURE_REFUSED = re.compile(
     r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,60}verified"
 )
@@ -6998,7 +7077,9 @@ def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
 
 
 def forwarded(call: Call, to: Upstream) -> bytes:
-    """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must go."""
+    """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must
+    go.
+    """
     body, raw = call.body, call.raw
     if call.format != "anthropic" and not to.facts.sampling:
         body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
@@ -7164,7 +7245,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
-    """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's login."""
+    """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's
+    login.
+    """
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
         name = slot.provider.name
         words = (
@@ -7228,8 +7311,8 @@ def labels_text(labels: tuple[tuple[str, str], ...]) -> str:
 # ----------------------------------------------------------------------------------------------------------
 # HTTP API
 # ----------------------------------------------------------------------------------------------------------
-# Handlers are thin: guard, read, ask the sections above, answer. Every error leaves through one middleware, in
-# Anthropic's shape, with a request id.
+# Handlers are thin: guard, read, ask the sections above, answer. Every error leaves through one middleware,
+# in Anthropic's shape, with a request id.
 
 
 @dataclass(slots=True)
@@ -7342,7 +7425,9 @@ CHANGING = {"POST", "PUT", "PATCH", "DELETE"}
 
 
 def guard(request: web.Request, config: Config) -> None:
-    """ApiError for what no handler should see: other hosts' names, other sites' pages, bodies that are not JSON."""
+    """ApiError for what no handler should see: other hosts' names, other sites' pages, bodies that are not
+    JSON.
+    """
     check_host(request, config)
     check_site(request)
     headers = request.headers
@@ -7653,7 +7738,10 @@ class StreamSink:
             raise ClientGoneError from None
 
     async def ping_when_silent(self) -> None:
-        """Keeps the client waiting. What is written elsewhere is whole events, so a ping always fits between."""
+        """Keeps the client waiting.
+
+        What is written elsewhere is whole events, so a ping always fits between.
+        """
         while True:
             await asyncio.sleep(max(self.last + self.interval - time.monotonic(), 0.01))
             if time.monotonic() - self.last >= self.interval:
@@ -7800,7 +7888,9 @@ class Exchange:
         return input_floor(self.call.tokens, price, self.call.config.credits.markup_percent) if price else 0
 
     def usage(self, error: ApiError | None) -> Usage:
-        """The true usage where the upstream told it, else counted here and marked; none for what cost nothing."""
+        """The true usage where the upstream told it, else counted here and marked; none for what cost
+        nothing.
+        """
         call, reader = self.call, self.call.reader
         if reader is None or not call.first_content:
             gone = error is None and self.answered and not call.first_content
@@ -7857,7 +7947,9 @@ class Exchange:
         self.tell(done)
 
     async def durable(self) -> None:
-        """Waits until the settlement is on disk; an answer that was made is not held back by a disk that is not."""
+        """Waits until the settlement is on disk; an answer that was made is not held back by a disk that is
+        not.
+        """
         assert self.settled is not None
         try:
             async with asyncio.timeout(5):
@@ -7894,7 +7986,10 @@ class Exchange:
                 listener.put_nowait(row)
 
     def headers(self) -> dict[str, str]:
-        """The headers every answer of a model carries. The upstream's name of the model is only known once it answers."""
+        """The headers every answer of a model carries.
+
+        The upstream's name of the model is only known once it answers.
+        """
         target = self.call.target or self.call.route.targets[0]
         return {
             "request-id": self.call.request_id,
@@ -8090,7 +8185,8 @@ def api_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # Admin API
 # ----------------------------------------------------------------------------------------------------------
-# JSON for the two pages and for scripts. User endpoints answer for the key's own user; /admin/api needs the admin token.
+# JSON for the two pages and for scripts. User endpoints answer for the key's own user; /admin/api needs the
+# admin token.
 
 
 def page_query(request: web.Request) -> tuple[int, int]:
@@ -8123,7 +8219,10 @@ def query_time(request: web.Request, name: str) -> str:
 
 
 def iso_text(text: str) -> str:
-    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "". ValueError for anything else."""
+    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "".
+
+    ValueError for anything else.
+    """
     if not text:
         return ""
     moment = datetime.fromisoformat(text)
@@ -8547,7 +8646,10 @@ def config_text(state: State) -> tuple[str, Path]:
 
 
 def store_text(state: State, text: str, given_hash: Any) -> str:
-    """Checks and saves a new config text and swaps it in; the new hash. ApiError 400 where it is wrong, 409 stale."""
+    """Checks and saves a new config text and swaps it in; the new hash.
+
+    ApiError 400 where it is wrong, 409 stale.
+    """
     _, path = config_text(state)
     if given_hash != state.config.text_hash:
         raise ApiError(
@@ -8787,7 +8889,7 @@ async def put_config(request: web.Request) -> web.StreamResponse:
 
 async def get_backups(request: web.Request) -> web.StreamResponse:
     _, path = config_text(require_admin(request))
-    found = [(p, p.stat()) for p in backup_paths(Path(os.path.realpath(path))) if p.exists()]
+    found = [(p, p.stat()) for p in backup_paths(path.resolve()) if p.exists()]
     rows = [
         {"name": p.name, "time": iso(datetime.fromtimestamp(s.st_mtime, UTC)), "bytes": s.st_size}
         for p, s in found
@@ -8796,7 +8898,9 @@ async def get_backups(request: web.Request) -> web.StreamResponse:
 
 
 async def post_try(request: web.Request) -> web.StreamResponse:
-    """A real request through the live path, streamed as raw events; a last `ccmux` event tells its route and cost."""
+    """A real request through the live path, streamed as raw events; a last `ccmux` event tells its route and
+    cost.
+    """
     state = require_admin(request)
     given = await body_of(request, ("body", "headers"))
     body = {"max_tokens": 1024, **as_object(given.get("body")), "stream": True}
@@ -8884,8 +8988,8 @@ def page_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # App and command line
 # ----------------------------------------------------------------------------------------------------------
-# `main` parses the command line; each sub-command is one function that returns its exit status. `serve` owns the
-# sockets and the signals; `make_app` is the whole server for tests.
+# `main` parses the command line; each sub-command is one function that returns its exit status. `serve` owns
+# the sockets and the signals; `make_app` is the whole server for tests.
 
 DEFAULT_PORT = 13456
 
@@ -8960,7 +9064,8 @@ def read_config(given: str) -> Config:
 
 
 def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
-    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else demo.
+    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else
+    demo.
 
     The first key in the presets' order takes the requests: Anthropic by the names Claude Code asks for, others by the
     model their preset names.
@@ -8988,7 +9093,9 @@ def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
 
 
 def has_key(env: Mapping[str, str], reference: str) -> bool:
-    """Whether a preset's `$NAME` is set to a key; the one by which Claude Code comes here is none of Anthropic's."""
+    """Whether a preset's `$NAME` is set to a key; the one by which Claude Code comes here is none of
+    Anthropic's.
+    """
     name = reference.removeprefix("$")
     host = urllib.parse.urlsplit(env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com").hostname
     return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or host == "api.anthropic.com")
@@ -9126,7 +9233,8 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
 
 
 def calm_collector() -> None:
-    """Fewer garbage collections: a parsed request is thousands of objects that are freed by count, not by cycles.
+    """Fewer garbage collections: a parsed request is thousands of objects that are freed by count, not by
+    cycles.
 
     With Python's defaults a tenth of a request's CPU went there.
     """
@@ -9237,12 +9345,12 @@ async def drain(state: State, server: asyncio.Server) -> None:
     deadline = time.monotonic() + state.config.server.drain_timeout
     if state.calls:
         log.info("stopping: %d requests have up to %g s", len(state.calls), state.config.server.drain_timeout)
-    while state.calls and time.monotonic() < deadline:
+    while state.calls and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
     for call in list(state.calls.values()):
         call.stop()
     until = time.monotonic() + 2
-    while state.calls and time.monotonic() < until:
+    while state.calls and time.monotonic() < until:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
@@ -9475,8 +9583,8 @@ def init_command(args: argparse.Namespace) -> int:
 
 
 INIT_HEAD = """\
-# ccmux config. config.example.toml beside ccmux.py shows every key; `ccmux.py check` tells whether this file is sound.
-# Keys are best left in the environment: api_key = "$NAME" reads the variable NAME.
+# ccmux config. config.example.toml beside ccmux.py shows every key; `ccmux.py check` tells whether this file
+# is sound. Keys are best left in the environment: api_key = "$NAME" reads the variable NAME.
 
 """
 INIT_TAIL = """
@@ -9587,7 +9695,9 @@ def run_child(command: list[str], variables: dict[str, str]) -> int:
 
 @contextlib.contextmanager
 def running_server(config: Config) -> Iterator[str]:
-    """The address of a ccmux with this config: one that runs, else one that is started here and stopped at the end."""
+    """The address of a ccmux with this config: one that runs, else one that is started here and stopped at
+    the end.
+    """
     port = config.server.port or free_port()
     url = client_url(config, port)
     if is_ccmux(url):
@@ -9694,7 +9804,8 @@ def settings_with(old: bytes | None, variables: Mapping[str, str], shell: str) -
     ).encode()
 
 
-# What `env`, `code` and `setup` decide about, so that no old value of one is left beside the others' new ones.
+# What `env`, `code` and `setup` decide about, so that no old value of one is left beside the others' new
+# ones.
 MANAGED = (
     "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
     "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
@@ -9712,7 +9823,9 @@ def settings_of(data: bytes | None) -> Json:
 
 
 def undone(old: bytes | None, before: Path, ours: Path) -> bytes | None:
-    """The settings as they were (None: there were none); where they were changed since, only what setup did goes."""
+    """The settings as they were (None: there were none); where they were changed since, only what setup did
+    goes.
+    """
     if not ours.exists():
         raise ConfigError("there is nothing to undo: ccmux.py setup was not used here")
     original = before.read_bytes() if before.exists() else None
@@ -9842,7 +9955,9 @@ def user_credit(args: argparse.Namespace) -> int:
 
 
 def user_budget(args: argparse.Namespace) -> int:
-    """Sets what a user may spend in a day, a week (from Monday) or a month, in UTC; `none` takes a budget away."""
+    """Sets what a user may spend in a day, a week (from Monday) or a month, in UTC; `none` takes a budget
+    away.
+    """
     with open_store(read_config(args.config)) as store:
         print_users(store, [store.set_budgets(args.name, budgets_of(args))])
     return 0
@@ -9864,7 +9979,9 @@ def user_disable(args: argparse.Namespace, disabled: bool) -> int:
 
 
 def moment(text: str) -> str:
-    """`2026-11-24`, `2026-11-24T08:00`, `today`, `7d` (days back) -> the UTC time that the ledger's texts compare with."""
+    """`2026-11-24`, `2026-11-24T08:00`, `today`, `7d` (days back) -> the UTC time that the ledger's texts
+    compare with.
+    """
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     match = re.fullmatch(r"(\d{1,4})d|today", text)
     try:
@@ -9884,7 +10001,9 @@ REPORT_COLUMNS = (
 
 
 def report_command(args: argparse.Namespace) -> int:
-    """Shows what requests cost: provider's cost, markup and charge by user, model, provider, day, session or month."""
+    """Shows what requests cost: provider's cost, markup and charge by user, model, provider, day, session or
+    month.
+    """
     config = read_config(args.config)
     with open_store(config) as store:
         rows = store.report(args.by, args.since, args.until, args.user or None)
@@ -9947,7 +10066,9 @@ def backup_command(args: argparse.Namespace) -> int:
 
 
 def doctor_command(args: argparse.Namespace) -> int:
-    """Looks for what commonly goes wrong: config, files, port, ledger, vocabularies, variables, Claude Code's settings."""
+    """Looks for what commonly goes wrong: config, files, port, ledger, vocabularies, variables, Claude Code's
+    settings.
+    """
     failed = False
     for word, text in diagnose(args.config):
         print(f"{painted(word, 7)} {text}", flush=True)
@@ -10110,7 +10231,8 @@ def import_litellm_command(args: argparse.Namespace) -> int:
 
 REPORT_ORDER = ("mapped", "approximated", "dropped")
 
-# LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that serves them.
+# LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that
+# serves them.
 LITELLM_PRESETS = {
     **{
         name: name
@@ -10203,7 +10325,9 @@ class LiteLLMImport:
         return None
 
     def split(self, params: Json) -> tuple[str, str]:
-        """(LiteLLM's provider prefix, the upstream model); a prefix of "" is one it infers in ways unknown here."""
+        """(LiteLLM's provider prefix, the upstream model); a prefix of "" is one it infers in ways unknown
+        here.
+        """
         model = str(params.get("model") or "")
         head, slash, rest = model.partition("/")
         if params.get("custom_llm_provider"):
@@ -10215,7 +10339,9 @@ class LiteLLMImport:
         return next((preset for pattern, preset in LITELLM_NAMES if re.match(pattern, model)), ""), model
 
     def provider(self, prefix: str, params: Json, name: str) -> str:
-        """The name of the provider row for a deployment, made if it is a new one; "" where ccmux has none for it."""
+        """The name of the provider row for a deployment, made if it is a new one; "" where ccmux has none for
+        it.
+        """
         base = self.expanded(params.get("api_base") or params.get("base_url"), name)
         preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
         if base is None or not preset:
@@ -10317,7 +10443,9 @@ class LiteLLMImport:
                 self.say("dropped", f"alias {alias}: {name} is no model that was imported")
 
     def fallbacks(self, *settings: Json) -> None:
-        """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop of them is cut after one round."""
+        """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop of them is cut after one
+        round.
+        """
         own = {name: list(targets) for name, targets in self.models.items()}
         for table, (key, word) in itertools.product(settings, LITELLM_FALLBACKS.items()):
             given = as_list(table.pop(key, None))
