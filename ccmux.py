@@ -4281,7 +4281,7 @@ gemini               gemini    https://generativelanguage.googleapis.com/v1beta 
 gemini-openai        openai    https://generativelanguage.googleapis.com/v1beta/openai   GEMINI_API_KEY      gemini-3.8-flash
 groq                 openai    https://api.groq.com/openai/v1                            GROQ_API_KEY        openai/gpt-oss-120b
 together             openai    https://api.together.xyz/v1                               TOGETHER_API_KEY    zai-org/GLM-5.3
-fireworks            openai    https://api.fireworks.ai/inference/v1                     FIREWORKS_API_KEY   accounts/fireworks/models/glm-5p3
+fireworks            openai    https://api.fireworks.ai/inference/v1 FIREWORKS_API_KEY accounts/fireworks/models/glm-5p3
 deepinfra            openai    https://api.deepinfra.com/v1/openai                       DEEPINFRA_API_KEY   zai-org/GLM-5.3
 cerebras             openai    https://api.cerebras.ai/v1                                CEREBRAS_API_KEY    zai-glm-5.3
 mistral              openai    https://api.mistral.ai/v1                                 MISTRAL_API_KEY     devstral-medium-latest
