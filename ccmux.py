@@ -5351,26 +5351,26 @@ class Vocabulary:
     def __init__(self) -> None:
         self.loaded: dict[str, Encoding | None] = {}
         self.loading: set[str] = set()
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # two names may have one source, which is loaded once
 
     def get(self, name: str) -> Encoding | None:
         """The encoding where it is loaded; else None, and a thread sets out to load it."""
         if name in self.loaded:
             return self.loaded[name]
-        with self.lock:
-            if name not in self.loading:
-                self.loading.add(name)
-                threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
+        if name not in self.loading:
+            self.loading.add(name)
+            threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
         return None
 
     def load(self, name: str) -> Encoding | None:
         """Loads an encoding now; for the command line, and for the thread. Names with one source share it."""
-        if name not in self.loaded:
-            source = source_of(name)
-            if source not in self.loaded:
-                self.loaded[source] = load_encoding(source)
-            self.loaded[name] = self.loaded[source]
-        return self.loaded[name]
+        with self.lock:
+            if name not in self.loaded:
+                source = source_of(name)
+                if source not in self.loaded:
+                    self.loaded[source] = load_encoding(source)
+                self.loaded[name] = self.loaded[source]
+            return self.loaded[name]
 
     def forget_missing(self) -> None:
         """After a download: what was missing is looked for again."""
