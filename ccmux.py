@@ -1116,7 +1116,7 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
         if pick.model and not targets:
             trail[-1] = (reason, f"names {pick.model}, which nobody serves")
         if targets:
-            roomy = long_context_instead(asked, pick.model, targets, trail)
+            roomy = long_context_instead(asked, pick, targets, trail)
             return roomy or Route(pick.model, reason, tuple(trail), targets, pick.body)
     known = model_names(config)
     raise ApiError(
@@ -1134,17 +1134,15 @@ def asked_model(body: Json) -> str:
 
 
 def long_context_instead(
-    asked: Asked, name: str, targets: tuple[Target, ...], trail: list[tuple[str, str]]
+    asked: Asked, pick: Pick, targets: tuple[Target, ...], trail: list[tuple[str, str]]
 ) -> Route | None:
     """The long_context route, where it is set and the model picked is too small for what was counted."""
-    router = asked.config.router
-    context = context_of(asked.config, name, targets)
-    if not router.long_context or not context or asked.tokens <= context or name == router.long_context:
+    roomy = asked.config.router.long_context
+    context = context_of(asked.config, pick.model, targets)
+    if not roomy or not context or asked.tokens <= context or pick.model == roomy:
         return None
-    trail.append(("long_context", f"{asked.tokens} tokens are more than the {context} of {name}"))
-    return Route(
-        router.long_context, "long_context", tuple(trail), resolve(asked.config, router.long_context)
-    )
+    trail.append(("long_context", f"{asked.tokens} tokens are more than the {context} of {pick.model}"))
+    return Route(roomy, "long_context", tuple(trail), resolve(asked.config, roomy), pick.body)
 
 
 def context_of(config: Config, name: str, targets: tuple[Target, ...]) -> int:
