@@ -1026,7 +1026,8 @@ def last_blank_line(data: bytes) -> int:
 def split_blocks(whole: bytes) -> list[bytes]:
     """Whole events, cut apart; each keeps its end."""
     if b"\r" not in whole:
-        return [block + b"\n\n" for block in whole.split(b"\n\n")[:-1]]
+        *blocks, rest = whole.split(b"\n\n")  # the rest: a line end beyond the last pair, as in b"\n\n\n"
+        return [block + b"\n\n" for block in blocks] + ([rest] if rest else [])
     ends = [0, *(m.end() for m in _BLANK_LINE.finditer(whole))]
     return [whole[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
@@ -1039,11 +1040,11 @@ def event_of(block: bytes) -> tuple[str, str]:
         )  # the one shape that nearly every block of a stream has
     name, data = "", []
     for line in block.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n"):
-        key, _, value = line.partition(":")
+        key, _, value = line.removeprefix("\ufeff").partition(":")
         value = value.removeprefix(" ")
         if key == "data":
             data.append(value)
-        elif key.lstrip("\ufeff") == "event":
+        elif key == "event":
             name = value
     return name, "\n".join(data)
 
