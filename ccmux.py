@@ -679,12 +679,14 @@ class Loader:
             raise ConfigError(
                 f"{where}: key 'name' must be 1 to 64 letters, digits or . _ - @ : + (no slash)"
             )
-        kind = str(row.get("type", ""))
+        kind = str(row.get("type") or "")
         if kind not in formats and kind not in presets:
             raise ConfigError(f"{where}: key 'type' is {kind!r}: {known_names(kind, [*formats, *presets])}")
         preset = presets.get(kind, {})
-        merged = {**preset, **row, "quirks": {**preset.get("quirks", {}), **row.get("quirks", {})}}
-        merged["headers"] = {**preset.get("headers", {}), **row.get("headers", {})}
+        merged = {**preset, **row}
+        for key in ("quirks", "headers"):
+            if isinstance(row.get(key, {}), dict):
+                merged[key] = {**preset.get(key, {}), **row.get(key, {})}
         default_model = merged.pop("default", "")
         self.missing = []
         provider: Provider = self.build(Provider, {**merged, "type": kind}, where)
@@ -763,6 +765,8 @@ class Loader:
         accepted, words = kinds[hint]
         if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
             raise ConfigError(f"{at} must be {words}")
+        if isinstance(value, Decimal) and not value.is_finite():
+            raise ConfigError(f"{at} must be {words}")
         try:
             return hint(value)
         except (ValueError, OverflowError, InvalidOperation):
@@ -809,7 +813,7 @@ def json_value(value: Any, at: str) -> Any:
         return {k: json_value(v, at) for k, v in value.items()}
     if isinstance(value, list):
         return [json_value(v, at) for v in value]
-    if isinstance(value, Decimal):
+    if isinstance(value, Decimal) and value.is_finite():
         return float(value)
     if not isinstance(value, (str, int, bool)):
         raise ConfigError(f"{at}: {value} has no JSON form; write it as text")
@@ -826,14 +830,21 @@ def parse_price(value: Any, at: str) -> Price:
         if key not in known:
             raise ConfigError(f"{at}: unknown key {key!r}: {known_names(key, known)}")
         if key == "tiers":
-            amounts[key] = tuple(price_tier(tier, value, f"{at}, tiers") for tier in amount)
-        elif isinstance(amount, bool) or not isinstance(amount, (int, float, Decimal)) or not amount >= 0:
+            tiers = amount if isinstance(amount, list) else [amount]
+            amounts[key] = tuple(price_tier(tier, value, f"{at}, tiers") for tier in tiers)
+        elif not is_amount(amount):
             raise ConfigError(f"{at}: {key!r} must be a number of dollars, not below 0")
         else:
             amounts[key] = Decimal(str(amount))
     for key in {"input", "output"} - amounts.keys():
         raise ConfigError(f"{at}: {key!r} is missing")
     return Price(**amounts)
+
+
+def is_amount(value: Any) -> bool:
+    """Whether it is a finite number not below 0."""
+    is_number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0
 
 
 def price_tier(tier: Json, base: Json, at: str) -> tuple[int, Price]:
@@ -860,10 +871,12 @@ def check_url(url: str, at: str) -> None:
 
 def is_link_local(host: str) -> bool:
     """Whether an address is link-local, in any spelling that a resolver takes (octal, hex, mapped into IPv6)."""
+    host = host.rstrip(".").split("%")[0]
     try:
-        address = ipaddress.ip_address(host.split("%")[0])
-    except ValueError:
-        return host.rstrip(".").lower() == "metadata.google.internal"
+        packed = socket.inet_aton(host) if ":" not in host else socket.inet_pton(socket.AF_INET6, host)
+    except (OSError, ValueError):
+        return host.lower() == "metadata.google.internal"
+    address = ipaddress.ip_address(packed)
     mapped = getattr(address, "ipv4_mapped", None) or address
     return bool(mapped.is_link_local)
 
@@ -918,8 +931,9 @@ def import_mux(tables: Json, warnings: list[str]) -> Json:
         rows = [mux_provider(row, timeouts, warnings) for row in tables["providers"] if isinstance(row, dict)]
         wanted["providers"] = [row for row in rows if row]
     if isinstance(tables.get("models"), list):
-        lost = {r.get("name") for r in tables.get("providers", []) if isinstance(r, dict)}
-        lost -= {r.get("name") for r in wanted.get("providers", [])}
+        lost = [r.get("name") for r in as_list(tables.get("providers")) if isinstance(r, dict)]
+        kept = [r.get("name") for r in as_list(wanted.get("providers")) if isinstance(r, dict)]
+        lost = [name for name in lost if name not in kept]
         wanted["models"] = [mux_model(row, lost, warnings) for row in tables["models"]]
     return wanted
 
@@ -944,11 +958,17 @@ def mux_timeouts(tables: Json) -> Json:
 
 def mux_router(table: Json, warnings: list[str]) -> Json:
     wanted = {k: v for k, v in table.items() if not mux_skips("router", k, "[router]", warnings)}
-    rules = wanted.pop("prompt_rules", None)
-    if isinstance(rules, list):
-        renamed = [{("strip" if k == "strip_match" else k): v for k, v in rule.items()} for rule in rules]
-        wanted["rules"] = [*wanted.get("rules", []), *renamed]
+    if "prompt_rules" in wanted:
+        rules = wanted.pop("prompt_rules")
+        ours = as_list(wanted.get("rules"))
+        wanted["rules"] = [*ours, *map(mux_rule, rules)] if isinstance(rules, list) else rules
     return wanted
+
+
+def mux_rule(rule: Any) -> Any:
+    if not isinstance(rule, dict):
+        return rule
+    return {("strip" if key == "strip_match" else key): value for key, value in rule.items()}
 
 
 def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> Json:
@@ -966,7 +986,7 @@ def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> Json:
     return {**timeouts, **wanted}
 
 
-def mux_model(row: Any, lost: set[Any], warnings: list[str]) -> Any:
+def mux_model(row: Any, lost: list[Any], warnings: list[str]) -> Any:
     if not isinstance(row, dict) or not isinstance(row.get("mappings"), list):
         return row
     where = f"[[models]] {row.get('name')!r}"
