@@ -1759,7 +1759,7 @@ class AnthropicTap:
         self.seen_event = True
         try:
             event = json.loads(data)
-            kind = event.get("type") or name
+            kind = event.get("type") or name or ("error" if "error" in event else "")
         except (ValueError, RecursionError, AttributeError):
             if self.has_content or name not in ("", "message_start", "error"):
                 return block  # the client's own parser is the judge of it
@@ -1895,11 +1895,14 @@ def upstream_error(
 _OVERFLOW = re.compile(
     r"(?i)prompt is too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
     r"(?:maximum |available )?context|context window|prompt token count of|input token count|input is too long|"
-    r"maximum prompt length|longer than the maximum model length|too large for model with|exceeded model token limit|"
+    r"maximum prompt length|longer than the (?:maximum )?model(?:'s context)? length|too large for model with|"
+    r"exceeded model token limit|model_context_window_exceeded|greater than the context length|"
     r"prompt exceeds max length|exceeds the available context size|exceed_context_size|input length exceeds|"
     r"model'?s context length is only|context length of only|exceeded max context length|reduce the length of the "
-    r"(?:messages|prompt|input)|too many (?:input )?tokens in|tokens? exceeds? the (?:model|maximum|limit)"
+    r"(?:messages|prompt|input)|too many (?:input )?tokens(?: in|:)|tokens? exceeds? the (?:model|maximum|limit)|"
+    r"range of input length"
 )
+_LIMIT = re.compile(r"(?i)maximum context length (?:is|of) (\d[\d,]*)")
 _LEAVE_ALONE = re.compile(
     r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
 )
@@ -1919,6 +1922,8 @@ def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, 
     sent, allowed = token_number(detail.get("n_prompt_tokens")), token_number(detail.get("n_ctx"))
     numbers = sorted({int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", words)}, reverse=True)
     numbers = [n for n in numbers if 1000 <= n <= MAX_COUNT]
+    if named := _LIMIT.search(words):  # where more than two numbers stand, the others are parts of what was sent
+        allowed = allowed or token_number(int(named[1].replace(",", "")))
     if len(numbers) >= 2:
         sent, allowed = sent or numbers[0], allowed or numbers[1]
     limit = allowed or (numbers[0] if numbers else 0) or context or max(tokens - 1, 1)
