@@ -173,7 +173,7 @@ async def test_a_refused_provider_key_is_not_the_clients_fault(
 @KINDS
 async def test_an_overflow_has_the_words_the_client_acts_on(kind: str, start_ccmux: Start) -> None:
     async with sdk_on(kind, start_ccmux, always(Answer(overflow=(210_000, 200_000)))) as (client, _, _):
-        with pytest.raises(anthropic.BadRequestError, match="too long: 210000 tokens > 200000 maximum"):
+        with pytest.raises(anthropic.BadRequestError, match="long: 210000 tokens > 200000 maximum"):
             await ask(client)
 
 
@@ -249,7 +249,8 @@ async def test_the_answer_tells_its_way(kind: str, start_ccmux: Start) -> None:
         raw = await client.messages.with_raw_response.create(model="claude-x", max_tokens=9, messages=HELLO)
     told = {k: v for k, v in raw.headers.items() if k.startswith("x-ccmux-")}
     assert told == {
-        "x-ccmux-provider": "p0", "x-ccmux-model": "tiny", "x-ccmux-route": "default", "x-ccmux-attempts": "1",
+        "x-ccmux-provider": "p0", "x-ccmux-model": "tiny", "x-ccmux-route": "default",
+        "x-ccmux-attempts": "1",
     }  # fmt: skip
     assert raw.headers["request-id"]
     [line] = [line for line in ccmux.log if "provider=p0" in line or "target=p0" in line]
