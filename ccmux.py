@@ -33,6 +33,7 @@ Sections, each using only those above it (pure: no socket, file, clock, environm
     Translate: OpenAI Chat (pure)
     Translate: OpenAI Responses (pure)
     Translate: Gemini (pure)
+    OpenAI-format clients (pure)
     Dialects and presets (tables)
     Tokens and prices (pure; the encoder is handed in)
     Store (SQLite)
@@ -146,6 +147,7 @@ import io
 import ipaddress
 import json
 import logging
+import marshal
 import math
 import queue
 import random
@@ -162,7 +164,7 @@ import tomllib
 import typing
 import urllib.parse
 import urllib.request
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -277,6 +279,7 @@ class ApiError(Exception):
         self.status, self.message, self.type = status, message, type or error_type(status)
         self.retry, self.retry_after, self.should_retry = retry, retry_after, should_retry
         self.raw, self.headers, self.cause = raw, dict(headers or {}), cause or f"http_{status}"
+        self.param = ""  # the request's parameter that an upstream names as the trouble
 
     def body(self, request_id: str) -> Json:
         return {
@@ -493,7 +496,7 @@ class Quirks:
     auth: str = opt(
         "",
         "how the key is sent; left out: as the format does",
-        choices=("", "x-api-key", "bearer", "both", "none"),
+        choices=("", "x-api-key", "bearer", "both", "none", "x-goog-api-key"),
     )
     drop: tuple[str, ...] = opt((), "body keys to leave out; also billing_header, tool_type, media")
     max_tokens_key: str = opt(
@@ -1887,9 +1890,10 @@ def upstream_error(
     message = words or f"the provider answered with status {status} and no message"
     if not 400 <= status < 600:
         message = f"the provider answered with status {status}, which is no answer to this request"
-    return ApiError(
-        status if 400 <= status < 600 else 502, message, retry=retry_class(status), headers=headers
-    )
+    sent = status if 400 <= status < 600 else 502
+    error = ApiError(sent, message, retry=retry_class(status), headers=headers)
+    error.param = str(error_detail(payload).get("param") or "")
+    return error
 
 
 _OVERFLOW = re.compile(
@@ -1971,7 +1975,7 @@ def openai_request(body: Json, to: Upstream) -> Json:
         out["stream_options"] = {"include_usage": True}
     if tools:
         out["tools"] = tools
-        out.update(openai_tool_choice(body, quirks))
+        out.update(openai_tool_choice(body, to))
     out.update(openai_limits(body, to))
     out.update(sampling(body, to, ("temperature", "top_p", *(("top_k",) if quirks.top_k else ()))))
     if effort := wanted_effort(body, quirks.effort):
@@ -2354,11 +2358,11 @@ def gemini_type(kind: Any) -> Json:
     return {"type": kinds[0] if kinds else "string", **nullable}
 
 
-def openai_tool_choice(body: Json, quirks: Quirks) -> Json:
+def openai_tool_choice(body: Json, to: Upstream) -> Json:
     choice = as_object(body.get("tool_choice"))
     kind = choice.get("type")
     out: Json = {}
-    if kind in ("any", "tool") and not quirks.forced_tool:
+    if kind in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
         out["tool_choice"] = "auto"
     elif kind == "tool":
         name = upstream_name(str(choice.get("name") or ""))
@@ -2800,20 +2804,911 @@ def overlap(text: str, tag: str) -> int:
 # ----------------------------------------------------------------------------------------------------------
 # Translate: OpenAI Responses (pure)
 # ----------------------------------------------------------------------------------------------------------
+# https://platform.openai.com/docs/api-reference/responses. Nothing is stored there: a reasoning item comes
+# encrypted, rides to the client in its thinking block's signature, and from there back to the same model.
+# The format has no stop sequences.
+
+
+def responses_request(body: Json, to: Upstream) -> Json:
+    """A Messages request as a Responses request; ApiError 400 for what cannot be served."""
+    out: Json = {"model": to.model, "input": responses_input(body, to), "stream": True, "store": False}
+    if system := "\n\n".join(str(b["text"]) for b in system_blocks(body)):
+        out["instructions"] = system
+    if tools := responses_tools(body, to):
+        out["tools"] = tools
+        out.update(responses_tool_choice(body, to))
+    if limit := output_limit(body, to.facts):
+        out["max_output_tokens"] = max(limit, 16)  # the least it takes
+    out.update(sampling(body, to, ("temperature", "top_p")))
+    include = ["web_search_call.action.sources"] if web_search_of(body) else []
+    if to.quirks.effort or _REASONING_MODEL.search(to.model):
+        include.append("reasoning.encrypted_content")
+        out.update(responses_reasoning(body, to))
+    if include:
+        out["include"] = include
+    if schema := json_schema_of(body):
+        named = {"name": "answer", "schema": schema["schema"], "strict": bool(schema.get("strict"))}
+        out["text"] = {"format": {"type": "json_schema", **named}}
+    if to.quirks.prompt_cache_key and to.session:
+        out["prompt_cache_key"] = to.session[:64]
+    return without(out | to.quirks.extra_body, to)
+
+
+# Others answer 400 to reasoning and to include reasoning.encrypted_content (gpt-4o and gpt-5-chat do).
+_REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|codex")
+
+
+def responses_reasoning(body: Json, to: Upstream) -> Json:
+    """How much to think, and whether to tell of it: OpenAI does so to verified organisations only."""
+    effort = wanted_effort(body, to.quirks.effort)
+    out: Json = {"effort": effort} if effort else {}
+    is_shown = as_object(body.get("thinking")).get("type") in ("enabled", "adaptive")
+    if is_shown and "reasoning.summary" not in to.skip:
+        out["summary"] = "auto"
+    return {"reasoning": out} if out else {}
+
+
+def responses_tools(body: Json, to: Upstream) -> list[Json]:
+    tools: list[Json] = []
+    for tool in client_tools(body):
+        described = {"description": str(tool["description"])} if tool.get("description") else {}
+        schema = tool_schema(tool, to.quirks.schema)
+        # strict is true where it is left out, and then refuses most schemas.
+        name = upstream_name(str(tool["name"]))
+        tools.append({"type": "function", "name": name, **described, "parameters": schema, "strict": False})
+    if search := web_search_of(body):
+        domains = [d for d in as_list(search.get("allowed_domains")) if isinstance(d, str)]
+        filters = {"filters": {"allowed_domains": domains}} if domains else {}
+        place = as_object(web_search_options(search).get("user_location")).get("approximate")
+        where = {"user_location": {"type": "approximate", **place}} if place else {}
+        tools.append({"type": "web_search", **filters, **where})
+    return tools
+
+
+def responses_tool_choice(body: Json, to: Upstream) -> Json:
+    """Flat where Chat Completions nests; a forced server tool is the only tool there, so any call will do."""
+    out = openai_tool_choice(body, to)
+    if isinstance(out.get("tool_choice"), dict):
+        name = out["tool_choice"]["function"]["name"]
+        known = name in {upstream_name(str(t["name"])) for t in client_tools(body)}
+        out["tool_choice"] = {"type": "function", "name": name} if known else "required"
+    return out
+
+
+def responses_input(body: Json, to: Upstream) -> list[Json]:
+    items: list[Json] = []
+    calls: dict[str, Json] = {}
+    for turn in turns_of(body):
+        results = results_of(turn.blocks) if turn.role == "user" else {}
+        items += [responses_result(id, results.get(id), to) for id in calls]
+        calls = {} if turn.role == "user" else calls_of(turn.blocks)
+        items += responses_user(turn.blocks, to) if turn.role == "user" else responses_turn(turn.blocks, to)
+    return items + [responses_result(id, None, to) for id in calls]
+
+
+def responses_user(blocks: list[Json], to: Upstream) -> list[Json]:
+    """A user turn without its tool results: one message, cut where a system message stands in it."""
+    items: list[Json] = []
+    for block in blocks:
+        if block.get("type") in ("tool_result", "tool_use", "thinking", "redacted_thinking"):
+            continue
+        is_system = block.get("type") == MIDWAY_SYSTEM and to.quirks.midway_system
+        role = "developer" if is_system else "user"
+        part = {"type": "input_text", "text": str(block["text"])} if is_system else responses_part(block, to)
+        if not items or items[-1]["role"] != role:
+            items.append({"type": "message", "role": role, "content": []})
+        if part.get("text") != "":
+            items[-1]["content"].append(part)
+    return [item for item in items if item["content"]]
+
+
+def responses_part(block: Json, to: Upstream) -> Json:
+    """A block as an input content part."""
+    kind, url = block.get("type"), media_url(block)
+    if kind == "image" and url and to.quirks.vision:
+        return {"type": "input_image", "image_url": url, "detail": "auto"}
+    if kind == "image":
+        return {"type": "input_text", "text": "[an image was left out]"}
+    if kind == "document" and url.startswith("data:application/pdf"):
+        return {"type": "input_file", "filename": str(block.get("title") or "document.pdf"), "file_data": url}
+    if kind == "document" and url:
+        return {"type": "input_file", "file_url": url}
+    return {"type": "input_text", "text": block_text(block)}
+
+
+def responses_result(client_id: str, block: Json | None, to: Upstream) -> Json:
+    """A tool's result; unlike Chat Completions it can hold images and files."""
+    id = upstream_tool_id(client_id, to.quirks.tool_id)
+    content = blocks_of(block.get("content")) if block else []
+    if not any(b.get("type") in ("image", "document") for b in content):
+        output: Any = result_parts(block)[0]
+    else:
+        failed = [{"type": "input_text", "text": "Error:"}] if block and block.get("is_error") else []
+        output = failed + [p for b in content if (p := responses_part(b, to)).get("text") != ""]
+    return {"type": "function_call_output", "call_id": id, "output": output}
+
+
+def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
+    """An assistant turn: messages, calls, and the reasoning items that this very model made."""
+    items: list[Json] = []
+    calls, phase = calls_of(blocks), None
+    for block in blocks:
+        if block.get("type") in ("thinking", "redacted_thinking"):
+            kept = signed_payload(block) or {}
+            is_own = kept.get("dialect") == "responses" and kept.get("model") == to.model
+            phase = kept.get("phase") if is_own else None
+            if is_own and as_object(kept.get("item")).get("type") == "reasoning":
+                items.append(kept["item"])
+        elif block.get("type") == "tool_use":
+            if calls.get(str(block.get("id") or "")) is block:
+                items.append(responses_call(block, to))
+        elif says_something(block) and (text := block_text(block)):
+            message = {"type": "message", "role": "assistant", "content": text}
+            items.append({**message, "phase": phase} if phase in ("commentary", "final_answer") else message)
+    # "Item 'rs_...' of type 'reasoning' was provided without its required following item" is a 400.
+    while items and items[-1]["type"] == "reasoning":
+        items.pop()
+    return items
+
+
+def responses_call(block: Json, to: Upstream) -> Json:
+    id = upstream_tool_id(str(block.get("id") or ""), to.quirks.tool_id)
+    name = upstream_name(str(block.get("name") or ""))
+    return {"type": "function_call", "call_id": id, "name": name, "arguments": tool_arguments(block)}
+
+
+def responses_usage(usage: Any) -> Usage | None:
+    """The counts of a Responses answer, which are Chat Completions' under other names."""
+    given = as_object(usage)
+    counts = {"prompt_tokens": given.get("input_tokens"), "completion_tokens": given.get("output_tokens")}
+    return openai_usage({**counts, "prompt_tokens_details": given.get("input_tokens_details")})
+
+
+class ResponsesStream:
+    """Responses events -> Anthropic events. `names` maps upstream tool names back to the client's.
+
+    Items come one after another as a rule. Blocks cannot interleave, so what arrives beside an unfinished
+    call waits until the call is done, and is then taken whole from the event that ends its item.
+    """
+
+    def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
+        self.out, self.names, self.to = out, names, to
+        self.usage: Usage | None = None
+        self.refused = False
+        self.sent: dict[Any, list[str]] = {}  # item -> what of its text or arguments is out
+        self.live: Json | None = None  # the call that is open
+        self.live_key: Any = None
+        self.done: set[Any] = set()
+        self.waiting: list[tuple[Any, Json]] = []
+        self.cited: dict[str, str] = {}  # URL -> title
+
+    @property
+    def ended(self) -> bool:
+        return self.out.ended
+
+    def feed(self, name: str, data: str) -> None:
+        """One event. Raises ApiError for an error it tells of, or for data that is not JSON."""
+        if self.ended or data == "[DONE]":
+            return
+        event = parsed(data)
+        if not isinstance(event, dict):
+            raise not_a_stream(data, "OpenAI Responses stream")
+        kind = str(event.get("type") or name)
+        item, key = as_object(event.get("item")), event.get("output_index")
+        key = key if isinstance(key, int) else str(event.get("item_id") or item.get("id") or "")
+        if kind == "error" or (event.get("error") and "response" not in event):
+            raise responses_error(event)
+        if kind == "response.output_item.added":
+            self.item_added(key, item)
+        elif kind == "response.output_item.done":
+            self.item_done(key, item)
+        elif kind.startswith("response.output_text.annotation"):
+            self.note_citation(as_object(event.get("annotation")))
+        elif kind in ("response.completed", "response.incomplete", "response.failed", "response.done"):
+            self.response_ended(kind.removeprefix("response."), as_object(event.get("response")))
+        elif isinstance(delta := event.get("delta"), str) and key not in self.done:
+            self.delta(kind, key, delta)
+        elif kind == "response.reasoning_summary_part.added" and self.sent.get(key) and not self.live:
+            self.show(self.out.thinking, key, "\n\n")
+
+    def item_added(self, key: Any, item: Json) -> None:
+        if item.get("type") == "function_call" and not self.live and item.get("name"):
+            self.begin(key, item)
+        elif item.get("type") == "reasoning" and self.out.kind == "thinking":
+            self.out.close()  # one thinking block for each item, as each carries its own signature
+        elif item.get("phase") and not self.live:
+            self.out.keep(self.kept(phase=item["phase"]))
+
+    def kept(self, **payload: Any) -> Json:
+        return {"dialect": "responses", "model": self.to.model, **payload}
+
+    def delta(self, kind: str, key: Any, delta: str) -> None:
+        if kind == "response.function_call_arguments.delta":
+            # What does not begin as an object may be null, or encoded twice: it is taken whole at the end.
+            if self.live and key == self.live_key and (self.sent.get(key) or delta.lstrip()[:1] == "{"):
+                self.show(self.out.tool_input, key, delta)
+        elif self.live:
+            return
+        elif kind in ("response.output_text.delta", "response.refusal.delta"):
+            self.refused |= kind == "response.refusal.delta"
+            self.show(self.out.text, key, delta)
+        elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            self.show(self.out.thinking, key, delta)
+
+    def show(self, write: Callable[[str], None], key: Any, text: str) -> None:
+        self.sent.setdefault(key, []).append(text)
+        write(text)
+
+    def note_citation(self, annotation: Json) -> None:
+        if annotation.get("type") == "url_citation" and annotation.get("url"):
+            self.cited.setdefault(str(annotation["url"]), str(annotation.get("title") or ""))
+
+    def begin(self, key: Any, item: Json) -> None:
+        self.live, self.live_key = item, key
+        id = client_tool_id(str(item.get("call_id") or made_up_id("call_", self.out, key)))
+        self.out.tool(id, self.names.get(str(item["name"]), str(item["name"])))
+
+    def item_done(self, key: Any, item: Json) -> None:
+        """An item is whole; it waits for a call that is still open."""
+        if key in self.done:
+            return
+        if self.live and key != self.live_key:
+            self.waiting.append((key, item))
+            return
+        self.done.add(key)
+        write = {
+            "message": self.message_done, "reasoning": self.reasoning_done, "function_call": self.call_done,
+            "web_search_call": self.search_done,
+        }.get(str(item.get("type")))  # fmt: skip
+        if write:
+            write(key, item)
+
+    def message_done(self, key: Any, item: Json) -> None:
+        parts = [p for p in as_list(item.get("content")) if isinstance(p, dict)]
+        self.refused |= any(p.get("type") == "refusal" for p in parts)
+        for note in (n for p in parts for n in as_list(p.get("annotations"))):
+            self.note_citation(as_object(note))
+        text = "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
+        self.out.text(text[sum(map(len, self.sent.get(key, ()))) :])
+
+    def reasoning_done(self, key: Any, item: Json) -> None:
+        summary = [as_object(p) for p in as_list(item.get("summary"))]
+        if not self.sent.get(key):
+            content = summary or [as_object(p) for p in as_list(item.get("content"))]
+            self.out.thinking("\n\n".join(str(p.get("text") or "") for p in content))
+        if encrypted := item.get("encrypted_content"):
+            # Without its id: with one, the server looks for the stored item, or for the item it led to.
+            texts = [{"type": "summary_text", "text": str(p.get("text") or "")} for p in summary]
+            kept = {"type": "reasoning", "summary": texts, "encrypted_content": str(encrypted)}
+            self.out.keep(self.kept(item=kept))
+
+    def call_done(self, key: Any, item: Json) -> None:
+        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object."""
+        if not self.live:
+            if not item.get("name"):
+                raise broken_stream("the provider sent a tool call without a name")
+            self.begin(key, item)
+        given, sent = item.get("arguments"), "".join(self.sent.get(key, ()))
+        text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
+        if text is None or not text.startswith(sent):
+            name = item.get("name")
+            raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
+        self.out.tool_input(text[len(sent) :])
+        self.out.close()
+        self.live = None
+        waiting, self.waiting = self.waiting, []
+        for place, other in waiting:
+            self.item_done(place, other)
+
+    def search_done(self, key: Any, item: Json) -> None:
+        action = as_object(item.get("action"))
+        queries = (action.get("query"), *as_list(action.get("queries")), action.get("url"))
+        found = [as_object(source).get("url") for source in as_list(action.get("sources"))]
+        titles = {str(url): self.cited.get(str(url), "") for url in found if url}
+        show_search(self.out, str(next(filter(None, queries), "")), titles)
+
+    def response_ended(self, status: str, response: Json) -> None:
+        """The last event: what became of the answer, with its usage."""
+        self.usage = responses_usage(response.get("usage")) or self.usage
+        status = str(response.get("status") or status)
+        if status == "failed" or response.get("error"):
+            raise responses_error(response)
+        if self.live:
+            self.item_done(self.live_key, {**self.live, "arguments": ""})
+        if not self.done:  # some servers tell all of it only here
+            for key, item in enumerate(as_list(response.get("output"))):
+                self.item_done(key, as_object(item))
+        reason = as_object(response.get("incomplete_details")).get("reason")
+        cut_short = "refusal" if reason == "content_filter" else "max_tokens"
+        stop = "refusal" if self.refused else cut_short if status == "incomplete" else "end_turn"
+        end_answer(self.out, stop, self.usage, self.cited)
+
+    def finish(self) -> None:
+        """The end of the bytes, which is an error unless the answer has ended."""
+        if not self.ended:
+            raise broken_stream("the provider's stream ended before the answer did")
+
+
+def broken_stream(message: str) -> ApiError:
+    return ApiError(502, message, retry=Retry.SAME, cause="stream")
+
+
+# Codes of a failed response that say the request is at fault: another try would not differ.
+_REQUEST_FAULT = re.compile(r"^(?:invalid_|image_|unsupported_|empty_image|failed_to_download)|policy")
+
+
+def responses_error(event: Json) -> ApiError:
+    """The error that an `error` event or a failed response tells of."""
+    detail = error_detail(event)
+    is_fault = status_of_error(event) == 502 and _REQUEST_FAULT.search(str(detail.get("code") or ""))
+    return upstream_error(400 if is_fault else status_of_error(event), {"error": detail})
+
+
+def end_answer(out: AnthropicStream, reason: str, usage: Usage | None, cited: dict[str, str]) -> None:
+    """Ends an answer, with the pages it cites (URL -> title); ApiError 502 where there is nothing in it."""
+    if not out.has_content and not out.kind and reason == "end_turn":
+        raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
+    if cited:
+        out.text("\n\nSources:" + "".join(f"\n- [{title or url}]({url})" for url, title in cited.items()))
+    out.usage = usage or out.usage
+    out.finish(reason)
+
+
+def show_search(out: AnthropicStream, query: str, found: dict[str, str]) -> None:
+    """A web search as the server tool's call and result. `found`: URL -> title."""
+    id = made_up_id("srvtoolu_", out, out.index)
+    empty = {"type": "web_search_result", "encrypted_content": "", "page_age": None}
+    pages = [{**empty, "url": url, "title": title or url} for url, title in found.items()]
+    out.whole({"type": "server_tool_use", "id": id, "name": "web_search", "input": {"query": query}})
+    out.whole({"type": "web_search_tool_result", "tool_use_id": id, "content": pages})
+
+
+def made_up_id(prefix: str, out: AnthropicStream, place: Any) -> str:
+    """An id for what came without one: the same for the same place in the same answer."""
+    digest = hashlib.sha256(f"{out.message_id} {place}".encode("utf-8", "surrogatepass")).hexdigest()
+    return prefix + digest[:24]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Translate: Gemini (pure)
 # ----------------------------------------------------------------------------------------------------------
+# https://ai.google.dev/api/generate-content. The model stands in the URL. Gemini 3 refuses a step whose first
+# function call lacks the thought signature it was made with, so signatures ride to the client and back.
+
+
+def gemini_request(body: Json, to: Upstream) -> Json:
+    """A Messages request as a GenerateContent request."""
+    out: Json = {"contents": gemini_contents(body, to)}
+    if blocks := system_blocks(body):
+        out["systemInstruction"] = {"parts": [{"text": str(b["text"])} for b in blocks]}
+    if declarations := [gemini_function(tool) for tool in client_tools(body)]:
+        out["tools"] = [{"functionDeclarations": declarations}]
+        out.update(gemini_tool_config(body, to))
+    elif web_search_of(body):
+        out["tools"] = [{"googleSearch": {}}]  # older models do not take it beside functions
+    if config := without(gemini_config(body, to), to):
+        out["generationConfig"] = config
+    return without(out | to.quirks.extra_body, to)
+
+
+def gemini_function(tool: Json) -> Json:
+    out: Json = {"name": upstream_name(str(tool["name"])), "description": str(tool.get("description") or "")}
+    schema = tool_schema(tool, "gemini")
+    return {**out, "parameters": schema} if schema["properties"] else out
+
+
+def gemini_tool_config(body: Json, to: Upstream) -> Json:
+    choice = as_object(body.get("tool_choice"))
+    kind = str(choice.get("type"))
+    config: Json = {"mode": {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}.get(kind)}
+    if config["mode"] == "ANY" and not (to.quirks.forced_tool and to.facts.forced_tool):
+        config["mode"] = "AUTO"
+    elif kind == "tool":
+        config["allowedFunctionNames"] = [upstream_name(str(choice.get("name")))]
+    return {"toolConfig": {"functionCallingConfig": config}} if config["mode"] else {}
+
+
+def gemini_config(body: Json, to: Upstream) -> Json:
+    names = {"temperature": "temperature", "top_p": "topP", "top_k": "topK"}
+    out: Json = {names[k]: v for k, v in sampling(body, to, tuple(names)).items()}
+    if limit := output_limit(body, to.facts):
+        out["maxOutputTokens"] = limit
+    if texts := [s for s in as_list(body.get("stop_sequences")) if isinstance(s, str) and s]:
+        out["stopSequences"] = texts[:5]
+    if schema := json_schema_of(body):
+        out.update(responseMimeType="application/json", responseJsonSchema=schema["schema"])
+    if thinking := gemini_thinking(body, to):
+        out["thinkingConfig"] = thinking
+    return out
+
+
+# https://ai.google.dev/gemini-api/docs/thinking: 2.5 takes a budget, later ones a level, none takes both.
+_THINKS_BY_BUDGET = re.compile(r"gemini-2\.5|robotics-er")
+_NEVER_THINKS = re.compile(r"gemini-(?:1|2\.0)|gemma|learnlm")
+GEMINI_BUDGETS = {"minimal": 512, "low": 4096, "medium": 12288, "high": 24576, "xhigh": 24576, "max": 24576}
+
+
+def gemini_thinking(body: Json, to: Upstream) -> Json:
+    """thinkingConfig by effort or budget; thoughts are shown unless the client turned thinking off."""
+    if _NEVER_THINKS.search(to.model):
+        return {}
+    thinking = as_object(body.get("thinking"))
+    by_budget = bool(_THINKS_BY_BUDGET.search(to.model))
+    if thinking.get("type") == "disabled":  # the least there is: only 2.5 Flash can do without
+        least = 128 if "pro" in to.model else 0
+        return {"thinkingBudget": least} if by_budget else {"thinkingLevel": "low"}
+    levels = to.quirks.effort or (EFFORTS if by_budget else ("low", "medium", "high"))
+    effort, budget = wanted_effort(body, levels), thinking.get("budget_tokens")
+    out: Json = {"includeThoughts": True} if thinking.get("type") in ("enabled", "adaptive") else {}
+    if by_budget and isinstance(budget, int) and not isinstance(budget, bool):
+        out["thinkingBudget"] = min(max(budget, 512), GEMINI_BUDGETS["max"])
+    elif effort:
+        out.update({"thinkingBudget": GEMINI_BUDGETS[effort]} if by_budget else {"thinkingLevel": effort})
+    return out
+
+
+def gemini_contents(body: Json, to: Upstream) -> list[Json]:
+    contents: list[Json] = []
+
+    def say(role: str, parts: list[Json]) -> None:
+        if parts and contents and contents[-1]["role"] == role:
+            contents[-1]["parts"] += parts
+        elif parts:
+            contents.append({"role": role, "parts": parts})
+
+    calls: dict[str, Json] = {}
+    for turn in turns_of(body):
+        if turn.role == "user":
+            say("user", gemini_user(turn.blocks, calls, to))
+        else:
+            say("model", gemini_turn(turn.blocks, to))
+        calls = calls_of(turn.blocks) if turn.role == "assistant" else {}
+    say("user", gemini_user([], calls, to))
+    # It refuses a request without contents, and one that begins with a function call.
+    begins = bool(contents) and contents[0]["role"] == "user"
+    return contents if begins else [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
+
+
+def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> list[Json]:
+    """Function responses in the order of their calls, what moved out of them, then the rest of the turn."""
+    results = results_of(blocks)
+    media = [m for id in calls for m in result_parts(results.get(id))[1]]
+    skip = ("tool_result", "tool_use", "thinking", "redacted_thinking")
+    rest = media + [b for b in blocks if b.get("type") not in skip]
+    answers = [gemini_result(call, results.get(id)) for id, call in calls.items()]
+    return answers + [p for block in rest if (p := gemini_part(block, to)).get("text") != ""]
+
+
+def gemini_part(block: Json, to: Upstream) -> Json:
+    """A user block as a part. Media are the only blocks it has a form of."""
+    kind, source, url = block.get("type"), as_object(block.get("source")), media_url(block)
+    if kind == "image" and not (url and to.quirks.vision):
+        return {"text": "[an image was left out]"}
+    if kind not in ("image", "document") or not url:
+        return {"text": block_text(block)}
+    mime = str(source.get("media_type") or ("image/png" if kind == "image" else "application/pdf"))
+    if url.startswith("data:"):
+        return {"inlineData": {"mimeType": mime, "data": url.partition("base64,")[2]}}
+    return {"fileData": {"mimeType": mime, "fileUri": url}}
+
+
+def gemini_result(call: Json, block: Json | None) -> Json:
+    text = result_parts(block)[0]
+    failed = bool(block and block.get("is_error"))
+    response = {"error": text.removeprefix("Error: ")} if failed else {"output": text}
+    named = {key: value for key, value in gemini_call(call).items() if key != "args"}
+    return {"functionResponse": {**named, "response": response}}
+
+
+# What Google documents for calls that another model made: https://ai.google.dev/gemini-api/docs/thought-signatures.
+NO_SIGNATURE = "skip_thought_signature_validator"
+
+
+def gemini_turn(blocks: list[Json], to: Upstream) -> list[Json]:
+    """An assistant turn. Of parallel calls only the first has a signature, and must have one."""
+    kept = [p for b in blocks if (p := signed_payload(b)) and p.get("dialect") == "gemini"]
+    signatures = {str(p.get("call")): p.get("signature") for p in kept if p.get("model") == to.model}
+    calls = calls_of(blocks)
+    first = next(iter(calls), "")
+    needs = not _NEVER_THINKS.search(to.model) and not _THINKS_BY_BUDGET.search(to.model)
+    parts: list[Json] = []
+    for block in blocks:
+        id = str(block.get("id") or "")
+        if block.get("type") == "tool_use" and calls.get(id) is block:
+            signature = signatures.get(id) or (NO_SIGNATURE if needs and id == first else "")
+            signed = {"thoughtSignature": str(signature)} if signature else {}
+            parts.append({"functionCall": gemini_call(block), **signed})
+        elif says_something(block) and (text := block_text(block)):
+            parts.append({"text": text})
+    return parts
+
+
+def gemini_call(block: Json) -> Json:
+    given = block.get("input")
+    name, id = upstream_name(str(block.get("name") or "")), upstream_tool_id(str(block.get("id") or ""))
+    return {"id": id, "name": name, "args": given if isinstance(given, dict) else {}}
+
+
+def gemini_usage(usage: Any) -> Usage | None:
+    """usageMetadata as Anthropic counts: cached tokens apart, thoughts within the output."""
+    given = as_object(usage)
+    prompt = token_number(given.get("promptTokenCount"))
+    parts = (
+        given.get(f"{k}TokenCount") for k in ("toolUsePrompt", "cachedContent", "candidates", "thoughts")
+    )
+    counts = [0 if part is None else token_number(part) for part in parts]
+    if prompt is None or None in counts:
+        return None
+    tools, cached, answer, thoughts = (n or 0 for n in counts)
+    prompt += tools
+    rest = prompt - cached if cached <= prompt else prompt
+    return Usage(input=rest, output=answer + thoughts, cache_read=cached)
+
+
+GEMINI_STOP = {
+    "STOP": "end_turn", "MAX_TOKENS": "max_tokens", "CONTINUATION": "max_tokens",
+    **dict.fromkeys((
+        "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
+        "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR", "ESCALATION",
+    ), "refusal"),
+}  # fmt: skip
+GEMINI_FAULTS = {  # no answer came; of a 502 another try may make one
+    "MALFORMED_FUNCTION_CALL": 502, "MALFORMED_RESPONSE": 502, "UNEXPECTED_TOOL_CALL": 502, "OTHER": 502,
+    "TOO_MANY_TOOL_CALLS": 502, "MISSING_THOUGHT_SIGNATURE": 400, "PUP_LIMITED_DISABLED": 403,
+}  # fmt: skip
+
+
+class GeminiStream:
+    """GenerateContent chunks -> Anthropic events. `names` maps upstream tool names back to the client's."""
+
+    def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
+        self.out, self.names, self.to = out, names, to
+        self.usage: Usage | None = None
+        self.stop_reason = ""
+        self.calls = 0
+        self.queries: list[str] = []
+        self.cited: dict[str, str] = {}  # URL -> title
+
+    @property
+    def ended(self) -> bool:
+        return self.out.ended
+
+    def feed(self, name: str, data: str) -> None:
+        """One chunk. Raises ApiError for an error it tells of, or for data that is not JSON."""
+        if self.ended or data == "[DONE]":
+            return
+        chunk = parsed(data)
+        if isinstance(chunk, list) and len(chunk) == 1:
+            chunk = chunk[0]
+        if not isinstance(chunk, dict):
+            raise not_a_stream(data, "Gemini stream")
+        if chunk.get("error") or name == "error":
+            raise error_of_event(chunk)
+        self.usage = gemini_usage(chunk.get("usageMetadata")) or self.usage
+        for candidate in as_list(chunk.get("candidates"))[:1]:
+            self.candidate(as_object(candidate))
+        if reason := as_object(chunk.get("promptFeedback")).get("blockReason"):
+            self.stopped(str(reason), "refusal", as_object(chunk["promptFeedback"]).get("blockReasonMessage"))
+
+    def candidate(self, candidate: Json) -> None:
+        for part in as_list(as_object(candidate.get("content")).get("parts")):
+            if isinstance(part, dict):
+                self.part(part)
+        grounding = as_object(candidate.get("groundingMetadata"))
+        for chunk in as_list(grounding.get("groundingChunks")):
+            page = as_object(as_object(chunk).get("web"))
+            if page.get("uri"):
+                self.cited[str(page["uri"])] = str(page.get("title") or "")
+        queries = [q for q in as_list(grounding.get("webSearchQueries")) if isinstance(q, str)]
+        self.queries = queries or self.queries
+        if reason := str(candidate.get("finishReason") or ""):
+            self.stopped(reason, GEMINI_STOP.get(reason, "end_turn"), candidate.get("finishMessage"))
+
+    def stopped(self, reason: str, stop: str, message: Any) -> None:
+        """Notes how the answer ended. A refusal without words of its own gets the provider's."""
+        words = f"{reason}: {message}" if message else reason
+        if status := GEMINI_FAULTS.get(reason):
+            error = f"the provider ended the answer with {words}"
+            raise ApiError(status, error, retry=retry_class(status), cause="stream")
+        self.stop_reason = stop
+        if stop == "refusal" and not self.out.has_content:
+            self.out.text(f"The provider refused ({words}).")
+
+    def part(self, part: Json) -> None:
+        call, text = part.get("functionCall"), part.get("text")
+        if isinstance(call, dict):
+            self.call(call, part.get("thoughtSignature"))
+        elif isinstance(text, str):
+            self.out.thinking(text) if part.get("thought") else self.out.text(text)
+
+    def call(self, call: Json, signature: Any) -> None:
+        name, args = str(call.get("name") or ""), call.get("args")
+        if not name:
+            raise broken_stream("the provider sent a tool call without a name")
+        id = client_tool_id(str(call.get("id") or made_up_id("toolu_", self.out, self.calls)))
+        self.calls += 1
+        if isinstance(signature, str) and signature:
+            kept = {"dialect": "gemini", "model": self.to.model, "call": id, "signature": signature}
+            self.out.keep(kept)
+        self.out.tool(id, self.names.get(name, name))
+        self.out.tool_input(json.dumps(args if isinstance(args, dict) else {}))
+        self.out.close()
+
+    def finish(self) -> None:
+        """The end of the bytes, which is how this format ends; an error where no finishReason came before."""
+        if self.ended:
+            return
+        if not self.stop_reason:
+            raise broken_stream("the provider's stream ended before the answer did")
+        if self.cited or self.queries:
+            show_search(self.out, "; ".join(self.queries), self.cited)
+        end_answer(self.out, self.stop_reason, self.usage, self.cited)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# OpenAI-format clients (pure)
+# ----------------------------------------------------------------------------------------------------------
+# The other direction: a Chat Completions request becomes a Messages request, which any provider can serve,
+# and the Anthropic events of the answer become Chat Completions chunks.
+
+CHAT_MAX_TOKENS = 16384  # Messages needs a limit where Chat Completions does not
+
+
+def messages_request(body: Json) -> Json:
+    """A Chat Completions request as a Messages request; ApiError 400 for what has no form there."""
+    if not isinstance(body.get("messages"), list):
+        raise ApiError(400, "messages: a list of messages is needed")
+    if body.get("n") not in (None, 1):
+        raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
+    system, messages = chat_conversation(messages_of(body))
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or CHAT_MAX_TOKENS
+    if as_object(body.get("response_format")).get("type") == "json_object":
+        system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
+    temperature, stop = body.get("temperature"), body.get("stop")
+    user = body.get("safety_identifier") or body.get("user")
+    optional = {
+        "system": system or None,
+        # OpenAI's goes to 2.
+        "temperature": min(temperature, 1) if isinstance(temperature, (int, float)) else None,
+        "top_p": body.get("top_p"),
+        "stop_sequences": [stop] if isinstance(stop, str) and stop else stop or None,
+        "metadata": {"user_id": user} if user else None,
+        **messages_thinking(body),
+        **messages_tools(body),
+    }
+    out = {"model": body.get("model"), "messages": messages, "max_tokens": limit}
+    out["stream"] = body.get("stream") is True
+    return out | {k: v for k, v in optional.items() if v is not None}
+
+
+def messages_thinking(body: Json) -> Json:
+    """reasoning_effort and a schema as output_config; `thinking` as some clients send it to Claude models."""
+    config: Json = {}
+    effort = body.get("reasoning_effort")
+    if effort in EFFORTS:
+        config["effort"] = "low" if effort == "minimal" else effort
+    schema = as_object(as_object(body.get("response_format")).get("json_schema")).get("schema")
+    if isinstance(schema, dict):
+        config["format"] = {"type": "json_schema", "schema": schema}
+    thinking = {"type": "disabled"} if effort == "none" else body.get("thinking")
+    return {"output_config": config or None, "thinking": thinking}
+
+
+def messages_tools(body: Json) -> Json:
+    """Functions in today's form and the old one, web search, and the choice among them."""
+    functions = [as_object(t).get("function") for t in as_list(body.get("tools"))]
+    tools: list[Json] = []
+    for function in (as_object(f) for f in [*functions, *as_list(body.get("functions"))]):
+        if name := function.get("name"):
+            described = {"description": d} if (d := function.get("description")) else {}
+            schema = function.get("parameters") or {"type": "object", "properties": {}}
+            tools.append({"name": str(name), **described, "input_schema": schema})
+    if isinstance(body.get("web_search_options"), dict):
+        tools.append({"type": "web_search_20250305", "name": "web_search"})
+    given = body.get("tool_choice") or body.get("function_call") or ""
+    choice: Json = {"type": {"required": "any", "any": "any", "none": "none"}.get(str(given), "auto")}
+    if isinstance(given, dict):
+        choice = {"type": "tool", "name": str((as_object(given.get("function")) or given).get("name") or "")}
+    if body.get("parallel_tool_calls") is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
+
+
+def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
+    """(system blocks, messages). What the system says later is a reminder; neighbours of a role merge."""
+    system: list[Json] = []
+    messages: list[Json] = []
+    for message in given:
+        role, blocks = str(message.get("role")), chat_blocks(message.get("content"))
+        if role in ("system", "developer", "assistant"):
+            blocks = [b for b in blocks if b["type"] == "text"]
+        if role in ("system", "developer"):
+            if not messages:
+                system += blocks
+                continue
+            blocks = [{"type": "text", "text": reminder(text_of(blocks))}] if blocks else []
+        elif role in ("tool", "function"):
+            id = client_tool_id(str(message.get("tool_call_id") or message.get("name") or ""))
+            blocks = [{"type": "tool_result", "tool_use_id": id, "content": blocks}]
+        elif role == "assistant":
+            blocks += chat_calls(message)
+        role = "assistant" if role == "assistant" else "user"
+        if blocks and messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += blocks
+        elif blocks:
+            messages.append({"role": role, "content": blocks})
+    return system, messages
+
+
+def chat_calls(message: Json) -> list[Json]:
+    """An assistant message's tool calls; arguments that are no JSON object survive as text."""
+    calls = [c for c in as_list(message.get("tool_calls")) if isinstance(c, dict)]
+    if legacy := as_object(message.get("function_call")):
+        calls.append({"id": legacy.get("name"), "function": legacy})
+    blocks = []
+    for call in calls:
+        function = as_object(call.get("function"))
+        text = str(function.get("arguments") or "{}")
+        value = parsed(text)
+        id, name = client_tool_id(str(call.get("id") or "")), str(function.get("name") or "")
+        given = value if isinstance(value, dict) else {"arguments": text}
+        blocks.append({"type": "tool_use", "id": id, "name": name, "input": given})
+    return blocks
+
+
+_DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.S)
+
+
+def chat_blocks(content: Any) -> list[Json]:
+    """Content parts as Anthropic blocks, empty texts left out; ApiError 400 for audio and the like."""
+    blocks = [chat_block(part) for part in blocks_of(content)]
+    return [block for block in blocks if block.get("text") != ""]
+
+
+def chat_block(part: Json) -> Json:
+    kind = str(part.get("type"))
+    if kind in ("text", "refusal", "input_text", "output_text"):
+        return {"type": "text", "text": str(part.get("text") or part.get("refusal") or "")}
+    if kind not in ("image_url", "file"):
+        raise ApiError(400, f"messages: content parts of type {kind[:40]!r} cannot be served")
+    given = as_object(part.get(kind)) or {"url": part.get(kind)}
+    url = str(given.get("url") or given.get("file_data") or "")
+    source: Json = {"type": "url", "url": url}
+    if data := _DATA_URL.fullmatch(url):
+        source = {"type": "base64", "media_type": data[1], "data": data[2]}
+    elif not url.startswith(("http://", "https://")):
+        raise ApiError(400, f"messages: {kind} needs a base64 data: URL or an http(s) URL")
+    return {"type": "image" if kind == "image_url" else "document", "source": source}
+
+
+CHAT_FINISH = {
+    "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls",
+    "refusal": "content_filter", "model_context_window_exceeded": "length",
+}  # fmt: skip
+
+
+def chat_usage(given: Any) -> Json:
+    """Usage of the Messages API as OpenAI counts it: cached tokens within the prompt."""
+    usage = anthropic_usage(given, Usage()) or Usage()
+    total = {"prompt_tokens": usage.prompt, "completion_tokens": usage.output}
+    details = {"prompt_tokens_details": {"cached_tokens": usage.cache_read}}
+    return {**total, "total_tokens": usage.prompt + usage.output, **details}
+
+
+class ChatWriter:
+    """Anthropic events as Chat Completions chunks. `created`: seconds since 1970."""
+
+    def __init__(self, model: str, created: int, include_usage: bool = False) -> None:
+        self.head: Json = {"id": "", "object": "chat.completion.chunk", "created": created, "model": model}
+        self.include_usage = include_usage
+        self.usage: Json = {}
+        self.calls = -1  # index of the newest tool call
+        self.in_call = self.has_arguments = False
+
+    def feed(self, events: list[Json]) -> bytes:
+        return b"".join(self.encode(chunk) for event in events for chunk in self.chunks(event))
+
+    def end(self, events: list[Json]) -> bytes:
+        """The last event, with usage where it was asked for, and the mark that ends an OpenAI stream."""
+        last = {**self.head, "choices": [], "usage": chat_usage(self.usage)}
+        return self.feed(events) + (self.encode(last) if self.include_usage else b"") + b"data: [DONE]\n\n"
+
+    def encode(self, chunk: Json) -> bytes:
+        return b"data: %s\n\n" % compact(chunk)
+
+    def chunks(self, event: Json) -> list[Json]:
+        kind = event["type"]
+        reason = None
+        if kind == "message_start":
+            self.head["id"] = f"chatcmpl-{str(event['message'].get('id') or '').removeprefix('msg_')}"
+            self.usage = as_object(event["message"].get("usage"))
+            delta: Json = {"role": "assistant", "content": ""}
+        elif kind == "message_delta":
+            self.usage = {**self.usage, **as_object(event.get("usage"))}
+            delta, reason = {}, CHAT_FINISH.get(str(event["delta"].get("stop_reason")), "stop")
+        else:
+            delta = self.delta(event)
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return [{**self.head, "choices": [choice]}] if delta or reason else []
+
+    def delta(self, event: Json) -> Json:
+        """What an event adds to the message; {} for events that OpenAI's format has no form of."""
+        kind = event["type"]
+        block, delta = as_object(event.get("content_block")), as_object(event.get("delta"))
+        if kind == "content_block_start" and block.get("type") == "tool_use":
+            self.calls += 1
+            self.in_call, self.has_arguments = True, False
+            function = {"name": block.get("name"), "arguments": ""}
+            return self.call(function, id=block.get("id"), type="function")
+        if kind == "content_block_stop":
+            is_bare, self.in_call = self.in_call and not self.has_arguments, False
+            return self.call({"arguments": "{}"}) if is_bare else {}
+        if delta.get("type") == "text_delta":
+            return {"content": delta["text"]}
+        if delta.get("type") == "thinking_delta":
+            return {"reasoning_content": delta["thinking"]}
+        if delta.get("type") == "input_json_delta" and self.in_call and delta["partial_json"]:
+            self.has_arguments = True
+            return self.call({"arguments": delta["partial_json"]})
+        return {}
+
+    def call(self, function: Json, **more: Any) -> Json:
+        return {"tool_calls": [{"index": self.calls, **more, "function": function}]}
+
+
+class ChatCompletion:
+    """Anthropic events as one chat.completion, for a client that does not stream."""
+
+    def __init__(self, model: str, created: int) -> None:
+        self.model, self.created = model, created
+        self.events: list[Json] = []
+
+    def feed(self, events: list[Json]) -> bytes:
+        self.events.extend(events)
+        return b""
+
+    def end(self, events: list[Json]) -> bytes:
+        answer = collect([*self.events, *events])
+        id = f"chatcmpl-{str(answer.get('id') or '').removeprefix('msg_')}"
+        reason = CHAT_FINISH.get(str(answer.get("stop_reason")), "stop")
+        choice = {"index": 0, "message": chat_message(answer), "finish_reason": reason, "logprobs": None}
+        head = {"id": id, "object": "chat.completion", "created": self.created, "model": self.model}
+        return compact({**head, "choices": [choice], "usage": chat_usage(answer.get("usage"))})
+
+
+def chat_message(answer: Json) -> Json:
+    """A whole Anthropic message as OpenAI's assistant message."""
+    blocks = blocks_of(answer.get("content"))
+    text = "".join(b["text"] for b in blocks if b.get("type") == "text")
+    thinking = "".join(b["thinking"] for b in blocks if b.get("type") == "thinking")
+    calls = [
+        {"id": b["id"], "type": "function", "function": {"name": b["name"], "arguments": tool_arguments(b)}}
+        for b in blocks
+        if b.get("type") == "tool_use"
+    ]
+    optional = {"reasoning_content": thinking, "tool_calls": calls}
+    out = {"role": "assistant", "content": text or None, "refusal": None}
+    return out | {key: value for key, value in optional.items() if value}
+
+
+CHAT_CODES = {
+    401: "invalid_api_key",
+    402: "insufficient_quota",
+    404: "model_not_found",
+    429: "rate_limit_exceeded",
+}
+
+
+def chat_error(error: ApiError, request_id: str) -> Json:
+    """An error in OpenAI's shape, with the codes its clients look for."""
+    code = "context_length_exceeded" if error.cause == "overflow" else CHAT_CODES.get(error.status)
+    detail = {"message": error.message, "type": error.type, "param": None, "code": code}
+    return {"error": detail, "request_id": request_id}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Dialects and presets (tables)
 # ----------------------------------------------------------------------------------------------------------
-
-
-def chat_error(error: ApiError, request_id: str) -> Json:
-    return {"error": {"message": error.message, "type": error.type, "code": None, "param": None}}
 
 
 # All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of PRESETS.
@@ -2878,6 +3773,14 @@ DIALECTS: dict[str, Dialect] = {
         "/messages", AnthropicEvents, auth="x-api-key", headers=(("anthropic-version", "2023-06-01"),)
     ),
     "openai": Dialect("/chat/completions", OpenAIStream, openai_request),
+    "responses": Dialect("/responses", ResponsesStream, responses_request),
+    "gemini": Dialect(
+        "/models/{model}:streamGenerateContent?alt=sse",
+        GeminiStream,
+        gemini_request,
+        "x-goog-api-key",
+        version="/v1beta",
+    ),
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
 }
 
@@ -3200,71 +4103,658 @@ def demo_input(tool: Json, words: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 # Tokens and prices (pure; the encoder is handed in)
 # ----------------------------------------------------------------------------------------------------------
+# Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and checked against
+# the vendors' pages where they have one. Columns: name, context, max output, input, output, cache read, cache write, 1 h
+# cache write; - is unknown, not free. Then what the model refuses (s sampling parameters, f forced tool calls) and the
+# tiers, above:input/output/read/write, that price a whole request once its prompt passes `above` tokens.
+PRICES_DATE = "2026-11-22"
+PRICE_ROWS = """
+claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sf
+claude-fable-5           1000000  128000    10    50      1   12.5  20 s
+claude-opus-5-5          1000000  128000     4    20    0.2      5   8 sf
+claude-opus-5            1000000  128000     5    25    0.5   6.25  10 s
+claude-opus-4-8          1000000  128000     5    25    0.5   6.25  10 s
+claude-opus-4-7          1000000  128000     5    25    0.5   6.25  10 s
+claude-opus-4-6          1000000  128000     5    25    0.5   6.25  10 -
+claude-opus-4-5           200000   64000     5    25    0.5   6.25  10 -
+claude-sonnet-5-5        1000000  128000     2    10    0.1    2.5   4 sf
+claude-sonnet-5          1000000  128000     2    10    0.2    2.5   4 s
+claude-sonnet-4-6        1000000  128000     3    15    0.3   3.75   6 -
+claude-sonnet-4-5         200000   64000     3    15    0.3   3.75   6 -
+claude-haiku-5-5         1000000  128000   0.1   0.5   0.01  0.125 0.2 s  100000:0.5/2.5/0.05/0.625
+claude-haiku-4-5          200000   64000     1     5    0.1   1.25   2 -
+gpt-6.1-sol               922000  128000     2    10    0.1    2.5   - -  272000:4/15/0.2/5
+gpt-6.1-terra             922000  128000     1     5   0.05   1.25   - -  272000:2/7.5/0.1/2.5
+gpt-6-astra               922000  128000    10    50      1   12.5   - -  272000:20/75/2/25
+gpt-6-sol                 922000  128000     2    10    0.2    2.5   - -  272000:4/15/0.4/5
+gpt-6-luna                922000  128000   0.1   0.5   0.01  0.125   - -  272000:0.2/0.75/0.02/0.25
+gpt-5.6                   922000  128000     4    20    0.4      5   - -  272000:8/30/0.8/10
+gpt-5.6-sol               922000  128000     4    20    0.4      5   - -  272000:8/30/0.8/10
+gpt-5.6-terra             922000  128000     2    12    0.2    2.5   - -  272000:4/18/0.4/5
+gpt-5.6-luna              922000  128000   0.2   1.2   0.02   0.25   - -  272000:0.4/1.8/0.04/0.5
+gpt-5.5                  1050000  128000     5    30    0.5      -   - -  272000:10/45/1/-
+gpt-5.4                  1050000  128000   2.5    15   0.25      -   - -  272000:5/22.5/0.5/-
+gpt-5.4-mini              272000  128000  0.75   4.5  0.075      -   - -
+gpt-5.4-nano              272000  128000   0.2  1.25   0.02      -   - -
+gpt-5.3-codex             272000  128000  1.75    14  0.175      -   - -
+gpt-5.2                   272000  128000  1.75    14  0.175      -   - -
+gpt-5.1                   272000  128000  1.25    10  0.125      -   - -
+gpt-5                     272000  128000  1.25    10  0.125      -   - -
+gpt-5-mini                272000  128000  0.25     2  0.025      -   - -
+gpt-5-nano                272000  128000  0.05   0.4  0.005      -   - -
+gpt-4.1                  1047576   32768     2     8    0.5      -   - -
+gpt-4.1-mini             1047576   32768   0.4   1.6    0.1      -   - -
+gpt-4o                    128000   16384   2.5    10   1.25      -   - -
+gpt-4o-mini               128000   16384  0.15   0.6  0.075      -   - -
+o3                        200000  100000     2     8    0.5      -   - -
+o4-mini                   200000  100000   1.1   4.4  0.275      -   - -
+gemini-4-argon           1048576 1048576     2    10    0.1      -   - -
+gemini-3.8-flash         1048576   65536  0.75  3.75  0.075      -   - s
+gemini-3.7-flash         1048576   65536  0.75  3.75  0.075      -   - s
+gemini-3.6-flash         1048576   65536  0.75  3.75  0.075      -   - s
+gemini-3.5-flash         1048576   65536   1.5     9   0.15      -   - -
+gemini-3.5-flash-lite    1048576   65536   0.3   2.5   0.03      -   - s
+gemini-3.1-pro-preview   1048576   65536     2    12    0.2      -   - -  200000:4/18/0.4/-
+gemini-2.5-pro           1048576   65536  1.25    10  0.125      -   - -  200000:2.5/15/0.25/-
+gemini-2.5-flash         1048576   65536   0.3   2.5   0.03      -   - -
+deepseek-v4-pro          1000000  393216  1.32  3.96  0.044      0   - -
+deepseek-v4-flash        1000000  393216   0.3   1.2  0.006      0   - -
+deepseek-chat             131072    8192  0.28  0.42  0.028      0   - -
+deepseek-reasoner         131072   65536  0.28  0.42  0.028      -   - -
+glm-5.3                  1000000  128000   1.4   4.4   0.26      0   - -
+glm-5.3-flash            1048576  128000  0.15   0.5   0.03      0   - -
+glm-5.2                  1000000  128000   1.4   4.4   0.26      0   - -
+glm-5.1                   200000  128000   1.4   4.4   0.26      0   - -
+glm-4.7                   200000  128000   0.6   2.2   0.11      0   - -
+glm-4.6                   200000  128000   0.6   2.2   0.11      0   - -
+glm-4.5-air               128000   32000   0.2   1.1      -      -   - -
+kimi-k3                  1048576 1048576     3    15    0.3      3   6 -
+kimi-k3.1-pro            1048576 1048576     2    10    0.2      2   4 -
+kimi-k2.7-code            262144  262144  0.95     4   0.19      -   - -
+kimi-k2.6                 262144  262144  0.95     4   0.16      -   - -
+kimi-k2.5                 262144  262144   0.6     3    0.1      -   - -
+MiniMax-M3               1000000  128000   0.3   1.2   0.06      -   - -  512000:0.6/2.4/0.12/-
+MiniMax-M2.5             1000000    8192   0.3   1.2   0.03  0.375   - -
+MiniMax-M2.1             1000000    8192   0.3   1.2   0.03  0.375   - -
+qwen3.8-max               991808  131072     2     6   0.25      -   - -
+qwen3.8-flash             991808  131072  0.15  0.47  0.016    0.2   - -
+qwen3.7-max               991808   65536   2.5   7.5    0.5  3.125   - -
+qwen3-coder-plus          997952   65536     1     5    0.1      -   - -  32000:1.8/9/0.18/- 128000:3/15/0.3/- 256000:6/60/0.6/-
+qwen3-max                 258048   65536   1.2     6      -      -   - -  32000:2.4/12/-/- 128000:3/15/-/-
+grok-4.7                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
+grok-4.6                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
+grok-4.5                  500000  500000     2     6    0.3      -   - -  200000:4/12/0.6/-
+grok-code-fast-1          256000  256000     1     2    0.2      -   - -  200000:2/4/0.4/-
+mistral-large-latest      262144  262144   0.5   1.5   0.05      -   - -
+mistral-medium-latest     262144  262144   1.5   7.5   0.15      -   - -
+devstral-latest           256000  256000   0.4     2   0.04      -   - -
+codestral-latest          128000  128000   0.3   0.9   0.03      -   - -
+openai/gpt-oss-120b       131072   65536  0.15   0.6  0.075      -   - -
+openai/gpt-oss-20b        131072   65536 0.075   0.3 0.0375      -   - -
+gpt-oss-120b              131072   32768  0.35  0.75      -      -   - -
+"""
+
+
+@functools.cache
+def price_table() -> dict[str, Facts]:
+    """The built-in table by lower-case model name, parsed at first use."""
+    return dict(map(price_row, PRICE_ROWS.strip().splitlines()))
+
+
+def price_row(row: str) -> tuple[str, Facts]:
+    name, context, max_output, input, output, read, write, write_1h, refuses, *tiers = row.split()
+    price = price_of_columns(input, output, read, write, write_1h)
+    above = []
+    for tier in tiers:
+        size, _, columns = tier.partition(":")
+        above.append((int(size), price_of_columns(*columns.split("/"), "-")))
+    price = dataclasses.replace(price, tiers=tuple(above))
+    return name.lower(), Facts(int(context), int(max_output), "s" not in refuses, "f" not in refuses, price)
+
+
+def price_of_columns(*columns: str) -> Price:
+    read, write, write_1h = (None if column == "-" else Decimal(column) for column in columns[2:])
+    return Price(Decimal(columns[0]), Decimal(columns[1]), read, write, write_1h)
+
+
+_MODEL_SUFFIX = re.compile(r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|:[a-z]+$|\[1m\]$")
+
+
+@functools.lru_cache(4096)
 def facts_of(model: str) -> Facts:
+    """What the built-in table knows of a model: by name, then without vendor prefix, then without date or tag."""
+    table, name = price_table(), model.lower()
+    for candidate in (name, name.rsplit("/", 1)[-1]):
+        while candidate not in table and (shorter := _MODEL_SUFFIX.sub("", candidate)) != candidate:
+            candidate = shorter
+        if candidate in table:
+            return table[candidate]
     return Facts()
 
 
 def price_of(config: Config, target: Target, model_name: str) -> Price | None:
-    row = config.model(model_name)
-    return target.price or (row.price if row else None)
+    """A target's price: its own, else its model's, else the built-in one; None where nobody knows it."""
+    provider, row = config.provider(target.provider), config.model(model_name)
+    if provider and provider.format == "demo":
+        return Price(Decimal(0), Decimal(0))
+    configured = target.price or (row.price if row else None)
+    return configured or facts_of(target.actual_model).price or facts_of(model_name).price
 
 
 @dataclass(frozen=True, slots=True)
 class Charge:
+    """Micro-dollars: what a provider takes, what is added, and their sum, which the user pays."""
+
     cost: int
     markup: int
     charge: int
 
 
+def exact_cost(usage: Usage, price: Price) -> Decimal:
+    """Micro-dollars, not rounded. A kind of token without a price of its own costs what input costs."""
+    price = next((tier for above, tier in reversed(price.tiers) if usage.prompt > above), price)
+    kinds = (
+        (usage.input, price.input), (usage.output, price.output), (usage.cache_read, price.cache_read),
+        (usage.cache_write, price.cache_write), (usage.cache_write_1h, price.cache_write_1h),
+    )  # fmt: skip
+    return sum((tokens * (price.input if each is None else each) for tokens, each in kinds), Decimal(0))
+
+
 def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
-    cost = usage.input * price.input + usage.output * price.output
-    return Charge(math.ceil(cost), 0, math.ceil(cost))
+    """The charge of an answer: the exact sum, and the exact sum with markup, each rounded up to a micro-dollar."""
+    exact = exact_cost(usage, price)
+    cost = math.ceil(exact)
+    charge = math.ceil(exact * (100 + markup_percent) / 100)
+    return Charge(cost, charge - cost, charge)
 
 
 def hold_of(tokens: int, max_tokens: int, price: Price, markup_percent: Decimal) -> int:
-    return math.ceil(tokens * price.input + min(max_tokens, 4096) * price.output)
+    """What is set aside for a request: its input and up to 4,096 tokens of output, in micro-dollars."""
+    usage = Usage(input=tokens, output=min(max_tokens, 4096))
+    return charge_of(usage, price, markup_percent).charge
 
 
 def input_floor(tokens: int, price: Price, markup_percent: Decimal) -> int:
-    return math.ceil(tokens * price.input)
+    """What a request's input costs, in micro-dollars."""
+    return charge_of(Usage(input=tokens), price, markup_percent).charge
 
 
 def price_json(price: Price) -> Json:
-    return {"input": str(price.input), "output": str(price.output)}
+    """A price as it is stored with a request: decimal texts, exact."""
+    out: Json = {k: str(v) for k in PRICE_KINDS if (v := getattr(price, k)) is not None}
+    if price.tiers:
+        out["tiers"] = [{"above": above, **price_json(tier)} for above, tier in price.tiers]
+    return out
 
 
-def count_request_body(body: Json) -> Json:
-    return {
-        k: body[k] for k in ("model", "messages", "system", "tools", "tool_choice", "thinking") if k in body
-    }
+PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 
 
-def load_vocabulary(name: str) -> Any:
-    return None
+# Counting. One encoding for what OpenAI-type models read; Claude's count is that times a factor, until true usage
+# teaches a better one. A request is counted block by block, and each block's count is kept by its hash, so that a
+# turn of a long conversation costs what its last message costs.
+
+SLICE = 65_536  # characters: a megabyte of one whitespace run makes the encoder panic
+INLINE = 16_384  # characters of new text that are counted on the event loop
+CACHE_SIZE = 20_000
+IMAGE_TOKENS = 1500
+PDF_PAGE_TOKENS = 2500
 
 
-load_vocabulary_now = load_vocabulary
+class Encoding(typing.Protocol):
+    """What is used of a tiktoken.Encoding."""
+
+    def encode_ordinary(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How a family of models counts a request beyond its texts. Tokens; `factor` is on o200k or cl100k counts."""
+
+    encoding: str
+    factor: float = 1.0
+    base: int = 3
+    per_message: int = 4
+    tools: int = 9
+    tools_forced: int = 9
+    is_claude: bool = False
+    largest_image: int = 1568  # tokens
+    image_side: int = 1568  # pixels
+
+
+_CL100K = re.compile(r"^gpt-(?:4(?!o|\.\d)|3\.5)|^gpt-35")
+_CLAUDE_VERSION = re.compile(r"claude-(?:[a-z]+-)?(\d+)(?:[-.](\d{1,2})(?!\d))?")
+
+
+@functools.lru_cache(1024)
+def framing_of(model: str) -> Framing:
+    """The framing of a model by its name; measured, see the README's account of token counts."""
+    name = model.lower().rsplit("/", 1)[-1]
+    if "claude" in name:
+        match = _CLAUDE_VERSION.search(name)
+        version = (int(match[1]), int(match[2] or 0)) if match else (4, 0)
+        if version < (4, 7):
+            return Framing("o200k_base", 1.18, 7, 0, 497, 589, True)
+        tools, forced = (675, 804) if version == (4, 7) else (290, 410)
+        return Framing("o200k_base", 1.45, 12, 0, tools, forced, True, 4784, 2576)
+    return Framing("cl100k_base" if _CL100K.match(name) else "o200k_base")
 
 
 class TokenCounter:
-    def __init__(self, load: Callable[[str], Any]) -> None:
+    """Counts requests and texts. `load` hands in an encoding by name, or None while there is none."""
+
+    def __init__(self, load: Callable[[str], Encoding | None]) -> None:
         self.load = load
+        self.cache: OrderedDict[bytes, int] = OrderedDict()
+        self.factors: dict[
+            tuple[str, str], tuple[float, int]
+        ] = {}  # (provider, model) -> (true / counted, samples)
 
     async def count(self, body: Json, provider: str, model: str) -> int:
-        return len(json.dumps(body)) // 4
+        """Input tokens of a whole request; new text beyond 16 KB is counted in a thread."""
+        request = RequestParts(body, framing_of(model))
+        fresh = self.missing(request)
+        if sum(part.size for part in fresh) > INLINE:
+            await asyncio.to_thread(self.learn, fresh, request.framing.encoding)
+        else:
+            self.learn(fresh, request.framing.encoding)
+        return self.total(request, provider, model)
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
-        return len(json.dumps(body)) // 4
+        """The same where there is no event loop."""
+        request = RequestParts(body, framing_of(model))
+        self.learn(self.missing(request), request.framing.encoding)
+        return self.total(request, provider, model)
 
     def count_text(self, text: str, model: str) -> int:
-        return len(text) // 4
+        """Tokens of a text that a model made."""
+        framing = framing_of(model)
+        return math.ceil(self.encoded_length(text, framing.encoding) * framing.factor) if text else 0
 
-    def observe(self, provider: str, model: str, counted: int, true: int) -> None: ...
+    def missing(self, request: RequestParts) -> list[Part]:
+        """The parts not counted before; the others become the cache's newest."""
+        fresh = []
+        for part in request.parts:
+            if part.key in self.cache:
+                self.cache.move_to_end(part.key)
+            else:
+                fresh.append(part)
+        return fresh
 
-    def export(self) -> list[Any]:
-        return []
+    def learn(self, fresh: list[Part], encoding: str) -> None:
+        """Counts parts into the cache; estimates are not kept."""
+        if fresh and self.load(encoding) is None:
+            return
+        for part in fresh:
+            self.cache[part.key] = self.encoded_length(part.text(), encoding)
+        while len(self.cache) > CACHE_SIZE:
+            self.cache.popitem(last=False)
 
-    def restore(self, rows: list[Any]) -> None: ...
+    def total(self, request: RequestParts, provider: str, model: str) -> int:
+        counts = (self.cache.get(part.key) for part in request.parts)
+        counted = sum(
+            estimate(part.text()) if count is None else count
+            for part, count in zip(request.parts, counts, strict=True)
+        )
+        tokens = counted * request.framing.factor + request.fixed
+        return max(1, math.ceil(tokens * self.factors.get((provider, model), (1.0, 0))[0]))
+
+    def encoded_length(self, text: str, name: str) -> int:
+        """Tokens of a text by an encoding, in slices; an estimate from its bytes while there is no encoding."""
+        encoding = self.load(name)
+        if encoding is None:
+            return estimate(text)
+        clean = (
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if has_surrogates(text)
+            else text
+        )
+        return sum(len(encoding.encode_ordinary(part)) for part in slices(clean))
+
+    # Calibration: what true usage teaches.
+
+    def observe(self, provider: str, model: str, counted: int, true: int) -> None:
+        """Learns from an answer whose prompt was counted here: an average over about the last 50."""
+        if counted <= 0 or true <= 0:
+            return
+        factor, samples = self.factors.get((provider, model), (1.0, 0))
+        wanted = factor * true / counted  # `counted` has the factor in it
+        share = 1 / min(samples + 1, 50)
+        factor = min(max(factor + (wanted - factor) * share, 0.5), 2.5)
+        self.factors[provider, model] = (factor, min(samples + 1, 1_000_000))
+
+    def export(self) -> list[tuple[str, str, float, int]]:
+        return [(*key, *value) for key, value in self.factors.items()]
+
+    def restore(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
+        self.factors.update({(p, m): (factor, samples) for p, m, factor, samples in rows})
+
+
+def has_surrogates(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def slices(text: str) -> Iterator[str]:
+    """The text in pieces of at most SLICE characters, cut at newlines where there are any."""
+    start = 0
+    while start < len(text):
+        end = start + SLICE
+        if end < len(text):
+            newline = text.rfind("\n", start + 1, end)
+            end = newline if newline > start else end
+        yield text[start:end]
+        start = end
+
+
+def estimate(text: str) -> int:
+    """Tokens by a rule of thumb, within a fifth for English and code."""
+    return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.7)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Something of a request that is counted as one, and kept by its hash."""
+
+    key: bytes
+    value: Any
+    render: Callable[[Any], str]
+
+    def text(self) -> str:
+        return self.render(self.value)
+
+    @property
+    def size(self) -> int:
+        return len(self.value) if isinstance(self.value, str) else 2 * INLINE
+
+
+class RequestParts:
+    """A request taken apart for counting: what is looked up by its hash, and what is fixed."""
+
+    def __init__(self, body: Json, framing: Framing) -> None:
+        self.framing = framing
+        self.salt = f"{framing.encoding[:1]}{framing.is_claude:d}".encode()
+        self.parts: list[Part] = []
+        self.fixed = float(framing.base)
+        self.add_content(body.get("system"))
+        self.fixed += framing.per_message if body.get("system") else 0
+        for message in messages_of(body):
+            self.fixed += framing.per_message
+            self.add_content(message.get("content"))
+        self.add_tools(body)
+
+    def add(self, value: Any, render: Callable[[Any], str] = str) -> None:
+        # marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON.
+        digest = hashlib.blake2b(marshal.dumps(value, 2), digest_size=16).digest()
+        self.parts.append(Part(self.salt + digest, value, render))
+
+    def add_text(self, text: str) -> None:
+        if text:
+            self.add(text)
+
+    def add_content(self, content: Any) -> None:
+        if isinstance(content, str):
+            self.add_text(content)
+            return
+        for block in blocks_of(content):
+            self.add_block(block)
+
+    def add_block(self, block: Json) -> None:
+        kind = block.get("type")
+        if kind == "text":
+            self.add_text(str(block.get("text") or ""))
+        elif kind == "tool_result":
+            self.fixed += 8 * self.framing.factor
+            self.add_content(block.get("content"))
+        elif kind == "tool_use":
+            self.fixed += 12 * self.framing.factor
+            self.add([block.get("name"), block.get("input")], call_text)
+        elif kind == "thinking":
+            self.add_text(str(block.get("thinking") or ""))
+        elif kind == "image":
+            self.fixed += image_tokens(as_object(block.get("source")), self.framing)
+        elif kind == "document":
+            self.add_document(as_object(block.get("source")))
+        elif kind != "redacted_thinking":
+            self.add_text(block_text(block))
+
+    def add_document(self, source: Json) -> None:
+        if source.get("type") == "base64":
+            self.fixed += PDF_PAGE_TOKENS * pdf_pages(str(source.get("data") or ""))
+        elif source.get("type") == "text":
+            self.add_text(str(source.get("data") or ""))
+        else:
+            self.add_content(source.get("content"))
+
+    def add_tools(self, body: Json) -> None:
+        tools = client_tools(body)
+        if not tools:
+            return
+        forced = as_object(body.get("tool_choice")).get("type") in ("any", "tool")
+        self.fixed += self.framing.tools_forced if forced else self.framing.tools
+        self.add(tools, functools.partial(tools_text, self.framing))
+
+
+def call_text(call: list[Any]) -> str:
+    return f"{call[0]} {tool_arguments({'input': call[1]})}"
+
+
+def tools_text(framing: Framing, tools: list[Json]) -> str:
+    return "".join(tool_text(tool, framing) for tool in tools)
+
+
+def tool_text(tool: Json, framing: Framing) -> str:
+    """A tool as the model reads it: Claude its JSON, OpenAI's models a TypeScript signature."""
+    name, description = str(tool.get("name") or ""), str(tool.get("description") or "")
+    schema = as_object(tool.get("input_schema"))
+    if framing.is_claude:
+        return json.dumps(
+            {"name": name, "description": description, "input_schema": schema}, ensure_ascii=False
+        )
+    return typescript_function(name, description, schema)
+
+
+def typescript_function(name: str, description: str, schema: Json) -> str:
+    """How OpenAI renders a function to its models (found out by others, see the vectors' sources)."""
+    head = f"// {description}\n" if description else ""
+    if not as_object(schema.get("properties")):
+        return f"{head}type {name} = () => any;\n"
+    return f"{head}type {name} = (_: {{\n{typescript_members(schema, 0)}}}) => any;\n"
+
+
+def typescript_members(schema: Json, depth: int) -> str:
+    required = as_list(schema.get("required"))
+    lines = []
+    for name, value in as_object(schema.get("properties")).items():
+        property = as_object(value)
+        if property.get("description") and depth < 2:
+            lines.append(f"// {property['description']}\n")
+        lines.append(f"{name}{'' if name in required else '?'}: {typescript_type(property, depth)},\n")
+    return "".join(lines)
+
+
+def typescript_type(schema: Json, depth: int) -> str:
+    if isinstance(schema.get("enum"), list):
+        return " | ".join(json.dumps(v) for v in schema["enum"])
+    kind = schema.get("type")
+    if kind == "array":
+        return (
+            f"{typescript_type(as_object(schema.get('items')), depth)}[]" if schema.get("items") else "any[]"
+        )
+    if kind == "object":
+        return f"{{\n{typescript_members(schema, depth + 1)}}}" if depth < 20 else "object"
+    return {"integer": "number"}.get(str(kind), str(kind)) if kind else "any"
+
+
+def image_tokens(source: Json, framing: Framing) -> int:
+    """Tokens of an image: 28-pixel patches for Claude, 512-pixel tiles for OpenAI; 1,500 where the size is unknown."""
+    data = source.get("data")
+    size = image_size(data) if source.get("type") == "base64" and isinstance(data, str) else None
+    if size is None:
+        return IMAGE_TOKENS
+    if not framing.is_claude:
+        return openai_image_tokens(*size)
+    scale = min(1.0, framing.image_side / max(size))
+    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), framing.largest_image)
+
+
+def openai_image_tokens(width: int, height: int) -> int:
+    """85 and 170 a tile, after fitting into 2048 x 2048 and a short side of 768."""
+    scale = min(1.0, 2048 / max(width, height))
+    scale *= min(1.0, 768 / (min(width, height) * scale))
+    return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
+
+
+def image_size(data: str) -> tuple[int, int] | None:
+    """(width, height) from the header of a PNG, GIF, WebP or JPEG in base64; None where it cannot be told."""
+    try:
+        head = base64.b64decode(data[:65_536] + "=" * (-len(data[:65_536]) % 4))
+    except ValueError:
+        return None
+    size = (0, 0)
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        size = (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
+    elif head[:4] == b"GIF8":
+        size = (int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little"))
+    elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        size = webp_size(head)
+    elif head[:2] == b"\xff\xd8":
+        size = jpeg_size(head)
+    return size if min(size) > 0 else None
+
+
+def webp_size(head: bytes) -> tuple[int, int]:
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+
+
+def jpeg_size(head: bytes) -> tuple[int, int]:
+    """From the start-of-frame segment, skipping the others."""
+    at = 2
+    while at + 9 < len(head) and head[at] == 0xFF:
+        marker, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(head[at + 7 : at + 9], "big"), int.from_bytes(head[at + 5 : at + 7], "big")
+        at += 2 + max(length, 2)
+    return 0, 0
+
+
+def pdf_pages(data: str) -> int:
+    """Pages of a PDF in base64, by its page objects; at least one."""
+    try:
+        return max(
+            1, len(re.findall(rb"/Type\s*/Page(?!s)", base64.b64decode(data + "=" * (-len(data) % 4))))
+        )
+    except ValueError:
+        return 1
+
+
+def count_request_body(body: Json) -> Json:
+    """A request for an upstream's count_tokens: without what that endpoint refuses."""
+    kept = ("model", "messages", "system", "tools", "tool_choice", "thinking")
+    out = {k: body[k] for k in kept if k in body}
+    if "tools" in out:
+        out["tools"] = client_tools(body)
+    return out
+
+
+# Vocabularies: files that tiktoken would fetch by itself, without a time limit, inside a lock. ccmux never lets it: a
+# file is looked for, its hash is checked, and it is loaded in a thread; until then counts are estimates.
+
+VOCABULARIES = {  # encoding: (file name as tiktoken caches it, the sha1 of its URL; sha256)
+    "o200k_base": (
+        "fb374d419588a4632f3f557e76b4b70aebbca790",
+        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+    ),
+    "cl100k_base": (
+        "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
+        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    ),
+}
+VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/encodings"
+
+
+def vocabulary_folders() -> list[Path]:
+    named = [os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
+    return [*(Path(folder) for folder in named if folder), ccmux_home() / "tiktoken"]
+
+
+def find_vocabulary(name: str) -> Path | None:
+    """The vocabulary's file with the right hash; None where there is none."""
+    file_name, sha256 = VOCABULARIES[name]
+    for folder in vocabulary_folders():
+        path = folder / file_name
+        try:
+            if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+                return path
+        except OSError:
+            continue
+    return None
+
+
+def load_encoding(name: str) -> Encoding | None:
+    """The encoding from its file, never from the network: 0.25 s and 84 MB for o200k."""
+    path = find_vocabulary(name)
+    if path is None:
+        return None
+    import importlib
+
+    definitions: Any = importlib.import_module("tiktoken_ext.openai_public")
+
+    ranks = {}
+    for line in path.read_bytes().splitlines():
+        token, _, rank = line.partition(b" ")
+        ranks[base64.b64decode(token)] = int(rank)
+    original = definitions.load_tiktoken_bpe
+    definitions.load_tiktoken_bpe = lambda *args, **kwargs: ranks
+    try:
+        made: Encoding = tiktoken.Encoding(**getattr(definitions, name)())
+    finally:
+        definitions.load_tiktoken_bpe = original
+    return made
+
+
+class Vocabulary:
+    """Hands encodings to the counter: what is loaded at once, the rest while a thread loads it."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Encoding | None] = {}
+        self.loading: set[str] = set()
+        self.lock = threading.Lock()
+
+    def get(self, name: str) -> Encoding | None:
+        """The encoding where it is loaded; else None, and a thread sets out to load it."""
+        if name in self.loaded:
+            return self.loaded[name]
+        with self.lock:
+            if name not in self.loading:
+                self.loading.add(name)
+                threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
+        return None
+
+    def load(self, name: str) -> Encoding | None:
+        """Loads an encoding now; for the command line, and for the thread."""
+        if name not in self.loaded:
+            self.loaded[name] = load_encoding(name)
+        return self.loaded[name]
+
+    def forget_missing(self) -> None:
+        """After a download: what was missing is looked for again."""
+        with self.lock:
+            for name in [n for n, encoding in self.loaded.items() if encoding is None]:
+                del self.loaded[name]
+                self.loading.discard(name)
+
+    def missing(self) -> list[str]:
+        return [name for name, encoding in self.loaded.items() if encoding is None]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3625,9 +5115,7 @@ class Store:
         try:
             hold: Hold = await self.put(run)
         except sqlite3.Error as error:
-            log.error("a hold could not be written: %s", error)
-            text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
-            raise ApiError(529, text, retry_after=30, cause="store") from None
+            raise cannot_write(error) from None
         return hold
 
     def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
@@ -3677,7 +5165,8 @@ class Store:
     ) -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
         moment = moment or iso(self.now())
-        db.execute("delete from holds where id = ?", (hold_id,))
+        # By request as well: where the client left before its hold was written, nobody knows the hold's id.
+        db.execute("delete from holds where id = ? or request_id = ?", (hold_id, done.request_id))
         if done.charge or kind == "interrupted":
             enter(
                 db,
@@ -3706,7 +5195,10 @@ class Store:
 
     def local_user(self) -> User:
         """The user of those who need no key, made at first use."""
-        return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+        try:
+            return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+        except sqlite3.Error as error:
+            raise cannot_write(error) from None
 
     def make_user(
         self, db: sqlite3.Connection, name: str, budgets: Mapping[str, int | None], note: str
@@ -3963,6 +5455,13 @@ class Waiter:
         self.event = done
 
 
+def cannot_write(error: sqlite3.Error) -> ApiError:
+    """For a request that must not go on, as its cost could not be written down."""
+    log.error("the ledger could not be written: %s", error)
+    text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
+    return ApiError(529, text, retry_after=30, cause="store")
+
+
 def tell(batch: list[Write]) -> None:
     """Resolves the futures of written operations: one call into the loop for all of a loop's."""
     loops: dict[asyncio.AbstractEventLoop, list[Write]] = {}
@@ -4077,7 +5576,7 @@ def csv_text(rows: Iterable[Json], columns: Iterable[str]) -> str:
     """Rows as CSV. Texts that a spreadsheet would take for a formula get a leading apostrophe."""
     names = list(columns)
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(names)
     writer.writerows([csv_cell(row.get(name)) for name in names] for row in rows)
     return out.getvalue()
@@ -4181,6 +5680,7 @@ class Call:
     tokens: int = 0  # counted input
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
+    wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
     on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
     on_raw: Callable[[str, Any], None] = lambda kind, data: None  # the inspect recorder
     # What became of it:
@@ -4193,6 +5693,10 @@ class Call:
     reply_headers: dict[str, str] = field(default_factory=dict)
     deadline: asyncio.Timeout | None = None
     stopping: bool = False
+
+    def is_streamed(self, dialect: Dialect) -> bool:
+        """Whether the upstream streams: all but an Anthropic client's whole answer from its own format do."""
+        return self.stream or self.format != "anthropic" or dialect.request is not None
 
     def stop(self) -> None:
         """Ends the request now, with an error: the server shuts down."""
@@ -4461,7 +5965,7 @@ class Relay:
         """POSTs the request; the response once its status is 200, else an ApiError."""
         request = self.request_for(call, slot, dialect)
         provider = slot.provider
-        streams = call.stream or dialect.request is not None
+        streams = call.is_streamed(dialect)
         limit = provider.first_byte_timeout if streams else provider.response_timeout
         watch.wait(limit, "first byte")
         call.on_raw("upstream request", request.data)
@@ -4602,11 +6106,11 @@ class Relay:
         error.retry_after = retry_after(response.headers)
         should = response.headers.get("x-should-retry", "").lower()
         error.should_retry = {"true": True, "false": False}.get(should)
-        speaks_same = dialect.request is None and call.format == "anthropic"
-        if speaks_same and isinstance(payload, dict) and error.status == response.status:
+        if dialect.request is None and call.format == "anthropic":
             error.headers = answer_headers(response.headers, dialect)
-            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(error_words(payload))
-            error.raw = text.encode() if keeps_words else b""
+            words = error_words(payload) if isinstance(payload, dict) else ""
+            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(words)
+            error.raw = text.encode() if words and keeps_words and error.status == response.status else b""
         return error
 
     def overdue(self, watch: Watch, slot: Slot) -> ApiError:
@@ -4812,13 +6316,12 @@ class Plan:
         transient = slot.provider.quirks.transient
         if transient and transient in error.message:
             return self.once("transient")
+        if _SIGNATURE_REFUSED.search(error.message) and self.once("signature"):
+            self.call.body, self.call.raw = without_thinking(self.call.body), b""
+            return True
         if dialect_of(slot.provider, slot.target.actual_model).request is None:
-            is_signature = "signature" in error.message and "thinking" in error.message
-            if is_signature and self.once("signature"):
-                self.call.body, self.call.raw = without_thinking(self.call.body), b""
-                return True
             return False
-        name = refused_parameter(error.message)
+        name = refused_parameter(error.message, error.param)
         place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
         known = self.relay.learnt.get(place, frozenset())
         if not name or name in known:
@@ -4852,13 +6355,24 @@ _REFUSES = re.compile(
 )
 
 
-def refused_parameter(message: str) -> str:
-    """The parameter that a 400 says the upstream does not know; "" where it says another thing."""
+# Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's signatures.
+_SIGNATURE_REFUSED = re.compile(
+    r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,60}verified"
+)
+
+
+def refused_parameter(message: str, param: str = "") -> str:
+    """The parameter that a 400 says the upstream does not know; "" where it says another thing.
+
+    `param` is the one that the error names in a field of its own, as OpenAI's do.
+    """
+    if "reasoning summaries" in message:  # OpenAI, to organisations that are not verified
+        return "reasoning.summary"
     if not _REFUSES.search(message):
         return ""
     quoted = re.findall(r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)", message)
-    named = [name.split(".")[0] for names in quoted for name in names if name]
-    return next((name for name in named if name in DROPPABLE), "")
+    named = [param, *(name for names in quoted for name in names if name)]
+    return next((top for name in named if (top := name.split(".")[0]) in DROPPABLE), "")
 
 
 def without_thinking(body: Json) -> Json:
@@ -4895,6 +6409,8 @@ def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
 def forwarded(call: Call, to: Upstream) -> bytes:
     """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must go."""
     body, raw = call.body, call.raw
+    if call.format != "anthropic" and not to.facts.sampling:
+        body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
     # Only blocks that ccmux made carry its tag; the search is cheap, the rebuild is not.
     if not raw or b'"signature"' in raw:
         clean = without_foreign_thinking(body)
@@ -5001,7 +6517,7 @@ def upstream_headers(call: Call, slot: Slot, dialect: Dialect) -> dict[str, str]
         "accept-encoding": "identity",
         "user-agent": f"ccmux/{__version__}",
     }
-    headers["accept"] = "text/event-stream" if call.stream or dialect.request else "application/json"
+    headers["accept"] = "text/event-stream" if call.is_streamed(dialect) else "application/json"
     headers.update(dialect.headers)
     if dialect.request is None:
         headers.update({k: v for k, v in call.headers.items() if _PASS_UP.fullmatch(k)})
@@ -5065,6 +6581,9 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
 
 
 def client_format(call: Call) -> ClientFormat:
+    if call.format == "chat":
+        model, now = str(call.body.get("model")), int(time.time())
+        return ChatWriter(model, now, call.wants_usage) if call.stream else ChatCompletion(model, now)
     return EventWriter() if call.stream else WholeMessage()
 
 
@@ -5124,6 +6643,7 @@ class State:
     relay: Relay
     counter: TokenCounter
     metrics: Metrics
+    vocabulary: Vocabulary
     admin_token: str = field(default="", repr=False)
     config_error: str = ""  # why the file on disk is not the config in use
     draining: bool = False
@@ -5364,6 +6884,19 @@ async def post_messages(request: web.Request) -> web.StreamResponse:
     return await Exchange(request, state, call, user).serve()
 
 
+async def post_chat_completions(request: web.Request) -> web.StreamResponse:
+    """An OpenAI-format request, served by any provider through the same machinery."""
+    state = state_of(request)
+    user, credential = client_of(request, state)
+    given = strict_json(await read_body(request))
+    body = messages_request(given)
+    call = await plan_call(request, state, body, b"", format="chat")
+    call.credential = credential
+    call.body = {**call.body, "stream": True}  # upstream; the client's own wish is call.stream
+    call.wants_usage = as_object(given.get("stream_options")).get("include_usage") is True
+    return await Exchange(request, state, call, user).serve()
+
+
 async def plan_call(
     request: web.Request, state: State, body: Json, raw: bytes, format: str = "anthropic"
 ) -> Call:
@@ -5410,11 +6943,16 @@ def session_of(body: Json, headers: Mapping[str, str]) -> str:
         return given.partition("session_")[2][:128]
 
 
+CLIENT_BUFFER = 2**18  # bytes; the kernel's own buffer grows to 4 MB for a client that does not read
+
+
 class StreamSink:
     """A streaming client. Its 200 goes out with the first bytes, or with the first ping."""
 
-    def __init__(self, request: web.Request, headers: Callable[[], dict[str, str]], interval: float) -> None:
-        self.request, self.headers, self.interval = request, headers, interval
+    def __init__(
+        self, request: web.Request, headers: Callable[[], dict[str, str]], interval: float, ping: bytes = PING
+    ) -> None:
+        self.request, self.headers, self.interval, self.ping = request, headers, interval, ping
         self.response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
@@ -5431,6 +6969,8 @@ class StreamSink:
             await self.response.prepare(self.request)
         except ConnectionError:
             raise ClientGoneError from None
+        if self.request.transport and (client := self.request.transport.get_extra_info("socket")):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CLIENT_BUFFER)
 
     async def write(self, data: bytes) -> None:
         if not data:
@@ -5448,7 +6988,7 @@ class StreamSink:
             if time.monotonic() - self.last >= self.interval:
                 with contextlib.suppress(ClientGoneError):  # the exchange itself will notice
                     await self.begin({})
-                    await self.write(PING)
+                    await self.write(self.ping)
 
     async def finish(self, ending: bytes) -> web.StreamResponse:
         await self.write(ending)
@@ -5522,7 +7062,8 @@ class Exchange:
 
     def sink(self) -> StreamSink | WholeSink:
         if self.call.stream:
-            return StreamSink(self.request, self.headers, self.state.relay.ping_interval)
+            ping = PING if self.call.format == "anthropic" else b": ping\n\n"
+            return StreamSink(self.request, self.headers, self.state.relay.ping_interval, ping)
         return WholeSink(self.headers)
 
     async def fail(self, sink: StreamSink, error: ApiError) -> web.StreamResponse:
@@ -5560,6 +7101,9 @@ class Exchange:
             )
         except ApiError as error:
             self.settle(error)
+            raise
+        except asyncio.CancelledError:  # the client left while the hold was on its way to the disk
+            self.settle(None)
             raise
 
     def prices(self) -> list[Price | None]:
@@ -5851,6 +7395,7 @@ def api_routes() -> list[web.RouteDef]:
     return [
         web.post("/v1/messages", post_messages, expect_handler=expect_continue),
         web.post("/v1/messages/count_tokens", post_count_tokens, expect_handler=expect_continue),
+        web.post("/v1/chat/completions", post_chat_completions, expect_handler=expect_continue),
         web.get("/v1/models", get_models),
         web.get("/v1/models/{id:.+}", get_model),
         web.get("/api/hello", get_hello),
@@ -5862,8 +7407,360 @@ def api_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # Admin API
 # ----------------------------------------------------------------------------------------------------------
+# JSON for the two pages and for scripts. User endpoints answer for the key's own user; /admin/api needs the admin token.
+
+
+def page_query(request: web.Request) -> tuple[int, int]:
+    """`limit` (1 to 500, 50 if left out) and `before` (an id) of a list's query."""
+    limit, before = query_number(request, "limit", 50), query_number(request, "before", 0)
+    return min(max(limit, 1), 500), before
+
+
+def query_number(request: web.Request, name: str, default: int) -> int:
+    text = request.query.get(name, "")
+    if text and not re.fullmatch(r"\d{1,15}", text):
+        raise ApiError(400, f"{name}: must be a whole number, not {text[:40]!r}")
+    return int(text) if text else default
+
+
+def query_choice(request: web.Request, name: str, known: Iterable[str], default: str) -> str:
+    value = request.query.get(name, default)
+    if value not in known:
+        raise ApiError(400, f"{name}: {known_names(value[:40], known)}")
+    return value
+
+
+def query_time(request: web.Request, name: str) -> str:
+    """A date or a moment in ISO 8601, as text that compares with the request log's times; "" where left out."""
+    text = request.query.get(name, "")
+    try:
+        return iso_text(text)
+    except ValueError:
+        raise ApiError(400, f"{name}: must be a date such as 2026-11-24 or a time in ISO 8601") from None
+
+
+def iso_text(text: str) -> str:
+    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "". ValueError for anything else."""
+    if not text:
+        return ""
+    moment = datetime.fromisoformat(text)
+    return iso(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+
+
+async def body_of(request: web.Request, known: Iterable[str]) -> Json:
+    """A small JSON object with known keys only; ApiError 400 naming the nearest one."""
+    body = strict_json(await read_body(request) or b"{}")
+    for key in body:
+        if key not in known:
+            raise ApiError(400, f"unknown key {key[:40]!r}: {known_names(key, known)}")
+    return body
+
+
+def number_in(body: Json, name: str, *, optional: bool = False) -> int | None:
+    """A whole number of micro-dollars out of a body; None only where optional."""
+    value = body.get(name)
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 10**15:
+        raise ApiError(400, f"{name}: must be a whole number of micro-dollars (1 dollar is 1000000)")
+    return value
+
+
+def text_in(body: Json, name: str, longest: int = 500) -> str:
+    value = body.get(name, "")
+    if not isinstance(value, str) or len(value) > longest:
+        raise ApiError(400, f"{name}: must be a text of at most {longest} characters")
+    return value
+
+
+def budgets_in(body: Json) -> dict[str, int | None]:
+    """`budgets` as columns; a null takes a budget away, what is not named stays."""
+    given = body.get("budgets") or {}
+    columns = ("day_microusd", "week_microusd", "month_microusd")
+    if not isinstance(given, dict) or any(key not in columns for key in given):
+        raise ApiError(400, f"budgets: an object with {', '.join(columns)}")
+    found = {key: number_in(given, key, optional=True) for key in given}
+    if any(value is not None and value < 0 for value in found.values()):
+        raise ApiError(400, "budgets: must not be below 0; null takes one away")
+    return found
+
+
+def table_response(
+    request: web.Request, name: str, rows: Iterable[Json], columns: Iterable[str]
+) -> web.Response:
+    """Rows as JSON, or as a CSV file where `format=csv` asks for it."""
+    if query_choice(request, "format", ("json", "csv"), "json") == "json":
+        return web.json_response({name: list(rows)})
+    headers = {"Content-Disposition": f'attachment; filename="ccmux-{name}.csv"'}
+    return web.Response(
+        text=csv_text(rows, columns), content_type="text/csv", charset="utf-8", headers=headers
+    )
+
+
+# For users.
+
+
+async def get_me(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response(state.store.user_json(state.store.known(user.name)))
+
+
+async def get_my_models(request: web.Request) -> web.StreamResponse:
+    """What may be asked for, and what it costs (dollars per million tokens, with markup)."""
+    state = state_of(request)
+    client_of(request, state)
+    return web.json_response(
+        {"models": [model_json(state.config, name) for name in model_names(state.config)]}
+    )
+
+
+def model_json(config: Config, name: str) -> Json:
+    targets = resolve(config, name)
+    first = targets[0] if targets else None
+    price = price_of(config, first, name) if first else None
+    context = context_of(config, name, targets) or (facts_of(first.actual_model).context if first else 0)
+    shown = [f"{t.provider}/{t.actual_model}" for t in targets]
+    return {
+        "name": name,
+        "targets": shown,
+        "context": context or None,
+        "price": price_json(price) if price else None,
+    }
+
+
+async def get_my_usage(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    by = query_choice(request, "by", ("day", "model", "session"), "day")
+    days = min(max(query_number(request, "days", 30), 1), 3660)
+    since = iso(
+        datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=days - 1)
+    )
+    return web.json_response({"usage": state.store.report(by, since, "", user.name), "by": by, "days": days})
+
+
+async def get_my_transactions(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response({"transactions": state.store.transactions(user.name, *page_query(request))})
+
+
+async def get_my_requests(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    return web.json_response({"requests": state.store.requests(user.name, *page_query(request))})
+
+
+async def get_my_export(request: web.Request) -> web.StreamResponse:
+    state = state_of(request)
+    user, _ = client_of(request, state)
+    rows = state.store.export(query_time(request, "since"), query_time(request, "until"), user.name)
+    return table_response(request, "usage", rows, USAGE_COLUMNS)
+
+
+async def post_purchase(request: web.Request) -> web.StreamResponse:
+    client_of(request, state_of(request))
+    raise ApiError(
+        501, "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page"
+    )
+
+
+# For the admin.
+
+
+async def get_users(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    return web.json_response({"users": [store.user_json(user) for user in store.users()]})
+
+
+async def post_user(request: web.Request) -> web.StreamResponse:
+    """A new user; the only answer that ever has the key in it."""
+    state = require_admin(request)
+    body = await body_of(request, ("name", "credit_microusd", "budgets", "note"))
+    start = int(state.config.credits.starting_credit * 10**6)
+    credit = number_in(body, "credit_microusd", optional=True)
+    if credit is not None and credit < 0:
+        raise ApiError(400, "credit_microusd: must not be below 0")
+    with operator_errors():
+        user, key = state.store.add_user(
+            text_in(body, "name", 64),
+            start if credit is None else credit,
+            budgets_in(body),
+            text_in(body, "note"),
+        )
+    return web.json_response({**state.store.user_json(user), "key": key}, status=201)
+
+
+@contextlib.contextmanager
+def operator_errors() -> Iterator[None]:
+    """What the command line says in one line, as a 400, a 404 or a 409."""
+    try:
+        yield
+    except ConfigError as error:
+        words = str(error)
+        raise ApiError(
+            404 if words.startswith("no user") else 409 if "already" in words else 400, words
+        ) from None
+
+
+async def patch_user(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    body = await body_of(request, ("disabled", "budgets"))
+    name = request.match_info["name"]
+    with operator_errors():
+        user = store.known(name)
+        if "disabled" in body:
+            if not isinstance(body["disabled"], bool):
+                raise ApiError(400, "disabled: must be true or false")
+            user = store.set_disabled(name, body["disabled"])
+        if "budgets" in body:
+            user = store.set_budgets(name, budgets_in(body))
+    return web.json_response(store.user_json(user))
+
+
+async def post_credit(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    body = await body_of(request, ("amount_microusd", "note", "key"))
+    amount = number_in(body, "amount_microusd")
+    assert amount is not None
+    with operator_errors():
+        user = store.credit(
+            request.match_info["name"], amount, text_in(body, "note"), text_in(body, "key", 100)
+        )
+    return web.json_response(store.user_json(user))
+
+
+async def post_key(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    await body_of(request, ())
+    with operator_errors():
+        return web.json_response({"key": store.rotate_key(request.match_info["name"])})
+
+
+async def get_user_transactions(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    with operator_errors():
+        name = store.known(request.match_info["name"]).name
+    return web.json_response({"transactions": store.transactions(name, *page_query(request))})
+
+
+async def get_report(request: web.Request) -> web.StreamResponse:
+    """Cost, markup and charge by key; with `as_if=MODEL` also what the same tokens would have cost there."""
+    state = require_admin(request)
+    by = query_choice(request, "by", REPORT_KEYS, "user")
+    since, until = query_time(request, "since"), query_time(request, "until")
+    rows = state.store.report(by, since, until)
+    if other := request.query.get("as_if", ""):
+        charges = state.store.repriced(
+            by, since, until, as_if_price(state.config, other), state.config.credits.markup_percent
+        )
+        rows = [{**row, "as_if_microusd": charges.get(row["key"], 0)} for row in rows]
+    return table_response(request, "report", rows, rows[0] if rows else ("key",))
+
+
+def as_if_price(config: Config, name: str) -> Price:
+    """The price of a model that a report compares with; ApiError 400 where none is known."""
+    targets = resolve(config, name)
+    price = price_of(config, targets[0], name) if targets else facts_of(name).price
+    if price is None:
+        raise ApiError(
+            400, f"as_if: no price is known for {name[:100]!r}; {known_names(name, price_table())}"
+        )
+    return price
+
+
+async def get_export(request: web.Request) -> web.StreamResponse:
+    store = require_admin(request).store
+    rows = store.export(query_time(request, "since"), query_time(request, "until"))
+    return table_response(request, "usage", rows, USAGE_COLUMNS)
+
+
+async def get_requests(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"requests": require_admin(request).store.requests(None, *page_query(request))})
+
+
+async def get_events(request: web.Request) -> web.StreamResponse:
+    """The request log as it happens, as server-sent events: one `request` event a row."""
+    state = require_admin(request)
+    rows: asyncio.Queue[Json] = asyncio.Queue(1000)
+    state.listeners.add(rows)
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    try:
+        await response.prepare(request)
+        await response.write(b": here\n\n")
+        while not state.draining:
+            try:
+                async with asyncio.timeout(15):
+                    row = await rows.get()
+            except TimeoutError:
+                await response.write(b": still here\n\n")
+                continue
+            await response.write(b"event: request\ndata: %s\n\n" % compact(row))
+    except ConnectionError:
+        pass  # the page was closed
+    finally:
+        state.listeners.discard(rows)
+    return response
+
+
+async def post_explain(request: web.Request) -> web.StreamResponse:
+    """Where a request would go and the most it can cost; {body, headers?} in, nothing is sent."""
+    state = require_admin(request)
+    given = await body_of(request, ("body", "headers"))
+    if not isinstance(given.get("body"), dict):
+        raise ApiError(400, "body: must be a Messages request")
+    headers = {str(k).lower(): str(v) for k, v in as_object(given.get("headers")).items()}
+    return web.json_response(explain(state.config, given["body"], headers, state.counter))
+
+
+def explain(config: Config, body: Json, headers: Mapping[str, str], counter: TokenCounter) -> Json:
+    """The route of a request and what it would hold, without sending it."""
+    early = counter.count_now(body, "", asked_model(body)) if config.router.long_context else 0
+    route = choose_route(body, headers, config, early)
+    first = route.targets[0]
+    tokens = counter.count_now(route.body or body, first.provider, first.actual_model)
+    asked = body.get("max_tokens")
+    limit = asked if isinstance(asked, int) and asked > 0 else 4096
+    return {
+        "model": route.model,
+        "reason": route.reason,
+        "trail": [list(step) for step in route.trail],
+        "tokens": tokens,
+        "factor": counter.factors.get((first.provider, first.actual_model), (1.0, 0))[0],
+        "targets": [ceiling_of(config, route, target, tokens, limit) for target in route.targets],
+    }
+
+
+def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit: int) -> Json:
+    """A target with the most that a request can cost there, in micro-dollars; null where no price is known."""
+    price = price_of(config, target, route.model)
+    usage = Usage(input=tokens, output=limit)
+    charge = charge_of(usage, price, config.credits.markup_percent).charge if price else None
+    return {"provider": target.provider, "model": target.actual_model, "ceiling_microusd": charge}
+
+
 def admin_routes() -> list[web.RouteDef]:
-    return []
+    return [
+        web.get("/api/me", get_me),
+        web.get("/api/models", get_my_models),
+        web.get("/api/usage", get_my_usage),
+        web.get("/api/transactions", get_my_transactions),
+        web.get("/api/requests", get_my_requests),
+        web.get("/api/export", get_my_export),
+        web.post("/api/purchase", post_purchase),
+        web.get("/admin/api/users", get_users),
+        web.post("/admin/api/users", post_user),
+        web.patch("/admin/api/users/{name}", patch_user),
+        web.post("/admin/api/users/{name}/credit", post_credit),
+        web.post("/admin/api/users/{name}/key", post_key),
+        web.get("/admin/api/users/{name}/transactions", get_user_transactions),
+        web.get("/admin/api/report", get_report),
+        web.get("/admin/api/export", get_export),
+        web.get("/admin/api/requests", get_requests),
+        web.get("/admin/api/events", get_events),
+        web.post("/admin/api/explain", post_explain),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5894,9 +7791,11 @@ async def make_state(config: Config, store: Store, admin_token: str = "") -> Sta
     """A State with its upstream sessions; call inside a running loop, and `close_state` at the end."""
     metrics = Metrics()
     relay = Relay(upstream_session(), upstream_session(force_close=True), metrics)
-    counter = TokenCounter(load_vocabulary)
+    vocabulary = Vocabulary()
+    counter = TokenCounter(vocabulary.get)
     relay.count_output = counter.count_text
-    return State(config, store, relay, counter, metrics, admin_token or config.server.admin_token)
+    token = admin_token or config.server.admin_token
+    return State(config, store, relay, counter, metrics, vocabulary, token)
 
 
 async def close_state(state: State) -> None:
@@ -6088,11 +7987,12 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
     )
     await runner.setup()
     try:
+        stop = stop_on_signals()  # before the start-up text: whoever has read it may send one
         server = await listen(runner, config)
         port = server.sockets[0].getsockname()[1]
         print(start_text(config, port, state.admin_token), flush=True)
         calm_collector()
-        await until_stopped(state, args, server)
+        await until_stopped(state, args, server, stop)
     finally:
         await runner.cleanup()
         await close_state(state)
@@ -6133,19 +8033,69 @@ class TurnAway(asyncio.Protocol):
         transport.close()
 
 
-async def until_stopped(state: State, args: argparse.Namespace, server: asyncio.Server) -> None:
+async def until_stopped(
+    state: State, args: argparse.Namespace, server: asyncio.Server, stop: asyncio.Event
+) -> None:
     """Watches the config file, until a signal; then drains."""
+    watcher = asyncio.create_task(watch_config(state, args))
+    vocabulary = asyncio.create_task(fetch_vocabularies(state))
+    try:
+        await stop.wait()
+    finally:
+        watcher.cancel()
+        vocabulary.cancel()
+    await drain(state, server)
+
+
+async def fetch_vocabularies(state: State, url: str = VOCABULARY_URL) -> None:
+    """Downloads a vocabulary that a count has missed: once now, then hourly until it is there."""
+    warned = False
+    while True:
+        await asyncio.sleep(1)
+        for name in state.vocabulary.missing():
+            if not warned:
+                log.warning(
+                    "no tiktoken vocabulary %s here yet: token counts are estimates until it is downloaded",
+                    name,
+                )
+                warned = True
+            if await fetch_vocabulary(state.relay.session, f"{url}/{name}.tiktoken", name):
+                state.vocabulary.forget_missing()
+            else:
+                await asyncio.sleep(3600)
+
+
+async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) -> bool:
+    """One vocabulary file into ~/.ccmux/tiktoken, its hash checked; false where that fails within 10 s."""
+    file_name, sha256 = VOCABULARIES[name]
+    folder = ccmux_home() / "tiktoken"
+    try:
+        async with (
+            asyncio.timeout(10),
+            session.get(url, proxy=environment_proxy(url), allow_redirects=False) as answer,
+        ):
+            data = await answer.read()
+        if answer.status != 200 or hashlib.sha256(data).hexdigest() != sha256:
+            log.warning("the tiktoken vocabulary %s could not be downloaded: status %s", name, answer.status)
+            return False
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = folder / f"{file_name}.{os.getpid()}.part"
+        part.write_bytes(data)
+        part.replace(folder / file_name)
+    except UPSTREAM_FAULTS() as fault:
+        log.warning("the tiktoken vocabulary %s could not be downloaded: %s", name, type(fault).__name__)
+        return False
+    return True
+
+
+def stop_on_signals() -> asyncio.Event:
+    """The event that the first SIGINT or SIGTERM sets."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
             loop.add_signal_handler(number, stop_or_exit, stop, number)
-    watcher = asyncio.create_task(watch_config(state, args))
-    try:
-        await stop.wait()
-    finally:
-        watcher.cancel()
-    await drain(state, server)
+    return stop
 
 
 def stop_or_exit(stop: asyncio.Event, number: int) -> None:
@@ -6335,7 +8285,7 @@ def explain_command(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     raw = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
     try:
-        told = explain(config, strict_json(raw, args.file), {}, TokenCounter(load_vocabulary_now))
+        told = explain(config, strict_json(raw, args.file), {}, TokenCounter(Vocabulary().load))
     except ApiError as error:
         raise ConfigError(f"{args.file}: {error.message}") from None
     for reason, note in told["trail"]:
@@ -6347,32 +8297,6 @@ def explain_command(args: argparse.Namespace) -> int:
         )
     print(f"tokens    {told['tokens']} counted")
     return 0
-
-
-def explain(config: Config, body: Json, headers: Mapping[str, str], counter: TokenCounter) -> Json:
-    """The route of a request and what it would hold, without sending it."""
-    early = counter.count_now(body, "", asked_model(body)) if config.router.long_context else 0
-    route = choose_route(body, headers, config, early)
-    first = route.targets[0]
-    tokens = counter.count_now(route.body or body, first.provider, first.actual_model)
-    asked = body.get("max_tokens")
-    limit = asked if isinstance(asked, int) and asked > 0 else 4096
-    targets = []
-    for target in route.targets:
-        price = price_of(config, target, route.model)
-        ceiling = (
-            charge_of(Usage(input=tokens, output=limit), price, config.credits.markup_percent)
-            if price
-            else None
-        )
-        targets.append({
-            "provider": target.provider, "model": target.actual_model,
-            "ceiling_microusd": ceiling.charge if ceiling else None,
-        })  # fmt: skip
-    return {
-        "model": route.model, "reason": route.reason, "trail": [list(step) for step in route.trail],
-        "tokens": tokens, "targets": targets,
-    }  # fmt: skip
 
 
 def client_environment(config: Config, url: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+import vocabulary
 from claude_cli import NoCliError, install
 from fakes import Fake
 
@@ -109,6 +110,18 @@ Start = Callable[..., AbstractAsyncContextManager[Running]]
 def start_ccmux(tmp_path: Path) -> Start:
     """`async with start_ccmux(config_text) as running`: ccmux as a process, in this test's own folder."""
     return lambda text, *args, env=None: running_ccmux(tmp_path, text, *args, env=env)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vocabularies() -> None:
+    """tiktoken's files for all tests, so that none of them reaches for the network."""
+    if "TIKTOKEN_CACHE_DIR" in os.environ:
+        return
+    try:
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary.filled(vocabulary.cache_dir()))
+    except RuntimeError as error:
+        if IN_CI:
+            pytest.fail(f"tiktoken's vocabularies are needed in CI: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """An upstream that misbehaves on purpose: a raw HTTP server on asyncio streams, driven by a script.
 
 A script is one `Behaviour` per call, the last repeats. A behaviour is a list of steps made from the call it
-answers, so the same row speaks Anthropic or OpenAI chat, streamed or whole, as the request asks. Every call is
-kept with its head, its body and the moment its peer closed it; waiting is by event.
+answers, so a row speaks Anthropic or OpenAI chat, streamed or whole, as the request asks. Calls are kept with
+their head, their body and the moment their peer closed; waiting is by event.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ class FaultServer:
         self.changed = asyncio.Condition()
         self.gate = asyncio.Event()
         self.port = 0
+        self.sent = 0  # bytes, all connections together
 
     async def __aenter__(self) -> FaultServer:
         loop = asyncio.get_running_loop()
@@ -186,7 +187,7 @@ class FaultServer:
         self.tasks.add(task)
         self.connections += 1
         try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 await self.serve_connection(reader, writer, self.connections)
         finally:
             writer.close()
@@ -269,8 +270,10 @@ class FaultServer:
     async def send(self, step: Send, writer: asyncio.StreamWriter) -> None:
         size = step.piece or len(step.data) or 1
         for start in range(0, len(step.data), size):
-            writer.write(step.data[start : start + size])
+            piece = step.data[start : start + size]
+            writer.write(piece)
             await writer.drain()
+            self.sent += len(piece)
             await asyncio.sleep(0)
 
     def cut(self, writer: asyncio.StreamWriter, reset: bool) -> None:
@@ -432,15 +435,23 @@ JSON_TYPE = ("Content-Type", "application/json")
 
 
 def answer(
-    pieces: Sequence[str] = PIECES, usage: Any = None, headers: Iterable[tuple[str, str]] = ()
+    pieces: Sequence[str] = PIECES,
+    usage: Any = None,
+    headers: Iterable[tuple[str, str]] = (),
+    *,
+    last: bool = False,
 ) -> Behaviour:
-    """A good answer in the format and mode the request asked for."""
+    """A good answer in the format and mode the request asked for; after the `last` the connection closes."""
+    more = [*headers, *([("Connection", "close")] if last else [])]
 
     def steps(call: UpstreamCall) -> Iterable[Step]:
         if call.format == "anthropic" and not call.streams:
-            return [whole(200, [JSON_TYPE, *headers], anthropic_message(pieces, usage))]
-        start = usage if call.format == "anthropic" else None
-        return stream_of(events_for(call, pieces=pieces, start_usage=start, end_usage=usage), headers)
+            yield whole(200, [JSON_TYPE, *more], anthropic_message(pieces, usage))
+        else:
+            start = usage if call.format == "anthropic" else None
+            yield from stream_of(events_for(call, pieces=pieces, start_usage=start, end_usage=usage), more)
+        if last:
+            yield End()
 
     return Behaviour(steps)
 
@@ -471,6 +482,11 @@ def gated_answer(after: int = 4) -> Behaviour:
         ]
 
     return Behaviour(steps)
+
+
+def gated_whole() -> Behaviour:
+    """A good whole answer, once the gate is open."""
+    return Behaviour(lambda call: [Gate(), whole(200, [JSON_TYPE], anthropic_message())])
 
 
 def dripping(piece: int = 1, newline: bytes = b"\n") -> Behaviour:
@@ -594,6 +610,33 @@ def error_midway(events: int = 5) -> Behaviour:
     return cut_after(events, Send(LAST_CHUNK), extra=error_event)
 
 
+def error_midway_at_once(events: int = 5) -> Behaviour:
+    return cut_after(events, Send(LAST_CHUNK), extra=error_event, gate=False)
+
+
 def broken_json(event: int = 6) -> Behaviour:
     """A stream whose event of that number (from 1) is no JSON."""
     return cut_after(event - 1, Send(LAST_CHUNK), extra=lambda call: b'data: {"choices": [{"del\n\n')
+
+
+def by_key(*bad: str, otherwise: Behaviour, refusal: Behaviour) -> Behaviour:
+    """One behaviour for calls with one of these keys, another for the rest."""
+
+    def steps(call: UpstreamCall) -> Iterable[Step]:
+        key = call.header("x-api-key") or (call.header("authorization") or "").removeprefix("Bearer ")
+        return (refusal if key in bad else otherwise).steps(call)
+
+    return Behaviour(steps)
+
+
+def endless(piece: str = "x" * 60_000, pieces: int = 10_000) -> Behaviour:
+    """A stream that goes on for as long as anybody reads it."""
+
+    def steps(call: UpstreamCall) -> Iterable[Step]:
+        blocks = events_for(call, pieces=(piece,))
+        text = 1 if call.format == "openai" else 2
+        yield Send(head(200, STREAM_HEAD) + b"".join(map(chunked, blocks[:text])))
+        for _ in range(pieces):
+            yield Send(chunked(blocks[text]))
+
+    return Behaviour(steps)

@@ -21,10 +21,9 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import ccmux
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ADMIN_TOKEN = "admin-token-of-the-tests-0123456789"  # noqa: S105
 # Dollars per million tokens are micro-dollars per token: 100 in and 50 out cost 200 at A, 500 at B.
@@ -110,6 +109,7 @@ class Proxy:
     books: Books
     folder: Path
     state: Any = None  # of an in-process one
+    runner: web.AppRunner | None = None
     process: asyncio.subprocess.Process | None = None
     output: bytearray = field(default_factory=bytearray)  # of a process: stdout and stderr
 
@@ -121,16 +121,15 @@ class Proxy:
     def config_file(self) -> Path:
         return self.folder / "config.toml"
 
-    async def add_user(self, name: str, credit_microusd: int = 0) -> str:
-        """A user with some credit, by the admin API; the key."""
-        body = {"name": name, "credit_microusd": credit_microusd}
-        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-        async with (
-            aiohttp.ClientSession() as session,
-            session.post(f"{self.url}/admin/api/users", json=body, headers=headers) as reply,
-        ):
-            assert reply.status == 201, await reply.text()
-            return str((await reply.json())["key"])
+    def add_user(self, name: str, credit_microusd: int = 0) -> str:
+        """A user with some credit; the key."""
+        return str(self.state.store.add_user(name, credit_microusd)[1])
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected, to an in-process one."""
+        assert self.runner and self.runner.server
+        return len(self.runner.server.connections)
 
     async def idle(self) -> None:
         """Until no request is in flight and every settlement is on disk."""
@@ -167,7 +166,7 @@ async def in_process(folder: Path, text: str) -> AsyncIterator[Proxy]:
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        yield Proxy(url, Books(folder / "ccmux.db"), folder, state)
+        yield Proxy(url, Books(folder / "ccmux.db"), folder, state, runner)
     finally:
         await runner.cleanup()
         await ccmux.close_state(state)

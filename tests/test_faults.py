@@ -131,6 +131,14 @@ NO_ANSWERS = {
     "not-http": NOT_HTTP,
     "huge-header": HUGE_HEADER,
 }
+NO_STATUSES = [(204, b""), (206, b"{}"), (300, b"{}"), (304, b""), (600, b'{"error": {}}'), (999, b"x")]
+ODD_BODIES = {
+    "empty": b"",
+    "object": b"{}",
+    "list": b"[]",
+    "null-error": b'{"error": null}',
+    "deep": b"[" * 9999,
+}
 SILENCES = {
     "no-headers": fs.stall(),
     "partial-headers": fs.stall_in_headers(),
@@ -195,10 +203,12 @@ MATRIX = [
       for code in (401, 402, 403, 404)),
     *(Row(f"{code}-no-key-in-the-text", (fs.status(code, message="sk-test-key-of-A is bad"),),
           fails(500, "api_error", should_retry="false"), ONE, NOTHING, modes="sn") for code in (401, 403)),
-    *(Row(f"status-{code}", (fs.raw(code, [fs.JSON_TYPE], b"{}"),), fails(502, "api_error"), ONE_OR_TWO,
-          NOTHING, modes="sn") for code in (204, 206, 300, 304, 600, 999)),
-    *(Row(f"status-{code}-then-B", (fs.raw(code, [fs.JSON_TYPE], b"{}"),), full("B"), ONE, FULL_B, B, 1)
-      for code in (204, 304, 600)),
+    *(Row(f"status-{code}", (fs.raw(code, [], body),), fails(502, "api_error"), ONE, NOTHING, modes="sn")
+      for code, body in NO_STATUSES),
+    *(Row(f"status-{code}-then-B", (fs.raw(code, [], body),), full("B"), ONE, FULL_B, B, 1)
+      for code, body in NO_STATUSES),
+    *(Row(f"400-body-{name}", (fs.raw(400, [], body),), fails(400), ONE, NOTHING, modes="sn")
+      for name, body in ODD_BODIES.items()),
 
     # A 200 that is none.
     *(Row(f"200-{name}-then-B", (behaviour,), full("B"), ONE_OR_TWO, FULL_B, B, 1, modes="sn")

@@ -1,0 +1,444 @@
+"""OpenAI-format clients: requests as the anthropic package types them, answers as the openai package does."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from typing import Any
+
+import anthropic.types
+import pytest
+from anthropic.types.message_create_params import MessageCreateParamsStreaming
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletion as Completion
+from openai.types.chat import ChatCompletionChunk
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
+from pydantic import TypeAdapter
+from test_responses import drain
+from translation import FIXTURES, IDS, SCALARS, TEXTS, expect_400, read, stream_of, upstream
+
+from ccmux import (
+    AnthropicStream,
+    ApiError,
+    ChatCompletion,
+    ChatWriter,
+    GeminiStream,
+    ResponsesStream,
+    Retry,
+    Usage,
+    chat_error,
+    messages_request,
+)
+
+PARAMS: TypeAdapter[Any] = TypeAdapter(MessageCreateParamsStreaming)
+ASKED: TypeAdapter[Any] = TypeAdapter(CompletionCreateParamsStreaming)
+PNG = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+CALL = {"id": "call 1", "type": "function", "function": {"name": "Bash", "arguments": '{"command": "ls"}'}}
+BASH = {
+    "type": "function",
+    "function": {"name": "Bash", "description": "Runs", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def valid(out: Any) -> Any:
+    """The request, which the anthropic package would have typed the same."""
+    json.dumps(out)
+    # The package no longer types what its newest models refuse; older models and other providers take it.
+    known = {k: v for k, v in out.items() if k not in ("temperature", "top_p", "stream")}
+    drain(PARAMS.validate_python({**known, "stream": True}, extra="forbid"))
+    return out
+
+
+def request_of(*messages: Any, **body: Any) -> Any:
+    asked = {"model": "sonnet", "messages": list(messages), **body}
+    ASKED.validate_python({**asked, "stream": True})
+    return valid(messages_request(asked))
+
+
+def text(words: str) -> Any:
+    return {"type": "text", "text": words}
+
+
+# Requests
+
+
+def test_conversation() -> None:
+    out = request_of(
+        {"role": "system", "content": "Be good."},
+        {"role": "developer", "content": [text("Be brief.")]},
+        {"role": "user", "content": "look"},
+        {
+            "role": "user",
+            "content": [
+                text("at this"),
+                PNG,
+                {
+                    "type": "file",
+                    "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="},
+                },
+            ],
+        },
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [CALL, {**CALL, "id": "b", "function": {"name": "Bash", "arguments": "oh"}}],
+        },
+        {"role": "tool", "tool_call_id": "call 1", "content": "a.txt"},
+        {"role": "tool", "tool_call_id": "b", "content": [text("none")]},
+        {"role": "user", "content": "and?"},
+        {"role": "system", "content": "Hurry."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+    )
+    id = out["messages"][1]["content"][0]["id"]
+    assert id.startswith("ccx_")
+    assert out["system"] == [text("Be good."), text("Be brief.")]
+    assert out["messages"] == [
+        {
+            "role": "user",
+            "content": [
+                text("look"),
+                text("at this"),
+                {
+                    "type": "image",
+                    "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="},
+                },
+                {
+                    "type": "document",
+                    "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="},
+                },
+            ],
+        },
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "tool_use", "id": id, "name": "Bash", "input": {"command": "ls"}},
+                {"type": "tool_use", "id": "b", "name": "Bash", "input": {"arguments": "oh"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": id, "content": [text("a.txt")]},
+                {"type": "tool_result", "tool_use_id": "b", "content": [text("none")]},
+                text("and?"),
+                text("<system-reminder>\nHurry.\n</system-reminder>"),
+            ],
+        },
+        {"role": "assistant", "content": [text("No.")]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        pytest.param(
+            {},
+            {"max_tokens": 16384, "stream": False, "model": "sonnet", "tools": None, "thinking": None},
+            id="nothing asked",
+        ),
+        pytest.param({"max_completion_tokens": 9, "max_tokens": 8}, {"max_tokens": 9}, id="limit"),
+        pytest.param(
+            {"temperature": 1.7, "top_p": 0.5, "stop": "x", "user": "u"},
+            {"temperature": 1, "top_p": 0.5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}},
+            id="sampling",
+        ),
+        pytest.param(
+            {"stop": ["a", "b"], "frequency_penalty": 1, "seed": 3, "logit_bias": {}},
+            {"stop_sequences": ["a", "b"], "seed": None},
+            id="dropped",
+        ),
+        pytest.param({"reasoning_effort": "minimal"}, {"output_config": {"effort": "low"}}, id="effort"),
+        pytest.param(
+            {"reasoning_effort": "none"},
+            {"output_config": None, "thinking": {"type": "disabled"}},
+            id="no thinking",
+        ),
+        pytest.param(
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
+                }
+            },
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+            id="schema",
+        ),
+        pytest.param(
+            {"response_format": {"type": "json_object"}},
+            {"system": [text("Answer with one JSON object and nothing else.")]},
+            id="json",
+        ),
+        pytest.param(
+            {"tools": [BASH], "tool_choice": "required", "parallel_tool_calls": False},
+            {
+                "tools": [
+                    {
+                        "name": "Bash",
+                        "description": "Runs",
+                        "input_schema": {"type": "object", "properties": {}},
+                    }
+                ],
+                "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+            },
+            id="tools",
+        ),
+        pytest.param(
+            {"tools": [BASH], "tool_choice": {"type": "function", "function": {"name": "Bash"}}},
+            {"tool_choice": {"type": "tool", "name": "Bash"}},
+            id="one",
+        ),
+        pytest.param(
+            {"tools": [BASH], "tool_choice": "none", "parallel_tool_calls": False},
+            {"tool_choice": {"type": "none"}},
+            id="none",
+        ),
+        pytest.param(
+            {"functions": [BASH["function"]], "function_call": {"name": "Bash"}},
+            {"tool_choice": {"type": "tool", "name": "Bash"}},
+            id="the old form",
+        ),
+        pytest.param(
+            {"web_search_options": {}},
+            {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+            id="web search",
+        ),
+    ],
+)
+def test_parameters(body: Any, expected: Any) -> None:
+    out = request_of({"role": "user", "content": "hi"}, **body)
+    assert {k: out.get(k) for k in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        pytest.param({}, "messages", id="no messages"),
+        pytest.param({"messages": [], "n": 2}, "n: only one", id="two choices"),
+        pytest.param(
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio", id="audio"
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "/etc/passwd"}]}]},
+            "http",
+            id="a path",
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}]},
+            "data: URL",
+            id="a stored file",
+        ),
+    ],
+)
+def test_refused(body: Any, words: str) -> None:
+    expect_400(lambda: messages_request(body), words)
+
+
+ANY_PART = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["text", "image_url", "refusal"]),
+        "text": SCALARS,
+        "refusal": SCALARS,
+        "image_url": st.sampled_from([None, {"url": "https://a.org"}, "data:image/png;base64,aGk="]),
+    },
+)
+ANY_CALL = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": IDS,
+        "function": st.one_of(
+            st.none(),
+            st.fixed_dictionaries(
+                {}, optional={"name": SCALARS, "arguments": st.one_of(SCALARS, st.just("{}"))}
+            ),
+        ),
+    },
+)
+ANY_MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["user", "assistant", "system", "tool", "function", None]),
+        "content": st.one_of(TEXTS, st.none(), st.lists(ANY_PART, max_size=3)),
+        "tool_calls": st.one_of(SCALARS, st.lists(ANY_CALL, max_size=3)),
+        "tool_call_id": IDS,
+        "function_call": st.sampled_from([None, {"name": "a"}]),
+    },
+)
+
+
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_only_users_have_pictures(role: str) -> None:
+    out = valid(messages_request({"model": "m", "messages": [{"role": role, "content": [PNG, text("hi")]}]}))
+    assert (out.get("system") or out["messages"][0]["content"]) == [text("hi")]
+
+
+@given(st.lists(st.one_of(ANY_MESSAGE, st.none()), max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_any_conversation_is_valid_or_a_400(messages: list[Any]) -> None:
+    body = {"model": "m", "messages": messages}
+    before = copy.deepcopy(body)
+    try:
+        out = messages_request(body)
+    except ApiError as error:
+        assert error.status == 400
+    else:
+        roles = [m["role"] for m in valid(out)["messages"]]
+        assert all(a != b for a, b in itertools.pairwise(roles))
+    assert body == before
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "n",
+                "max_tokens",
+                "temperature",
+                "stop",
+                "user",
+                "tools",
+                "functions",
+                "tool_choice",
+                "response_format",
+            ]
+        ),
+        st.one_of(SCALARS, st.lists(SCALARS, max_size=2), st.just({"type": "json_schema"}), st.just([BASH])),
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_any_parameters_make_a_request_or_a_400(body: Any) -> None:
+    try:
+        json.dumps(messages_request({"messages": [], **body}))
+    except ApiError as error:
+        assert error.status == 400
+
+
+# Answers
+
+SOURCES = {"responses": (ResponsesStream, "gpt-5.3-codex"), "gemini": (GeminiStream, "gemini-3.8-flash")}
+ENDED = [
+    pytest.param(path.parent.name, path, id=f"{path.parent.name} {path.stem}")
+    for path in sorted(FIXTURES.glob("*/*.sse"))
+    if path.parent.name in SOURCES and json.loads(path.with_suffix(".json").read_text())["error"] is None
+]
+
+
+def events_of(format: str, path: Any) -> list[Any]:
+    make, model = SOURCES[format]
+    return read(stream_of(make, upstream(model)), path.read_bytes())[0]
+
+
+def chunks_of(data: bytes) -> list[ChatCompletionChunk]:
+    *lines, done, end = data.decode().split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [ChatCompletionChunk.model_validate_json(line.removeprefix("data: ")) for line in lines]
+
+
+@pytest.mark.parametrize(("format", "path"), ENDED)
+def test_streamed_and_whole_answers_agree(format: str, path: Any) -> None:
+    events = events_of(format, path)
+    writer, whole = ChatWriter("sonnet", 1794000000, include_usage=True), ChatCompletion("sonnet", 1794000000)
+    chunks = chunks_of(writer.feed(events[:-1]) + writer.end(events[-1:]))
+    whole.feed(events[:-1])
+    answer = Completion.model_validate_json(whole.end(events[-1:]))
+    deltas = [c.choices[0].delta for c in chunks if c.choices]
+    message = answer.choices[0].message
+    assert "".join(d.content or "" for d in deltas) == (message.content or "")
+    calls: dict[int, list[str]] = {}
+    for piece in (p for d in deltas for p in d.tool_calls or []):
+        known = calls.setdefault(piece.index, ["", "", ""])
+        known[:] = [
+            known[0] + (piece.id or ""),
+            known[1] + (piece.function.name or ""),
+            known[2] + (piece.function.arguments or ""),
+        ]
+    told = [(id, name, json.loads(arguments)) for id, name, arguments in calls.values()]
+    assert told == [
+        (c.id, c.function.name, json.loads(c.function.arguments)) for c in message.tool_calls or []
+    ]
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == answer.choices[0].finish_reason
+    assert chunks[-1].usage == answer.usage
+    assert {c.id for c in chunks} == {answer.id} == {"chatcmpl-1"}
+
+
+def test_chunks_of_an_answer() -> None:
+    out = AnthropicStream("msg_1", "m", Usage(input=10, cache_read=5))
+    out.thinking("hm")
+    out.text("hi")
+    out.tool("t1", "Bash")
+    out.whole({"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}})
+    out.tool("t2", "Read")
+    out.tool_input('{"a":1}')
+    out.usage = Usage(input=10, output=3, cache_read=5, cache_write=2)
+    out.finish("end_turn")
+    events = out.take()
+    writer = ChatWriter("sonnet", 7)
+    chunks = chunks_of(writer.feed(events[:-1]) + writer.end(events[-1:]))
+    assert [c.choices[0].delta.model_dump(exclude_unset=True) for c in chunks] == [
+        {"role": "assistant", "content": ""},
+        {"reasoning_content": "hm"},
+        {"content": "hi"},
+        {
+            "tool_calls": [
+                {"index": 0, "id": "t1", "type": "function", "function": {"name": "Bash", "arguments": ""}}
+            ]
+        },
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
+        {
+            "tool_calls": [
+                {"index": 1, "id": "t2", "type": "function", "function": {"name": "Read", "arguments": ""}}
+            ]
+        },
+        {"tool_calls": [{"index": 1, "function": {"arguments": '{"a":1}'}}]},
+        {},
+    ]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    whole = ChatCompletion("sonnet", 7)
+    usage = Completion.model_validate_json(whole.end(events)).usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (17, 3, 20)
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("stop", "finish"),
+    [
+        ("end_turn", "stop"),
+        ("max_tokens", "length"),
+        ("refusal", "content_filter"),
+        ("pause_turn", "stop"),
+        ("stop_sequence", "stop"),
+    ],
+)
+def test_finish_reasons(stop: str, finish: str) -> None:
+    event = {
+        "type": "message_delta",
+        "delta": {"stop_reason": stop, "stop_sequence": None},
+        "usage": {"output_tokens": 1},
+    }
+    anthropic.types.RawMessageDeltaEvent.model_validate(event)
+    [chunk] = chunks_of(ChatWriter("m", 1).feed([event]) + b"data: [DONE]\n\n")
+    assert chunk.choices[0].finish_reason == finish
+
+
+@pytest.mark.parametrize(
+    ("error", "type", "code"),
+    [
+        (
+            ApiError(400, "prompt is too long: 9 tokens > 8 maximum", cause="overflow", retry=Retry.LARGER),
+            "invalid_request_error",
+            "context_length_exceeded",
+        ),
+        (ApiError(401, "no"), "authentication_error", "invalid_api_key"),
+        (ApiError(429, "slow"), "rate_limit_error", "rate_limit_exceeded"),
+        (ApiError(502, "broken"), "api_error", None),
+    ],
+)
+def test_errors(error: ApiError, type: str, code: str | None) -> None:
+    assert chat_error(error, "req_1") == {
+        "error": {"message": error.message, "type": type, "param": None, "code": code},
+        "request_id": "req_1",
+    }

@@ -1,0 +1,116 @@
+"""Responses and Gemini upstreams served whole: both SDKs -> ccmux as a process -> recorded streams."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from conftest import Start
+from translation import BASH, FIXTURES, tool_result, user
+
+CONFIG = """
+[router]
+default = "r/gpt-5.3-codex"
+auto_map_regex = ""
+[[providers]]
+name = "r"
+type = "responses"
+base_url = "{url}/v1"
+api_key = "key-of-r"
+[[providers]]
+name = "g"
+type = "gemini"
+base_url = "{url}"
+api_key = "key-of-g"
+"""
+MODELS = ["r/gpt-5.3-codex", "g/gemini-3.8-flash"]
+CASES = {"responses": ("plain", "reasoning_then_tool"), "gemini": ("plain", "thoughts_then_tool")}
+
+
+class Upstream:
+    """Answers with a recorded stream: a tool call where tools are offered, words once it has the result."""
+
+    def __init__(self) -> None:
+        self.bodies: list[Any] = []
+        app = web.Application()
+        app.router.add_post("/v1/responses", self.answer)
+        app.router.add_post("/v1beta/models/gemini-3.8-flash:streamGenerateContent", self.answer)
+        self.server = TestServer(app)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.bodies.append(body)
+        format = "responses" if request.path == "/v1/responses" else "gemini"
+        key = request.headers.get("authorization" if format == "responses" else "x-goog-api-key")
+        assert key in ("Bearer key-of-r", "key-of-g")
+        assert format == "responses" or request.query_string == "alt=sse"
+        is_answered = "function_call_output" in json.dumps(body) or "functionResponse" in json.dumps(body)
+        case = CASES[format]["tools" in body and not is_answered]
+        data = (FIXTURES / format / f"{case}.sse").read_bytes()
+        return web.Response(body=data, content_type="text/event-stream")
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    upstream = Upstream()
+    await upstream.server.start_server()
+    yield upstream
+    await upstream.server.close()
+
+
+async def test_anthropic_sdk_in_a_tool_round(upstream: Upstream, start_ccmux: Start) -> None:
+    config = CONFIG.format(url=upstream.server.make_url("").human_repr().rstrip("/"))
+    async with (
+        start_ccmux(config) as ccmux,
+        anthropic.AsyncAnthropic(base_url=ccmux.url, api_key="x") as client,
+    ):
+        for model in MODELS:
+            asked: Any = {"model": model, "max_tokens": 99, "tools": [BASH], "thinking": {"type": "adaptive"}}
+            first = await client.messages.create(messages=[user("list")], **asked)  # type: ignore[list-item]
+            assert first.stop_reason == "tool_use"
+            said = {"role": "assistant", "content": [b.model_dump(exclude_none=True) for b in first.content]}
+            call = next(b for b in first.content if b.type == "tool_use")
+            history: Any = [user("list"), said, user(tool_result(call.id, "a.txt"))]
+            async with client.messages.stream(messages=history, **asked) as stream:
+                last = await stream.get_final_message()
+            assert last.stop_reason == "end_turn"
+            assert last.model == model
+    sent = [json.dumps(body) for body in upstream.bodies]
+    assert "gAAAAABo4Wq1-encrypted-reasoning-==" in sent[1]
+    assert "CpcBAdHtim9TaWduYXR1cmUx" in sent[3]
+
+
+async def test_openai_sdk_streamed_and_whole(upstream: Upstream, start_ccmux: Start) -> None:
+    config = CONFIG.format(url=upstream.server.make_url("").human_repr().rstrip("/"))
+    function = {"name": "Bash", "parameters": BASH["input_schema"]}
+    asked: Any = {
+        "messages": [{"role": "user", "content": "list"}],
+        "tools": [{"type": "function", "function": function}],
+    }
+    async with (
+        start_ccmux(config) as ccmux,
+        openai.AsyncOpenAI(base_url=f"{ccmux.url}/v1", api_key="x") as client,
+    ):
+        for model in MODELS:
+            whole = await client.chat.completions.create(model=model, **asked)
+            call = whole.choices[0].message.tool_calls[0]
+            assert (call.function.name, whole.choices[0].finish_reason) == ("Bash", "tool_calls")
+            assert json.loads(call.function.arguments) == {"command": "ls -la", "description": "List files"}
+            chunks = await client.chat.completions.create(
+                model=model, stream=True, stream_options={"include_usage": True}, **asked
+            )
+            seen = [chunk async for chunk in chunks]
+            pieces = [c.choices[0].delta for c in seen if c.choices]
+            arguments = "".join(p.tool_calls[0].function.arguments for p in pieces if p.tool_calls)
+            assert json.loads(arguments) == json.loads(call.function.arguments)
+            assert "".join(p.content or "" for p in pieces) == whole.choices[0].message.content
+            assert seen[-1].usage == whole.usage
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.chat.completions.create(model="nobody/x", **asked)
+        assert caught.value.code == "model_not_found"

@@ -1,0 +1,704 @@
+"""What failures teach: cool-downs, breakers, pools, stickiness, budgets; and clients that leave or dawdle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import email.utils
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import fault_server as fs
+import psutil
+import pytest
+from fault_server import FaultServer
+from proxy_harness import (
+    FULL,
+    Proxy,
+    Reply,
+    as_process,
+    ask,
+    ask_many,
+    config_text,
+    in_process,
+    message_body,
+    until,
+)
+from test_faults import HELLO, PART, check_ledger, fails, full, stage
+
+import ccmux
+
+OK = (fs.answer(),)
+BOTH = pytest.mark.parametrize("wire", ["anthropic", "openai"])
+NO_RETRY = {"providers": {"A": {"max_retries": 0}, "B": {"max_retries": 0}}}
+
+
+# Limits and cool-downs.
+
+
+def http_date(seconds: float) -> str:
+    return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "30"}, 30),
+        ({"retry-after": " 30 "}, 30),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after-ms": "1500"}, 1.5),
+        ({"retry-after-ms": "1500", "retry-after": "30"}, 1.5),
+        ({"retry-after-ms": "x", "retry-after": "30"}, 30),
+        ({"retry-after": "nan"}, 0),
+        ({"retry-after": "-7"}, 0),
+        ({"retry-after": "inf"}, 3600),
+        ({"retry-after": "1e9"}, 3600),
+        ({"retry-after": http_date(-100)}, 0),
+        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, 3600),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": ""}, None),
+        ({}, None),
+    ],
+)
+def test_retry_after_is_read_in_every_form(headers: dict[str, str], seconds: float | None) -> None:
+    assert ccmux.retry_after(headers) == seconds
+
+
+def test_retry_after_may_be_a_date() -> None:
+    found = ccmux.retry_after({"retry-after": http_date(30)})
+    assert found is not None and 28 <= found <= 31
+
+
+@pytest.mark.parametrize(
+    ("headers", "least", "most"),
+    [
+        ([("retry-after", "nan")], 0, 0.6),
+        ([("retry-after", "-1")], 0, 0.6),
+        ([("retry-after-ms", "700")], 0.7, 1.3),
+        ([("retry-after", "soon")], 1.0, 1.6),
+        ([], 1.0, 1.6),
+    ],
+)
+@BOTH
+async def test_a_short_limit_is_waited_for(
+    headers: list[tuple[str, str]], least: float, most: float, wire: str, tmp_path: Path
+) -> None:
+    async with stage(tmp_path, (fs.status(429, headers), fs.answer()), formats=wire) as (proxy, (a,)):
+        reply = await ask(proxy)
+    full()(reply)
+    assert a.count == 2 and least <= reply.seconds <= most
+
+
+@BOTH
+async def test_a_limited_target_rests_and_the_next_is_asked(wire: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(429, [("retry-after", "30")]),), OK, formats=wire) as (
+        proxy,
+        (a, b),
+    ):
+        for _ in range(3):
+            full("B")(await ask(proxy))
+    assert (a.count, b.count) == (1, 3)
+
+
+@BOTH
+async def test_when_all_targets_rest_no_call_is_made(wire: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(429, [("retry-after", "30")]),), formats=wire) as (proxy, (a,)):
+        fails(429)(await ask(proxy))
+        fails(429, "rate_limit_error", retry_after=(28, 30))(await ask(proxy))
+        fails(429, "rate_limit_error", retry_after=(28, 30))(await ask(proxy, stream=False))
+    assert a.count == 1
+    assert len(proxy.books.requests()) == 3 and proxy.books.holds() == []
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@BOTH
+async def test_a_redirect_is_not_followed(code: int, wire: str, tmp_path: Path) -> None:
+    async with FaultServer(fs.answer()) as elsewhere:
+        script = (fs.redirect(f"{elsewhere.url}/v1/messages", code),)
+        async with stage(tmp_path, script, formats=wire) as (proxy, (a,)):
+            fails(502, "api_error")(await ask(proxy))
+    assert (a.count, elsewhere.connections) == (1, 0)
+
+
+# Keys.
+
+POOL = {"providers": {"A": {"api_key": ["sk-test-key-one", "sk-test-key-two"]}}}
+
+
+def key_of(call: fs.UpstreamCall) -> str:
+    return call.header("x-api-key") or (call.header("authorization") or "").removeprefix("Bearer ")
+
+
+@pytest.mark.parametrize("code", [401, 402, 403, 429])
+@BOTH
+async def test_a_bad_key_rests_and_the_next_key_is_tried_first(code: int, wire: str, tmp_path: Path) -> None:
+    refusal = fs.status(code, [("retry-after", "30")] if code == 429 else [])
+    script = (fs.by_key("sk-test-key-one", refusal=refusal, otherwise=fs.answer()),)
+    async with stage(tmp_path, script, OK, formats=wire, **POOL) as (proxy, (a, b)):
+        for _ in range(4):
+            full("A")(await ask(proxy))
+    keys = [key_of(call) for call in a.calls]
+    assert keys.count("sk-test-key-one") == 1 and keys.count("sk-test-key-two") == 4
+    assert b.count == 0
+
+
+async def test_a_pool_of_bad_keys_leads_to_the_next_target(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(401),), OK, **POOL) as (proxy, (a, b)):
+        full("B")(await ask(proxy))
+        full("B")(await ask(proxy))
+    assert (a.count, b.count) == (2, 2)
+
+
+async def test_keys_of_a_pool_take_turns(tmp_path: Path) -> None:
+    async with stage(tmp_path, OK, **POOL) as (proxy, (a,)):
+        for _ in range(4):
+            full("A")(await ask(proxy))
+    assert sorted(key_of(call) for call in a.calls) == ["sk-test-key-one"] * 2 + ["sk-test-key-two"] * 2
+
+
+async def test_at_most_four_tries_of_one_request(tmp_path: Path) -> None:
+    keys = {"providers": {"A": {"api_key": [f"sk-test-key-{n}" for n in range(9)]}}}
+    async with stage(tmp_path, (fs.status(401),), OK, **keys) as (proxy, (a, b)):
+        await ask(proxy)
+        assert a.count + b.count <= 4
+
+
+# Breakers.
+
+
+def age(proxy: Proxy) -> None:
+    """Lets the time pass after which open breakers become half-open."""
+    for breaker in proxy.state.relay.breakers.values():
+        breaker.open_until = min(breaker.open_until, time.monotonic())
+
+
+@BOTH
+async def test_five_failures_in_a_row_open_the_breaker(wire: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(500),), OK, formats=wire, **NO_RETRY) as (proxy, (a, b)):
+        for _ in range(8):
+            full("B")(await ask(proxy))
+    assert (a.count, b.count) == (5, 8)
+
+
+async def test_half_of_ten_failures_open_the_breaker(tmp_path: Path) -> None:
+    script = [fs.status(500) if n % 2 else fs.answer() for n in range(10)]
+    async with stage(tmp_path, tuple(script), OK, **NO_RETRY) as (proxy, (a, _)):
+        for _ in range(14):
+            assert (await ask(proxy)).status == 200
+    assert a.count == 10
+
+
+@pytest.mark.parametrize("code", [400, 413, 422, 429])
+async def test_faults_of_the_request_do_not_open_the_breaker(code: int, tmp_path: Path) -> None:
+    behaviour = fs.status(code, [("retry-after", "0")] if code == 429 else [])
+    async with stage(tmp_path, (behaviour,), **NO_RETRY) as (proxy, (a,)):
+        for _ in range(12):
+            fails(code)(await ask(proxy))
+    assert a.count == 12
+
+
+async def test_clients_that_hang_up_do_not_open_the_breaker(tmp_path: Path) -> None:
+    async with stage(tmp_path, (*[fs.stall()] * 7, fs.answer()), **NO_RETRY) as (proxy, (a,)):
+        for number in range(1, 8):
+            await hang_up(proxy, a.called(number))
+            await a.cancelled(number)
+            await proxy.idle()
+        full("A")(await ask(proxy))
+
+
+@BOTH
+async def test_a_half_open_breaker_lets_one_probe_through(wire: str, tmp_path: Path) -> None:
+    script = (*[fs.status(500)] * 5, fs.gated_answer())
+    async with stage(tmp_path, script, OK, formats=wire, **NO_RETRY) as (proxy, (a, b)):
+        for _ in range(5):
+            full("B")(await ask(proxy))
+        age(proxy)
+        asked = [asyncio.create_task(ask(proxy)) for _ in range(20)]
+        await a.called(6)
+        await until(lambda: sum(task.done() for task in asked) == 19, "the others were answered by B")
+        a.open_gate()
+        replies = await asyncio.gather(*asked)
+        assert sorted(reply.headers["x-ccmux-provider"] for reply in replies) == ["A"] + ["B"] * 19
+        assert all(reply.text == HELLO for reply in replies)
+        assert (a.count, b.count) == (6, 24)
+        full("A")(await ask(proxy))  # the probe has closed it
+        await proxy.idle()
+    assert sum(-entry["amount_microusd"] for entry in proxy.books.ledger()) == 24 * FULL["B"] + 2 * FULL["A"]
+
+
+async def test_a_failed_probe_opens_the_breaker_again_for_longer(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(500),), OK, **NO_RETRY) as (proxy, (a, _)):
+        for expected in (5, 6, 7):
+            for _ in range(8):
+                full("B")(await ask(proxy))
+            assert a.count == expected
+            age(proxy)
+        (breaker,) = [b for (name, *_), b in proxy.state.relay.breakers.items() if name == "A"]
+        assert breaker.interval == 40
+
+
+@BOTH
+async def test_with_all_breakers_open_the_answer_comes_at_once(wire: str, tmp_path: Path) -> None:
+    broken = (fs.status(500),)
+    async with stage(tmp_path, broken, broken, formats=wire, **NO_RETRY) as (proxy, servers):
+        for _ in range(5):
+            fails(500)(await ask(proxy))
+        replies = [await ask(proxy) for _ in range(5)]
+        for reply in replies:
+            fails(529, "overloaded_error", retry_after=(1, 60))(reply)
+        assert min(reply.seconds for reply in replies) < 0.05
+        assert [server.count for server in servers] == [5, 5]
+        age(proxy)
+        await ask(proxy)
+        assert [server.count for server in servers] == [6, 6]
+
+
+async def test_a_single_target_gets_one_probe_per_interval(tmp_path: Path) -> None:
+    script = (*[fs.status(500)] * 5, fs.gated_answer())
+    async with stage(tmp_path, script, **NO_RETRY) as (proxy, (a,)):
+        for _ in range(5):
+            fails(500)(await ask(proxy))
+        age(proxy)
+        probe = asyncio.create_task(ask(proxy))
+        await a.called(6)
+        for reply in await ask_many(proxy, 10):
+            fails(529, "overloaded_error", retry_after=(1, 60))(reply)
+        a.open_gate()
+        full("A")(await probe)
+        assert a.count == 6
+
+
+async def test_a_probe_whose_client_hangs_up_makes_way_for_the_next(tmp_path: Path) -> None:
+    script = (*[fs.status(500)] * 5, fs.stall(), fs.answer())
+    async with stage(tmp_path, script, **NO_RETRY) as (proxy, (a,)):
+        for _ in range(5):
+            fails(500)(await ask(proxy))
+        age(proxy)
+        await hang_up(proxy, a.called(6))
+        await a.cancelled(6)
+        await proxy.idle()
+        full("A")(await ask(proxy))
+
+
+# Connections and budgets.
+
+
+@BOTH
+async def test_a_stale_connection_is_replaced_at_once_and_uncounted(wire: str, tmp_path: Path) -> None:
+    script = (fs.answer(), fs.reset_on_reuse(), fs.answer())
+    async with stage(tmp_path, script, formats=wire) as (proxy, (a,)):
+        full()(await ask(proxy))
+        again = await ask(proxy)
+        full()(again)
+        await proxy.idle()
+        assert a.count == 3
+        assert a.calls[0].connection == a.calls[1].connection != a.calls[2].connection
+        assert again.seconds < 0.25 and again.headers["x-ccmux-attempts"] == "1"
+        assert [b.failures for b in proxy.state.relay.breakers.values()] == [0]
+    assert [entry["amount_microusd"] for entry in proxy.books.ledger()] == [-FULL["A"]] * 2
+
+
+async def test_a_failing_provider_costs_little_time(tmp_path: Path) -> None:
+    """Connection refused, then an open breaker: less than 50 ms more than the healthy one alone."""
+    async with stage(tmp_path, fs.refusing_address, OK) as (proxy, _):
+        slowed = [(await ask(proxy)).seconds for _ in range(12)]
+    other = tmp_path / "healthy"
+    other.mkdir()
+    async with stage(other, OK) as (proxy, _):
+        plain = [(await ask(proxy)).seconds for _ in range(12)]
+    assert min(slowed[:5]) - min(plain) < 0.05
+    assert min(slowed[6:]) - min(plain) < 0.05
+
+
+@BOTH
+async def test_a_full_provider_counts_as_resting(wire: str, tmp_path: Path) -> None:
+    limits = {"providers": {"A": {"max_concurrent": 2}}}
+    async with stage(tmp_path, (fs.gated_answer(),), OK, formats=wire, **limits) as (proxy, (a, b)):
+        asked = [asyncio.create_task(ask(proxy)) for _ in range(2)]
+        await a.called(2)
+        for reply in await ask_many(proxy, 3):
+            full("B")(reply)
+        a.open_gate()
+        for reply in await asyncio.gather(*asked):
+            full("A")(reply)
+    assert (a.count, b.count) == (2, 3)
+
+
+async def test_with_every_provider_full_the_answer_is_529(tmp_path: Path) -> None:
+    limits = {"providers": {"A": {"max_concurrent": 2}}}
+    async with stage(tmp_path, (fs.gated_answer(),), **limits) as (proxy, (a,)):
+        asked = [asyncio.create_task(ask(proxy)) for _ in range(2)]
+        await a.called(2)
+        fails(529, "overloaded_error", retry_after=(1, 60))(await ask(proxy))
+        a.open_gate()
+        await asyncio.gather(*asked)
+
+
+async def test_retries_do_not_multiply(tmp_path: Path) -> None:
+    """Twenty requests that fail at once: the provider's retry budget is 3, or a fifth of what is active."""
+    first = fs.bytes_then(fs.Gate(), *fs.status(500).steps(fs.UpstreamCall(0, 0)))
+    async with stage(tmp_path, (*[first] * 20, fs.status(500))) as (proxy, (a,)):
+        asked = [asyncio.create_task(ask(proxy)) for _ in range(20)]
+        await a.called(20)
+        a.open_gate()
+        for reply in await asyncio.gather(*asked):
+            assert reply.status in (500, 529)
+    assert 20 < a.count <= 28
+
+
+# Sessions.
+
+
+def session(name: str) -> dict[str, Any]:
+    return {"headers": {"x-claude-code-session-id": name}}
+
+
+@BOTH
+async def test_a_session_stays_where_it_was_answered(wire: str, tmp_path: Path) -> None:
+    script = (fs.status(529), fs.answer())
+    async with stage(tmp_path, script, OK, formats=wire) as (proxy, (a, b)):
+        full("B")(await ask(proxy, **session("one")))
+        for _ in range(3):
+            full("B")(await ask(proxy, **session("one")))
+        full("A")(await ask(proxy, **session("two")))
+        full("A")(await ask(proxy))
+    assert (a.count, b.count) == (3, 4)
+
+
+async def test_a_session_leaves_a_target_that_fell_ill(tmp_path: Path) -> None:
+    script_b = (fs.answer(), fs.status(529), fs.answer())
+    async with stage(tmp_path, (fs.status(529), fs.answer()), script_b) as (proxy, _):
+        full("B")(await ask(proxy, **session("one")))
+        full("A")(await ask(proxy, **session("one")))
+        full("A")(await ask(proxy, **session("one")))
+
+
+# Overflow.
+
+WORDINGS = [
+    "prompt is too long: 250000 tokens > 200000 maximum",
+    "This model's maximum context length is 8192 tokens. However, your messages resulted in 9000 tokens.",
+    "input is too long for requested model",
+    "The request exceeds the available context size",
+]
+
+
+@pytest.mark.parametrize("words", WORDINGS)
+@BOTH
+async def test_an_overflow_goes_to_a_larger_target(words: str, wire: str, tmp_path: Path) -> None:
+    sizes = {"context": {"A": 8192, "B": 1_000_000}}
+    script = (fs.status(400, type="invalid_request_error", message=words),)
+    async with stage(tmp_path, script, OK, formats=wire, **sizes) as (proxy, (a, b)):
+        full("B")(await ask(proxy))
+        full("B")(await ask(proxy, stream=False))
+    assert (a.count, b.count) == (2, 2)
+
+
+@pytest.mark.parametrize("words", WORDINGS)
+@BOTH
+async def test_an_overflow_without_a_larger_target_is_told_in_the_clients_words(
+    words: str, wire: str, tmp_path: Path
+) -> None:
+    sizes = {"context": {"A": 8192, "B": 8192}}
+    script = (fs.status(400, type="invalid_request_error", message=words),)
+    async with stage(tmp_path, script, OK, formats=wire, **sizes) as (proxy, (a, b)):
+        reply = await ask(proxy)
+    fails(400, "invalid_request_error", says="prompt is too long: ")(reply)
+    assert (a.count, b.count) == (1, 0)
+
+
+# Pings.
+
+
+@BOTH
+async def test_pings_keep_a_client_waiting_and_failover_possible(wire: str, tmp_path: Path) -> None:
+    limits = {"providers": {"A": {"first_byte_timeout": 1}}}
+    async with stage(tmp_path, (fs.stall(),), OK, formats=wire, **limits) as (proxy, (a, b)):
+        proxy.state.relay.ping_interval = 0.1
+        reply = await ask(proxy)
+    assert reply.body.startswith(b"event: ping\n") and reply.body.count(b"event: ping\n") >= 5
+    assert reply.text == HELLO and reply.kinds.count("message_start") == 1
+    assert reply.kinds[-1] == "message_stop"
+    assert (a.count, b.count) == (1, 1)
+
+
+async def test_after_a_ping_a_failure_is_an_error_event(tmp_path: Path) -> None:
+    limits = {"providers": {"A": {"first_byte_timeout": 1}}}
+    async with stage(tmp_path, (fs.stall(),), **limits) as (proxy, _):
+        proxy.state.relay.ping_interval = 0.1
+        reply = await ask(proxy)
+        await proxy.idle()
+    assert (reply.status, reply.broken, reply.kinds) == (200, False, ["error"])
+    assert reply.error["type"] == "timeout_error"
+    check_ledger(proxy, "0")
+
+
+@BOTH
+async def test_pings_fall_between_whole_events(wire: str, tmp_path: Path) -> None:
+    half = fs.Behaviour(lambda call: half_an_event(call))
+    async with stage(tmp_path, (half,), formats=wire) as (proxy, (a,)):
+        proxy.state.relay.ping_interval = 0.05
+
+        def look(reply: Reply) -> None:
+            if reply.body.count(b"event: ping") >= 3:
+                a.open_gate()
+
+        reply = await ask(proxy, on_data=look)
+    assert reply.body.count(b"event: ping") >= 3
+    full()(reply)
+
+
+def half_an_event(call: fs.UpstreamCall) -> list[fs.Step]:
+    blocks = fs.events_for(call)
+    cut = len(blocks[4]) // 2
+    return [
+        fs.Send(fs.head(200, fs.STREAM_HEAD) + b"".join(map(fs.chunked, [*blocks[:4], blocks[4][:cut]]))),
+        fs.Gate(),
+        fs.Send(b"".join(map(fs.chunked, [blocks[4][cut:], *blocks[5:]])) + fs.LAST_CHUNK),
+    ]
+
+
+# Usage.
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [{}, {"input_tokens": -5, "output_tokens": -5, "prompt_tokens": -5, "completion_tokens": -5},
+     {"input_tokens": 10**12, "output_tokens": 1, "prompt_tokens": 10**12, "completion_tokens": 1},
+     {"input_tokens": "many", "output_tokens": None, "prompt_tokens": "many", "completion_tokens": []},
+     "none", [1]],
+    ids=["missing", "negative", "absurd", "words", "text", "list"],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["s", "n"])
+@BOTH
+async def test_usage_that_is_none_is_counted_here_and_marked(
+    usage: Any, mode: str, wire: str, tmp_path: Path
+) -> None:
+    async with stage(tmp_path, (fs.answer(usage=usage),), formats=wire) as (proxy, _):
+        full()(await ask(proxy, stream=mode == "s"))
+        await proxy.idle()
+    (row,) = proxy.books.requests()
+    assert row["estimated"] and 0 < row["charge_microusd"] < FULL["A"]
+    assert len(proxy.books.ledger()) == 1
+
+
+# Clients that leave.
+
+
+def plain_request(proxy: Proxy, stream: bool = True) -> bytes:
+    """A request as its bytes on the wire."""
+    body = ccmux.compact(message_body(stream))
+    lines = [
+        "POST /v1/messages HTTP/1.1",
+        f"Host: 127.0.0.1:{proxy.port}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+async def hang_up(proxy: Proxy, when: Any, *, stream: bool = True) -> float:
+    """A client that closes its connection once `when` has come; the moment it did."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    writer.write(plain_request(proxy, stream))
+    await (when(reader) if callable(when) else when)
+    closed = time.monotonic()
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return closed
+
+
+def after_text(pieces: int) -> Callable[[asyncio.StreamReader], Any]:
+    async def wait(reader: asyncio.StreamReader) -> None:
+        for _ in range(pieces):
+            await reader.readuntil(b"text_delta")
+
+    return wait
+
+
+LEAVING = {
+    "before-headers": (fs.stall(), None, "0"),
+    "in-headers": (fs.stall_in_headers(), None, "0"),
+    "after-headers": (fs.stall_after_headers(), None, "0 or floor"),
+    "after-message-start": (fs.cut_after(1, fs.Stall(), gate=False), None, "0 or floor"),
+    "after-content": (fs.cut_after(5, fs.Stall(), gate=False), after_text(3), PART),
+    "amid-content": (fs.slow_answer(0, 0.05, ("x ",) * 400), after_text(3), PART),
+}
+
+
+@pytest.mark.parametrize("phase", LEAVING)
+@BOTH
+async def test_a_client_that_leaves_closes_the_upstream(phase: str, wire: str, tmp_path: Path) -> None:
+    behaviour, when, ledger = LEAVING[phase]
+    async with stage(tmp_path, (behaviour,), OK, formats=wire) as (proxy, (a, b)):
+        left = await hang_up(proxy, when or a.called(1))
+        assert await a.cancelled(1) - left < 0.5
+        assert a.calls[0].was_cancelled
+        await proxy.idle()
+        assert time.monotonic() - left < 0.7
+    assert (a.count, b.count) == (1, 0)
+    (row,) = proxy.books.requests()
+    assert row["error"] == "client_gone"
+    if ledger == "0 or floor":
+        assert sum(-e["amount_microusd"] for e in proxy.books.ledger()) <= FULL["A"] // 2
+    else:
+        check_ledger(proxy, ledger)
+
+
+async def test_a_client_that_does_not_stream_may_leave_too(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.stall(),), OK) as (proxy, (a, b)):
+        left = await hang_up(proxy, a.called(1), stream=False)
+        assert await a.cancelled(1) - left < 0.5
+        await proxy.idle()
+    assert (a.count, b.count) == (1, 0)
+    check_ledger(proxy, "0")
+
+
+@BOTH
+async def test_a_client_that_leaves_during_back_off_ends_the_retries(wire: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(429, [("retry-after", "4")]),), formats=wire) as (proxy, (a,)):
+
+        async def answered() -> None:
+            call = await a.called(1)
+            await until(lambda: call.answered is not None, "A has refused")
+            await until(lambda: proxy.state.relay.health_of("A").retrying == 1, "ccmux waits")
+
+        left = await hang_up(proxy, answered())
+        await proxy.idle()
+        assert time.monotonic() - left < 0.7
+        assert a.count == 1 and proxy.state.relay.health_of("A").retrying == 0
+    check_ledger(proxy, "0")
+
+
+# Clients that dawdle.
+
+
+@contextlib.asynccontextmanager
+async def dawdler(proxy: Proxy) -> AsyncIterator[None]:
+    """A client that asks for a stream and does not read it."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        await loop.sock_connect(client, ("127.0.0.1", proxy.port))
+        await loop.sock_sendall(client, plain_request(proxy))
+        yield
+
+
+@BOTH
+async def test_a_client_that_stalls_is_aborted_at_the_limit(wire: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.endless(),), formats=wire, server={"client_stall_timeout": 1}) as (
+        proxy,
+        (a,),
+    ):
+        async with dawdler(proxy):
+            call = await a.called(1)
+            ended = await a.cancelled(1)
+            assert 0.9 < ended - call.began < 4
+        await proxy.idle()
+    (row,) = proxy.books.requests()
+    assert row["error"] == "client_stall"
+    assert len(proxy.books.ledger()) == 1
+
+
+async def test_slow_readers_cost_little_memory(tmp_path: Path) -> None:
+    """Ten clients that do not read, an upstream that sends all it can: less than 2 MB each."""
+    async with FaultServer(fs.endless()) as a, as_process(tmp_path, config_text({"A": a.url})) as proxy:
+        assert proxy.process is not None
+        await ask_briefly(proxy)
+        server = psutil.Process(proxy.process.pid)
+        before = server.memory_info().rss
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(10):
+                await stack.enter_async_context(dawdler(proxy))
+            await a.called(11)
+            await still(lambda: a.sent)
+            assert server.memory_info().rss - before < 10 * 2 * 2**20
+
+
+async def ask_briefly(proxy: Proxy) -> None:
+    """One stream of which little is read: so that what is loaded once is loaded."""
+    await hang_up(proxy, after_text(1))
+
+
+async def still(value: Callable[[], int], seconds: float = 0.5) -> None:
+    """Until a number has not changed for a while: everything that fits into buffers is in them."""
+    last, since = value(), time.monotonic()
+    while time.monotonic() - since < seconds:
+        await asyncio.sleep(0.02)
+        if value() != last:
+            last, since = value(), time.monotonic()
+
+
+# Many at once, and a config that changes.
+
+
+# fmt: off
+FAULTS = [
+    fs.status(500), fs.status(529), fs.status(400), fs.reset_at_accept(), fs.reset_before_status(),
+    fs.close_before_status(), fs.html(), fs.empty(), fs.error_first(), fs.error_after_start(),
+    fs.error_midway_at_once(), fs.cut_after(5, fs.Reset(), gate=False), fs.cut_after(5, fs.End(), gate=False),
+]
+# fmt: on
+
+
+def mixed_faults(share: float, seed: int) -> list[fs.Behaviour]:
+    """A script for many calls: a share of them fails, each in its own way. No connection serves twice."""
+    chance = random.Random(seed)
+    return [chance.choice(FAULTS) if chance.random() < share else fs.answer(last=True) for _ in range(1000)]
+
+
+@BOTH
+async def test_of_200_streams_each_ends_well_or_with_an_error(wire: str, tmp_path: Path) -> None:
+    limits = {"providers": {name: {"max_concurrent": 500} for name in "AB"}}
+    scripts = mixed_faults(0.1, 1), mixed_faults(0.1, 2)
+    async with stage(tmp_path, *map(tuple, scripts), formats=wire, **limits) as (proxy, (a, b)):
+        replies = await ask_many(proxy, 200)
+        await proxy.idle()
+        for reply in replies:
+            assert not reply.broken
+            if reply.status != 200:
+                assert reply.json["type"] == "error" and reply.json["error"]["message"]
+            elif reply.kinds[-1] == "error":
+                assert HELLO.startswith(reply.text) and "message_stop" not in reply.kinds
+            else:
+                assert reply.text == HELLO and reply.kinds[-1] == "message_stop"
+        good = [r for r in replies if r.status == 200 and r.kinds[-1] == "message_stop"]
+        assert len(good) > 180
+        rows = proxy.books.requests()
+        assert len(rows) == len({row["request_id"] for row in rows}) == 200
+        assert sum(row["attempts"] for row in rows) == a.count + b.count
+        paid = {row["request_id"] for row in rows if row["charge_microusd"]}
+        assert paid == {entry["request_id"] for entry in proxy.books.ledger() if entry["amount_microusd"]}
+        assert {reply.headers["request-id"] for reply in good} <= paid
+        assert proxy.books.holds() == []
+        proxy.books.check_sums()
+
+
+async def test_a_reload_leaves_live_streams_alone(tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        a = await stack.enter_async_context(FaultServer(fs.gated_answer()))
+        b = await stack.enter_async_context(FaultServer(fs.answer()))
+        proxy = await stack.enter_async_context(in_process(tmp_path, config_text({"A": a.url})))
+        asked = asyncio.create_task(ask(proxy))
+        await a.called(1)
+        proxy.config_file.write_text(config_text({"B": b.url}))
+        ccmux.reload_config(proxy.state)
+        full("B")(await ask(proxy))
+        a.open_gate()
+        full("A")(await asked)
+        await proxy.idle()
+    assert [entry["amount_microusd"] for entry in proxy.books.ledger()] == [-FULL["B"], -FULL["A"]]
+
+
+async def test_a_broken_config_keeps_the_old_one(tmp_path: Path) -> None:
+    async with stage(tmp_path, OK) as (proxy, _):
+        proxy.config_file.write_text("[server\n")
+        ccmux.reload_config(proxy.state)
+        assert proxy.state.config_error
+        full("A")(await ask(proxy))

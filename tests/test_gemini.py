@@ -1,0 +1,502 @@
+"""Gemini: requests as the google-genai package types them, golden streams; both fed anything at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from google.genai import types
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from translation import (
+    BASH,
+    BODIES,
+    FIXTURES,
+    PDF,
+    PNG,
+    SEARCH,
+    assistant,
+    check_cuts,
+    check_golden,
+    check_grammar,
+    golden,
+    read,
+    stream_of,
+    thinking,
+    tool_result,
+    tool_use,
+    upstream,
+    user,
+)
+
+from ccmux import GeminiStream, Retry, Usage, gemini_request, gemini_usage
+
+FLASH = upstream("gemini-3.8-flash")
+CASES = sorted(p.stem for p in (FIXTURES / "gemini").glob("*.sse"))
+BODY_KEYS = {"contents", "systemInstruction", "tools", "toolConfig", "generationConfig"}
+DUMMY = "skip_thought_signature_validator"
+
+
+def valid(out: Any) -> Any:
+    """The request, which the google-genai package would have typed the same."""
+    json.dumps(out)
+    assert out.keys() <= BODY_KEYS
+    for content in out["contents"]:
+        assert content["parts"]
+        types.Content.model_validate(content)
+    if "systemInstruction" in out:
+        types.Content.model_validate(out["systemInstruction"])
+    for tool in out.get("tools", ()):
+        types.Tool.model_validate(tool)
+    types.ToolConfig.model_validate(out.get("toolConfig", {}))
+    types.GenerationConfig.model_validate(out.get("generationConfig", {}))
+    return out
+
+
+def request_of(*messages: Any, to: Any = FLASH, **body: Any) -> Any:
+    return valid(gemini_request({"model": "claude-x", "messages": list(messages), **body}, to))
+
+
+# Streams
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case: str) -> None:
+    events, error = read(stream_of(GeminiStream, FLASH), (FIXTURES / "gemini" / f"{case}.sse").read_bytes())
+    check_grammar(events, ended=error is None)
+    check_golden(FIXTURES / "gemini" / f"{case}.json", golden(events, error))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fixture_is_what_google_sends(case: str) -> None:
+    for line in (FIXTURES / "gemini" / f"{case}.sse").read_text().splitlines():
+        if line.startswith("data: ") and '"error"' not in line:
+            types.GenerateContentResponse.model_validate_json(line[6:])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cut_anywhere(case: str) -> None:
+    check_cuts(lambda: stream_of(GeminiStream, FLASH), (FIXTURES / "gemini" / f"{case}.sse").read_bytes())
+
+
+def sse(*chunks: Any) -> bytes:
+    return b"".join(b"data: %s\n\n" % json.dumps(c).encode() for c in chunks)
+
+
+def said(*parts: Any, finish: str = "STOP", **more: Any) -> Any:
+    return {
+        "candidates": [{"content": {"role": "model", "parts": list(parts)}, "finishReason": finish}],
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("finish", "stop"),
+    [
+        ("STOP", "end_turn"),
+        ("MAX_TOKENS", "max_tokens"),
+        ("SAFETY", "refusal"),
+        ("RECITATION", "refusal"),
+        ("PROHIBITED_CONTENT", "refusal"),
+        ("A_NEW_ONE", "end_turn"),
+    ],
+)
+def test_finish_reasons(finish: str, stop: str) -> None:
+    events, error = read(stream_of(GeminiStream, FLASH), sse(said({"text": "x"}, finish=finish)))
+    assert error is None
+    assert events[-2]["delta"]["stop_reason"] == stop
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "retry", "cause"),
+    [
+        pytest.param(sse(said()), 502, Retry.SAME, "empty", id="nothing in it"),
+        pytest.param(sse(said({"text": "x"}, finish="")), 502, Retry.SAME, "stream", id="cut off"),
+        pytest.param(
+            sse(said({"text": "x"}, finish="OTHER")), 502, Retry.SAME, "stream", id="ended for no reason"
+        ),
+        pytest.param(
+            sse(said(finish="MISSING_THOUGHT_SIGNATURE")), 400, Retry.NO, "stream", id="our mistake"
+        ),
+        pytest.param(
+            sse(said({"functionCall": {"args": {}}})), 502, Retry.SAME, "stream", id="a call without a name"
+        ),
+        pytest.param(b"data: <html>\n\n", 502, Retry.SAME, "stream", id="not JSON"),
+        pytest.param(
+            sse([{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "quota"}}]),
+            429,
+            Retry.KEY,
+            "http_429",
+            id="in a list",
+        ),
+        pytest.param(
+            sse(
+                {
+                    "error": {
+                        "code": 400,
+                        "message": "The input token count (1200000) exceeds the maximum (1048576).",
+                    }
+                }
+            ),
+            400,
+            Retry.LARGER,
+            "overflow",
+            id="too long",
+        ),
+    ],
+)
+def test_failures(data: bytes, status: int, retry: Retry, cause: str) -> None:
+    _, error = read(stream_of(GeminiStream, FLASH), data)
+    assert error is not None
+    assert (error.status, error.retry, error.cause) == (status, retry, cause)
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        pytest.param(
+            {
+                "promptTokenCount": 100,
+                "candidatesTokenCount": 5,
+                "thoughtsTokenCount": 7,
+                "cachedContentTokenCount": 60,
+            },
+            Usage(40, 12, 60),
+            id="all",
+        ),
+        pytest.param(
+            {"promptTokenCount": 100, "toolUsePromptTokenCount": 11},
+            Usage(111, 0),
+            id="what tools said is input",
+        ),
+        pytest.param({"promptTokenCount": 1, "candidatesTokenCount": None}, Usage(1, 0), id="null is 0"),
+        pytest.param({"promptTokenCount": 1, "candidatesTokenCount": -1}, None, id="absurd"),
+        pytest.param({"candidatesTokenCount": 1}, None, id="no prompt"),
+        pytest.param(None, None, id="none"),
+    ],
+)
+def test_usage(usage: Any, expected: Usage | None) -> None:
+    assert gemini_usage(usage) == expected
+
+
+ANY_PART = st.fixed_dictionaries(
+    {},
+    optional={
+        "text": st.sampled_from(["", "a", None, 3, "\ud800"]),
+        "thought": st.booleans(),
+        "thoughtSignature": st.sampled_from(["c2ln", "", None, 4]),
+        "functionCall": st.sampled_from(
+            [
+                None,
+                {"name": "Bash"},
+                {"name": "Bash", "args": {"a": 1}, "id": "x y"},
+                {"args": 3},
+                {"name": "B", "args": None},
+            ]
+        ),
+        "inlineData": st.just({"mimeType": "image/png", "data": ""}),
+    },
+)
+ANY_CHUNK = st.fixed_dictionaries(
+    {},
+    optional={
+        "candidates": st.lists(
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "content": st.one_of(
+                        st.none(),
+                        st.fixed_dictionaries(
+                            {}, optional={"parts": st.one_of(st.none(), st.lists(ANY_PART, max_size=3))}
+                        ),
+                    ),
+                    "finishReason": st.sampled_from(
+                        ["STOP", "SAFETY", "MAX_TOKENS", "MALFORMED_FUNCTION_CALL", "", None]
+                    ),
+                    "groundingMetadata": st.sampled_from(
+                        [
+                            None,
+                            {
+                                "webSearchQueries": ["q", 3],
+                                "groundingChunks": [None, {"web": {"uri": "https://a.org"}}],
+                            },
+                        ]
+                    ),
+                },
+            ),
+            max_size=2,
+        ),
+        "promptFeedback": st.sampled_from([None, {}, {"blockReason": "SAFETY"}]),
+        "usageMetadata": st.sampled_from([None, {}, {"promptTokenCount": 1}]),
+        "error": st.sampled_from([None, {"code": 500}, "x"]),
+    },
+)
+
+
+@given(st.lists(ANY_CHUNK, max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_any_chunks_end_well_or_in_one_error(chunks: list[Any]) -> None:
+    events, error = read(stream_of(GeminiStream, FLASH), sse(*chunks))
+    check_grammar(events, ended=error is None)
+
+
+# Requests
+
+
+def test_conversation_as_contents() -> None:
+    kept = {"dialect": "gemini", "model": FLASH.model, "call": "call_1", "signature": "c2lnbmF0dXJl"}
+    out = request_of(
+        user("look", PNG, PDF, {"type": "image", "source": {"type": "url", "url": "https://a.org/b.png"}}),
+        assistant(
+            thinking("hm", kept),
+            {"type": "text", "text": "I look."},
+            tool_use("call_1", command="ls"),
+            tool_use("call_2", "Read"),
+        ),
+        user(
+            tool_result("call_2", [{"type": "text", "text": "see"}, PNG], is_error=True),
+            tool_result("call_1", "a.txt"),
+            tool_result("gone"),
+            "and?",
+        ),
+        {"role": "system", "content": "Plan mode is active"},
+        assistant(tool_use("call_3")),
+        system=[
+            {"type": "text", "text": "x-anthropic-billing-header: cc=1"},
+            {"type": "text", "text": "Be good."},
+        ],
+    )
+    inline = {"inlineData": {"mimeType": "image/png", "data": "iVBORw0KGgo="}}
+    assert out["systemInstruction"] == {"parts": [{"text": "Be good."}]}
+    assert out["contents"] == [
+        {
+            "role": "user",
+            "parts": [
+                {"text": "look"},
+                inline,
+                {"inlineData": {"mimeType": "application/pdf", "data": "JVBERi0="}},
+                {"fileData": {"mimeType": "image/png", "fileUri": "https://a.org/b.png"}},
+            ],
+        },
+        {
+            "role": "model",
+            "parts": [
+                {"text": "I look."},
+                {
+                    "functionCall": {"id": "call_1", "name": "Bash", "args": {"command": "ls"}},
+                    "thoughtSignature": "c2lnbmF0dXJl",
+                },
+                {"functionCall": {"id": "call_2", "name": "Read", "args": {}}},
+            ],
+        },
+        {
+            "role": "user",
+            "parts": [
+                {"functionResponse": {"id": "call_1", "name": "Bash", "response": {"output": "a.txt"}}},
+                {
+                    "functionResponse": {
+                        "id": "call_2",
+                        "name": "Read",
+                        "response": {"error": "see\n\n[image: in the next user message]"},
+                    }
+                },
+                inline,
+                {"text": "and?"},
+                {"text": "<system-reminder>\nPlan mode is active\n</system-reminder>"},
+            ],
+        },
+        {
+            "role": "model",
+            "parts": [
+                {"functionCall": {"id": "call_3", "name": "Bash", "args": {}}, "thoughtSignature": DUMMY}
+            ],
+        },
+        {
+            "role": "user",
+            "parts": [
+                {
+                    "functionResponse": {
+                        "id": "call_3",
+                        "name": "Bash",
+                        "response": {"output": "No result was recorded for this call."},
+                    }
+                }
+            ],
+        },
+    ]
+
+
+def test_signature_comes_back_from_the_stream_that_made_it() -> None:
+    events, _ = read(
+        stream_of(GeminiStream, FLASH), (FIXTURES / "gemini" / "thoughts_then_tool.sse").read_bytes()
+    )
+    blocks = [
+        {"type": "thinking", "signature": e["delta"]["signature"]}
+        for e in events
+        if e.get("delta", {}).get("type") == "signature_delta"
+    ]
+    history = (user("hi"), assistant(*blocks, tool_use("fc-7f3a"), tool_use("other")))
+    made = "CpcBAdHtim9TaWduYXR1cmUx"
+    for model, first in ((FLASH.model, made), ("gemini-3.1-pro", DUMMY), ("gemini-2.5-pro", None)):
+        parts = request_of(*history, to=upstream(model))["contents"][1]["parts"]
+        assert [p.get("thoughtSignature") for p in parts] == [first, None]
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "expected"),
+    [
+        pytest.param(
+            "gemini-3.8-flash",
+            {"thinking": {"type": "adaptive"}, "output_config": {"effort": "xhigh"}},
+            {"includeThoughts": True, "thinkingLevel": "high"},
+            id="level",
+        ),
+        pytest.param(
+            "gemini-3.8-flash",
+            {"thinking": {"type": "enabled", "budget_tokens": 3000}},
+            {"includeThoughts": True, "thinkingLevel": "low"},
+            id="budget as level",
+        ),
+        pytest.param(
+            "gemini-3.8-flash",
+            {"thinking": {"type": "disabled"}},
+            {"thinkingLevel": "low"},
+            id="the least level",
+        ),
+        pytest.param(
+            "gemini-3.8-flash",
+            {"thinking": {"type": "adaptive"}},
+            {"includeThoughts": True},
+            id="its own measure",
+        ),
+        pytest.param("gemini-3.8-flash", {}, None, id="nothing asked"),
+        pytest.param(
+            "gemini-2.5-pro",
+            {"thinking": {"type": "enabled", "budget_tokens": 99999}},
+            {"includeThoughts": True, "thinkingBudget": 24576},
+            id="budget",
+        ),
+        pytest.param(
+            "gemini-2.5-flash",
+            {"output_config": {"effort": "medium"}},
+            {"thinkingBudget": 12288},
+            id="effort as budget",
+        ),
+        pytest.param("gemini-2.5-flash", {"thinking": {"type": "disabled"}}, {"thinkingBudget": 0}, id="off"),
+        pytest.param(
+            "gemini-2.5-pro",
+            {"thinking": {"type": "disabled"}},
+            {"thinkingBudget": 128},
+            id="the least budget",
+        ),
+        pytest.param(
+            "gemini-2.0-flash", {"thinking": {"type": "adaptive"}}, None, id="a model that does not think"
+        ),
+    ],
+)
+def test_thinking(model: str, body: Any, expected: Any) -> None:
+    out = request_of(user("hi"), to=upstream(model), **body)
+    assert out.get("generationConfig", {}).get("thinkingConfig") == expected
+
+
+def test_generation_config() -> None:
+    schema = {"type": "object", "properties": {"title": {"type": "string"}}, "additionalProperties": False}
+    out = request_of(
+        user("hi"),
+        max_tokens=99,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        stop_sequences=list("abcdef"),
+        output_config={"format": {"type": "json_schema", "schema": schema}},
+        metadata={},
+        safeguards=[],
+    )
+    assert out["generationConfig"] == {
+        "temperature": 0.5,
+        "topP": 0.9,
+        "topK": 7,
+        "maxOutputTokens": 99,
+        "stopSequences": list("abcde"),
+        "responseMimeType": "application/json",
+        "responseJsonSchema": schema,
+    }
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"type": "auto"}, {"mode": "AUTO"}),
+        ({"type": "any"}, {"mode": "ANY"}),
+        ({"type": "none"}, {"mode": "NONE"}),
+        (None, None),
+        ({"type": "tool", "name": "Bash"}, {"mode": "ANY", "allowedFunctionNames": ["Bash"]}),
+    ],
+)
+def test_tool_choice(choice: Any, expected: Any) -> None:
+    out = request_of(user("hi"), tools=[BASH], tool_choice=choice)
+    assert out.get("toolConfig", {}).get("functionCallingConfig") == expected
+
+
+def test_tools() -> None:
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "type": "object",
+        "additionalProperties": False,
+        "$defs": {"N": {"type": "integer"}},
+        "properties": {
+            "n": {"$ref": "#/$defs/N", "exclusiveMinimum": 0, "maximum": 9007199254740991},
+            "any": {},
+            "k": {"const": "x"},
+            "d": {"type": ["string", "null"], "format": "uri"},
+            "l": {"type": "array"},
+        },
+        "required": ["n", "gone"],
+    }
+    out = request_of(
+        user("hi"),
+        tools=[{"name": "Big", "input_schema": schema}, {"name": "None", "input_schema": {"type": "object"}}],
+    )
+    big, none = out["tools"][0]["functionDeclarations"]
+    assert none == {"name": "None", "description": ""}
+    assert big["parameters"] == {
+        "type": "object",
+        "required": ["n"],
+        "properties": {
+            "n": {"type": "integer", "maximum": 9007199254740991},
+            "any": {},
+            "k": {"type": "string", "enum": ["x"]},
+            "d": {"type": "string", "nullable": True},
+            "l": {"type": "array", "items": {"type": "string"}},
+        },
+    }
+
+
+def test_web_search() -> None:
+    assert request_of(user("hi"), tools=[SEARCH], tool_choice={"type": "tool", "name": "web_search"})[
+        "tools"
+    ] == [{"googleSearch": {}}]
+
+
+def test_what_an_upstream_refuses_is_left_out() -> None:
+    out = request_of(
+        user("hi"),
+        to=upstream("gemini-3-pro", skip=frozenset({"temperature"}), vision=False),
+        temperature=1,
+        top_p=1,
+    )
+    assert out["generationConfig"] == {"topP": 1}
+
+
+@given(BODIES)
+@settings(max_examples=200, deadline=None)
+def test_any_conversation_makes_a_valid_request(body: Any) -> None:
+    before = copy.deepcopy(body)
+    contents = valid(gemini_request(body, upstream("m")))["contents"]
+    assert body == before
+    assert contents[0]["role"] == "user"
+    for content, answer in zip(contents, [*contents[1:], {"parts": []}], strict=True):
+        calls = [p["functionCall"]["id"] for p in content["parts"] if "functionCall" in p]
+        assert [p["functionResponse"]["id"] for p in answer["parts"] if "functionResponse" in p] == calls

@@ -1,0 +1,518 @@
+"""OpenAI Responses: requests as the openai package types them, golden streams; both fed anything at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types.responses import ResponseStreamEvent
+from openai.types.responses.response_create_params import ResponseCreateParamsStreaming
+from pydantic import TypeAdapter
+from translation import (
+    BASH,
+    BODIES,
+    FIXTURES,
+    PDF,
+    PNG,
+    SEARCH,
+    assistant,
+    check_cuts,
+    check_golden,
+    check_grammar,
+    golden,
+    read,
+    stream_of,
+    thinking,
+    tool_result,
+    tool_use,
+    upstream,
+    user,
+)
+
+from ccmux import ResponsesStream, Retry, Usage, responses_request, responses_usage
+
+CODEX = upstream("gpt-5.3-codex", effort=("low", "medium", "high"))
+LONG = "mcp__server__a_long_tool_name_that_does_not_fit_into_64_characters_at_all"
+NAMES = {LONG[:55] + "_0a1b2c3d": LONG}
+CASES = sorted(p.stem for p in (FIXTURES / "responses").glob("*.sse"))
+
+
+PARAMS: TypeAdapter[Any] = TypeAdapter(ResponseCreateParamsStreaming)
+
+
+def valid(out: Any) -> Any:
+    """The request, as the openai package would type it; iterables are drained, or nothing is checked."""
+    json.dumps(out)
+    # The package wants the id of a reasoning item; what is not stored is replayed without, as Codex does.
+    named = [{"id": "rs_1", **i} if i["type"] == "reasoning" else i for i in out["input"]]
+    drain(PARAMS.validate_python({**out, "input": named}, extra="forbid"))
+    return out
+
+
+def drain(value: Any) -> None:
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            drain(inner)
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        for inner in value:
+            drain(inner)
+
+
+def request_of(*messages: Any, to: Any = CODEX, **body: Any) -> Any:
+    return valid(responses_request({"model": "claude-x", "messages": list(messages), **body}, to))
+
+
+# Streams
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case: str) -> None:
+    data = (FIXTURES / "responses" / f"{case}.sse").read_bytes()
+    events, error = read(stream_of(ResponsesStream, CODEX, NAMES), data)
+    check_grammar(events, ended=error is None)
+    check_golden(FIXTURES / "responses" / f"{case}.json", golden(events, error))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fixture_is_what_openai_sends(case: str) -> None:
+    adapter: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    for line in (FIXTURES / "responses" / f"{case}.sse").read_text().splitlines():
+        if line.startswith("data: "):
+            adapter.validate_json(line[6:])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cut_anywhere(case: str) -> None:
+    data = (FIXTURES / "responses" / f"{case}.sse").read_bytes()
+    check_cuts(lambda: stream_of(ResponsesStream, CODEX, NAMES), data)
+
+
+def sse(*events: Any) -> bytes:
+    return b"".join(b"data: %s\n\n" % json.dumps(e).encode() for e in events)
+
+
+def done(item: Any, index: int = 0) -> Any:
+    return {"type": "response.output_item.done", "output_index": index, "item": item}
+
+
+def completed(*output: Any, **more: Any) -> Any:
+    return {"type": "response.completed", "response": {"status": "completed", "output": list(output), **more}}
+
+
+MESSAGE = {"type": "message", "content": [{"type": "output_text", "text": "hi"}]}
+CALL = {"type": "function_call", "call_id": "c1", "name": "Bash", "arguments": '{"a":1}'}
+
+
+@pytest.mark.parametrize(
+    ("events", "kinds"),
+    [
+        pytest.param([done(MESSAGE), completed()], ["text"], id="no deltas: text from the whole item"),
+        pytest.param([completed(MESSAGE, CALL)], ["text", "tool_use"], id="all of it in the last event"),
+        pytest.param([done({**CALL, "arguments": ""}), completed()], ["tool_use"], id="no arguments are {}"),
+        pytest.param(
+            [done({**CALL, "arguments": {"a": 1}}), completed()], ["tool_use"], id="arguments as an object"
+        ),
+        pytest.param(
+            [done({**CALL, "arguments": '"{}"'}), completed()], ["tool_use"], id="arguments encoded twice"
+        ),
+        pytest.param(
+            [
+                {"type": "response.output_item.added", "output_index": 0, "item": {**CALL, "arguments": ""}},
+                completed(),
+            ],
+            ["tool_use"],
+            id="a call that is never told done",
+        ),
+        pytest.param(
+            [done({"type": "image_generation_call"}), done(MESSAGE, 1), completed()],
+            ["text"],
+            id="unknown items pass",
+        ),
+        pytest.param([done(MESSAGE), done(MESSAGE), completed()], ["text"], id="an item told twice"),
+    ],
+)
+def test_answers(events: list[Any], kinds: list[str]) -> None:
+    found, error = read(stream_of(ResponsesStream, CODEX), sse(*events))
+    assert error is None
+    check_grammar(found, ended=True)
+    assert [e["content_block"]["type"] for e in found if e["type"] == "content_block_start"] == kinds
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "retry", "cause"),
+    [
+        pytest.param(sse(completed()), 502, Retry.SAME, "empty", id="nothing in it"),
+        pytest.param(sse(done(MESSAGE)), 502, Retry.SAME, "stream", id="cut off"),
+        pytest.param(
+            sse({"type": "response.failed"}), 502, Retry.SAME, "http_502", id="failed, and nothing more"
+        ),
+        pytest.param(b"", 502, Retry.SAME, "stream", id="no bytes at all"),
+        pytest.param(b"data: {nonsense\n\n", 502, Retry.SAME, "stream", id="not JSON"),
+        pytest.param(b"data: [1]\n\n", 502, Retry.SAME, "http_502", id="no object"),
+        pytest.param(
+            sse(done({**CALL, "arguments": "[1]"})),
+            502,
+            Retry.SAME,
+            "stream",
+            id="arguments that are no object",
+        ),
+        pytest.param(sse(done({**CALL, "name": ""})), 502, Retry.SAME, "stream", id="a call without a name"),
+        pytest.param(
+            sse({"error": {"code": 429, "message": "slow"}}), 429, Retry.KEY, "http_429", id="a bare error"
+        ),
+        pytest.param(
+            sse(
+                {
+                    "type": "error",
+                    "code": "context_length_exceeded",
+                    "message": "Your input exceeds the context window",
+                }
+            ),
+            400,
+            Retry.LARGER,
+            "overflow",
+            id="too long",
+        ),
+    ],
+)
+def test_failures(data: bytes, status: int, retry: Retry, cause: str) -> None:
+    _, error = read(stream_of(ResponsesStream, CODEX), data)
+    assert error is not None
+    assert (error.status, error.retry, error.cause) == (status, retry, cause)
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        pytest.param(
+            {"input_tokens": 100, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 60}},
+            Usage(40, 5, 60),
+            id="cached apart",
+        ),
+        pytest.param(
+            {
+                "input_tokens": 100,
+                "output_tokens": 5,
+                "input_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30},
+            },
+            Usage(10, 5, 60, 30),
+            id="writes apart",
+        ),
+        pytest.param(
+            {"input_tokens": 3, "output_tokens": 0, "input_tokens_details": None},
+            Usage(3, 0),
+            id="no details",
+        ),
+        pytest.param({"input_tokens": -3, "output_tokens": 0}, None, id="absurd"),
+        pytest.param(None, None, id="none"),
+    ],
+)
+def test_usage(usage: Any, expected: Usage | None) -> None:
+    assert responses_usage(usage) == expected
+
+
+ANY_ITEM = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["message", "reasoning", "function_call", "web_search_call", "?"]),
+        "id": st.sampled_from(["i1", "i2", "\ud800", None]),
+        "call_id": st.sampled_from(["c1", "", None, "c d"]),
+        "name": st.sampled_from(["Bash", "", None]),
+        "phase": st.sampled_from(["commentary", None]),
+        "arguments": st.sampled_from(["", "{}", '{"a":', '{"a":1}', "null", None, {"a": 1}, "x"]),
+        "content": st.sampled_from(
+            [[], None, MESSAGE["content"], [{"type": "refusal", "refusal": "no"}], [None]]
+        ),
+        "summary": st.sampled_from([[], [{"text": "so"}], None]),
+        "encrypted_content": st.sampled_from(["enc", None]),
+        "action": st.sampled_from(
+            [None, {"query": "q", "sources": [{"url": "https://a.org"}, None]}, {"url": "https://b.org"}]
+        ),
+    },
+)
+ANY_EVENT = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(
+            [
+                "response.created",
+                "response.output_item.added",
+                "response.output_item.done",
+                "response.output_text.delta",
+                "response.refusal.delta",
+                "response.reasoning_summary_text.delta",
+                "response.reasoning_summary_part.added",
+                "response.function_call_arguments.delta",
+                "response.output_text.annotation.added",
+                "response.completed",
+                "response.incomplete",
+                "?",
+                None,
+            ]
+        ),
+        "output_index": st.sampled_from([0, 1, 2, None, "0"]),
+        "item_id": st.sampled_from(["i1", None]),
+        "item": ANY_ITEM,
+        "delta": st.sampled_from(["a", "{", '{"a":', "1}", "", None, {}]),
+        "annotation": st.sampled_from([None, {"type": "url_citation", "url": "https://a.org", "title": "A"}]),
+        "response": st.fixed_dictionaries(
+            {},
+            optional={
+                "status": st.sampled_from(["completed", "incomplete", "failed"]),
+                "output": st.lists(ANY_ITEM, max_size=2),
+                "usage": st.sampled_from([None, {"input_tokens": 1, "output_tokens": 1}]),
+                "error": st.sampled_from([None, {"code": "x"}]),
+                "incomplete_details": st.sampled_from([None, {"reason": "content_filter"}]),
+            },
+        ),
+    },
+)
+
+
+@given(st.lists(ANY_EVENT, max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_any_events_end_well_or_in_one_error(events: list[Any]) -> None:
+    found, error = read(stream_of(ResponsesStream, CODEX), sse(*events))
+    check_grammar(found, ended=error is None)
+
+
+# Requests
+
+
+def test_conversation_as_items() -> None:
+    kept = {"dialect": "responses", "model": CODEX.model}
+    item = {"type": "reasoning", "encrypted_content": "enc", "summary": []}
+    foreign = {**kept, "model": "gpt-6-astra", "item": {**item, "encrypted_content": "other"}}
+    out = request_of(
+        user("look", PNG, PDF),
+        assistant(
+            thinking("", foreign),
+            thinking("hm", {**kept, "item": item, "phase": "commentary"}),
+            {"type": "text", "text": "I look."},
+            tool_use("call_1", command="ls"),
+            tool_use("call_2", "a b"),
+        ),
+        user(
+            tool_result("call_2", [{"type": "text", "text": "see"}, PNG], is_error=True),
+            tool_result("call_1", "a.txt"),
+            tool_result("gone"),
+            "and?",
+        ),
+        {"role": "system", "content": "Plan mode is active"},
+        assistant(thinking("last", {**kept, "item": item})),
+        system=[
+            {"type": "text", "text": "x-anthropic-billing-header: cc=1"},
+            {"type": "text", "text": "Be good."},
+        ],
+    )
+    assert out["instructions"] == "Be good."
+    assert out["input"] == [
+        {
+            "type": "message",
+            "role": "user",
+            "content": [
+                {"type": "input_text", "text": "look"},
+                {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo=", "detail": "auto"},
+                {
+                    "type": "input_file",
+                    "filename": "a.pdf",
+                    "file_data": "data:application/pdf;base64,JVBERi0=",
+                },
+            ],
+        },
+        item,
+        {"type": "message", "role": "assistant", "content": "I look.", "phase": "commentary"},
+        {"type": "function_call", "call_id": "call_1", "name": "Bash", "arguments": '{"command": "ls"}'},
+        {
+            "type": "function_call",
+            "call_id": "call_2",
+            "name": "a_b_" + out["input"][4]["name"][-8:],
+            "arguments": "{}",
+        },
+        {"type": "function_call_output", "call_id": "call_1", "output": "a.txt"},
+        {
+            "type": "function_call_output",
+            "call_id": "call_2",
+            "output": [
+                {"type": "input_text", "text": "Error:"},
+                {"type": "input_text", "text": "see"},
+                {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo=", "detail": "auto"},
+            ],
+        },
+        {
+            "type": "message",
+            "role": "user",
+            "content": [
+                {"type": "input_text", "text": "and?"},
+                {"type": "input_text", "text": "<system-reminder>\nPlan mode is active\n</system-reminder>"},
+            ],
+        },
+    ]
+
+
+def test_reasoning_comes_back_from_the_stream_that_made_it() -> None:
+    data = (FIXTURES / "responses" / "reasoning_then_tool.sse").read_bytes()
+    events, _ = read(stream_of(ResponsesStream, CODEX), data)
+    blocks = [
+        {"type": "thinking", "signature": e["delta"]["signature"]}
+        for e in events
+        if e.get("delta", {}).get("type") == "signature_delta"
+    ]
+    items = request_of(user("hi"), assistant(*blocks, tool_use("call_A1b2C3")))["input"]
+    assert [i["type"] for i in items] == ["message", "reasoning", "function_call", "function_call_output"]
+    assert items[1]["encrypted_content"] == "gAAAAABo4Wq1-encrypted-reasoning-=="
+    assert [
+        i["type"] for i in request_of(assistant(*blocks, tool_use("c")), to=upstream("gpt-6-astra"))["input"]
+    ] == ["function_call", "function_call_output"]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        pytest.param({"max_tokens": 1}, {"max_output_tokens": 16}, id="the least it takes"),
+        pytest.param(
+            {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}},
+            {"reasoning": {"effort": "high", "summary": "auto"}, "include": ["reasoning.encrypted_content"]},
+            id="effort clamped",
+        ),
+        pytest.param(
+            {"thinking": {"type": "disabled"}, "output_config": {"effort": "max"}},
+            {"reasoning": None},
+            id="no thinking",
+        ),
+        pytest.param(
+            {"thinking": {"type": "enabled", "budget_tokens": 2000}},
+            {"reasoning": {"effort": "low", "summary": "auto"}},
+            id="budget",
+        ),
+        pytest.param(
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+            {
+                "text": {
+                    "format": {
+                        "type": "json_schema",
+                        "name": "answer",
+                        "schema": {"type": "object"},
+                        "strict": False,
+                    }
+                }
+            },
+            id="schema",
+        ),
+        pytest.param(
+            {"tools": [BASH], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+            {
+                "tool_choice": "required",
+                "parallel_tool_calls": False,
+                "tools": [
+                    {
+                        "type": "function",
+                        "name": "Bash",
+                        "description": "Runs",
+                        "parameters": BASH["input_schema"],
+                        "strict": False,
+                    }
+                ],
+            },
+            id="tools",
+        ),
+        pytest.param(
+            {"tools": [BASH], "tool_choice": {"type": "tool", "name": "Bash"}},
+            {"tool_choice": {"type": "function", "name": "Bash"}},
+            id="one tool",
+        ),
+        pytest.param(
+            {"tools": [SEARCH], "tool_choice": {"type": "tool", "name": "web_search"}},
+            {
+                "tool_choice": "required",
+                "include": ["web_search_call.action.sources", "reasoning.encrypted_content"],
+                "tools": [
+                    {
+                        "type": "web_search",
+                        "filters": {"allowed_domains": ["a.org"]},
+                        "user_location": {"type": "approximate", "city": "Oslo"},
+                    }
+                ],
+            },
+            id="web search",
+        ),
+        pytest.param(
+            {
+                "stop_sequences": ["x"],
+                "metadata": {"user_id": "u"},
+                "safeguards": [],
+                "context_management": {},
+                "top_k": 3,
+            },
+            {"stop": None, "metadata": None, "safeguards": None, "context_management": None, "top_k": None},
+            id="what does not go up",
+        ),
+        pytest.param(
+            {"temperature": 0.5, "top_p": 1},
+            {"temperature": 0.5, "top_p": 1, "store": False, "stream": True},
+            id="sampling",
+        ),
+    ],
+)
+def test_parameters(body: Any, expected: Any) -> None:
+    out = request_of(user("hi"), **body)
+    assert {k: out.get(k) for k in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "asks"),
+    [
+        ("gpt-4.1", False),
+        ("gpt-5-chat-latest", False),
+        ("gpt-5", True),
+        ("openai/o4-mini", True),
+        ("codex-mini", True),
+        ("gpt-6.1-terra", True),
+    ],
+)
+def test_only_reasoning_models_are_asked_for_reasoning(model: str, asks: bool) -> None:
+    out = request_of(user("hi"), to=upstream(model), thinking={"type": "adaptive"})
+    assert ("include" in out) == ("reasoning" in out) == asks
+
+
+def test_summaries_go_only_where_they_may() -> None:
+    to = upstream("gpt-5", skip=frozenset({"reasoning.summary"}), effort=("low", "high"))
+    out = request_of(user("hi"), to=to, thinking={"type": "adaptive"}, output_config={"effort": "high"})
+    assert out["reasoning"] == {"effort": "high"}
+
+
+def test_what_an_upstream_refuses_is_left_out() -> None:
+    to = upstream(
+        "gpt-5",
+        session="s" * 80,
+        skip=frozenset({"include"}),
+        drop=("store",),
+        prompt_cache_key=True,
+        extra_body={"service_tier": "flex"},
+    )
+    out = request_of(user("hi"), to=to)
+    assert not {"include", "store"} & out.keys()
+    assert (out["prompt_cache_key"], out["service_tier"]) == ("s" * 64, "flex")
+
+
+@given(BODIES)
+@settings(max_examples=200, deadline=None)
+def test_any_conversation_makes_a_valid_request(body: Any) -> None:
+    before = copy.deepcopy(body)
+    items = valid(responses_request(body, upstream("m", effort=("low", "high"))))["input"]
+    assert body == before
+    check_pairs(
+        [i["call_id"] for i in items if i["type"] == "function_call"],
+        [i["call_id"] for i in items if i["type"] == "function_call_output"],
+    )
+    assert not items or items[-1]["type"] != "reasoning"
+
+
+def check_pairs(calls: list[str], answers: list[str]) -> None:
+    """Every call has its answer, in the same order."""
+    assert calls == answers

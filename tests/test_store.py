@@ -1,0 +1,571 @@
+"""Store: the ledger on real SQLite files, with sums that must never differ."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import csv
+import io
+import os
+import random
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ccmux
+
+NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)  # a Tuesday
+
+
+class Clock:
+    def __init__(self, now: datetime = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@contextlib.asynccontextmanager
+async def server_store(path: Path | str, **options: Any) -> AsyncIterator[ccmux.Store]:
+    store = ccmux.Store(str(path), **options)
+    store.open_server()
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def settlement(request_id: str, charge: int = 100, user: str = "ann", **more: Any) -> ccmux.Settlement:
+    fields: dict[str, Any] = {
+        "session": "s1",
+        "agent": "",
+        "asked": "claude-x",
+        "route": "default",
+        "provider": "p",
+        "model": "m",
+        "stream": True,
+        "status": 200,
+        "error": "",
+        "attempts": 1,
+        "usage": ccmux.Usage(input=10, output=5, cache_read=3),
+        "cost": charge,
+        "markup": 0,
+        "price": {"input": "1", "output": "2"},
+        "first_token_ms": 12,
+        "duration_ms": 34,
+        "stop_reason": "end_turn",
+        "trail": [["default", "m"]],
+        **more,
+    }
+    return ccmux.Settlement(request_id=request_id, user=user, charge=charge, **fields)
+
+
+def ledger(path: Path) -> list[dict[str, Any]]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.row_factory = sqlite3.Row
+        return [dict(r) for r in db.execute("select * from ledger order by id")]
+
+
+async def place(
+    store: ccmux.Store, user: ccmux.User, id: str, amount: int = 100, enforce: bool = True
+) -> ccmux.Hold:
+    return await store.hold(user.id, id, amount, enforce=enforce, max_concurrent=1000)
+
+
+# Users and keys.
+
+
+def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path: Path) -> None:
+    store = ccmux.Store(str(tmp_path / "a.db"))
+    user, key = store.add_user("ann", 5_000_000, {"day_microusd": 1}, "a friend")
+    assert (user.balance, user.day_budget, user.note) == (5_000_000, 1, "a friend")
+    found = store.authenticate(key)
+    assert found is not None
+    assert found.name == "ann"
+    assert store.authenticate(key + "x") is None
+    assert store.authenticate("\udcff") is None
+    second = store.rotate_key("ann")
+    assert store.authenticate(key) is None
+    assert store.authenticate(second) is not None
+    store.close()
+    everything = b"".join(p.read_bytes() for p in tmp_path.iterdir())
+    assert key.encode() not in everything
+    assert second.encode() not in everything
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 65, "ä", "a/b", "local"])
+def test_bad_names_are_refused(name: str, tmp_path: Path) -> None:
+    store = ccmux.Store(":memory:")
+    with pytest.raises(ccmux.ConfigError, match="user name"):
+        store.add_user(name)
+    store.close()
+
+
+def test_a_taken_or_unknown_name_is_an_error_that_names_the_nearest() -> None:
+    store = ccmux.Store(":memory:")
+    store.add_user("annette")
+    with pytest.raises(ccmux.ConfigError, match="already"):
+        store.add_user("annette")
+    with pytest.raises(ccmux.ConfigError, match="did you mean 'annette'"):
+        store.credit("anette", 5)
+    store.close()
+
+
+def test_a_credit_with_a_key_is_entered_once() -> None:
+    store = ccmux.Store(":memory:")
+    store.add_user("ann")
+    for _ in range(3):
+        assert store.credit("ann", 700, "gift", key="click-1").balance == 700
+    assert store.credit("ann", -200, "back").balance == 500
+    kinds = [(t["kind"], t["amount_microusd"], t["balance_microusd"]) for t in store.transactions("ann")]
+    assert kinds == [("adjust", -200, 500), ("topup", 700, 700)]
+    assert store.sums_problem() == ""
+    store.close()
+
+
+# Holds and settlements.
+
+
+async def test_a_hold_then_a_settlement(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 1000)
+        hold = await place(store, user, "r1", 300)
+        assert (store.known("ann").held, store.known("ann").balance) == (300, 1000)
+        await store.settle(hold, settlement("r1", 250))
+        assert (store.known("ann").held, store.known("ann").balance) == (0, 750)
+        await store.settle(hold, settlement("r1", 250))  # twice changes nothing
+        assert store.known("ann").balance == 750
+        assert len(store.requests("ann")) == 1
+        assert store.sums_problem() == ""
+
+
+@pytest.mark.parametrize(
+    ("balance", "amount", "status"),
+    [(300, 301, 402), (300, 300, 200), (0, 0, 402), (-5, 0, 402), (1, 0, 200)],
+)
+async def test_funds(balance: int, amount: int, status: int) -> None:
+    async with server_store(":memory:") as store:
+        user, _ = store.add_user("ann")
+        store.credit("ann", balance)
+        try:
+            await place(store, user, "r1", amount)
+            seen = 200
+        except ccmux.ApiError as error:
+            seen = error.status
+            assert error.type == "billing_error"
+            assert error.should_retry is False
+            assert "credit" in error.message
+        assert seen == status
+
+
+async def test_too_many_at_once_comes_after_the_balance() -> None:
+    async with server_store(":memory:") as store:
+        user, _ = store.add_user("ann", 1000)
+        await store.hold(user.id, "r1", 400, enforce=True, max_concurrent=1)
+        with pytest.raises(ccmux.ApiError) as busy:
+            await store.hold(user.id, "r2", 400, enforce=True, max_concurrent=1)
+        assert (busy.value.status, busy.value.type, busy.value.retry_after) == (429, "rate_limit_error", 1)
+        with pytest.raises(ccmux.ApiError) as poor:
+            await store.hold(user.id, "r3", 700, enforce=True, max_concurrent=1)
+        assert poor.value.status == 402
+
+
+@pytest.mark.parametrize(
+    ("budget", "spent_at", "asked_at", "refused", "reset_s"),
+    [
+        pytest.param("day", "2026-11-24T00:00", "2026-11-24T23:59", True, 60, id="same day"),
+        pytest.param("day", "2026-11-23T23:59", "2026-11-24T00:00", False, 0, id="a new day"),
+        pytest.param("week", "2026-11-23T00:00", "2026-11-29T23:00", True, 3600, id="Monday to Sunday"),
+        pytest.param("week", "2026-11-22T23:59", "2026-11-23T00:00", False, 0, id="a new week"),
+        pytest.param("month", "2026-11-01T00:00", "2026-11-30T23:00", True, 3600, id="same month"),
+        pytest.param("month", "2026-12-31T23:59", "2027-01-01T00:00", False, 0, id="a new month and year"),
+    ],
+)
+async def test_budgets(budget: str, spent_at: str, asked_at: str, refused: bool, reset_s: int) -> None:
+    clock = Clock(datetime.fromisoformat(spent_at).replace(tzinfo=UTC))
+    async with server_store(":memory:", now=clock) as store:
+        user, _ = store.add_user("ann", 10_000, {f"{budget}_microusd": 100})
+        await store.settle(await place(store, user, "r1", 50), settlement("r1", 100))
+        clock.now = datetime.fromisoformat(asked_at).replace(tzinfo=UTC)
+        if not refused:
+            await place(store, user, "r2", 50)
+            return
+        with pytest.raises(ccmux.ApiError) as used_up:
+            await place(store, user, "r2", 50)
+        error = used_up.value
+        assert (error.status, error.type, error.should_retry) == (429, "billing_error", False)
+        assert error.retry_after == reset_s
+        assert "resets at" in error.message
+
+
+async def test_nothing_is_refused_without_enforcing() -> None:
+    async with server_store(":memory:") as store:
+        user, _ = store.add_user("ann", 0, {"day_microusd": 0})
+        hold = await place(store, user, "r1", 500, enforce=False)
+        await store.settle(hold, settlement("r1", 400))
+        assert store.known("ann").balance == -400
+
+
+async def test_five_hundred_debits_at_once(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 500_000)
+
+        async def one(number: int) -> bool:
+            try:
+                hold = await place(store, user, f"r{number}", 1500)
+            except ccmux.ApiError as error:
+                assert error.status == 402
+                return False
+            await store.settle(hold, settlement(f"r{number}", 1000))
+            return True
+
+        answered = sum(await asyncio.gather(*(one(n) for n in range(500))))
+        assert 0 < answered <= 500
+        after = store.known("ann")
+        assert (after.balance, after.held) == (500_000 - 1000 * answered, 0)
+        assert store.sums_problem() == ""
+
+
+async def test_a_refused_hold_does_not_undo_its_neighbours() -> None:
+    async with server_store(":memory:") as store:
+        rich, _ = store.add_user("rich", 10**6)
+        poor, _ = store.add_user("poor", 0)
+        jobs = [place(store, poor if n % 3 == 0 else rich, f"r{n}", 10) for n in range(30)]
+        results = await asyncio.gather(*jobs, return_exceptions=True)
+        assert [isinstance(r, ccmux.ApiError) for r in results] == [n % 3 == 0 for n in range(30)]
+        assert store.known("rich").held == 200
+
+
+WORKER = """
+import asyncio, sys
+sys.path.insert(0, {folder!r})
+import ccmux
+store = ccmux.Store({path!r})
+for number in range(60):
+    store.credit("ann", 1, "from " + sys.argv[1])
+store.close()
+"""
+
+
+async def test_three_processes_on_one_database(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    folder = str(Path(ccmux.__file__).parent)
+    async with server_store(path) as store:
+        user, _ = store.add_user("ann", 10**6)
+        script = WORKER.format(folder=folder, path=str(path))
+        workers = [
+            await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(n)) for n in range(2)
+        ]
+        for number in range(100):
+            hold = await place(store, user, f"r{number}", 10)
+            await store.settle(hold, settlement(f"r{number}", 7))
+        assert [await w.wait() for w in workers] == [0, 0]
+        assert store.known("ann").balance == 10**6 + 120 - 700
+        assert store.sums_problem() == ""
+
+
+# What must not be possible.
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "update ledger set amount_microusd = 0",
+        "delete from ledger",
+        "update holds set amount_microusd = 1",
+        "insert into ledger (time, user_id, kind, amount_microusd, balance_microusd, key) values ('', 1, 'gift', 1, 1, 'k')",
+        "insert into users (name, created, balance_microusd) values ('x', '', 'much')",
+    ],
+)
+async def test_the_schema_refuses(sql: str, tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 100)
+        await place(store, user, "r1", 10)
+        with (
+            contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db,
+            pytest.raises(sqlite3.IntegrityError),
+        ):
+            db.execute(sql)
+
+
+def test_sums_that_differ_are_told(tmp_path: Path) -> None:
+    store = ccmux.Store(str(tmp_path / "a.db"))
+    store.add_user("ann", 100)
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:
+        db.execute("update users set balance_microusd = 99, held_microusd = 5 where name = 'ann'")
+        db.commit()
+    store = ccmux.Store(str(tmp_path / "a.db"))
+    assert "balance of user ann" in store.sums_problem()
+    assert "held of user ann" in store.sums_problem()
+    store.close()
+
+
+def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
+    store = ccmux.Store(str(tmp_path / "a.db"))
+    store.open_server()
+    store.add_user("ann")
+    store.backup(str(tmp_path / "copy.db"))
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o600}, modes
+    store.close()
+    copy = ccmux.Store(str(tmp_path / "copy.db"))
+    assert copy.user("ann") is not None
+    copy.close()
+
+
+def test_a_second_server_is_refused_by_pid(tmp_path: Path) -> None:
+    first = ccmux.Store(str(tmp_path / "a.db"))
+    first.open_server()
+    second = ccmux.Store(str(tmp_path / "a.db"))
+    with pytest.raises(ccmux.ConfigError, match=f"pid {os.getpid()}"):
+        second.open_server()
+    second.close()
+    first.close()
+    third = ccmux.Store(str(tmp_path / "a.db"))
+    third.open_server()
+    third.close()
+
+
+def test_a_newer_or_foreign_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    ccmux.Store(str(path)).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("pragma user_version = 99")
+    with pytest.raises(ccmux.ConfigError, match="newer ccmux"):
+        ccmux.Store(str(path))
+    (tmp_path / "b.db").write_bytes(b"this is no database at all" * 100)
+    with pytest.raises(ccmux.ConfigError, match=r"b\.db"):
+        ccmux.Store(str(tmp_path / "b.db"))
+
+
+# Disk full.
+
+
+async def test_disk_full_refuses_holds_and_keeps_settlements(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10**9)
+        hold = await place(store, user, "r0", 10)
+        pages = store.reader.execute("pragma page_count").fetchone()[0]
+        store.do(lambda db: None)
+        store.db.execute(f"pragma max_page_count = {pages + 3}")
+        error: ccmux.ApiError | None = None
+        for number in range(1, 3000):
+            try:
+                await place(store, user, f"r{number}", 10)
+            except ccmux.ApiError as failed:
+                error = failed
+                break
+        assert error is not None
+        assert (error.status, error.cause) == (529, "store")
+        kept = store.settle(hold, settlement("r0", 5, trail=[["x" * 9000, "y"]]))
+        await asyncio.wait([kept], timeout=0.2)
+        assert not kept.done()
+        store.db.execute("pragma max_page_count = 1000000")
+        await asyncio.wait_for(kept, 5)
+        assert [t["request_id"] for t in store.transactions("ann") if t["kind"] == "charge"] == ["r0"]
+        assert store.sums_problem() == ""
+
+
+# Reports and exports.
+
+
+async def test_reports_and_exports_equal_the_ledger(tmp_path: Path) -> None:
+    rand = random.Random(5)
+    async with server_store(tmp_path / "a.db") as store:
+        for name in ("ann", "ben"):
+            store.add_user(name, 10**7)
+        for number in range(60):
+            name = rand.choice(["ann", "ben"])
+            cost = None if number % 10 == 0 else rand.randrange(1000)
+            more = {"model": rand.choice(["m1", "m2"]), "session": rand.choice(["s1", "s2"]), "cost": cost}
+            await store.settle(None, settlement(f"r{number}", cost or 0, name, **more))
+        charged = -sum(e["amount_microusd"] for e in ledger(tmp_path / "a.db") if e["kind"] == "charge")
+        for by in ccmux.REPORT_KEYS:
+            rows = store.report(by)
+            assert sum(r["charge_microusd"] for r in rows) == charged
+            assert sum(r["requests"] for r in rows) == 60
+            assert sum(r["unpriced"] for r in rows) == 6
+        exported = list(store.export())
+        assert sum(r["charge_microusd"] for r in exported) == charged
+        assert [r["request_id"] for r in exported] == [f"r{n}" for n in range(60)]
+        assert tuple(exported[0]) == ccmux.USAGE_COLUMNS
+        text = ccmux.csv_text(exported, ccmux.USAGE_COLUMNS)
+        parsed = list(csv.DictReader(io.StringIO(text)))
+        assert sum(int(r["charge_microusd"]) for r in parsed) == charged
+        price = ccmux.Price(ccmux.Decimal(1), ccmux.Decimal(2))
+        again = store.repriced("model", "", "", price, ccmux.Decimal(0))
+        assert sum(again.values()) == 60 * (10 + 3 + 2 * 5)
+
+
+async def test_report_periods_and_users() -> None:
+    clock = Clock()
+    async with server_store(":memory:", now=clock) as store:
+        store.add_user("ann", 10**6)
+        for day in (1, 2, 3):
+            clock.now = datetime(2026, 11, day, 8, tzinfo=UTC)
+            await store.settle(None, settlement(f"r{day}", day))
+        rows = store.report("day", "2026-11-02", "2026-11-03")
+        assert [(r["key"], r["charge_microusd"]) for r in rows] == [("2026-11-02", 2)]
+        assert store.report("day", user="nobody") == []
+        with pytest.raises(ccmux.ConfigError, match="report by"):
+            store.report("colour")
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx", '=HYPERLINK("http://x")'])
+def test_no_cell_is_a_formula(text: str) -> None:
+    parsed = next(csv.DictReader(io.StringIO(ccmux.csv_text([{"a": text, "n": -5}], ["a", "n"]))))
+    assert parsed["a"] == f"'{text}"
+    assert parsed["n"] == "-5"
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (0, "$0.00"),
+        (5_000_000, "$5.00"),
+        (1_500_000, "$1.50"),
+        (1, "$0.000001"),
+        (-2_340_000, "-$2.34"),
+        (10**12, "$1000000.00"),
+    ],
+)
+def test_money_for_people(amount: int, text: str) -> None:
+    assert ccmux.money(amount) == text
+
+
+# Any sequence of operations keeps the sums.
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["hold", "settle", "settle twice", "credit", "answered", "crash"]),
+        st.integers(0, 5),
+        st.integers(-500, 2000),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS)
+def test_any_sequence_keeps_the_sums(
+    steps: list[tuple[str, int, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    asyncio.run(run_steps(steps, tmp_path_factory.mktemp("steps") / "a.db"))
+
+
+async def run_steps(steps: list[tuple[str, int, int]], path: Path) -> None:
+    store = ccmux.Store(str(path))
+    store.open_server()
+    user, _ = store.add_user("ann", 1000)
+    holds: dict[int, ccmux.Hold] = {}
+    expected, number = 1000, 0
+    floors: dict[int, int] = {}
+    try:
+        for kind, at, amount in steps:
+            number += 1
+            if kind == "hold" and at not in holds:
+                with contextlib.suppress(ccmux.ApiError):
+                    holds[at] = await place(store, user, f"r{number}", abs(amount))
+                    floors[at] = 0
+            elif kind.startswith("settle") and at in holds:
+                hold = holds.pop(at)
+                for _ in range(2 if kind == "settle twice" else 1):
+                    await store.settle(hold, settlement(hold.request_id, abs(amount)))
+                expected -= abs(amount)
+            elif kind == "credit":
+                store.credit("ann", amount)
+                expected += amount
+            elif kind == "answered" and at in holds:
+                store.answered(holds[at], at)
+                floors[at] = at
+            elif kind == "crash":
+                store.close()
+                store = ccmux.Store(str(path))
+                store.open_server()
+                expected -= sum(floors[at] for at in holds)
+                holds.clear()
+        after = store.known("ann")
+        assert after.balance == expected
+        assert after.held == sum(h.amount for h in holds.values())
+        assert store.sums_problem() == ""
+    finally:
+        store.close()
+
+
+# kill -9 at random under load.
+
+CRASHER = """
+import asyncio, os, sys
+sys.path.insert(0, {folder!r})
+sys.path.insert(0, {tests!r})
+import ccmux
+from test_store import settlement
+
+async def one(store, user, number):
+    id = f"{{sys.argv[1]}}-{{number}}"
+    hold = await store.hold(user.id, id, 50, enforce=True, max_concurrent=1000)
+    store.answered(hold, 3)
+    await store.settle(hold, settlement(id, 7))
+    os.write(1, (id + "\\n").encode())
+
+async def main():
+    store = ccmux.Store({path!r})
+    store.open_server()
+    user = store.known("ann")
+    number = 0
+    while True:
+        await asyncio.gather(*(one(store, user, number + n) for n in range(20)))
+        number += 20
+
+asyncio.run(main())
+"""
+
+
+def answered_before_death(path: Path, round: int, lines: int) -> Iterator[str]:
+    """Runs a child under load, kills it after so many answers; yields the ids it had told as settled."""
+    folder, tests = str(Path(ccmux.__file__).parent), str(Path(__file__).parent)
+    script = CRASHER.format(folder=folder, tests=tests, path=str(path))
+    child = subprocess.Popen([sys.executable, "-c", script, str(round)], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    for _ in range(lines):
+        yield child.stdout.readline().decode().strip()
+    child.kill()
+    yield from (line.decode().strip() for line in child.stdout if line.endswith(b"\n"))
+    child.wait()
+    child.stdout.close()
+
+
+def test_kill_9_at_random_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    store = ccmux.Store(str(path))
+    store.add_user("ann", 10**9)
+    store.close()
+    rand = random.Random()
+    told: list[str] = []
+    for round in range(20):
+        told += answered_before_death(path, round, rand.randrange(1, 60))
+    store = ccmux.Store(str(path))
+    store.open_server()
+    entries = ledger(path)
+    charges = [e["request_id"] for e in entries if e["kind"] == "charge"]
+    interrupted = [e for e in entries if e["kind"] == "interrupted"]
+    assert len(charges) == len(set(charges))
+    assert set(told) <= set(charges)
+    assert not set(charges) & {e["request_id"] for e in interrupted}
+    assert {e["amount_microusd"] for e in interrupted} <= {0, -3}
+    after = store.known("ann")
+    assert after.held == 0
+    assert after.balance == 10**9 - 7 * len(charges) + sum(e["amount_microusd"] for e in interrupted)
+    assert store.sums_problem() == ""
+    assert sum(r["charge_microusd"] for r in store.export()) == 10**9 - after.balance
+    store.close()

@@ -1,0 +1,279 @@
+"""What the tests of the translated formats share: streams in pieces, the event grammar, any conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anthropic.types
+import hypothesis.strategies as st
+import pytest
+from pydantic import TypeAdapter
+
+from ccmux import (
+    AnthropicStream,
+    ApiError,
+    Facts,
+    Json,
+    Quirks,
+    SseDecoder,
+    Upstream,
+    Usage,
+    collect,
+    event_of,
+    sign,
+)
+
+FIXTURES = Path(__file__).parent / "fixtures"
+EVENT: TypeAdapter[Any] = TypeAdapter(anthropic.types.RawMessageStreamEvent)
+
+
+def upstream(model: str, session: str = "", skip: frozenset[str] = frozenset(), **quirks: Any) -> Upstream:
+    return Upstream(model, Quirks(**quirks), Facts(), session, skip)
+
+
+def read(stream: Any, data: bytes, cut: int | None = None) -> tuple[list[Json], ApiError | None]:
+    """The events a stream makes of upstream bytes, whole or in two pieces, and the error it ends with."""
+    decoder = SseDecoder()
+    pieces = [data] if cut is None else [data[:cut], data[cut:]]
+    try:
+        for blocks in (*map(decoder.feed, pieces), decoder.finish()):
+            for block in blocks:
+                name, text = event_of(block)
+                if text:
+                    stream.feed(name, text)
+        stream.finish()
+    except ApiError as error:
+        return stream.out.take(), error
+    return stream.out.take(), None
+
+
+def decoded(data: bytes, cut: int) -> list[tuple[str, str]]:
+    """The events that two pieces of a stream hold."""
+    decoder = SseDecoder()
+    pieces = (*map(decoder.feed, (data[:cut], data[cut:])), decoder.finish())
+    return [event_of(block) for blocks in pieces for block in blocks]
+
+
+def check_cuts(make: Callable[[], Any], data: bytes) -> None:
+    """A stream cut at any byte is the same stream: all cuts decode alike, each eighth is read through."""
+    whole, told = golden(*read(make(), data)), decoded(data, 0)
+    for cut in range(len(data)):
+        assert decoded(data, cut) == told
+        if cut % 8 == 0:
+            assert golden(*read(make(), data, cut)) == whole
+
+
+def stream_of(make: Any, to: Upstream, names: dict[str, str] | None = None) -> Any:
+    return make(
+        AnthropicStream("msg_1", "claude-sonnet-5-5", Usage(input=7, estimated=True)), names or {}, to
+    )
+
+
+def golden(events: list[Json], error: ApiError | None) -> Json:
+    """A reading as the fixtures' .json files have it."""
+    told = error and {
+        "status": error.status,
+        "message": error.message,
+        "retry": error.retry.value,
+        "cause": error.cause,
+    }
+    return {"events": events, "error": told}
+
+
+def check_golden(path: Path, found: Json) -> None:
+    assert found == json.loads(path.read_text())
+
+
+def check_grammar(events: list[Json], ended: bool) -> None:
+    """Every event is one that the anthropic package knows, and they come in the one order there is."""
+    open_at, next_index = None, 0
+    for number, event in enumerate(events):
+        EVENT.validate_python(event)
+        kind = event["type"]
+        assert (kind == "message_start") == (number == 0)
+        if kind == "content_block_start":
+            assert open_at is None
+            assert event["index"] == next_index
+            open_at, next_index = next_index, next_index + 1
+        elif kind in ("content_block_delta", "content_block_stop"):
+            assert event["index"] == open_at
+            open_at = None if kind == "content_block_stop" else open_at
+        elif kind in ("message_delta", "message_stop"):
+            assert open_at is None
+    kinds = [e["type"] for e in events]
+    assert kinds[-2:] == ["message_delta", "message_stop"] if ended else "message_stop" not in kinds
+    if ended:
+        message = anthropic.types.Message.model_validate(collect(events))
+        assert (message.stop_reason == "tool_use") == any(
+            b.type == "tool_use" for b in message.content
+        ) or message.stop_reason in ("max_tokens", "refusal")
+
+
+def expect_400(call: Any, words: str) -> None:
+    with pytest.raises(ApiError, match=words) as caught:
+        call()
+    assert caught.value.status == 400
+
+
+def assistant(*blocks: Json) -> Json:
+    return {"role": "assistant", "content": list(blocks)}
+
+
+def user(*blocks: Json | str) -> Json:
+    return {
+        "role": "user",
+        "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks],
+    }
+
+
+def tool_use(id: str, name: str = "Bash", **input: Any) -> Json:
+    return {"type": "tool_use", "id": id, "name": name, "input": input}
+
+
+def tool_result(id: str, content: Any = "done", **more: Any) -> Json:
+    return {"type": "tool_result", "tool_use_id": id, "content": content, **more}
+
+
+def thinking(text: str = "", payload: Json | None = None) -> Json:
+    return {"type": "thinking", "thinking": text, "signature": sign(payload)}
+
+
+PNG = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
+PDF = {
+    "type": "document",
+    "title": "a.pdf",
+    "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="},
+}
+BASH = {
+    "name": "Bash",
+    "description": "Runs",
+    "input_schema": {"type": "object", "properties": {"command": {"type": "string"}}},
+}
+SEARCH = {
+    "type": "web_search_20250305",
+    "name": "web_search",
+    "allowed_domains": ["a.org"],
+    "user_location": {"city": "Oslo"},
+}
+
+
+# Conversations of any shape.
+
+IDS = st.sampled_from(["a", "b", "toolu_1", "ccx_Zm9v", "x" * 80, "ü", "", None, 3])
+TEXTS = st.one_of(st.text(max_size=8), st.sampled_from(["", "\ud800", "x-anthropic-billing-header: 1"]))
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), TEXTS)
+PLAIN = st.dictionaries(
+    st.sampled_from(["type", "text", "source", "content", "id", "title", "url"]), SCALARS, max_size=4
+)
+SOURCES = st.one_of(
+    SCALARS,
+    PLAIN,
+    st.fixed_dictionaries(
+        {"type": st.just("base64")},
+        optional={"media_type": SCALARS, "data": st.sampled_from(["", "aGk=", None])},
+    ),
+    st.fixed_dictionaries(
+        {"type": st.just("url")}, optional={"url": st.sampled_from(["", "https://a.org/b.png", None])}
+    ),
+    st.fixed_dictionaries({"type": st.just("text"), "data": SCALARS}),
+)
+PAYLOADS = st.one_of(
+    st.none(),
+    st.fixed_dictionaries(
+        {"dialect": st.sampled_from(["gemini", "responses", "x"]), "model": st.sampled_from(["m", "other"])},
+        optional={
+            "call": IDS,
+            "signature": st.sampled_from(["c2ln", "", None]),
+            "phase": st.sampled_from(["commentary", None, "?"]),
+            "item": st.just({"type": "reasoning", "encrypted_content": "e", "summary": []}),
+        },
+    ),
+)
+
+
+def block(kind: str, **fields: Any) -> st.SearchStrategy[Json]:
+    return st.fixed_dictionaries({"type": st.just(kind)}, optional=fields)
+
+
+SMALL = st.one_of(
+    block("text", text=SCALARS),
+    block("image", source=SOURCES),
+    block("document", source=SOURCES, title=SCALARS),
+    block("search_result", title=SCALARS, content=SCALARS),
+    block("tool_reference", tool_name=SCALARS),
+    PLAIN,
+)
+BLOCKS = st.one_of(
+    SMALL,
+    block(
+        "tool_use",
+        id=IDS,
+        name=st.one_of(SCALARS, st.just("mcp__a b__" + "n" * 70)),
+        input=st.one_of(SCALARS, PLAIN),
+    ),
+    block(
+        "tool_result",
+        tool_use_id=IDS,
+        content=st.one_of(SCALARS, st.lists(SMALL, max_size=3)),
+        is_error=SCALARS,
+    ),
+    block("server_tool_use", id=IDS, name=SCALARS, input=PLAIN),
+    block("web_search_tool_result", content=st.lists(PLAIN, max_size=2)),
+    PAYLOADS.map(lambda p: thinking("so", p)),
+    block("thinking", thinking=SCALARS, signature=SCALARS),
+    block("redacted_thinking", data=SCALARS),
+)
+CONTENT = st.one_of(SCALARS, st.lists(st.one_of(BLOCKS, SCALARS), max_size=5))
+MESSAGES = st.lists(
+    st.one_of(
+        SCALARS,
+        st.fixed_dictionaries(
+            {}, optional={"role": st.sampled_from(["user", "assistant", "system", None]), "content": CONTENT}
+        ),
+    ),
+    max_size=6,
+)
+BODIES = st.fixed_dictionaries(
+    {"model": st.just("claude-sonnet-5-5"), "messages": st.one_of(MESSAGES, MESSAGES, MESSAGES, SCALARS)},
+    optional={
+        "system": CONTENT,
+        "max_tokens": st.one_of(SCALARS, st.just(32000)),
+        "temperature": SCALARS,
+        "top_k": SCALARS,
+        "tools": st.one_of(
+            SCALARS,
+            st.lists(st.sampled_from([BASH, SEARCH, {"name": "x y"}, {"name": None}, {}]), max_size=3),
+        ),
+        "tool_choice": st.one_of(
+            SCALARS,
+            st.fixed_dictionaries(
+                {"type": st.sampled_from(["auto", "any", "tool", "none", None]), "name": SCALARS}
+            ),
+        ),
+        "stop_sequences": st.one_of(SCALARS, st.lists(SCALARS, max_size=6)),
+        "thinking": st.one_of(
+            SCALARS,
+            st.fixed_dictionaries(
+                {"type": st.sampled_from(["enabled", "disabled", "adaptive", None])},
+                optional={"budget_tokens": SCALARS},
+            ),
+        ),
+        "output_config": st.one_of(
+            SCALARS,
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "effort": st.sampled_from(["low", "max", "?", None]),
+                    "format": st.one_of(
+                        SCALARS, st.just({"type": "json_schema", "schema": {"type": "object"}})
+                    ),
+                },
+            ),
+        ),
+        "metadata": SCALARS,
+        "safeguards": SCALARS,
+    },
+)
