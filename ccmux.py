@@ -5460,14 +5460,14 @@ class Vocabulary:
 
     def forget_missing(self) -> None:
         """After a download: what was missing is looked for again."""
-        with self.lock:
-            for name in [n for n, encoding in self.loaded.items() if encoding is None]:
+        for name, encoding in list(self.loaded.items()):  # a copy, as a thread may be loading
+            if encoding is None:
                 del self.loaded[name]
                 self.loading.discard(name)
 
     def missing(self) -> list[str]:
         """Vocabularies that were looked for in vain."""
-        return [n for n, encoding in self.loaded.items() if encoding is None and n in PATTERNS]
+        return [n for n, encoding in list(self.loaded.items()) if encoding is None and n in PATTERNS]
 
 
 # ----------------------------------------------------------------------------------------------------------
