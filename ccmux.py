@@ -2429,7 +2429,7 @@ def upstream_error(
     status.
     """
     words = error_words(payload)
-    if status in (400, 413, 422, 500) and (sizes := overflow(words, payload, tokens, context)):
+    if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         return ApiError(400, message, retry=Retry.LARGER, headers=headers, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
