@@ -799,12 +799,14 @@ class Loader:
             raise ConfigError(
                 f"{where}: key 'name' must be 1 to 64 letters, digits or . _ - @ : + (no slash)"
             )
-        kind = str(row.get("type", ""))
+        kind = str(row.get("type") or "")
         if kind not in formats and kind not in presets:
             raise ConfigError(f"{where}: key 'type' is {kind!r}: {known_names(kind, [*formats, *presets])}")
         preset = presets.get(kind, {})
-        merged = {**preset, **row, "quirks": {**preset.get("quirks", {}), **row.get("quirks", {})}}
-        merged["headers"] = {**preset.get("headers", {}), **row.get("headers", {})}
+        merged = {**preset, **row}
+        for key in ("quirks", "headers"):
+            if isinstance(row.get(key, {}), dict):
+                merged[key] = {**preset.get(key, {}), **row.get(key, {})}
         default_model = merged.pop("default", "")
         self.missing = []
         provider: Provider = self.build(Provider, {**merged, "type": kind}, where)
@@ -883,6 +885,8 @@ class Loader:
         accepted, words = kinds[hint]
         if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
             raise ConfigError(f"{at} must be {words}")
+        if isinstance(value, Decimal) and not value.is_finite():
+            raise ConfigError(f"{at} must be {words}")
         try:
             return hint(value)
         except (ValueError, OverflowError, InvalidOperation):
@@ -931,7 +935,7 @@ def json_value(value: Any, at: str) -> Any:
         return {k: json_value(v, at) for k, v in value.items()}
     if isinstance(value, list):
         return [json_value(v, at) for v in value]
-    if isinstance(value, Decimal):
+    if isinstance(value, Decimal) and value.is_finite():
         return float(value)
     if not isinstance(value, (str, int, bool)):
         raise ConfigError(f"{at}: {value} has no JSON form; write it as text")
@@ -948,14 +952,21 @@ def parse_price(value: Any, at: str) -> Price:
         if key not in known:
             raise ConfigError(f"{at}: unknown key {key!r}: {known_names(key, known)}")
         if key == "tiers":
-            amounts[key] = tuple(price_tier(tier, value, f"{at}, tiers") for tier in amount)
-        elif isinstance(amount, bool) or not isinstance(amount, (int, float, Decimal)) or not amount >= 0:
+            tiers = amount if isinstance(amount, list) else [amount]
+            amounts[key] = tuple(price_tier(tier, value, f"{at}, tiers") for tier in tiers)
+        elif not is_amount(amount):
             raise ConfigError(f"{at}: {key!r} must be a number of dollars, not below 0")
         else:
             amounts[key] = Decimal(str(amount))
     for key in {"input", "output"} - amounts.keys():
         raise ConfigError(f"{at}: {key!r} is missing")
     return Price(**amounts)
+
+
+def is_amount(value: Any) -> bool:
+    """Whether it is a finite number not below 0."""
+    is_number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0
 
 
 def price_tier(tier: Json, base: Json, at: str) -> tuple[int, Price]:
@@ -982,10 +993,12 @@ def check_url(url: str, at: str) -> None:
 
 def is_link_local(host: str) -> bool:
     """Whether an address is link-local, in any spelling that a resolver takes (octal, hex, mapped into IPv6)."""
+    host = host.rstrip(".").split("%")[0]
     try:
-        address = ipaddress.ip_address(host.split("%")[0])
-    except ValueError:
-        return host.rstrip(".").lower() == "metadata.google.internal"
+        packed = socket.inet_aton(host) if ":" not in host else socket.inet_pton(socket.AF_INET6, host)
+    except (OSError, ValueError):
+        return host.lower() == "metadata.google.internal"
+    address = ipaddress.ip_address(packed)
     mapped = getattr(address, "ipv4_mapped", None) or address
     return bool(mapped.is_link_local)
 
@@ -1040,8 +1053,9 @@ def import_mux(tables: Json, warnings: list[str]) -> Json:
         rows = [mux_provider(row, timeouts, warnings) for row in tables["providers"] if isinstance(row, dict)]
         wanted["providers"] = [row for row in rows if row]
     if isinstance(tables.get("models"), list):
-        lost = {r.get("name") for r in tables.get("providers", []) if isinstance(r, dict)}
-        lost -= {r.get("name") for r in wanted.get("providers", [])}
+        lost = [r.get("name") for r in as_list(tables.get("providers")) if isinstance(r, dict)]
+        kept = [r.get("name") for r in as_list(wanted.get("providers")) if isinstance(r, dict)]
+        lost = [name for name in lost if name not in kept]
         wanted["models"] = [mux_model(row, lost, warnings) for row in tables["models"]]
     return wanted
 
@@ -1066,11 +1080,17 @@ def mux_timeouts(tables: Json) -> Json:
 
 def mux_router(table: Json, warnings: list[str]) -> Json:
     wanted = {k: v for k, v in table.items() if not mux_skips("router", k, "[router]", warnings)}
-    rules = wanted.pop("prompt_rules", None)
-    if isinstance(rules, list):
-        renamed = [{("strip" if k == "strip_match" else k): v for k, v in rule.items()} for rule in rules]
-        wanted["rules"] = [*wanted.get("rules", []), *renamed]
+    if "prompt_rules" in wanted:
+        rules = wanted.pop("prompt_rules")
+        ours = as_list(wanted.get("rules"))
+        wanted["rules"] = [*ours, *map(mux_rule, rules)] if isinstance(rules, list) else rules
     return wanted
+
+
+def mux_rule(rule: Any) -> Any:
+    if not isinstance(rule, dict):
+        return rule
+    return {("strip" if key == "strip_match" else key): value for key, value in rule.items()}
 
 
 def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> Json:
@@ -1088,7 +1108,7 @@ def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> Json:
     return {**timeouts, **wanted}
 
 
-def mux_model(row: Any, lost: set[Any], warnings: list[str]) -> Any:
+def mux_model(row: Any, lost: list[Any], warnings: list[str]) -> Any:
     if not isinstance(row, dict) or not isinstance(row.get("mappings"), list):
         return row
     where = f"[[models]] {row.get('name')!r}"
@@ -1511,7 +1531,8 @@ def last_blank_line(data: bytes) -> int:
 def split_blocks(whole: bytes) -> list[bytes]:
     """Whole events, cut apart; each keeps its end."""
     if b"\r" not in whole:
-        return [block + b"\n\n" for block in whole.split(b"\n\n")[:-1]]
+        *blocks, rest = whole.split(b"\n\n")  # the rest: a line end beyond the last pair, as in b"\n\n\n"
+        return [block + b"\n\n" for block in blocks] + ([rest] if rest else [])
     ends = [0, *(m.end() for m in _BLANK_LINE.finditer(whole))]
     return [whole[a:b] for a, b in itertools.pairwise(ends)]
 
@@ -1524,11 +1545,11 @@ def event_of(block: bytes) -> tuple[str, str]:
         )  # the one shape that nearly every block of a stream has
     name, data = "", []
     for line in block.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n"):
-        key, _, value = line.partition(":")
+        key, _, value = line.removeprefix("\ufeff").partition(":")
         value = value.removeprefix(" ")
         if key == "data":
             data.append(value)
-        elif key.lstrip("\ufeff") == "event":
+        elif key == "event":
             name = value
     return name, "\n".join(data)
 
@@ -1602,7 +1623,7 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
         if pick.model and not targets:
             trail[-1] = (reason, f"names {pick.model}, which nobody serves")
         if targets:
-            roomy = long_context_instead(asked, pick.model, targets, trail)
+            roomy = long_context_instead(asked, pick, targets, trail)
             return roomy or Route(pick.model, reason, tuple(trail), targets, pick.body)
     known = model_names(config)
     raise ApiError(
@@ -1620,17 +1641,15 @@ def asked_model(body: Json) -> str:
 
 
 def long_context_instead(
-    asked: Asked, name: str, targets: tuple[Target, ...], trail: list[tuple[str, str]]
+    asked: Asked, pick: Pick, targets: tuple[Target, ...], trail: list[tuple[str, str]]
 ) -> Route | None:
     """The long_context route, where it is set and the model picked is too small for what was counted."""
-    router = asked.config.router
-    context = context_of(asked.config, name, targets)
-    if not router.long_context or not context or asked.tokens <= context or name == router.long_context:
+    roomy = asked.config.router.long_context
+    context = context_of(asked.config, pick.model, targets)
+    if not roomy or not context or asked.tokens <= context or pick.model == roomy:
         return None
-    trail.append(("long_context", f"{asked.tokens} tokens are more than the {context} of {name}"))
-    return Route(
-        router.long_context, "long_context", tuple(trail), resolve(asked.config, router.long_context)
-    )
+    trail.append(("long_context", f"{asked.tokens} tokens are more than the {context} of {pick.model}"))
+    return Route(roomy, "long_context", tuple(trail), resolve(asked.config, roomy), pick.body)
 
 
 def context_of(config: Config, name: str, targets: tuple[Target, ...]) -> int:
@@ -2230,7 +2249,7 @@ class AnthropicTap:
         self.seen_event = True
         try:
             event = json.loads(data)
-            kind = event.get("type") or name
+            kind = event.get("type") or name or ("error" if "error" in event else "")
         except (ValueError, RecursionError, AttributeError):
             if self.has_content or name not in ("", "message_start", "error"):
                 return block  # the client's own parser is the judge of it
@@ -2369,11 +2388,14 @@ def upstream_error(
 _OVERFLOW = re.compile(
     r"(?i)prompt is too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
     r"(?:maximum |available )?context|context window|prompt token count of|input token count|input is too long|"
-    r"maximum prompt length|longer than the maximum model length|too large for model with|exceeded model token limit|"
+    r"maximum prompt length|longer than the (?:maximum )?model(?:'s context)? length|too large for model with|"
+    r"exceeded model token limit|model_context_window_exceeded|greater than the context length|"
     r"prompt exceeds max length|exceeds the available context size|exceed_context_size|input length exceeds|"
     r"model'?s context length is only|context length of only|exceeded max context length|reduce the length of the "
-    r"(?:messages|prompt|input)|too many (?:input )?tokens in|tokens? exceeds? the (?:model|maximum|limit)"
+    r"(?:messages|prompt|input)|too many (?:input )?tokens(?: in|:)|tokens? exceeds? the (?:model|maximum|limit)|"
+    r"range of input length"
 )
+_LIMIT = re.compile(r"(?i)maximum context length (?:is|of) (\d[\d,]*)")
 _LEAVE_ALONE = re.compile(
     r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
 )
@@ -2394,6 +2416,10 @@ def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, 
     sent, allowed = token_number(detail.get("n_prompt_tokens")), token_number(detail.get("n_ctx"))
     numbers = sorted({int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", words)}, reverse=True)
     numbers = [n for n in numbers if 1000 <= n <= MAX_COUNT]
+    if named := _LIMIT.search(
+        words
+    ):  # where more than two numbers stand, the others are parts of what was sent
+        allowed = allowed or token_number(int(named[1].replace(",", "")))
     if len(numbers) >= 2:
         sent, allowed = sent or numbers[0], allowed or numbers[1]
     limit = allowed or (numbers[0] if numbers else 0) or context or max(tokens - 1, 1)
@@ -5299,12 +5325,16 @@ def source_of(name: str) -> str:
 
 
 def load_encoding(name: str) -> Encoding | None:
-    """An encoding from its file, never from the network; o200k takes 0.25 s, 84 MB. None without a file."""
+    """An encoding from its file, never from the network; None without a file."""
     if name.startswith("ctok-"):
         return CtokEncoding(name)
     path = find_vocabulary(name)
-    if path is None:
-        return None
+    return read_encoding(name, path) if path else None
+
+
+@functools.cache
+def read_encoding(name: str, path: Path) -> Encoding:
+    """The encoding that a file holds, read once in a process: 0.25 s and 84 MB for o200k."""
     if name == "claude":
         return ClaudeEncoding(json.loads(path.read_text("utf-8")))
     ranks = read_ranks(path.read_bytes().splitlines())
@@ -5351,26 +5381,26 @@ class Vocabulary:
     def __init__(self) -> None:
         self.loaded: dict[str, Encoding | None] = {}
         self.loading: set[str] = set()
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # two names may have one source, which is loaded once
 
     def get(self, name: str) -> Encoding | None:
         """The encoding where it is loaded; else None, and a thread sets out to load it."""
         if name in self.loaded:
             return self.loaded[name]
-        with self.lock:
-            if name not in self.loading:
-                self.loading.add(name)
-                threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
+        if name not in self.loading:
+            self.loading.add(name)
+            threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
         return None
 
     def load(self, name: str) -> Encoding | None:
         """Loads an encoding now; for the command line, and for the thread. Names with one source share it."""
-        if name not in self.loaded:
-            source = source_of(name)
-            if source not in self.loaded:
-                self.loaded[source] = load_encoding(source)
-            self.loaded[name] = self.loaded[source]
-        return self.loaded[name]
+        with self.lock:
+            if name not in self.loaded:
+                source = source_of(name)
+                if source not in self.loaded:
+                    self.loaded[source] = load_encoding(source)
+                self.loaded[name] = self.loaded[source]
+            return self.loaded[name]
 
     def forget_missing(self) -> None:
         """After a download: what was missing is looked for again."""

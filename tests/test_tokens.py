@@ -382,30 +382,10 @@ kinds = st.sampled_from(
     ["text", "tool_use", "tool_result", "thinking", "image", "image_url", "document", "search_result", "x"]
 )
 keys = st.sampled_from(
-    [
-        "type",
-        "text",
-        "content",
-        "source",
-        "data",
-        "name",
-        "input",
-        "role",
-        "system",
-        "messages",
-        "tools",
-        "image_url",
-        "function",
-        "tool_calls",
-        "function_call",
-        "tool_choice",
-        "input_schema",
-        "properties",
-        "enum",
-        "items",
-        "anyOf",
-    ]
-)
+    ["type", "text", "content", "source", "data", "name", "input", "role", "system", "messages", "tools",
+     "image_url", "function", "tool_calls", "function_call", "tool_choice", "input_schema", "properties",
+     "enum", "items", "anyOf"]
+)  # fmt: skip
 values = st.recursive(
     scalars | kinds, lambda inner: st.lists(inner) | st.dictionaries(keys, inner), max_leaves=30
 )
@@ -645,6 +625,16 @@ async def test_first_count_loads_in_a_thread() -> None:
     assert counter.count_now(user("Say hello!!!!"), "p", "gpt-4") == 7 + length(
         "Say hello!!!!", "cl100k_base"
     )
+
+
+async def test_names_of_one_source_share_what_is_loaded() -> None:
+    found = Vocabulary()
+    names = ("claude-4.5", "o200k_base", "claude-5.0")
+    assert [found.get(name) for name in names] == [None, None, None]
+    async with asyncio.timeout(30):
+        while len(found.loaded) < 3:
+            await asyncio.sleep(0.01)
+    assert len({id(found.get(name)) for name in names}) == 1 and found.get("o200k_base") is not None
 
 
 NO_NETWORK = """
