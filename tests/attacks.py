@@ -155,6 +155,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     more: bytes = b""
+    is_complete: bool = False
 
     def __post_init__(self) -> None:
         head, _, rest = self.raw.partition(b"\r\n\r\n")
@@ -167,7 +168,9 @@ class Answer:
             self.__post_init__()
             return
         self.headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        self.is_complete = self.status in (204, 304)
         if "content-length" in self.headers:
+            self.is_complete = len(rest) >= int(self.headers["content-length"])
             length = int(self.headers["content-length"])
             self.body, self.more = rest[:length], rest[length:]
         else:
@@ -189,16 +192,15 @@ class Victim:
     def log(self) -> bytes:
         return (self.folder / "log").read_bytes()
 
-    def send(self, data: bytes, seconds: float = 10.0, end: bool = False) -> Answer:
-        """Bytes on a connection of their own (from an address of their own); what comes back until it closes."""
+    def send(self, data: bytes, quiet: float = 0.0) -> Answer:
+        """Bytes on a connection of their own, from an address of their own; the answer, and what follows it within
+        `quiet` seconds. Status 0: the connection was closed without one."""
         number = next(self.sources)
         source = (f"127.7.{number // 250}.{number % 250 + 1}", 0)
-        with socket.create_connection(("127.0.0.1", self.port), seconds, source) as client:
+        with socket.create_connection(("127.0.0.1", self.port), 10, source) as client:
             with contextlib.suppress(ConnectionError):
                 client.sendall(data)
-                if end:
-                    client.shutdown(socket.SHUT_WR)
-            raw = read_all(client)
+            raw = read_answer(client, quiet)
         self.answers += raw
         answer = Answer(raw)
         check_answer(answer)
@@ -235,7 +237,7 @@ class Victim:
             **(headers or {}),
         }
         lines = [f"{method} {path} HTTP/1.1", *(f"{k}: {v}" for k, v in found.items() if v != "-"), "", ""]
-        return "\r\n".join(lines).encode("utf-8", "surrogateescape") + (body or b"")
+        return "\r\n".join(lines).encode("utf-8", "surrogateescape") + ((body or b"") if changes else b"")
 
     def message(
         self, words: str = "Hello.", model: str = "claude-a", stream: bool = False, **headers: str
@@ -249,12 +251,17 @@ class Victim:
         return {"Authorization": f"Bearer {ADMIN_TOKEN}"}
 
 
-def read_all(client: socket.socket) -> bytes:
-    parts = []
-    with contextlib.suppress(ConnectionError):
+def read_answer(client: socket.socket, quiet: float) -> bytes:
+    """All bytes until the answer is complete or the connection closes; and `quiet` seconds longer."""
+    raw = b""
+    with contextlib.suppress(ConnectionError, TimeoutError):
         while data := client.recv(65536):
-            parts.append(data)
-    return b"".join(parts)
+            raw += data
+            if Answer(raw).is_complete:
+                if not quiet:
+                    break
+                client.settimeout(quiet)
+    return raw
 
 
 def check_answer(answer: Answer) -> None:
