@@ -7334,6 +7334,7 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
     """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's
     login.
     """
+    error.message = scrub(error.message, call.config.secrets())
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
         name = slot.provider.name
         words = (
@@ -7539,7 +7540,7 @@ def check_host(request: web.Request, config: Config) -> None:
 
 def host_name(host: str) -> str:
     """A Host without its port and trailing dot, in lower case; "" where it is malformed."""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::\d{1,5})?", host)
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?", host)
     return match[1].rstrip(".").lower() if match else ""
 
 
@@ -7796,7 +7797,10 @@ class StreamSink:
     ) -> None:
         self.request, self.headers, self.interval, self.ping = request, headers, interval, ping
         self.response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+            headers={
+                "Content-Type": "text/event-stream", "Cache-Control": "no-cache",
+                "X-Content-Type-Options": "nosniff", "Server": "ccmux",
+            }  # fmt: skip
         )
         self.began = False
         self.last = time.monotonic()
@@ -8013,7 +8017,7 @@ class Exchange:
             asked=str(call.body.get("model"))[:256],
             route=call.route.reason,
             provider=target.provider,
-            model=target.actual_model,
+            model=target.actual_model[:256],
             stream=call.stream,
             status=status,
             error=error.cause if error else "" if status == 200 else "client_gone",
