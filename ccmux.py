@@ -49,7 +49,7 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 11):
-    sys.exit("ccmux needs Python 3.11 or newer; this is Python %d.%d" % sys.version_info[:2])
+    sys.exit(f"ccmux needs Python 3.11 or newer; this is Python {sys.version.split()[0]}")
 
 import os
 import subprocess
@@ -58,7 +58,8 @@ from typing import NoReturn
 
 __version__ = "0.1.0"
 
-# aiohttp refuses a duplicate Host header since 3.13.4 and has RequestKey since 3.14; majors are not trusted unseen.
+# aiohttp refuses a duplicate Host header since 3.13.4 and has RequestKey since 3.14; majors are not trusted
+# unseen.
 PACKAGES = ("aiohttp>=3.14,<4", "tiktoken>=0.8,<1")
 
 
@@ -68,24 +69,30 @@ def ccmux_home() -> Path:
 
 
 def config_path(given: str) -> Path | None:
-    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None where there is none."""
+    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None where there
+    is none.
+    """
     if given or os.environ.get("CCMUX_CONFIG"):
         return Path(given or os.environ["CCMUX_CONFIG"]).expanduser()
     places = (Path("config.toml"), ccmux_home() / "config.toml")
     return next((p for p in places if p.exists()), None)
 
 
-# What runs before the packages are there. `statusline` is asked for at every turn of a conversation, and stays under
-# 60 ms by ending here: aiohttp alone takes 200.
+# What runs before the packages are there. `statusline` is asked for at every turn of a conversation, and
+# stays under 60 ms by ending here: aiohttp alone takes 200.
 
 
 def wants_help(argv: list[str]) -> bool:
-    """Whether --help or --version is ccmux's own, which need nothing installed; after `code` they are claude's."""
+    """Whether --help or --version is ccmux's own, which need nothing installed; after `code` they are
+    claude's.
+    """
     return bool({"--help", "-h", "--version"} & set(argv[:2] if argv[:1] == ["code"] else argv))
 
 
 def statusline(given: str = "") -> str:
-    """One line for Claude Code's statusLine command, whose JSON stands on stdin: who answered, and what it cost."""
+    """One line for Claude Code's statusLine command, whose JSON stands on stdin: who answered, and what it
+    cost.
+    """
     import json
     import sqlite3
 
@@ -147,7 +154,7 @@ def bootstrap(problem: str) -> None:
     venv = Path(os.environ.get("CCMUX_VENV") or ccmux_home() / "venv").expanduser().absolute()
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     ready = venv / "ccmux-ready"  # written last, so that an interrupted installation is begun again
-    recipe = "\n".join([*PACKAGES, "Python %d.%d" % sys.version_info[:2]])
+    recipe = "\n".join([*PACKAGES, f"Python {sys.version_info[0]}.{sys.version_info[1]}"])
     if os.environ.get("CCMUX_NO_BOOTSTRAP"):
         bootstrap_failed(f"{problem}, and CCMUX_NO_BOOTSTRAP is set")
     try:
@@ -166,7 +173,9 @@ def bootstrap(problem: str) -> None:
 
 
 def start_again(command: list[str]) -> NoReturn:
-    """Becomes the command; on Windows, where exec detaches from the console, runs it and passes its status on."""
+    """Becomes the command; on Windows, where exec detaches from the console, runs it and passes its status
+    on.
+    """
     if os.name != "nt":
         os.execv(command[0], command)  # noqa: S606
     child = subprocess.Popen(command)  # noqa: S603
@@ -178,7 +187,9 @@ def start_again(command: list[str]) -> NoReturn:
 
 
 def install_packages(venv: Path, python: Path) -> None:
-    """Makes the virtual environment and pip-installs PACKAGES there; exits 2 with pip's last words on failure."""
+    """Makes the virtual environment and pip-installs PACKAGES there; exits 2 with pip's last words on
+    failure.
+    """
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
     venv.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -239,6 +250,7 @@ import hashlib
 import hmac
 import http.client
 import importlib
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -260,11 +272,12 @@ import threading
 import time
 import tomllib
 import typing
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -277,8 +290,8 @@ log = logging.getLogger("ccmux")
 # ----------------------------------------------------------------------------------------------------------
 # Types and errors (pure)
 # ----------------------------------------------------------------------------------------------------------
-# Data of our own is frozen dataclasses; wire data stays plain dicts, so that fields we do not know pass through.
-# Absent is "" or None, one of the two, as the type says. Money is integer micro-dollars.
+# Data of our own is frozen dataclasses; wire data stays plain dicts, so that fields we do not know pass
+# through. Absent is "" or None, one of the two, as the type says. Money is integer micro-dollars.
 
 Json = dict[str, Any]
 
@@ -489,9 +502,9 @@ _KEY_LIKE = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}|\b(?:(?:sk|pk|rk|xai|gs
 # ----------------------------------------------------------------------------------------------------------
 # Config (pure but for load and save)
 # ----------------------------------------------------------------------------------------------------------
-# Each key is declared once, as a dataclass field with its default and `opt` metadata: the loader, the error texts,
-# the admin forms and the tests of the documentation are all made from that declaration. A Config is never changed:
-# a reload builds a new one and swaps it whole.
+# Each key is declared once, as a dataclass field with its default and `opt` metadata: the loader, the error
+# texts, the admin forms and the tests of the documentation are all made from that declaration. A Config is
+# never changed: a reload builds a new one and swaps it whole.
 
 
 def opt(
@@ -590,7 +603,10 @@ ROUTE_SLOTS = (
 
 @dataclass(frozen=True, slots=True)
 class Quirks:
-    """How a provider differs from its wire format. Regular expressions are searched in the upstream model's name."""
+    """How a provider differs from its wire format.
+
+    Regular expressions are searched in the upstream model's name.
+    """
 
     auth: str = opt(
         "",
@@ -704,6 +720,7 @@ class Config:
     models: tuple[Model, ...] = opt((), "names and what stands behind them")
     credits: Credits = opt(Credits(), "what users pay")
     path: str = computed("")  # "" when there is no file
+    text: str = computed("")
     text_hash: str = computed("")
     tables: Json = computed({})
     warnings: tuple[str, ...] = computed(())
@@ -745,6 +762,7 @@ def parse_config(
         config,
         providers=providers,
         path=path,
+        text=text,
         text_hash=hash_text(text),
         tables=tables,
         warnings=tuple(warnings),
@@ -781,12 +799,14 @@ class Loader:
             raise ConfigError(
                 f"{where}: key 'name' must be 1 to 64 letters, digits or . _ - @ : + (no slash)"
             )
-        kind = str(row.get("type", ""))
+        kind = str(row.get("type") or "")
         if kind not in formats and kind not in presets:
             raise ConfigError(f"{where}: key 'type' is {kind!r}: {known_names(kind, [*formats, *presets])}")
         preset = presets.get(kind, {})
-        merged = {**preset, **row, "quirks": {**preset.get("quirks", {}), **row.get("quirks", {})}}
-        merged["headers"] = {**preset.get("headers", {}), **row.get("headers", {})}
+        merged = {**preset, **row}
+        for key in ("quirks", "headers"):
+            if isinstance(row.get(key, {}), dict):
+                merged[key] = {**preset.get(key, {}), **row.get(key, {})}
         default_model = merged.pop("default", "")
         self.missing = []
         provider: Provider = self.build(Provider, {**merged, "type": kind}, where)
@@ -865,13 +885,17 @@ class Loader:
         accepted, words = kinds[hint]
         if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
             raise ConfigError(f"{at} must be {words}")
+        if isinstance(value, Decimal) and not value.is_finite():
+            raise ConfigError(f"{at} must be {words}")
         try:
             return hint(value)
         except (ValueError, OverflowError, InvalidOperation):
             raise ConfigError(f"{at} must be {words}") from None
 
     def expand(self, value: str) -> str:
-        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not fatal."""
+        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not
+        fatal.
+        """
 
         def variable(match: re.Match[str]) -> str:
             name, default = match[1] or match[3], match[2]
@@ -911,7 +935,7 @@ def json_value(value: Any, at: str) -> Any:
         return {k: json_value(v, at) for k, v in value.items()}
     if isinstance(value, list):
         return [json_value(v, at) for v in value]
-    if isinstance(value, Decimal):
+    if isinstance(value, Decimal) and value.is_finite():
         return float(value)
     if not isinstance(value, (str, int, bool)):
         raise ConfigError(f"{at}: {value} has no JSON form; write it as text")
@@ -928,14 +952,21 @@ def parse_price(value: Any, at: str) -> Price:
         if key not in known:
             raise ConfigError(f"{at}: unknown key {key!r}: {known_names(key, known)}")
         if key == "tiers":
-            amounts[key] = tuple(price_tier(tier, value, f"{at}, tiers") for tier in amount)
-        elif isinstance(amount, bool) or not isinstance(amount, (int, float, Decimal)) or not amount >= 0:
+            tiers = amount if isinstance(amount, list) else [amount]
+            amounts[key] = tuple(price_tier(tier, value, f"{at}, tiers") for tier in tiers)
+        elif not is_amount(amount):
             raise ConfigError(f"{at}: {key!r} must be a number of dollars, not below 0")
         else:
             amounts[key] = Decimal(str(amount))
     for key in {"input", "output"} - amounts.keys():
         raise ConfigError(f"{at}: {key!r} is missing")
     return Price(**amounts)
+
+
+def is_amount(value: Any) -> bool:
+    """Whether it is a finite number not below 0."""
+    is_number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0
 
 
 def price_tier(tier: Json, base: Json, at: str) -> tuple[int, Price]:
@@ -962,10 +993,12 @@ def check_url(url: str, at: str) -> None:
 
 def is_link_local(host: str) -> bool:
     """Whether an address is link-local, in any spelling that a resolver takes (octal, hex, mapped into IPv6)."""
+    host = host.rstrip(".").split("%")[0]
     try:
-        address = ipaddress.ip_address(host.split("%")[0])
-    except ValueError:
-        return host.rstrip(".").lower() == "metadata.google.internal"
+        packed = socket.inet_aton(host) if ":" not in host else socket.inet_pton(socket.AF_INET6, host)
+    except (OSError, ValueError):
+        return host.lower() == "metadata.google.internal"
+    address = ipaddress.ip_address(packed)
     mapped = getattr(address, "ipv4_mapped", None) or address
     return bool(mapped.is_link_local)
 
@@ -1020,8 +1053,9 @@ def import_mux(tables: Json, warnings: list[str]) -> Json:
         rows = [mux_provider(row, timeouts, warnings) for row in tables["providers"] if isinstance(row, dict)]
         wanted["providers"] = [row for row in rows if row]
     if isinstance(tables.get("models"), list):
-        lost = {r.get("name") for r in tables.get("providers", []) if isinstance(r, dict)}
-        lost -= {r.get("name") for r in wanted.get("providers", [])}
+        lost = [r.get("name") for r in as_list(tables.get("providers")) if isinstance(r, dict)]
+        kept = [r.get("name") for r in as_list(wanted.get("providers")) if isinstance(r, dict)]
+        lost = [name for name in lost if name not in kept]
         wanted["models"] = [mux_model(row, lost, warnings) for row in tables["models"]]
     return wanted
 
@@ -1046,11 +1080,17 @@ def mux_timeouts(tables: Json) -> Json:
 
 def mux_router(table: Json, warnings: list[str]) -> Json:
     wanted = {k: v for k, v in table.items() if not mux_skips("router", k, "[router]", warnings)}
-    rules = wanted.pop("prompt_rules", None)
-    if isinstance(rules, list):
-        renamed = [{("strip" if k == "strip_match" else k): v for k, v in rule.items()} for rule in rules]
-        wanted["rules"] = [*wanted.get("rules", []), *renamed]
+    if "prompt_rules" in wanted:
+        rules = wanted.pop("prompt_rules")
+        ours = as_list(wanted.get("rules"))
+        wanted["rules"] = [*ours, *map(mux_rule, rules)] if isinstance(rules, list) else rules
     return wanted
+
+
+def mux_rule(rule: Any) -> Any:
+    if not isinstance(rule, dict):
+        return rule
+    return {("strip" if key == "strip_match" else key): value for key, value in rule.items()}
 
 
 def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> Json:
@@ -1068,7 +1108,7 @@ def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> Json:
     return {**timeouts, **wanted}
 
 
-def mux_model(row: Any, lost: set[Any], warnings: list[str]) -> Any:
+def mux_model(row: Any, lost: list[Any], warnings: list[str]) -> Any:
     if not isinstance(row, dict) or not isinstance(row.get("mappings"), list):
         return row
     where = f"[[models]] {row.get('name')!r}"
@@ -1080,11 +1120,424 @@ def mux_model(row: Any, lost: set[Any], warnings: list[str]) -> Any:
     return {**row, "mappings": mappings}
 
 
+# Editing the file. A save changes only the table it edits: what stands elsewhere stays byte for byte, and
+# inside the table the lines of unchanged keys do. The result is parsed and compared with what was meant
+# before it is written.
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A stretch of a TOML file: a header, a key with its value, or a blank or comment line.
+
+    Spans are in characters.
+    """
+
+    kind: str  # table, array, key or blank
+    start: int
+    end: int  # after the line's end
+    path: tuple[str, ...] = ()  # of a header, or of the key within its table
+    value: tuple[int, int] = (0, 0)
+
+
+def scan_toml(text: str) -> list[Statement]:
+    """The statements of a file that tomllib has accepted, in order and without gaps."""
+    found = []
+    at = 0
+    while at < len(text):
+        start, at = at, skip_blank(text, at)
+        kind, value = "blank", (0, 0)
+        path: tuple[str, ...] = ()
+        if text[at : at + 1] == "[":
+            kind = "array" if text[at : at + 2] == "[[" else "table"
+            path, at = scan_keys(text, at + (2 if kind == "array" else 1))
+        elif text[at : at + 1] not in ("", "#", "\n", "\r"):
+            kind = "key"
+            path, at = scan_keys(text, at)
+            begin = skip_blank(text, at + 1)
+            at = skip_value(text, begin)
+            value = (begin, at)
+        newline = text.find("\n", at)
+        at = len(text) if newline < 0 else newline + 1
+        found.append(Statement(kind, start, at, path, value))
+    return found
+
+
+def skip_blank(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t":
+        at += 1
+    return at
+
+
+def scan_keys(text: str, at: int) -> tuple[tuple[str, ...], int]:
+    """A dotted key; and where what follows it begins."""
+    keys = []
+    while True:
+        at = skip_blank(text, at)
+        end = skip_string(text, at) if text[at] in "\"'" else at + len(re.match(r"[\w-]*", text[at:])[0])  # type: ignore[index]
+        part = text[at:end]
+        keys.append(str(tomllib.loads(f"k = {part}")["k"]) if part[:1] in ('"', "'") else part)
+        at = skip_blank(text, end)
+        if text[at : at + 1] != ".":
+            return tuple(keys), at
+        at += 1
+
+
+def skip_string(text: str, at: int) -> int:
+    """The end of the string, in any of TOML's four forms, that begins here."""
+    quote = text[at]
+    mark = quote * 3 if text.startswith(quote * 3, at) else quote
+    at += len(mark)
+    while not text.startswith(mark, at):
+        at += 2 if quote == '"' and text[at] == "\\" else 1
+    at += len(mark)
+    while (
+        len(mark) == 3 and text[at : at + 1] == quote
+    ):  # up to two quotes may stand before the closing three
+        at += 1
+    return at
+
+
+def skip_value(text: str, at: int) -> int:
+    """The end of the value that begins here; brackets may hold strings, comments and line ends."""
+    if text[at] in "\"'":
+        return skip_string(text, at)
+    if text[at] not in "[{":
+        line = re.match(r"[^#\n\r]*", text[at:])
+        return at + len(line[0].rstrip()) if line else at
+    depth = 0
+    while True:
+        char = text[at]
+        if char in "\"'":
+            at = skip_string(text, at)
+            continue
+        if char == "#":
+            at = text.find("\n", at)
+        depth += (char in "[{") - (char in "]}")
+        at += 1
+        if depth == 0:
+            return at
+
+
+def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str:
+    """The file with one table replaced, made or (None) taken away: `[root]`, or the row of `[[root]]` with
+    that name.
+
+    ConfigError where the result would not parse to exactly what is meant.
+    """
+    before = tomllib.loads(text)
+    meant = meant_tables(before, root, name, table)
+    for edit in (splice_table, rewrite_root):
+        try:
+            after = edit(text, before, meant, root, name)
+            if same_value(tomllib.loads(after), meant):
+                return after
+        except (tomllib.TOMLDecodeError, IndexError):
+            continue
+    raise ConfigError(f"[{root}] cannot be edited by machine in this file; edit it by hand")
+
+
+def meant_tables(before: Json, root: str, name: str | None, table: Json | None) -> Json:
+    """What the file is to say after the edit."""
+    if name is None:
+        rest = {k: v for k, v in before.items() if k != root}
+        return rest if table is None else {**rest, root: table}
+    rows = list(before.get(root, []))
+    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
+    rows[at : at + 1] = [] if table is None else [table]
+    return {**{k: v for k, v in before.items() if k != root}, **({root: rows} if rows else {})}
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Deep equality that tells true from 1, as TOML does."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_value(one[k], other[k]) for k in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def splice_table(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
+    """The edit for the usual layout: a header with keys under it.
+
+    IndexError where the file is laid out otherwise.
+    """
+    statements = scan_toml(text)
+    if name is None:
+        if root not in before:
+            return insert_text(text, len(text), emit_table(root, meant[root]))
+        block = blocks_of_root(statements, root, "table")[0]
+        return splice_block(text, block, before[root], meant.get(root), root, "table")
+    rows = before.get(root, [])
+    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
+    blocks = blocks_of_root(statements, root, "array")
+    if at == len(rows):
+        end = last_key_end(blocks[-1]) if blocks else len(text)
+        return insert_text(text, end, emit_table(root, meant[root][at], "array"))
+    after = meant[root][at] if len(meant.get(root, [])) == len(rows) else None
+    return splice_block(text, blocks[at], rows[at], after, root, "array")
+
+
+def blocks_of_root(statements: list[Statement], root: str, kind: str) -> list[list[Statement]]:
+    """The statements of each `[root]` or `[[root]]`, with those of its sub-tables."""
+    blocks: list[list[Statement]] = []
+    inside = False
+    for statement in statements:
+        if statement.kind in ("table", "array"):
+            begins = statement.path == (root,) and statement.kind == kind
+            inside = begins or (inside and statement.path[0] == root and len(statement.path) > 1)
+            if begins:
+                blocks.append([])
+        if inside:
+            blocks[-1].append(statement)
+    return blocks
+
+
+def last_key_end(block: list[Statement]) -> int:
+    """Where a block's last header or key ends: comments after it belong to what follows."""
+    return max(s.end for s in block if s.kind != "blank")
+
+
+def splice_block(text: str, block: list[Statement], old: Json, new: Json | None, root: str, kind: str) -> str:
+    """One table's block with only its changed keys changed."""
+    if new is None:
+        kept = [s for s in block if s.kind == "blank" and s.start >= last_key_end(block)]
+        return text[: block[0].start] + text[kept[0].start if kept else block[-1].end :]
+    edits: list[tuple[int, int, str]] = []
+    added = [k for k in new if k not in old]
+    own, subs = split_block(block)
+    for key in old:
+        if key in new and same_value(old[key], new[key]):
+            continue
+        lines = [s for s in own if s.kind == "key" and s.path[0] == key]
+        if key in new and len(lines) == 1 and lines[0].path == (key,) and not is_rows(new[key]):
+            edits.append((*lines[0].value, emit_value(new[key])))
+            continue
+        gone = [*lines, *(s for sub in subs.get(key, []) for s in sub)]
+        edits += [(s.start, s.end, "") for s in gone if s.kind != "blank"]
+        added += [key] if key in new else []
+    inline = "".join(f"{emit_key(k)} = {emit_value(new[k])}\n" for k in added if not is_rows(new[k]))
+    rows = "".join(emit_rows(f"{root}.{emit_key(k)}", new[k]) for k in added if is_rows(new[k]))
+    end_of_own, end = last_key_end(own), last_key_end(block)
+    if inline:
+        edits.append((end_of_own, end_of_own, inline))
+    if rows:
+        edits.append((end, end, rows))
+    return apply_edits(text, edits)
+
+
+def split_block(block: list[Statement]) -> tuple[list[Statement], dict[str, list[list[Statement]]]]:
+    """A block's own statements (with its header), and those of its sub-tables by key."""
+    own: list[Statement] = []
+    subs: dict[str, list[list[Statement]]] = {}
+    current = own
+    for statement in block:
+        if statement.kind in ("table", "array") and len(statement.path) > 1:
+            current = []
+            subs.setdefault(statement.path[1], []).append(current)
+        current.append(statement)
+    return own, subs
+
+
+def apply_edits(text: str, edits: list[tuple[int, int, str]]) -> str:
+    newline = "\r\n" if "\r\n" in text else "\n"
+    for start, end, new in sorted(edits, reverse=True):
+        if start == end and start and text[start - 1] != "\n":
+            new = "\n" + new
+        text = text[:start] + new.replace("\n", newline) + text[end:]
+    return text
+
+
+def insert_text(text: str, at: int, new: str) -> str:
+    return apply_edits(text, [(at, at, "\n" + new if text[:at].strip() else new)])
+
+
+def rewrite_root(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
+    """The edit for any other layout: everything of that root is taken out and written anew at the end."""
+    gone = []
+    table: tuple[str, ...] = ()
+    for statement in scan_toml(text):
+        if statement.kind in ("table", "array"):
+            table = statement.path
+        full = table if statement.kind != "key" else (*table, *statement.path)
+        if statement.kind != "blank" and full[:1] == (root,):
+            gone.append((statement.start, statement.end, ""))
+    rest = apply_edits(text, gone)
+    if root not in meant:
+        return rest
+    value = meant[root]
+    new = emit_rows(root, value) if is_rows(value) else emit_table(root, value)
+    return insert_text(rest, len(rest), new)
+
+
+def is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def emit_rows(title: str, rows: list[Json]) -> str:
+    return "\n".join(emit_table(title, row, "array") for row in rows)
+
+
+def emit_table(title: str, table: Json, kind: str = "table") -> str:
+    """A table under its header; rows of tables get headers of their own, other tables stand inline."""
+    lines = [f"[[{title}]]" if kind == "array" else f"[{title}]"]
+    lines += [f"{emit_key(k)} = {emit_value(v)}" for k, v in table.items() if not is_rows(v)]
+    rows = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in table.items() if is_rows(v)]
+    return "\n".join([*lines, *(row.rstrip("\n") for row in rows)]) + "\n"
+
+
+def emit_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else emit_value(key)
+
+
+def emit_value(value: Any) -> str:
+    """A value as TOML writes it; ConfigError for what TOML has no form of."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return emit_text(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, (float, Decimal)):
+        text = format(value, "f") if isinstance(value, Decimal) else repr(value)
+        return text if re.search(r"[.einf]", text) else f"{text}.0"
+    if isinstance(value, dict):
+        return (
+            "{ " + ", ".join(f"{emit_key(k)} = {emit_value(v)}" for k, v in value.items()) + " }"
+            if value
+            else "{}"
+        )
+    if isinstance(value, list):
+        return "[" + ", ".join(map(emit_value, value)) + "]"
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat())
+    raise ConfigError(f"{type(value).__name__} cannot be written to the config file")
+
+
+def emit_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("a text with half a surrogate pair cannot be written to the config file") from None
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+class StaleError(ConfigError):
+    """The file has changed since it was read: saving would lose that change."""
+
+
+def save_config(path: Path, text: str, expected_hash: str) -> None:
+    """Replaces the file as one step, keeping three backups; StaleError when it is not what the editor saw.
+
+    Mode 0600; a symlink stays one; what is on disk is read back before it takes the old one's place.
+    """
+    path = Path(os.path.realpath(path))
+    current = path.read_bytes().decode("utf-8") if path.exists() else ""
+    if path.exists() and hash_text(current) != expected_hash:
+        raise StaleError(f"{path.name} has changed on disk since this page was loaded; load it again")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write_private(part, text)
+        if part.read_bytes().decode("utf-8") != text:
+            raise ConfigError(f"{path.name} could not be written whole; nothing was changed")
+        if current:
+            keep_backups(path, current)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name != "nt":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file for its owner only, on the disk when this returns."""
+    with open(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8", newline=""
+    ) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+BACKUPS = 3
+
+
+def backup_paths(path: Path) -> list[Path]:
+    """Where a config's backups are, newest first."""
+    return [path.with_name(f"{path.name}.bak{n}") for n in range(1, BACKUPS + 1)]
+
+
+def keep_backups(path: Path, text: str) -> None:
+    places = backup_paths(path)
+    for older, newer in zip(reversed(places), reversed(places[:-1]), strict=False):
+        if newer.exists():
+            os.replace(newer, older)
+    write_private(places[0], text)
+
+
+# Files beside the config.
+
+
+def database_path(config: Config) -> str:
+    """Where the ledger is: beside the config, or in ~/.ccmux where there is none."""
+    name = config.server.database
+    if name == ":memory:":
+        return name
+    return str(home_of(config) / Path(name).expanduser())
+
+
+def home_of(config: Config) -> Path:
+    """The folder that relative paths of a config are in; made (0700) where it is ccmux's own."""
+    if config.path:
+        return Path(config.path).expanduser().resolve().parent
+    home = ccmux_home()
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return home
+
+
+def token_path(config: Config) -> Path:
+    database = database_path(config)
+    return (home_of(config) if database == ":memory:" else Path(database).parent) / "ccmux.token"
+
+
+def admin_token_of(config: Config) -> str:
+    """The admin token: the config's, else the one kept beside the database, made (0600) at the first start."""
+    if config.server.admin_token:
+        return config.server.admin_token
+    path = token_path(config)
+    try:
+        if kept := path.read_text("utf-8").strip():
+            return kept
+    except FileNotFoundError:
+        pass
+    token = secrets.token_urlsafe(24)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(token + "\n")
+    return token
+
+
+def check_binding(config: Config) -> None:
+    """Off loopback only with keys for clients and a token for the admin page."""
+    host = config.server.host
+    if host in ("localhost", "127.0.0.1", "::1") or host.startswith("127."):
+        return
+    if not config.server.require_key:
+        raise ConfigError(
+            f"[server]: key 'host' is {host!r}, which others can reach: set require_key = true (and an admin_token), "
+            "or listen on 127.0.0.1"
+        )
+    if not config.server.admin_token and not token_path(config).exists():
+        raise ConfigError(f"[server]: key 'host' is {host!r}, which others can reach: set admin_token first")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Server-sent events (pure)
 # ----------------------------------------------------------------------------------------------------------
-# https://html.spec.whatwg.org/multipage/server-sent-events.html. Bytes go in cut anywhere; whole blocks come out, each
-# with the blank line that ends it, so that what is relayed can be relayed byte for byte.
+# https://html.spec.whatwg.org/multipage/server-sent-events.html. Bytes go in cut anywhere; whole blocks come
+# out, each with the blank line that ends it, so that what is relayed can be relayed byte for byte.
 
 MAX_EVENT = 16 * 2**20
 
@@ -1097,7 +1550,10 @@ class SseDecoder:
         self.rest = b""  # the unfinished event
 
     def cut(self, data: bytes) -> bytes:
-        """The bytes up to the last end of an event; the rest waits. ApiError 502 when it grows past the limit."""
+        """The bytes up to the last end of an event; the rest waits.
+
+        ApiError 502 when it grows past the limit.
+        """
         data = self.rest + data if self.rest else data
         end = data.rfind(b"\n\n") + 2 if b"\r" not in data else last_blank_line(data)
         whole, self.rest = (data[:end], data[end:]) if end > 1 else (b"", data)
@@ -1120,7 +1576,10 @@ _BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)")
 
 
 def last_blank_line(data: bytes) -> int:
-    """Where the last event of `data` ends; 0 where none does. A CR at the very end may be half of a CR LF: it waits."""
+    """Where the last event of `data` ends; 0 where none does.
+
+    A CR at the very end may be half of a CR LF: it waits.
+    """
     end = len(data) - 1 if data.endswith(b"\r") else len(data)
     return max((m.end() for m in _BLANK_LINE.finditer(data, 0, end)), default=0)
 
@@ -1128,9 +1587,10 @@ def last_blank_line(data: bytes) -> int:
 def split_blocks(whole: bytes) -> list[bytes]:
     """Whole events, cut apart; each keeps its end."""
     if b"\r" not in whole:
-        return [block + b"\n\n" for block in whole.split(b"\n\n")[:-1]]
+        *blocks, rest = whole.split(b"\n\n")  # the rest: a line end beyond the last pair, as in b"\n\n\n"
+        return [block + b"\n\n" for block in blocks] + ([rest] if rest else [])
     ends = [0, *(m.end() for m in _BLANK_LINE.finditer(whole))]
-    return [whole[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [whole[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def event_of(block: bytes) -> tuple[str, str]:
@@ -1141,11 +1601,11 @@ def event_of(block: bytes) -> tuple[str, str]:
         )  # the one shape that nearly every block of a stream has
     name, data = "", []
     for line in block.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n"):
-        key, _, value = line.partition(":")
+        key, _, value = line.removeprefix("\ufeff").partition(":")
         value = value.removeprefix(" ")
         if key == "data":
             data.append(value)
-        elif key.lstrip("\ufeff") == "event":
+        elif key == "event":
             name = value
     return name, "\n".join(data)
 
@@ -1168,8 +1628,9 @@ PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 # ----------------------------------------------------------------------------------------------------------
 # Routing (pure)
 # ----------------------------------------------------------------------------------------------------------
-# Twelve steps; the first that applies and has a model set wins. Every step tried leaves a line in the trail, which
-# goes to the log, to `explain` and to the admin page, so that nobody has to guess why a request went where it went.
+# Twelve steps; the first that applies and has a model set wins. Every step tried leaves a line in the trail,
+# which goes to the log, to `explain` and to the admin page, so that nobody has to guess why a request went
+# where it went.
 
 
 @dataclass(frozen=True, slots=True)
@@ -1218,7 +1679,7 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
         if pick.model and not targets:
             trail[-1] = (reason, f"names {pick.model}, which nobody serves")
         if targets:
-            roomy = long_context_instead(asked, pick.model, targets, trail)
+            roomy = long_context_instead(asked, pick, targets, trail)
             return roomy or Route(pick.model, reason, tuple(trail), targets, pick.body)
     known = model_names(config)
     raise ApiError(
@@ -1236,17 +1697,15 @@ def asked_model(body: Json) -> str:
 
 
 def long_context_instead(
-    asked: Asked, name: str, targets: tuple[Target, ...], trail: list[tuple[str, str]]
+    asked: Asked, pick: Pick, targets: tuple[Target, ...], trail: list[tuple[str, str]]
 ) -> Route | None:
     """The long_context route, where it is set and the model picked is too small for what was counted."""
-    router = asked.config.router
-    context = context_of(asked.config, name, targets)
-    if not router.long_context or not context or asked.tokens <= context or name == router.long_context:
+    roomy = asked.config.router.long_context
+    context = context_of(asked.config, pick.model, targets)
+    if not roomy or not context or asked.tokens <= context or pick.model == roomy:
         return None
-    trail.append(("long_context", f"{asked.tokens} tokens are more than the {context} of {name}"))
-    return Route(
-        router.long_context, "long_context", tuple(trail), resolve(asked.config, router.long_context)
-    )
+    trail.append(("long_context", f"{asked.tokens} tokens are more than the {context} of {pick.model}"))
+    return Route(roomy, "long_context", tuple(trail), resolve(asked.config, roomy), pick.body)
 
 
 def context_of(config: Config, name: str, targets: tuple[Target, ...]) -> int:
@@ -1461,7 +1920,9 @@ def effort_of(body: Json) -> str:
 
 
 def in_plan_mode(body: Json) -> bool:
-    """Claude Code says so in `safeguards`, or in a system message of the newest prompt (2.1.330, November 2026)."""
+    """Claude Code says so in `safeguards`, or in a system message of the newest prompt (2.1.330, November
+    2026).
+    """
     for guard in as_list(body.get("safeguards")):
         mode = as_object(as_object(guard).get("classifier_context")).get("permission_mode")
         if mode:
@@ -1532,9 +1993,9 @@ def check_routes(config: Config) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # Anthropic stream (pure)
 # ----------------------------------------------------------------------------------------------------------
-# https://docs.anthropic.com/en/docs/build-with-claude/streaming. `AnthropicStream` is the one place that decides the
-# order of events: message_start; blocks one after another, each with start, deltas and stop; message_delta with the
-# stop reason and the true usage; message_stop. A dialect only says what arrived.
+# https://docs.anthropic.com/en/docs/build-with-claude/streaming. `AnthropicStream` is the one place that
+# decides the order of events: message_start; blocks one after another, each with start, deltas and stop;
+# message_delta with the stop reason and the true usage; message_stop. A dialect only says what arrived.
 
 SIGNATURE_TAG = "ccmux."  # what a thinking block's signature begins with when ccmux made the block
 
@@ -1545,7 +2006,9 @@ def sign(payload: Json | None = None) -> str:
 
 
 def signed_payload(block: Json) -> Json | None:
-    """What `sign` put into a thinking block's signature (or a redacted block's data); None if it is not ccmux's."""
+    """What `sign` put into a thinking block's signature (or a redacted block's data); None if it is not
+    ccmux's.
+    """
     signature = block.get("signature") or block.get("data")
     if not isinstance(signature, str) or not signature.startswith(SIGNATURE_TAG):
         return None
@@ -1842,7 +2305,7 @@ class AnthropicTap:
         self.seen_event = True
         try:
             event = json.loads(data)
-            kind = event.get("type") or name
+            kind = event.get("type") or name or ("error" if "error" in event else "")
         except (ValueError, RecursionError, AttributeError):
             if self.has_content or name not in ("", "message_start", "error"):
                 return block  # the client's own parser is the judge of it
@@ -1962,7 +2425,9 @@ def error_words(payload: Any) -> str:
 def upstream_error(
     status: int, payload: Any, *, tokens: int = 0, context: int = 0, headers: Mapping[str, str] | None = None
 ) -> ApiError:
-    """An upstream's error as the client gets it: overflow in the words Claude Code acts on, the rest by status."""
+    """An upstream's error as the client gets it: overflow in the words Claude Code acts on, the rest by
+    status.
+    """
     words = error_words(payload)
     if status in (400, 413, 422, 500) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
@@ -1979,18 +2444,22 @@ def upstream_error(
 _OVERFLOW = re.compile(
     r"(?i)prompt is too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
     r"(?:maximum |available )?context|context window|prompt token count of|input token count|input is too long|"
-    r"maximum prompt length|longer than the maximum model length|too large for model with|exceeded model token limit|"
+    r"maximum prompt length|longer than the (?:maximum )?model(?:'s context)? length|too large for model with|"
+    r"exceeded model token limit|model_context_window_exceeded|greater than the context length|"
     r"prompt exceeds max length|exceeds the available context size|exceed_context_size|input length exceeds|"
     r"model'?s context length is only|context length of only|exceeded max context length|reduce the length of the "
-    r"(?:messages|prompt|input)|too many (?:input )?tokens in|tokens? exceeds? the (?:model|maximum|limit)"
+    r"(?:messages|prompt|input)|too many (?:input )?tokens(?: in|:)|tokens? exceeds? the (?:model|maximum|limit)|"
+    r"range of input length"
 )
+_LIMIT = re.compile(r"(?i)maximum context length (?:is|of) (\d[\d,]*)")
 _LEAVE_ALONE = re.compile(
     r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
 )
 
 
 def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, int] | None:
-    """(tokens sent, tokens allowed) where an error says that the prompt does not fit; None where it says another thing.
+    """(tokens sent, tokens allowed) where an error says that the prompt does not fit; None where it says
+    another thing.
 
     Vendors name the two numbers in any order, or one, or none: what was sent is always the larger.
     """
@@ -2003,6 +2472,10 @@ def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, 
     sent, allowed = token_number(detail.get("n_prompt_tokens")), token_number(detail.get("n_ctx"))
     numbers = sorted({int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", words)}, reverse=True)
     numbers = [n for n in numbers if 1000 <= n <= MAX_COUNT]
+    if named := _LIMIT.search(
+        words
+    ):  # where more than two numbers stand, the others are parts of what was sent
+        allowed = allowed or token_number(int(named[1].replace(",", "")))
     if len(numbers) >= 2:
         sent, allowed = sent or numbers[0], allowed or numbers[1]
     limit = allowed or (numbers[0] if numbers else 0) or context or max(tokens - 1, 1)
@@ -2026,8 +2499,9 @@ def not_a_stream(text: str, what: str) -> ApiError:
 # ----------------------------------------------------------------------------------------------------------
 # Translate: OpenAI Chat (pure)
 # ----------------------------------------------------------------------------------------------------------
-# Requests are built from an allow-list, so that nothing Anthropic-only leaks, and inputs are never changed. The facts
-# come from https://platform.openai.com/docs/api-reference/chat and from what compatible servers were seen to do.
+# Requests are built from an allow-list, so that nothing Anthropic-only leaks, and inputs are never changed.
+# The facts come from https://platform.openai.com/docs/api-reference/chat and from what compatible servers
+# were seen to do.
 
 
 @dataclass(frozen=True, slots=True)
@@ -2309,8 +2783,9 @@ def says_something(block: Json) -> bool:
     return block.get("type") != "text" or bool(block.get("text"))
 
 
-# Names and ids. Upstreams take 64 characters of [A-Za-z0-9_-]; both are mapped without a memory of what was mapped, so
-# that a restart, another process or a failover to another provider in mid-conversation changes nothing.
+# Names and ids. Upstreams take 64 characters of [A-Za-z0-9_-]; both are mapped without a memory of what was
+# mapped, so that a restart, another process or a failover to another provider in mid-conversation changes
+# nothing.
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -2356,7 +2831,9 @@ def upstream_tool_id(client_id: str, pattern: str = "") -> str:
 
 
 def client_tools(body: Json) -> list[Json]:
-    """The tools that the client itself runs; server tools (web search and such) have a dated type and no schema."""
+    """The tools that the client itself runs; server tools (web search and such) have a dated type and no
+    schema.
+    """
     return [t for t in tools_of(body) if t.get("name") and t.get("type") in (None, "", "custom")]
 
 
@@ -2486,7 +2963,9 @@ BUDGET_EFFORTS = ((1024, "minimal"), (4097, "low"), (12289, "medium"), (24577, "
 
 
 def wanted_effort(body: Json, allowed: tuple[str, ...]) -> str:
-    """The reasoning effort a request asks for, clamped to what the upstream takes; "" where nothing is to be sent."""
+    """The reasoning effort a request asks for, clamped to what the upstream takes; "" where nothing is to be
+    sent.
+    """
     thinking = as_object(body.get("thinking"))
     effort = effort_of(body)
     if not allowed or thinking.get("type") == "disabled":
@@ -2785,7 +3264,8 @@ class OpenAIStream:
 
 
 def is_doubtful(call: ToolCall, waiting: str) -> bool:
-    """Whether pieces may be growing snapshots, or JSON inside a JSON string: neither may be let out as it comes.
+    """Whether pieces may be growing snapshots, or JSON inside a JSON string: neither may be let out as it
+    comes.
 
     A piece that repeats all that came before it is what a snapshot looks like; so may, once in a long while, an
     honest piece. Both readings begin with what is out already, so waiting decides it safely.
@@ -3375,7 +3855,8 @@ def gemini_result(call: Json, block: Json | None) -> Json:
     return {"functionResponse": {**named, "response": response}}
 
 
-# What Google documents for calls that another model made: https://ai.google.dev/gemini-api/docs/thought-signatures.
+# What Google documents for calls that another model made:
+# https://ai.google.dev/gemini-api/docs/thought-signatures.
 NO_SIGNATURE = "skip_thought_signature_validator"
 
 
@@ -3786,7 +4267,8 @@ def chat_error(error: ApiError, request_id: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 
 
-# All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of PRESETS.
+# All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of
+# PRESETS.
 
 
 class DialectStream(typing.Protocol):
@@ -3859,8 +4341,9 @@ DIALECTS: dict[str, Dialect] = {
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
 }
 
-# Base URLs, key variables and quirks from the vendors' documentation and the projects' own code, November 2026; the
-# last column is the model of a start without a config. A preset is a provider table whose `type` is a wire format.
+# Base URLs, key variables and quirks from the vendors' documentation and the projects' own code, November
+# 2026; the last column is the model of a start without a config. A preset is a provider table whose `type` is
+# a wire format.
 PRESET_ROWS = """
 anthropic            anthropic https://api.anthropic.com                                 ANTHROPIC_API_KEY   claude-sonnet-5-5
 openai               openai    https://api.openai.com/v1                                 OPENAI_API_KEY      gpt-6.1-terra
@@ -3880,7 +4363,7 @@ gemini               gemini    https://generativelanguage.googleapis.com/v1beta 
 gemini-openai        openai    https://generativelanguage.googleapis.com/v1beta/openai   GEMINI_API_KEY      gemini-3.8-flash
 groq                 openai    https://api.groq.com/openai/v1                            GROQ_API_KEY        openai/gpt-oss-120b
 together             openai    https://api.together.xyz/v1                               TOGETHER_API_KEY    zai-org/GLM-5.3
-fireworks            openai    https://api.fireworks.ai/inference/v1                     FIREWORKS_API_KEY   accounts/fireworks/models/glm-5p3
+fireworks            openai    https://api.fireworks.ai/inference/v1 FIREWORKS_API_KEY accounts/fireworks/models/glm-5p3
 deepinfra            openai    https://api.deepinfra.com/v1/openai                       DEEPINFRA_API_KEY   zai-org/GLM-5.3
 cerebras             openai    https://api.cerebras.ai/v1                                CEREBRAS_API_KEY    zai-glm-5.3
 mistral              openai    https://api.mistral.ai/v1                                 MISTRAL_API_KEY     devstral-medium-latest
@@ -3959,7 +4442,9 @@ _VERSION_SEGMENT = re.compile(r"/v\d+(?:alpha|beta)?\d*(?=/|$)")
 
 
 def endpoint_url(base_url: str, dialect: Dialect, endpoint: str = "", model: str = "") -> str:
-    """The URL to call for a base URL in any of its usual forms: bare host, with a version, or the full endpoint."""
+    """The URL to call for a base URL in any of its usual forms: bare host, with a version, or the full
+    endpoint.
+    """
     parts = urllib.parse.urlsplit(base_url.strip())
     path = parts.path.rstrip("/")
     for known in ("/messages", "/chat/completions", "/responses"):
@@ -4178,10 +4663,11 @@ def demo_input(tool: Json, words: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 # Tokens and prices (pure; the encoder is handed in)
 # ----------------------------------------------------------------------------------------------------------
-# Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and checked against
-# the vendors' pages where they have one. Columns: name, context, max output, input, output, cache read, cache write, 1 h
-# cache write; - is unknown, not free. Then what the model refuses (s sampling parameters, f forced tool calls) and the
-# tiers, above:input/output/read/write, that price a whole request once its prompt passes `above` tokens.
+# Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and
+# checked against the vendors' pages where they have one. Columns: name, context, max output, input, output,
+# cache read, cache write, 1 h cache write; - is unknown, not free. Then what the model refuses (s sampling
+# parameters, f forced tool calls) and the tiers, above:input/output/read/write, that price a whole request
+# once its prompt passes that.
 PRICES_DATE = "2026-11-22"
 PRICE_ROWS = """
 claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sf
@@ -4254,7 +4740,7 @@ MiniMax-M2.1             1000000    8192   0.3   1.2   0.03  0.375   - -
 qwen3.8-max               991808  131072     2     6   0.25      -   - -
 qwen3.8-flash             991808  131072  0.15  0.47  0.016    0.2   - -
 qwen3.7-max               991808   65536   2.5   7.5    0.5  3.125   - -
-qwen3-coder-plus          997952   65536     1     5    0.1      -   - -  32000:1.8/9/0.18/- 128000:3/15/0.3/- 256000:6/60/0.6/-
+qwen3-coder-plus  997952 65536 1 5 0.1 - - -  32000:1.8/9/0.18/- 128000:3/15/0.3/- 256000:6/60/0.6/-
 qwen3-max                 258048   65536   1.2     6      -      -   - -  32000:2.4/12/-/- 128000:3/15/-/-
 grok-4.7                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
 grok-4.6                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
@@ -4297,7 +4783,7 @@ _MODEL_SUFFIX = re.compile(r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|:[a-z]+$|\
 
 @functools.lru_cache(4096)
 def facts_of(model: str) -> Facts:
-    """What the built-in table knows of a model: by name, then without vendor prefix, then without date or tag."""
+    """What the built-in table knows of a model: by its name, then without vendor prefix, date or tag."""
     table, name = price_table(), model.lower()
     for candidate in (name, name.rsplit("/", 1)[-1]):
         while candidate not in table and (shorter := _MODEL_SUFFIX.sub("", candidate)) != candidate:
@@ -4327,7 +4813,8 @@ class Charge:
 
 def exact_cost(usage: Usage, price: Price) -> Decimal:
     """Micro-dollars, not rounded. A kind of token without a price of its own costs what input costs."""
-    price = next((tier for above, tier in reversed(price.tiers) if usage.prompt > above), price)
+    above = [tier for tier in price.tiers if usage.prompt > tier[0]]
+    price = max(above, key=lambda tier: tier[0])[1] if above else price
     kinds = (
         (usage.input, price.input), (usage.output, price.output), (usage.cache_read, price.cache_read),
         (usage.cache_write, price.cache_write), (usage.cache_write_1h, price.cache_write_1h),
@@ -4336,7 +4823,7 @@ def exact_cost(usage: Usage, price: Price) -> Decimal:
 
 
 def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
-    """The charge of an answer: the exact sum, and the exact sum with markup, each rounded up to a micro-dollar."""
+    """The charge of an answer: the exact sum, without and with markup, each rounded up to a micro-dollar."""
     exact = exact_cost(usage, price)
     cost = math.ceil(exact)
     charge = math.ceil(exact * (100 + markup_percent) / 100)
@@ -4365,13 +4852,17 @@ def price_json(price: Price) -> Json:
 PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 
 
-# Counting. One encoding for what OpenAI-type models read; Claude's count is that times a factor, until true usage
-# teaches a better one. A request is counted block by block, and each block's count is kept by its hash, so that a
-# turn of a long conversation costs what its last message costs.
+# Counting. Every family of models has a framing: which vocabulary, and what messages and tools cost beyond
+# their text. A request is counted block by block and each block's count is kept by its hash, so that a turn
+# of a long conversation costs what its last message costs. True usage then teaches a factor for each
+# (provider, model).
 
 SLICE = 65_536  # characters: a megabyte of one whitespace run makes the encoder panic
-INLINE = 16_384  # characters of new text that are counted on the event loop
+INLINE = 16_384  # bytes of new text that are counted on the event loop
 CACHE_SIZE = 20_000
+RECENT = 1000  # counts that wait for their true usage
+SAMPLES = 50  # true usages that a factor is the average of
+DEPTH = 20  # of tool results inside tool results
 IMAGE_TOKENS = 1500
 PDF_PAGE_TOKENS = 2500
 
@@ -4379,40 +4870,60 @@ PDF_PAGE_TOKENS = 2500
 class Encoding(typing.Protocol):
     """What is used of a tiktoken.Encoding."""
 
-    def encode_ordinary(self, text: str) -> list[int]: ...
+    @property
+    def name(self) -> str: ...
+
+    def encode_ordinary(self, text: str) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """How a family of models counts a request beyond its texts. Tokens; `factor` is on o200k or cl100k counts."""
+    """How a family of models counts a request beyond its texts, in tokens. `factors` are by vocabulary."""
 
     encoding: str
-    factor: float = 1.0
+    factors: tuple[tuple[str, float], ...] = ()
     base: int = 3
-    per_message: int = 4
+    message: int = 4  # three and the role
     tools: int = 9
     tools_forced: int = 9
+    result: float = 0
+    call: float = 3
     is_claude: bool = False
-    largest_image: int = 1568  # tokens
-    image_side: int = 1568  # pixels
+    image_side: int = 0  # pixels
+    image: tuple[int, int] = (85, 170)  # Claude: (largest, unused); OpenAI: (an image, and each of its tiles)
+
+    def factor(self, encoding: str) -> float:
+        return dict(self.factors).get(encoding, 1.0)
 
 
 _CL100K = re.compile(r"^gpt-(?:4(?!o|\.\d)|3\.5)|^gpt-35")
 _CLAUDE_VERSION = re.compile(r"claude-(?:[a-z]+-)?(\d+)(?:[-.](\d{1,2})(?!\d))?")
+# o200k: fitted to recorded counts of code. claude: Anthropic's published tokenizer, of Claude 2.
+FACTORS_TO_46 = (("o200k_base", 1.18), ("claude", 1.13))
+FACTORS_FROM_47 = (("o200k_base", 1.45), ("claude", 1.39))
 
 
 @functools.lru_cache(1024)
 def framing_of(model: str) -> Framing:
-    """The framing of a model by its name; measured, see the README's account of token counts."""
+    """The framing of a model by its name. OpenAI's, where the name says nothing."""
     name = model.lower().rsplit("/", 1)[-1]
     if "claude" in name:
-        match = _CLAUDE_VERSION.search(name)
-        version = (int(match[1]), int(match[2] or 0)) if match else (4, 0)
-        if version < (4, 7):
-            return Framing("o200k_base", 1.18, 7, 0, 497, 589, True)
-        tools, forced = (675, 804) if version == (4, 7) else (290, 410)
-        return Framing("o200k_base", 1.45, 12, 0, tools, forced, True, 4784, 2576)
-    return Framing("cl100k_base" if _CL100K.match(name) else "o200k_base")
+        return claude_framing(name)
+    image = (2833, 5667) if name.startswith("gpt-4o-mini") else (85, 170)
+    return Framing("cl100k_base" if _CL100K.match(name) else "o200k_base", image=image)
+
+
+def claude_framing(name: str) -> Framing:
+    """Frame, tool prompt and images by Claude's version, as recorded from its count_tokens."""
+    match = _CLAUDE_VERSION.search(name)
+    version = (int(match[1]), int(match[2] or 0)) if match else (4, 0)
+    encoding = f"claude-{version[0]}.{version[1]}"
+    if version < (4, 7):
+        return Framing(encoding, FACTORS_TO_46, 7, 0, 497, 589, 8, 12, True, 1568, (1568, 0))
+    base, tools, forced = (12 if version < (5, 0) else 7), 290, 410
+    if version == (4, 7):
+        tools, forced = 675, 804
+    return Framing(encoding, FACTORS_FROM_47, base, 0, tools, forced, 10, 15, True, 2576, (4784, 0))
 
 
 class TokenCounter:
@@ -4420,83 +4931,78 @@ class TokenCounter:
 
     def __init__(self, load: Callable[[str], Encoding | None]) -> None:
         self.load = load
+        self.thread = asyncio.Lock()  # one at a time: more would only keep the event loop from its turn
         self.cache: OrderedDict[bytes, int] = OrderedDict()
-        self.factors: dict[
-            tuple[str, str], tuple[float, int]
-        ] = {}  # (provider, model) -> (true / counted, samples)
+        # (provider, model) -> (true / counted, answers it was learnt from)
+        self.factors: dict[tuple[str, str], tuple[float, int]] = {}
+        # (provider, model, count given) -> the count without its factor, as answers come in any order
+        self.recent: OrderedDict[tuple[str, str, int], float] = OrderedDict()
 
     async def count(self, body: Json, provider: str, model: str) -> int:
         """Input tokens of a whole request; new text beyond 16 KB is counted in a thread."""
-        request = RequestParts(body, framing_of(model))
-        fresh = self.missing(request)
+        request, encoding, fresh = self.look_up(body, model)
         if sum(part.size for part in fresh) > INLINE:
-            await asyncio.to_thread(self.learn, fresh, request.framing.encoding)
+            async with self.thread:
+                counts = await asyncio.to_thread(count_parts, fresh, encoding)
         else:
-            self.learn(fresh, request.framing.encoding)
-        return self.total(request, provider, model)
+            counts = count_parts(fresh, encoding)
+        return self.total(request, counts, encoding, (provider, model))
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
         """The same where there is no event loop."""
-        request = RequestParts(body, framing_of(model))
-        self.learn(self.missing(request), request.framing.encoding)
-        return self.total(request, provider, model)
+        request, encoding, fresh = self.look_up(body, model)
+        return self.total(request, count_parts(fresh, encoding), encoding, (provider, model))
 
     def count_text(self, text: str, model: str) -> int:
         """Tokens of a text that a model made."""
         framing = framing_of(model)
-        return math.ceil(self.encoded_length(text, framing.encoding) * framing.factor) if text else 0
+        encoding = self.load(framing.encoding)
+        return math.ceil(encoded_length(text, encoding) * framing.factor(vocabulary_of(encoding)))
 
-    def missing(self, request: RequestParts) -> list[Part]:
-        """The parts not counted before; the others become the cache's newest."""
+    def look_up(self, body: Json, model: str) -> tuple[RequestParts, Encoding | None, list[Part]]:
+        """A request's parts, and those of them not counted before; the others become the cache's newest."""
+        framing = framing_of(model)
+        encoding = self.load(framing.encoding)
+        request = RequestParts(body, framing, vocabulary_of(encoding))
         fresh = []
         for part in request.parts:
             if part.key in self.cache:
                 self.cache.move_to_end(part.key)
             else:
                 fresh.append(part)
-        return fresh
+        return request, encoding, fresh
 
-    def learn(self, fresh: list[Part], encoding: str) -> None:
-        """Counts parts into the cache; estimates are not kept."""
-        if fresh and self.load(encoding) is None:
-            return
-        for part in fresh:
-            self.cache[part.key] = self.encoded_length(part.text(), encoding)
+    def total(
+        self, request: RequestParts, counts: dict[bytes, int], encoding: Encoding | None, key: tuple[str, str]
+    ) -> int:
+        """The sum, calibrated. Counts are kept; estimates, made while there is no encoding, are not."""
+        known = ((self.cache.get(part.key), part) for part in request.parts)
+        tokens = request.fixed + sum(
+            (counts.get(part.key, 0) if count is None else count) * part.factor for count, part in known
+        )
+        if encoding is not None:
+            self.cache.update(counts)
         while len(self.cache) > CACHE_SIZE:
             self.cache.popitem(last=False)
-
-    def total(self, request: RequestParts, provider: str, model: str) -> int:
-        counts = (self.cache.get(part.key) for part in request.parts)
-        counted = sum(
-            estimate(part.text()) if count is None else count
-            for part, count in zip(request.parts, counts, strict=True)
-        )
-        tokens = counted * request.framing.factor + request.fixed
-        return max(1, math.ceil(tokens * self.factors.get((provider, model), (1.0, 0))[0]))
-
-    def encoded_length(self, text: str, name: str) -> int:
-        """Tokens of a text by an encoding, in slices; an estimate from its bytes while there is no encoding."""
-        encoding = self.load(name)
-        if encoding is None:
-            return estimate(text)
-        clean = (
-            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            if has_surrogates(text)
-            else text
-        )
-        return sum(len(encoding.encode_ordinary(part)) for part in slices(clean))
-
-    # Calibration: what true usage teaches.
+        count = max(1, math.ceil(tokens * self.factors.get(key, (1.0, 0))[0]))
+        if encoding is not None:
+            self.recent[*key, count] = tokens
+        while len(self.recent) > RECENT:
+            self.recent.popitem(last=False)
+        return count
 
     def observe(self, provider: str, model: str, counted: int, true: int) -> None:
-        """Learns from an answer whose prompt was counted here: an average over about the last 50."""
-        if counted <= 0 or true <= 0:
+        """Learns from an answer's true prompt tokens: a running average over the last 50.
+
+        Only a count made here, for this very (provider, model), from a vocabulary, has something to teach.
+        """
+        tokens = self.recent.get((provider, model, counted), 0.0)
+        if tokens <= 0 or true <= 0:
             return
         factor, samples = self.factors.get((provider, model), (1.0, 0))
-        wanted = factor * true / counted  # `counted` has the factor in it
-        share = 1 / min(samples + 1, 50)
-        factor = min(max(factor + (wanted - factor) * share, 0.5), 2.5)
-        self.factors[provider, model] = (factor, min(samples + 1, 1_000_000))
+        samples = min(samples + 1, SAMPLES)
+        factor += (min(max(true / tokens, 0.5), 2.5) - factor) / samples
+        self.factors[provider, model] = (factor, samples)
 
     def export(self) -> list[tuple[str, str, float, int]]:
         return [(*key, *value) for key, value in self.factors.items()]
@@ -4505,12 +5011,29 @@ class TokenCounter:
         self.factors.update({(p, m): (factor, samples) for p, m, factor, samples in rows})
 
 
-def has_surrogates(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Something of a request that is counted as one, and kept by its hash. `size` in bytes or so."""
+
+    key: bytes
+    size: int
+    measure: Callable[[Encoding | None], int]
+    factor: float
+
+
+def count_parts(parts: list[Part], encoding: Encoding | None) -> dict[bytes, int]:
+    return {part.key: part.measure(encoding) for part in parts}
+
+
+def vocabulary_of(encoding: Encoding | None) -> str:
+    return "o200k_base" if encoding is None else encoding.name
+
+
+def encoded_length(text: str, encoding: Encoding | None) -> int:
+    """Tokens of a text, in slices; without an encoding an estimate from its bytes, good to a fifth."""
+    if encoding is None:
+        return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.7)
+    return sum(len(encoding.encode_ordinary(part)) for part in slices(text))
 
 
 def slices(text: str) -> Iterator[str]:
@@ -4525,170 +5048,217 @@ def slices(text: str) -> Iterator[str]:
         start = end
 
 
-def estimate(text: str) -> int:
-    """Tokens by a rule of thumb, within a fifth for English and code."""
-    return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.7)
+def rendered_length(render: Callable[[Any], str], value: Any, encoding: Encoding | None) -> int:
+    """Tokens of a value as the model reads it; of its strings alone where it is nested beyond rendering."""
+    try:
+        text = render(value)
+    except (RecursionError, ValueError):
+        text = "\n".join(strings_in(value))
+    return encoded_length(text, encoding)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Something of a request that is counted as one, and kept by its hash."""
-
-    key: bytes
-    value: Any
-    render: Callable[[Any], str]
-
-    def text(self) -> str:
-        return self.render(self.value)
-
-    @property
-    def size(self) -> int:
-        return len(self.value) if isinstance(self.value, str) else 2 * INLINE
+def strings_in(value: Any) -> Iterator[str]:
+    """Every key and string in a JSON value, however deep."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            stack.extend([*item.values(), *item])
+        elif isinstance(item, list):
+            stack.extend(item)
 
 
 class RequestParts:
-    """A request taken apart for counting: what is looked up by its hash, and what is fixed."""
+    """A request taken apart for counting: what is looked up by its hash, and what is `fixed`.
 
-    def __init__(self, body: Json, framing: Framing) -> None:
-        self.framing = framing
-        self.salt = f"{framing.encoding[:1]}{framing.is_claude:d}".encode()
+    Reads Messages API requests, and OpenAI Chat ones too (names, calls, functions where those put them), so
+    that the formulas can be measured against recorded usage of both.
+    """
+
+    def __init__(self, body: Json, framing: Framing, vocabulary: str) -> None:
+        self.framing, self.factor = framing, framing.factor(vocabulary)
+        self.salt = f"{vocabulary}{framing.is_claude:d}".encode()
         self.parts: list[Part] = []
         self.fixed = float(framing.base)
-        self.add_content(body.get("system"))
-        self.fixed += framing.per_message if body.get("system") else 0
-        for message in messages_of(body):
-            self.fixed += framing.per_message
-            self.add_content(message.get("content"))
-        self.add_tools(body)
+        tools = offered_tools(body)
+        messages = messages_of(body)
+        if body.get("system"):
+            messages = [{"role": "system", "content": body["system"]}, *messages]
+        # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
+        joins = next((m for m in messages if m.get("role") == "system"), None) if tools else None
+        for message in messages:
+            self.add_message(message, "\n" if message is joins and not framing.is_claude else "")
+        if tools:
+            self.add_tools(tools, joins is not None, body.get("tool_choice") or body.get("function_call"))
 
-    def add(self, value: Any, render: Callable[[Any], str] = str) -> None:
-        # marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON.
-        digest = hashlib.blake2b(marshal.dumps(value, 2), digest_size=16).digest()
-        self.parts.append(Part(self.salt + digest, value, render))
+    def add(self, data: bytes, measure: Callable[[Encoding | None], int], size: int = 0) -> None:
+        key = self.salt + hashlib.blake2b(data, digest_size=16).digest()
+        self.parts.append(Part(key, size or len(data), measure, self.factor))
 
     def add_text(self, text: str) -> None:
         if text:
-            self.add(text)
+            self.add(text.encode("utf-8", "surrogatepass"), functools.partial(encoded_length, text))
 
-    def add_content(self, content: Any) -> None:
+    def add_value(self, value: Any, render: Callable[[Any], str]) -> None:
+        try:  # marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON
+            data = marshal.dumps(value, 2)
+        except ValueError:
+            data = "\n".join(strings_in(value)).encode("utf-8", "surrogatepass")
+        name = getattr(render, "__name__", "").encode()
+        self.add(name + data, functools.partial(rendered_length, render, value))
+
+    def add_message(self, message: Json, ending: str) -> None:
+        self.fixed += self.framing.message
+        content = message.get("content")
+        if ending and not isinstance(content, str):
+            content = text_of(content)
+        self.add_content(f"{content}{ending}" if ending else content)
+        if isinstance(message.get("name"), str):
+            self.fixed += -1 if message.get("role") == "function" else 1
+            self.add_text(message["name"])
+        calls = [*as_list(message.get("tool_calls")), {"function": message.get("function_call")}]
+        for function in filter(None, (as_object(as_object(call).get("function")) for call in calls)):
+            self.fixed += self.framing.call
+            self.add_text(str(function.get("name") or ""))
+            self.add_text(str(function.get("arguments") or ""))
+
+    def add_content(self, content: Any, depth: int = 0) -> None:
         if isinstance(content, str):
             self.add_text(content)
             return
         for block in blocks_of(content):
-            self.add_block(block)
+            self.add_block(block, depth)
 
-    def add_block(self, block: Json) -> None:
+    def add_block(self, block: Json, depth: int) -> None:
         kind = block.get("type")
         if kind == "text":
             self.add_text(str(block.get("text") or ""))
-        elif kind == "tool_result":
-            self.fixed += 8 * self.framing.factor
-            self.add_content(block.get("content"))
+        elif kind == "tool_result" and depth < DEPTH:
+            self.fixed += self.framing.message + self.framing.result
+            self.add_content(block.get("content"), depth + 1)
         elif kind == "tool_use":
-            self.fixed += 12 * self.framing.factor
-            self.add([block.get("name"), block.get("input")], call_text)
+            self.fixed += self.framing.call
+            self.add_value([block.get("name"), block.get("input")], call_text)
         elif kind == "thinking":
             self.add_text(str(block.get("thinking") or ""))
-        elif kind == "image":
-            self.fixed += image_tokens(as_object(block.get("source")), self.framing)
+        elif kind in ("image", "image_url"):
+            self.fixed += image_tokens(block, self.framing)
         elif kind == "document":
-            self.add_document(as_object(block.get("source")))
+            self.add_document(as_object(block.get("source")), depth)
         elif kind != "redacted_thinking":
-            self.add_text(block_text(block))
+            self.add_value(block, block_text)
 
-    def add_document(self, source: Json) -> None:
+    def add_document(self, source: Json, depth: int) -> None:
+        data = str(source.get("data") or "")
         if source.get("type") == "base64":
-            self.fixed += PDF_PAGE_TOKENS * pdf_pages(str(source.get("data") or ""))
+            # Its length and ends tell one PDF from another; hashing megabytes every turn would not be free.
+            ends = f"{len(data)} {data[:4096]} {data[-4096:]}".encode("utf-8", "surrogatepass")
+            self.add(b"pdf" + ends, functools.partial(pdf_tokens, data, self.factor), len(data))
         elif source.get("type") == "text":
-            self.add_text(str(source.get("data") or ""))
-        else:
-            self.add_content(source.get("content"))
+            self.add_text(data)
+        elif depth < DEPTH:
+            self.add_content(source.get("content"), depth + 1)
 
-    def add_tools(self, body: Json) -> None:
-        tools = client_tools(body)
-        if not tools:
+    def add_tools(self, tools: list[Json], has_system: bool, choice: Any) -> None:
+        framing = self.framing
+        self.add_value(tools, claude_tools if framing.is_claude else openai_namespace)
+        kind = choice if isinstance(choice, str) else as_object(choice).get("type")
+        if framing.is_claude:
+            self.fixed += framing.tools_forced if kind in ("any", "tool") else framing.tools
             return
-        forced = as_object(body.get("tool_choice")).get("type") in ("any", "tool")
-        self.fixed += self.framing.tools_forced if forced else self.framing.tools
-        self.add(tools, functools.partial(tools_text, self.framing))
+        self.fixed += framing.tools - 4 * has_system + (kind == "none")
+        if isinstance(choice, dict) and (name := as_object(choice.get("function") or choice).get("name")):
+            self.fixed += 4
+            self.add_text(str(name))
 
 
 def call_text(call: list[Any]) -> str:
     return f"{call[0]} {tool_arguments({'input': call[1]})}"
 
 
-def tools_text(framing: Framing, tools: list[Json]) -> str:
-    return "".join(tool_text(tool, framing) for tool in tools)
+def offered_tools(body: Json) -> list[Json]:
+    """The tools that the model reads about, as {name, description, input_schema}, from either form."""
+    functions = [*(t.get("function") for t in tools_of(body)), *as_list(body.get("functions"))]
+    openai = [
+        {"name": f.get("name"), "description": f.get("description"), "input_schema": f.get("parameters")}
+        for f in map(as_object, functions)
+        if f
+    ]
+    return client_tools(body) + openai
 
 
-def tool_text(tool: Json, framing: Framing) -> str:
-    """A tool as the model reads it: Claude its JSON, OpenAI's models a TypeScript signature."""
-    name, description = str(tool.get("name") or ""), str(tool.get("description") or "")
-    schema = as_object(tool.get("input_schema"))
-    if framing.is_claude:
-        return json.dumps(
-            {"name": name, "description": description, "input_schema": schema}, ensure_ascii=False
-        )
-    return typescript_function(name, description, schema)
+def claude_tools(tools: list[Json]) -> str:
+    kept = ("name", "description", "input_schema")
+    return "".join(json.dumps({k: t.get(k) for k in kept}, ensure_ascii=False) for t in tools)
 
 
-def typescript_function(name: str, description: str, schema: Json) -> str:
-    """How OpenAI renders a function to its models (found out by others, see the vectors' sources)."""
+def openai_namespace(tools: list[Json]) -> str:
+    """Tools as OpenAI renders them for its models, as github.com/hmarr/openai-chat-tokens found out."""
+    functions = (
+        typescript_function(str(t.get("name") or ""), t.get("description"), as_object(t.get("input_schema")))
+        for t in tools
+    )
+    return "\n".join(["namespace functions {", "", *functions, "} // namespace functions"])
+
+
+def typescript_function(name: str, description: Any, schema: Json) -> str:
     head = f"// {description}\n" if description else ""
     if not as_object(schema.get("properties")):
         return f"{head}type {name} = () => any;\n"
-    return f"{head}type {name} = (_: {{\n{typescript_members(schema, 0)}}}) => any;\n"
+    return f"{head}type {name} = (_: {{\n{typescript_members(schema, 0)}\n}}) => any;\n"
 
 
-def typescript_members(schema: Json, depth: int) -> str:
+def typescript_members(schema: Json, indent: int) -> str:
     required = as_list(schema.get("required"))
     lines = []
     for name, value in as_object(schema.get("properties")).items():
-        property = as_object(value)
-        if property.get("description") and depth < 2:
-            lines.append(f"// {property['description']}\n")
-        lines.append(f"{name}{'' if name in required else '?'}: {typescript_type(property, depth)},\n")
-    return "".join(lines)
+        member = as_object(value)
+        if member.get("description") and indent < 2:
+            lines.append(f"// {member['description']}")
+        lines.append(f"{name}{'' if name in required else '?'}: {typescript_type(member, indent)},")
+    return "\n".join(" " * indent + line for line in lines)
 
 
-def typescript_type(schema: Json, depth: int) -> str:
-    if isinstance(schema.get("enum"), list):
-        return " | ".join(json.dumps(v) for v in schema["enum"])
-    kind = schema.get("type")
+def typescript_type(schema: Json, indent: int) -> str:
+    if any_of := as_list(schema.get("anyOf")):
+        return " | ".join(typescript_type(as_object(each), indent) for each in any_of)
+    kind = str(schema.get("type") or "any")
     if kind == "array":
-        return (
-            f"{typescript_type(as_object(schema.get('items')), depth)}[]" if schema.get("items") else "any[]"
-        )
+        return f"{typescript_type(as_object(schema.get('items')), indent)}[]"
     if kind == "object":
-        return f"{{\n{typescript_members(schema, depth + 1)}}}" if depth < 20 else "object"
-    return {"integer": "number"}.get(str(kind), str(kind)) if kind else "any"
+        return f"{{\n{typescript_members(schema, indent + 2)}\n}}"
+    if values := as_list(schema.get("enum")):
+        return " | ".join(json.dumps(value, ensure_ascii=False) for value in values)
+    return "number" if kind == "integer" else kind
 
 
-def image_tokens(source: Json, framing: Framing) -> int:
-    """Tokens of an image: 28-pixel patches for Claude, 512-pixel tiles for OpenAI; 1,500 where the size is unknown."""
-    data = source.get("data")
-    size = image_size(data) if source.get("type") == "base64" and isinstance(data, str) else None
+def image_tokens(block: Json, framing: Framing) -> int:
+    """Tokens of an image: Claude 28-pixel patches, OpenAI 512-pixel tiles; 1,500 where unknown."""
+    source, link = as_object(block.get("source")), as_object(block.get("image_url"))
+    data = source.get("data") or str(link.get("url") or "").partition(";base64,")[2]
+    size = image_size(data) if isinstance(data, str) else None
+    if link.get("detail") == "low":
+        return framing.image[0]
     if size is None:
         return IMAGE_TOKENS
     if not framing.is_claude:
-        return openai_image_tokens(*size)
+        return openai_image_tokens(*size, *framing.image)
     scale = min(1.0, framing.image_side / max(size))
-    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), framing.largest_image)
+    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), framing.image[0])
 
 
-def openai_image_tokens(width: int, height: int) -> int:
-    """85 and 170 a tile, after fitting into 2048 x 2048 and a short side of 768."""
+def openai_image_tokens(width: int, height: int, base: int, tile: int) -> int:
+    """So much for an image and so much a tile, after fitting into 2048 x 2048 and a short side of 768."""
     scale = min(1.0, 2048 / max(width, height))
     scale *= min(1.0, 768 / (min(width, height) * scale))
-    return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
+    return base + tile * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
 
 
 def image_size(data: str) -> tuple[int, int] | None:
     """(width, height) from the header of a PNG, GIF, WebP or JPEG in base64; None where it cannot be told."""
-    try:
-        head = base64.b64decode(data[:65_536] + "=" * (-len(data[:65_536]) % 4))
-    except ValueError:
-        return None
+    head = base64_head(data, 64)
     size = (0, 0)
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         size = (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
@@ -4697,8 +5267,17 @@ def image_size(data: str) -> tuple[int, int] | None:
     elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         size = webp_size(head)
     elif head[:2] == b"\xff\xd8":
-        size = jpeg_size(head)
+        size = jpeg_size(base64_head(data, 65_536))
     return size if min(size) > 0 else None
+
+
+def base64_head(data: str, length: int) -> bytes:
+    """The first bytes of base64 text; b"" where it is none."""
+    head = data[:length]
+    try:
+        return base64.b64decode(head + "=" * (-len(head) % 4))
+    except ValueError:
+        return b""
 
 
 def webp_size(head: bytes) -> tuple[int, int]:
@@ -4722,14 +5301,10 @@ def jpeg_size(head: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def pdf_pages(data: str) -> int:
-    """Pages of a PDF in base64, by its page objects; at least one."""
-    try:
-        return max(
-            1, len(re.findall(rb"/Type\s*/Page(?!s)", base64.b64decode(data + "=" * (-len(data) % 4))))
-        )
-    except ValueError:
-        return 1
+def pdf_tokens(data: str, factor: float, encoding: Encoding | None) -> int:
+    """Tokens of a PDF in base64, by its page objects, at least one; before the factor, which is for texts."""
+    pages = len(re.findall(rb"/Type\s*/Page(?!s)", base64_head(data, len(data))))
+    return math.ceil(PDF_PAGE_TOKENS * max(1, pages) / factor)
 
 
 def count_request_body(body: Json) -> Json:
@@ -4741,10 +5316,11 @@ def count_request_body(body: Json) -> Json:
     return out
 
 
-# Vocabularies: files that tiktoken would fetch by itself, without a time limit, inside a lock. ccmux never lets it: a
-# file is looked for, its hash is checked, and it is loaded in a thread; until then counts are estimates.
+# Vocabularies (I/O from here on): files that tiktoken would fetch by itself, without a time limit, inside a
+# lock. ccmux never lets it: a file is looked for, its hash checked, and a thread loads it; until then counts
+# are estimates.
 
-VOCABULARIES = {  # encoding: (file name as tiktoken caches it, the sha1 of its URL; sha256)
+VOCABULARIES = {  # name: (file name, for OpenAI's as tiktoken caches it: the sha1 of its URL; sha256)
     "o200k_base": (
         "fb374d419588a4632f3f557e76b4b70aebbca790",
         "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
@@ -4753,8 +5329,21 @@ VOCABULARIES = {  # encoding: (file name as tiktoken caches it, the sha1 of its 
         "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
         "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
     ),
+    # npm's @anthropic-ai/tokenizer 0.0.4; put there by hand, never downloaded
+    "claude": ("claude.json", "58dad83d85e9cd57be209172449ebfbc395df2b455c11fe8b7e5b661e6f462ad"),
 }
 VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/encodings"
+PATTERNS = {  # as in tiktoken_ext.openai_public, whose functions would download
+    "o200k_base": "|".join((
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+    )),
+    "cl100k_base": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+}  # fmt: skip
 
 
 def vocabulary_folders() -> list[Path]:
@@ -4775,26 +5364,71 @@ def find_vocabulary(name: str) -> Path | None:
     return None
 
 
+def vocabulary_state() -> Json:
+    """Where each vocabulary is found; "" where it is not (of `ctok` and `claude` nothing depends on it)."""
+    found: Json = {name: str(find_vocabulary(name) or "") for name in VOCABULARIES}
+    spec = importlib.util.find_spec("ctok")
+    return {**found, "ctok": str(spec.origin or "") if spec else ""}
+
+
+def source_of(name: str) -> str:
+    """What an encoding is made from: for Claude ctok, Anthropic's own vocabulary, or OpenAI's."""
+    if not name.startswith("claude-"):
+        return name
+    if importlib.util.find_spec("ctok"):
+        return name.replace("claude", "ctok")
+    return "claude" if find_vocabulary("claude") else "o200k_base"
+
+
 def load_encoding(name: str) -> Encoding | None:
-    """The encoding from its file, never from the network: 0.25 s and 84 MB for o200k."""
+    """An encoding from its file, never from the network; None without a file."""
+    if name.startswith("ctok-"):
+        return CtokEncoding(name)
     path = find_vocabulary(name)
-    if path is None:
-        return None
-    import importlib
+    return read_encoding(name, path) if path else None
 
-    definitions: Any = importlib.import_module("tiktoken_ext.openai_public")
 
-    ranks = {}
-    for line in path.read_bytes().splitlines():
-        token, _, rank = line.partition(b" ")
-        ranks[base64.b64decode(token)] = int(rank)
-    original = definitions.load_tiktoken_bpe
-    definitions.load_tiktoken_bpe = lambda *args, **kwargs: ranks
-    try:
-        made: Encoding = tiktoken.Encoding(**getattr(definitions, name)())
-    finally:
-        definitions.load_tiktoken_bpe = original
+@functools.cache
+def read_encoding(name: str, path: Path) -> Encoding:
+    """The encoding that a file holds, read once in a process: 0.25 s and 84 MB for o200k."""
+    if name == "claude":
+        return ClaudeEncoding(json.loads(path.read_text("utf-8")))
+    ranks = read_ranks(path.read_bytes().splitlines())
+    made: Encoding = tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens={})
     return made
+
+
+def read_ranks(lines: Iterable[bytes]) -> dict[bytes, int]:
+    pairs = (line.split() for line in lines if line)
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+class ClaudeEncoding:
+    """Anthropic's published tokenizer, of Claude 2: base64 tokens in the order of their ranks."""
+
+    name = "claude"
+
+    def __init__(self, data: Json) -> None:
+        _, first, *tokens = data["bpe_ranks"].split()
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokens, int(first))}
+        self.encoding = tiktoken.Encoding(
+            self.name, pat_str=data["pat_str"], mergeable_ranks=ranks, special_tokens=data["special_tokens"]
+        )
+
+    def encode_ordinary(self, text: str) -> Sequence[int]:
+        return self.encoding.encode_ordinary(unicodedata.normalize("NFKC", text))
+
+
+class CtokEncoding:
+    """The `ctok` package, where someone has installed it: exact for Claude, but slow."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.version = name, name.partition("-")[2]
+        self.token_count = importlib.import_module("ctok").token_count
+        self.frame = int(self.token_count("a", self.version)) - 1
+
+    def encode_ordinary(self, text: str) -> Sequence[int]:
+        return range(int(self.token_count(text, self.version)) - self.frame)
 
 
 class Vocabulary:
@@ -4803,40 +5437,45 @@ class Vocabulary:
     def __init__(self) -> None:
         self.loaded: dict[str, Encoding | None] = {}
         self.loading: set[str] = set()
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # two names may have one source, which is loaded once
 
     def get(self, name: str) -> Encoding | None:
         """The encoding where it is loaded; else None, and a thread sets out to load it."""
         if name in self.loaded:
             return self.loaded[name]
-        with self.lock:
-            if name not in self.loading:
-                self.loading.add(name)
-                threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
+        if name not in self.loading:
+            self.loading.add(name)
+            threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
         return None
 
     def load(self, name: str) -> Encoding | None:
-        """Loads an encoding now; for the command line, and for the thread."""
-        if name not in self.loaded:
-            self.loaded[name] = load_encoding(name)
-        return self.loaded[name]
+        """Loads an encoding now; for the command line, and for the thread. Names with one source share it."""
+        with self.lock:
+            if name not in self.loaded:
+                source = source_of(name)
+                if source not in self.loaded:
+                    self.loaded[source] = load_encoding(source)
+                self.loaded[name] = self.loaded[source]
+            return self.loaded[name]
 
     def forget_missing(self) -> None:
         """After a download: what was missing is looked for again."""
-        with self.lock:
-            for name in [n for n, encoding in self.loaded.items() if encoding is None]:
+        for name, encoding in list(self.loaded.items()):  # a copy, as a thread may be loading
+            if encoding is None:
                 del self.loaded[name]
                 self.loading.discard(name)
 
     def missing(self) -> list[str]:
-        return [name for name, encoding in self.loaded.items() if encoding is None]
+        """Vocabularies that were looked for in vain."""
+        return [n for n, encoding in list(self.loaded.items()) if encoding is None and n in PATTERNS]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Store (SQLite)
 # ----------------------------------------------------------------------------------------------------------
-# Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers keep, in one
-# SQLite file that the server and the command line share. One thread writes; whatever waits is committed together.
+# Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers
+# keep, in one SQLite file that the server and the command line share. One thread writes; whatever waits is
+# committed together.
 
 LOCAL_USER = "local"  # the user of everyone who needs no key
 USER_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
@@ -4928,7 +5567,9 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """One client request as the request log keeps it: all that explains its charge. cost None: no known price."""
+    """One client request as the request log keeps it: all that explains its charge. cost None: no known
+    price.
+    """
 
     request_id: str
     user: str
@@ -4966,7 +5607,7 @@ TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
 def settlement_row(done: Settlement, time: str = "") -> Json:
     """A settlement as the row of the request log, in the column names of DESIGN's usage row."""
     usage = done.usage
-    return {
+    row = {
         "time": time or iso(datetime.now(UTC)), "request_id": done.request_id, "user": done.user,
         "session": done.session, "agent": done.agent, "asked": done.asked, "route": done.route,
         "provider": done.provider, "model": done.model, "stream": int(done.stream), "status": done.status,
@@ -4977,6 +5618,12 @@ def settlement_row(done: Settlement, time: str = "") -> Json:
         "duration_ms": done.duration_ms, "stop_reason": done.stop_reason, "price": json.dumps(done.price),
         "trail": json.dumps(done.trail),
     }  # fmt: skip
+    return {k: storable(v) if isinstance(v, str) else v for k, v in row.items()}
+
+
+def storable(text: str) -> str:
+    """Text that SQLite takes: half a surrogate pair, from JSON's \\ud800 or a header's bytes, is written out."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def iso(moment: datetime) -> str:
@@ -5103,12 +5750,15 @@ class Store:
         return batch, False
 
     def write_batch(self, batch: list[Write]) -> list[Write]:
-        """Writes a batch in one transaction, or, where that fails, one by one. Returns what must be tried again."""
+        """Writes a batch in one transaction, or, where that fails, one by one.
+
+        Returns what must be tried again.
+        """
         try:
             with self.transaction():
                 for write in batch:
                     self.attempt(write)
-        except sqlite3.Error:
+        except Exception:  # whatever it is, the writer must live on
             return self.write_each(batch)
         tell(batch)
         return []
@@ -5130,11 +5780,14 @@ class Store:
             try:
                 with self.transaction():
                     write.result, write.error = write.run(self.db), None
-            except (ApiError, sqlite3.Error) as error:
+            except Exception as error:
                 write.error = error
-                if write.keep and not isinstance(error, sqlite3.IntegrityError):
+                passing = isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
+                if write.keep and passing:
                     kept.append(write)
                     continue
+                if write.keep:
+                    log.exception("a settlement cannot be written")
             tell([write])
         return kept
 
@@ -5176,7 +5829,10 @@ class Store:
     async def hold(
         self, user_id: int, request_id: str, amount: int, *, enforce: bool, max_concurrent: int
     ) -> Hold:
-        """Sets credit aside for a request. ApiError 402 without funds, 429 for a budget or too many at once."""
+        """Sets credit aside for a request.
+
+        ApiError 402 without funds, 429 for a budget or too many at once.
+        """
 
         def run(db: sqlite3.Connection) -> Hold:
             if enforce:
@@ -5380,7 +6036,9 @@ class Store:
         }  # fmt: skip
 
     def budget_headers(self, user: User) -> dict[str, str]:
-        """`anthropic-ratelimit-unified-*` for users with a budget, so that Claude Code can show how much is left."""
+        """`anthropic-ratelimit-unified-*` for users with a budget, so that Claude Code can show how much is
+        left.
+        """
         today = self.now().astimezone(UTC)
         budgets = {"day": user.day_budget, "week": user.week_budget, "month": user.month_budget}
         used = [
@@ -5450,7 +6108,9 @@ class Store:
     def repriced(
         self, by: str, since: str, until: str, price: Price, markup_percent: Decimal
     ) -> dict[str, int]:
-        """What the same requests would have cost on a model of that price: charge by report key, micro-dollars."""
+        """What the same requests would have cost on a model of that price: charge by report key,
+        micro-dollars.
+        """
         columns = ", ".join(TOKEN_COLUMNS)
         rows = self.reader.execute(
             f"select {REPORT_KEYS[by]} as key, {columns} from requests "  # noqa: S608
@@ -5666,9 +6326,9 @@ def csv_cell(value: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------
 # Upstream (I/O)
 # ----------------------------------------------------------------------------------------------------------
-# Envoy's and nginx's promises are the standard: never retry once content has gone out, one deadline over all tries,
-# budgets so that retries cannot multiply, exactly one probe of a half-open breaker. RELIABILITY in the README tells
-# which failure goes where.
+# Envoy's and nginx's promises are the standard: never retry once content has gone out, one deadline over all
+# tries, budgets so that retries cannot multiply, exactly one probe of a half-open breaker. RELIABILITY in the
+# README tells which failure goes where.
 
 MAX_TRIES = 4  # of one client request, all targets together
 MAX_SLEEP = 15.0  # seconds of back-off of one client request
@@ -5680,7 +6340,10 @@ RATE_WAIT = 1.0  # a 429 that does not say how long
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through. Times are handed in."""
+    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through.
+
+    Times are handed in.
+    """
 
     failures: int = 0  # in a row
     recent: deque[tuple[float, bool]] = field(default_factory=deque)  # (time, ok) of the last minute
@@ -5752,12 +6415,13 @@ class Call:
     stream: bool
     format: str = "anthropic"  # of the client: anthropic or chat
     session: str = ""
-    tokens: int = 0  # counted input
+    tokens: int = 0  # input, counted or (is_counted false) told from the request's size
+    is_counted: bool = False
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
     wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
     on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
-    on_raw: Callable[[str, Any], None] = lambda kind, data: None  # the inspect recorder
+    on_raw: Callable[[str, bytes], None] | None = None  # the inspect recorder
     # What became of it:
     target: Target | None = None
     attempts: list[Json] = field(default_factory=list)
@@ -5833,7 +6497,10 @@ def key_id(key: str) -> str:
 
 
 class Watch:
-    """Ends a wait that lasts too long. One lazy timer looks now and then, so that a byte costs no timer of its own."""
+    """Ends a wait that lasts too long.
+
+    One lazy timer looks now and then, so that a byte costs no timer of its own.
+    """
 
     def __init__(self, tick: float) -> None:
         self.tick = tick
@@ -5923,7 +6590,10 @@ class Relay:
                     raise client_error(error, slot, call) from None
 
     async def try_slot(self, call: Call, slot: Slot, sink: Sink) -> None:
-        """One try: send, wait for content, relay. What it teaches goes into health, breaker and cool-downs."""
+        """One try: send, wait for content, relay.
+
+        What it teaches goes into health, breaker and cool-downs.
+        """
         health, breaker = self.health_of(slot.provider.name), self.breakers.setdefault(slot.id, Breaker())
         is_probe, began = breaker.begin(time.monotonic()), time.monotonic()
         health.active += 1
@@ -5933,8 +6603,8 @@ class Relay:
         try:
             await self.exchange(call, slot, sink)
             finished = True
-        except ApiError as failed:
-            error = failed
+        except ApiError as caught:
+            error = caught
             raise
         finally:
             health.active -= 1
@@ -6043,7 +6713,8 @@ class Relay:
         streams = call.is_streamed(dialect)
         limit = provider.first_byte_timeout if streams else provider.response_timeout
         watch.wait(limit, "first byte")
-        call.on_raw("upstream request", request.data)
+        if call.on_raw:
+            call.on_raw("upstream_request", request.data)
         reused = Reused()
         try:
             response = await self.post(self.session, request, provider, reused)
@@ -6120,13 +6791,18 @@ class Relay:
         sink: Sink,
         watch: Watch,
     ) -> None:
-        """Relays an answer. Until its first content nothing goes out, and a fault is one that another try may mend."""
+        """Relays an answer.
+
+        Until its first content nothing goes out, and a fault is one that another try may mend.
+        """
         idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
         held = b""
         while not reader.ended and reader.error is None:
             data = await response.content.readany()
-            call.on_raw("upstream", data)
             out = reader.feed(data) if data else reader.finish()
+            if call.on_raw:
+                call.on_raw("upstream_answer", data)
+                call.on_raw("events", out + reader.ending)
             if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
                 call.first_content = time.monotonic()
                 call.target = slot.target
@@ -6170,7 +6846,8 @@ class Relay:
                     body += more
         except UPSTREAM_FAULTS():
             body = b""
-        call.on_raw("upstream", body)
+        if call.on_raw:
+            call.on_raw("upstream_answer", body)
         text = scrub(body.decode("utf-8", "replace"), call.config.secrets())
         try:
             payload = json.loads(text)
@@ -6197,7 +6874,10 @@ class Relay:
         return ApiError(504, words, retry=Retry.NEXT, cause="timeout")
 
     def fault(self, fault: BaseException, slot: Slot) -> ApiError:
-        """A failure below HTTP as an ApiError. Its own words may hold a URL with a key, so they are not passed on."""
+        """A failure below HTTP as an ApiError.
+
+        Its own words may hold a URL with a key, so they are not passed on.
+        """
         name = slot.provider.name
         if isinstance(fault, aiohttp.ServerTimeoutError):
             words = f"provider {name} could not be reached within {slot.provider.connect_timeout:g} s"
@@ -6430,7 +7110,8 @@ _REFUSES = re.compile(
 )
 
 
-# Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's signatures.
+# Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's
+# signatures.
 _SIGNATURE_REFUSED = re.compile(
     r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,60}verified"
 )
@@ -6482,7 +7163,9 @@ def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
 
 
 def forwarded(call: Call, to: Upstream) -> bytes:
-    """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must go."""
+    """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must
+    go.
+    """
     body, raw = call.body, call.raw
     if call.format != "anthropic" and not to.facts.sampling:
         body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
@@ -6562,7 +7245,7 @@ def with_model(raw: bytes, old: str, new: str) -> bytes:
     match = _MODEL_KEY.search(raw)
     if match is None or raw.count(b"{", 0, match.start()) != 1 or b"[" in raw[: match.start()]:
         match = top_level_model(raw)
-    if match is None or match[1] != old.encode():
+    if match is None or match[1] != old.encode("utf-8", "backslashreplace"):
         return compact({**json.loads(raw), "model": new})
     return raw[: match.start(1)] + json.dumps(new)[1:-1].encode() + raw[match.end(1) :]
 
@@ -6595,7 +7278,7 @@ def upstream_headers(call: Call, slot: Slot, dialect: Dialect) -> dict[str, str]
     headers["accept"] = "text/event-stream" if call.is_streamed(dialect) else "application/json"
     headers.update(dialect.headers)
     if dialect.request is None:
-        headers.update({k: v for k, v in call.headers.items() if _PASS_UP.fullmatch(k)})
+        headers.update(allowed_headers(call.headers, _PASS_UP))
     headers.update(auth_headers(slot, dialect, call))
     headers.update({k.lower(): v for k, v in slot.provider.headers.items()})
     return headers
@@ -6620,7 +7303,14 @@ def answer_headers(headers: Mapping[str, str], dialect: Dialect) -> dict[str, st
     """What of an Anthropic-format upstream's headers the client gets."""
     if dialect.request is not None:
         return {}
-    return {k.lower(): v for k, v in headers.items() if _PASS_DOWN.fullmatch(k.lower())}
+    return allowed_headers(headers, _PASS_DOWN)
+
+
+def allowed_headers(headers: Mapping[str, str], allowed: re.Pattern[str]) -> dict[str, str]:
+    """The headers that an allow-list names, but for those that Connection says are for one hop."""
+    lower = {k.lower(): v for k, v in headers.items()}
+    hop = {name.strip().lower() for name in lower.get("connection", "").split(",")}
+    return {k: v for k, v in lower.items() if allowed.fullmatch(k) and k not in hop and v.isascii()}
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -6641,7 +7331,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
-    """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's login."""
+    """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's
+    login.
+    """
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
         name = slot.provider.name
         words = (
@@ -6705,8 +7397,8 @@ def labels_text(labels: tuple[tuple[str, str], ...]) -> str:
 # ----------------------------------------------------------------------------------------------------------
 # HTTP API
 # ----------------------------------------------------------------------------------------------------------
-# Handlers are thin: guard, read, ask the sections above, answer. Every error leaves through one middleware, in
-# Anthropic's shape, with a request id.
+# Handlers are thin: guard, read, ask the sections above, answer. Every error leaves through one middleware,
+# in Anthropic's shape, with a request id.
 
 
 @dataclass(slots=True)
@@ -6726,9 +7418,68 @@ class State:
     calls: dict[str, Call] = field(default_factory=dict)  # in flight, by request id
     failures: dict[str, deque[float]] = field(default_factory=dict)  # times of wrong tokens, by address
     listeners: set[asyncio.Queue[Json]] = field(default_factory=set)  # of the live request log
+    recorder: Recorder = field(default_factory=lambda: Recorder())
     refused_counts: dict[str, float] = field(
         default_factory=dict
     )  # provider -> until when it is not asked to count
+
+
+class Recorder:
+    """Keeps the last requests whole while it is switched on: in memory only, and without keys."""
+
+    MOST = 20
+    LARGEST = 2**20  # bytes of each part that is kept
+
+    def __init__(self) -> None:
+        self.until = 0.0
+        self.held: OrderedDict[str, Json] = OrderedDict()
+
+    def switch(self, seconds: float) -> None:
+        self.until = time.monotonic() + seconds
+        if not seconds:
+            self.held.clear()
+
+    @property
+    def is_on(self) -> bool:
+        if self.until and time.monotonic() > self.until:
+            self.until = 0.0
+            self.held.clear()
+        return self.until > 0
+
+    def summary(self) -> Json:
+        left = max(self.until - time.monotonic(), 0) if self.is_on else 0
+        listed = ("id", "time", "asked", "route", "target", "status")
+        return {
+            "on_for_s": round(left),
+            "held": [{k: row.get(k) for k in listed} for row in reversed(self.held.values())],
+        }
+
+    def begin(self, call: Call) -> None:
+        """Starts a record and has the relay add to it."""
+        secrets_of = call.config.secrets()
+        record: Json = {
+            "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.body.get("model"),
+            "route": call.route.reason, "client_request": call.body, "upstream_request": "", "upstream_answer": "",
+            "events": "",
+        }  # fmt: skip
+        self.held[call.request_id] = record
+        while len(self.held) > self.MOST:
+            self.held.popitem(last=False)
+
+        def note(part: str, data: bytes) -> None:
+            if len(record[part]) < self.LARGEST:
+                record[part] += scrub(data.decode("utf-8", "replace"), secrets_of)
+
+        call.on_raw = note
+
+    def end(self, call: Call, status: int) -> None:
+        if record := self.held.get(call.request_id):
+            target = call.target or call.route.targets[0]
+            record |= {
+                "status": status,
+                "target": f"{target.provider}/{target.actual_model}",
+                "attempts": call.attempts,
+            }
 
 
 @functools.cache
@@ -6760,7 +7511,9 @@ CHANGING = {"POST", "PUT", "PATCH", "DELETE"}
 
 
 def guard(request: web.Request, config: Config) -> None:
-    """ApiError for what no handler should see: other hosts' names, other sites' pages, bodies that are not JSON."""
+    """ApiError for what no handler should see: other hosts' names, other sites' pages, bodies that are not
+    JSON.
+    """
     check_host(request, config)
     check_site(request)
     headers = request.headers
@@ -6980,22 +7733,36 @@ async def plan_call(
     headers = {k.lower(): v for k, v in request.headers.items()}
     early = await state.counter.count(body, "", asked_model(body)) if config.router.long_context else 0
     route = choose_route(body, headers, config, early)
-    changed = route.body
-    first = route.targets[0]
     refuse_safeguards(body, config, route)
-    return Call(
+    call = Call(
         request_id=request[request_key()],
-        body=changed or body,
-        raw=b"" if changed else raw,
+        body=route.body or body,
+        raw=b"" if route.body else raw,
         headers=headers,
         route=route,
         config=config,
         stream=body.get("stream") is True,
         format=format,
         session=session_of(body, headers),
-        tokens=await state.counter.count(changed or body, first.provider, first.actual_model),
         query=request.query_string,
     )
+    first = route.targets[0]
+    if needs_count(config, route):
+        call.tokens = await state.counter.count(call.body, first.provider, first.actual_model)
+        call.is_counted = True
+    else:
+        call.tokens = max(1, (request.content_length or len(raw)) // 4)
+    return call
+
+
+def needs_count(config: Config, route: Route) -> bool:
+    """Whether something needs the input counted: a rule, enforced credits, a translated answer's first usage.
+
+    A server that only forwards loads no vocabulary (84 MB): its holds go by the request's size.
+    """
+    formats = [p.format for t in route.targets if (p := config.provider(t.provider))]
+    translates = any(DIALECTS[f].request for f in formats)
+    return bool(config.router.long_context) or config.credits.enforce or translates
 
 
 def refuse_safeguards(body: Json, config: Config, route: Route) -> None:
@@ -7057,7 +7824,10 @@ class StreamSink:
             raise ClientGoneError from None
 
     async def ping_when_silent(self) -> None:
-        """Keeps the client waiting. What is written elsewhere is whole events, so a ping always fits between."""
+        """Keeps the client waiting.
+
+        What is written elsewhere is whole events, so a ping always fits between.
+        """
         while True:
             await asyncio.sleep(max(self.last + self.interval - time.monotonic(), 0.01))
             if time.monotonic() - self.last >= self.interval:
@@ -7103,6 +7873,7 @@ class Exchange:
         self.request, self.state, self.call, self.user = request, state, call, user
         self.hold: Hold | None = None
         self.settled: asyncio.Future[None] | None = None
+        self.done: Settlement | None = None
         self.began = time.monotonic()
         self.answered = False
         call.on_answer = self.on_answer
@@ -7114,15 +7885,17 @@ class Exchange:
         await self.place_hold()
         sink = self.sink()
         state.calls[call.request_id] = call
+        if state.recorder.is_on:
+            state.recorder.begin(call)
         error: ApiError | None = None
         try:
             await state.relay.run(call, sink)
             self.settle(None)
             await self.durable()
             assert call.reader is not None
-            return await sink.finish(call.reader.ending)
-        except ApiError as failed:
-            error = failed
+            return await sink.finish(call.reader.ending + self.epilogue())
+        except ApiError as caught:
+            error = caught
             self.settle(error)
             if isinstance(sink, WholeSink) or not sink.began:
                 error.headers = {**self.headers(), **error.headers}
@@ -7134,6 +7907,10 @@ class Exchange:
             sink.close()
             state.calls.pop(call.request_id, None)
             self.settle(error)
+
+    def epilogue(self) -> bytes:
+        """What follows an answer's ending: nothing, but for the admin page's own requests."""
+        return b""
 
     def sink(self) -> StreamSink | WholeSink:
         if self.call.stream:
@@ -7197,7 +7974,9 @@ class Exchange:
         return input_floor(self.call.tokens, price, self.call.config.credits.markup_percent) if price else 0
 
     def usage(self, error: ApiError | None) -> Usage:
-        """The true usage where the upstream told it, else counted here and marked; none for what cost nothing."""
+        """The true usage where the upstream told it, else counted here and marked; none for what cost
+        nothing.
+        """
         call, reader = self.call, self.call.reader
         if reader is None or not call.first_content:
             gone = error is None and self.answered and not call.first_content
@@ -7208,6 +7987,9 @@ class Exchange:
             return told
         counted = self.state.relay.count_output(reader.output_text(), model)
         if told is None:
+            target = call.target or call.route.targets[0]
+            if not call.is_counted:
+                call.tokens = self.state.counter.count_now(call.body, target.provider, target.actual_model)
             return Usage(input=call.tokens, output=counted, estimated=True)
         return dataclasses.replace(told, output=max(told.output, counted), estimated=True)
 
@@ -7246,11 +8028,14 @@ class Exchange:
             stop_reason=call.reader.stop_reason if call.reader else "",
             trail=[list(step) for step in call.route.trail],
         )
+        self.done = done
         self.settled = self.state.store.settle(self.hold, done)
         self.tell(done)
 
     async def durable(self) -> None:
-        """Waits until the settlement is on disk; an answer that was made is not held back by a disk that is not."""
+        """Waits until the settlement is on disk; an answer that was made is not held back by a disk that is
+        not.
+        """
         assert self.settled is not None
         try:
             async with asyncio.timeout(5):
@@ -7277,16 +8062,20 @@ class Exchange:
             self.state.metrics.observe(
                 "ccmux_first_token_seconds", done.first_token_ms / 1000, provider=done.provider
             )
-        if done.status == 200 and not usage.estimated and call.tokens:
+        if done.status == 200 and not usage.estimated and call.is_counted:
             self.state.counter.observe(done.provider, done.model, call.tokens, usage.prompt)
         log.info("%s", log_line(done))
+        self.state.recorder.end(call, done.status)
         row = settlement_row(done)
         for listener in self.state.listeners:
             if not listener.full():
                 listener.put_nowait(row)
 
     def headers(self) -> dict[str, str]:
-        """The headers every answer of a model carries. The upstream's name of the model is only known once it answers."""
+        """The headers every answer of a model carries.
+
+        The upstream's name of the model is only known once it answers.
+        """
         target = self.call.target or self.call.route.targets[0]
         return {
             "request-id": self.call.request_id,
@@ -7482,7 +8271,8 @@ def api_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # Admin API
 # ----------------------------------------------------------------------------------------------------------
-# JSON for the two pages and for scripts. User endpoints answer for the key's own user; /admin/api needs the admin token.
+# JSON for the two pages and for scripts. User endpoints answer for the key's own user; /admin/api needs the
+# admin token.
 
 
 def page_query(request: web.Request) -> tuple[int, int]:
@@ -7510,12 +8300,15 @@ def query_time(request: web.Request, name: str) -> str:
     text = request.query.get(name, "")
     try:
         return iso_text(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ApiError(400, f"{name}: must be a date such as 2026-11-24 or a time in ISO 8601") from None
 
 
 def iso_text(text: str) -> str:
-    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "". ValueError for anything else."""
+    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "".
+
+    ValueError for anything else.
+    """
     if not text:
         return ""
     moment = datetime.fromisoformat(text)
@@ -7543,7 +8336,7 @@ def number_in(body: Json, name: str, *, optional: bool = False) -> int | None:
 
 def text_in(body: Json, name: str, longest: int = 500) -> str:
     value = body.get(name, "")
-    if not isinstance(value, str) or len(value) > longest:
+    if not isinstance(value, str) or len(value) > longest or storable(value) != value:
         raise ApiError(400, f"{name}: must be a text of at most {longest} characters")
     return value
 
@@ -7815,6 +8608,451 @@ def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit:
     return {"provider": target.provider, "model": target.actual_model, "ceiling_microusd": charge}
 
 
+# The config, seen and edited.
+
+SECRET_KEYS = ("api_key", "admin_token")
+
+
+def masked(secret: Any) -> Any:
+    """A secret as the admin page may see it: whether it is set, a reference as written, else its last four."""
+    if isinstance(secret, list):
+        return [masked(s) for s in secret]
+    if not isinstance(secret, str) or not secret:
+        return {"set": False, "last4": "", "reference": ""}
+    if secret.startswith("$") or secret == "passthrough":  # noqa: S105
+        return {"set": True, "last4": "", "reference": secret}
+    return {"set": True, "last4": secret[-4:] if len(secret) >= 12 else "", "reference": ""}
+
+
+def masked_table(table: Any) -> Any:
+    """A parsed table without its secrets, as JSON has it."""
+    if isinstance(table, dict):
+        out = {}
+        for key, value in table.items():
+            if key in SECRET_KEYS:
+                out[key] = masked(value)
+            elif key == "headers" and isinstance(value, dict):
+                out[key] = {name: masked(text) for name, text in value.items()}
+            else:
+                out[key] = masked_table(value)
+        return out
+    if isinstance(table, list):
+        return [masked_table(item) for item in table]
+    return (
+        float(table) if isinstance(table, Decimal) else table if isinstance(table, (str, int)) else str(table)
+    )
+
+
+def form_fields() -> Json:
+    """The config's keys as the pages' forms show them, from the dataclasses' own declarations."""
+    classes = {
+        "server": Server, "router": Router, "rules": PromptRule, "providers": Provider, "quirks": Quirks,
+        "models": Model, "mappings": Target, "credits": Credits,
+    }  # fmt: skip
+    return {
+        name: [form_field(cls, f) for f in dataclasses.fields(cls) if "help" in f.metadata]
+        for name, cls in classes.items()
+    }
+
+
+def form_field(cls: Any, field: Any) -> Json:
+    hint = str(type_hints(cls)[field.name])
+    words = "Price price tuple list dict table Pattern text bool bool int number float number Decimal number Quirks table"
+    kinds = zip(words.split()[::2], words.split()[1::2], strict=True)
+    kind = "secret" if field.metadata["secret"] else next((k for word, k in kinds if word in hint), "text")
+    default = field.default if field.default is not dataclasses.MISSING else {}
+    if isinstance(default, re.Pattern):
+        default = default.pattern
+    plain = (
+        default
+        if isinstance(default, (str, int, float, bool))
+        else list(default)
+        if isinstance(default, tuple)
+        else ""
+    )
+    choices = [c for c in field.metadata["choices"] if c]
+    return {
+        "name": field.name, "kind": "choice" if choices and kind == "text" else kind, "help": field.metadata["help"],
+        "default": plain if not isinstance(default, Decimal) else float(default), "choices": choices,
+        "secret": field.metadata["secret"],
+    }  # fmt: skip
+
+
+async def get_state(request: web.Request) -> web.StreamResponse:
+    """Everything the admin page shows at its start; keys masked."""
+    state = require_admin(request)
+    config = state.config
+    return web.json_response({
+        "version": __version__,
+        "uptime_s": round(time.monotonic() - state.started),
+        "path": config.path,
+        "config": masked_table(config.tables),
+        "config_hash": config.text_hash,
+        "config_error": state.config_error,
+        "warnings": list(config.warnings),
+        "providers": {p.name: provider_state(state, p) for p in config.providers},
+        "presets": {name: preset_json(row) for name, row in PRESETS.items()},
+        "formats": list(DIALECTS),
+        "fields": form_fields(),
+        "routes": {slot: getattr(config.router, slot) or "" for slot in ROUTE_SLOTS},
+        "names": model_names(config),
+        "unpriced": [name for name in model_names(config) if model_json(config, name)["price"] is None],
+        "calibration": [
+            {"provider": p, "model": m, "factor": round(f, 4), "samples": n} for p, m, f, n in state.counter.export()
+        ],
+        "vocabulary_missing": state.vocabulary.missing(),
+    })  # fmt: skip
+
+
+def provider_state(state: State, provider: Provider) -> Json:
+    url = (
+        endpoint_url(provider.base_url, DIALECTS[provider.format], model="MODEL") if provider.base_url else ""
+    )
+    return {**provider_health(state, provider), "url": url, "format": provider.format}
+
+
+def preset_json(row: Json) -> Json:
+    """A preset as the form offers it: where a key will be sent, and the variable it is usually in."""
+    url = endpoint_url(row["base_url"], DIALECTS[row["type"]], model="MODEL") if row["base_url"] else ""
+    return {
+        "type": row["type"],
+        "base_url": row["base_url"],
+        "url": url,
+        "api_key": row["api_key"],
+        "default": row["default"],
+    }
+
+
+def config_text(state: State) -> tuple[str, Path]:
+    """The config file's text and place; for a start without one, what the environment amounted to."""
+    if state.config.path:
+        path = Path(state.config.path).expanduser()
+        return path.read_bytes().decode("utf-8"), path
+    return state.config.text, ccmux_home() / "config.toml"
+
+
+def store_text(state: State, text: str, given_hash: Any) -> str:
+    """Checks and saves a new config text and swaps it in; the new hash.
+
+    ApiError 400 where it is wrong, 409 stale.
+    """
+    _, path = config_text(state)
+    if given_hash != state.config.text_hash:
+        raise ApiError(
+            409, "the config has changed since this page was loaded; load it again (nothing was saved)"
+        )
+    try:
+        config = load_config(text, os.environ, str(path))
+        check_binding(config)
+        save_config(path, text, state.config.text_hash)
+    except StaleError as error:
+        raise ApiError(409, str(error)) from None
+    except (ConfigError, OSError) as error:
+        raise ApiError(400, str(error)) from None
+    adopt_config(state, config)
+    return config.text_hash
+
+
+def adopt_config(state: State, config: Config) -> None:
+    """Swaps a config in; what only a start can change keeps its old value until then."""
+    state.config, state.config_error = config, ""
+    if config.server.admin_token:
+        state.admin_token = config.server.admin_token
+
+
+async def save_table(
+    request: web.Request, root: str, name: str | None, table: Json | None, hash: Any
+) -> web.Response:
+    """Saves one table; the answer carries the new hash."""
+    state = require_admin(request)
+    text, _ = config_text(state)
+    try:
+        edited = edit_toml(text, root, name, table)
+    except ConfigError as error:
+        raise ApiError(400, str(error)) from None
+    return web.json_response({"hash": store_text(state, edited, hash)})
+
+
+async def table_of(request: web.Request) -> tuple[Json, Any]:
+    """`{table, hash}` of a PUT; the keys of a table may also stand beside hash."""
+    body = strict_json(await read_body(request))
+    hash = body.pop("hash", None)
+    table = body.pop("table", body)
+    if not isinstance(table, dict):
+        raise ApiError(400, "table: must be an object with the TOML's own keys")
+    return table, hash
+
+
+def old_row(state: State, root: str, name: str) -> Json:
+    """The row as the file has it, secrets as written; {} for a new one."""
+    rows = as_list(tomllib.loads(config_text(state)[0]).get(root))
+    return next((row for row in rows if row.get("name") == name), {})
+
+
+async def put_provider(request: web.Request) -> web.StreamResponse:
+    """Makes or replaces a provider. A key left out stays, but never goes along to another address."""
+    state = require_admin(request)
+    name = request.match_info["name"]
+    table, hash = await table_of(request)
+    table = {"name": name, **table}
+    old = old_row(state, "providers", name)
+    kept = kept_secrets(old, table)
+    table = {
+        k: v for k, v in table.items() if v is not None and k not in kept and not (k == "api_key" and v == "")
+    }
+    if kept and address_of(state, table, name) == address_of(state, old, name):
+        table |= kept
+    return await save_table(request, "providers", name, table, hash)
+
+
+def kept_secrets(old: Json, new: Json) -> Json:
+    """The secrets of the old row that the new one leaves out (or has null, or masked, for)."""
+    kept: Json = {}
+    if "api_key" in old and (new.get("api_key") is None or is_mask(new["api_key"])):
+        kept["api_key"] = old["api_key"]
+    if "headers" in old and "headers" in new:
+        given = as_object(new["headers"])
+        headers = {k: old["headers"].get(k, "") if v is None or is_mask(v) else v for k, v in given.items()}
+        if headers != given:
+            kept["headers"] = headers
+    return kept
+
+
+def is_mask(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict) for v in value))
+
+
+def address_of(state: State, row: Json, name: str) -> str:
+    """The base URL a row amounts to, with its preset's where it has none of its own."""
+    return str(row.get("base_url") or PRESETS.get(str(row.get("type")), {}).get("base_url") or "").rstrip("/")
+
+
+async def delete_provider(request: web.Request) -> web.StreamResponse:
+    state = require_admin(request)
+    name = request.match_info["name"]
+    users = [m.name for m in state.config.models if any(t.provider == name for t in m.mappings)]
+    if users:
+        raise ApiError(409, f"provider {name!r} is used by model {', '.join(users)}; change them first")
+    return await remove_row(request, "providers", name)
+
+
+async def remove_row(request: web.Request, root: str, name: str) -> web.StreamResponse:
+    state = require_admin(request)
+    body = await body_of(request, ("hash",))
+    if not old_row(state, root, name):
+        raise ApiError(404, f"there is no {root[:-1]} {name!r}")
+    return await save_table(request, root, name, None, body.get("hash"))
+
+
+async def put_model(request: web.Request) -> web.StreamResponse:
+    require_admin(request)
+    table, hash = await table_of(request)
+    name = request.match_info["name"]
+    return await save_table(request, "models", name, {"name": name, **without_nulls(table)}, hash)
+
+
+def without_nulls(table: Json) -> Json:
+    return {k: v for k, v in table.items() if v is not None}
+
+
+async def delete_model(request: web.Request) -> web.StreamResponse:
+    state = require_admin(request)
+    name = request.match_info["name"]
+    slots = [slot for slot in ROUTE_SLOTS if getattr(state.config.router, slot) == name]
+    if slots:
+        raise ApiError(409, f"model {name!r} is what [router] {', '.join(slots)} names; change that first")
+    return await remove_row(request, "models", name)
+
+
+def put_single(root: str) -> Callable[[web.Request], Any]:
+    """The handler that replaces a single table: [router], [credits] or [server]."""
+
+    async def put(request: web.Request) -> web.StreamResponse:
+        state = require_admin(request)
+        table, hash = await table_of(request)
+        old = as_object(tomllib.loads(config_text(state)[0]).get(root))
+        token = table.get("admin_token")
+        if "admin_token" in old and (token is None or is_mask(token)):
+            table["admin_token"] = old["admin_token"]
+        return await save_table(request, root, None, without_nulls(table), hash)
+
+    return put
+
+
+def provider_model(config: Config, provider: Provider) -> str:
+    """A model to try a provider with: one that the config maps to it, lists, or its preset names."""
+    mapped = [t.actual_model for m in config.models for t in m.mappings if t.provider == provider.name]
+    return next(iter([*mapped, *provider.models, provider.default_model]), "")
+
+
+async def test_provider(state: State, provider: Provider, model: str) -> Json:
+    """One tiny request over the live path: {ok, status, ms, model, text, error}."""
+    began = time.monotonic()
+    body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
+    route = Route(model, "test", (), (Target(provider.name, model),))
+    call = Call(f"req_{secrets.token_hex(12)}", body, compact(body), {}, route, state.config, stream=False)
+    sink = WholeSink(dict)
+    result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
+    try:
+        if not provider.usable or not model:
+            raise ApiError(
+                500, provider.problem or ("no model to try it with" if provider.enabled else "disabled")
+            )
+        await state.relay.run(call, sink)
+        assert call.reader is not None
+        result["text"] = text_of(json.loads(call.reader.ending).get("content"))[:200]
+    except ApiError as error:
+        result |= {"ok": False, "status": error.status, "error": error.message[:200]}
+    return result | {"ms": round((time.monotonic() - began) * 1000)}
+
+
+async def post_provider_test(request: web.Request) -> web.StreamResponse:
+    """One tiny request to a saved provider over the live path."""
+    state = require_admin(request)
+    body = await body_of(request, ("model",))
+    provider = saved_provider(state, request.match_info["name"])
+    model = text_in(body, "model", 200) or provider_model(state.config, provider)
+    return web.json_response(await test_provider(state, provider, model))
+
+
+def saved_provider(state: State, name: str) -> Provider:
+    provider = state.config.provider(name)
+    if provider is None:
+        raise ApiError(404, f"there is no provider {name!r}; save it first")
+    return provider
+
+
+async def get_provider_models(request: web.Request) -> web.StreamResponse:
+    """The model names that a provider itself lists."""
+    state = require_admin(request)
+    return web.json_response(
+        {"models": await listed_models(state, saved_provider(state, request.match_info["name"]))}
+    )
+
+
+async def listed_models(state: State, provider: Provider) -> list[str]:
+    """The ids of a provider's model list; ApiError 502 where it gives none."""
+    dialect = DIALECTS[provider.format]
+    if dialect.is_local:
+        return [provider.default_model]
+    slot = state.relay.slots_of(Target(provider.name, ""), provider)[0]
+    call = Call("", {}, b"", {}, Route("", "", (), ()), state.config, stream=False)
+    headers = {**upstream_headers(call, slot, dialect), "accept": "application/json"}
+    url = endpoint_url(provider.base_url, dialect, "/models")
+    try:
+        async with asyncio.timeout(15):
+            proxy = provider.proxy or environment_proxy(provider.base_url)
+            answer = await state.relay.session.get(url, headers=headers, proxy=proxy, allow_redirects=False)
+            listed = await answer.json(content_type=None)
+    except UPSTREAM_FAULTS() as fault:
+        raise ApiError(502, f"provider {provider.name} gave no model list ({type(fault).__name__})") from None
+    rows = as_list(as_object(listed).get("data")) or as_list(as_object(listed).get("models"))
+    names = [
+        str(row.get("id") or row.get("name") or "").removeprefix("models/")
+        for row in rows
+        if isinstance(row, dict)
+    ]
+    if answer.status != 200 or not any(names):
+        raise ApiError(502, f"provider {provider.name} gave no model list (status {answer.status})")
+    return sorted(filter(None, names))
+
+
+async def get_config(request: web.Request) -> web.StreamResponse:
+    """The file's text; literal secrets in it are shown as marks that a save turns back."""
+    state = require_admin(request)
+    text = config_text(state)[0]
+    for secret, mark in secret_marks(text).items():
+        text = text.replace(secret, mark)
+    return web.json_response({"text": text, "hash": state.config.text_hash})
+
+
+def secret_marks(text: str) -> dict[str, str]:
+    """Each literal secret in a config text, longest first, with the mark that stands for it."""
+    tables = tomllib.loads(text)
+    found: list[Any] = [as_object(tables.get("server")).get("admin_token")]
+    for row in as_list(tables.get("providers")):
+        keys = row.get("api_key")
+        found += [*(keys if isinstance(keys, list) else [keys]), *as_object(row.get("headers")).values()]
+    literal = {s for s in found if isinstance(s, str) and s and not s.startswith("$") and s != "passthrough"}
+    return {s: f"[kept-{hash_text(s)}]" for s in sorted(literal, key=len, reverse=True)}
+
+
+async def put_config(request: web.Request) -> web.StreamResponse:
+    """Saves the whole text. A kept secret may not move to another address."""
+    state = require_admin(request)
+    body = await body_of(request, ("text", "hash"))
+    text = text_in(body, "text", 2**20)
+    marks = secret_marks(config_text(state)[0])
+    before, after = state.config, text
+    for secret, mark in marks.items():
+        after = after.replace(mark, secret)
+    try:
+        wanted = load_config(after, os.environ, before.path)
+    except ConfigError as error:
+        raise ApiError(400, str(error)) from None
+    for provider in wanted.providers:
+        old = before.provider(provider.name)
+        moved = old is None or old.base_url.rstrip("/") != provider.base_url.rstrip("/")
+        if moved and after != text and any(key in marks for key in provider.api_key):
+            raise ApiError(
+                400, f"provider {provider.name!r} has a new address: type its key again, or use $NAME"
+            )
+    return web.json_response({"hash": store_text(state, after, body.get("hash"))})
+
+
+async def get_backups(request: web.Request) -> web.StreamResponse:
+    _, path = config_text(require_admin(request))
+    found = [(p, p.stat()) for p in backup_paths(path.resolve()) if p.exists()]
+    rows = [
+        {"name": p.name, "time": iso(datetime.fromtimestamp(s.st_mtime, UTC)), "bytes": s.st_size}
+        for p, s in found
+    ]
+    return web.json_response({"backups": rows})
+
+
+async def post_try(request: web.Request) -> web.StreamResponse:
+    """A real request through the live path, streamed as raw events; a last `ccmux` event tells its route and
+    cost.
+    """
+    state = require_admin(request)
+    given = await body_of(request, ("body", "headers"))
+    body = {"max_tokens": 1024, **as_object(given.get("body")), "stream": True}
+    call = await plan_call(request, state, body, b"")
+    call.body = {**call.body, "stream": True}
+    return await Try(request, state, call, state.store.local_user()).serve()
+
+
+class Try(Exchange):
+    """An exchange of the admin page's, which tells its row of the request log at the end."""
+
+    def epilogue(self) -> bytes:
+        assert self.done is not None
+        row = {**settlement_row(self.done), "trail": self.done.trail, "price": self.done.price}
+        return b"event: ccmux\ndata: %s\n\n" % compact(row)
+
+
+async def get_inspect(request: web.Request) -> web.StreamResponse:
+    return web.json_response(require_admin(request).recorder.summary())
+
+
+async def put_inspect(request: web.Request) -> web.StreamResponse:
+    """Switches the recorder on for some minutes (at most 15), or off with 0."""
+    recorder = require_admin(request).recorder
+    body = await body_of(request, ("minutes",))
+    minutes = body.get("minutes")
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 <= minutes <= 15:
+        raise ApiError(400, "minutes: a number from 0 (off) to 15")
+    recorder.switch(minutes * 60)
+    return web.json_response(recorder.summary())
+
+
+async def get_inspected(request: web.Request) -> web.StreamResponse:
+    found = require_admin(request).recorder.held.get(request.match_info["id"])
+    if found is None:
+        raise ApiError(404, "that request is not held; the recorder keeps the last 20 while it is on")
+    return web.json_response(found)
+
+
 def admin_routes() -> list[web.RouteDef]:
     return [
         web.get("/api/me", get_me),
@@ -7824,6 +9062,21 @@ def admin_routes() -> list[web.RouteDef]:
         web.get("/api/requests", get_my_requests),
         web.get("/api/export", get_my_export),
         web.post("/api/purchase", post_purchase),
+        web.get("/admin/api/state", get_state),
+        web.put("/admin/api/providers/{name}", put_provider),
+        web.delete("/admin/api/providers/{name}", delete_provider),
+        web.post("/admin/api/providers/{name}/test", post_provider_test),
+        web.get("/admin/api/providers/{name}/models", get_provider_models),
+        web.put("/admin/api/models/{name:.+}", put_model),
+        web.delete("/admin/api/models/{name:.+}", delete_model),
+        *(web.put(f"/admin/api/{root}", put_single(root)) for root in ("router", "credits", "server")),
+        web.get("/admin/api/config", get_config),
+        web.put("/admin/api/config", put_config),
+        web.get("/admin/api/backups", get_backups),
+        web.post("/admin/api/try", post_try),
+        web.get("/admin/api/inspect", get_inspect),
+        web.put("/admin/api/inspect", put_inspect),
+        web.get("/admin/api/inspect/{id}", get_inspected),
         web.get("/admin/api/users", get_users),
         web.post("/admin/api/users", post_user),
         web.patch("/admin/api/users/{name}", patch_user),
@@ -7848,8 +9101,8 @@ def page_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # App and command line
 # ----------------------------------------------------------------------------------------------------------
-# `main` parses the command line; each sub-command is one function that returns its exit status. `serve` owns the
-# sockets and the signals; `make_app` is the whole server for tests.
+# `main` parses the command line; each sub-command is one function that returns its exit status. `serve` owns
+# the sockets and the signals; `make_app` is the whole server for tests.
 
 DEFAULT_PORT = 13456
 
@@ -7914,7 +9167,7 @@ def read_config(given: str) -> Config:
     if path is None:
         return load_config(config_of_environment(os.environ, ollama_models()), os.environ)
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
@@ -7924,7 +9177,8 @@ def read_config(given: str) -> Config:
 
 
 def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
-    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else demo.
+    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else
+    demo.
 
     The first key in the presets' order takes the requests: Anthropic by the names Claude Code asks for, others by the
     model their preset names.
@@ -7952,7 +9206,9 @@ def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
 
 
 def has_key(env: Mapping[str, str], reference: str) -> bool:
-    """Whether a preset's `$NAME` is set to a key; the one by which Claude Code comes here is none of Anthropic's."""
+    """Whether a preset's `$NAME` is set to a key; the one by which Claude Code comes here is none of
+    Anthropic's.
+    """
     name = reference.removeprefix("$")
     host = urllib.parse.urlsplit(env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com").hostname
     return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or host == "api.anthropic.com")
@@ -7978,59 +9234,6 @@ def ollama_models() -> list[str]:
         str(row["name"]) for row in as_list(tags.get("models")) if isinstance(row, dict) and row.get("name")
     ]
     return [name for name in names if "embed" not in name]
-
-
-def database_path(config: Config) -> str:
-    """Where the ledger is: beside the config, or in ~/.ccmux where there is none."""
-    name = config.server.database
-    if name == ":memory:":
-        return name
-    return str(home_of(config) / Path(name).expanduser())
-
-
-def home_of(config: Config) -> Path:
-    """The folder that relative paths of a config are in; made (0700) where it is ccmux's own."""
-    if config.path:
-        return Path(config.path).expanduser().resolve().parent
-    home = ccmux_home()
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return home
-
-
-def token_path(config: Config) -> Path:
-    database = database_path(config)
-    return (home_of(config) if database == ":memory:" else Path(database).parent) / "ccmux.token"
-
-
-def admin_token_of(config: Config) -> str:
-    """The admin token: the config's, else the one kept beside the database, made (0600) at the first start."""
-    if config.server.admin_token:
-        return config.server.admin_token
-    path = token_path(config)
-    try:
-        if kept := path.read_text("utf-8").strip():
-            return kept
-    except FileNotFoundError:
-        pass
-    token = secrets.token_urlsafe(24)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(token + "\n")
-    return token
-
-
-def check_binding(config: Config) -> None:
-    """Off loopback only with keys for clients and a token for the admin page."""
-    host = config.server.host
-    if host in ("localhost", "127.0.0.1", "::1") or host.startswith("127."):
-        return
-    if not config.server.require_key:
-        raise ConfigError(
-            f"[server]: key 'host' is {host!r}, which others can reach: set require_key = true (and an admin_token), "
-            "or listen on 127.0.0.1"
-        )
-    if not config.server.admin_token and not token_path(config).exists():
-        raise ConfigError(f"[server]: key 'host' is {host!r}, which others can reach: set admin_token first")
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -8090,7 +9293,8 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
 
 
 def calm_collector() -> None:
-    """Fewer garbage collections: a parsed request is thousands of objects that are freed by count, not by cycles.
+    """Fewer garbage collections: a parsed request is thousands of objects that are freed by count, not by
+    cycles.
 
     With Python's defaults a tenth of a request's CPU went there.
     """
@@ -8201,26 +9405,23 @@ async def drain(state: State, server: asyncio.Server) -> None:
     deadline = time.monotonic() + state.config.server.drain_timeout
     if state.calls:
         log.info("stopping: %d requests have up to %g s", len(state.calls), state.config.server.drain_timeout)
-    while state.calls and time.monotonic() < deadline:
+    while state.calls and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
     for call in list(state.calls.values()):
         call.stop()
     until = time.monotonic() + 2
-    while state.calls and time.monotonic() < until:
+    while state.calls and time.monotonic() < until:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
 async def watch_config(state: State, args: argparse.Namespace) -> None:
     """Swaps the config in when its file has changed; a broken file keeps the old one and says so."""
-    if not state.config.path:
-        return
-    path = Path(state.config.path)
-    seen = stamp_of(path)
+    path, seen = state.config.path, stamp_of(Path(state.config.path))
     while True:
         await asyncio.sleep(0.5)
-        now = stamp_of(path)
-        if now != seen:
-            seen = now
+        now = stamp_of(Path(state.config.path))
+        if state.config.path and (now != seen or path != state.config.path):
+            path, seen = state.config.path, now
             reload_config(state, args)
 
 
@@ -8368,33 +9569,6 @@ async def check_live(config: Config) -> int:
     return 1 if failed else 0
 
 
-def provider_model(config: Config, provider: Provider) -> str:
-    """A model to try a provider with: one that the config maps to it, lists, or its preset names."""
-    mapped = [t.actual_model for m in config.models for t in m.mappings if t.provider == provider.name]
-    return next(iter([*mapped, *provider.models, provider.default_model]), "")
-
-
-async def test_provider(state: State, provider: Provider, model: str) -> Json:
-    """One tiny request over the live path: {ok, status, ms, model, text, error}."""
-    began = time.monotonic()
-    body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
-    route = Route(model, "test", (), (Target(provider.name, model),))
-    call = Call(f"req_{secrets.token_hex(12)}", body, compact(body), {}, route, state.config, stream=False)
-    sink = WholeSink(dict)
-    result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
-    try:
-        if not provider.usable or not model:
-            raise ApiError(
-                500, provider.problem or ("no model to try it with" if provider.enabled else "disabled")
-            )
-        await state.relay.run(call, sink)
-        assert call.reader is not None
-        result["text"] = text_of(json.loads(call.reader.ending).get("content"))[:200]
-    except ApiError as error:
-        result |= {"ok": False, "status": error.status, "error": error.message[:200]}
-    return result | {"ms": round((time.monotonic() - began) * 1000)}
-
-
 def explain_command(args: argparse.Namespace) -> int:
     """Shows which model a request would go to, rule by rule, with its token count and the most it can cost."""
     config = read_config(args.config)
@@ -8442,8 +9616,8 @@ def init_command(args: argparse.Namespace) -> int:
 
 
 INIT_HEAD = """\
-# ccmux config. config.example.toml beside ccmux.py shows every key; `ccmux.py check` tells whether this file is sound.
-# Keys are best left in the environment: api_key = "$NAME" reads the variable NAME.
+# ccmux config. config.example.toml beside ccmux.py shows every key; `ccmux.py check` tells whether this file
+# is sound. Keys are best left in the environment: api_key = "$NAME" reads the variable NAME.
 
 """
 INIT_TAIL = """
@@ -8554,7 +9728,9 @@ def run_child(command: list[str], variables: dict[str, str]) -> int:
 
 @contextlib.contextmanager
 def running_server(config: Config) -> Iterator[str]:
-    """The address of a ccmux with this config: one that runs, else one that is started here and stopped at the end."""
+    """The address of a ccmux with this config: one that runs, else one that is started here and stopped at
+    the end.
+    """
     port = config.server.port or free_port()
     url = client_url(config, port)
     if is_ccmux(url):
@@ -8661,7 +9837,8 @@ def settings_with(old: bytes | None, variables: Mapping[str, str], shell: str) -
     ).encode()
 
 
-# What `env`, `code` and `setup` decide about, so that no old value of one is left beside the others' new ones.
+# What `env`, `code` and `setup` decide about, so that no old value of one is left beside the others' new
+# ones.
 MANAGED = (
     "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
     "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
@@ -8679,7 +9856,9 @@ def settings_of(data: bytes | None) -> Json:
 
 
 def undone(old: bytes | None, before: Path, ours: Path) -> bytes | None:
-    """The settings as they were (None: there were none); where they were changed since, only what setup did goes."""
+    """The settings as they were (None: there were none); where they were changed since, only what setup did
+    goes.
+    """
     if not ours.exists():
         raise ConfigError("there is nothing to undo: ccmux.py setup was not used here")
     original = before.read_bytes() if before.exists() else None
@@ -8809,7 +9988,9 @@ def user_credit(args: argparse.Namespace) -> int:
 
 
 def user_budget(args: argparse.Namespace) -> int:
-    """Sets what a user may spend in a day, a week (from Monday) or a month, in UTC; `none` takes a budget away."""
+    """Sets what a user may spend in a day, a week (from Monday) or a month, in UTC; `none` takes a budget
+    away.
+    """
     with open_store(read_config(args.config)) as store:
         print_users(store, [store.set_budgets(args.name, budgets_of(args))])
     return 0
@@ -8831,7 +10012,9 @@ def user_disable(args: argparse.Namespace, disabled: bool) -> int:
 
 
 def moment(text: str) -> str:
-    """`2026-11-24`, `2026-11-24T08:00`, `today`, `7d` (days back) -> the UTC time that the ledger's texts compare with."""
+    """`2026-11-24`, `2026-11-24T08:00`, `today`, `7d` (days back) -> the UTC time that the ledger's texts
+    compare with.
+    """
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     match = re.fullmatch(r"(\d{1,4})d|today", text)
     try:
@@ -8851,7 +10034,9 @@ REPORT_COLUMNS = (
 
 
 def report_command(args: argparse.Namespace) -> int:
-    """Shows what requests cost: provider's cost, markup and charge by user, model, provider, day, session or month."""
+    """Shows what requests cost: provider's cost, markup and charge by user, model, provider, day, session or
+    month.
+    """
     config = read_config(args.config)
     with open_store(config) as store:
         rows = store.report(args.by, args.since, args.until, args.user or None)
@@ -8914,7 +10099,9 @@ def backup_command(args: argparse.Namespace) -> int:
 
 
 def doctor_command(args: argparse.Namespace) -> int:
-    """Looks for what commonly goes wrong: config, files, port, ledger, vocabularies, variables, Claude Code's settings."""
+    """Looks for what commonly goes wrong: config, files, port, ledger, vocabularies, variables, Claude Code's
+    settings.
+    """
     failed = False
     for word, text in diagnose(args.config):
         print(f"{painted(word, 7)} {text}", flush=True)
@@ -9077,7 +10264,8 @@ def import_litellm_command(args: argparse.Namespace) -> int:
 
 REPORT_ORDER = ("mapped", "approximated", "dropped")
 
-# LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that serves them.
+# LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that
+# serves them.
 LITELLM_PRESETS = {
     **{
         name: name
@@ -9170,7 +10358,9 @@ class LiteLLMImport:
         return None
 
     def split(self, params: Json) -> tuple[str, str]:
-        """(LiteLLM's provider prefix, the upstream model); a prefix of "" is one it infers in ways unknown here."""
+        """(LiteLLM's provider prefix, the upstream model); a prefix of "" is one it infers in ways unknown
+        here.
+        """
         model = str(params.get("model") or "")
         head, slash, rest = model.partition("/")
         if params.get("custom_llm_provider"):
@@ -9182,7 +10372,9 @@ class LiteLLMImport:
         return next((preset for pattern, preset in LITELLM_NAMES if re.match(pattern, model)), ""), model
 
     def provider(self, prefix: str, params: Json, name: str) -> str:
-        """The name of the provider row for a deployment, made if it is a new one; "" where ccmux has none for it."""
+        """The name of the provider row for a deployment, made if it is a new one; "" where ccmux has none for
+        it.
+        """
         base = self.expanded(params.get("api_base") or params.get("base_url"), name)
         preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
         if base is None or not preset:
@@ -9284,7 +10476,9 @@ class LiteLLMImport:
                 self.say("dropped", f"alias {alias}: {name} is no model that was imported")
 
     def fallbacks(self, *settings: Json) -> None:
-        """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop of them is cut after one round."""
+        """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop of them is cut after one
+        round.
+        """
         own = {name: list(targets) for name, targets in self.models.items()}
         for table, (key, word) in itertools.product(settings, LITELLM_FALLBACKS.items()):
             given = as_list(table.pop(key, None))

@@ -1,0 +1,642 @@
+"""The Anthropic stream: what arrived -> events; events -> a message; bytes -> the same bytes and usage."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from anthropic.types import Message, RawMessageStreamEvent
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from ccmux import (
+    AnthropicStream,
+    AnthropicTap,
+    ApiError,
+    Retry,
+    Usage,
+    anthropic_usage,
+    collect,
+    encode_event,
+    error_of_event,
+    overflow,
+    retry_class,
+    scrub,
+    sign,
+    signed_payload,
+    upstream_error,
+    usage_json,
+)
+
+Json = dict[str, Any]
+EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
+SEVEN = Usage(input=7)
+DELTA_OF = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
+
+
+def check_grammar(events: list[Json]) -> None:
+    """message_start; blocks in a row, each start, deltas of its kind, stop; message_delta; message_stop."""
+    for event in events:
+        EVENT.validate_python(event, strict=True)
+    kinds = [e["type"] for e in events]
+    assert kinds[0] == "message_start"
+    assert kinds[-2:] == ["message_delta", "message_stop"]
+    assert kinds.count("message_start") == kinds.count("message_delta") == kinds.count("message_stop") == 1
+    open_kind, index, tools = "", -1, 0
+    for event in events[1:-2]:
+        if event["type"] == "content_block_start":
+            assert not open_kind, "blocks interleave"
+            index += 1
+            open_kind = event["content_block"]["type"]
+            tools += open_kind == "tool_use"
+        elif event["type"] == "content_block_delta":
+            assert event["delta"]["type"] in (DELTA_OF.get(open_kind, "input_json_delta"), "signature_delta")
+        else:
+            assert event["type"] == "content_block_stop"
+            assert open_kind
+            open_kind = ""
+        assert event["index"] == index
+    assert not open_kind, "a block never ends"
+    assert (events[-2]["delta"]["stop_reason"] == "tool_use") is (tools > 0) or events[-2]["delta"][
+        "stop_reason"
+    ] in ("max_tokens", "refusal")
+
+
+def made(*said: tuple[Any, ...], usage: Usage = SEVEN) -> list[Json]:
+    """The events of a stream to which this was said: (method, arguments...)."""
+    stream = AnthropicStream("msg_1", "claude-x", usage)
+    for method, *args in said:
+        getattr(stream, method)(*args)
+    return stream.take()
+
+
+def shape(events: list[Json]) -> list[str]:
+    """Events in short: start, +text, text=..., -, and the stop reason."""
+    short = []
+    for e in events:
+        if e["type"] == "content_block_start":
+            short.append(f"+{e['content_block']['type']}")
+        elif e["type"] == "content_block_delta":
+            short.append(str(next(v for k, v in e["delta"].items() if k != "type"))[:20])
+        elif e["type"] == "message_delta":
+            short.append(str(e["delta"]["stop_reason"]))
+        else:
+            short.append(
+                {"content_block_stop": "-", "message_start": "start", "message_stop": "stop"}[e["type"]]
+            )
+    return short
+
+
+SIGNED = sign()[:20]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        pytest.param([("finish", "end_turn")], ["start", "end_turn", "stop"], id="nothing at all"),
+        pytest.param([("text", "a"), ("text", "b"), ("finish", "end_turn")],
+                     ["start", "+text", "a", "b", "-", "end_turn", "stop"], id="text in pieces"),
+        pytest.param([("text", ""), ("thinking", ""), ("finish", "end_turn")], ["start", "end_turn", "stop"],
+                     id="empty pieces open nothing"),
+        pytest.param([("thinking", "hm"), ("text", "a"), ("finish", "end_turn")],
+                     ["start", "+thinking", "hm", SIGNED, "-", "+text", "a", "-", "end_turn", "stop"],
+                     id="a thinking block is signed before the text opens"),
+        pytest.param([("text", "a"), ("thinking", "hm"), ("text", "b"), ("finish", "end_turn")],
+                     ["start", "+text", "a", "-", "+thinking", "hm", SIGNED, "-", "+text", "b", "-",
+                      "end_turn",
+                      "stop"], id="thinking after text"),
+        pytest.param([("tool", "t1", "Bash"), ("tool_input", '{"a":'), ("tool_input", "1}"), ("finish",
+                                                                                              "tool_use")],
+                     ["start", "+tool_use", '{"a":', "1}", "-", "tool_use", "stop"], id="a tool call"),
+        pytest.param([("tool", "t1", "A"), ("tool", "t2", "B"), ("tool_input", ""), ("finish", "tool_use")],
+                     ["start", "+tool_use", "-", "+tool_use", "-", "tool_use", "stop"],
+                     id="two calls, no input needs no delta"),
+        pytest.param([("tool", "t1", "A"), ("finish", "end_turn")], ["start", "+tool_use", "-", "tool_use",
+                                                                     "stop"],
+                     id="a tool block means tool_use"),
+        pytest.param([("text", "a"), ("finish", "tool_use")], ["start", "+text", "a", "-", "end_turn",
+                                                               "stop"],
+                     id="no tool block means no tool_use"),
+        pytest.param([("tool", "t1", "A"), ("finish", "max_tokens")],
+                     ["start", "+tool_use", "-", "max_tokens", "stop"], id="a cut answer stays cut"),
+        pytest.param([("text", "a"), ("finish", "refusal")], ["start", "+text", "a", "-", "refusal", "stop"],
+                     id="refusal"),
+        pytest.param([("keep", {"x": 1}), ("text", "a"), ("finish", "end_turn")],
+                     ["start", "+thinking", sign({"x": 1})[:20], "-", "+text", "a", "-", "end_turn", "stop"],
+                     id="data to keep rides in a signature"),
+    ],
+)  # fmt: skip
+def test_order_of_events(said: list[tuple[Any, ...]], expected: list[str]) -> None:
+    events = made(*said)
+    assert shape(events) == expected
+    check_grammar(events)
+
+
+SAID = st.one_of(
+    st.tuples(st.just("text"), st.text(max_size=4)),
+    st.tuples(st.just("thinking"), st.text(max_size=4)),
+    st.tuples(st.just("tool"), st.sampled_from(["t1", "t2"]), st.just("Bash")),
+    st.tuples(st.just("keep"), st.dictionaries(st.sampled_from("ab"), st.integers(), max_size=1)),
+    st.tuples(st.just("close")),
+    st.tuples(st.just("start")),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(SAID, max_size=12), st.sampled_from(["end_turn", "tool_use", "max_tokens", "refusal"]))
+def test_whatever_is_said_obeys_the_grammar(said: list[tuple[Any, ...]], stop_reason: str) -> None:
+    events = made(*said, ("finish", stop_reason))
+    check_grammar(events)
+    message = collect(events)
+    Message.model_validate(message, strict=True)
+    texts = "".join(b["text"] for b in message["content"] if b["type"] == "text")
+    assert texts == "".join(s[1] for s in said if s[0] == "text")
+    assert len([b for b in message["content"] if b["type"] == "tool_use"]) == sum(
+        s[0] == "tool" for s in said
+    )
+
+
+def test_message_start_names_the_message_and_its_estimate() -> None:
+    [start, *_] = made(("text", "a"), usage=Usage(input=7, cache_read=3, estimated=True))
+    assert start["message"] | {"usage": 0} == {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "claude-x", "content": [],
+        "stop_reason": None, "stop_sequence": None, "usage": 0,
+    }  # fmt: skip
+    assert start["message"]["usage"]["input_tokens"] == 7
+
+
+def test_the_last_usage_is_the_true_one() -> None:
+    stream = AnthropicStream("m", "x", Usage(input=7, estimated=True))
+    stream.text("hello")
+    stream.usage = Usage(input=10, output=5, cache_read=2, cache_write=1)
+    stream.finish("end_turn")
+    assert stream.take()[-2]["usage"] == {
+        "input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": 2,
+        "cache_creation_input_tokens": 1,
+    }  # fmt: skip
+
+
+def test_an_estimated_usage_counts_all_that_was_made() -> None:
+    stream = AnthropicStream("m", "x", Usage(input=7, estimated=True), count=len)
+    for method, *args in (("thinking", "hm"), ("text", "abc"), ("tool", "t", "Bash"), ("tool_input", "{}")):
+        getattr(stream, method)(*args)
+    stream.finish("end_turn")
+    assert stream.usage == Usage(input=7, output=len("hmabcBash{}"), estimated=True)
+
+
+def test_whole_blocks_come_in_one_piece() -> None:
+    search = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {"query": "x"}}
+    found = {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []}
+    events = made(("whole", search), ("whole", found), ("text", "so"), ("finish", "end_turn"))
+    assert shape(events)[:7] == ["start", "+server_tool_use", '{"query": "x"}', "-",
+                                 "+web_search_tool_result",
+                                 "-", "+text"]  # fmt: skip
+    assert collect(events)["content"] == [search, found, {"type": "text", "text": "so"}]
+
+
+def test_usage_json_tells_one_hour_writes_apart() -> None:
+    assert usage_json(Usage(1, 2, 3, 4, 5)) == {
+        "input_tokens": 1, "output_tokens": 2, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 9,
+        "cache_creation": {"ephemeral_5m_input_tokens": 4, "ephemeral_1h_input_tokens": 5},
+    }  # fmt: skip
+    assert anthropic_usage(usage_json(Usage(1, 2, 3, 4, 5))) == Usage(1, 2, 3, 4, 5)
+
+
+# collect
+
+
+def test_collect_is_the_message_the_events_amount_to() -> None:
+    events = made(
+        ("thinking", "hm"), ("text", "a"), ("text", "b"), ("tool", "t1", "Bash"), ("tool_input", '{"x": [1'),
+        ("tool_input", ", 2]}"), ("tool", "t2", "Ls"), ("finish", "tool_use", None),
+    )  # fmt: skip
+    message = collect(events)
+    Message.model_validate(message, strict=True)
+    assert message["content"] == [
+        {"type": "thinking", "thinking": "hm", "signature": sign()},
+        {"type": "text", "text": "ab"},
+        {"type": "tool_use", "id": "t1", "name": "Bash", "input": {"x": [1, 2]}},
+        {"type": "tool_use", "id": "t2", "name": "Ls", "input": {}},
+    ]
+    assert (message["stop_reason"], message["role"]) == ("tool_use", "assistant")
+
+
+def test_collect_keeps_the_stop_sequence_and_the_last_usage() -> None:
+    message = collect(made(("text", "a"), ("finish", "stop_sequence", "</block>")))
+    assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "</block>")
+    assert message["usage"]["input_tokens"] == 7
+
+
+def test_collect_leaves_the_events_as_they_are() -> None:
+    events = made(("text", "a"), ("tool", "t", "B"), ("tool_input", '{"a": 1}'), ("finish", "tool_use"))
+    before = json.dumps(events)
+    collect(events)
+    assert json.dumps(events) == before
+
+
+def test_collect_ignores_pings() -> None:
+    events = made(("text", "a"), ("finish", "end_turn"))
+    assert collect([events[0], {"type": "ping"}, *events[1:]])["content"] == [{"type": "text", "text": "a"}]
+
+
+# Signatures
+
+
+@pytest.mark.parametrize("payload", [{}, {"a": [1, "é"]}, {"reasoning_details": [{"x": None}]}], ids=repr)
+def test_a_signature_brings_its_payload_back(payload: Json) -> None:
+    assert signed_payload({"signature": sign(payload)}) == payload
+    assert signed_payload({"type": "redacted_thinking", "data": sign(payload)}) == payload
+
+
+@pytest.mark.parametrize(
+    ("block", "payload"),
+    [
+        pytest.param({"signature": "EqQBCgIYAhIM"}, None, id="Anthropic's"),
+        pytest.param({"signature": ""}, None, id="empty"),
+        pytest.param({}, None, id="none"),
+        pytest.param({"signature": 5}, None, id="a number"),
+        pytest.param({"signature": "ccmux.!!!"}, {}, id="ours, spoilt"),
+        pytest.param({"signature": "ccmux.WzFd"}, {}, id="ours, not an object"),
+    ],
+)
+def test_signed_payload(block: Json, payload: Json | None) -> None:
+    assert signed_payload(block) == payload
+
+
+# The tap
+
+
+def upstream_bytes(*extra: bytes, end: bytes = b"\n", usage: Json | None = None) -> bytes:
+    """An answer as Anthropic streams it, with a ping, a comment and an event of a kind nobody knows."""
+    events = made(
+        ("thinking", "hm"), ("text", "a message_stop is not an error"), ("tool", "t1", "Bash"),
+        ("tool_input", '{"x": 1}'), ("finish", "tool_use"),
+    )  # fmt: skip
+    events[0]["message"]["usage"] = {"input_tokens": 9, "cache_read_input_tokens": 4, "output_tokens": 1}
+    events[-2]["usage"] = usage or {"output_tokens": 33}
+    blocks = [encode_event(e) for e in events]
+    odd = [
+        b": keep-alive\n\n",
+        b'event: ping\ndata: {"type": "ping"}\n\n',
+        b'event: new\ndata: {"type":"new"}\n\n',
+    ]
+    return b"".join([blocks[0], *odd, *blocks[1:-2], *extra, *blocks[-2:]]).replace(b"\n", end)
+
+
+def drained(tap: AnthropicTap, *chunks: bytes) -> bytes:
+    return b"".join(map(tap.feed, chunks)) + tap.finish()
+
+
+def tap() -> AnthropicTap:
+    return AnthropicTap(lambda text: scrub(text, ["the-secret"]))
+
+
+STREAM = upstream_bytes()
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CR LF", "CR"])
+def test_the_tap_cut_at_every_byte_relays_the_very_bytes(end: bytes) -> None:
+    stream = upstream_bytes(end=end)
+    for at in range(len(stream) + 1):
+        t = tap()
+        out = drained(t, stream[:at], stream[at:])
+        assert out + t.ending == stream, f"cut at {at}"
+        assert t.usage == Usage(input=9, output=33, cache_read=4)
+        assert (t.stop_reason, t.ended, t.has_content, t.error) == ("tool_use", True, True, None)
+
+
+def test_the_tap_fed_byte_by_byte() -> None:
+    t = tap()
+    assert drained(t, *(bytes([b]) for b in STREAM)) + t.ending == STREAM
+    assert t.usage == Usage(input=9, output=33, cache_read=4)
+
+
+def test_the_tap_holds_message_stop_back() -> None:
+    t = tap()
+    assert t.feed(STREAM) == STREAM[: STREAM.index(b"event: message_stop")]
+    assert t.ending.startswith(b"event: message_stop")
+    assert not t.feed(b": late\n\n")
+    assert t.ending.endswith(b": late\n\n")
+
+
+def test_the_tap_knows_where_content_begins() -> None:
+    t = tap()
+    first_delta = STREAM.index(b"event: content_block_delta")
+    t.feed(STREAM[:first_delta])
+    assert not t.has_content
+    t.feed(STREAM[first_delta:])
+    assert t.has_content
+
+
+@pytest.mark.parametrize(
+    ("usage", "known", "broken"),
+    [
+        pytest.param({"output_tokens": 5}, Usage(input=9, output=5, cache_read=4), False, id="output only"),
+        pytest.param({"input_tokens": 20, "output_tokens": 5}, Usage(20, 5, 4), False, id="input corrected"),
+        pytest.param({"output_tokens": 5, "cache_read_input_tokens": 0}, Usage(9, 5, 0), False,
+                     id="a reported 0"),
+        pytest.param({"output_tokens": None, "input_tokens": 20}, Usage(20, 1, 4), False,
+                     id="null is ignored"),
+        pytest.param({"output_tokens": 5, "cache_creation_input_tokens": 8}, Usage(9, 5, 4, 8), False,
+                     id="writes"),
+        pytest.param({"output_tokens": 5, "cache_creation_input_tokens": 8, "cache_creation":
+                      {"ephemeral_5m_input_tokens": 3, "ephemeral_1h_input_tokens": 5}}, Usage(9, 5, 4, 3, 5),
+                     False, id="one-hour writes"),
+        pytest.param({"output_tokens": -1}, Usage(9, 1, 4), True, id="negative"),
+        pytest.param({"output_tokens": 1.5}, Usage(9, 1, 4), True, id="not whole"),
+        pytest.param({"output_tokens": 10**9}, Usage(9, 1, 4), True, id="absurd"),
+        pytest.param({"output_tokens": "5"}, Usage(9, 1, 4), True, id="a text"),
+        pytest.param({"output_tokens": True}, Usage(9, 1, 4), True, id="a bool"),
+    ],
+)  # fmt: skip
+def test_usage_is_read_off_the_bytes(usage: Json, known: Usage, broken: bool) -> None:
+    t = tap()
+    drained(t, upstream_bytes(usage=usage))
+    assert (t.usage, t.usage_broken) == (known, broken)
+
+
+def test_output_text_is_what_the_model_made() -> None:
+    t = tap()
+    drained(t, STREAM)
+    assert t.output_text() == 'hma message_stop is not an error{"x": 1}'
+
+
+ERROR = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"the-secret"}}\n\n'
+
+
+def test_an_error_before_content_is_kept_back() -> None:
+    t = tap()
+    start = STREAM[: STREAM.index(b"event: content_block_start")]
+    out = drained(t, start, ERROR)
+    assert ERROR not in out
+    assert (t.error.status, t.error.type, t.error.retry) == (529, "overloaded_error", Retry.NEXT)
+    assert not t.error_relayed
+
+
+def test_an_error_after_content_is_relayed_without_keys_and_ends_it() -> None:
+    t = tap()
+    head = STREAM[: STREAM.index(b"event: message_delta")]
+    out = t.feed(head) + t.feed(ERROR) + t.feed(STREAM[len(head) :]) + t.finish()
+    assert out == head + ERROR.replace(b"the-secret", b"[key]")
+    assert t.error_relayed
+    assert t.error.status == 529
+    assert not t.ended
+
+
+@pytest.mark.parametrize("at", range(0, len(STREAM) - 60, 97))
+def test_a_stream_that_ends_early_is_an_error(at: int) -> None:
+    t = tap()
+    out = drained(t, STREAM[:at])
+    assert (t.error.status, t.error.retry, t.error.cause) == (502, Retry.SAME, "stream")
+    assert STREAM.startswith(out.rstrip(b"\n"))
+
+
+def test_a_last_event_without_its_blank_line_is_the_end() -> None:
+    t = tap()
+    drained(t, STREAM.rstrip())
+    assert (t.ended, t.error) == (True, None)
+    assert t.ending.rstrip().endswith(b'{"type":"message_stop"}')
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        pytest.param(b'{"type":"error","error":{"type":"overloaded_error","message":"busy"}}', 529,
+                     id="JSON error"),
+        pytest.param(b'{"type":"error","error":{"type":"rate_limit_error","message":"slow"}}', 429,
+                     id="limit"),
+        pytest.param(b'{"error":{"message":"no","code":400}}', 400, id="another vendor's"),
+        pytest.param(b"<html><body>502 Bad Gateway</body></html>", 502, id="HTML"),
+        pytest.param(b'data: {"error": {"message": "no", "type": "rate_limit_error"}}\n\n', 429,
+                     id="as an event"),
+        pytest.param(b"data: not json\n\n", 502, id="an event that is not JSON"),
+        pytest.param(b'{"ok": true}', 502, id="JSON that is no stream"),
+        pytest.param(b"", 502, id="nothing"),
+        pytest.param(b"\n\n", 502, id="blank lines"),
+        pytest.param(b": ping\n\n", 502, id="only a comment"),
+    ],
+)  # fmt: skip
+def test_what_is_not_a_stream_is_an_error(body: bytes, status: int) -> None:
+    for chunks in ([body], [bytes([b]) for b in body]):
+        t = tap()
+        out = drained(t, *chunks)
+        assert t.error.status == status, t.error.message
+        assert not t.has_content
+        assert b"Gateway" not in out
+
+
+def test_blank_lines_too_many_are_relayed_too() -> None:
+    stream = STREAM.replace(b"event: content_block_stop", b"\n\nevent: content_block_stop")
+    for at in range(0, len(stream), 7):
+        t = tap()
+        assert drained(t, stream[:at], stream[at:]) + t.ending == stream
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("status", "retry"),
+    [
+        (400, Retry.NO), (401, Retry.KEY), (402, Retry.KEY), (403, Retry.KEY), (404, Retry.NEXT),
+        (408, Retry.SAME), (409, Retry.SAME), (413, Retry.NO), (422, Retry.NO), (429, Retry.KEY),
+        (500, Retry.SAME), (502, Retry.SAME), (503, Retry.SAME), (504, Retry.SAME), (520, Retry.SAME),
+        (529, Retry.NEXT), (301, Retry.NEXT), (204, Retry.NEXT),
+    ],
+)  # fmt: skip
+def test_retry_class(status: int, retry: Retry) -> None:
+    assert retry_class(status) is retry
+
+
+@pytest.mark.parametrize(
+    ("event", "status", "words"),
+    [
+        pytest.param({"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}, 529,
+                     "busy", id="type"),
+        pytest.param({"error": {"code": 429, "message": "slow"}}, 429, "slow", id="code"),
+        pytest.param({"error": {"code": "429", "message": "slow"}}, 429, "slow", id="code as text"),
+        pytest.param({"error": {"status": "RESOURCE_EXHAUSTED", "code": 429, "message": "q"}}, 429, "q",
+                     id="Google's"),
+        pytest.param([{"error": {"status": "UNAVAILABLE", "message": "q"}}], 503, "q",
+                     id="Google's in a list"),
+        pytest.param({"error": {"type": "insufficient_quota", "message": "pay"}}, 429, "pay",
+                     id="OpenAI's quota"),
+        pytest.param({"error": "plain words"}, 502, "plain words", id="plain words"),
+        pytest.param({"detail": "Not here"}, 502, "Not here", id="FastAPI's"),
+        pytest.param({"message": "odd", "code": 503}, 503, "odd", id="flat"),
+        pytest.param({"error": {"message": "Provider returned error", "code": 502,
+                                "metadata": {"raw": "why"}}}, 502,
+                     "Provider returned error: why", id="OpenRouter's"),
+        pytest.param({}, 502, "the provider answered with status 502 and no message", id="nothing"),
+        pytest.param({"error": {"code": 9999, "message": "x"}}, 502, "x", id="a code that is no status"),
+        pytest.param({"error": {"code": 200, "message": "x"}}, 502, "x", id="a code that is no error"),
+    ],
+)  # fmt: skip
+def test_error_of_an_event(event: Any, status: int, words: str) -> None:
+    error = error_of_event(event)
+    assert (error.status, error.message) == (status, words)
+
+
+# (vendor, words, (sent, allowed)): None where the vendor names no numbers, or only one
+OVERFLOWS = [
+    ("Anthropic", "prompt is too long: 210000 tokens > 200000 maximum", (210000, 200000)),
+    ("Anthropic, no numbers", "prompt is too long", None),
+    ("OpenAI",
+     "This model's maximum context length is 128000 tokens. However, your messages resulted in 130512 "
+     "tokens. Please reduce the length of the messages.", (130512, 128000)),
+    ("OpenAI Responses",
+     "Your input exceeds the context window of this model. Please adjust your input and try "
+     "again.", None),
+    ("OpenRouter",
+     "This endpoint's maximum context length is 262144 tokens. However, you requested about 300123 "
+     "tokens (268123 of text input, 32000 in the output). Please reduce the length of either one, or use the "
+     '"middle-out" transform to compress your prompt automatically.', (300123, 262144)),
+    ("Gemini", "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+     (1200000, 1048576)),
+    ("Gemini, older", "The input token count exceeds the maximum number of tokens allowed 1048576.", None),
+    ("Copilot", "prompt token count of 140000 exceeds the limit of 128000", (140000, 128000)),
+    ("vLLM",
+     "This model's maximum context length is 32768 tokens. However, you requested 40000 tokens (36000 in the "
+     "messages, 4000 in the completion).", (40000, 32768)),
+    ("vLLM, prompt",
+     "The decoder prompt (length 40123) is longer than the maximum model length of 32768. Make sure "
+     "that `max_model_len` is no smaller than the number of text tokens.", (40123, 32768)),
+    ("llama.cpp", "the request exceeds the available context size, try increasing it", None),
+    ("llama.cpp, newer",
+     "request (9123 tokens) exceeds the available context size (8192 tokens), try increasing it",
+     (9123, 8192)),
+    ("Mistral",
+     "Prompt contains 140001 tokens and 0 draft tokens, too large for model with 131072 maximum context "
+     "length", (140001, 131072)),
+    ("Groq", "Please reduce the length of the messages or completion.", None),
+    ("DeepSeek",
+     "This model's maximum context length is 131072 tokens. However, you requested 140000 tokens (132000 "
+     "in the messages, 8000 in the completion). Please reduce the length of the messages or completion.",
+     (140000, 131072)),
+    ("Kimi", "Invalid request: Your request exceeded model token limit: 262144 (requested: 270001)",
+     (270001, 262144)),
+    ("Z.ai", "Prompt exceeds max length", None),
+    ("Qwen", "Range of input length should be [1, 129024]", None),
+    ("MiniMax", "invalid params, context window exceeds limit (2013)", None),
+    ("xAI", "This model's maximum prompt length is 131072 but the request contains 140001 tokens.",
+     (140001, 131072)),
+    ("Bedrock", "Input is too long for requested model.", None),
+    ("Together", "The input (131079 tokens) is longer than the model's context length (131072 tokens).",
+     (131079, 131072)),
+    ("Fireworks", "The prompt is too long: 140001, model maximum context length: 131071", (140001, 131071)),
+    ("Cohere", "too many tokens: total number of tokens in the prompt cannot exceed 4081 - received 8241.",
+     (8241, 4081)),
+    ("Ollama", "prompt too long; exceeded max context length by 4 tokens", None),
+    ("Ollama, embedding", "input length exceeds the context length", None),
+    ("Z.ai, finish reason", "model_context_window_exceeded", None),
+    ("LM Studio",
+     "The number of tokens to keep from the initial prompt is greater than the context length. Try to "
+     "load the model with a larger context length, or provide a shorter input", None),
+    ("SGLang",
+     "Requested token count exceeds the model's maximum context length of 32768 tokens. You requested a "
+     "total of 40000 tokens: 36000 tokens from the input messages and 4000 tokens for the completion.",
+     (40000, 32768)),
+    ("Cerebras",
+     "Please reduce the length of the messages or completion. Current length is 140001 while limit is "
+     "131072", (140001, 131072)),
+    ("with commas",
+     "This model's maximum context length is 128,000 tokens, your messages resulted in 130,512 tokens",
+     (130512, 128000)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "numbers"), [pytest.param(words, numbers, id=vendor) for vendor, words, numbers in OVERFLOWS]
+)
+def test_every_vendors_overflow_becomes_anthropics(words: str, numbers: tuple[int, int] | None) -> None:
+    error = upstream_error(400, {"error": {"message": words}}, tokens=150_000, context=100_000)
+    assert (error.status, error.type, error.retry) == (400, "invalid_request_error", Retry.LARGER), (
+        error.message
+    )
+    match = re.fullmatch(r"prompt is too long: (\d+) tokens > (\d+) maximum", error.message)
+    found = (int(match[1]), int(match[2]))
+    assert found[0] > found[1] > 0
+    assert numbers in (None, found)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"error": {"message": "Too much.", "code": "context_length_exceeded"}},
+        {
+            "error": {
+                "message": "n",
+                "type": "exceed_context_size_error",
+                "n_prompt_tokens": 9123,
+                "n_ctx": 8192,
+            }
+        },
+    ],
+    ids=["OpenAI's code", "llama.cpp's fields"],
+)
+def test_an_overflow_told_by_its_code(payload: Json) -> None:
+    assert upstream_error(400, payload, tokens=9123, context=8192).message == (
+        "prompt is too long: 9123 tokens > 8192 maximum"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens", "context", "expected"),
+    [
+        pytest.param(
+            "prompt is too long", 150, 100, (150, 100), id="none named: the count and the model's context"
+        ),
+        pytest.param(
+            "prompt is too long", 50, 100, (101, 100), id="a count below the context: at least one more"
+        ),
+        pytest.param("prompt is too long", 50, 0, (50, 49), id="no context known: one below the count"),
+        pytest.param("prompt is too long", 0, 0, (2, 1), id="nothing known"),
+        pytest.param("maximum context length is 8192 tokens", 9000, 0, (9000, 8192), id="the limit alone"),
+        pytest.param(
+            "maximum context length is 8192 tokens", 50, 0, (8193, 8192), id="the limit above the count"
+        ),
+    ],
+)
+def test_overflow_numbers(words: str, tokens: int, context: int, expected: tuple[int, int]) -> None:
+    assert overflow(words, {}, tokens, context) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "messages: at least one message is required",
+        "input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000, decrease input length "
+        "or `max_tokens` and try again",
+        "max_tokens: 64000 > 32000, which is the maximum allowed number of output tokens",
+        "Rate limit reached: 30000 tokens per minute",
+        "context_management: Extra inputs are not permitted",
+        "Invalid `signature` in `thinking` block",
+        "role 'system' is not supported on this model",
+        "image exceeds 5 MB maximum",
+    ],
+    ids=lambda w: w[:30],
+)
+def test_other_errors_keep_their_words(words: str) -> None:
+    error = upstream_error(400, {"error": {"message": words}}, tokens=5, context=5)
+    assert (error.status, error.message, error.retry) == (400, words, Retry.NO)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 529])
+def test_an_overflow_is_not_read_into_other_statuses(status: int) -> None:
+    assert upstream_error(status, {"error": {"message": "context window"}}).status == status
+
+
+@pytest.mark.parametrize("status", [204, 302, 600])
+def test_a_status_that_is_no_answer_is_a_502(status: int) -> None:
+    error = upstream_error(status, None)
+    assert (error.status, str(status) in error.message) == (502, True)
+
+
+def test_an_event_past_the_limit_is_an_error() -> None:
+    t = tap()
+    t.decoder.limit = 100
+    with pytest.raises(ApiError):
+        t.feed(b"data: " + b"x" * 200)
