@@ -201,10 +201,10 @@ def install_packages(venv: Path, python: Path) -> None:
         done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
         if done.returncode:
             words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            if any("ensurepip" in line for line in words):
+            if any("ensurepip" in line or "No module named venv" in line for line in words):
                 words = ["this Python lacks its venv parts (on Debian and Ubuntu: apt install python3-venv)"]
             said = next((line for line in words if line.startswith("ERROR")), (words or ["it failed"])[-1])
-            bootstrap_failed(f"{' '.join(step[1:4])}: {said}")
+            bootstrap_failed(f"{step[2]}: {said}")
 
 
 def bootstrap_failed(why: str) -> NoReturn:
