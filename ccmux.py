@@ -49,7 +49,7 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 11):
-    sys.exit("ccmux needs Python 3.11 or newer; this is Python %d.%d" % sys.version_info[:2])
+    sys.exit(f"ccmux needs Python 3.11 or newer; this is Python {sys.version.split()[0]}")
 
 import os
 import subprocess
@@ -58,7 +58,8 @@ from typing import NoReturn
 
 __version__ = "0.1.0"
 
-# aiohttp refuses a duplicate Host header since 3.13.4 and has RequestKey since 3.14; majors are not trusted unseen.
+# aiohttp refuses a duplicate Host header since 3.13.4 and has RequestKey since 3.14; majors are not trusted
+# unseen.
 PACKAGES = ("aiohttp>=3.14,<4", "tiktoken>=0.8,<1")
 
 
@@ -67,52 +68,149 @@ def ccmux_home() -> Path:
     return Path.home() / ".ccmux"
 
 
-def bootstrap(missing: str) -> None:
-    """Install the packages into a private virtual environment and start again in it.
+def config_path(given: str) -> Path | None:
+    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None where there
+    is none.
+    """
+    if given or os.environ.get("CCMUX_CONFIG"):
+        return Path(given or os.environ["CCMUX_CONFIG"]).expanduser()
+    places = (Path("config.toml"), ccmux_home() / "config.toml")
+    return next((p for p in places if p.exists()), None)
+
+
+# What runs before the packages are there. `statusline` is asked for at every turn of a conversation, and
+# stays under 60 ms by ending here: aiohttp alone takes 200.
+
+
+def wants_help(argv: list[str]) -> bool:
+    """Whether --help or --version is ccmux's own, which need nothing installed; after `code` they are
+    claude's.
+    """
+    return bool({"--help", "-h", "--version"} & set(argv[:2] if argv[:1] == ["code"] else argv))
+
+
+def statusline(given: str = "") -> str:
+    """One line for Claude Code's statusLine command, whose JSON stands on stdin: who answered, and what it
+    cost.
+    """
+    import json
+    import sqlite3
+
+    try:
+        told = json.loads("" if sys.stdin.isatty() else sys.stdin.buffer.read())
+        model, session = str(told["model"]["display_name"]), str(told["session_id"])
+    except (ValueError, KeyError, TypeError):
+        model, session = "", ""
+    try:
+        figures = session_figures(database_of(config_path(given)), session)
+    except (OSError, ValueError, AttributeError, sqlite3.Error) as error:
+        figures = [f"ccmux: no figures ({error})"]
+    return " | ".join(filter(None, [model, *figures]))
+
+
+def session_figures(database: str, session: str) -> list[str]:
+    """[provider/model (route), cost of the session, of the day, balance] as texts; only what there is."""
+    import sqlite3
+
+    db = sqlite3.connect(f"{Path(database).absolute().as_uri()}?mode=ro", uri=True, timeout=0.05)
+    last = db.execute(
+        "select provider || '/' || model, route, user from requests where session = ? order by id desc limit 1",
+        (session,),
+    ).fetchone()
+    target, route, user = last or ("", "", "local")
+    cost = db.execute("select coalesce(sum(charge_microusd), 0) from requests where session = ?", (session,))
+    today = db.execute(
+        "select u.balance_microusd, coalesce(s.microusd, 0) from users u "
+        "left join spent s on s.user_id = u.id and s.day = date('now') where u.name = ?",
+        (user,),
+    ).fetchone()
+    balance, spent = today or (0, 0)
+
+    def dollars(amount: int) -> str:
+        return f"${amount / 1e6:.{2 if abs(amount) >= 10**6 else 4}f}"
+
+    figures = [f"{target} ({route})", f"session {dollars(cost.fetchone()[0])}"] if last else []
+    figures.append(f"today {dollars(spent)}")
+    return figures + ([f"balance {dollars(balance)}"] if user != "local" else [])
+
+
+def database_of(config: Path | None) -> str:
+    """The database that a config file names: beside it, or in ~/.ccmux where there is no config."""
+    import tomllib
+
+    if config is None:
+        return str(ccmux_home() / "ccmux.db")
+    name = tomllib.loads(config.read_text("utf-8")).get("server", {}).get("database", "ccmux.db")
+    return str(config.resolve().parent / Path(name).expanduser())
+
+
+def bootstrap(problem: str) -> None:
+    """Installs the packages into a private virtual environment and starts again in it.
 
     Returns only where nothing is needed (`--help`, `--version`); exits 2 with what to do where it cannot install.
     """
-    if {"--help", "-h", "--version"} & set(sys.argv[1:]):
+    if wants_help(sys.argv[1:]):
         return
-    venv = Path(os.environ.get("CCMUX_VENV") or ccmux_home() / "venv")
+    venv = Path(os.environ.get("CCMUX_VENV") or ccmux_home() / "venv").expanduser().absolute()
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    ready = venv / "ccmux-ready"
-    if os.environ.get("CCMUX_NO_BOOTSTRAP") or Path(sys.prefix).resolve() == venv.resolve():
-        bootstrap_failed(f"the Python package {missing} is missing")
-    if not ready.exists() or ready.read_text() != "\n".join(PACKAGES):
-        print(
-            f"ccmux: {missing} is not installed; setting up {venv} once (about 20 s)",
-            file=sys.stderr,
-            flush=True,
-        )
-        install_packages(venv, python)
-        ready.write_text("\n".join(PACKAGES))
-    command = [str(python), os.path.abspath(__file__), *sys.argv[1:]]
-    if os.name == "nt":  # exec detaches from the console there
-        sys.exit(subprocess.run(command).returncode)  # noqa: S603
-    os.execv(command[0], command)  # noqa: S606
+    ready = venv / "ccmux-ready"  # written last, so that an interrupted installation is begun again
+    recipe = "\n".join([*PACKAGES, f"Python {sys.version_info[0]}.{sys.version_info[1]}"])
+    if os.environ.get("CCMUX_NO_BOOTSTRAP"):
+        bootstrap_failed(f"{problem}, and CCMUX_NO_BOOTSTRAP is set")
+    try:
+        if Path(sys.prefix).resolve() == venv.resolve():
+            ready.unlink(missing_ok=True)
+            bootstrap_failed(f"{problem} in {venv} any more; start again to set it up anew")
+        if not (python.exists() and ready.exists() and ready.read_text() == recipe):
+            print(f"ccmux: {problem}; setting up {venv} once (about 20 s)", file=sys.stderr, flush=True)
+            install_packages(venv, python)
+            ready.write_text(recipe)
+        start_again([str(python), os.path.abspath(__file__), *sys.argv[1:]])
+    except OSError as error:
+        bootstrap_failed(f"{problem}, and {venv} cannot be set up: {error.strerror} ({error.filename})")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def start_again(command: list[str]) -> NoReturn:
+    """Becomes the command; on Windows, where exec detaches from the console, runs it and passes its status
+    on.
+    """
+    if os.name != "nt":
+        os.execv(command[0], command)  # noqa: S606
+    child = subprocess.Popen(command)  # noqa: S603
+    while True:
+        try:
+            sys.exit(child.wait())
+        except KeyboardInterrupt:  # the child has heard it as well, and decides
+            continue
 
 
 def install_packages(venv: Path, python: Path) -> None:
-    """Make the virtual environment and pip-install PACKAGES there; exits 2 with pip's last words on failure."""
+    """Makes the virtual environment and pip-installs PACKAGES there; exits 2 with pip's last words on
+    failure.
+    """
+    if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
+        bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
+    venv.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     steps = (
         [sys.executable, "-m", "venv", "--clear", str(venv)],
         [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES],
     )
     for step in steps:
-        try:
-            done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
-        except OSError as error:
-            bootstrap_failed(f"{step[0]}: {error.strerror}")
+        done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
         if done.returncode:
-            words = (done.stderr or done.stdout).strip().splitlines()
-            bootstrap_failed(words[-1] if words else f"{' '.join(step[:3])} exited with {done.returncode}")
+            words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            if any("ensurepip" in line for line in words):
+                words = ["this Python lacks its venv parts (on Debian and Ubuntu: apt install python3-venv)"]
+            said = next((line for line in words if line.startswith("ERROR")), (words or ["it failed"])[-1])
+            bootstrap_failed(f"{' '.join(step[1:4])}: {said}")
 
 
 def bootstrap_failed(why: str) -> NoReturn:
     sys.stderr.write(
-        f"ccmux: {why}. Install aiohttp and tiktoken in one of these ways and start again:\n"
-        "  pip:  python3 -m venv ccmux-venv && ccmux-venv/bin/pip install 'aiohttp>=3.14,<4' 'tiktoken>=0.8,<1'\n"
+        f"ccmux: {why}. ccmux needs aiohttp and tiktoken; any of these brings them:\n"
+        f"  pip:  python3 -m venv ccmux-venv && ccmux-venv/bin/pip install '{PACKAGES[0]}' '{PACKAGES[1]}'\n"
         "        then start it with ccmux-venv/bin/python ccmux.py\n"
         "  uv:   uv run --script ccmux.py\n"
         "  apt:  apt install python3-venv   (then python3 ccmux.py sets itself up)\n"
@@ -120,14 +218,21 @@ def bootstrap_failed(why: str) -> NoReturn:
     sys.exit(2)
 
 
+if __name__ == "__main__" and sys.argv[1:2] == ["statusline"] and not wants_help(sys.argv):
+    print(statusline(sys.argv[3] if sys.argv[2:3] == ["--config"] and len(sys.argv) > 3 else ""))
+    sys.exit(0)
+
 try:
     import aiohttp
-    import tiktoken  # noqa: F401  (a small module; its vocabularies are loaded when something is counted)
+    import tiktoken  # a small module; its vocabularies are loaded when something is counted
     from aiohttp import web
+
+    if tuple(map(int, aiohttp.__version__.split(".")[:2])) < (3, 14):  # Debian 12 has 3.8
+        raise ImportError(f"aiohttp {aiohttp.__version__} is too old, and a newer one is not installed")
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    bootstrap(error.name or str(error))
+    bootstrap(f"{error.name} is not installed" if error.name else str(error))
 
 import argparse
 import asyncio
@@ -143,8 +248,12 @@ import functools
 import gc
 import hashlib
 import hmac
+import http.client
+import importlib
+import importlib.util
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import marshal
@@ -154,6 +263,7 @@ import random
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -162,10 +272,12 @@ import threading
 import time
 import tomllib
 import typing
+import unicodedata
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -178,8 +290,8 @@ log = logging.getLogger("ccmux")
 # ----------------------------------------------------------------------------------------------------------
 # Types and errors (pure)
 # ----------------------------------------------------------------------------------------------------------
-# Data of our own is frozen dataclasses; wire data stays plain dicts, so that fields we do not know pass through.
-# Absent is "" or None, one of the two, as the type says. Money is integer micro-dollars.
+# Data of our own is frozen dataclasses; wire data stays plain dicts, so that fields we do not know pass
+# through. Absent is "" or None, one of the two, as the type says. Money is integer micro-dollars.
 
 Json = dict[str, Any]
 
@@ -390,9 +502,9 @@ _KEY_LIKE = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}|\b(?:(?:sk|pk|rk|xai|gs
 # ----------------------------------------------------------------------------------------------------------
 # Config (pure but for load and save)
 # ----------------------------------------------------------------------------------------------------------
-# Each key is declared once, as a dataclass field with its default and `opt` metadata: the loader, the error texts,
-# the admin forms and the tests of the documentation are all made from that declaration. A Config is never changed:
-# a reload builds a new one and swaps it whole.
+# Each key is declared once, as a dataclass field with its default and `opt` metadata: the loader, the error
+# texts, the admin forms and the tests of the documentation are all made from that declaration. A Config is
+# never changed: a reload builds a new one and swaps it whole.
 
 
 def opt(
@@ -491,7 +603,10 @@ ROUTE_SLOTS = (
 
 @dataclass(frozen=True, slots=True)
 class Quirks:
-    """How a provider differs from its wire format. Regular expressions are searched in the upstream model's name."""
+    """How a provider differs from its wire format.
+
+    Regular expressions are searched in the upstream model's name.
+    """
 
     auth: str = opt(
         "",
@@ -605,6 +720,7 @@ class Config:
     models: tuple[Model, ...] = opt((), "names and what stands behind them")
     credits: Credits = opt(Credits(), "what users pay")
     path: str = computed("")  # "" when there is no file
+    text: str = computed("")
     text_hash: str = computed("")
     tables: Json = computed({})
     warnings: tuple[str, ...] = computed(())
@@ -646,6 +762,7 @@ def parse_config(
         config,
         providers=providers,
         path=path,
+        text=text,
         text_hash=hash_text(text),
         tables=tables,
         warnings=tuple(warnings),
@@ -776,7 +893,9 @@ class Loader:
             raise ConfigError(f"{at} must be {words}") from None
 
     def expand(self, value: str) -> str:
-        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not fatal."""
+        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not
+        fatal.
+        """
 
         def variable(match: re.Match[str]) -> str:
             name, default = match[1] or match[3], match[2]
@@ -1001,11 +1120,368 @@ def mux_model(row: Any, lost: list[Any], warnings: list[str]) -> Any:
     return {**row, "mappings": mappings}
 
 
+# Editing the file. A save changes only the table it edits: what stands elsewhere stays byte for byte, and
+# inside the table the lines of unchanged keys do. The result is parsed and compared with what was meant
+# before it is written.
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A stretch of a TOML file: a header, a key with its value, or a blank or comment line.
+
+    Spans are in characters.
+    """
+
+    kind: str  # table, array, key or blank
+    start: int
+    end: int  # after the line's end
+    path: tuple[str, ...] = ()  # of a header, or of the key within its table
+    value: tuple[int, int] = (0, 0)
+
+
+def scan_toml(text: str) -> list[Statement]:
+    """The statements of a file that tomllib has accepted, in order and without gaps."""
+    found = []
+    at = 0
+    while at < len(text):
+        start, at = at, skip_blank(text, at)
+        kind, value = "blank", (0, 0)
+        path: tuple[str, ...] = ()
+        if text[at : at + 1] == "[":
+            kind = "array" if text[at : at + 2] == "[[" else "table"
+            path, at = scan_keys(text, at + (2 if kind == "array" else 1))
+        elif text[at : at + 1] not in ("", "#", "\n", "\r"):
+            kind = "key"
+            path, at = scan_keys(text, at)
+            begin = skip_blank(text, at + 1)
+            at = skip_value(text, begin)
+            value = (begin, at)
+        newline = text.find("\n", at)
+        at = len(text) if newline < 0 else newline + 1
+        found.append(Statement(kind, start, at, path, value))
+    return found
+
+
+def skip_blank(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t":
+        at += 1
+    return at
+
+
+def scan_keys(text: str, at: int) -> tuple[tuple[str, ...], int]:
+    """A dotted key; and where what follows it begins."""
+    keys = []
+    while True:
+        at = skip_blank(text, at)
+        end = skip_string(text, at) if text[at] in "\"'" else at + len(re.match(r"[\w-]*", text[at:])[0])  # type: ignore[index]
+        part = text[at:end]
+        keys.append(str(tomllib.loads(f"k = {part}")["k"]) if part[:1] in ('"', "'") else part)
+        at = skip_blank(text, end)
+        if text[at : at + 1] != ".":
+            return tuple(keys), at
+        at += 1
+
+
+def skip_string(text: str, at: int) -> int:
+    """The end of the string, in any of TOML's four forms, that begins here."""
+    quote = text[at]
+    mark = quote * 3 if text.startswith(quote * 3, at) else quote
+    at += len(mark)
+    while not text.startswith(mark, at):
+        at += 2 if quote == '"' and text[at] == "\\" else 1
+    at += len(mark)
+    while (
+        len(mark) == 3 and text[at : at + 1] == quote
+    ):  # up to two quotes may stand before the closing three
+        at += 1
+    return at
+
+
+def skip_value(text: str, at: int) -> int:
+    """The end of the value that begins here; brackets may hold strings, comments and line ends."""
+    if text[at] in "\"'":
+        return skip_string(text, at)
+    if text[at] not in "[{":
+        line = re.match(r"[^#\n\r]*", text[at:])
+        return at + len(line[0].rstrip()) if line else at
+    depth = 0
+    while True:
+        char = text[at]
+        if char in "\"'":
+            at = skip_string(text, at)
+            continue
+        if char == "#":
+            at = text.find("\n", at)
+        depth += (char in "[{") - (char in "]}")
+        at += 1
+        if depth == 0:
+            return at
+
+
+def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str:
+    """The file with one table replaced, made or (None) taken away: `[root]`, or the row of `[[root]]` with
+    that name.
+
+    ConfigError where the result would not parse to exactly what is meant.
+    """
+    before = tomllib.loads(text)
+    meant = meant_tables(before, root, name, table)
+    for edit in (splice_table, rewrite_root):
+        try:
+            after = edit(text, before, meant, root, name)
+            if same_value(tomllib.loads(after), meant):
+                return after
+        except (tomllib.TOMLDecodeError, IndexError):
+            continue
+    raise ConfigError(f"[{root}] cannot be edited by machine in this file; edit it by hand")
+
+
+def meant_tables(before: Json, root: str, name: str | None, table: Json | None) -> Json:
+    """What the file is to say after the edit."""
+    if name is None:
+        rest = {k: v for k, v in before.items() if k != root}
+        return rest if table is None else {**rest, root: table}
+    rows = list(before.get(root, []))
+    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
+    rows[at : at + 1] = [] if table is None else [table]
+    return {**{k: v for k, v in before.items() if k != root}, **({root: rows} if rows else {})}
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Deep equality that tells true from 1, as TOML does."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_value(one[k], other[k]) for k in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def splice_table(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
+    """The edit for the usual layout: a header with keys under it.
+
+    IndexError where the file is laid out otherwise.
+    """
+    statements = scan_toml(text)
+    if name is None:
+        if root not in before:
+            return insert_text(text, len(text), emit_table(root, meant[root]))
+        block = blocks_of_root(statements, root, "table")[0]
+        return splice_block(text, block, before[root], meant.get(root), root, "table")
+    rows = before.get(root, [])
+    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
+    blocks = blocks_of_root(statements, root, "array")
+    if at == len(rows):
+        end = last_key_end(blocks[-1]) if blocks else len(text)
+        return insert_text(text, end, emit_table(root, meant[root][at], "array"))
+    after = meant[root][at] if len(meant.get(root, [])) == len(rows) else None
+    return splice_block(text, blocks[at], rows[at], after, root, "array")
+
+
+def blocks_of_root(statements: list[Statement], root: str, kind: str) -> list[list[Statement]]:
+    """The statements of each `[root]` or `[[root]]`, with those of its sub-tables."""
+    blocks: list[list[Statement]] = []
+    inside = False
+    for statement in statements:
+        if statement.kind in ("table", "array"):
+            begins = statement.path == (root,) and statement.kind == kind
+            inside = begins or (inside and statement.path[0] == root and len(statement.path) > 1)
+            if begins:
+                blocks.append([])
+        if inside:
+            blocks[-1].append(statement)
+    return blocks
+
+
+def last_key_end(block: list[Statement]) -> int:
+    """Where a block's last header or key ends: comments after it belong to what follows."""
+    return max(s.end for s in block if s.kind != "blank")
+
+
+def splice_block(text: str, block: list[Statement], old: Json, new: Json | None, root: str, kind: str) -> str:
+    """One table's block with only its changed keys changed."""
+    if new is None:
+        kept = [s for s in block if s.kind == "blank" and s.start >= last_key_end(block)]
+        return text[: block[0].start] + text[kept[0].start if kept else block[-1].end :]
+    edits: list[tuple[int, int, str]] = []
+    added = [k for k in new if k not in old]
+    own, subs = split_block(block)
+    for key in old:
+        if key in new and same_value(old[key], new[key]):
+            continue
+        lines = [s for s in own if s.kind == "key" and s.path[0] == key]
+        if key in new and len(lines) == 1 and lines[0].path == (key,) and not is_rows(new[key]):
+            edits.append((*lines[0].value, emit_value(new[key])))
+            continue
+        gone = [*lines, *(s for sub in subs.get(key, []) for s in sub)]
+        edits += [(s.start, s.end, "") for s in gone if s.kind != "blank"]
+        added += [key] if key in new else []
+    inline = "".join(f"{emit_key(k)} = {emit_value(new[k])}\n" for k in added if not is_rows(new[k]))
+    rows = "".join(emit_rows(f"{root}.{emit_key(k)}", new[k]) for k in added if is_rows(new[k]))
+    end_of_own, end = last_key_end(own), last_key_end(block)
+    if inline:
+        edits.append((end_of_own, end_of_own, inline))
+    if rows:
+        edits.append((end, end, rows))
+    return apply_edits(text, edits)
+
+
+def split_block(block: list[Statement]) -> tuple[list[Statement], dict[str, list[list[Statement]]]]:
+    """A block's own statements (with its header), and those of its sub-tables by key."""
+    own: list[Statement] = []
+    subs: dict[str, list[list[Statement]]] = {}
+    current = own
+    for statement in block:
+        if statement.kind in ("table", "array") and len(statement.path) > 1:
+            current = []
+            subs.setdefault(statement.path[1], []).append(current)
+        current.append(statement)
+    return own, subs
+
+
+def apply_edits(text: str, edits: list[tuple[int, int, str]]) -> str:
+    newline = "\r\n" if "\r\n" in text else "\n"
+    for start, end, new in sorted(edits, reverse=True):
+        if start == end and start and text[start - 1] != "\n":
+            new = "\n" + new
+        text = text[:start] + new.replace("\n", newline) + text[end:]
+    return text
+
+
+def insert_text(text: str, at: int, new: str) -> str:
+    return apply_edits(text, [(at, at, "\n" + new if text[:at].strip() else new)])
+
+
+def rewrite_root(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
+    """The edit for any other layout: everything of that root is taken out and written anew at the end."""
+    gone = []
+    table: tuple[str, ...] = ()
+    for statement in scan_toml(text):
+        if statement.kind in ("table", "array"):
+            table = statement.path
+        full = table if statement.kind != "key" else (*table, *statement.path)
+        if statement.kind != "blank" and full[:1] == (root,):
+            gone.append((statement.start, statement.end, ""))
+    rest = apply_edits(text, gone)
+    if root not in meant:
+        return rest
+    value = meant[root]
+    new = emit_rows(root, value) if is_rows(value) else emit_table(root, value)
+    return insert_text(rest, len(rest), new)
+
+
+def is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def emit_rows(title: str, rows: list[Json]) -> str:
+    return "\n".join(emit_table(title, row, "array") for row in rows)
+
+
+def emit_table(title: str, table: Json, kind: str = "table") -> str:
+    """A table under its header; rows of tables get headers of their own, other tables stand inline."""
+    lines = [f"[[{title}]]" if kind == "array" else f"[{title}]"]
+    lines += [f"{emit_key(k)} = {emit_value(v)}" for k, v in table.items() if not is_rows(v)]
+    rows = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in table.items() if is_rows(v)]
+    return "\n".join([*lines, *(row.rstrip("\n") for row in rows)]) + "\n"
+
+
+def emit_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else emit_value(key)
+
+
+def emit_value(value: Any) -> str:
+    """A value as TOML writes it; ConfigError for what TOML has no form of."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return emit_text(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, (float, Decimal)):
+        text = format(value, "f") if isinstance(value, Decimal) else repr(value)
+        return text if re.search(r"[.einf]", text) else f"{text}.0"
+    if isinstance(value, dict):
+        return (
+            "{ " + ", ".join(f"{emit_key(k)} = {emit_value(v)}" for k, v in value.items()) + " }"
+            if value
+            else "{}"
+        )
+    if isinstance(value, list):
+        return "[" + ", ".join(map(emit_value, value)) + "]"
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat())
+    raise ConfigError(f"{type(value).__name__} cannot be written to the config file")
+
+
+def emit_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("a text with half a surrogate pair cannot be written to the config file") from None
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+class StaleError(ConfigError):
+    """The file has changed since it was read: saving would lose that change."""
+
+
+def save_config(path: Path, text: str, expected_hash: str) -> None:
+    """Replaces the file as one step, keeping three backups; StaleError when it is not what the editor saw.
+
+    Mode 0600; a symlink stays one; what is on disk is read back before it takes the old one's place.
+    """
+    path = Path(os.path.realpath(path))
+    current = path.read_bytes().decode("utf-8") if path.exists() else ""
+    if path.exists() and hash_text(current) != expected_hash:
+        raise StaleError(f"{path.name} has changed on disk since this page was loaded; load it again")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write_private(part, text)
+        if part.read_bytes().decode("utf-8") != text:
+            raise ConfigError(f"{path.name} could not be written whole; nothing was changed")
+        if current:
+            keep_backups(path, current)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name != "nt":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file for its owner only, on the disk when this returns."""
+    with open(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8", newline=""
+    ) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+BACKUPS = 3
+
+
+def backup_paths(path: Path) -> list[Path]:
+    """Where a config's backups are, newest first."""
+    return [path.with_name(f"{path.name}.bak{n}") for n in range(1, BACKUPS + 1)]
+
+
+def keep_backups(path: Path, text: str) -> None:
+    places = backup_paths(path)
+    for older, newer in zip(reversed(places), reversed(places[:-1]), strict=False):
+        if newer.exists():
+            os.replace(newer, older)
+    write_private(places[0], text)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Server-sent events (pure)
 # ----------------------------------------------------------------------------------------------------------
-# https://html.spec.whatwg.org/multipage/server-sent-events.html. Bytes go in cut anywhere; whole blocks come out, each
-# with the blank line that ends it, so that what is relayed can be relayed byte for byte.
+# https://html.spec.whatwg.org/multipage/server-sent-events.html. Bytes go in cut anywhere; whole blocks come
+# out, each with the blank line that ends it, so that what is relayed can be relayed byte for byte.
 
 MAX_EVENT = 16 * 2**20
 
@@ -1018,7 +1494,10 @@ class SseDecoder:
         self.rest = b""  # the unfinished event
 
     def cut(self, data: bytes) -> bytes:
-        """The bytes up to the last end of an event; the rest waits. ApiError 502 when it grows past the limit."""
+        """The bytes up to the last end of an event; the rest waits.
+
+        ApiError 502 when it grows past the limit.
+        """
         data = self.rest + data if self.rest else data
         end = data.rfind(b"\n\n") + 2 if b"\r" not in data else last_blank_line(data)
         whole, self.rest = (data[:end], data[end:]) if end > 1 else (b"", data)
@@ -1041,7 +1520,10 @@ _BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)")
 
 
 def last_blank_line(data: bytes) -> int:
-    """Where the last event of `data` ends; 0 where none does. A CR at the very end may be half of a CR LF: it waits."""
+    """Where the last event of `data` ends; 0 where none does.
+
+    A CR at the very end may be half of a CR LF: it waits.
+    """
     end = len(data) - 1 if data.endswith(b"\r") else len(data)
     return max((m.end() for m in _BLANK_LINE.finditer(data, 0, end)), default=0)
 
@@ -1052,7 +1534,7 @@ def split_blocks(whole: bytes) -> list[bytes]:
         *blocks, rest = whole.split(b"\n\n")  # the rest: a line end beyond the last pair, as in b"\n\n\n"
         return [block + b"\n\n" for block in blocks] + ([rest] if rest else [])
     ends = [0, *(m.end() for m in _BLANK_LINE.finditer(whole))]
-    return [whole[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [whole[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def event_of(block: bytes) -> tuple[str, str]:
@@ -1090,8 +1572,9 @@ PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 # ----------------------------------------------------------------------------------------------------------
 # Routing (pure)
 # ----------------------------------------------------------------------------------------------------------
-# Twelve steps; the first that applies and has a model set wins. Every step tried leaves a line in the trail, which
-# goes to the log, to `explain` and to the admin page, so that nobody has to guess why a request went where it went.
+# Twelve steps; the first that applies and has a model set wins. Every step tried leaves a line in the trail,
+# which goes to the log, to `explain` and to the admin page, so that nobody has to guess why a request went
+# where it went.
 
 
 @dataclass(frozen=True, slots=True)
@@ -1381,7 +1864,9 @@ def effort_of(body: Json) -> str:
 
 
 def in_plan_mode(body: Json) -> bool:
-    """Claude Code says so in `safeguards`, or in a system message of the newest prompt (2.1.330, November 2026)."""
+    """Claude Code says so in `safeguards`, or in a system message of the newest prompt (2.1.330, November
+    2026).
+    """
     for guard in as_list(body.get("safeguards")):
         mode = as_object(as_object(guard).get("classifier_context")).get("permission_mode")
         if mode:
@@ -1452,9 +1937,9 @@ def check_routes(config: Config) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # Anthropic stream (pure)
 # ----------------------------------------------------------------------------------------------------------
-# https://docs.anthropic.com/en/docs/build-with-claude/streaming. `AnthropicStream` is the one place that decides the
-# order of events: message_start; blocks one after another, each with start, deltas and stop; message_delta with the
-# stop reason and the true usage; message_stop. A dialect only says what arrived.
+# https://docs.anthropic.com/en/docs/build-with-claude/streaming. `AnthropicStream` is the one place that
+# decides the order of events: message_start; blocks one after another, each with start, deltas and stop;
+# message_delta with the stop reason and the true usage; message_stop. A dialect only says what arrived.
 
 SIGNATURE_TAG = "ccmux."  # what a thinking block's signature begins with when ccmux made the block
 
@@ -1465,7 +1950,9 @@ def sign(payload: Json | None = None) -> str:
 
 
 def signed_payload(block: Json) -> Json | None:
-    """What `sign` put into a thinking block's signature (or a redacted block's data); None if it is not ccmux's."""
+    """What `sign` put into a thinking block's signature (or a redacted block's data); None if it is not
+    ccmux's.
+    """
     signature = block.get("signature") or block.get("data")
     if not isinstance(signature, str) or not signature.startswith(SIGNATURE_TAG):
         return None
@@ -1882,7 +2369,9 @@ def error_words(payload: Any) -> str:
 def upstream_error(
     status: int, payload: Any, *, tokens: int = 0, context: int = 0, headers: Mapping[str, str] | None = None
 ) -> ApiError:
-    """An upstream's error as the client gets it: overflow in the words Claude Code acts on, the rest by status."""
+    """An upstream's error as the client gets it: overflow in the words Claude Code acts on, the rest by
+    status.
+    """
     words = error_words(payload)
     if status in (400, 413, 422, 500) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
@@ -1913,7 +2402,8 @@ _LEAVE_ALONE = re.compile(
 
 
 def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, int] | None:
-    """(tokens sent, tokens allowed) where an error says that the prompt does not fit; None where it says another thing.
+    """(tokens sent, tokens allowed) where an error says that the prompt does not fit; None where it says
+    another thing.
 
     Vendors name the two numbers in any order, or one, or none: what was sent is always the larger.
     """
@@ -1926,7 +2416,9 @@ def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, 
     sent, allowed = token_number(detail.get("n_prompt_tokens")), token_number(detail.get("n_ctx"))
     numbers = sorted({int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", words)}, reverse=True)
     numbers = [n for n in numbers if 1000 <= n <= MAX_COUNT]
-    if named := _LIMIT.search(words):  # where more than two numbers stand, the others are parts of what was sent
+    if named := _LIMIT.search(
+        words
+    ):  # where more than two numbers stand, the others are parts of what was sent
         allowed = allowed or token_number(int(named[1].replace(",", "")))
     if len(numbers) >= 2:
         sent, allowed = sent or numbers[0], allowed or numbers[1]
@@ -1951,8 +2443,9 @@ def not_a_stream(text: str, what: str) -> ApiError:
 # ----------------------------------------------------------------------------------------------------------
 # Translate: OpenAI Chat (pure)
 # ----------------------------------------------------------------------------------------------------------
-# Requests are built from an allow-list, so that nothing Anthropic-only leaks, and inputs are never changed. The facts
-# come from https://platform.openai.com/docs/api-reference/chat and from what compatible servers were seen to do.
+# Requests are built from an allow-list, so that nothing Anthropic-only leaks, and inputs are never changed.
+# The facts come from https://platform.openai.com/docs/api-reference/chat and from what compatible servers
+# were seen to do.
 
 
 @dataclass(frozen=True, slots=True)
@@ -2234,8 +2727,9 @@ def says_something(block: Json) -> bool:
     return block.get("type") != "text" or bool(block.get("text"))
 
 
-# Names and ids. Upstreams take 64 characters of [A-Za-z0-9_-]; both are mapped without a memory of what was mapped, so
-# that a restart, another process or a failover to another provider in mid-conversation changes nothing.
+# Names and ids. Upstreams take 64 characters of [A-Za-z0-9_-]; both are mapped without a memory of what was
+# mapped, so that a restart, another process or a failover to another provider in mid-conversation changes
+# nothing.
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -2281,7 +2775,9 @@ def upstream_tool_id(client_id: str, pattern: str = "") -> str:
 
 
 def client_tools(body: Json) -> list[Json]:
-    """The tools that the client itself runs; server tools (web search and such) have a dated type and no schema."""
+    """The tools that the client itself runs; server tools (web search and such) have a dated type and no
+    schema.
+    """
     return [t for t in tools_of(body) if t.get("name") and t.get("type") in (None, "", "custom")]
 
 
@@ -2411,7 +2907,9 @@ BUDGET_EFFORTS = ((1024, "minimal"), (4097, "low"), (12289, "medium"), (24577, "
 
 
 def wanted_effort(body: Json, allowed: tuple[str, ...]) -> str:
-    """The reasoning effort a request asks for, clamped to what the upstream takes; "" where nothing is to be sent."""
+    """The reasoning effort a request asks for, clamped to what the upstream takes; "" where nothing is to be
+    sent.
+    """
     thinking = as_object(body.get("thinking"))
     effort = effort_of(body)
     if not allowed or thinking.get("type") == "disabled":
@@ -2710,7 +3208,8 @@ class OpenAIStream:
 
 
 def is_doubtful(call: ToolCall, waiting: str) -> bool:
-    """Whether pieces may be growing snapshots, or JSON inside a JSON string: neither may be let out as it comes.
+    """Whether pieces may be growing snapshots, or JSON inside a JSON string: neither may be let out as it
+    comes.
 
     A piece that repeats all that came before it is what a snapshot looks like; so may, once in a long while, an
     honest piece. Both readings begin with what is out already, so waiting decides it safely.
@@ -3300,7 +3799,8 @@ def gemini_result(call: Json, block: Json | None) -> Json:
     return {"functionResponse": {**named, "response": response}}
 
 
-# What Google documents for calls that another model made: https://ai.google.dev/gemini-api/docs/thought-signatures.
+# What Google documents for calls that another model made:
+# https://ai.google.dev/gemini-api/docs/thought-signatures.
 NO_SIGNATURE = "skip_thought_signature_validator"
 
 
@@ -3711,7 +4211,8 @@ def chat_error(error: ApiError, request_id: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 
 
-# All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of PRESETS.
+# All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of
+# PRESETS.
 
 
 class DialectStream(typing.Protocol):
@@ -3784,8 +4285,9 @@ DIALECTS: dict[str, Dialect] = {
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
 }
 
-# Base URLs, key variables and quirks from the vendors' documentation and the projects' own code, November 2026; the
-# last column is the model of a start without a config. A preset is a provider table whose `type` is a wire format.
+# Base URLs, key variables and quirks from the vendors' documentation and the projects' own code, November
+# 2026; the last column is the model of a start without a config. A preset is a provider table whose `type` is
+# a wire format.
 PRESET_ROWS = """
 anthropic            anthropic https://api.anthropic.com                                 ANTHROPIC_API_KEY   claude-sonnet-5-5
 openai               openai    https://api.openai.com/v1                                 OPENAI_API_KEY      gpt-6.1-terra
@@ -3805,7 +4307,7 @@ gemini               gemini    https://generativelanguage.googleapis.com/v1beta 
 gemini-openai        openai    https://generativelanguage.googleapis.com/v1beta/openai   GEMINI_API_KEY      gemini-3.8-flash
 groq                 openai    https://api.groq.com/openai/v1                            GROQ_API_KEY        openai/gpt-oss-120b
 together             openai    https://api.together.xyz/v1                               TOGETHER_API_KEY    zai-org/GLM-5.3
-fireworks            openai    https://api.fireworks.ai/inference/v1                     FIREWORKS_API_KEY   accounts/fireworks/models/glm-5p3
+fireworks            openai    https://api.fireworks.ai/inference/v1 FIREWORKS_API_KEY accounts/fireworks/models/glm-5p3
 deepinfra            openai    https://api.deepinfra.com/v1/openai                       DEEPINFRA_API_KEY   zai-org/GLM-5.3
 cerebras             openai    https://api.cerebras.ai/v1                                CEREBRAS_API_KEY    zai-glm-5.3
 mistral              openai    https://api.mistral.ai/v1                                 MISTRAL_API_KEY     devstral-medium-latest
@@ -3884,7 +4386,9 @@ _VERSION_SEGMENT = re.compile(r"/v\d+(?:alpha|beta)?\d*(?=/|$)")
 
 
 def endpoint_url(base_url: str, dialect: Dialect, endpoint: str = "", model: str = "") -> str:
-    """The URL to call for a base URL in any of its usual forms: bare host, with a version, or the full endpoint."""
+    """The URL to call for a base URL in any of its usual forms: bare host, with a version, or the full
+    endpoint.
+    """
     parts = urllib.parse.urlsplit(base_url.strip())
     path = parts.path.rstrip("/")
     for known in ("/messages", "/chat/completions", "/responses"):
@@ -4103,10 +4607,11 @@ def demo_input(tool: Json, words: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 # Tokens and prices (pure; the encoder is handed in)
 # ----------------------------------------------------------------------------------------------------------
-# Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and checked against
-# the vendors' pages where they have one. Columns: name, context, max output, input, output, cache read, cache write, 1 h
-# cache write; - is unknown, not free. Then what the model refuses (s sampling parameters, f forced tool calls) and the
-# tiers, above:input/output/read/write, that price a whole request once its prompt passes `above` tokens.
+# Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and
+# checked against the vendors' pages where they have one. Columns: name, context, max output, input, output,
+# cache read, cache write, 1 h cache write; - is unknown, not free. Then what the model refuses (s sampling
+# parameters, f forced tool calls) and the tiers, above:input/output/read/write, that price a whole request
+# once its prompt passes that.
 PRICES_DATE = "2026-11-22"
 PRICE_ROWS = """
 claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sf
@@ -4179,7 +4684,7 @@ MiniMax-M2.1             1000000    8192   0.3   1.2   0.03  0.375   - -
 qwen3.8-max               991808  131072     2     6   0.25      -   - -
 qwen3.8-flash             991808  131072  0.15  0.47  0.016    0.2   - -
 qwen3.7-max               991808   65536   2.5   7.5    0.5  3.125   - -
-qwen3-coder-plus          997952   65536     1     5    0.1      -   - -  32000:1.8/9/0.18/- 128000:3/15/0.3/- 256000:6/60/0.6/-
+qwen3-coder-plus  997952 65536 1 5 0.1 - - -  32000:1.8/9/0.18/- 128000:3/15/0.3/- 256000:6/60/0.6/-
 qwen3-max                 258048   65536   1.2     6      -      -   - -  32000:2.4/12/-/- 128000:3/15/-/-
 grok-4.7                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
 grok-4.6                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
@@ -4222,7 +4727,7 @@ _MODEL_SUFFIX = re.compile(r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|:[a-z]+$|\
 
 @functools.lru_cache(4096)
 def facts_of(model: str) -> Facts:
-    """What the built-in table knows of a model: by name, then without vendor prefix, then without date or tag."""
+    """What the built-in table knows of a model: by its name, then without vendor prefix, date or tag."""
     table, name = price_table(), model.lower()
     for candidate in (name, name.rsplit("/", 1)[-1]):
         while candidate not in table and (shorter := _MODEL_SUFFIX.sub("", candidate)) != candidate:
@@ -4252,7 +4757,8 @@ class Charge:
 
 def exact_cost(usage: Usage, price: Price) -> Decimal:
     """Micro-dollars, not rounded. A kind of token without a price of its own costs what input costs."""
-    price = next((tier for above, tier in reversed(price.tiers) if usage.prompt > above), price)
+    above = [tier for tier in price.tiers if usage.prompt > tier[0]]
+    price = max(above, key=lambda tier: tier[0])[1] if above else price
     kinds = (
         (usage.input, price.input), (usage.output, price.output), (usage.cache_read, price.cache_read),
         (usage.cache_write, price.cache_write), (usage.cache_write_1h, price.cache_write_1h),
@@ -4261,7 +4767,7 @@ def exact_cost(usage: Usage, price: Price) -> Decimal:
 
 
 def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
-    """The charge of an answer: the exact sum, and the exact sum with markup, each rounded up to a micro-dollar."""
+    """The charge of an answer: the exact sum, without and with markup, each rounded up to a micro-dollar."""
     exact = exact_cost(usage, price)
     cost = math.ceil(exact)
     charge = math.ceil(exact * (100 + markup_percent) / 100)
@@ -4290,13 +4796,17 @@ def price_json(price: Price) -> Json:
 PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 
 
-# Counting. One encoding for what OpenAI-type models read; Claude's count is that times a factor, until true usage
-# teaches a better one. A request is counted block by block, and each block's count is kept by its hash, so that a
-# turn of a long conversation costs what its last message costs.
+# Counting. Every family of models has a framing: which vocabulary, and what messages and tools cost beyond
+# their text. A request is counted block by block and each block's count is kept by its hash, so that a turn
+# of a long conversation costs what its last message costs. True usage then teaches a factor for each
+# (provider, model).
 
 SLICE = 65_536  # characters: a megabyte of one whitespace run makes the encoder panic
-INLINE = 16_384  # characters of new text that are counted on the event loop
+INLINE = 16_384  # bytes of new text that are counted on the event loop
 CACHE_SIZE = 20_000
+RECENT = 1000  # counts that wait for their true usage
+SAMPLES = 50  # true usages that a factor is the average of
+DEPTH = 20  # of tool results inside tool results
 IMAGE_TOKENS = 1500
 PDF_PAGE_TOKENS = 2500
 
@@ -4304,40 +4814,60 @@ PDF_PAGE_TOKENS = 2500
 class Encoding(typing.Protocol):
     """What is used of a tiktoken.Encoding."""
 
-    def encode_ordinary(self, text: str) -> list[int]: ...
+    @property
+    def name(self) -> str: ...
+
+    def encode_ordinary(self, text: str) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """How a family of models counts a request beyond its texts. Tokens; `factor` is on o200k or cl100k counts."""
+    """How a family of models counts a request beyond its texts, in tokens. `factors` are by vocabulary."""
 
     encoding: str
-    factor: float = 1.0
+    factors: tuple[tuple[str, float], ...] = ()
     base: int = 3
-    per_message: int = 4
+    message: int = 4  # three and the role
     tools: int = 9
     tools_forced: int = 9
+    result: float = 0
+    call: float = 3
     is_claude: bool = False
-    largest_image: int = 1568  # tokens
-    image_side: int = 1568  # pixels
+    image_side: int = 0  # pixels
+    image: tuple[int, int] = (85, 170)  # Claude: (largest, unused); OpenAI: (an image, and each of its tiles)
+
+    def factor(self, encoding: str) -> float:
+        return dict(self.factors).get(encoding, 1.0)
 
 
 _CL100K = re.compile(r"^gpt-(?:4(?!o|\.\d)|3\.5)|^gpt-35")
 _CLAUDE_VERSION = re.compile(r"claude-(?:[a-z]+-)?(\d+)(?:[-.](\d{1,2})(?!\d))?")
+# o200k: fitted to recorded counts of code. claude: Anthropic's published tokenizer, of Claude 2.
+FACTORS_TO_46 = (("o200k_base", 1.18), ("claude", 1.13))
+FACTORS_FROM_47 = (("o200k_base", 1.45), ("claude", 1.39))
 
 
 @functools.lru_cache(1024)
 def framing_of(model: str) -> Framing:
-    """The framing of a model by its name; measured, see the README's account of token counts."""
+    """The framing of a model by its name. OpenAI's, where the name says nothing."""
     name = model.lower().rsplit("/", 1)[-1]
     if "claude" in name:
-        match = _CLAUDE_VERSION.search(name)
-        version = (int(match[1]), int(match[2] or 0)) if match else (4, 0)
-        if version < (4, 7):
-            return Framing("o200k_base", 1.18, 7, 0, 497, 589, True)
-        tools, forced = (675, 804) if version == (4, 7) else (290, 410)
-        return Framing("o200k_base", 1.45, 12, 0, tools, forced, True, 4784, 2576)
-    return Framing("cl100k_base" if _CL100K.match(name) else "o200k_base")
+        return claude_framing(name)
+    image = (2833, 5667) if name.startswith("gpt-4o-mini") else (85, 170)
+    return Framing("cl100k_base" if _CL100K.match(name) else "o200k_base", image=image)
+
+
+def claude_framing(name: str) -> Framing:
+    """Frame, tool prompt and images by Claude's version, as recorded from its count_tokens."""
+    match = _CLAUDE_VERSION.search(name)
+    version = (int(match[1]), int(match[2] or 0)) if match else (4, 0)
+    encoding = f"claude-{version[0]}.{version[1]}"
+    if version < (4, 7):
+        return Framing(encoding, FACTORS_TO_46, 7, 0, 497, 589, 8, 12, True, 1568, (1568, 0))
+    base, tools, forced = (12 if version < (5, 0) else 7), 290, 410
+    if version == (4, 7):
+        tools, forced = 675, 804
+    return Framing(encoding, FACTORS_FROM_47, base, 0, tools, forced, 10, 15, True, 2576, (4784, 0))
 
 
 class TokenCounter:
@@ -4345,83 +4875,78 @@ class TokenCounter:
 
     def __init__(self, load: Callable[[str], Encoding | None]) -> None:
         self.load = load
+        self.thread = asyncio.Lock()  # one at a time: more would only keep the event loop from its turn
         self.cache: OrderedDict[bytes, int] = OrderedDict()
-        self.factors: dict[
-            tuple[str, str], tuple[float, int]
-        ] = {}  # (provider, model) -> (true / counted, samples)
+        # (provider, model) -> (true / counted, answers it was learnt from)
+        self.factors: dict[tuple[str, str], tuple[float, int]] = {}
+        # (provider, model, count given) -> the count without its factor, as answers come in any order
+        self.recent: OrderedDict[tuple[str, str, int], float] = OrderedDict()
 
     async def count(self, body: Json, provider: str, model: str) -> int:
         """Input tokens of a whole request; new text beyond 16 KB is counted in a thread."""
-        request = RequestParts(body, framing_of(model))
-        fresh = self.missing(request)
+        request, encoding, fresh = self.look_up(body, model)
         if sum(part.size for part in fresh) > INLINE:
-            await asyncio.to_thread(self.learn, fresh, request.framing.encoding)
+            async with self.thread:
+                counts = await asyncio.to_thread(count_parts, fresh, encoding)
         else:
-            self.learn(fresh, request.framing.encoding)
-        return self.total(request, provider, model)
+            counts = count_parts(fresh, encoding)
+        return self.total(request, counts, encoding, (provider, model))
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
         """The same where there is no event loop."""
-        request = RequestParts(body, framing_of(model))
-        self.learn(self.missing(request), request.framing.encoding)
-        return self.total(request, provider, model)
+        request, encoding, fresh = self.look_up(body, model)
+        return self.total(request, count_parts(fresh, encoding), encoding, (provider, model))
 
     def count_text(self, text: str, model: str) -> int:
         """Tokens of a text that a model made."""
         framing = framing_of(model)
-        return math.ceil(self.encoded_length(text, framing.encoding) * framing.factor) if text else 0
+        encoding = self.load(framing.encoding)
+        return math.ceil(encoded_length(text, encoding) * framing.factor(vocabulary_of(encoding)))
 
-    def missing(self, request: RequestParts) -> list[Part]:
-        """The parts not counted before; the others become the cache's newest."""
+    def look_up(self, body: Json, model: str) -> tuple[RequestParts, Encoding | None, list[Part]]:
+        """A request's parts, and those of them not counted before; the others become the cache's newest."""
+        framing = framing_of(model)
+        encoding = self.load(framing.encoding)
+        request = RequestParts(body, framing, vocabulary_of(encoding))
         fresh = []
         for part in request.parts:
             if part.key in self.cache:
                 self.cache.move_to_end(part.key)
             else:
                 fresh.append(part)
-        return fresh
+        return request, encoding, fresh
 
-    def learn(self, fresh: list[Part], encoding: str) -> None:
-        """Counts parts into the cache; estimates are not kept."""
-        if fresh and self.load(encoding) is None:
-            return
-        for part in fresh:
-            self.cache[part.key] = self.encoded_length(part.text(), encoding)
+    def total(
+        self, request: RequestParts, counts: dict[bytes, int], encoding: Encoding | None, key: tuple[str, str]
+    ) -> int:
+        """The sum, calibrated. Counts are kept; estimates, made while there is no encoding, are not."""
+        known = ((self.cache.get(part.key), part) for part in request.parts)
+        tokens = request.fixed + sum(
+            (counts.get(part.key, 0) if count is None else count) * part.factor for count, part in known
+        )
+        if encoding is not None:
+            self.cache.update(counts)
         while len(self.cache) > CACHE_SIZE:
             self.cache.popitem(last=False)
-
-    def total(self, request: RequestParts, provider: str, model: str) -> int:
-        counts = (self.cache.get(part.key) for part in request.parts)
-        counted = sum(
-            estimate(part.text()) if count is None else count
-            for part, count in zip(request.parts, counts, strict=True)
-        )
-        tokens = counted * request.framing.factor + request.fixed
-        return max(1, math.ceil(tokens * self.factors.get((provider, model), (1.0, 0))[0]))
-
-    def encoded_length(self, text: str, name: str) -> int:
-        """Tokens of a text by an encoding, in slices; an estimate from its bytes while there is no encoding."""
-        encoding = self.load(name)
-        if encoding is None:
-            return estimate(text)
-        clean = (
-            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            if has_surrogates(text)
-            else text
-        )
-        return sum(len(encoding.encode_ordinary(part)) for part in slices(clean))
-
-    # Calibration: what true usage teaches.
+        count = max(1, math.ceil(tokens * self.factors.get(key, (1.0, 0))[0]))
+        if encoding is not None:
+            self.recent[*key, count] = tokens
+        while len(self.recent) > RECENT:
+            self.recent.popitem(last=False)
+        return count
 
     def observe(self, provider: str, model: str, counted: int, true: int) -> None:
-        """Learns from an answer whose prompt was counted here: an average over about the last 50."""
-        if counted <= 0 or true <= 0:
+        """Learns from an answer's true prompt tokens: a running average over the last 50.
+
+        Only a count made here, for this very (provider, model), from a vocabulary, has something to teach.
+        """
+        tokens = self.recent.get((provider, model, counted), 0.0)
+        if tokens <= 0 or true <= 0:
             return
         factor, samples = self.factors.get((provider, model), (1.0, 0))
-        wanted = factor * true / counted  # `counted` has the factor in it
-        share = 1 / min(samples + 1, 50)
-        factor = min(max(factor + (wanted - factor) * share, 0.5), 2.5)
-        self.factors[provider, model] = (factor, min(samples + 1, 1_000_000))
+        samples = min(samples + 1, SAMPLES)
+        factor += (min(max(true / tokens, 0.5), 2.5) - factor) / samples
+        self.factors[provider, model] = (factor, samples)
 
     def export(self) -> list[tuple[str, str, float, int]]:
         return [(*key, *value) for key, value in self.factors.items()]
@@ -4430,12 +4955,29 @@ class TokenCounter:
         self.factors.update({(p, m): (factor, samples) for p, m, factor, samples in rows})
 
 
-def has_surrogates(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Something of a request that is counted as one, and kept by its hash. `size` in bytes or so."""
+
+    key: bytes
+    size: int
+    measure: Callable[[Encoding | None], int]
+    factor: float
+
+
+def count_parts(parts: list[Part], encoding: Encoding | None) -> dict[bytes, int]:
+    return {part.key: part.measure(encoding) for part in parts}
+
+
+def vocabulary_of(encoding: Encoding | None) -> str:
+    return "o200k_base" if encoding is None else encoding.name
+
+
+def encoded_length(text: str, encoding: Encoding | None) -> int:
+    """Tokens of a text, in slices; without an encoding an estimate from its bytes, good to a fifth."""
+    if encoding is None:
+        return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.7)
+    return sum(len(encoding.encode_ordinary(part)) for part in slices(text))
 
 
 def slices(text: str) -> Iterator[str]:
@@ -4450,170 +4992,217 @@ def slices(text: str) -> Iterator[str]:
         start = end
 
 
-def estimate(text: str) -> int:
-    """Tokens by a rule of thumb, within a fifth for English and code."""
-    return math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.7)
+def rendered_length(render: Callable[[Any], str], value: Any, encoding: Encoding | None) -> int:
+    """Tokens of a value as the model reads it; of its strings alone where it is nested beyond rendering."""
+    try:
+        text = render(value)
+    except (RecursionError, ValueError):
+        text = "\n".join(strings_in(value))
+    return encoded_length(text, encoding)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Something of a request that is counted as one, and kept by its hash."""
-
-    key: bytes
-    value: Any
-    render: Callable[[Any], str]
-
-    def text(self) -> str:
-        return self.render(self.value)
-
-    @property
-    def size(self) -> int:
-        return len(self.value) if isinstance(self.value, str) else 2 * INLINE
+def strings_in(value: Any) -> Iterator[str]:
+    """Every key and string in a JSON value, however deep."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            stack.extend([*item.values(), *item])
+        elif isinstance(item, list):
+            stack.extend(item)
 
 
 class RequestParts:
-    """A request taken apart for counting: what is looked up by its hash, and what is fixed."""
+    """A request taken apart for counting: what is looked up by its hash, and what is `fixed`.
 
-    def __init__(self, body: Json, framing: Framing) -> None:
-        self.framing = framing
-        self.salt = f"{framing.encoding[:1]}{framing.is_claude:d}".encode()
+    Reads Messages API requests, and OpenAI Chat ones too (names, calls, functions where those put them), so
+    that the formulas can be measured against recorded usage of both.
+    """
+
+    def __init__(self, body: Json, framing: Framing, vocabulary: str) -> None:
+        self.framing, self.factor = framing, framing.factor(vocabulary)
+        self.salt = f"{vocabulary}{framing.is_claude:d}".encode()
         self.parts: list[Part] = []
         self.fixed = float(framing.base)
-        self.add_content(body.get("system"))
-        self.fixed += framing.per_message if body.get("system") else 0
-        for message in messages_of(body):
-            self.fixed += framing.per_message
-            self.add_content(message.get("content"))
-        self.add_tools(body)
+        tools = offered_tools(body)
+        messages = messages_of(body)
+        if body.get("system"):
+            messages = [{"role": "system", "content": body["system"]}, *messages]
+        # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
+        joins = next((m for m in messages if m.get("role") == "system"), None) if tools else None
+        for message in messages:
+            self.add_message(message, "\n" if message is joins and not framing.is_claude else "")
+        if tools:
+            self.add_tools(tools, joins is not None, body.get("tool_choice") or body.get("function_call"))
 
-    def add(self, value: Any, render: Callable[[Any], str] = str) -> None:
-        # marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON.
-        digest = hashlib.blake2b(marshal.dumps(value, 2), digest_size=16).digest()
-        self.parts.append(Part(self.salt + digest, value, render))
+    def add(self, data: bytes, measure: Callable[[Encoding | None], int], size: int = 0) -> None:
+        key = self.salt + hashlib.blake2b(data, digest_size=16).digest()
+        self.parts.append(Part(key, size or len(data), measure, self.factor))
 
     def add_text(self, text: str) -> None:
         if text:
-            self.add(text)
+            self.add(text.encode("utf-8", "surrogatepass"), functools.partial(encoded_length, text))
 
-    def add_content(self, content: Any) -> None:
+    def add_value(self, value: Any, render: Callable[[Any], str]) -> None:
+        try:  # marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON
+            data = marshal.dumps(value, 2)
+        except ValueError:
+            data = "\n".join(strings_in(value)).encode("utf-8", "surrogatepass")
+        name = getattr(render, "__name__", "").encode()
+        self.add(name + data, functools.partial(rendered_length, render, value))
+
+    def add_message(self, message: Json, ending: str) -> None:
+        self.fixed += self.framing.message
+        content = message.get("content")
+        if ending and not isinstance(content, str):
+            content = text_of(content)
+        self.add_content(f"{content}{ending}" if ending else content)
+        if isinstance(message.get("name"), str):
+            self.fixed += -1 if message.get("role") == "function" else 1
+            self.add_text(message["name"])
+        calls = [*as_list(message.get("tool_calls")), {"function": message.get("function_call")}]
+        for function in filter(None, (as_object(as_object(call).get("function")) for call in calls)):
+            self.fixed += self.framing.call
+            self.add_text(str(function.get("name") or ""))
+            self.add_text(str(function.get("arguments") or ""))
+
+    def add_content(self, content: Any, depth: int = 0) -> None:
         if isinstance(content, str):
             self.add_text(content)
             return
         for block in blocks_of(content):
-            self.add_block(block)
+            self.add_block(block, depth)
 
-    def add_block(self, block: Json) -> None:
+    def add_block(self, block: Json, depth: int) -> None:
         kind = block.get("type")
         if kind == "text":
             self.add_text(str(block.get("text") or ""))
-        elif kind == "tool_result":
-            self.fixed += 8 * self.framing.factor
-            self.add_content(block.get("content"))
+        elif kind == "tool_result" and depth < DEPTH:
+            self.fixed += self.framing.message + self.framing.result
+            self.add_content(block.get("content"), depth + 1)
         elif kind == "tool_use":
-            self.fixed += 12 * self.framing.factor
-            self.add([block.get("name"), block.get("input")], call_text)
+            self.fixed += self.framing.call
+            self.add_value([block.get("name"), block.get("input")], call_text)
         elif kind == "thinking":
             self.add_text(str(block.get("thinking") or ""))
-        elif kind == "image":
-            self.fixed += image_tokens(as_object(block.get("source")), self.framing)
+        elif kind in ("image", "image_url"):
+            self.fixed += image_tokens(block, self.framing)
         elif kind == "document":
-            self.add_document(as_object(block.get("source")))
+            self.add_document(as_object(block.get("source")), depth)
         elif kind != "redacted_thinking":
-            self.add_text(block_text(block))
+            self.add_value(block, block_text)
 
-    def add_document(self, source: Json) -> None:
+    def add_document(self, source: Json, depth: int) -> None:
+        data = str(source.get("data") or "")
         if source.get("type") == "base64":
-            self.fixed += PDF_PAGE_TOKENS * pdf_pages(str(source.get("data") or ""))
+            # Its length and ends tell one PDF from another; hashing megabytes every turn would not be free.
+            ends = f"{len(data)} {data[:4096]} {data[-4096:]}".encode("utf-8", "surrogatepass")
+            self.add(b"pdf" + ends, functools.partial(pdf_tokens, data, self.factor), len(data))
         elif source.get("type") == "text":
-            self.add_text(str(source.get("data") or ""))
-        else:
-            self.add_content(source.get("content"))
+            self.add_text(data)
+        elif depth < DEPTH:
+            self.add_content(source.get("content"), depth + 1)
 
-    def add_tools(self, body: Json) -> None:
-        tools = client_tools(body)
-        if not tools:
+    def add_tools(self, tools: list[Json], has_system: bool, choice: Any) -> None:
+        framing = self.framing
+        self.add_value(tools, claude_tools if framing.is_claude else openai_namespace)
+        kind = choice if isinstance(choice, str) else as_object(choice).get("type")
+        if framing.is_claude:
+            self.fixed += framing.tools_forced if kind in ("any", "tool") else framing.tools
             return
-        forced = as_object(body.get("tool_choice")).get("type") in ("any", "tool")
-        self.fixed += self.framing.tools_forced if forced else self.framing.tools
-        self.add(tools, functools.partial(tools_text, self.framing))
+        self.fixed += framing.tools - 4 * has_system + (kind == "none")
+        if isinstance(choice, dict) and (name := as_object(choice.get("function") or choice).get("name")):
+            self.fixed += 4
+            self.add_text(str(name))
 
 
 def call_text(call: list[Any]) -> str:
     return f"{call[0]} {tool_arguments({'input': call[1]})}"
 
 
-def tools_text(framing: Framing, tools: list[Json]) -> str:
-    return "".join(tool_text(tool, framing) for tool in tools)
+def offered_tools(body: Json) -> list[Json]:
+    """The tools that the model reads about, as {name, description, input_schema}, from either form."""
+    functions = [*(t.get("function") for t in tools_of(body)), *as_list(body.get("functions"))]
+    openai = [
+        {"name": f.get("name"), "description": f.get("description"), "input_schema": f.get("parameters")}
+        for f in map(as_object, functions)
+        if f
+    ]
+    return client_tools(body) + openai
 
 
-def tool_text(tool: Json, framing: Framing) -> str:
-    """A tool as the model reads it: Claude its JSON, OpenAI's models a TypeScript signature."""
-    name, description = str(tool.get("name") or ""), str(tool.get("description") or "")
-    schema = as_object(tool.get("input_schema"))
-    if framing.is_claude:
-        return json.dumps(
-            {"name": name, "description": description, "input_schema": schema}, ensure_ascii=False
-        )
-    return typescript_function(name, description, schema)
+def claude_tools(tools: list[Json]) -> str:
+    kept = ("name", "description", "input_schema")
+    return "".join(json.dumps({k: t.get(k) for k in kept}, ensure_ascii=False) for t in tools)
 
 
-def typescript_function(name: str, description: str, schema: Json) -> str:
-    """How OpenAI renders a function to its models (found out by others, see the vectors' sources)."""
+def openai_namespace(tools: list[Json]) -> str:
+    """Tools as OpenAI renders them for its models, as github.com/hmarr/openai-chat-tokens found out."""
+    functions = (
+        typescript_function(str(t.get("name") or ""), t.get("description"), as_object(t.get("input_schema")))
+        for t in tools
+    )
+    return "\n".join(["namespace functions {", "", *functions, "} // namespace functions"])
+
+
+def typescript_function(name: str, description: Any, schema: Json) -> str:
     head = f"// {description}\n" if description else ""
     if not as_object(schema.get("properties")):
         return f"{head}type {name} = () => any;\n"
-    return f"{head}type {name} = (_: {{\n{typescript_members(schema, 0)}}}) => any;\n"
+    return f"{head}type {name} = (_: {{\n{typescript_members(schema, 0)}\n}}) => any;\n"
 
 
-def typescript_members(schema: Json, depth: int) -> str:
+def typescript_members(schema: Json, indent: int) -> str:
     required = as_list(schema.get("required"))
     lines = []
     for name, value in as_object(schema.get("properties")).items():
-        property = as_object(value)
-        if property.get("description") and depth < 2:
-            lines.append(f"// {property['description']}\n")
-        lines.append(f"{name}{'' if name in required else '?'}: {typescript_type(property, depth)},\n")
-    return "".join(lines)
+        member = as_object(value)
+        if member.get("description") and indent < 2:
+            lines.append(f"// {member['description']}")
+        lines.append(f"{name}{'' if name in required else '?'}: {typescript_type(member, indent)},")
+    return "\n".join(" " * indent + line for line in lines)
 
 
-def typescript_type(schema: Json, depth: int) -> str:
-    if isinstance(schema.get("enum"), list):
-        return " | ".join(json.dumps(v) for v in schema["enum"])
-    kind = schema.get("type")
+def typescript_type(schema: Json, indent: int) -> str:
+    if any_of := as_list(schema.get("anyOf")):
+        return " | ".join(typescript_type(as_object(each), indent) for each in any_of)
+    kind = str(schema.get("type") or "any")
     if kind == "array":
-        return (
-            f"{typescript_type(as_object(schema.get('items')), depth)}[]" if schema.get("items") else "any[]"
-        )
+        return f"{typescript_type(as_object(schema.get('items')), indent)}[]"
     if kind == "object":
-        return f"{{\n{typescript_members(schema, depth + 1)}}}" if depth < 20 else "object"
-    return {"integer": "number"}.get(str(kind), str(kind)) if kind else "any"
+        return f"{{\n{typescript_members(schema, indent + 2)}\n}}"
+    if values := as_list(schema.get("enum")):
+        return " | ".join(json.dumps(value, ensure_ascii=False) for value in values)
+    return "number" if kind == "integer" else kind
 
 
-def image_tokens(source: Json, framing: Framing) -> int:
-    """Tokens of an image: 28-pixel patches for Claude, 512-pixel tiles for OpenAI; 1,500 where the size is unknown."""
-    data = source.get("data")
-    size = image_size(data) if source.get("type") == "base64" and isinstance(data, str) else None
+def image_tokens(block: Json, framing: Framing) -> int:
+    """Tokens of an image: Claude 28-pixel patches, OpenAI 512-pixel tiles; 1,500 where unknown."""
+    source, link = as_object(block.get("source")), as_object(block.get("image_url"))
+    data = source.get("data") or str(link.get("url") or "").partition(";base64,")[2]
+    size = image_size(data) if isinstance(data, str) else None
+    if link.get("detail") == "low":
+        return framing.image[0]
     if size is None:
         return IMAGE_TOKENS
     if not framing.is_claude:
-        return openai_image_tokens(*size)
+        return openai_image_tokens(*size, *framing.image)
     scale = min(1.0, framing.image_side / max(size))
-    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), framing.largest_image)
+    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), framing.image[0])
 
 
-def openai_image_tokens(width: int, height: int) -> int:
-    """85 and 170 a tile, after fitting into 2048 x 2048 and a short side of 768."""
+def openai_image_tokens(width: int, height: int, base: int, tile: int) -> int:
+    """So much for an image and so much a tile, after fitting into 2048 x 2048 and a short side of 768."""
     scale = min(1.0, 2048 / max(width, height))
     scale *= min(1.0, 768 / (min(width, height) * scale))
-    return 85 + 170 * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
+    return base + tile * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
 
 
 def image_size(data: str) -> tuple[int, int] | None:
     """(width, height) from the header of a PNG, GIF, WebP or JPEG in base64; None where it cannot be told."""
-    try:
-        head = base64.b64decode(data[:65_536] + "=" * (-len(data[:65_536]) % 4))
-    except ValueError:
-        return None
+    head = base64_head(data, 64)
     size = (0, 0)
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         size = (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
@@ -4622,8 +5211,17 @@ def image_size(data: str) -> tuple[int, int] | None:
     elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         size = webp_size(head)
     elif head[:2] == b"\xff\xd8":
-        size = jpeg_size(head)
+        size = jpeg_size(base64_head(data, 65_536))
     return size if min(size) > 0 else None
+
+
+def base64_head(data: str, length: int) -> bytes:
+    """The first bytes of base64 text; b"" where it is none."""
+    head = data[:length]
+    try:
+        return base64.b64decode(head + "=" * (-len(head) % 4))
+    except ValueError:
+        return b""
 
 
 def webp_size(head: bytes) -> tuple[int, int]:
@@ -4647,14 +5245,10 @@ def jpeg_size(head: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def pdf_pages(data: str) -> int:
-    """Pages of a PDF in base64, by its page objects; at least one."""
-    try:
-        return max(
-            1, len(re.findall(rb"/Type\s*/Page(?!s)", base64.b64decode(data + "=" * (-len(data) % 4))))
-        )
-    except ValueError:
-        return 1
+def pdf_tokens(data: str, factor: float, encoding: Encoding | None) -> int:
+    """Tokens of a PDF in base64, by its page objects, at least one; before the factor, which is for texts."""
+    pages = len(re.findall(rb"/Type\s*/Page(?!s)", base64_head(data, len(data))))
+    return math.ceil(PDF_PAGE_TOKENS * max(1, pages) / factor)
 
 
 def count_request_body(body: Json) -> Json:
@@ -4666,10 +5260,11 @@ def count_request_body(body: Json) -> Json:
     return out
 
 
-# Vocabularies: files that tiktoken would fetch by itself, without a time limit, inside a lock. ccmux never lets it: a
-# file is looked for, its hash is checked, and it is loaded in a thread; until then counts are estimates.
+# Vocabularies (I/O from here on): files that tiktoken would fetch by itself, without a time limit, inside a
+# lock. ccmux never lets it: a file is looked for, its hash checked, and a thread loads it; until then counts
+# are estimates.
 
-VOCABULARIES = {  # encoding: (file name as tiktoken caches it, the sha1 of its URL; sha256)
+VOCABULARIES = {  # name: (file name, for OpenAI's as tiktoken caches it: the sha1 of its URL; sha256)
     "o200k_base": (
         "fb374d419588a4632f3f557e76b4b70aebbca790",
         "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
@@ -4678,8 +5273,21 @@ VOCABULARIES = {  # encoding: (file name as tiktoken caches it, the sha1 of its 
         "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
         "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
     ),
+    # npm's @anthropic-ai/tokenizer 0.0.4; put there by hand, never downloaded
+    "claude": ("claude.json", "58dad83d85e9cd57be209172449ebfbc395df2b455c11fe8b7e5b661e6f462ad"),
 }
 VOCABULARY_URL = "https://openaipublic.blob.core.windows.net/encodings"
+PATTERNS = {  # as in tiktoken_ext.openai_public, whose functions would download
+    "o200k_base": "|".join((
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+    )),
+    "cl100k_base": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+}  # fmt: skip
 
 
 def vocabulary_folders() -> list[Path]:
@@ -4700,8 +5308,26 @@ def find_vocabulary(name: str) -> Path | None:
     return None
 
 
+def vocabulary_state() -> Json:
+    """Where each vocabulary is found; "" where it is not (of `ctok` and `claude` nothing depends on it)."""
+    found: Json = {name: str(find_vocabulary(name) or "") for name in VOCABULARIES}
+    spec = importlib.util.find_spec("ctok")
+    return {**found, "ctok": str(spec.origin or "") if spec else ""}
+
+
+def source_of(name: str) -> str:
+    """What an encoding is made from: for Claude ctok, Anthropic's own vocabulary, or OpenAI's."""
+    if not name.startswith("claude-"):
+        return name
+    if importlib.util.find_spec("ctok"):
+        return name.replace("claude", "ctok")
+    return "claude" if find_vocabulary("claude") else "o200k_base"
+
+
 def load_encoding(name: str) -> Encoding | None:
-    """The encoding from its file, never from the network; None where there is no file."""
+    """An encoding from its file, never from the network; None without a file."""
+    if name.startswith("ctok-"):
+        return CtokEncoding(name)
     path = find_vocabulary(name)
     return read_encoding(name, path) if path else None
 
@@ -4709,21 +5335,44 @@ def load_encoding(name: str) -> Encoding | None:
 @functools.cache
 def read_encoding(name: str, path: Path) -> Encoding:
     """The encoding that a file holds, read once in a process: 0.25 s and 84 MB for o200k."""
-    import importlib
-
-    definitions: Any = importlib.import_module("tiktoken_ext.openai_public")
-
-    ranks = {}
-    for line in path.read_bytes().splitlines():
-        token, _, rank = line.partition(b" ")
-        ranks[base64.b64decode(token)] = int(rank)
-    original = definitions.load_tiktoken_bpe
-    definitions.load_tiktoken_bpe = lambda *args, **kwargs: ranks
-    try:
-        made: Encoding = tiktoken.Encoding(**getattr(definitions, name)())
-    finally:
-        definitions.load_tiktoken_bpe = original
+    if name == "claude":
+        return ClaudeEncoding(json.loads(path.read_text("utf-8")))
+    ranks = read_ranks(path.read_bytes().splitlines())
+    made: Encoding = tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens={})
     return made
+
+
+def read_ranks(lines: Iterable[bytes]) -> dict[bytes, int]:
+    pairs = (line.split() for line in lines if line)
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+class ClaudeEncoding:
+    """Anthropic's published tokenizer, of Claude 2: base64 tokens in the order of their ranks."""
+
+    name = "claude"
+
+    def __init__(self, data: Json) -> None:
+        _, first, *tokens = data["bpe_ranks"].split()
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokens, int(first))}
+        self.encoding = tiktoken.Encoding(
+            self.name, pat_str=data["pat_str"], mergeable_ranks=ranks, special_tokens=data["special_tokens"]
+        )
+
+    def encode_ordinary(self, text: str) -> Sequence[int]:
+        return self.encoding.encode_ordinary(unicodedata.normalize("NFKC", text))
+
+
+class CtokEncoding:
+    """The `ctok` package, where someone has installed it: exact for Claude, but slow."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.version = name, name.partition("-")[2]
+        self.token_count = importlib.import_module("ctok").token_count
+        self.frame = int(self.token_count("a", self.version)) - 1
+
+    def encode_ordinary(self, text: str) -> Sequence[int]:
+        return range(int(self.token_count(text, self.version)) - self.frame)
 
 
 class Vocabulary:
@@ -4732,23 +5381,26 @@ class Vocabulary:
     def __init__(self) -> None:
         self.loaded: dict[str, Encoding | None] = {}
         self.loading: set[str] = set()
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # two names may have one source, which is loaded once
 
     def get(self, name: str) -> Encoding | None:
         """The encoding where it is loaded; else None, and a thread sets out to load it."""
         if name in self.loaded:
             return self.loaded[name]
-        with self.lock:
-            if name not in self.loading:
-                self.loading.add(name)
-                threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
+        if name not in self.loading:
+            self.loading.add(name)
+            threading.Thread(target=self.load, args=(name,), daemon=True, name="ccmux-vocabulary").start()
         return None
 
     def load(self, name: str) -> Encoding | None:
-        """Loads an encoding now; for the command line, and for the thread."""
-        if name not in self.loaded:
-            self.loaded[name] = load_encoding(name)
-        return self.loaded[name]
+        """Loads an encoding now; for the command line, and for the thread. Names with one source share it."""
+        with self.lock:
+            if name not in self.loaded:
+                source = source_of(name)
+                if source not in self.loaded:
+                    self.loaded[source] = load_encoding(source)
+                self.loaded[name] = self.loaded[source]
+            return self.loaded[name]
 
     def forget_missing(self) -> None:
         """After a download: what was missing is looked for again."""
@@ -4758,14 +5410,16 @@ class Vocabulary:
                 self.loading.discard(name)
 
     def missing(self) -> list[str]:
-        return [name for name, encoding in self.loaded.items() if encoding is None]
+        """Vocabularies that were looked for in vain."""
+        return [n for n, encoding in self.loaded.items() if encoding is None and n in PATTERNS]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Store (SQLite)
 # ----------------------------------------------------------------------------------------------------------
-# Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers keep, in one
-# SQLite file that the server and the command line share. One thread writes; whatever waits is committed together.
+# Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers
+# keep, in one SQLite file that the server and the command line share. One thread writes; whatever waits is
+# committed together.
 
 LOCAL_USER = "local"  # the user of everyone who needs no key
 USER_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
@@ -4857,7 +5511,9 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """One client request as the request log keeps it: all that explains its charge. cost None: no known price."""
+    """One client request as the request log keeps it: all that explains its charge. cost None: no known
+    price.
+    """
 
     request_id: str
     user: str
@@ -4895,7 +5551,7 @@ TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
 def settlement_row(done: Settlement, time: str = "") -> Json:
     """A settlement as the row of the request log, in the column names of DESIGN's usage row."""
     usage = done.usage
-    return {
+    row = {
         "time": time or iso(datetime.now(UTC)), "request_id": done.request_id, "user": done.user,
         "session": done.session, "agent": done.agent, "asked": done.asked, "route": done.route,
         "provider": done.provider, "model": done.model, "stream": int(done.stream), "status": done.status,
@@ -4906,6 +5562,12 @@ def settlement_row(done: Settlement, time: str = "") -> Json:
         "duration_ms": done.duration_ms, "stop_reason": done.stop_reason, "price": json.dumps(done.price),
         "trail": json.dumps(done.trail),
     }  # fmt: skip
+    return {k: storable(v) if isinstance(v, str) else v for k, v in row.items()}
+
+
+def storable(text: str) -> str:
+    """Text that SQLite takes: half a surrogate pair, from JSON's \\ud800 or a header's bytes, is written out."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def iso(moment: datetime) -> str:
@@ -5032,12 +5694,15 @@ class Store:
         return batch, False
 
     def write_batch(self, batch: list[Write]) -> list[Write]:
-        """Writes a batch in one transaction, or, where that fails, one by one. Returns what must be tried again."""
+        """Writes a batch in one transaction, or, where that fails, one by one.
+
+        Returns what must be tried again.
+        """
         try:
             with self.transaction():
                 for write in batch:
                     self.attempt(write)
-        except sqlite3.Error:
+        except Exception:  # whatever it is, the writer must live on
             return self.write_each(batch)
         tell(batch)
         return []
@@ -5059,11 +5724,14 @@ class Store:
             try:
                 with self.transaction():
                     write.result, write.error = write.run(self.db), None
-            except (ApiError, sqlite3.Error) as error:
+            except Exception as error:
                 write.error = error
-                if write.keep and not isinstance(error, sqlite3.IntegrityError):
+                passing = isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
+                if write.keep and passing:
                     kept.append(write)
                     continue
+                if write.keep:
+                    log.exception("a settlement cannot be written")
             tell([write])
         return kept
 
@@ -5105,7 +5773,10 @@ class Store:
     async def hold(
         self, user_id: int, request_id: str, amount: int, *, enforce: bool, max_concurrent: int
     ) -> Hold:
-        """Sets credit aside for a request. ApiError 402 without funds, 429 for a budget or too many at once."""
+        """Sets credit aside for a request.
+
+        ApiError 402 without funds, 429 for a budget or too many at once.
+        """
 
         def run(db: sqlite3.Connection) -> Hold:
             if enforce:
@@ -5309,7 +5980,9 @@ class Store:
         }  # fmt: skip
 
     def budget_headers(self, user: User) -> dict[str, str]:
-        """`anthropic-ratelimit-unified-*` for users with a budget, so that Claude Code can show how much is left."""
+        """`anthropic-ratelimit-unified-*` for users with a budget, so that Claude Code can show how much is
+        left.
+        """
         today = self.now().astimezone(UTC)
         budgets = {"day": user.day_budget, "week": user.week_budget, "month": user.month_budget}
         used = [
@@ -5379,7 +6052,9 @@ class Store:
     def repriced(
         self, by: str, since: str, until: str, price: Price, markup_percent: Decimal
     ) -> dict[str, int]:
-        """What the same requests would have cost on a model of that price: charge by report key, micro-dollars."""
+        """What the same requests would have cost on a model of that price: charge by report key,
+        micro-dollars.
+        """
         columns = ", ".join(TOKEN_COLUMNS)
         rows = self.reader.execute(
             f"select {REPORT_KEYS[by]} as key, {columns} from requests "  # noqa: S608
@@ -5595,9 +6270,9 @@ def csv_cell(value: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------
 # Upstream (I/O)
 # ----------------------------------------------------------------------------------------------------------
-# Envoy's and nginx's promises are the standard: never retry once content has gone out, one deadline over all tries,
-# budgets so that retries cannot multiply, exactly one probe of a half-open breaker. RELIABILITY in the README tells
-# which failure goes where.
+# Envoy's and nginx's promises are the standard: never retry once content has gone out, one deadline over all
+# tries, budgets so that retries cannot multiply, exactly one probe of a half-open breaker. RELIABILITY in the
+# README tells which failure goes where.
 
 MAX_TRIES = 4  # of one client request, all targets together
 MAX_SLEEP = 15.0  # seconds of back-off of one client request
@@ -5609,7 +6284,10 @@ RATE_WAIT = 1.0  # a 429 that does not say how long
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through. Times are handed in."""
+    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through.
+
+    Times are handed in.
+    """
 
     failures: int = 0  # in a row
     recent: deque[tuple[float, bool]] = field(default_factory=deque)  # (time, ok) of the last minute
@@ -5681,12 +6359,13 @@ class Call:
     stream: bool
     format: str = "anthropic"  # of the client: anthropic or chat
     session: str = ""
-    tokens: int = 0  # counted input
+    tokens: int = 0  # input, counted or (is_counted false) told from the request's size
+    is_counted: bool = False
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
     wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
     on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
-    on_raw: Callable[[str, Any], None] = lambda kind, data: None  # the inspect recorder
+    on_raw: Callable[[str, bytes], None] | None = None  # the inspect recorder
     # What became of it:
     target: Target | None = None
     attempts: list[Json] = field(default_factory=list)
@@ -5762,7 +6441,10 @@ def key_id(key: str) -> str:
 
 
 class Watch:
-    """Ends a wait that lasts too long. One lazy timer looks now and then, so that a byte costs no timer of its own."""
+    """Ends a wait that lasts too long.
+
+    One lazy timer looks now and then, so that a byte costs no timer of its own.
+    """
 
     def __init__(self, tick: float) -> None:
         self.tick = tick
@@ -5852,7 +6534,10 @@ class Relay:
                     raise client_error(error, slot, call) from None
 
     async def try_slot(self, call: Call, slot: Slot, sink: Sink) -> None:
-        """One try: send, wait for content, relay. What it teaches goes into health, breaker and cool-downs."""
+        """One try: send, wait for content, relay.
+
+        What it teaches goes into health, breaker and cool-downs.
+        """
         health, breaker = self.health_of(slot.provider.name), self.breakers.setdefault(slot.id, Breaker())
         is_probe, began = breaker.begin(time.monotonic()), time.monotonic()
         health.active += 1
@@ -5972,7 +6657,8 @@ class Relay:
         streams = call.is_streamed(dialect)
         limit = provider.first_byte_timeout if streams else provider.response_timeout
         watch.wait(limit, "first byte")
-        call.on_raw("upstream request", request.data)
+        if call.on_raw:
+            call.on_raw("upstream_request", request.data)
         reused = Reused()
         try:
             response = await self.post(self.session, request, provider, reused)
@@ -6049,13 +6735,18 @@ class Relay:
         sink: Sink,
         watch: Watch,
     ) -> None:
-        """Relays an answer. Until its first content nothing goes out, and a fault is one that another try may mend."""
+        """Relays an answer.
+
+        Until its first content nothing goes out, and a fault is one that another try may mend.
+        """
         idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
         held = b""
         while not reader.ended and reader.error is None:
             data = await response.content.readany()
-            call.on_raw("upstream", data)
             out = reader.feed(data) if data else reader.finish()
+            if call.on_raw:
+                call.on_raw("upstream_answer", data)
+                call.on_raw("events", out + reader.ending)
             if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
                 call.first_content = time.monotonic()
                 call.target = slot.target
@@ -6099,7 +6790,8 @@ class Relay:
                     body += more
         except UPSTREAM_FAULTS():
             body = b""
-        call.on_raw("upstream", body)
+        if call.on_raw:
+            call.on_raw("upstream_answer", body)
         text = scrub(body.decode("utf-8", "replace"), call.config.secrets())
         try:
             payload = json.loads(text)
@@ -6126,7 +6818,10 @@ class Relay:
         return ApiError(504, words, retry=Retry.NEXT, cause="timeout")
 
     def fault(self, fault: BaseException, slot: Slot) -> ApiError:
-        """A failure below HTTP as an ApiError. Its own words may hold a URL with a key, so they are not passed on."""
+        """A failure below HTTP as an ApiError.
+
+        Its own words may hold a URL with a key, so they are not passed on.
+        """
         name = slot.provider.name
         if isinstance(fault, aiohttp.ServerTimeoutError):
             words = f"provider {name} could not be reached within {slot.provider.connect_timeout:g} s"
@@ -6359,7 +7054,8 @@ _REFUSES = re.compile(
 )
 
 
-# Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's signatures.
+# Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's
+# signatures.
 _SIGNATURE_REFUSED = re.compile(
     r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,60}verified"
 )
@@ -6411,7 +7107,9 @@ def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
 
 
 def forwarded(call: Call, to: Upstream) -> bytes:
-    """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must go."""
+    """What an Anthropic-format upstream gets: the client's own bytes, but for the model's name and what must
+    go.
+    """
     body, raw = call.body, call.raw
     if call.format != "anthropic" and not to.facts.sampling:
         body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
@@ -6491,7 +7189,7 @@ def with_model(raw: bytes, old: str, new: str) -> bytes:
     match = _MODEL_KEY.search(raw)
     if match is None or raw.count(b"{", 0, match.start()) != 1 or b"[" in raw[: match.start()]:
         match = top_level_model(raw)
-    if match is None or match[1] != old.encode():
+    if match is None or match[1] != old.encode("utf-8", "backslashreplace"):
         return compact({**json.loads(raw), "model": new})
     return raw[: match.start(1)] + json.dumps(new)[1:-1].encode() + raw[match.end(1) :]
 
@@ -6524,7 +7222,7 @@ def upstream_headers(call: Call, slot: Slot, dialect: Dialect) -> dict[str, str]
     headers["accept"] = "text/event-stream" if call.is_streamed(dialect) else "application/json"
     headers.update(dialect.headers)
     if dialect.request is None:
-        headers.update({k: v for k, v in call.headers.items() if _PASS_UP.fullmatch(k)})
+        headers.update(allowed_headers(call.headers, _PASS_UP))
     headers.update(auth_headers(slot, dialect, call))
     headers.update({k.lower(): v for k, v in slot.provider.headers.items()})
     return headers
@@ -6549,7 +7247,14 @@ def answer_headers(headers: Mapping[str, str], dialect: Dialect) -> dict[str, st
     """What of an Anthropic-format upstream's headers the client gets."""
     if dialect.request is not None:
         return {}
-    return {k.lower(): v for k, v in headers.items() if _PASS_DOWN.fullmatch(k.lower())}
+    return allowed_headers(headers, _PASS_DOWN)
+
+
+def allowed_headers(headers: Mapping[str, str], allowed: re.Pattern[str]) -> dict[str, str]:
+    """The headers that an allow-list names, but for those that Connection says are for one hop."""
+    lower = {k.lower(): v for k, v in headers.items()}
+    hop = {name.strip().lower() for name in lower.get("connection", "").split(",")}
+    return {k: v for k, v in lower.items() if allowed.fullmatch(k) and k not in hop and v.isascii()}
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -6570,7 +7275,9 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
-    """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's login."""
+    """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's
+    login.
+    """
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
         name = slot.provider.name
         words = (
@@ -6634,8 +7341,8 @@ def labels_text(labels: tuple[tuple[str, str], ...]) -> str:
 # ----------------------------------------------------------------------------------------------------------
 # HTTP API
 # ----------------------------------------------------------------------------------------------------------
-# Handlers are thin: guard, read, ask the sections above, answer. Every error leaves through one middleware, in
-# Anthropic's shape, with a request id.
+# Handlers are thin: guard, read, ask the sections above, answer. Every error leaves through one middleware,
+# in Anthropic's shape, with a request id.
 
 
 @dataclass(slots=True)
@@ -6655,9 +7362,68 @@ class State:
     calls: dict[str, Call] = field(default_factory=dict)  # in flight, by request id
     failures: dict[str, deque[float]] = field(default_factory=dict)  # times of wrong tokens, by address
     listeners: set[asyncio.Queue[Json]] = field(default_factory=set)  # of the live request log
+    recorder: Recorder = field(default_factory=lambda: Recorder())
     refused_counts: dict[str, float] = field(
         default_factory=dict
     )  # provider -> until when it is not asked to count
+
+
+class Recorder:
+    """Keeps the last requests whole while it is switched on: in memory only, and without keys."""
+
+    MOST = 20
+    LARGEST = 2**20  # bytes of each part that is kept
+
+    def __init__(self) -> None:
+        self.until = 0.0
+        self.held: OrderedDict[str, Json] = OrderedDict()
+
+    def switch(self, seconds: float) -> None:
+        self.until = time.monotonic() + seconds
+        if not seconds:
+            self.held.clear()
+
+    @property
+    def is_on(self) -> bool:
+        if self.until and time.monotonic() > self.until:
+            self.until = 0.0
+            self.held.clear()
+        return self.until > 0
+
+    def summary(self) -> Json:
+        left = max(self.until - time.monotonic(), 0) if self.is_on else 0
+        listed = ("id", "time", "asked", "route", "target", "status")
+        return {
+            "on_for_s": round(left),
+            "held": [{k: row.get(k) for k in listed} for row in reversed(self.held.values())],
+        }
+
+    def begin(self, call: Call) -> None:
+        """Starts a record and has the relay add to it."""
+        secrets_of = call.config.secrets()
+        record: Json = {
+            "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.body.get("model"),
+            "route": call.route.reason, "client_request": call.body, "upstream_request": "", "upstream_answer": "",
+            "events": "",
+        }  # fmt: skip
+        self.held[call.request_id] = record
+        while len(self.held) > self.MOST:
+            self.held.popitem(last=False)
+
+        def note(part: str, data: bytes) -> None:
+            if len(record[part]) < self.LARGEST:
+                record[part] += scrub(data.decode("utf-8", "replace"), secrets_of)
+
+        call.on_raw = note
+
+    def end(self, call: Call, status: int) -> None:
+        if record := self.held.get(call.request_id):
+            target = call.target or call.route.targets[0]
+            record |= {
+                "status": status,
+                "target": f"{target.provider}/{target.actual_model}",
+                "attempts": call.attempts,
+            }
 
 
 @functools.cache
@@ -6689,7 +7455,9 @@ CHANGING = {"POST", "PUT", "PATCH", "DELETE"}
 
 
 def guard(request: web.Request, config: Config) -> None:
-    """ApiError for what no handler should see: other hosts' names, other sites' pages, bodies that are not JSON."""
+    """ApiError for what no handler should see: other hosts' names, other sites' pages, bodies that are not
+    JSON.
+    """
     check_host(request, config)
     check_site(request)
     headers = request.headers
@@ -6909,22 +7677,36 @@ async def plan_call(
     headers = {k.lower(): v for k, v in request.headers.items()}
     early = await state.counter.count(body, "", asked_model(body)) if config.router.long_context else 0
     route = choose_route(body, headers, config, early)
-    changed = route.body
-    first = route.targets[0]
     refuse_safeguards(body, config, route)
-    return Call(
+    call = Call(
         request_id=request[request_key()],
-        body=changed or body,
-        raw=b"" if changed else raw,
+        body=route.body or body,
+        raw=b"" if route.body else raw,
         headers=headers,
         route=route,
         config=config,
         stream=body.get("stream") is True,
         format=format,
         session=session_of(body, headers),
-        tokens=await state.counter.count(changed or body, first.provider, first.actual_model),
         query=request.query_string,
     )
+    first = route.targets[0]
+    if needs_count(config, route):
+        call.tokens = await state.counter.count(call.body, first.provider, first.actual_model)
+        call.is_counted = True
+    else:
+        call.tokens = max(1, (request.content_length or len(raw)) // 4)
+    return call
+
+
+def needs_count(config: Config, route: Route) -> bool:
+    """Whether something needs the input counted: a rule, enforced credits, a translated answer's first usage.
+
+    A server that only forwards loads no vocabulary (84 MB): its holds go by the request's size.
+    """
+    formats = [p.format for t in route.targets if (p := config.provider(t.provider))]
+    translates = any(DIALECTS[f].request for f in formats)
+    return bool(config.router.long_context) or config.credits.enforce or translates
 
 
 def refuse_safeguards(body: Json, config: Config, route: Route) -> None:
@@ -6986,7 +7768,10 @@ class StreamSink:
             raise ClientGoneError from None
 
     async def ping_when_silent(self) -> None:
-        """Keeps the client waiting. What is written elsewhere is whole events, so a ping always fits between."""
+        """Keeps the client waiting.
+
+        What is written elsewhere is whole events, so a ping always fits between.
+        """
         while True:
             await asyncio.sleep(max(self.last + self.interval - time.monotonic(), 0.01))
             if time.monotonic() - self.last >= self.interval:
@@ -7032,6 +7817,7 @@ class Exchange:
         self.request, self.state, self.call, self.user = request, state, call, user
         self.hold: Hold | None = None
         self.settled: asyncio.Future[None] | None = None
+        self.done: Settlement | None = None
         self.began = time.monotonic()
         self.answered = False
         call.on_answer = self.on_answer
@@ -7043,13 +7829,15 @@ class Exchange:
         await self.place_hold()
         sink = self.sink()
         state.calls[call.request_id] = call
+        if state.recorder.is_on:
+            state.recorder.begin(call)
         error: ApiError | None = None
         try:
             await state.relay.run(call, sink)
             self.settle(None)
             await self.durable()
             assert call.reader is not None
-            return await sink.finish(call.reader.ending)
+            return await sink.finish(call.reader.ending + self.epilogue())
         except ApiError as failed:
             error = failed
             self.settle(error)
@@ -7063,6 +7851,10 @@ class Exchange:
             sink.close()
             state.calls.pop(call.request_id, None)
             self.settle(error)
+
+    def epilogue(self) -> bytes:
+        """What follows an answer's ending: nothing, but for the admin page's own requests."""
+        return b""
 
     def sink(self) -> StreamSink | WholeSink:
         if self.call.stream:
@@ -7126,7 +7918,9 @@ class Exchange:
         return input_floor(self.call.tokens, price, self.call.config.credits.markup_percent) if price else 0
 
     def usage(self, error: ApiError | None) -> Usage:
-        """The true usage where the upstream told it, else counted here and marked; none for what cost nothing."""
+        """The true usage where the upstream told it, else counted here and marked; none for what cost
+        nothing.
+        """
         call, reader = self.call, self.call.reader
         if reader is None or not call.first_content:
             gone = error is None and self.answered and not call.first_content
@@ -7137,6 +7931,9 @@ class Exchange:
             return told
         counted = self.state.relay.count_output(reader.output_text(), model)
         if told is None:
+            target = call.target or call.route.targets[0]
+            if not call.is_counted:
+                call.tokens = self.state.counter.count_now(call.body, target.provider, target.actual_model)
             return Usage(input=call.tokens, output=counted, estimated=True)
         return dataclasses.replace(told, output=max(told.output, counted), estimated=True)
 
@@ -7175,11 +7972,14 @@ class Exchange:
             stop_reason=call.reader.stop_reason if call.reader else "",
             trail=[list(step) for step in call.route.trail],
         )
+        self.done = done
         self.settled = self.state.store.settle(self.hold, done)
         self.tell(done)
 
     async def durable(self) -> None:
-        """Waits until the settlement is on disk; an answer that was made is not held back by a disk that is not."""
+        """Waits until the settlement is on disk; an answer that was made is not held back by a disk that is
+        not.
+        """
         assert self.settled is not None
         try:
             async with asyncio.timeout(5):
@@ -7206,16 +8006,20 @@ class Exchange:
             self.state.metrics.observe(
                 "ccmux_first_token_seconds", done.first_token_ms / 1000, provider=done.provider
             )
-        if done.status == 200 and not usage.estimated and call.tokens:
+        if done.status == 200 and not usage.estimated and call.is_counted:
             self.state.counter.observe(done.provider, done.model, call.tokens, usage.prompt)
         log.info("%s", log_line(done))
+        self.state.recorder.end(call, done.status)
         row = settlement_row(done)
         for listener in self.state.listeners:
             if not listener.full():
                 listener.put_nowait(row)
 
     def headers(self) -> dict[str, str]:
-        """The headers every answer of a model carries. The upstream's name of the model is only known once it answers."""
+        """The headers every answer of a model carries.
+
+        The upstream's name of the model is only known once it answers.
+        """
         target = self.call.target or self.call.route.targets[0]
         return {
             "request-id": self.call.request_id,
@@ -7411,7 +8215,8 @@ def api_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # Admin API
 # ----------------------------------------------------------------------------------------------------------
-# JSON for the two pages and for scripts. User endpoints answer for the key's own user; /admin/api needs the admin token.
+# JSON for the two pages and for scripts. User endpoints answer for the key's own user; /admin/api needs the
+# admin token.
 
 
 def page_query(request: web.Request) -> tuple[int, int]:
@@ -7439,12 +8244,15 @@ def query_time(request: web.Request, name: str) -> str:
     text = request.query.get(name, "")
     try:
         return iso_text(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ApiError(400, f"{name}: must be a date such as 2026-11-24 or a time in ISO 8601") from None
 
 
 def iso_text(text: str) -> str:
-    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "". ValueError for anything else."""
+    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "".
+
+    ValueError for anything else.
+    """
     if not text:
         return ""
     moment = datetime.fromisoformat(text)
@@ -7472,7 +8280,7 @@ def number_in(body: Json, name: str, *, optional: bool = False) -> int | None:
 
 def text_in(body: Json, name: str, longest: int = 500) -> str:
     value = body.get(name, "")
-    if not isinstance(value, str) or len(value) > longest:
+    if not isinstance(value, str) or len(value) > longest or storable(value) != value:
         raise ApiError(400, f"{name}: must be a text of at most {longest} characters")
     return value
 
@@ -7744,6 +8552,424 @@ def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit:
     return {"provider": target.provider, "model": target.actual_model, "ceiling_microusd": charge}
 
 
+# The config, seen and edited.
+
+SECRET_KEYS = ("api_key", "admin_token")
+
+
+def masked(secret: Any) -> Any:
+    """A secret as the admin page may see it: whether it is set, a reference as written, else its last four."""
+    if isinstance(secret, list):
+        return [masked(s) for s in secret]
+    if not isinstance(secret, str) or not secret:
+        return {"set": False, "last4": "", "reference": ""}
+    if secret.startswith("$") or secret == "passthrough":  # noqa: S105
+        return {"set": True, "last4": "", "reference": secret}
+    return {"set": True, "last4": secret[-4:] if len(secret) >= 12 else "", "reference": ""}
+
+
+def masked_table(table: Any) -> Any:
+    """A parsed table without its secrets, as JSON has it."""
+    if isinstance(table, dict):
+        out = {}
+        for key, value in table.items():
+            if key in SECRET_KEYS:
+                out[key] = masked(value)
+            elif key == "headers" and isinstance(value, dict):
+                out[key] = {name: masked(text) for name, text in value.items()}
+            else:
+                out[key] = masked_table(value)
+        return out
+    if isinstance(table, list):
+        return [masked_table(item) for item in table]
+    return (
+        float(table) if isinstance(table, Decimal) else table if isinstance(table, (str, int)) else str(table)
+    )
+
+
+def form_fields() -> Json:
+    """The config's keys as the pages' forms show them, from the dataclasses' own declarations."""
+    classes = {
+        "server": Server, "router": Router, "rules": PromptRule, "providers": Provider, "quirks": Quirks,
+        "models": Model, "mappings": Target, "credits": Credits,
+    }  # fmt: skip
+    return {
+        name: [form_field(cls, f) for f in dataclasses.fields(cls) if "help" in f.metadata]
+        for name, cls in classes.items()
+    }
+
+
+def form_field(cls: Any, field: Any) -> Json:
+    hint = str(type_hints(cls)[field.name])
+    words = "Price price tuple list dict table Pattern text bool bool int number float number Decimal number Quirks table"
+    kinds = zip(words.split()[::2], words.split()[1::2], strict=True)
+    kind = "secret" if field.metadata["secret"] else next((k for word, k in kinds if word in hint), "text")
+    default = field.default if field.default is not dataclasses.MISSING else {}
+    if isinstance(default, re.Pattern):
+        default = default.pattern
+    plain = (
+        default
+        if isinstance(default, (str, int, float, bool))
+        else list(default)
+        if isinstance(default, tuple)
+        else ""
+    )
+    choices = [c for c in field.metadata["choices"] if c]
+    return {
+        "name": field.name, "kind": "choice" if choices and kind == "text" else kind, "help": field.metadata["help"],
+        "default": plain if not isinstance(default, Decimal) else float(default), "choices": choices,
+        "secret": field.metadata["secret"],
+    }  # fmt: skip
+
+
+async def get_state(request: web.Request) -> web.StreamResponse:
+    """Everything the admin page shows at its start; keys masked."""
+    state = require_admin(request)
+    config = state.config
+    return web.json_response({
+        "version": __version__,
+        "uptime_s": round(time.monotonic() - state.started),
+        "path": config.path,
+        "config": masked_table(config.tables),
+        "config_hash": config.text_hash,
+        "config_error": state.config_error,
+        "warnings": list(config.warnings),
+        "providers": {p.name: provider_state(state, p) for p in config.providers},
+        "presets": {name: preset_json(row) for name, row in PRESETS.items()},
+        "formats": list(DIALECTS),
+        "fields": form_fields(),
+        "routes": {slot: getattr(config.router, slot) or "" for slot in ROUTE_SLOTS},
+        "names": model_names(config),
+        "unpriced": [name for name in model_names(config) if model_json(config, name)["price"] is None],
+        "calibration": [
+            {"provider": p, "model": m, "factor": round(f, 4), "samples": n} for p, m, f, n in state.counter.export()
+        ],
+        "vocabulary_missing": state.vocabulary.missing(),
+    })  # fmt: skip
+
+
+def provider_state(state: State, provider: Provider) -> Json:
+    url = (
+        endpoint_url(provider.base_url, DIALECTS[provider.format], model="MODEL") if provider.base_url else ""
+    )
+    return {**provider_health(state, provider), "url": url, "format": provider.format}
+
+
+def preset_json(row: Json) -> Json:
+    """A preset as the form offers it: where a key will be sent, and the variable it is usually in."""
+    url = endpoint_url(row["base_url"], DIALECTS[row["type"]], model="MODEL") if row["base_url"] else ""
+    return {
+        "type": row["type"],
+        "base_url": row["base_url"],
+        "url": url,
+        "api_key": row["api_key"],
+        "default": row["default"],
+    }
+
+
+def config_text(state: State) -> tuple[str, Path]:
+    """The config file's text and place; for a start without one, what the environment amounted to."""
+    if state.config.path:
+        path = Path(state.config.path).expanduser()
+        return path.read_bytes().decode("utf-8"), path
+    return state.config.text, ccmux_home() / "config.toml"
+
+
+def store_text(state: State, text: str, given_hash: Any) -> str:
+    """Checks and saves a new config text and swaps it in; the new hash.
+
+    ApiError 400 where it is wrong, 409 stale.
+    """
+    _, path = config_text(state)
+    if given_hash != state.config.text_hash:
+        raise ApiError(
+            409, "the config has changed since this page was loaded; load it again (nothing was saved)"
+        )
+    try:
+        config = load_config(text, os.environ, str(path))
+        check_binding(config)
+        save_config(path, text, state.config.text_hash)
+    except StaleError as error:
+        raise ApiError(409, str(error)) from None
+    except (ConfigError, OSError) as error:
+        raise ApiError(400, str(error)) from None
+    adopt_config(state, config)
+    return config.text_hash
+
+
+def adopt_config(state: State, config: Config) -> None:
+    """Swaps a config in; what only a start can change keeps its old value until then."""
+    state.config, state.config_error = config, ""
+    if config.server.admin_token:
+        state.admin_token = config.server.admin_token
+
+
+async def save_table(
+    request: web.Request, root: str, name: str | None, table: Json | None, hash: Any
+) -> web.Response:
+    """Saves one table; the answer carries the new hash."""
+    state = require_admin(request)
+    text, _ = config_text(state)
+    try:
+        edited = edit_toml(text, root, name, table)
+    except ConfigError as error:
+        raise ApiError(400, str(error)) from None
+    return web.json_response({"hash": store_text(state, edited, hash)})
+
+
+async def table_of(request: web.Request) -> tuple[Json, Any]:
+    """`{table, hash}` of a PUT; the keys of a table may also stand beside hash."""
+    body = strict_json(await read_body(request))
+    hash = body.pop("hash", None)
+    table = body.pop("table", body)
+    if not isinstance(table, dict):
+        raise ApiError(400, "table: must be an object with the TOML's own keys")
+    return table, hash
+
+
+def old_row(state: State, root: str, name: str) -> Json:
+    """The row as the file has it, secrets as written; {} for a new one."""
+    rows = as_list(tomllib.loads(config_text(state)[0]).get(root))
+    return next((row for row in rows if row.get("name") == name), {})
+
+
+async def put_provider(request: web.Request) -> web.StreamResponse:
+    """Makes or replaces a provider. A key left out stays, but never goes along to another address."""
+    state = require_admin(request)
+    name = request.match_info["name"]
+    table, hash = await table_of(request)
+    table = {"name": name, **table}
+    old = old_row(state, "providers", name)
+    kept = kept_secrets(old, table)
+    table = {
+        k: v for k, v in table.items() if v is not None and k not in kept and not (k == "api_key" and v == "")
+    }
+    if kept and address_of(state, table, name) == address_of(state, old, name):
+        table |= kept
+    return await save_table(request, "providers", name, table, hash)
+
+
+def kept_secrets(old: Json, new: Json) -> Json:
+    """The secrets of the old row that the new one leaves out (or has null, or masked, for)."""
+    kept: Json = {}
+    if "api_key" in old and (new.get("api_key") is None or is_mask(new["api_key"])):
+        kept["api_key"] = old["api_key"]
+    if "headers" in old and "headers" in new:
+        given = as_object(new["headers"])
+        headers = {k: old["headers"].get(k, "") if v is None or is_mask(v) else v for k, v in given.items()}
+        if headers != given:
+            kept["headers"] = headers
+    return kept
+
+
+def is_mask(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict) for v in value))
+
+
+def address_of(state: State, row: Json, name: str) -> str:
+    """The base URL a row amounts to, with its preset's where it has none of its own."""
+    return str(row.get("base_url") or PRESETS.get(str(row.get("type")), {}).get("base_url") or "").rstrip("/")
+
+
+async def delete_provider(request: web.Request) -> web.StreamResponse:
+    state = require_admin(request)
+    name = request.match_info["name"]
+    users = [m.name for m in state.config.models if any(t.provider == name for t in m.mappings)]
+    if users:
+        raise ApiError(409, f"provider {name!r} is used by model {', '.join(users)}; change them first")
+    return await remove_row(request, "providers", name)
+
+
+async def remove_row(request: web.Request, root: str, name: str) -> web.StreamResponse:
+    state = require_admin(request)
+    body = await body_of(request, ("hash",))
+    if not old_row(state, root, name):
+        raise ApiError(404, f"there is no {root[:-1]} {name!r}")
+    return await save_table(request, root, name, None, body.get("hash"))
+
+
+async def put_model(request: web.Request) -> web.StreamResponse:
+    require_admin(request)
+    table, hash = await table_of(request)
+    name = request.match_info["name"]
+    return await save_table(request, "models", name, {"name": name, **without_nulls(table)}, hash)
+
+
+def without_nulls(table: Json) -> Json:
+    return {k: v for k, v in table.items() if v is not None}
+
+
+async def delete_model(request: web.Request) -> web.StreamResponse:
+    state = require_admin(request)
+    name = request.match_info["name"]
+    slots = [slot for slot in ROUTE_SLOTS if getattr(state.config.router, slot) == name]
+    if slots:
+        raise ApiError(409, f"model {name!r} is what [router] {', '.join(slots)} names; change that first")
+    return await remove_row(request, "models", name)
+
+
+def put_single(root: str) -> Callable[[web.Request], Any]:
+    """The handler that replaces a single table: [router], [credits] or [server]."""
+
+    async def put(request: web.Request) -> web.StreamResponse:
+        state = require_admin(request)
+        table, hash = await table_of(request)
+        old = as_object(tomllib.loads(config_text(state)[0]).get(root))
+        token = table.get("admin_token")
+        if "admin_token" in old and (token is None or is_mask(token)):
+            table["admin_token"] = old["admin_token"]
+        return await save_table(request, root, None, without_nulls(table), hash)
+
+    return put
+
+
+async def post_provider_test(request: web.Request) -> web.StreamResponse:
+    """One tiny request to a saved provider over the live path."""
+    state = require_admin(request)
+    body = await body_of(request, ("model",))
+    provider = saved_provider(state, request.match_info["name"])
+    model = text_in(body, "model", 200) or provider_model(state.config, provider)
+    return web.json_response(await test_provider(state, provider, model))
+
+
+def saved_provider(state: State, name: str) -> Provider:
+    provider = state.config.provider(name)
+    if provider is None:
+        raise ApiError(404, f"there is no provider {name!r}; save it first")
+    return provider
+
+
+async def get_provider_models(request: web.Request) -> web.StreamResponse:
+    """The model names that a provider itself lists."""
+    state = require_admin(request)
+    return web.json_response(
+        {"models": await listed_models(state, saved_provider(state, request.match_info["name"]))}
+    )
+
+
+async def listed_models(state: State, provider: Provider) -> list[str]:
+    """The ids of a provider's model list; ApiError 502 where it gives none."""
+    dialect = DIALECTS[provider.format]
+    if dialect.is_local:
+        return [provider.default_model]
+    slot = state.relay.slots_of(Target(provider.name, ""), provider)[0]
+    call = Call("", {}, b"", {}, Route("", "", (), ()), state.config, stream=False)
+    headers = {**upstream_headers(call, slot, dialect), "accept": "application/json"}
+    url = endpoint_url(provider.base_url, dialect, "/models")
+    try:
+        async with asyncio.timeout(15):
+            proxy = provider.proxy or environment_proxy(provider.base_url)
+            answer = await state.relay.session.get(url, headers=headers, proxy=proxy, allow_redirects=False)
+            listed = await answer.json(content_type=None)
+    except UPSTREAM_FAULTS() as fault:
+        raise ApiError(502, f"provider {provider.name} gave no model list ({type(fault).__name__})") from None
+    rows = as_list(as_object(listed).get("data")) or as_list(as_object(listed).get("models"))
+    names = [
+        str(row.get("id") or row.get("name") or "").removeprefix("models/")
+        for row in rows
+        if isinstance(row, dict)
+    ]
+    if answer.status != 200 or not any(names):
+        raise ApiError(502, f"provider {provider.name} gave no model list (status {answer.status})")
+    return sorted(filter(None, names))
+
+
+async def get_config(request: web.Request) -> web.StreamResponse:
+    """The file's text; literal secrets in it are shown as marks that a save turns back."""
+    state = require_admin(request)
+    text = config_text(state)[0]
+    for secret, mark in secret_marks(text).items():
+        text = text.replace(secret, mark)
+    return web.json_response({"text": text, "hash": state.config.text_hash})
+
+
+def secret_marks(text: str) -> dict[str, str]:
+    """Each literal secret in a config text, longest first, with the mark that stands for it."""
+    tables = tomllib.loads(text)
+    found: list[Any] = [as_object(tables.get("server")).get("admin_token")]
+    for row in as_list(tables.get("providers")):
+        keys = row.get("api_key")
+        found += [*(keys if isinstance(keys, list) else [keys]), *as_object(row.get("headers")).values()]
+    literal = {s for s in found if isinstance(s, str) and s and not s.startswith("$") and s != "passthrough"}
+    return {s: f"[kept-{hash_text(s)}]" for s in sorted(literal, key=len, reverse=True)}
+
+
+async def put_config(request: web.Request) -> web.StreamResponse:
+    """Saves the whole text. A kept secret may not move to another address."""
+    state = require_admin(request)
+    body = await body_of(request, ("text", "hash"))
+    text = text_in(body, "text", 2**20)
+    marks = secret_marks(config_text(state)[0])
+    before, after = state.config, text
+    for secret, mark in marks.items():
+        after = after.replace(mark, secret)
+    try:
+        wanted = load_config(after, os.environ, before.path)
+    except ConfigError as error:
+        raise ApiError(400, str(error)) from None
+    for provider in wanted.providers:
+        old = before.provider(provider.name)
+        moved = old is None or old.base_url.rstrip("/") != provider.base_url.rstrip("/")
+        if moved and after != text and any(key in marks for key in provider.api_key):
+            raise ApiError(
+                400, f"provider {provider.name!r} has a new address: type its key again, or use $NAME"
+            )
+    return web.json_response({"hash": store_text(state, after, body.get("hash"))})
+
+
+async def get_backups(request: web.Request) -> web.StreamResponse:
+    _, path = config_text(require_admin(request))
+    found = [(p, p.stat()) for p in backup_paths(path.resolve()) if p.exists()]
+    rows = [
+        {"name": p.name, "time": iso(datetime.fromtimestamp(s.st_mtime, UTC)), "bytes": s.st_size}
+        for p, s in found
+    ]
+    return web.json_response({"backups": rows})
+
+
+async def post_try(request: web.Request) -> web.StreamResponse:
+    """A real request through the live path, streamed as raw events; a last `ccmux` event tells its route and
+    cost.
+    """
+    state = require_admin(request)
+    given = await body_of(request, ("body", "headers"))
+    body = {"max_tokens": 1024, **as_object(given.get("body")), "stream": True}
+    call = await plan_call(request, state, body, b"")
+    call.body = {**call.body, "stream": True}
+    return await Try(request, state, call, state.store.local_user()).serve()
+
+
+class Try(Exchange):
+    """An exchange of the admin page's, which tells its row of the request log at the end."""
+
+    def epilogue(self) -> bytes:
+        assert self.done is not None
+        row = {**settlement_row(self.done), "trail": self.done.trail, "price": self.done.price}
+        return b"event: ccmux\ndata: %s\n\n" % compact(row)
+
+
+async def get_inspect(request: web.Request) -> web.StreamResponse:
+    return web.json_response(require_admin(request).recorder.summary())
+
+
+async def put_inspect(request: web.Request) -> web.StreamResponse:
+    """Switches the recorder on for some minutes (at most 15), or off with 0."""
+    recorder = require_admin(request).recorder
+    body = await body_of(request, ("minutes",))
+    minutes = body.get("minutes")
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 <= minutes <= 15:
+        raise ApiError(400, "minutes: a number from 0 (off) to 15")
+    recorder.switch(minutes * 60)
+    return web.json_response(recorder.summary())
+
+
+async def get_inspected(request: web.Request) -> web.StreamResponse:
+    found = require_admin(request).recorder.held.get(request.match_info["id"])
+    if found is None:
+        raise ApiError(404, "that request is not held; the recorder keeps the last 20 while it is on")
+    return web.json_response(found)
+
+
 def admin_routes() -> list[web.RouteDef]:
     return [
         web.get("/api/me", get_me),
@@ -7753,6 +8979,21 @@ def admin_routes() -> list[web.RouteDef]:
         web.get("/api/requests", get_my_requests),
         web.get("/api/export", get_my_export),
         web.post("/api/purchase", post_purchase),
+        web.get("/admin/api/state", get_state),
+        web.put("/admin/api/providers/{name}", put_provider),
+        web.delete("/admin/api/providers/{name}", delete_provider),
+        web.post("/admin/api/providers/{name}/test", post_provider_test),
+        web.get("/admin/api/providers/{name}/models", get_provider_models),
+        web.put("/admin/api/models/{name:.+}", put_model),
+        web.delete("/admin/api/models/{name:.+}", delete_model),
+        *(web.put(f"/admin/api/{root}", put_single(root)) for root in ("router", "credits", "server")),
+        web.get("/admin/api/config", get_config),
+        web.put("/admin/api/config", put_config),
+        web.get("/admin/api/backups", get_backups),
+        web.post("/admin/api/try", post_try),
+        web.get("/admin/api/inspect", get_inspect),
+        web.put("/admin/api/inspect", put_inspect),
+        web.get("/admin/api/inspect/{id}", get_inspected),
         web.get("/admin/api/users", get_users),
         web.post("/admin/api/users", post_user),
         web.patch("/admin/api/users/{name}", patch_user),
@@ -7777,8 +9018,8 @@ def page_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # App and command line
 # ----------------------------------------------------------------------------------------------------------
-# `main` parses the command line; each sub-command is one function that returns its exit status. `serve` owns the
-# sockets and the signals; `make_app` is the whole server for tests.
+# `main` parses the command line; each sub-command is one function that returns its exit status. `serve` owns
+# the sockets and the signals; `make_app` is the whole server for tests.
 
 DEFAULT_PORT = 13456
 
@@ -7837,21 +9078,13 @@ async def note_reuse(session: Any, context: Any, params: Any) -> None:
 # Files and start.
 
 
-def config_path(given: str) -> Path | None:
-    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None where there is none."""
-    if given or os.environ.get("CCMUX_CONFIG"):
-        return Path(given or os.environ["CCMUX_CONFIG"]).expanduser()
-    places = (Path("config.toml"), ccmux_home() / "config.toml")
-    return next((p for p in places if p.exists()), None)
-
-
 def read_config(given: str) -> Config:
     """The config file, or the config that the environment amounts to; ConfigError in one line."""
     path = config_path(given)
     if path is None:
         return load_config(config_of_environment(os.environ, ollama_models()), os.environ)
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
@@ -7861,38 +9094,63 @@ def read_config(given: str) -> Config:
 
 
 def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
-    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else demo."""
-    found = [name for name, row in PRESETS.items() if env.get(str(row["api_key"]).strip("$"))]
-    found = list({PRESETS[name]["api_key"]: name for name in reversed(found)}.values())[::-1]
-    lines = [f'[[providers]]\nname = "{name}"\ntype = "{name}"\n' for name in found]
-    default = ""
-    if found and PRESETS[found[0]]["type"] != "anthropic":
-        default = f"{found[0]}/{PRESETS[found[0]]['default']}"
-    if found and found[0] != "anthropic" and not default:
-        default = f"{found[0]}/{PRESETS[found[0]]['default']}"
+    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else
+    demo.
+
+    The first key in the presets' order takes the requests: Anthropic by the names Claude Code asks for, others by the
+    model their preset names.
+    """
+    found = {str(row["api_key"]): name for name, row in reversed(PRESETS.items()) if row["api_key"]}
+    names = [
+        name for name in PRESETS if name in found.values() and has_key(env, str(PRESETS[name]["api_key"]))
+    ]
+    lines = [
+        f'[[providers]]\nname = "{name}"\ntype = "{name}"\napi_key = "{PRESETS[name]["api_key"]}"\n'
+        for name in names
+    ]
+    first = names[0] if names else ""
+    default = f"{first}/{PRESETS[first]['default']}" if first not in ("", "anthropic") else ""
     if ollama:
-        lines.append('[[providers]]\nname = "ollama"\ntype = "ollama"\nmodels = ' + json.dumps(ollama) + "\n")
-        default = default or ("" if found else f"ollama/{ollama[0]}")
+        base = ollama_url(env)
+        lines.append(
+            f'[[providers]]\nname = "ollama"\ntype = "ollama"\nbase_url = "{base}"\nmodels = {json.dumps(ollama)}\n'
+        )
+        default = default or ("" if names else f"ollama/{ollama[0]}")
     if not lines:
         return '[[providers]]\nname = "demo"\ntype = "demo"\n'
-    router = f"[router]\ndefault = {json.dumps(default)}\n" if default else ""
+    router = f"[router]\ndefault = {json.dumps(default)}\n\n" if default else ""
     return router + "\n".join(lines)
 
 
+def has_key(env: Mapping[str, str], reference: str) -> bool:
+    """Whether a preset's `$NAME` is set to a key; the one by which Claude Code comes here is none of
+    Anthropic's.
+    """
+    name = reference.removeprefix("$")
+    host = urllib.parse.urlsplit(env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com").hostname
+    return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or host == "api.anthropic.com")
+
+
+def ollama_url(env: Mapping[str, str]) -> str:
+    """Where $OLLAMA_HOST says Ollama is, as its own client reads it."""
+    host = env.get("OLLAMA_HOST") or "127.0.0.1"
+    parts = urllib.parse.urlsplit(host if "://" in host else f"http://{host}")
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1"}.get(parts.hostname or "", parts.hostname)  # noqa: S104
+    return f"{parts.scheme}://{f'[{name}]' if ':' in str(name) else name}:{parts.port or 11434}"
+
+
 def ollama_models() -> list[str]:
-    """The models of a local Ollama; [] where none answers within a moment."""
-    host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-    url = (host if "://" in host else f"http://{host}").replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+    """The models of a local Ollama that can chat; [] where none answers within a moment."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{url}/api/tags", timeout=0.3) as answer:  # noqa: S310
-            tags = json.load(answer)
-    except (OSError, ValueError):
+        with direct.open(f"{ollama_url(os.environ)}/api/tags", timeout=0.3) as answer:
+            tags = as_object(json.load(answer))
+    except (OSError, ValueError, http.client.HTTPException):
         return []
-    return [
-        str(m["name"])
-        for m in as_list(as_object(tags).get("models"))
-        if isinstance(m, dict) and m.get("name")
+    names = [
+        str(row["name"]) for row in as_list(tags.get("models")) if isinstance(row, dict) and row.get("name")
     ]
+    return [name for name in names if "embed" not in name]
 
 
 def database_path(config: Config) -> str:
@@ -8005,7 +9263,8 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
 
 
 def calm_collector() -> None:
-    """Fewer garbage collections: a parsed request is thousands of objects that are freed by count, not by cycles.
+    """Fewer garbage collections: a parsed request is thousands of objects that are freed by count, not by
+    cycles.
 
     With Python's defaults a tenth of a request's CPU went there.
     """
@@ -8116,26 +9375,23 @@ async def drain(state: State, server: asyncio.Server) -> None:
     deadline = time.monotonic() + state.config.server.drain_timeout
     if state.calls:
         log.info("stopping: %d requests have up to %g s", len(state.calls), state.config.server.drain_timeout)
-    while state.calls and time.monotonic() < deadline:
+    while state.calls and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
     for call in list(state.calls.values()):
         call.stop()
     until = time.monotonic() + 2
-    while state.calls and time.monotonic() < until:
+    while state.calls and time.monotonic() < until:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
 async def watch_config(state: State, args: argparse.Namespace) -> None:
     """Swaps the config in when its file has changed; a broken file keeps the old one and says so."""
-    if not state.config.path:
-        return
-    path = Path(state.config.path)
-    seen = stamp_of(path)
+    path, seen = state.config.path, stamp_of(Path(state.config.path))
     while True:
         await asyncio.sleep(0.5)
-        now = stamp_of(path)
-        if now != seen:
-            seen = now
+        now = stamp_of(Path(state.config.path))
+        if state.config.path and (now != seen or path != state.config.path):
+            path, seen = state.config.path, now
             reload_config(state, args)
 
 
@@ -8173,65 +9429,94 @@ def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
 
 def start_text(config: Config, port: int, token: str) -> str:
     """What a newcomer needs to know, once, at the start."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(config.server.host, config.server.host)  # noqa: S104
-    url = f"http://{host}:{port}"
-    key = "a user's key" if config.server.require_key else "any-text"
-    lines = [
+    url = client_url(config, port)
+    key = "YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local"
+    return "\n".join([
         f"ccmux {__version__} at {url}",
         f"  config     {config.path or what_was_found(config)}",
         f"  dashboard  {url}/",
         f"  admin      {url}/admin#token={token}",
         "  Claude Code, in another terminal:",
-        f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_API_KEY={key}",
+        f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key}",
         "    claude",
-    ]
-    return "\n".join(lines)
+    ])  # fmt: skip
 
 
 def what_was_found(config: Config) -> str:
     names = [p.name for p in config.providers]
+    hint = "`ccmux.py init` writes a config"
     if names == ["demo"]:
-        return "none: no key in the environment and no Ollama, so the built-in demo answers (`ccmux.py init` writes a config)"
-    route = default_model(config, "whatever Claude Code asks for")
-    return (
-        f"none: using {', '.join(names)} as found; requests go to {route} (`ccmux.py init` writes a config)"
-    )
+        return f"none; no key in the environment and no Ollama, so the built-in demo answers ({hint})"
+    route = default_model(config, "the model asked for")
+    return f"none; found {', '.join(names)}; Claude Code's requests go to {route} ({hint})"
 
 
-# Commands.
+def client_url(config: Config, port: int = 0) -> str:
+    """The address that clients on this machine use."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)  # noqa: S104
+    return f"http://{f'[{host}]' if ':' in host else host}:{port or config.server.port}"
+
+
+# Commands. Each is a function of its parsed arguments that returns the exit status.
+
+
+def painted(word: str, width: int = 0) -> str:
+    """A status word, coloured where a person looks at a terminal that shows colours."""
+    color = {"ok": 32, "note": 33, "FAILED": 31}.get(word)
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return f"{word:{width}}" if plain or not color else f"\033[{color}m{word:{width}}\033[0m"
+
+
+def print_table(rows: Iterable[Iterable[str]], right: bool = False) -> None:
+    """Columns as wide as they need; `right` aligns all but the first to the right."""
+    table = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = [
+            f"{c:>{w}}" if right and n else f"{c:{w}}"
+            for n, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
 
 
 def model_command(args: argparse.Namespace) -> int:
-    """Providers, models and routes as ccmux sees them."""
+    """Shows the providers, the models with their targets and prices, and the routes, as ccmux sees them."""
     config = read_config(args.config)
     print("providers")
-    for p in config.providers:
-        word = "ok" if p.usable else p.problem or "disabled"
-        print(
-            f"  {p.name:20} {p.type:14} {word:10} {endpoint_url(p.base_url, DIALECTS[p.format]) if p.base_url else ''}"
-        )
+    states = [p.problem or ("ok" if p.enabled else "disabled") for p in config.providers]
+    rows = zip(config.providers, states, strict=True)
+    print_table([(f"  {p.name}", p.type, state, provider_url(p)) for p, state in rows])
     print("models")
-    for name in model_names(config):
-        targets = ", ".join(f"{t.provider}/{t.actual_model}" for t in resolve(config, name))
-        print(f"  {name:28} {targets}")
+    found = [(name, target) for name in model_names(config) for target in resolve(config, name)]
+    print_table(
+        (f"  {n}", f"{t.provider}/{t.actual_model}", price_text(price_of(config, t, n))) for n, t in found
+    )
+    print("" if found else "  none of its own: Claude's names go to the default route")
     print("routes")
-    for slot in ROUTE_SLOTS:
-        model = getattr(config.router, slot) or (
-            default_model(config, "<as asked>") if slot == "default" else ""
-        )
-        print(f"  {slot:14} {model or '-'}")
+    default = default_model(config, "<the name asked for>")
+    slots = {slot: getattr(config.router, slot) or "-" for slot in ROUTE_SLOTS} | {"default": default}
+    print_table([(f"  {slot}", model) for slot, model in slots.items()])
     return 0
 
 
+def provider_url(provider: Provider) -> str:
+    return (
+        endpoint_url(provider.base_url, DIALECTS[provider.format]) if provider.base_url else "in this process"
+    )
+
+
+def price_text(price: Price | None) -> str:
+    return f"${price.input:f} in, ${price.output:f} out per million" if price else "price unknown"
+
+
 def check_command(args: argparse.Namespace) -> int:
-    """Whether the config is sound; with --live one tiny request to each provider."""
+    """Says whether the config is sound; with --live it also sends one tiny request to each provider."""
     config = read_config(args.config)
     check_binding(config)
     for warning in config.warnings:
-        print(f"warning: {warning}")
-    print(
-        f"config {config.path or '(none)'}: ok, {len(config.providers)} providers, {len(config.models)} models"
-    )
+        print(f"{painted('note', 7)} {warning}")
+    counts = f"providers: {len(config.providers)}, models: {len(config.models)}"
+    print(f"{painted('ok', 7)} {config.path or 'no config file: the environment'}: {counts}")
     if not args.live:
         return 1 if config.warnings else 0
     return asyncio.run(check_live(config))
@@ -8246,11 +9531,8 @@ async def check_live(config: Config) -> int:
             model = provider_model(config, provider)
             result = await test_provider(state, provider, model)
             failed += not result["ok"]
-            word = "ok" if result["ok"] else "FAILED"
-            print(
-                f"  {provider.name:20} {word:7} {model or '-':28} {result['ms']} ms {result['error']}",
-                flush=True,
-            )
+            word = painted("ok" if result["ok"] else "FAILED", 7)
+            print(f"{word} {provider.name}/{model or '-'}  {result['ms']} ms  {result['error']}", flush=True)
     finally:
         await close_state(state)
         store.close()
@@ -8285,39 +9567,103 @@ async def test_provider(state: State, provider: Provider, model: str) -> Json:
 
 
 def explain_command(args: argparse.Namespace) -> int:
-    """Which model a request would go to, rule by rule, with its token count and the most it can cost."""
+    """Shows which model a request would go to, rule by rule, with its token count and the most it can cost."""
     config = read_config(args.config)
     raw = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
     try:
         told = explain(config, strict_json(raw, args.file), {}, TokenCounter(Vocabulary().load))
     except ApiError as error:
         raise ConfigError(f"{args.file}: {error.message}") from None
-    for reason, note in told["trail"]:
-        print(f"  {reason:13} {note}")
-    print(f"model     {told['model']} ({told['reason']})")
+    print_table([(f"  {reason}", note) for reason, note in told["trail"]])
+    print(f"model     {told['model']} (by {told['reason']})")
     for target in told["targets"]:
-        print(
-            f"target    {target['provider']}/{target['model']}: at most {dollars(target['ceiling_microusd'])}"
-        )
+        ceiling = target["ceiling_microusd"]
+        cost = "price unknown" if ceiling is None else f"at most {money(ceiling)}"
+        print(f"target    {target['provider']}/{target['model']}, {cost}")
     print(f"tokens    {told['tokens']} counted")
     return 0
 
 
+def token_command(args: argparse.Namespace) -> int:
+    """Prints the admin token, making it if there is none yet."""
+    print(admin_token_of(read_config(args.config)))
+    return 0
+
+
+def statusline_command(args: argparse.Namespace) -> int:
+    """Prints one line for Claude Code's statusLine command: model, session's cost, today's cost, balance."""
+    print(statusline(args.config))
+    return 0
+
+
+def init_command(args: argparse.Namespace) -> int:
+    """Writes a commented config.toml from the keys found in the environment; never over one that is there."""
+    path = Path(args.config or os.environ.get("CCMUX_CONFIG") or ccmux_home() / "config.toml").expanduser()
+    if path.exists():
+        raise ConfigError(f"{path} is there already; edit it, or name another file with --config")
+    text = INIT_HEAD + config_of_environment(os.environ, ollama_models()) + INIT_TAIL
+    load_config(text, os.environ, str(path))
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    used = config_path("")
+    flag = "" if used and used.resolve() == path.resolve() else f" --config {shlex.quote(str(path))}"
+    print(f"wrote {path}\nstart ccmux with: python3 {shlex.quote(sys.argv[0])}{flag}")
+    return 0
+
+
+INIT_HEAD = """\
+# ccmux config. config.example.toml beside ccmux.py shows every key; `ccmux.py check` tells whether this file
+# is sound. Keys are best left in the environment: api_key = "$NAME" reads the variable NAME.
+
+"""
+INIT_TAIL = """
+# A name of your own for one or more upstream models; they are tried by priority until one answers:
+# [[models]]
+# name = "sonnet"
+# [[models.mappings]]
+# provider = "openrouter"
+# actual_model = "z-ai/glm-5.3"
+# priority = 1
+#
+# Then send background work to a cheap model, and hard thinking to a strong one:
+# [router]
+# default = "sonnet"
+# background = "openrouter/z-ai/glm-5.3-flash"
+# think = "anthropic/claude-opus-5-5"
+"""
+
+
+# Claude Code: its variables, its settings, and running it.
+
+
 def client_environment(config: Config, url: str) -> dict[str, str]:
-    """The variables that point Claude Code here. ANTHROPIC_API_KEY is left alone where it is set to a ccmux key."""
-    model = config.model(default_model(config, ""))
-    context = model.context if model else 0
-    haiku = "claude-haiku-4-5"
-    out = {
+    """The variables that point Claude Code here.
+
+    The key is $CCMUX_KEY, where one is set. A passthrough provider needs Claude Code's own login, so no key is set then.
+    """
+    name = default_model(config, "")
+    targets = resolve(config, name)
+    context = context_of(config, name, targets) or (
+        facts_of(targets[0].actual_model).context if targets else 0
+    )
+    key = os.environ.get("CCMUX_KEY") or ("YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local")
+    own = any(p.passthrough for p in config.providers if p.usable) and "CCMUX_KEY" not in os.environ
+    return {
         "ANTHROPIC_BASE_URL": url,
-        "ANTHROPIC_API_KEY": os.environ.get("CCMUX_KEY", "ccmux-local"),
-        "ANTHROPIC_DEFAULT_HAIKU_MODEL": haiku,
+        **({} if own else {"ANTHROPIC_AUTH_TOKEN": key}),
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": "claude-haiku-4-5",
         "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
+        **({"CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context)} if context else {}),
     }
-    return out | ({"CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context)} if context else {})
 
 
-SHELLS = {"bash": "export {}={}", "fish": "set -gx {} {};", "powershell": "$env:{} = {}", "cmd": "set {}={}"}
+SHELLS = {
+    "bash": "export {}={}",
+    "fish": "set -gx {} {};",
+    "powershell": "$env:{} = {}",
+    "cmd": 'set "{}={}"',
+}
 
 
 def quoted_for(shell: str, value: str) -> str:
@@ -8327,119 +9673,1096 @@ def quoted_for(shell: str, value: str) -> str:
 
 
 def env_command(args: argparse.Namespace) -> int:
-    """The variables that point Claude Code here, for a shell to read."""
+    """Prints the variables that point Claude Code here, as commands of a shell or as JSON."""
     config = with_overrides(read_config(args.config), args)
-    variables = client_environment(config, f"http://{config.server.host}:{config.server.port}")
+    variables = client_environment(config, client_url(config))
     if args.shell == "json":
         print(json.dumps(variables, indent=2))
-        return 0
-    for name, value in variables.items():
-        print(SHELLS[args.shell].format(name, quoted_for(args.shell, value)))
+    else:
+        for name, value in variables.items():
+            print(SHELLS[args.shell].format(name, quoted_for(args.shell, value)))
+    if config.server.require_key and not os.environ.get("CCMUX_KEY"):
+        print(f"ccmux: {NEEDS_KEY}", file=sys.stderr)
     return 0
 
 
-def token_command(args: argparse.Namespace) -> int:
-    """The admin token, made if there is none yet."""
-    print(admin_token_of(read_config(args.config)))
-    return 0
+NEEDS_KEY = "this ccmux asks for a user's key: set CCMUX_KEY to one (`ccmux.py user add NAME` makes one)"
 
 
-def init_command(args: argparse.Namespace) -> int:
-    """Writes a commented config from the keys found; never over one that is there."""
-    path = Path(args.config or os.environ.get("CCMUX_CONFIG") or ccmux_home() / "config.toml").expanduser()
-    if path.exists():
-        raise ConfigError(f"{path} is there already; edit it, or name another file with --config")
-    text = INIT_HEAD + config_of_environment(os.environ, ollama_models()) + INIT_TAIL
-    load_config(text, os.environ, str(path))
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-    print(f"wrote {path}; start with: python3 {Path(sys.argv[0]).name} --config {path}")
-    return 0
-
-
-INIT_HEAD = """\
-# ccmux config. config.example.toml beside ccmux.py shows every key; `ccmux.py check` tells whether this file is sound.
-# Keys are best left in the environment: api_key = "$NAME" reads the variable NAME.
-
-"""
-INIT_TAIL = """
-# [[models]]                        # a name of your own for one or more upstream models, tried in order
-# name = "sonnet"
-# [[models.mappings]]
-# provider = "openrouter"
-# actual_model = "z-ai/glm-5.3"
-# priority = 1
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="ccmux.py", description="Claude Code with any model of any provider.")
-    top.add_argument("--version", action="version", version=f"ccmux {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="command")
-    for name, run, help in COMMANDS:
-        command = commands.add_parser(name, help=help, description=run.__doc__)
-        command.set_defaults(run=run)
-        command.add_argument(
-            "--config", default="", metavar="F", help="config file (default: see the README)"
+def code_command(args: argparse.Namespace) -> int:
+    """Runs Claude Code through ccmux: starts ccmux unless it runs, runs `claude`, stops what it started."""
+    known = [shutil.which("claude"), Path.home() / ".local/bin/claude", Path.home() / ".claude/local/claude"]
+    claude = next((str(path) for path in known if path and os.access(path, os.X_OK)), "")
+    if not claude:
+        raise ConfigError(
+            "there is no `claude` here: npm install -g @anthropic-ai/claude-code, and try again"
         )
-        for flags, options in FLAGS.get(name, ()):
-            command.add_argument(*flags, **options)
+    config = read_config(args.config)
+    if config.server.require_key and not os.environ.get("CCMUX_KEY"):
+        raise ConfigError(NEEDS_KEY)
+    with running_server(config) as url:
+        variables = {**os.environ, **client_environment(config, url)}
+        if "ANTHROPIC_AUTH_TOKEN" in client_environment(config, url):
+            variables.pop("ANTHROPIC_API_KEY", None)  # two credentials make Claude Code ask which
+        return run_child([claude, *args.rest], variables)
+
+
+def run_child(command: list[str], variables: dict[str, str]) -> int:
+    """Runs a command in the foreground; its exit status as a shell has it. Signals are its own to heed."""
+    child = subprocess.Popen(command, env=variables)  # noqa: S603
+    heeded = {signal.SIGINT: lambda *_: None}
+    for name in ("SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            heeded[number] = lambda *_: child.terminate()
+    before = {number: signal.signal(number, act) for number, act in heeded.items()}
+    try:
+        status = child.wait()
+    finally:
+        for number, act in before.items():
+            signal.signal(number, act)
+    return status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def running_server(config: Config) -> Iterator[str]:
+    """The address of a ccmux with this config: one that runs, else one that is started here and stopped at
+    the end.
+    """
+    port = config.server.port or free_port()
+    url = client_url(config, port)
+    if is_ccmux(url):
+        yield url
+        return
+    path = home_of(config) / "ccmux.log"
+    command = [sys.executable, os.path.abspath(__file__), "serve", "--port", str(port)]
+    command += ["--config", config.path] if config.path else []
+    # A session of its own: Ctrl-C in the terminal is for claude.
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log_file:
+        server = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
+        )
+    try:
+        wait_for_server(server, url, path)
+        yield url
+    finally:
+        stop_server(server)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def is_ccmux(url: str) -> bool:
+    """Whether a ccmux answers there; ConfigError where something else does."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url}/health", timeout=2) as answer:
+            server = answer.headers.get("Server")
+    except urllib.error.HTTPError as error:
+        server = error.headers.get("Server")
+    except (OSError, http.client.HTTPException) as error:
+        if "refused" in str(error):
+            return False
+        server = str(error)
+    if server != "ccmux":
+        raise ConfigError(f"something else answers at {url} ({server}); [server] port sets another one")
+    return True
+
+
+def wait_for_server(server: subprocess.Popen[bytes], url: str, path: Path) -> None:
+    print(f"ccmux: starting at {url}, its log is {path}", file=sys.stderr, flush=True)
+    end = time.monotonic() + 30
+    while server.poll() is None and time.monotonic() < end:
+        if is_ccmux(url):
+            return
+        time.sleep(0.05)
+    words = path.read_text("utf-8", "replace").strip().splitlines()
+    raise ConfigError(
+        words[-1].removeprefix("ccmux: ") if words else f"ccmux did not start within 30 s; see {path}"
+    )
+
+
+def stop_server(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(1)
+    except subprocess.TimeoutExpired:
+        print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
+        try:
+            server.wait(30)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            server.kill()
+
+
+def setup_command(args: argparse.Namespace) -> int:
+    """Points Claude Code here for good, in its own settings; --undo puts them back as they were."""
+    folder = Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude")
+    path = Path(os.path.realpath(folder / "settings.json"))
+    before, ours = (path.with_name(f"settings.json.{word}") for word in ("before-ccmux", "by-ccmux"))
+    old = path.read_bytes() if path.exists() else None
+    if args.undo:
+        new = undone(old, before, ours)
+    else:
+        config = with_overrides(read_config(args.config), args)
+        new = settings_with(old, client_environment(config, client_url(config)), statusline_shell(config))
+    show_change(path, old, new)
+    if new is None:
+        path.unlink(missing_ok=True)
+    elif new != old:
+        write_whole(path, new)
+    if args.undo:
+        before.unlink(missing_ok=True)
+        ours.unlink()
+        return 0
+    if old is not None and not ours.exists():
+        write_whole(before, old)
+    write_whole(ours, new or b"")
+    print(f"Claude Code now uses {client_url(config)}; `ccmux.py setup --undo` puts the file back as it was")
+    return 0
+
+
+def settings_with(old: bytes | None, variables: Mapping[str, str], shell: str) -> bytes:
+    """Claude Code's settings with these variables in their `env`, and a status line where there is none."""
+    settings = settings_of(old)
+    kept = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
+    settings["env"] = {**kept, **variables}
+    settings.setdefault("statusLine", {"type": "command", "command": shell})
+    indent = re.search(rb"\n([ \t]+)\"", old or b"")
+    return (
+        json.dumps(settings, indent=indent[1].decode() if indent else 2, ensure_ascii=False) + "\n"
+    ).encode()
+
+
+# What `env`, `code` and `setup` decide about, so that no old value of one is left beside the others' new
+# ones.
+MANAGED = (
+    "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
+    "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
+)  # fmt: skip
+
+
+def settings_of(data: bytes | None) -> Json:
+    try:
+        settings = json.loads(data or b"{}")
+    except ValueError as error:
+        raise ConfigError(f"Claude Code's settings.json is not valid JSON ({error}); mend it first") from None
+    if not isinstance(settings, dict):
+        raise ConfigError("Claude Code's settings.json is not a JSON object; mend it first")
+    return settings
+
+
+def undone(old: bytes | None, before: Path, ours: Path) -> bytes | None:
+    """The settings as they were (None: there were none); where they were changed since, only what setup did
+    goes.
+    """
+    if not ours.exists():
+        raise ConfigError("there is nothing to undo: ccmux.py setup was not used here")
+    original = before.read_bytes() if before.exists() else None
+    if old == ours.read_bytes():
+        return original
+    now, first, made = settings_of(old), settings_of(original), settings_of(ours.read_bytes())
+    environment = {k: v for k, v in as_object(now.get("env")).items() if k not in MANAGED}
+    environment |= {k: v for k, v in as_object(first.get("env")).items() if k in MANAGED}
+    now |= {"env": environment}
+    if not environment and "env" not in first:
+        del now["env"]
+    if now.get("statusLine") == made.get("statusLine") != first.get("statusLine"):
+        del now["statusLine"]
+    return (json.dumps(now, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def statusline_shell(config: Config) -> str:
+    """The status line's command. `-m` uses the compiled file, which `python3 ccmux.py` cannot."""
+    flag = ["--config", os.path.abspath(config.path)] if config.path else []
+    if os.name == "nt":
+        return subprocess.list2cmdline([sys.executable, os.path.abspath(__file__), "statusline", *flag])
+    folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+    return f"PYTHONPATH={folder} {shlex.join([sys.executable, '-m', 'ccmux', 'statusline', *flag])}"
+
+
+def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:
+    was, now = ((data or b"").decode("utf-8", "replace").splitlines() for data in (old, new))
+    lines = list(difflib.unified_diff(was, now, str(path), f"{path} (new)", lineterm="", n=1))
+    secret = re.compile(r'("[^"]*(?:KEY|TOKEN|SECRET)[^"]*": ")(?!ccmux-local)[^"]+', re.I)
+    print("\n".join(secret.sub(r"\1...", line) for line in lines) or f"{path} stays as it is")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replaces a file in one step, keeping its mode (0600 for a new one)."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+# Money.
+
+
+def open_store(config: Config, to_read: bool = True) -> contextlib.closing[Store]:
+    """The database beside a server or without one; ConfigError where there is nothing to read."""
+    path = database_path(config)
+    if path == ":memory:":
+        raise ConfigError(
+            '[server] database is ":memory:", which keeps nothing; name a file to use this command'
+        )
+    if to_read and not os.path.exists(path):
+        raise ConfigError(f"there is no database {path} yet; it is made when ccmux first runs")
+    return contextlib.closing(Store(path))
+
+
+def microdollars(text: str) -> int:
+    """Dollars as a person writes them -> micro-dollars."""
+    try:
+        amount = Decimal(text.removeprefix("$")) * 10**6
+        whole = int(amount)
+    except (InvalidOperation, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of dollars such as 5 or 1.50") from None
+    if whole != amount or abs(whole) > 10**15:
+        raise argparse.ArgumentTypeError(f"{text!r} must have at most 6 decimals and be below a billion")
+    return whole
+
+
+def budget(text: str) -> int | None:
+    """A budget in dollars -> micro-dollars; `none` -> None."""
+    amount = None if text == "none" else microdollars(text)
+    if amount is not None and amount < 0:
+        raise argparse.ArgumentTypeError("a budget cannot be below 0; `none` takes it away")
+    return amount
+
+
+def budgets_of(args: argparse.Namespace) -> dict[str, int | None]:
+    return {f"{name}_microusd": getattr(args, name) for name in PERIODS if hasattr(args, name)}
+
+
+PERIODS = ("day", "week", "month")
+
+
+def user_add(args: argparse.Namespace) -> int:
+    """Adds a user and shows the key, which is not kept and cannot be shown again."""
+    config = read_config(args.config)
+    credit = int(config.credits.starting_credit * 10**6) if args.credit is None else args.credit
+    with open_store(config, to_read=False) as store:
+        user, key = store.add_user(args.name, credit, budgets_of(args), args.note)
+        print_users(store, [user])
+    print_key(config, key)
+    return 0
+
+
+def print_key(config: Config, key: str) -> None:
+    print(f"key       {key}   (shown this once)")
+    print(f"for them  export ANTHROPIC_BASE_URL={client_url(config)} ANTHROPIC_AUTH_TOKEN={key}")
+
+
+def user_list(args: argparse.Namespace) -> int:
+    """Lists the users with their balances, what they spent, and their budgets."""
+    with open_store(read_config(args.config)) as store:
+        print_users(store, store.users())
+    return 0
+
+
+def print_users(store: Store, users: list[User]) -> None:
+    rows: list[tuple[str, ...]] = [("name", "balance", "held", "today", "month", "budgets", "note")]
+    for user in users:
+        told = store.user_json(user)
+        limits = {name: told["budgets"][f"{name}_microusd"] for name in PERIODS}
+        texts = [f"{money(amount)} a {name}" for name, amount in limits.items() if amount is not None]
+        amounts = ("balance_microusd", "held_microusd", "spent_today_microusd", "spent_month_microusd")
+        note = " ".join(filter(None, ["(disabled)" if user.disabled else "", user.note]))
+        rows.append((user.name, *(money(told[a]) for a in amounts), ", ".join(texts) or "-", note))
+    print_table(rows)
+
+
+def user_credit(args: argparse.Namespace) -> int:
+    """Adds credit to a user, or takes it back where the amount is negative."""
+    with open_store(read_config(args.config)) as store:
+        print_users(store, [store.credit(args.name, args.amount, args.note)])
+    return 0
+
+
+def user_budget(args: argparse.Namespace) -> int:
+    """Sets what a user may spend in a day, a week (from Monday) or a month, in UTC; `none` takes a budget
+    away.
+    """
+    with open_store(read_config(args.config)) as store:
+        print_users(store, [store.set_budgets(args.name, budgets_of(args))])
+    return 0
+
+
+def user_key(args: argparse.Namespace) -> int:
+    """Makes a new key for a user; the old one stops working at once."""
+    config = read_config(args.config)
+    with open_store(config) as store:
+        print_key(config, store.rotate_key(args.name))
+    return 0
+
+
+def user_disable(args: argparse.Namespace, disabled: bool) -> int:
+    """Stops a user's key from working, or lets it work again; balance and history stay."""
+    with open_store(read_config(args.config)) as store:
+        print_users(store, [store.set_disabled(args.name, disabled)])
+    return 0
+
+
+def moment(text: str) -> str:
+    """`2026-11-24`, `2026-11-24T08:00`, `today`, `7d` (days back) -> the UTC time that the ledger's texts
+    compare with.
+    """
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    match = re.fullmatch(r"(\d{1,4})d|today", text)
+    try:
+        return iso(today - timedelta(days=int(match[1] or 0))) if match else iso_text(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: 2026-11-24, today or 7d") from None
+
+
+REPORT_COLUMNS = (
+    "requests",
+    *TOKEN_COLUMNS,
+    "cost_microusd",
+    "markup_microusd",
+    "charge_microusd",
+    "unpriced",
+)
+
+
+def report_command(args: argparse.Namespace) -> int:
+    """Shows what requests cost: provider's cost, markup and charge by user, model, provider, day, session or
+    month.
+    """
+    config = read_config(args.config)
+    with open_store(config) as store:
+        rows = store.report(args.by, args.since, args.until, args.user or None)
+        if args.as_if:
+            try:
+                price = as_if_price(config, args.as_if)
+            except ApiError as error:
+                raise ConfigError(f"--{error.message.replace('_', '-', 1)}") from None
+            as_if = store.repriced(args.by, args.since, args.until, price, config.credits.markup_percent)
+            rows = [{**row, "as_if_microusd": as_if.get(row["key"], 0)} for row in rows]
+    columns = (args.by, *REPORT_COLUMNS, *(("as_if_microusd",) if args.as_if else ()))
+    rows = [{args.by: row["key"], **{c: row[c] for c in columns[1:]}} for row in rows]
+    if args.format == "json":
+        print(json.dumps(rows, indent=2))
+    elif args.format == "csv":
+        print(csv_text(rows, columns), end="")
+    else:
+        print_report(columns, rows)
+    return 0
+
+
+def print_report(columns: tuple[str, ...], rows: list[Json]) -> None:
+    """The report as a table with a sum below; money in dollars."""
+    total = {columns[0]: "total", **{c: sum(row[c] for row in rows) for c in columns[1:]}}
+    heads = [c.removesuffix("_microusd").removesuffix("_tokens").replace("_", " ") for c in columns]
+    cells = [
+        tuple(money(row[c]) if c.endswith("_microusd") else str(row[c]) or "-" for c in columns)
+        for row in [*rows, total]
+    ]
+    print_table([tuple(heads), *cells], right=True)
+    if total["unpriced"]:
+        print(f"{total['unpriced']} requests have no known price; their cost is not in the sums")
+
+
+def export_command(args: argparse.Namespace) -> int:
+    """Writes the request log, one row a request, as CSV or JSON."""
+    with open_store(read_config(args.config)) as store:
+        rows = list(store.export(args.since, args.until))
+    text = csv_text(rows, USAGE_COLUMNS) if args.format == "csv" else json.dumps(rows, indent=1) + "\n"
+    if args.output == "-":
+        sys.stdout.write(text)
+    else:
+        write_whole(Path(args.output), text.encode())
+        print(f"wrote {len(rows)} requests to {args.output}")
+    return 0
+
+
+def backup_command(args: argparse.Namespace) -> int:
+    """Copies the database to a file, also while ccmux runs; never over one that is there."""
+    config = read_config(args.config)
+    with open_store(config) as store:
+        size = os.path.getsize(database_path(config)) / 1e6
+        print(f"copying {size:.1f} MB", file=sys.stderr, flush=True)
+        store.backup(args.file)
+    print(f"wrote {args.file}")
+    return 0
+
+
+# doctor
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    """Looks for what commonly goes wrong: config, files, port, ledger, vocabularies, variables, Claude Code's
+    settings.
+    """
+    failed = False
+    for word, text in diagnose(args.config):
+        print(f"{painted(word, 7)} {text}", flush=True)
+        failed |= word == "FAILED"
+    return 1 if failed else 0
+
+
+def diagnose(given: str) -> Iterator[tuple[str, str]]:
+    """(ok, note or FAILED; what was found)."""
+    versions = (
+        f"aiohttp {aiohttp.__version__}, tiktoken {tiktoken.__version__}, SQLite {sqlite3.sqlite_version}"
+    )
+    yield "ok", f"ccmux {__version__}, Python {sys.version.split()[0]}, {versions}"
+    try:
+        config = read_config(given)
+        check_binding(config)
+    except ConfigError as error:
+        yield "FAILED", str(error)
+        return
+    yield "ok", f"config {config.path or 'none: ' + what_was_found(config)}"
+    yield from (("note", warning) for warning in config.warnings)
+    yield from diagnose_files(config)
+    yield diagnose_port(config)
+    yield diagnose_database(config)
+    for name in VOCABULARIES:
+        found = find_vocabulary(name)
+        missing = "is not here yet: counts are estimates until the server has downloaded it"
+        yield ("ok", f"vocabulary {found}") if found else ("note", f"vocabulary {name} {missing}")
+    yield from diagnose_variables(config)
+    yield from diagnose_claude(config)
+
+
+def diagnose_files(config: Config) -> Iterator[tuple[str, str]]:
+    """Files with secrets in them that others on this machine can read."""
+    paths = [Path(database_path(config)), token_path(config)]
+    if config.path and any(secret in Path(config.path).read_text("utf-8") for secret in config.secrets()):
+        paths.append(Path(config.path))
+    for path in paths:
+        if os.name != "nt" and path.exists() and path.stat().st_mode & 0o077:
+            yield "FAILED", f"others can read {path}: chmod 600 {shlex.quote(str(path))}"
+
+
+def diagnose_port(config: Config) -> tuple[str, str]:
+    url = client_url(config)
+    try:
+        return "ok", f"ccmux runs at {url}" if is_ccmux(url) else f"port {config.server.port} is free"
+    except ConfigError as error:
+        return "FAILED", f"{error}{port_owner(config.server.port)}"
+
+
+def port_owner(port: int) -> str:
+    """` (pid 12, name)` of who listens on a port, where Linux tells; else ""."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{fields[9]}]")
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) in sockets:
+                return f" (pid {link.parts[2]}, {Path('/proc', link.parts[2], 'comm').read_text().strip()})"
+    return ""
+
+
+def diagnose_database(config: Config) -> tuple[str, str]:
+    path = database_path(config)
+    if path == ":memory:" or not os.path.exists(path):
+        return "note", f"database {path}: " + ("nothing is kept" if path == ":memory:" else "not made yet")
+    try:
+        with open_store(config) as store:
+            problem = store.sums_problem()
+            requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
+    except (ConfigError, sqlite3.Error) as error:
+        return "FAILED", f"database {path}: {error}"
+    sound = f"database {path}: {requests} requests, {users} users, all sums equal their rows"
+    return ("FAILED", f"database {path}: {problem}") if problem else ("ok", sound)
+
+
+def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
+    """What in this shell's environment keeps Claude Code from coming here."""
+    env, url = os.environ, client_url(config)
+    if (base := env.get("ANTHROPIC_BASE_URL", url).rstrip("/")) != url:
+        yield "FAILED", f"ANTHROPIC_BASE_URL is {base}, and ccmux is at {url}: see `ccmux.py env`"
+    if env.get("ANTHROPIC_API_KEY") and env.get("ANTHROPIC_AUTH_TOKEN"):
+        yield (
+            "note",
+            "ANTHROPIC_API_KEY and ANTHROPIC_AUTH_TOKEN are both set: Claude Code sends both; unset one",
+        )
+    for name in ("CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY"):
+        if env.get(name):
+            yield "FAILED", f"{name} is set: Claude Code then does not use ANTHROPIC_BASE_URL; unset it"
+    for name in ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"):
+        if asked := env.get(name):
+            yield "note", f"{name} is set: Claude Code asks for {asked} whatever /model says"
+    proxy = env.get("HTTPS_PROXY") or env.get("HTTP_PROXY") or env.get("https_proxy") or env.get("http_proxy")
+    if proxy and "127.0.0.1" not in env.get("NO_PROXY", env.get("no_proxy", "")):
+        yield (
+            "note",
+            "a proxy is set and NO_PROXY lacks 127.0.0.1: Claude Code may look for ccmux through the proxy",
+        )
+
+
+def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
+    """What Claude Code's own settings, the user's and this folder's, say about where it goes."""
+    url = client_url(config)
+    user = Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude")
+    found = shutil.which("claude")
+    yield ("ok", f"Claude Code is {found}") if found else ("note", "there is no `claude` on the PATH")
+    for path in (user / "settings.json", Path(".claude/settings.json"), Path(".claude/settings.local.json")):
+        try:
+            settings = settings_of(path.read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, ConfigError) as error:
+            yield "FAILED", f"{path}: {error}"
+            continue
+        base = str(as_object(settings.get("env")).get("ANTHROPIC_BASE_URL") or "").rstrip("/")
+        if base:
+            yield ("ok" if base == url else "FAILED"), f"{path} sends Claude Code to {base}"
+        if "apiKeyHelper" in settings:
+            yield "note", f"{path} has an apiKeyHelper: its key is sent to ccmux in place of yours"
+
+
+# import-litellm
+
+
+def import_litellm_command(args: argparse.Namespace) -> int:
+    """Turns a LiteLLM config.yaml into TOML, with a report of what was mapped, approximated and dropped.
+
+    A dry run, unless --write names a file. Keys written in the file are never copied or shown.
+    """
+    try:
+        yaml = importlib.import_module("yaml")
+    except ImportError:
+        raise ConfigError(
+            f"import-litellm needs PyYAML: {shlex.quote(sys.executable)} -m pip install pyyaml"
+        ) from None
+    try:
+        tables = yaml.safe_load(Path(args.file).read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{args.file}: not valid YAML: {' '.join(str(error).split())}") from None
+    imported = LiteLLMImport(as_object(tables), os.environ)
+    text = imported.toml()
+    load_config(text, os.environ)
+    report = [
+        f"{word:13} {line}" for word, line in sorted(imported.report, key=lambda r: REPORT_ORDER.index(r[0]))
+    ]
+    if not args.write:
+        print(text + "\n".join(["", "# Report", *(f"# {line}" for line in report)]))
+        return 0
+    with open(
+        os.open(args.write, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as file:
+        file.write(text)
+    print("\n".join([*report, f"wrote {args.write}; `ccmux.py check --config {args.write}` tries it"]))
+    return 0
+
+
+REPORT_ORDER = ("mapped", "approximated", "dropped")
+
+# LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that
+# serves them.
+LITELLM_PRESETS = {
+    **{
+        name: name
+        for name in ("anthropic", "openai", "openrouter", "gemini", "groq", "deepinfra", "cerebras", "mistral", "xai")
+    },
+    **{name: name for name in ("github", "ollama", "minimax", "nebius", "novita", "baseten")},
+    "together_ai": "together", "fireworks_ai": "fireworks", "nvidia_nim": "nvidia", "deepseek": "deepseek-openai",
+    "moonshot": "moonshot-openai", "zai": "zai-openai", "dashscope": "qwen-openai", "ollama_chat": "ollama",
+    "litellm_proxy": "litellm", "codestral": "mistral", "azure": "openai", "hosted_vllm": "openai",
+    "lm_studio": "openai", "openai_like": "openai", "custom_openai": "openai", "text-completion-openai": "openai",
+}  # fmt: skip
+LITELLM_NAMES = ((r"gpt-|chatgpt-|o\d|codex", "openai"), ("claude", "anthropic"))
+LITELLM_PRICES = {
+    "input_cost_per_token": "input", "output_cost_per_token": "output", "cache_read_input_token_cost": "cache_read",
+    "cache_creation_input_token_cost": "cache_write", "cache_creation_input_token_cost_above_1hr": "cache_write_1h",
+}  # fmt: skip
+LITELLM_KNOWN = {
+    "model", "api_key", "api_base", "base_url", "api_version", "custom_llm_provider", "extra_headers", "order",
+    "max_input_tokens", "id", "mode", "base_model", "max_tokens", "max_output_tokens", *LITELLM_PRICES,
+}  # fmt: skip
+
+
+class LiteLLMImport:
+    """A LiteLLM config, table by table, in ccmux's terms; `report` has a line on all that was in it."""
+
+    def __init__(self, tables: Json, env: Mapping[str, str]) -> None:
+        self.env = env
+        self.server: Json = {}
+        self.router: Json = {}
+        self.providers: list[Json] = []
+        self.models: dict[str, list[Json]] = {}
+        self.literals: dict[str, str] = {}  # a key written in the file -> the variable to put it in
+        self.report: list[tuple[str, str]] = []
+        for row in as_list(tables.get("model_list")):
+            self.deployment(as_object(row))
+        if any(len(targets) > 1 for targets in self.models.values()):
+            self.say(
+                "approximated", "several deployments of a model: the first is used, the others when it fails"
+            )
+        if self.models:
+            first = next(iter(self.models))
+            self.say(
+                "approximated",
+                f"Claude Code's own names without a row go to {first}; [router] default sets another",
+            )
+        names = ("litellm_settings", "router_settings", "general_settings")
+        litellm, router, general = (dict(as_object(tables.get(name))) for name in names)
+        aliases = as_object(router.pop("model_group_alias", None))
+        self.fallbacks(litellm, router)
+        self.aliases(aliases)
+        self.limits({**litellm, **router})
+        self.master_key(general)
+        for name, rest in zip(names, (litellm, router, general), strict=True):
+            if unread := sorted(str(key) for key in rest.keys() - LITELLM_LIMITS.keys()):
+                self.say("dropped", f"{name}: {', '.join(unread)}")
+        for name in tables.keys() - {"model_list", *names}:
+            self.say("dropped", f"{name}: ccmux has nothing like it")
+
+    def say(self, word: str, line: str) -> None:
+        if (word, line) not in self.report:
+            self.report.append((word, line))
+
+    def deployment(self, row: Json) -> None:
+        """One row of model_list: a provider, and a target of the model."""
+        name, params, info = (
+            str(row.get("model_name")),
+            as_object(row.get("litellm_params")),
+            as_object(row.get("model_info")),
+        )
+        if (mode := info.get("mode") or "chat") not in ("chat", "completion", "responses"):
+            return self.say("dropped", f"model {name}: mode {mode}; ccmux serves chat models")
+        prefix, upstream = self.split(params)
+        provider = self.provider(prefix, params, name)
+        if not provider:
+            return None
+        if "*" in name:
+            return self.wildcard(name, prefix, provider)
+        order = params.get("order")
+        target = {
+            "provider": provider,
+            "actual_model": upstream,
+            "priority": order if isinstance(order, int) else 1,
+        }
+        self.models.setdefault(name, []).append(target | self.price_and_context({**params, **info}, name))
+        self.say("mapped", f"model {name} -> {provider}/{upstream}")
+        if unread := sorted(
+            str(k) for k in (params.keys() | info.keys() | row.keys()) - LITELLM_KNOWN - LITELLM_ROW
+        ):
+            self.say("dropped", f"model {name}: {', '.join(unread)}")
+        return None
+
+    def split(self, params: Json) -> tuple[str, str]:
+        """(LiteLLM's provider prefix, the upstream model); a prefix of "" is one it infers in ways unknown
+        here.
+        """
+        model = str(params.get("model") or "")
+        head, slash, rest = model.partition("/")
+        if params.get("custom_llm_provider"):
+            return str(params["custom_llm_provider"]), rest if head == params[
+                "custom_llm_provider"
+            ] else model
+        if slash and (head in LITELLM_PRESETS or params.get("api_base") or not re.match("[A-Z]", rest)):
+            return head, rest
+        return next((preset for pattern, preset in LITELLM_NAMES if re.match(pattern, model)), ""), model
+
+    def provider(self, prefix: str, params: Json, name: str) -> str:
+        """The name of the provider row for a deployment, made if it is a new one; "" where ccmux has none for
+        it.
+        """
+        base = self.expanded(params.get("api_base") or params.get("base_url"), name)
+        preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
+        if base is None or not preset:
+            if base is not None:
+                self.say(
+                    "dropped",
+                    f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}",
+                )
+            return ""
+        if prefix == "azure":
+            base = base.rstrip("/").removesuffix("/openai/v1") + "/openai/v1"
+            self.say(
+                "approximated", f"model {name}: Azure through its v1 address, {base}, without an api_version"
+            )
+        elif base and prefix not in LITELLM_PRESETS:
+            self.say(
+                "approximated", f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format"
+            )
+        row: Json = {"type": preset, **({"base_url": base} if base else {})}
+        if params.get("api_key") or base:
+            row["api_key"] = self.secret(params.get("api_key"), f"model {name}")
+        if headers := as_object(params.get("extra_headers")):
+            row["headers"] = {str(k): self.secret(v, f"model {name}, header {k}") for k, v in headers.items()}
+        for known in self.providers:
+            if {**known, "name": ""} == {**row, "name": ""}:
+                return str(known["name"])
+        taken = {p["name"] for p in self.providers}
+        stem = re.sub(r"[^\w.-]", "-", prefix) or preset
+        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        row["name"] = next(candidate for candidate in names if candidate not in taken)
+        self.providers.append(row)
+        return str(row["name"])
+
+    def expanded(self, value: Any, name: str) -> str | None:
+        """An address; None where it stands in a variable that is not set."""
+        text = str(value or "")
+        if not text.startswith("os.environ/"):
+            return text
+        variable = text.removeprefix("os.environ/")
+        if found := self.env.get(variable):
+            self.say("approximated", f"model {name}: the address is what {variable} holds now")
+            return found
+        self.say("dropped", f"model {name}: its address stands in {variable}, which is not set here")
+        return None
+
+    def secret(self, value: Any, where: str) -> str:
+        """`$NAME` for a key; one that is written out gets a variable's name instead, and is not shown."""
+        text = str(value or "")
+        if not text:
+            return ""
+        if text.startswith("os.environ/"):
+            return "$" + text.removeprefix("os.environ/")
+        variable = self.literals.setdefault(text, f"LITELLM_KEY_{len(self.literals) + 1}")
+        self.say(
+            "approximated",
+            f"{where}: what is written there is not copied; put it into the variable {variable}",
+        )
+        return f"${variable}"
+
+    def price_and_context(self, info: Json, name: str) -> Json:
+        amounts = {
+            ours: info[theirs] for theirs, ours in LITELLM_PRICES.items() if info.get(theirs) is not None
+        }
+        out: Json = {}
+        try:
+            price = {kind: Decimal(str(amount)) * 10**6 for kind, amount in amounts.items()}
+        except InvalidOperation:
+            price = {}
+        if {"input", "output"} <= price.keys():
+            out["price"] = price
+            self.say("mapped", f"model {name}: prices per token, as dollars per million")
+        elif amounts:
+            self.say(
+                "dropped", f"model {name}: a price needs both input_cost_per_token and output_cost_per_token"
+            )
+        if isinstance(context := info.get("max_input_tokens"), int):
+            out["context"] = context
+        return out
+
+    def wildcard(self, name: str, prefix: str, provider: str) -> None:
+        if name == "*":
+            self.router["fallback_provider"] = provider
+            self.say(
+                "mapped",
+                f"model * -> fallback_provider {provider}; Claude's own names go to the default instead",
+            )
+        elif name == f"{prefix}/*":
+            self.say("mapped", f"model {name} -> ask for {provider}/NAME, which needs no row")
+        else:
+            self.say("dropped", f"model {name}: write the names into `models` of provider {provider}")
+
+    def aliases(self, table: Json) -> None:
+        for alias, given in table.items():
+            name = str(given.get("model") if isinstance(given, dict) else given)
+            if name in self.models:
+                self.models[str(alias)] = [dict(target) for target in self.models[name]]
+                self.say("mapped", f"alias {alias} -> the targets of {name}")
+            else:
+                self.say("dropped", f"alias {alias}: {name} is no model that was imported")
+
+    def fallbacks(self, *settings: Json) -> None:
+        """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop of them is cut after one
+        round.
+        """
+        own = {name: list(targets) for name, targets in self.models.items()}
+        for table, (key, word) in itertools.product(settings, LITELLM_FALLBACKS.items()):
+            given = as_list(table.pop(key, None))
+            rows = [dict.fromkeys(own, given)] if key == "default_fallbacks" else map(as_object, given)
+            for name, others in ((n, o) for row in rows for n, o in row.items()):
+                for other in as_list(others):
+                    self.fallback(own, str(name), str(other), key, word)
+
+    def fallback(self, own: dict[str, list[Json]], name: str, other: str, key: str, word: str) -> None:
+        if name not in own or other not in own or name == other:
+            if name != other:
+                self.say("dropped", f"{key}: {name} -> {other}, of which one is no model that was imported")
+            return
+        mine = self.models[name]
+        last = max(target["priority"] for target in mine)
+        pairs = {(t["provider"], t["actual_model"]) for t in mine}
+        new = [t for t in own[other] if (t["provider"], t["actual_model"]) not in pairs]
+        mine.extend({**target, "priority": last + target["priority"]} for target in new)
+        self.say(word, f"{key}: {name} -> {other}, as targets of a lower priority")
+
+    def limits(self, settings: Json) -> None:
+        for key, ours in LITELLM_LIMITS.items():
+            amount = settings.get(key)
+            if ours and isinstance(amount, (int, float)) and not isinstance(amount, bool) and amount > 0:
+                for provider in self.providers:
+                    provider[ours] = int(amount) if ours == "max_retries" else amount
+                self.say("mapped", f"{key} = {amount} -> {ours} of each provider")
+        if strategy := settings.get("routing_strategy"):
+            self.say("approximated", f"routing_strategy {strategy}: ccmux goes by priority, then file order")
+
+    def master_key(self, general: Json) -> None:
+        if key := general.pop("master_key", None):
+            self.literals.setdefault(str(key), "CCMUX_ADMIN_TOKEN")
+            self.server = {
+                "require_key": True,
+                "admin_token": self.secret(key, "general_settings.master_key"),
+            }
+            self.say(
+                "approximated",
+                "master_key -> admin_token and require_key: each user gets a key of ccmux's own",
+            )
+
+    def toml(self) -> str:
+        tables = [("[server]", self.server), ("[router]", self.router)]
+        tables += [("[[providers]]", {"name": row["name"], **row}) for row in self.providers]
+        for name, targets in self.models.items():
+            tables.append(("[[models]]", {"name": name}))
+            tables += [("[[models.mappings]]", target) for target in targets]
+        return "\n".join(
+            f"{head}\n" + "".join(f"{key} = {toml_text(value)}\n" for key, value in table.items())
+            for head, table in tables
+            if table
+        )
+
+
+LITELLM_ROW = {"model_name", "litellm_params", "model_info"}
+LITELLM_FALLBACKS = {
+    "fallbacks": "mapped", "context_window_fallbacks": "approximated", "default_fallbacks": "mapped",
+}  # fmt: skip
+LITELLM_LIMITS = {
+    "request_timeout": "response_timeout", "timeout": "response_timeout", "num_retries": "max_retries",
+    "routing_strategy": "",
+}  # fmt: skip
+
+
+def toml_text(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(str(k))} = {toml_text(v)}" for k, v in value.items()) + " }"
+    return f"{value.normalize():f}" if isinstance(value, Decimal) else json.dumps(value)
+
+
+# The command line.
+
+
+Flag = tuple[tuple[str, ...], Json]
+
+
+def flag(*names: str, **options: Any) -> Flag:
+    return names, options
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A sub-command: what runs it, a line of help, its flags as argparse takes them, examples."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    flags: tuple[Flag, ...] = ()
+    examples: str = ""
+
+
+ADDRESS = (flag("--host", help="address to listen on"), flag("--port", type=int, help="port to listen on"))
+AMOUNT = {"metavar": "D", "type": budget, "default": argparse.SUPPRESS}
+BUDGETS = tuple(flag(f"--{name}", help=f"dollars a {name}, or none", **AMOUNT) for name in PERIODS)
+NAME = flag("name", metavar="NAME", help="the user's name")
+NOTE = flag("--note", default="", metavar="T", help="kept with it, for people")
+SPAN = (
+    flag("--since", type=moment, default="", metavar="D", help="from this time on: 2026-11-24, today, 7d"),
+    flag("--until", type=moment, default="", metavar="D", help="up to this time"),
+)
+COMMANDS = (
+    Command(
+        "serve", serve, "run the server (what happens without a command)",
+        (*ADDRESS, flag("--log-level", choices=LOG_LEVELS, help="how much is logged")),
+        "ccmux.py\nccmux.py --port 8000 --log-level debug",
+    ),
+    Command(
+        "code", code_command, "run Claude Code through ccmux, started and stopped as needed",
+        (flag("rest", nargs="*", metavar="ARGUMENT", help="claude's own arguments"),),
+        'ccmux.py code\nccmux.py code -p "say hi"\nccmux.py code --config work.toml --continue',
+    ),
+    Command(
+        "env", env_command, "print the variables that point Claude Code here",
+        (*ADDRESS, flag("--shell", choices=(*SHELLS, "json"), default="bash", help="for which shell")),
+        'eval "$(ccmux.py env)"\nccmux.py env --shell fish | source\nccmux.py env --shell powershell | Invoke-Expression',
+    ),
+    Command(
+        "setup", setup_command, "write them into Claude Code's settings; --undo takes them out",
+        (*ADDRESS, flag("--undo", action="store_true", help="put the settings back as they were")),
+        "ccmux.py setup\nccmux.py setup --undo",
+    ),
+    Command("init", init_command, "write a commented config.toml from the keys found"),
+    Command("model", model_command, "show providers, models and routes (also: models)"),
+    Command(
+        "check", check_command, "validate the config",
+        (flag("--live", action="store_true", help="send one tiny request to each provider"),),
+        "ccmux.py check --config new.toml\nccmux.py check --live",
+    ),
+    Command(
+        "explain", explain_command, "show which model a request would go to, rule by rule",
+        (flag("file", metavar="FILE", help="a Messages request as JSON, - for standard input"),),
+        'echo \'{"model": "claude-x", "messages": []}\' | ccmux.py explain -',
+    ),
+    Command("doctor", doctor_command, "look for what commonly goes wrong"),
+    Command(
+        "user add", user_add, "add a user; shows the key once",
+        (NAME, flag("--credit", type=microdollars, metavar="D", help="first credit in dollars"), *BUDGETS, NOTE),
+        "ccmux.py user add anna --credit 5 --day 1.50",
+    ),
+    Command("user list", user_list, "list users, balances and budgets"),
+    Command(
+        "user credit", user_credit, "add credit, or take it back",
+        (NAME, flag("amount", type=microdollars, metavar="D", help="dollars; negative takes back"), NOTE),
+        'ccmux.py user credit anna 10 --note "paid in cash"\nccmux.py user credit anna -2.50',
+    ),
+    Command(
+        "user budget", user_budget, "set budgets", (NAME, *BUDGETS), "ccmux.py user budget anna --day 2 --month none"
+    ),
+    Command("user key", user_key, "make a new key; the old one stops working", (NAME,)),
+    Command("user disable", functools.partial(user_disable, disabled=True), "stop a user's key from working", (NAME,)),
+    Command("user enable", functools.partial(user_disable, disabled=False), "let it work again", (NAME,)),
+    Command(
+        "report", report_command, "show what requests cost",
+        (
+            flag("--by", choices=tuple(REPORT_KEYS), default="user", help="what a row is (default: user)"),
+            *SPAN,
+            flag("--user", default="", metavar="NAME", help="of this user alone"),
+            flag("--as-if", default="", metavar="MODEL", help="also what it would have cost on this model"),
+            flag("--format", choices=("table", "csv", "json"), default="table", help="default: table"),
+        ),
+        "ccmux.py report --by model --since 7d\nccmux.py report --by day --as-if claude-opus-5-5",
+    ),
+    Command(
+        "export", export_command, "write the request log as CSV or JSON",
+        (
+            *SPAN,
+            flag("--format", choices=("csv", "json"), default="csv", help="default: csv"),
+            flag("-o", "--output", default="-", metavar="F", help="file to write; left out: standard output"),
+        ),
+        "ccmux.py export --since 2026-11-01 -o november.csv",
+    ),
+    Command(
+        "backup", backup_command, "copy the database, also while ccmux runs",
+        (flag("file", metavar="FILE", help="the file to write"),),
+    ),
+    Command("token", token_command, "print the admin token"),
+    Command("statusline", statusline_command, "one line for Claude Code's statusLine setting"),
+    Command(
+        "import-litellm", import_litellm_command, "turn a LiteLLM config.yaml into a ccmux config",
+        (
+            flag("file", metavar="FILE", help="LiteLLM's config.yaml"),
+            flag("--write", default="", metavar="F", help="write the TOML there, instead of showing it"),
+        ),
+        "ccmux.py import-litellm config.yaml\nccmux.py import-litellm config.yaml --write config.toml",
+    ),
+)  # fmt: skip
+ALIASES = {"models": "model"}
+HELP_END = """
+Without a config file ccmux uses the keys it finds in the environment (ANTHROPIC_API_KEY, OPENAI_API_KEY,
+OPENROUTER_API_KEY, ...), a local Ollama, or else a built-in demo. A config is found at --config, $CCMUX_CONFIG,
+./config.toml or ~/.ccmux/config.toml. Each command takes --config F, and tells about itself with --help.
+
+exit status: 0 good; 1 a check found something; 2 something to put right, said in one line. `code` passes on
+claude's own.
+
+examples:
+  ccmux.py                  run the server, and be told how to point Claude Code at it
+  ccmux.py code             run Claude Code through ccmux
+  ccmux.py init             write a config to begin with
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="ccmux.py", description="Claude Code with any model of any provider.", epilog=HELP_END,
+        formatter_class=help_format,
+    )  # fmt: skip
+    top.add_argument("--version", action="version", version=f"ccmux {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="command", required=True)
+    actions: Any = None
+    for command in COMMANDS:
+        if command.name.startswith("user ") and actions is None:
+            users = commands.add_parser("user", help="add and list users; their credit, budgets and keys")
+            actions = users.add_subparsers(dest="action", metavar="action", required=True)
+        group = actions if command.name.startswith("user ") else commands
+        add_command(group, command.name.removeprefix("user "), command)
     return top
 
 
-ADDRESS_FLAGS: tuple[tuple[tuple[str, ...], Json], ...] = (
-    (("--host",), {"help": "address to listen on"}),
-    (("--port",), {"type": int, "help": "port to listen on"}),
-)
-FLAGS: dict[str, tuple[tuple[tuple[str, ...], Json], ...]] = {
-    "serve": (*ADDRESS_FLAGS, (("--log-level",), {"choices": LOG_LEVELS, "help": "how much is logged"})),
-    "env": (
-        *ADDRESS_FLAGS,
-        (
-            ("--shell",),
-            {
-                "choices": ("bash", "fish", "powershell", "cmd", "json"),
-                "default": "bash",
-                "help": "for which shell",
-            },
-        ),
-    ),
-    "check": ((("--live",), {"action": "store_true", "help": "send one tiny request to each provider"}),),
-    "explain": (
-        (("file",), {"metavar": "FILE", "help": "a Messages request as JSON, - for standard input"}),
-    ),
-}
-COMMANDS: tuple[tuple[str, Callable[[argparse.Namespace], int], str], ...] = (
-    ("serve", serve, "run the server (the default)"),
-    ("env", env_command, "the variables that point Claude Code here"),
-    ("init", init_command, "write a commented config.toml from the keys found"),
-    ("model", model_command, "providers, models, routes"),
-    ("models", model_command, "the same as model"),
-    ("check", check_command, "validate the config"),
-    ("explain", explain_command, "which model a request would go to, rule by rule"),
-    ("token", token_command, "print the admin token"),
-)
+help_format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110)
+
+
+def add_command(group: Any, name: str, command: Command) -> None:
+    function = command.run.func if isinstance(command.run, functools.partial) else command.run
+    examples = "".join(f"\n  {line}" for line in command.examples.splitlines())
+    made = group.add_parser(
+        name, help=command.help, description=function.__doc__,
+        epilog=f"examples:{examples}" if examples else None,
+        formatter_class=help_format,
+    )  # fmt: skip
+    made.set_defaults(run=command.run)
+    made.add_argument("--config", default="", metavar="F", help="config file")
+    for names, options in command.flags:
+        made.add_argument(*names, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; 0 good, 1 a check found something, 2 the operator's error in one line."""
-    given = sys.argv[1:] if argv is None else argv
-    names = {name for name, _, _ in COMMANDS}
-    is_top = any(a in ("--help", "-h", "--version") for a in given[:1])
-    if not is_top and not (given and given[0] in names):
-        given = ["serve", *given]
-    args = parser().parse_args(given)
     try:
-        return int(args.run(args))
+        args = parsed_arguments(sys.argv[1:] if argv is None else argv)
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
-        print(f"ccmux: {error}", file=sys.stderr)
-        return 2
+        return failed(str(error))
+    except BrokenPipeError:  # `ccmux.py report | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        print(f"ccmux: {error}", file=sys.stderr)
-        return 2
+        return failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except sqlite3.Error as error:
+        return failed(f"the database: {error}")
     except KeyboardInterrupt:
         return 130
+
+
+def failed(why: str) -> int:
+    print(f"ccmux: {' '.join(why.split())}", file=sys.stderr)
+    return 2
+
+
+def parsed_arguments(given: list[str]) -> argparse.Namespace:
+    """The command line; without a command it is `serve`, and --config may stand before the command."""
+    names = {command.name.split()[0] for command in COMMANDS} | ALIASES.keys()
+    if given[:1] == ["--config"] and len(given) > 2 and given[2] in names:
+        given = [given[2], *given[:2], *given[3:]]
+    given = [ALIASES.get(word, word) if n == 0 else word for n, word in enumerate(given)]
+    first = given[0] if given else ""
+    if first == "code" and not {"--help", "-h"} & set(given[1:2]):
+        mine = 3 if given[1:2] == ["--config"] and len(given) > 2 else 1
+        rest = given[mine:]
+        rest = rest[1:] if rest[:1] == ["--"] else rest
+        return argparse.Namespace(run=code_command, config="".join(given[2:mine]), rest=rest)
+    if first and not first.startswith("-") and first not in names:
+        raise ConfigError(f"there is no command {first!r}: {known_names(first, sorted(names))}")
+    if first not in names | {"--help", "-h", "--version"}:
+        given = ["serve", *given]
+    return parser().parse_args(given)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def tool(rand: random.Random, number: int) -> dict[str, Any]:
 
 def body_of(model: str, stream: bool, size: int = 113_000) -> bytes:
     """A request of about `size` bytes: system prompt, 20 tools, then rounds of tool calls and results."""
-    rand = random.Random(7)  # noqa: S311
+    rand = random.Random(7)
     system = [{"type": "text", "text": prose(rand, 14_000), "cache_control": {"type": "ephemeral"}}]
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "text", "text": "Find the failing test."}]}
@@ -458,7 +458,7 @@ async def started(gateway: Gateway, cpu: int | None, environment: dict[str, str]
     """Starts a gateway and waits for its first answer."""
     began = time.perf_counter()
     pin = (lambda: os.sched_setaffinity(0, {cpu})) if cpu is not None else None
-    gateway.process = subprocess.Popen(  # noqa: S603
+    gateway.process = subprocess.Popen(
         gateway.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, preexec_fn=pin
     )
     while time.perf_counter() - began < 20:
@@ -525,7 +525,7 @@ def fill_history(database: Path, users: int = 1_000, rows: int = 1_000_000) -> N
                 row = {**sample, "id": None, key: f"req_history{number}"}
                 yield [row[c] for c in columns]
 
-        db.executemany(f"insert into requests ({','.join(columns)}) values ({marks})", made())  # noqa: S608
+        db.executemany(f"insert into requests ({','.join(columns)}) values ({marks})", made())
 
 
 GOALS = {  # figure: (most, as a ratio to the floor) or least

@@ -25,7 +25,7 @@ import ccmux
 
 ROOT = Path(__file__).resolve().parents[1]
 
-ADMIN_TOKEN = "admin-token-of-the-tests-0123456789"  # noqa: S105
+ADMIN_TOKEN = "admin-token-of-the-tests-0123456789"
 # Dollars per million tokens are micro-dollars per token: 100 in and 50 out cost 200 at A, 500 at B.
 PRICES = {"A": (1, 2), "B": (3, 4), "C": (5, 6)}
 FULL = {name: 100 * price[0] + 50 * price[1] for name, price in PRICES.items()}
@@ -189,7 +189,9 @@ async def as_process(
     proxy = Proxy("", Books(folder / "ccmux.db"), folder, process=process)
     reader = asyncio.create_task(keep_output(proxy))
     try:
-        await until(lambda: b"claude\n" in proxy.output or process.returncode is not None, "ccmux started")
+        await until(
+            lambda: b"claude\n" in proxy.output or process.returncode is not None, "ccmux started", seconds=30
+        )
         match = re.search(rb"at (http://[\d.]+:\d+)", proxy.output)
         assert match, proxy.output.decode()
         proxy.url = match[1].decode()

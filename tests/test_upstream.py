@@ -19,7 +19,9 @@ def tripped(failures: int = 5) -> ccmux.Breaker:
     [
         pytest.param([False] * 4, "closed", id="four failures in a row"),
         pytest.param([False] * 5, "open", id="five failures in a row"),
-        pytest.param([False] * 4 + [True] + [False] * 4, "closed", id="a success between: 8 of 9 are too few"),
+        pytest.param(
+            [False] * 4 + [True] + [False] * 4, "closed", id="a success between: 8 of 9 are too few"
+        ),
         pytest.param([True, False] * 5, "open", id="half of ten"),
         pytest.param([True, True, False] * 6, "closed", id="a third of eighteen"),
         pytest.param([True] * 20, "closed", id="all well"),
@@ -145,7 +147,12 @@ def test_metrics_are_prometheus_text() -> None:
         pytest.param(("foo",), {"model": "m"}, {"model": "m"}, id="nothing to drop"),
         pytest.param(
             ("billing_header",),
-            {"system": [{"type": "text", "text": "x-anthropic-billing-header: v"}, {"type": "text", "text": "s"}]},
+            {
+                "system": [
+                    {"type": "text", "text": "x-anthropic-billing-header: v"},
+                    {"type": "text", "text": "s"},
+                ]
+            },
             {"system": [{"type": "text", "text": "s"}]},
             id="billing header",
         ),
@@ -157,7 +164,11 @@ def test_metrics_are_prometheus_text() -> None:
         ),
         pytest.param(
             ("media",),
-            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image"}]}]}]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image"}]}]}
+                ]
+            },
             {
                 "messages": [
                     {

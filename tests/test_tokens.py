@@ -1,0 +1,711 @@
+"""Counting: requests of both forms, bad input, the cache, calibration, threads, and the vocabulary files."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import vocabulary
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ccmux import (
+    CACHE_SIZE,
+    SLICE,
+    VOCABULARIES,
+    ClaudeEncoding,
+    Encoding,
+    Json,
+    TokenCounter,
+    Vocabulary,
+    count_request_body,
+    fetch_vocabulary,
+    find_vocabulary,
+    image_size,
+    slices,
+    source_of,
+    vocabulary_state,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+if "TIKTOKEN_CACHE_DIR" not in os.environ:
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary.filled(vocabulary.cache_dir()))
+VOCABULARY = Vocabulary()
+CL100K_FILE = Path(os.environ["TIKTOKEN_CACHE_DIR"]) / VOCABULARIES["cl100k_base"][0]
+
+
+class Words:
+    """An encoding of a token a word, which remembers what it was asked and where."""
+
+    name = "o200k_base"
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.threads: set[int] = set()
+
+    def encode_ordinary(self, text: str) -> Sequence[int]:
+        self.texts.append(text)
+        self.threads.add(threading.get_ident())
+        return range(len(text.split()))
+
+
+def count(body: Json, model: str) -> int:
+    return TokenCounter(VOCABULARY.load).count_now(body, "p", model)
+
+
+def length(text: str, encoding: str = "o200k_base") -> int:
+    made = VOCABULARY.load(encoding)
+    assert made is not None
+    return len(made.encode_ordinary(text))
+
+
+def user(content: Any, **rest: Any) -> Json:
+    return {"messages": [{"role": "user", "content": content}], **rest}
+
+
+def tool(name: str, description: str = "", **schema: Any) -> Json:
+    return {"name": name, "description": description, "input_schema": {"type": "object", **schema}}
+
+
+def schema_of(made: Json) -> Json:
+    return {"parameters": made["input_schema"]}
+
+
+# Whole requests. What is counted beyond the texts is written out by hand.
+
+PROPERTIES = {
+    "path": {"type": "string", "description": "Where"},
+    "mode": {"type": "string", "enum": ["r", "w"]},
+    "lines": {"type": "array", "items": {"type": "integer"}},
+    "more": {"type": "object", "properties": {"deep": {"type": "boolean", "description": "not shown"}}},
+    "either": {"anyOf": [{"type": "string"}, {"type": "number"}]},
+    "what": {},
+}
+RENDERED = """namespace functions {
+
+// Reads a file
+type Read = (_: {
+// Where
+path: string,
+mode?: "r" | "w",
+lines?: number[],
+more?: {
+  deep?: boolean,
+},
+either?: string | number,
+what?: any,
+}) => any;
+
+type Stop = () => any;
+
+} // namespace functions"""
+TOOLS = [tool("Read", "Reads a file", properties=PROPERTIES, required=["path"]), tool("Stop")]
+PROMPT = length("Say hello.")
+NAMESPACE = length(RENDERED) + 9
+OPENAI = {
+    "one-message": (user("Say hello."), 3 + 4 + PROMPT),
+    "blocks-are-the-same": (user([{"type": "text", "text": "Say hello."}]), 3 + 4 + PROMPT),
+    "system": (user("Say hello.", system="Be brief."), 3 + 4 + PROMPT + 4 + length("Be brief.")),
+    "tools": (user("Say hello.", tools=TOOLS), 3 + 4 + PROMPT + NAMESPACE),
+    "tools-join-the-system-message": (
+        user("Say hello.", tools=TOOLS, system=[{"type": "text", "text": "Be brief:"}]),
+        3 + 4 + PROMPT + 4 + length("Be brief:\n") + NAMESPACE - 4,
+    ),
+    "forced-tool": (
+        user("Say hello.", tools=TOOLS, tool_choice={"type": "tool", "name": "Read"}),
+        3 + 4 + PROMPT + NAMESPACE + 4 + length("Read"),
+    ),
+    "no-tool-wanted": (
+        user("Say hello.", tools=TOOLS, tool_choice={"type": "none"}),
+        3 + 4 + PROMPT + NAMESPACE + 1,
+    ),
+    "server-tools-are-not-sent": (
+        user("Say hello.", tools=[{"type": "web_search_20250305", "name": "web_search"}]),
+        3 + 4 + PROMPT,
+    ),
+    "call-and-result": (
+        user(
+            [
+                {"type": "tool_use", "id": "1", "name": "Read", "input": {"path": "a"}},
+                {"type": "tool_result", "content": "ok"},
+            ]
+        ),
+        3 + 4 + 3 + length('Read {"path": "a"}') + 4 + length("ok"),
+    ),
+    "openai-form-tools": (
+        user(
+            "Say hello.",
+            tools=[
+                {
+                    "type": "function",
+                    "function": {"name": t["name"], "description": t["description"], **schema_of(t)},
+                }
+                for t in TOOLS
+            ],
+            tool_choice={"type": "function", "function": {"name": "Read"}},
+        ),
+        3 + 4 + PROMPT + NAMESPACE + 4 + length("Read"),
+    ),
+    "openai-form-name": (
+        {"messages": [{"role": "system", "name": "example", "content": "Say hello."}]},
+        3 + 4 + 1 + length("example") + PROMPT,
+    ),
+    "openai-form-call": (
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "Read", "arguments": "{}"}}],
+                }
+            ]
+        },
+        3 + 4 + 3 + length("Read") + length("{}"),
+    ),
+    "openai-form-low-image": (
+        user([{"type": "image_url", "image_url": {"url": "https://x/y.png", "detail": "low"}}]),
+        3 + 4 + 85,
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "expected"), OPENAI.values(), ids=OPENAI)
+def test_openai_framing(body: Json, expected: int) -> None:
+    assert count(body, "gpt-5") == expected
+
+
+ENCODINGS = {
+    "gpt-4": "cl100k_base", "gpt-4-0613": "cl100k_base", "gpt-4-turbo": "cl100k_base",
+    "gpt-35-turbo": "cl100k_base", "openai/gpt-3.5-turbo": "cl100k_base",
+    "gpt-4o": "o200k_base", "gpt-4.1": "o200k_base", "gpt-4.5": "o200k_base", "gpt-5": "o200k_base",
+    "o3": "o200k_base", "glm-5.3": "o200k_base", "": "o200k_base",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "encoding"), ENCODINGS.items(), ids=ENCODINGS)
+def test_encoding_by_model(model: str, encoding: str) -> None:
+    text = "Ein Wörterbuch, словарь, 辞書"
+    assert length(text) != length(text, "cl100k_base")
+    assert count(user(text), model) == 7 + length(text, encoding)
+
+
+CLAUDE = {
+    "4.5": ("claude-sonnet-4-5-20250929", 1.18, 7, 497, 589),
+    "old-order-of-names": ("claude-3-5-sonnet-latest", 1.18, 7, 497, 589),
+    "dotted-with-vendor": ("anthropic/claude-opus-4.6", 1.18, 7, 497, 589),
+    "4.7": ("claude-opus-4-7", 1.45, 12, 675, 804),
+    "4.8": ("claude-opus-4-8", 1.45, 12, 290, 410),
+    "5": ("claude-opus-5", 1.45, 7, 290, 410),
+    "5.5": ("claude-sonnet-5-5", 1.45, 7, 290, 410),
+    "a-date-is-no-version": ("claude-opus-4-20250514", 1.18, 7, 497, 589),
+    "no-version": ("claude-next", 1.18, 7, 497, 589),
+}
+
+
+@pytest.mark.parametrize(("model", "factor", "frame", "auto", "forced"), CLAUDE.values(), ids=CLAUDE)
+def test_claude_framing(model: str, factor: float, frame: int, auto: int, forced: int) -> None:
+    text = "Count these words, please. " * 40
+    assert count(user(text), model) == pytest.approx(length(text) * factor + frame, abs=1)
+    written = "".join(json.dumps({k: t[k] for k in ("name", "description", "input_schema")}) for t in TOOLS)
+    texts = (length(text) + length(written)) * factor + frame
+    assert count(user(text, tools=TOOLS), model) == pytest.approx(texts + auto, abs=1)
+    assert count(user(text, tools=TOOLS, tool_choice={"type": "any"}), model) == pytest.approx(
+        texts + forced, abs=1
+    )
+
+
+# Images and documents.
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def png(width: int, height: int) -> bytes:
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, height) + b"\x08\x06" + bytes(90_000)
+    )
+
+
+def jpeg(width: int, height: int, metadata: int = 0) -> bytes:
+    exif = b"\xff\xe1" + struct.pack(">H", metadata + 2) + bytes(metadata) if metadata else b""
+    frame = b"\xff\xc2" + struct.pack(">HBHH", 17, 8, height, width) + bytes(20)
+    return b"\xff\xd8" + exif + b"\xff\xc4" + struct.pack(">H", 4) + b"\x00\x00" + frame
+
+
+def webp(kind: bytes, payload: bytes) -> bytes:
+    return b"RIFF" + struct.pack("<I", 100) + b"WEBP" + kind + struct.pack("<I", 40) + payload + bytes(40)
+
+
+SIZES = {
+    "png": (png(640, 480), (640, 480)),
+    "gif": (b"GIF89a" + struct.pack("<HH", 33, 44) + bytes(9), (33, 44)),
+    "jpeg": (jpeg(800, 600), (800, 600)),
+    "jpeg-after-metadata": (jpeg(800, 600, 20_000), (800, 600)),
+    "jpeg-metadata-too-long": (jpeg(800, 600, 60_000), None),
+    "webp-lossy": (webp(b"VP8 ", bytes(3) + b"\x9d\x01\x2a" + struct.pack("<HH", 100, 200)), (100, 200)),
+    "webp-lossless": (webp(b"VP8L", b"\x2f" + struct.pack("<I", 99 | 199 << 14)), (100, 200)),
+    "webp-extended": (webp(b"VP8X", bytes(4) + b"\x63\x00\x00\xc7\x00\x00"), (100, 200)),
+    "no-width": (png(0, 480), None),
+    "cut-short": (png(640, 480)[:17], None),
+    "not-an-image": (b"hello there, this is text", None),
+    "empty": (b"", None),
+}
+
+
+@pytest.mark.parametrize(("data", "expected"), SIZES.values(), ids=SIZES)
+def test_image_size(data: bytes, expected: tuple[int, int] | None) -> None:
+    assert image_size(encoded(data)) == expected
+
+
+def image(data: str, kind: str = "base64") -> Json:
+    return user([{"type": "image", "source": {"type": kind, "media_type": "image/png", "data": data}}])
+
+
+IMAGES = {
+    "claude-patches": (image(encoded(png(1000, 1000))), "claude-sonnet-4-5", 7 + 36 * 36),
+    "claude-scaled-down-and-capped": (image(encoded(png(4000, 4000))), "claude-sonnet-4-5", 7 + 1568),
+    "claude-scaled-down": (image(encoded(png(3136, 280))), "claude-sonnet-4-5", 7 + 56 * 5),
+    "claude-4.7-sees-more": (image(encoded(png(4000, 4000))), "claude-opus-4-7", 12 + 4784),
+    "openai-tiles": (image(encoded(png(1024, 1024))), "gpt-5", 7 + 85 + 170 * 4),
+    "openai-fitted": (image(encoded(png(4096, 8192))), "gpt-5", 7 + 85 + 170 * 6),
+    "gpt-4o-mini": (image(encoded(png(512, 512))), "gpt-4o-mini", 7 + 2833 + 5667),
+    "unknown-size": (image("AAAA"), "gpt-5", 7 + 1500),
+    "not-base64": (image("%é%"), "gpt-5", 7 + 1500),
+    "by-address": (image("", "url"), "claude-sonnet-4-5", 7 + 1500),
+    "inside-a-tool-result": (
+        user([{"type": "tool_result", "content": image(encoded(png(28, 28)))["messages"][0]["content"]}]),
+        "gpt-5", 7 + 4 + 85 + 170,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "model", "expected"), IMAGES.values(), ids=IMAGES)
+def test_images(body: Json, model: str, expected: int) -> None:
+    assert count(body, model) == expected
+
+
+def document(source: Json) -> Json:
+    return user([{"type": "document", "source": source}])
+
+
+PDF = b"%PDF-1.7\n1 0 obj<</Type/Pages/Count 3>>endobj" + b"<</Type /Page/Parent 1 0 R>>" * 3
+DOCUMENTS = {
+    "pdf-pages": ({"type": "base64", "data": encoded(PDF)}, 3 * 2500),
+    "pdf-without-page-objects": ({"type": "base64", "data": encoded(b"%PDF-1.7")}, 2500),
+    "broken-pdf": ({"type": "base64", "data": "x"}, 2500),
+    "text": ({"type": "text", "data": "Say hello."}, PROMPT),
+    "content": ({"type": "content", "content": [{"type": "text", "text": "Say hello."}]}, PROMPT),
+    "by-file-id": ({"type": "file", "file_id": "f"}, 0),
+    "null": (None, 0),
+}
+
+
+@pytest.mark.parametrize(("source", "expected"), DOCUMENTS.values(), ids=DOCUMENTS)
+def test_documents(source: Json, expected: int) -> None:
+    assert count(document(source), "gpt-5") == 7 + expected
+
+
+def test_pdf_pages_cost_the_same_for_claude() -> None:
+    assert count(document({"type": "base64", "data": encoded(PDF)}), "claude-opus-4-7") in range(7512, 7515)
+
+
+# Bad input: always a count.
+
+
+def nested(depth: int) -> Json:
+    value: Any = "end"
+    for _ in range(depth):
+        value = {"a": [value]}
+    return {"value": value}
+
+
+def results(depth: int) -> Any:
+    content: Any = "end"
+    for _ in range(depth):
+        content = [{"type": "tool_result", "content": content}]
+    return content
+
+
+BAD = {
+    "empty": {},
+    "messages-null": {"messages": None},
+    "messages-of-rubbish": {
+        "messages": [None, 1, "x", {}, {"content": 7}, {"content": [None, 3, {"type": 4}]}]
+    },
+    "system-a-number": user("x", system=5),
+    "tools-of-rubbish": user(
+        "x", tools=[None, {}, {"name": 5}, {"name": "a", "input_schema": "b"}], tool_choice="any"
+    ),
+    "schema-of-rubbish": user(
+        "x", tools=[tool("a", properties={"b": 1, "c": {"type": ["x"], "enum": 3}}, required=9)]
+    ),
+    "deep-schema": user("x", tools=[tool("a", properties=nested(400))]),
+    "deep-input": user([{"type": "tool_use", "name": "a", "input": nested(3000)}]),
+    "deep-results": user(results(3000)),
+    "unknown-block": user([{"type": "hologram", "data": {"x": [1, 2, None]}}]),
+    "deep-unknown-block": user([{"type": "hologram", "data": nested(3000)}]),
+    "special-tokens": user("<|endoftext|><|fim_prefix|><|endofprompt|>"),
+    "lone-surrogates": user("a\ud800b\udfff" * 9, system="\udc00"),
+    "surrogates-in-a-call": user([{"type": "tool_use", "name": "\ud800", "input": {"\ud800": "\udfff"}}]),
+    "control-characters": user("\x00\x01\u2028\ufeff" * 50),
+    "megabyte-of-spaces": user(" " * 1_000_000),
+    "megabyte-of-newlines": user("\n" * 1_000_000),
+    "megabyte-of-one-letter": user("a" * 1_000_000),
+    "tabs-and-newlines": user("\t\n" * 200_000),
+}
+
+
+@pytest.mark.parametrize("model", ["gpt-5", "gpt-4", "claude-sonnet-4-5"])
+@pytest.mark.parametrize("body", BAD.values(), ids=BAD)
+async def test_bad_input_is_counted(body: Json, model: str) -> None:
+    assert await TokenCounter(VOCABULARY.load).count(body, "p", model) > 0
+    assert TokenCounter(lambda name: None).count_now(body, "p", model) > 0
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+kinds = st.sampled_from(
+    ["text", "tool_use", "tool_result", "thinking", "image", "image_url", "document", "search_result", "x"]
+)
+keys = st.sampled_from(
+    ["type", "text", "content", "source", "data", "name", "input", "role", "system", "messages", "tools",
+     "image_url", "function", "tool_calls", "function_call", "tool_choice", "input_schema", "properties",
+     "enum", "items", "anyOf"]
+)  # fmt: skip
+values = st.recursive(
+    scalars | kinds, lambda inner: st.lists(inner) | st.dictionaries(keys, inner), max_leaves=30
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(keys, values), st.sampled_from(["gpt-5", "claude-opus-4-7"]))
+def test_any_json_is_counted(body: Json, model: str) -> None:
+    once = count(body, model)
+    assert once > 0
+    counter = TokenCounter(VOCABULARY.load)
+    assert [counter.count_now(body, "p", model), counter.count_now(body, "p", model)] == [once, once]
+
+
+@given(st.text(alphabet="ab \n", max_size=50).map(lambda text: text * 9000))
+@settings(max_examples=20, deadline=None)
+def test_slices_join_to_the_text(text: str) -> None:
+    parts = list(slices(text))
+    assert "".join(parts) == text
+    assert all(0 < len(part) <= SLICE for part in parts)
+
+
+# The cache and the threads.
+
+
+def conversation(turns: int) -> Json:
+    messages: list[Json] = []
+    for turn in range(turns):
+        call = {"type": "tool_use", "id": f"t{turn}", "name": "Read", "input": {"path": f"file {turn}"}}
+        result = {"type": "tool_result", "tool_use_id": f"t{turn}", "content": f"what file {turn} says"}
+        messages += [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    return {"system": "the rules", "messages": messages, "tools": TOOLS}
+
+
+def test_only_what_is_new_is_encoded() -> None:
+    words = Words()
+    counter = TokenCounter(lambda name: words)
+    before = counter.count_now(conversation(20), "p", "gpt-5")
+    assert len(words.texts) == 20 * 2 + 2
+    words.texts.clear()
+    after = counter.count_now(conversation(21), "p", "gpt-5")
+    assert words.texts == ['Read {"path": "file 20"}', "what file 20 says"]
+    assert after == TokenCounter(lambda name: words).count_now(conversation(21), "p", "gpt-5") > before
+
+
+def test_equal_bytes_of_another_kind_are_no_hit() -> None:
+    words = Words()
+    counter = TokenCounter(lambda name: words)
+    counter.count_now(user("a b", tools=TOOLS), "p", "gpt-5")
+    claude = counter.count_now(user("a b", tools=TOOLS), "p", "claude-sonnet-4-5")
+    assert claude == TokenCounter(lambda name: words).count_now(
+        user("a b", tools=TOOLS), "p", "claude-sonnet-4-5"
+    )
+
+
+def test_cache_is_bounded_and_oldest_go_first() -> None:
+    words = Words()
+    counter = TokenCounter(lambda name: words)
+    many = {"messages": [{"role": "user", "content": f"message {n}"} for n in range(CACHE_SIZE + 100)]}
+    assert counter.count_now(many, "p", "gpt-5") == 3 + 6 * (CACHE_SIZE + 100)
+    assert len(counter.cache) == CACHE_SIZE
+    words.texts.clear()
+    counter.count_now({"messages": many["messages"][99:101]}, "p", "gpt-5")
+    assert words.texts == ["message 99"]
+
+
+async def test_long_texts_are_counted_in_a_thread_short_ones_at_once() -> None:
+    words = Words()
+    counter = TokenCounter(lambda name: words)
+    await counter.count(user("short " * 2000), "p", "gpt-5")
+    assert words.threads == {threading.get_ident()}
+    words.threads.clear()
+    await counter.count(user("long " * 5000), "p", "gpt-5")
+    assert words.threads and threading.get_ident() not in words.threads
+
+
+async def test_the_loop_runs_on_while_much_is_counted() -> None:
+    """50 requests of 60 KB at once. The bench measures the stall; here there is a coarse bound."""
+    counter, ticks = TokenCounter(VOCABULARY.load), 0
+    bodies = [user(f"{n} some words to count\n" * 2700) for n in range(50)]
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.001)
+            ticks += 1
+
+    ticker = asyncio.create_task(tick())
+    counts = await asyncio.gather(*(counter.count(body, "p", "gpt-5") for body in bodies))
+    ticker.cancel()
+    assert ticks >= 10 and counts == [count(body, "gpt-5") for body in bodies]
+
+
+# While there is no vocabulary.
+
+
+def test_estimates_are_near_and_not_kept() -> None:
+    have: dict[str, Encoding | None] = {}
+    counter = TokenCounter(have.get)
+    text = (ROOT / "ccmux.py").read_text("utf-8")[:50_000]
+    estimated = counter.count_now(user(text), "p", "gpt-5")
+    assert not counter.cache
+    have["o200k_base"] = VOCABULARY.load("o200k_base")
+    assert counter.count_now(user(text), "p", "gpt-5") == 7 + sum(map(length, slices(text)))
+    assert estimated == pytest.approx(length(text), rel=0.25)
+
+
+def test_text_of_an_answer() -> None:
+    counter = TokenCounter(VOCABULARY.load)
+    assert counter.count_text("Say hello.", "gpt-5") == PROMPT
+    assert counter.count_text("Say hello. " * 100, "claude-opus-4-7") == pytest.approx(
+        length("Say hello. " * 100) * 1.45, abs=1
+    )
+    assert counter.count_text("", "gpt-5") == 0
+
+
+# Calibration.
+
+
+def test_counts_follow_true_usage() -> None:
+    counter = TokenCounter(lambda name: Words())
+    text = user("a b c d e f g h i j " * 10)
+    for _ in range(20):
+        counted = counter.count_now(text, "p", "gpt-5")
+        counter.observe("p", "gpt-5", counted, 150)
+    assert counter.count_now(text, "p", "gpt-5") in (150, 151)
+    assert counter.factors["p", "gpt-5"] == (pytest.approx(150 / 107), 20)
+    assert counter.count_now(text, "other", "gpt-5") == 107
+
+
+def test_answers_in_any_order_teach_the_same() -> None:
+    counter = TokenCounter(lambda name: Words())
+    counts = [counter.count_now(user("word " * n), "p", "gpt-5") for n in range(100, 130)]
+    for counted in counts:
+        counter.observe("p", "gpt-5", counted, counted * 2)
+    assert counter.factors["p", "gpt-5"] == (pytest.approx(2.0), 30)
+
+
+def test_average_is_over_the_last_50() -> None:
+    counter = TokenCounter(lambda name: Words())
+    counter.restore([("p", "gpt-5", 1.0, 50)])
+    counted = counter.count_now(user("word " * 93), "p", "gpt-5")
+    counter.observe("p", "gpt-5", counted, 200)
+    assert counter.factors["p", "gpt-5"] == (pytest.approx(1.02), 50)
+
+
+@pytest.mark.parametrize(("true", "factor"), [(10**7, 2.5), (1, 0.5)], ids=["far-above", "far-below"])
+def test_factor_is_clamped(true: int, factor: float) -> None:
+    counter = TokenCounter(lambda name: Words())
+    counter.observe("p", "gpt-5", counter.count_now(user("word " * 93), "p", "gpt-5"), true)
+    assert counter.factors["p", "gpt-5"] == (factor, 1)
+
+
+def test_nothing_is_learnt_from() -> None:
+    counter = TokenCounter(lambda name: None)
+    counter.observe("p", "gpt-5", counter.count_now(user("an estimate"), "p", "gpt-5"), 50)
+    counter.load = lambda name: Words()
+    counted = counter.count_now(user("a count"), "p", "gpt-5")
+    counter.observe("p", "gpt-5", counted, 0)
+    counter.observe("elsewhere", "gpt-5", counted, 50)  # the target that answered is not the one counted for
+    counter.observe("p", "gpt-5", 12345, 50)
+    assert counter.factors == {}
+
+
+def test_factors_survive_a_restart() -> None:
+    counter, again = TokenCounter(lambda name: Words()), TokenCounter(lambda name: Words())
+    counter.observe("p", "gpt-5", counter.count_now(user("word " * 93), "p", "gpt-5"), 150)
+    again.restore(json.loads(json.dumps(counter.export())))
+    assert again.count_now(user("word " * 93), "p", "gpt-5") == 150
+
+
+# The upstream's own count.
+
+
+def test_body_for_an_upstream_count() -> None:
+    kept = {
+        "model": "m",
+        "messages": [],
+        "system": "s",
+        "thinking": {"type": "adaptive"},
+        "tool_choice": {"type": "auto"},
+    }
+    server_tool = {"type": "web_search_20250305", "name": "web_search"}
+    dropped = {
+        "max_tokens": 5, "stream": True, "metadata": {}, "context_management": {}, "safeguards": {},
+        "temperature": 1, "output_config": {}, "stop_sequences": [],
+    }  # fmt: skip
+    body = {**kept, **dropped, "tools": [server_tool, TOOLS[1]]}
+    assert count_request_body(body) == {**kept, "tools": [TOOLS[1]]}
+    assert count_request_body({"messages": []}) == {"messages": []}
+
+
+# Vocabulary files.
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder where vocabularies are looked for, empty."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+def test_missing_vocabulary_is_found_once_it_is_there(folder: Path) -> None:
+    found = Vocabulary()
+    assert found.load("cl100k_base") is None and found.missing() == ["cl100k_base"]
+    shutil.copy(CL100K_FILE, folder)
+    assert found.load("cl100k_base") is None
+    found.forget_missing()
+    assert found.load("cl100k_base") is not None and found.missing() == []
+
+
+def test_damaged_vocabulary_is_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = VOCABULARIES["cl100k_base"][0]
+    (folder / name).write_bytes(CL100K_FILE.read_bytes()[:-1])
+    assert find_vocabulary("cl100k_base") is None
+    monkeypatch.setenv("DATA_GYM_CACHE_DIR", str(CL100K_FILE.parent))
+    assert find_vocabulary("cl100k_base") == CL100K_FILE
+    assert vocabulary_state()["cl100k_base"] == str(CL100K_FILE)
+
+
+def test_claude_needs_openais_vocabulary_where_there_is_no_other(folder: Path) -> None:
+    found = Vocabulary()
+    assert found.load("claude-4.5") is None and found.missing() == ["o200k_base"]
+
+
+async def test_first_count_loads_in_a_thread() -> None:
+    found = Vocabulary()
+    counter = TokenCounter(found.get)
+    assert found.loaded == {}
+    assert counter.count_now(user("Say hello."), "p", "gpt-4") == 7 + 3  # an estimate: ten bytes
+    async with asyncio.timeout(30):
+        while "cl100k_base" not in found.loaded:
+            await asyncio.sleep(0.01)
+    assert counter.count_now(user("Say hello!!!!"), "p", "gpt-4") == 7 + length(
+        "Say hello!!!!", "cl100k_base"
+    )
+
+
+async def test_names_of_one_source_share_what_is_loaded() -> None:
+    found = Vocabulary()
+    names = ("claude-4.5", "o200k_base", "claude-5.0")
+    assert [found.get(name) for name in names] == [None, None, None]
+    async with asyncio.timeout(30):
+        while len(found.loaded) < 3:
+            await asyncio.sleep(0.01)
+    assert len({id(found.get(name)) for name in names}) == 1 and found.get("o200k_base") is not None
+
+
+NO_NETWORK = """
+import sys
+def hook(event, arguments):
+    if event.startswith("socket."):
+        print("opened a socket:", event, arguments)
+sys.addaudithook(hook)
+sys.path.insert(0, sys.argv[1])
+import ccmux
+for name in ("cl100k_base", "gpt-4"):
+    counter = ccmux.TokenCounter(ccmux.Vocabulary().load)
+    print(counter.count_now({"messages": [{"role": "user", "content": "hello"}]}, "p", "gpt-4"))
+"""
+
+
+@pytest.mark.parametrize("present", [True, False], ids=["with-the-file", "without"])
+def test_counting_opens_no_socket(folder: Path, present: bool) -> None:
+    if present:
+        shutil.copy(CL100K_FILE, folder)
+    command = [sys.executable, "-c", NO_NETWORK, str(ROOT)]
+    done = subprocess.run(
+        command, env=dict(os.environ), capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == (["8", "8"] if present else ["9", "9"])
+
+
+def test_claudes_own_vocabulary() -> None:
+    letters = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
+    words = [base64.b64encode(word.encode()).decode() for word in ("he", "ll", "hell", "hello")]
+    data = {
+        "pat_str": r"\S+|\s+", "special_tokens": {"<EOT>": 0}, "explicit_n_vocab": 9,
+        "bpe_ranks": "! 5 " + " ".join([*letters, *words]),
+    }  # fmt: skip
+    encoding = ClaudeEncoding(data)
+    assert encoding.encode_ordinary("hello") == [5 + 256 + 3]
+    assert encoding.encode_ordinary("ｈｅllo") == encoding.encode_ordinary("hello")  # NFKC
+    counter = TokenCounter(lambda name: encoding)
+    assert counter.count_now(user("hello " * 100), "p", "claude-sonnet-4-5") == 7 + 226
+    assert counter.count_now(user("hello " * 100), "p", "claude-opus-4-7") == 12 + 278
+
+
+def test_ctok_is_used_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "def token_count(text, version):\n    return len(text) + {'4.5': 7, '4.7': 12}[version]\n"
+    (tmp_path / "ctok.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert source_of("claude-4.5") == "ctok-4.5" and source_of("gpt") == "gpt"
+    found = Vocabulary()
+    assert TokenCounter(found.load).count_now(user("hello"), "p", "claude-sonnet-4-5") == 12
+    assert TokenCounter(found.load).count_now(user("hello"), "p", "claude-opus-4-7") == 17
+    assert vocabulary_state()["ctok"] == str(tmp_path / "ctok.py")
+    monkeypatch.delitem(sys.modules, "ctok")
+
+
+DOWNLOADS = {
+    "the-file": (200, None, True), "another-file": (200, b"wrong", False), "not-there": (404, b"", False),
+    "elsewhere": (302, b"", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "data", "good"), DOWNLOADS.values(), ids=DOWNLOADS)
+async def test_download(folder: Path, status: int, data: bytes | None, good: bool) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        body = CL100K_FILE.read_bytes() if data is None else data
+        return web.Response(status=status, body=body, headers={"Location": "/elsewhere"})
+
+    app = web.Application()
+    app.add_routes([web.get("/encodings/cl100k_base.tiktoken", answer)])
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        url = str(server.make_url("/encodings/cl100k_base.tiktoken"))
+        assert await fetch_vocabulary(session, url, "cl100k_base") is good
+    kept = folder.parent / ".ccmux" / "tiktoken"
+    assert (find_vocabulary("cl100k_base") == kept / VOCABULARIES["cl100k_base"][0]) is good
+    assert list(kept.glob("*.part")) == []
