@@ -1,18 +1,21 @@
-"""The Anthropic SDK as a client of a real ccmux process, on every kind of provider."""
+"""The Anthropic SDK as a client of ccmux, on every kind of provider."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import anthropic
 import pytest
 from anthropic import AsyncAnthropic
-from conftest import Running, Start, config_for
+from conftest import config_for
 from fakes import FAKES, Answer, Call, Fake, Script, Tokens, Turn
+from proxy_harness import Proxy, in_process
 
+Start = Callable[[str], AbstractAsyncContextManager[Proxy]]
 KINDS = pytest.mark.parametrize("kind", FAKES)
 HELLO = [{"role": "user", "content": "hello"}]
 WEATHER = {
@@ -22,10 +25,15 @@ WEATHER = {
 }
 
 
+@pytest.fixture
+def start_ccmux(tmp_path: Path) -> Start:
+    return lambda text: in_process(tmp_path, text)
+
+
 @asynccontextmanager
 async def sdk_on(
     kind: str, start: Start, script: Script, extra: str = ""
-) -> AsyncIterator[tuple[AsyncAnthropic, Fake, Running]]:
+) -> AsyncIterator[tuple[AsyncAnthropic, Fake, Proxy]]:
     """The SDK without retries of its own, pointed at ccmux, pointed at a fake."""
     async with (
         FAKES[kind](script) as fake,
@@ -244,8 +252,11 @@ async def test_a_model_nobody_serves_is_not_found(kind: str, start_ccmux: Start)
 
 
 @KINDS
-async def test_the_answer_tells_its_way(kind: str, start_ccmux: Start) -> None:
-    async with sdk_on(kind, start_ccmux, always(Answer(text="hi"))) as (client, _, ccmux):
+async def test_the_answer_tells_its_way(
+    kind: str, start_ccmux: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with sdk_on(kind, start_ccmux, always(Answer(text="hi"))) as (client, _, _):
         raw = await client.messages.with_raw_response.create(model="claude-x", max_tokens=9, messages=HELLO)
     told = {k: v for k, v in raw.headers.items() if k.startswith("x-ccmux-")}
     assert told == {
@@ -253,7 +264,7 @@ async def test_the_answer_tells_its_way(kind: str, start_ccmux: Start) -> None:
         "x-ccmux-attempts": "1",
     }  # fmt: skip
     assert raw.headers["request-id"]
-    [line] = [line for line in ccmux.log if "provider=p0" in line or "target=p0" in line]
+    [line] = [line for line in caplog.messages if "provider=p0" in line or "target=p0" in line]
     assert "hello" not in line
 
 
