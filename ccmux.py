@@ -7798,9 +7798,11 @@ class StreamSink:
         self.request, self.headers, self.interval, self.ping = request, headers, interval, ping
         self.response = web.StreamResponse(
             headers={
-                "Content-Type": "text/event-stream", "Cache-Control": "no-cache",
-                "X-Content-Type-Options": "nosniff", "Server": "ccmux",
-            }  # fmt: skip
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-cache",
+                "X-Content-Type-Options": "nosniff",
+                "Server": "ccmux",
+            }
         )
         self.began = False
         self.last = time.monotonic()

@@ -78,7 +78,10 @@ def test_second_start_says_nothing(bare: Path, home: Path) -> None:
 
 def test_exit_status_comes_through(bare: Path, home: Path) -> None:
     done = start(bare, home, "reprot")
-    assert (done.returncode, done.stderr) == (2, "ccmux: there is no command 'reprot': did you mean 'report'?\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "ccmux: there is no command 'reprot': did you mean 'report'?\n",
+    )
 
 
 def test_lost_package_is_installed_again(bare: Path, home: Path) -> None:
@@ -98,7 +101,11 @@ def test_interrupted_installation_is_begun_again(bare: Path, tmp_path: Path) -> 
     command = [bare / "python" / PYTHON, bare / "ccmux.py", "model"]
     place = {"CCMUX_VENV": "~/else where/venv"}
     with subprocess.Popen(
-        command, env=environment(bare, tmp_path, **place), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment(bare, tmp_path, **place),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         venv, end = tmp_path / "else where/venv", time.monotonic() + 60
         while not (venv / "pyvenv.cfg").exists() and time.monotonic() < end:
@@ -145,7 +152,9 @@ def unwritable(home: Path) -> str:
 @pytest.mark.parametrize(
     ("venv", "more", "said"),
     [
-        pytest.param(lambda home: "", {"CCMUX_NO_BOOTSTRAP": "1"}, "CCMUX_NO_BOOTSTRAP is set", id="told-not-to"),
+        pytest.param(
+            lambda home: "", {"CCMUX_NO_BOOTSTRAP": "1"}, "CCMUX_NO_BOOTSTRAP is set", id="told-not-to"
+        ),
         pytest.param(folder_of_ones_own, {}, "is no virtual environment", id="folder-of-ones-own"),
         pytest.param(unwritable, {}, "cannot be set up: File exists", id="unwritable"),
         pytest.param(lambda home: "", {"PIP_FIND_LINKS": ""}, "pip: ERROR: ", id="no-network"),

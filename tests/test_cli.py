@@ -44,7 +44,9 @@ Cli = Callable[..., Ran]
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """`cli("user", "list")` in an empty home, in this process."""
     for name in list(os.environ):
-        if name.endswith(("_KEY", "_TOKEN", "_PROXY", "_proxy")) or name.startswith(("ANTHROPIC_", "CLAUDE_", "CCMUX_")):
+        if name.endswith(("_KEY", "_TOKEN", "_PROXY", "_proxy")) or name.startswith(
+            ("ANTHROPIC_", "CLAUDE_", "CCMUX_")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{closed_port()}")
@@ -69,7 +71,9 @@ def closed_port() -> int:
 
 def write_config(folder: Path, text: str = "", port: int = 0) -> Path:
     path = folder / "config.toml"
-    path.write_text(f'[server]\nport = {port or closed_port()}\n{text}\n[[providers]]\nname = "demo"\ntype = "demo"\n')
+    path.write_text(
+        f'[server]\nport = {port or closed_port()}\n{text}\n[[providers]]\nname = "demo"\ntype = "demo"\n'
+    )
     return path
 
 
@@ -91,7 +95,7 @@ def web_server(answers: dict[str, Any]) -> Iterator[int]:
     """A server that answers paths with JSON; its port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             body = json.dumps(answers.get(self.path, {})).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -141,11 +145,15 @@ def test_top_help_names_every_command(cli: Cli) -> None:
         pytest.param(("user",), "the following arguments are required: action", id="user-alone"),
         pytest.param(("user", "add"), "the following arguments are required: NAME", id="no-name"),
         pytest.param(("user", "add", "a b"), "user name 'a b': use 1 to 64 letters", id="bad-name"),
-        pytest.param(("user", "credit", "x", "1e3.3"), "'1e3.3' is not an amount of dollars", id="bad-amount"),
+        pytest.param(
+            ("user", "credit", "x", "1e3.3"), "'1e3.3' is not an amount of dollars", id="bad-amount"
+        ),
         pytest.param(("user", "credit", "x", "0.0000001"), "at most 6 decimals", id="too-fine"),
         pytest.param(("user", "budget", "x", "--day", "-1"), "a budget cannot be below 0", id="budget"),
         pytest.param(("user", "list"), "there is no database", id="no-database"),
-        pytest.param(("report", "--since", "yesteryear"), "is not a time: 2026-11-24, today or 7d", id="time"),
+        pytest.param(
+            ("report", "--since", "yesteryear"), "is not a time: 2026-11-24, today or 7d", id="time"
+        ),
         pytest.param(("explain", "nothing.json"), "nothing.json: No such file or directory", id="no-file"),
         pytest.param(("check", "--config", "nothing.toml"), "nothing.toml: cannot be read", id="no-config"),
         pytest.param(("serve", "--host", "0.0.0.0"), "set require_key = true", id="open-to-all"),
@@ -179,7 +187,10 @@ def test_taken_port_is_one_line(tmp_path: Path) -> None:
         ran = process(tmp_path, "--port", str(port))
     assert ran.status == 2
     assert ran.err.startswith(f"ccmux: cannot listen on 127.0.0.1:{port} (")
-    assert ran.err.endswith("); is another ccmux running? --port sets another one\n") and ran.err.count("\n") == 1
+    assert (
+        ran.err.endswith("); is another ccmux running? --port sets another one\n")
+        and ran.err.count("\n") == 1
+    )
 
 
 def test_closed_pipe_is_no_error(tmp_path: Path) -> None:
@@ -192,7 +203,11 @@ def test_closed_pipe_is_no_error(tmp_path: Path) -> None:
     store.close()
     write_config(tmp_path)
     done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=process_environment(tmp_path), capture_output=True, text=True
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=process_environment(tmp_path),
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stderr, done.stdout[:5]) == (0, "", '"time')
 
@@ -305,7 +320,7 @@ def test_init_writes_once(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_env_as_bash_reads_it(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = "a'b \"c\" $HOME `id`"
+    key = 'a\'b "c" $HOME `id`'
     monkeypatch.setenv("CCMUX_KEY", key)
     write_config(tmp_path, port=4242)
     done = subprocess.run(
@@ -379,7 +394,9 @@ def test_setup_and_undo(cli: Cli, tmp_path: Path, before: bytes | None) -> None:
         assert (ran.status, ran.err) == (0, "")
     settings = json.loads(path.read_bytes())
     assert settings["env"]["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:4242"
-    assert settings["statusLine"]["command"] == "mine" or "ccmux statusline" in settings["statusLine"]["command"]
+    assert (
+        settings["statusLine"]["command"] == "mine" or "ccmux statusline" in settings["statusLine"]["command"]
+    )
     if before == ODD:
         assert (settings["env"]["FOO"], settings["model"]) == ("1", "opus")
     ran = cli("setup", "--undo")
@@ -389,7 +406,9 @@ def test_setup_and_undo(cli: Cli, tmp_path: Path, before: bytes | None) -> None:
     assert {p.name for p in path.parent.iterdir()} <= {"settings.json"}
 
 
-def test_setup_shows_the_change_without_keys(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setup_shows_the_change_without_keys(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CCMUX_KEY", "ccmux-secret-of-anna")
     out = cli("setup").out
     assert '+    "ANTHROPIC_BASE_URL": "http://127.0.0.1:13456",' in out
@@ -477,7 +496,9 @@ def test_a_users_life(cli: Cli, tmp_path: Path) -> None:
         ("topup", 5_000_000, "first credit"), ("topup", 10_250_000, "cash"), ("adjust", -2_500_000, ""),
     ]  # fmt: skip
     assert "$20.00 a month" in cli("user", "budget", "anna", "--day", "none", "--month", "20").out
-    assert ledger(database, "select day_microusd, week_microusd, month_microusd from users") == [(None, None, 20_000_000)]
+    assert ledger(database, "select day_microusd, week_microusd, month_microusd from users") == [
+        (None, None, 20_000_000)
+    ]
     new = cli("user", "key", "anna").out.split()[1]
     store = ccmux.Store(str(database))
     assert (store.authenticate(key), store.authenticate(new).name) == (None, "anna")
@@ -525,7 +546,9 @@ def test_report_and_its_formats(cli: Cli, tmp_path: Path) -> None:
     assert table[-1] == "1 requests have no known price; their cost is not in the sums"
     rows = json.loads(cli("report", "--by", "day", "--format", "json", "--since", "2026-11-21").out)
     assert [(row["day"], row["charge_microusd"]) for row in rows] == [("2026-11-24", 57_000)]
-    table = csv.DictReader(io.StringIO(cli("report", "--by", "day", "--until", "2026-11-21", "--format", "csv").out))
+    table = csv.DictReader(
+        io.StringIO(cli("report", "--by", "day", "--until", "2026-11-21", "--format", "csv").out)
+    )
     assert [(row["day"], row["requests"], row["unpriced"]) for row in table] == [("2026-11-20", "1", "1")]
     as_if = json.loads(cli("report", "--as-if", "claude-sonnet-5-5", "--format", "json").out)
     assert as_if[0]["as_if_microusd"] == 2 * 47_500
@@ -717,7 +740,9 @@ def test_statusline(tmp_path: Path) -> None:
     )  # fmt: skip
     told = json.dumps({"session_id": "s2", "model": {"id": "x", "display_name": "Sonnet"}})
     ran = process(tmp_path, "statusline", stdin=told)
-    assert ran == Ran(0, "Sonnet | p/claude-sonnet-5-5 (default) | session $0.0570 | today $0.1140 | balance $4.89\n", "")
+    assert ran == Ran(
+        0, "Sonnet | p/claude-sonnet-5-5 (default) | session $0.0570 | today $0.1140 | balance $4.89\n", ""
+    )
     assert process(tmp_path, "statusline", stdin="no json").out == "today $0.0570\n"
 
 
@@ -773,7 +798,9 @@ def answers(port: int) -> bool:
 
 
 def test_code_starts_runs_and_stops(tmp_path: Path) -> None:
-    path = fake_claude(tmp_path, 'env | grep -E "^(ANTHROPIC|CLAUDE)" | sort; for a in "$@"; do echo "<$a>"; done; exit 7')
+    path = fake_claude(
+        tmp_path, 'env | grep -E "^(ANTHROPIC|CLAUDE)" | sort; for a in "$@"; do echo "<$a>"; done; exit 7'
+    )
     port = closed_port()
     write_config(tmp_path, port=port)
     ran = process(tmp_path, "code", "-p", "say hi", "--version", "", PATH=path, ANTHROPIC_API_KEY="sk-real")
@@ -804,7 +831,9 @@ async def test_code_leaves_a_running_server(tmp_path: Path, start_ccmux: Any) ->
     ("text", "said"),
     [
         pytest.param("require_key = true", "set CCMUX_KEY to one", id="needs-a-key"),
-        pytest.param('database = "/nonexistent/x.db"', "database /nonexistent/x.db", id="server-does-not-start"),
+        pytest.param(
+            'database = "/nonexistent/x.db"', "database /nonexistent/x.db", id="server-does-not-start"
+        ),
     ],
 )
 def test_code_that_cannot_start(tmp_path: Path, text: str, said: str) -> None:

@@ -66,7 +66,9 @@ def test_every_command_is_in_the_readme_and_the_other_way_round() -> None:
 
 @pytest.mark.parametrize("command", ccmux.COMMANDS, ids=lambda command: command.name)
 def test_flags_of_a_command(command: ccmux.Command) -> None:
-    rows = [row for row in first_cells(section("## Commands")) if re.match(rf"{command.name}( [^a-z]|$)", row)]
+    rows = [
+        row for row in first_cells(section("## Commands")) if re.match(rf"{command.name}( [^a-z]|$)", row)
+    ]
     assert len(rows) == 1
     assert set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", rows[0])) == {
         name for names, _ in command.flags for name in names if name.startswith("-")
@@ -154,7 +156,9 @@ def test_route_steps_in_their_order() -> None:
 
 
 def test_presets() -> None:
-    rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \| (\S+|in ccmux) \| (\S+) \| (\S+) \|$", section("## Providers"), re.M)
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| (\w+) \| (\S+|in ccmux) \| (\S+) \| (\S+) \|$", section("## Providers"), re.M
+    )
     assert rows == [
         (
             name, row["type"], row["base_url"] or "in ccmux",
@@ -162,7 +166,9 @@ def test_presets() -> None:
         )
         for name, row in ccmux.PRESETS.items()
     ]  # fmt: skip
-    formats = set(re.findall(r"`(\w+)`", section("## Providers").partition("\nFormats: ")[2].partition("\n")[0]))
+    formats = set(
+        re.findall(r"`(\w+)`", section("## Providers").partition("\nFormats: ")[2].partition("\n")[0])
+    )
     assert formats == set(ccmux.DIALECTS)
 
 
@@ -222,7 +228,12 @@ def test_runnable_shell_blocks_run(tmp_path: Path) -> None:
     }  # fmt: skip
     for text in found:
         done = subprocess.run(
-            ["bash", "-eu", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            ["bash", "-eu", "-c", text],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0, f"{text}\n{done.stderr}"
 
@@ -235,16 +246,25 @@ def test_the_charge_worked_out_is_what_ccmux_charges() -> None:
         input=tokens["input, not cached"], cache_read=tokens["cache read"], cache_write=tokens["cache write"],
         output=tokens["output"],
     )  # fmt: skip
-    config = ccmux.load_config('[[providers]]\nname = "anthropic"\ntype = "anthropic"\n[credits]\nmarkup_percent = 20', {})
+    config = ccmux.load_config(
+        '[[providers]]\nname = "anthropic"\ntype = "anthropic"\n[credits]\nmarkup_percent = 20', {}
+    )
     price = ccmux.price_of(config, ccmux.Target("anthropic", "claude-sonnet-5-5"), "")
     charge = ccmux.charge_of(usage, price, config.credits.markup_percent)
     for amount in (charge.cost, charge.markup, charge.charge):
         assert f"{amount:,}" in text
     assert "input $2, output $10, cache read $0.10, 5-minute cache write $2.50" in text
-    assert (price.input, price.output, price.cache_read, price.cache_write) == (2, 10, ccmux.Decimal("0.1"), ccmux.Decimal("2.5"))
+    assert (price.input, price.output, price.cache_read, price.cache_write) == (
+        2,
+        10,
+        ccmux.Decimal("0.1"),
+        ccmux.Decimal("2.5"),
+    )
 
 
-SAMPLES = r"'[^']*'|\$NAME|provider X|http://\S*|\d[\d.:]*|\bN\b|\$[\d.]+|the day's|\.\.\.|\(421\)|\(403\)|\bX\b"
+SAMPLES = (
+    r"'[^']*'|\$NAME|provider X|http://\S*|\d[\d.:]*|\bN\b|\$[\d.]+|the day's|\.\.\.|\(421\)|\(403\)|\bX\b"
+)
 
 
 def test_troubleshooting_quotes_what_ccmux_says() -> None:

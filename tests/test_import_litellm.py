@@ -16,7 +16,15 @@ import yaml
 import ccmux
 
 FIXTURES = Path(__file__).parent / "fixtures/litellm"
-SECRETS = ("sk-written-in-the-file", "secret-team-token", "fake-key", "hunter2", "sk-1234-master-key", "eYVX71", "password@")
+SECRETS = (
+    "sk-written-in-the-file",
+    "secret-team-token",
+    "fake-key",
+    "hunter2",
+    "sk-1234-master-key",
+    "eYVX71",
+    "password@",
+)
 
 
 def imported(text: str, **env: str) -> ccmux.LiteLLMImport:
@@ -33,7 +41,9 @@ def report_of(text: str, word: str, **env: str) -> list[str]:
 
 def row(model: str, *, name: str = "m", info: str = "", **params: Any) -> str:
     inner = "".join(f", {key}: {value}" for key, value in params.items())
-    return f"  - {{model_name: '{name}', litellm_params: {{model: '{model}'{inner}}}, model_info: {{{info}}}}}\n"
+    return (
+        f"  - {{model_name: '{name}', litellm_params: {{model: '{model}'{inner}}}, model_info: {{{info}}}}}\n"
+    )
 
 
 def model_list(*rows: str, more: str = "") -> str:
@@ -103,7 +113,9 @@ def test_keys_and_providers() -> None:
 
 def test_no_key_goes_to_an_address_of_ones_own() -> None:
     """A preset's variable is for the preset's own address."""
-    config = config_of(model_list(row("openai/x", api_base="http://localhost:1/v1")), OPENAI_API_KEY="sk-real")
+    config = config_of(
+        model_list(row("openai/x", api_base="http://localhost:1/v1")), OPENAI_API_KEY="sk-real"
+    )
     assert config.providers[0].api_key == ()
 
 
@@ -144,13 +156,18 @@ def test_fallbacks_are_targets_in_order() -> None:
 
 
 def test_default_fallbacks() -> None:
-    text = model_list(row("openai/a", name="a"), row("openai/b", name="b")) + 'litellm_settings: {default_fallbacks: ["b"]}'
+    text = (
+        model_list(row("openai/a", name="a"), row("openai/b", name="b"))
+        + 'litellm_settings: {default_fallbacks: ["b"]}'
+    )
     assert [t.actual_model for t in config_of(text).model("a").mappings] == ["a", "b"]
     assert [t.actual_model for t in config_of(text).model("b").mappings] == ["b"]
 
 
 def test_aliases() -> None:
-    alias = 'router_settings: {model_group_alias: {"x": "m", "y": {"model": "m", "hidden": true}, "z": "nobody"}}'
+    alias = (
+        'router_settings: {model_group_alias: {"x": "m", "y": {"model": "m", "hidden": true}, "z": "nobody"}}'
+    )
     config = config_of(model_list(row("openai/gpt-4o")) + alias)
     assert [m.name for m in config.models] == ["m", "x", "y"]
     assert config.model("x").mappings == config.model("y").mappings == config.model("m").mappings
@@ -219,8 +236,12 @@ def test_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == f"ccmux: {target}: File exists\n"
 
 
-@pytest.mark.parametrize("text", ["a: [", "\x00", "just words", "- 1", ""], ids=["broken", "binary", "text", "list", "empty"])
-def test_odd_files_are_one_line_or_nothing(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "text", ["a: [", "\x00", "just words", "- 1", ""], ids=["broken", "binary", "text", "list", "empty"]
+)
+def test_odd_files_are_one_line_or_nothing(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)
     status = ccmux.main(["import-litellm", str(path)])
