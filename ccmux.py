@@ -201,10 +201,10 @@ def install_packages(venv: Path, python: Path) -> None:
         done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
         if done.returncode:
             words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            if any("ensurepip" in line for line in words):
+            if any("ensurepip" in line or "No module named venv" in line for line in words):
                 words = ["this Python lacks its venv parts (on Debian and Ubuntu: apt install python3-venv)"]
             said = next((line for line in words if line.startswith("ERROR")), (words or ["it failed"])[-1])
-            bootstrap_failed(f"{' '.join(step[1:4])}: {said}")
+            bootstrap_failed(f"{step[2]}: {said}")
 
 
 def bootstrap_failed(why: str) -> NoReturn:
@@ -2429,7 +2429,7 @@ def upstream_error(
     status.
     """
     words = error_words(payload)
-    if status in (400, 413, 422, 500) and (sizes := overflow(words, payload, tokens, context)):
+    if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         return ApiError(400, message, retry=Retry.LARGER, headers=headers, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
@@ -5460,14 +5460,14 @@ class Vocabulary:
 
     def forget_missing(self) -> None:
         """After a download: what was missing is looked for again."""
-        with self.lock:
-            for name in [n for n, encoding in self.loaded.items() if encoding is None]:
+        for name, encoding in list(self.loaded.items()):  # a copy, as a thread may be loading
+            if encoding is None:
                 del self.loaded[name]
                 self.loading.discard(name)
 
     def missing(self) -> list[str]:
         """Vocabularies that were looked for in vain."""
-        return [n for n, encoding in self.loaded.items() if encoding is None and n in PATTERNS]
+        return [n for n, encoding in list(self.loaded.items()) if encoding is None and n in PATTERNS]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7334,6 +7334,7 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
     """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's
     login.
     """
+    error.message = scrub(error.message, call.config.secrets())
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
         name = slot.provider.name
         words = (
@@ -7539,7 +7540,7 @@ def check_host(request: web.Request, config: Config) -> None:
 
 def host_name(host: str) -> str:
     """A Host without its port and trailing dot, in lower case; "" where it is malformed."""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::\d{1,5})?", host)
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?", host)
     return match[1].rstrip(".").lower() if match else ""
 
 
@@ -7796,7 +7797,12 @@ class StreamSink:
     ) -> None:
         self.request, self.headers, self.interval, self.ping = request, headers, interval, ping
         self.response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-cache",
+                "X-Content-Type-Options": "nosniff",
+                "Server": "ccmux",
+            }
         )
         self.began = False
         self.last = time.monotonic()
@@ -8013,7 +8019,7 @@ class Exchange:
             asked=str(call.body.get("model"))[:256],
             route=call.route.reason,
             provider=target.provider,
-            model=target.actual_model,
+            model=target.actual_model[:256],
             stream=call.stream,
             status=status,
             error=error.cause if error else "" if status == 200 else "client_gone",
