@@ -10133,10 +10133,11 @@ def diagnose(given: str) -> Iterator[tuple[str, str]]:
     yield from diagnose_files(config)
     yield diagnose_port(config)
     yield diagnose_database(config)
-    for name in VOCABULARIES:
-        found = find_vocabulary(name)
-        missing = "is not here yet: counts are estimates until the server has downloaded it"
-        yield ("ok", f"vocabulary {found}") if found else ("note", f"vocabulary {name} {missing}")
+    for name, path in vocabulary_state().items():
+        if path:
+            yield "ok", f"vocabulary {name}: {path}"
+        elif name.endswith("_base"):
+            yield "note", f"vocabulary {name}: not here yet; counts are estimates until it is downloaded"
     yield from diagnose_variables(config)
     yield from diagnose_claude(config)
 
