@@ -201,10 +201,10 @@ def install_packages(venv: Path, python: Path) -> None:
         done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
         if done.returncode:
             words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            if any("ensurepip" in line for line in words):
+            if any("ensurepip" in line or "No module named venv" in line for line in words):
                 words = ["this Python lacks its venv parts (on Debian and Ubuntu: apt install python3-venv)"]
             said = next((line for line in words if line.startswith("ERROR")), (words or ["it failed"])[-1])
-            bootstrap_failed(f"{' '.join(step[1:4])}: {said}")
+            bootstrap_failed(f"{step[2]}: {said}")
 
 
 def bootstrap_failed(why: str) -> NoReturn:
@@ -1477,6 +1477,62 @@ def keep_backups(path: Path, text: str) -> None:
     write_private(places[0], text)
 
 
+# Files beside the config.
+
+
+def database_path(config: Config) -> str:
+    """Where the ledger is: beside the config, or in ~/.ccmux where there is none."""
+    name = config.server.database
+    if name == ":memory:":
+        return name
+    return str(home_of(config) / Path(name).expanduser())
+
+
+def home_of(config: Config) -> Path:
+    """The folder that relative paths of a config are in; made (0700) where it is ccmux's own."""
+    if config.path:
+        return Path(config.path).expanduser().resolve().parent
+    home = ccmux_home()
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return home
+
+
+def token_path(config: Config) -> Path:
+    database = database_path(config)
+    return (home_of(config) if database == ":memory:" else Path(database).parent) / "ccmux.token"
+
+
+def admin_token_of(config: Config) -> str:
+    """The admin token: the config's, else the one kept beside the database, made (0600) at the first start."""
+    if config.server.admin_token:
+        return config.server.admin_token
+    path = token_path(config)
+    try:
+        if kept := path.read_text("utf-8").strip():
+            return kept
+    except FileNotFoundError:
+        pass
+    token = secrets.token_urlsafe(24)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(token + "\n")
+    return token
+
+
+def check_binding(config: Config) -> None:
+    """Off loopback only with keys for clients and a token for the admin page."""
+    host = config.server.host
+    if host in ("localhost", "127.0.0.1", "::1") or host.startswith("127."):
+        return
+    if not config.server.require_key:
+        raise ConfigError(
+            f"[server]: key 'host' is {host!r}, which others can reach: set require_key = true (and an admin_token), "
+            "or listen on 127.0.0.1"
+        )
+    if not config.server.admin_token and not token_path(config).exists():
+        raise ConfigError(f"[server]: key 'host' is {host!r}, which others can reach: set admin_token first")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Server-sent events (pure)
 # ----------------------------------------------------------------------------------------------------------
@@ -2373,7 +2429,7 @@ def upstream_error(
     status.
     """
     words = error_words(payload)
-    if status in (400, 413, 422, 500) and (sizes := overflow(words, payload, tokens, context)):
+    if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         return ApiError(400, message, retry=Retry.LARGER, headers=headers, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
@@ -5404,14 +5460,14 @@ class Vocabulary:
 
     def forget_missing(self) -> None:
         """After a download: what was missing is looked for again."""
-        with self.lock:
-            for name in [n for n, encoding in self.loaded.items() if encoding is None]:
+        for name, encoding in list(self.loaded.items()):  # a copy, as a thread may be loading
+            if encoding is None:
                 del self.loaded[name]
                 self.loading.discard(name)
 
     def missing(self) -> list[str]:
         """Vocabularies that were looked for in vain."""
-        return [n for n, encoding in self.loaded.items() if encoding is None and n in PATTERNS]
+        return [n for n, encoding in list(self.loaded.items()) if encoding is None and n in PATTERNS]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6547,8 +6603,8 @@ class Relay:
         try:
             await self.exchange(call, slot, sink)
             finished = True
-        except ApiError as failed:
-            error = failed
+        except ApiError as caught:
+            error = caught
             raise
         finally:
             health.active -= 1
@@ -7742,9 +7798,11 @@ class StreamSink:
         self.request, self.headers, self.interval, self.ping = request, headers, interval, ping
         self.response = web.StreamResponse(
             headers={
-                "Content-Type": "text/event-stream", "Cache-Control": "no-cache",
-                "X-Content-Type-Options": "nosniff", "Server": "ccmux",
-            }  # fmt: skip
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-cache",
+                "X-Content-Type-Options": "nosniff",
+                "Server": "ccmux",
+            }
         )
         self.began = False
         self.last = time.monotonic()
@@ -7842,8 +7900,8 @@ class Exchange:
             await self.durable()
             assert call.reader is not None
             return await sink.finish(call.reader.ending + self.epilogue())
-        except ApiError as failed:
-            error = failed
+        except ApiError as caught:
+            error = caught
             self.settle(error)
             if isinstance(sink, WholeSink) or not sink.began:
                 error.headers = {**self.headers(), **error.headers}
@@ -8827,6 +8885,33 @@ def put_single(root: str) -> Callable[[web.Request], Any]:
     return put
 
 
+def provider_model(config: Config, provider: Provider) -> str:
+    """A model to try a provider with: one that the config maps to it, lists, or its preset names."""
+    mapped = [t.actual_model for m in config.models for t in m.mappings if t.provider == provider.name]
+    return next(iter([*mapped, *provider.models, provider.default_model]), "")
+
+
+async def test_provider(state: State, provider: Provider, model: str) -> Json:
+    """One tiny request over the live path: {ok, status, ms, model, text, error}."""
+    began = time.monotonic()
+    body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
+    route = Route(model, "test", (), (Target(provider.name, model),))
+    call = Call(f"req_{secrets.token_hex(12)}", body, compact(body), {}, route, state.config, stream=False)
+    sink = WholeSink(dict)
+    result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
+    try:
+        if not provider.usable or not model:
+            raise ApiError(
+                500, provider.problem or ("no model to try it with" if provider.enabled else "disabled")
+            )
+        await state.relay.run(call, sink)
+        assert call.reader is not None
+        result["text"] = text_of(json.loads(call.reader.ending).get("content"))[:200]
+    except ApiError as error:
+        result |= {"ok": False, "status": error.status, "error": error.message[:200]}
+    return result | {"ms": round((time.monotonic() - began) * 1000)}
+
+
 async def post_provider_test(request: web.Request) -> web.StreamResponse:
     """One tiny request to a saved provider over the live path."""
     state = require_admin(request)
@@ -9155,59 +9240,6 @@ def ollama_models() -> list[str]:
         str(row["name"]) for row in as_list(tags.get("models")) if isinstance(row, dict) and row.get("name")
     ]
     return [name for name in names if "embed" not in name]
-
-
-def database_path(config: Config) -> str:
-    """Where the ledger is: beside the config, or in ~/.ccmux where there is none."""
-    name = config.server.database
-    if name == ":memory:":
-        return name
-    return str(home_of(config) / Path(name).expanduser())
-
-
-def home_of(config: Config) -> Path:
-    """The folder that relative paths of a config are in; made (0700) where it is ccmux's own."""
-    if config.path:
-        return Path(config.path).expanduser().resolve().parent
-    home = ccmux_home()
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return home
-
-
-def token_path(config: Config) -> Path:
-    database = database_path(config)
-    return (home_of(config) if database == ":memory:" else Path(database).parent) / "ccmux.token"
-
-
-def admin_token_of(config: Config) -> str:
-    """The admin token: the config's, else the one kept beside the database, made (0600) at the first start."""
-    if config.server.admin_token:
-        return config.server.admin_token
-    path = token_path(config)
-    try:
-        if kept := path.read_text("utf-8").strip():
-            return kept
-    except FileNotFoundError:
-        pass
-    token = secrets.token_urlsafe(24)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(token + "\n")
-    return token
-
-
-def check_binding(config: Config) -> None:
-    """Off loopback only with keys for clients and a token for the admin page."""
-    host = config.server.host
-    if host in ("localhost", "127.0.0.1", "::1") or host.startswith("127."):
-        return
-    if not config.server.require_key:
-        raise ConfigError(
-            f"[server]: key 'host' is {host!r}, which others can reach: set require_key = true (and an admin_token), "
-            "or listen on 127.0.0.1"
-        )
-    if not config.server.admin_token and not token_path(config).exists():
-        raise ConfigError(f"[server]: key 'host' is {host!r}, which others can reach: set admin_token first")
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -9541,33 +9573,6 @@ async def check_live(config: Config) -> int:
         await close_state(state)
         store.close()
     return 1 if failed else 0
-
-
-def provider_model(config: Config, provider: Provider) -> str:
-    """A model to try a provider with: one that the config maps to it, lists, or its preset names."""
-    mapped = [t.actual_model for m in config.models for t in m.mappings if t.provider == provider.name]
-    return next(iter([*mapped, *provider.models, provider.default_model]), "")
-
-
-async def test_provider(state: State, provider: Provider, model: str) -> Json:
-    """One tiny request over the live path: {ok, status, ms, model, text, error}."""
-    began = time.monotonic()
-    body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
-    route = Route(model, "test", (), (Target(provider.name, model),))
-    call = Call(f"req_{secrets.token_hex(12)}", body, compact(body), {}, route, state.config, stream=False)
-    sink = WholeSink(dict)
-    result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
-    try:
-        if not provider.usable or not model:
-            raise ApiError(
-                500, provider.problem or ("no model to try it with" if provider.enabled else "disabled")
-            )
-        await state.relay.run(call, sink)
-        assert call.reader is not None
-        result["text"] = text_of(json.loads(call.reader.ending).get("content"))[:200]
-    except ApiError as error:
-        result |= {"ok": False, "status": error.status, "error": error.message[:200]}
-    return result | {"ms": round((time.monotonic() - began) * 1000)}
 
 
 def explain_command(args: argparse.Namespace) -> int:

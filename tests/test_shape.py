@@ -101,7 +101,7 @@ IMPURE = {
     "web", "os.environ",
 }  # fmt: skip
 # Long counts run in a worker thread; the vocabulary files are looked for here.
-ALLOWED_IN = {"Tokens and prices": {"asyncio", "os.environ"}}
+ALLOWED_IN = {"Tokens and prices": {"asyncio", "os.environ"}, "Config": {"open"}}
 
 
 @pytest.mark.parametrize("title", [t for t in TITLES if "(pure" in t])
@@ -168,12 +168,12 @@ def test_the_dependencies_are_the_same_everywhere() -> None:
     wanted = (ROOT / "tests" / "requirements.txt").read_text("utf-8").split("\n")
     assert packages_of_the_script() == list(ccmux.PACKAGES)
     assert set(ccmux.PACKAGES) <= set(wanted)
-    assert all(package in SOURCE.partition("def bootstrap_failed")[2] for package in ccmux.PACKAGES)
+    assert "PACKAGES[0]" in SOURCE.partition("def bootstrap_failed")[2]
 
 
 def test_the_readme_has_one_test_command() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    [block] = re.findall(r"^#+ Run the tests\n+```\w*\n(.*?)```", readme, re.M | re.S)
+    [block] = re.findall(r"^#+ Run the tests\n[^`#]*```\w*\n(.*?)```", readme, re.M | re.S)
     assert len(block.strip().splitlines()) == 1
     assert "-r tests/requirements.txt" in block
     assert "pytest tests" in block
