@@ -7463,7 +7463,8 @@ class Recorder:
         secrets_of = call.config.secrets()
         record: Json = {
             "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.body.get("model"),
-            "route": call.route.reason, "client_request": json.loads(scrub(json.dumps(call.body), secrets_of)), "upstream_request": "", "upstream_answer": "",
+            "route": call.route.reason, "client_request": json.loads(scrub(json.dumps(call.body), secrets_of)),
+            "upstream_request": "", "upstream_answer": "",
             "events": "",
         }  # fmt: skip
         self.held[call.request_id] = record
