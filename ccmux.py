@@ -9745,11 +9745,13 @@ def running_server(config: Config) -> Iterator[str]:
     path = home_of(config) / "ccmux.log"
     command = [sys.executable, os.path.abspath(__file__), "serve", "--port", str(port)]
     command += ["--config", config.path] if config.path else []
-    # A session of its own: Ctrl-C in the terminal is for claude.
+    # A session (on Windows, a process group) of its own: Ctrl-C in the terminal is for claude.
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log_file:
         server = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
+            start_new_session=True, creationflags=group,
+        )  # fmt: skip
     try:
         wait_for_server(server, url, path)
         yield url
@@ -9766,14 +9768,15 @@ def is_ccmux(url: str) -> bool:
     """Whether a ccmux answers there; ConfigError where something else does."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{url}/health", timeout=2) as answer:
+        with direct.open(f"{url}/health", timeout=5) as answer:
             server = answer.headers.get("Server")
     except urllib.error.HTTPError as error:
         server = error.headers.get("Server")
     except (OSError, http.client.HTTPException) as error:
-        if "refused" in str(error):
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ConnectionRefusedError):
             return False
-        server = str(error)
+        server = str(reason)
     if server != "ccmux":
         raise ConfigError(f"something else answers at {url} ({server}); [server] port sets another one")
     return True
@@ -10074,7 +10077,7 @@ def print_report(columns: tuple[str, ...], rows: list[Json]) -> None:
     ]
     print_table([tuple(heads), *cells], right=True)
     if total["unpriced"]:
-        print(f"{total['unpriced']} requests have no known price; their cost is not in the sums")
+        print(f"requests without a known price: {total['unpriced']}; their cost is not in the sums")
 
 
 def export_command(args: argparse.Namespace) -> int:
@@ -10086,7 +10089,7 @@ def export_command(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         write_whole(Path(args.output), text.encode())
-        print(f"wrote {len(rows)} requests to {args.output}")
+        print(f"wrote {args.output}, requests: {len(rows)}")
     return 0
 
 
@@ -10185,7 +10188,7 @@ def diagnose_database(config: Config) -> tuple[str, str]:
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
     except (ConfigError, sqlite3.Error) as error:
         return "FAILED", f"database {path}: {error}"
-    sound = f"database {path}: {requests} requests, {users} users, all sums equal their rows"
+    sound = f"database {path}: requests {requests}, users {users}, all sums equal their rows"
     return ("FAILED", f"database {path}: {problem}") if problem else ("ok", sound)
 
 
@@ -10447,7 +10450,7 @@ class LiteLLMImport:
         }
         out: Json = {}
         try:
-            price = {kind: Decimal(str(amount)) * 10**6 for kind, amount in amounts.items()}
+            price = {kind: (Decimal(str(amount)) * 10**6).normalize() for kind, amount in amounts.items()}
         except InvalidOperation:
             price = {}
         if {"input", "output"} <= price.keys():
@@ -10529,16 +10532,12 @@ class LiteLLMImport:
             )
 
     def toml(self) -> str:
-        tables = [("[server]", self.server), ("[router]", self.router)]
-        tables += [("[[providers]]", {"name": row["name"], **row}) for row in self.providers]
+        tables = {"server": self.server, "router": self.router}
+        rows = [emit_table(name, table) for name, table in tables.items() if table]
+        rows += [emit_table("providers", {"name": row["name"], **row}, "array") for row in self.providers]
         for name, targets in self.models.items():
-            tables.append(("[[models]]", {"name": name}))
-            tables += [("[[models.mappings]]", target) for target in targets]
-        return "\n".join(
-            f"{head}\n" + "".join(f"{key} = {toml_text(value)}\n" for key, value in table.items())
-            for head, table in tables
-            if table
-        )
+            rows.append(emit_table("models", {"name": name, "mappings": targets}, "array"))
+        return "\n".join(rows)
 
 
 LITELLM_ROW = {"model_name", "litellm_params", "model_info"}
@@ -10549,13 +10548,6 @@ LITELLM_LIMITS = {
     "request_timeout": "response_timeout", "timeout": "response_timeout", "num_retries": "max_retries",
     "routing_strategy": "",
 }  # fmt: skip
-
-
-def toml_text(value: Any) -> str:
-    """A value as TOML."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(str(k))} = {toml_text(v)}" for k, v in value.items()) + " }"
-    return f"{value.normalize():f}" if isinstance(value, Decimal) else json.dumps(value)
 
 
 # The command line.
