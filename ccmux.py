@@ -7126,7 +7126,8 @@ def refused_parameter(message: str, param: str = "") -> str:
         return "reasoning.summary"
     if not _REFUSES.search(message):
         return ""
-    quoted = re.findall(r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)", message)
+    named_in = r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)|^(\w+): "
+    quoted = re.findall(named_in, message)
     named = [param, *(name for names in quoted for name in names if name)]
     return next((top for name in named if (top := name.split(".")[0]) in DROPPABLE), "")
 
@@ -7170,7 +7171,7 @@ def forwarded(call: Call, to: Upstream) -> bytes:
     if call.format != "anthropic" and not to.facts.sampling:
         body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
     # Only blocks that ccmux made carry its tag; the search is cheap, the rebuild is not.
-    if not raw or b'"signature"' in raw:
+    if not raw or b'"signature"' in raw or b'"redacted_thinking"' in raw:
         clean = without_foreign_thinking(body)
         body, raw = (clean, b"") if clean != body else (body, raw)
     lighter = without_dropped(body, to)

@@ -160,7 +160,7 @@ class Answer:
     def __post_init__(self) -> None:
         head, _, rest = self.raw.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
-        if not first.startswith("HTTP/1."):
+        if not first.startswith("HTTP/"):
             return
         self.status = int(first.split(" ")[1])
         if self.status == 100:
@@ -173,6 +173,8 @@ class Answer:
             self.is_complete = len(rest) >= int(self.headers["content-length"])
             length = int(self.headers["content-length"])
             self.body, self.more = rest[:length], rest[length:]
+        elif "chunked" in self.headers.get("transfer-encoding", ""):
+            self.body, self.is_complete = rest, rest.endswith(b"0\r\n\r\n")
         else:
             self.body = rest
 
