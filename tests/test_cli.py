@@ -316,6 +316,13 @@ def test_init_writes_once(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ccmux.load_config('[[providers]]\nname = "openrouter"\ntype = "openrouter"\n[[models]]' + uncommented, {})
 
 
+def test_init_without_a_key_says_so(cli: Cli, tmp_path: Path) -> None:
+    assert "no key was found in the environment" in cli("init").out
+    text = (tmp_path / ".ccmux/config.toml").read_text()
+    shown = text.partition("set its variable:")[2].partition("\n\n")[0].replace("\n# ", "\n")
+    assert ccmux.load_config(shown, {"OPENROUTER_API_KEY": "k"}).providers[0].usable
+
+
 # The variables and settings of Claude Code.
 
 
