@@ -1226,6 +1226,8 @@ def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str
     """
     before = tomllib.loads(text)
     meant = meant_tables(before, root, name, table)
+    if same_value(before, meant):
+        return text
     for edit in (splice_table, rewrite_root):
         try:
             after = edit(text, before, meant, root, name)
