@@ -9614,11 +9614,15 @@ def init_command(args: argparse.Namespace) -> int:
     path = Path(args.config or os.environ.get("CCMUX_CONFIG") or ccmux_home() / "config.toml").expanduser()
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or name another file with --config")
-    text = INIT_HEAD + config_of_environment(os.environ, ollama_models()) + INIT_TAIL
+    found = config_of_environment(os.environ, ollama_models())
+    is_demo = 'type = "demo"' in found
+    text = INIT_HEAD + found + (INIT_DEMO if is_demo else "") + INIT_TAIL
     load_config(text, os.environ, str(path))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
+    if is_demo:
+        print("no key was found in the environment, so it has the built-in demo; edit it, or set a key first")
     used = config_path("")
     flag = "" if used and used.resolve() == path.resolve() else f" --config {shlex.quote(str(path))}"
     print(f"wrote {path}\nstart ccmux with: python3 {shlex.quote(sys.argv[0])}{flag}")
@@ -9629,6 +9633,13 @@ INIT_HEAD = """\
 # ccmux config. config.example.toml beside ccmux.py shows every key; `ccmux.py check` tells whether this file
 # is sound. Keys are best left in the environment: api_key = "$NAME" reads the variable NAME.
 
+"""
+INIT_DEMO = """
+# No key was found in the environment, so the built-in demo answers. Put a provider in its place, and set its variable:
+# [[providers]]
+# name = "openrouter"
+# type = "openrouter"
+# api_key = "$OPENROUTER_API_KEY"
 """
 INIT_TAIL = """
 # A name of your own for one or more upstream models; they are tried by priority until one answers:
@@ -9749,11 +9760,13 @@ def running_server(config: Config) -> Iterator[str]:
     path = home_of(config) / "ccmux.log"
     command = [sys.executable, os.path.abspath(__file__), "serve", "--port", str(port)]
     command += ["--config", config.path] if config.path else []
-    # A session of its own: Ctrl-C in the terminal is for claude.
+    # A session (on Windows, a process group) of its own: Ctrl-C in the terminal is for claude.
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log_file:
         server = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
+            start_new_session=True, creationflags=group,
+        )  # fmt: skip
     try:
         wait_for_server(server, url, path)
         yield url
@@ -9770,14 +9783,15 @@ def is_ccmux(url: str) -> bool:
     """Whether a ccmux answers there; ConfigError where something else does."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{url}/health", timeout=2) as answer:
+        with direct.open(f"{url}/health", timeout=5) as answer:
             server = answer.headers.get("Server")
     except urllib.error.HTTPError as error:
         server = error.headers.get("Server")
     except (OSError, http.client.HTTPException) as error:
-        if "refused" in str(error):
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ConnectionRefusedError):
             return False
-        server = str(error)
+        server = str(reason)
     if server != "ccmux":
         raise ConfigError(f"something else answers at {url} ({server}); [server] port sets another one")
     return True
@@ -10078,7 +10092,7 @@ def print_report(columns: tuple[str, ...], rows: list[Json]) -> None:
     ]
     print_table([tuple(heads), *cells], right=True)
     if total["unpriced"]:
-        print(f"{total['unpriced']} requests have no known price; their cost is not in the sums")
+        print(f"requests without a known price: {total['unpriced']}; their cost is not in the sums")
 
 
 def export_command(args: argparse.Namespace) -> int:
@@ -10090,7 +10104,7 @@ def export_command(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         write_whole(Path(args.output), text.encode())
-        print(f"wrote {len(rows)} requests to {args.output}")
+        print(f"wrote {args.output}, requests: {len(rows)}")
     return 0
 
 
@@ -10189,7 +10203,7 @@ def diagnose_database(config: Config) -> tuple[str, str]:
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
     except (ConfigError, sqlite3.Error) as error:
         return "FAILED", f"database {path}: {error}"
-    sound = f"database {path}: {requests} requests, {users} users, all sums equal their rows"
+    sound = f"database {path}: requests {requests}, users {users}, all sums equal their rows"
     return ("FAILED", f"database {path}: {problem}") if problem else ("ok", sound)
 
 
@@ -10313,14 +10327,11 @@ class LiteLLMImport:
         for row in as_list(tables.get("model_list")):
             self.deployment(as_object(row))
         if any(len(targets) > 1 for targets in self.models.values()):
-            self.say(
-                "approximated", "several deployments of a model: the first is used, the others when it fails"
-            )
+            self.approximated("several deployments of a model: the first is used, the others when it fails")
         if self.models:
             first = next(iter(self.models))
-            self.say(
-                "approximated",
-                f"Claude Code's own names without a row go to {first}; [router] default sets another",
+            self.approximated(
+                f"Claude Code's own names without a row go to {first}; [router] default sets another"
             )
         names = ("litellm_settings", "router_settings", "general_settings")
         litellm, router, general = (dict(as_object(tables.get(name))) for name in names)
@@ -10330,24 +10341,27 @@ class LiteLLMImport:
         self.limits({**litellm, **router})
         self.master_key(general)
         for name, rest in zip(names, (litellm, router, general), strict=True):
-            if unread := sorted(str(key) for key in rest.keys() - LITELLM_LIMITS.keys()):
-                self.say("dropped", f"{name}: {', '.join(unread)}")
+            if unread := sorted(
+                str(key) for key in rest.keys() - LITELLM_LIMITS.keys() - {"routing_strategy"}
+            ):
+                self.dropped(f"{name}: {', '.join(unread)}")
         for name in tables.keys() - {"model_list", *names}:
-            self.say("dropped", f"{name}: ccmux has nothing like it")
+            self.dropped(f"{name}: ccmux has nothing like it")
 
     def say(self, word: str, line: str) -> None:
         if (word, line) not in self.report:
             self.report.append((word, line))
 
+    mapped = functools.partialmethod(say, "mapped")
+    approximated = functools.partialmethod(say, "approximated")
+    dropped = functools.partialmethod(say, "dropped")
+
     def deployment(self, row: Json) -> None:
         """One row of model_list: a provider, and a target of the model."""
-        name, params, info = (
-            str(row.get("model_name")),
-            as_object(row.get("litellm_params")),
-            as_object(row.get("model_info")),
-        )
+        name = str(row.get("model_name"))
+        params, info = as_object(row.get("litellm_params")), as_object(row.get("model_info"))
         if (mode := info.get("mode") or "chat") not in ("chat", "completion", "responses"):
-            return self.say("dropped", f"model {name}: mode {mode}; ccmux serves chat models")
+            return self.dropped(f"model {name}: mode {mode}; ccmux serves chat models")
         prefix, upstream = self.split(params)
         provider = self.provider(prefix, params, name)
         if not provider:
@@ -10361,11 +10375,11 @@ class LiteLLMImport:
             "priority": order if isinstance(order, int) else 1,
         }
         self.models.setdefault(name, []).append(target | self.price_and_context({**params, **info}, name))
-        self.say("mapped", f"model {name} -> {provider}/{upstream}")
+        self.mapped(f"model {name} -> {provider}/{upstream}")
         if unread := sorted(
             str(k) for k in (params.keys() | info.keys() | row.keys()) - LITELLM_KNOWN - LITELLM_ROW
         ):
-            self.say("dropped", f"model {name}: {', '.join(unread)}")
+            self.dropped(f"model {name}: {', '.join(unread)}")
         return None
 
     def split(self, params: Json) -> tuple[str, str]:
@@ -10374,10 +10388,8 @@ class LiteLLMImport:
         """
         model = str(params.get("model") or "")
         head, slash, rest = model.partition("/")
-        if params.get("custom_llm_provider"):
-            return str(params["custom_llm_provider"]), rest if head == params[
-                "custom_llm_provider"
-            ] else model
+        if given := str(params.get("custom_llm_provider") or ""):
+            return given, rest if head == given else model
         if slash and (head in LITELLM_PRESETS or params.get("api_base") or not re.match("[A-Z]", rest)):
             return head, rest
         return next((preset for pattern, preset in LITELLM_NAMES if re.match(pattern, model)), ""), model
@@ -10390,20 +10402,15 @@ class LiteLLMImport:
         preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
         if base is None or not preset:
             if base is not None:
-                self.say(
-                    "dropped",
-                    f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}",
+                self.dropped(
+                    f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}"
                 )
             return ""
         if prefix == "azure":
             base = base.rstrip("/").removesuffix("/openai/v1") + "/openai/v1"
-            self.say(
-                "approximated", f"model {name}: Azure through its v1 address, {base}, without an api_version"
-            )
+            self.approximated(f"model {name}: Azure through its v1 address, {base}, without an api_version")
         elif base and prefix not in LITELLM_PRESETS:
-            self.say(
-                "approximated", f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format"
-            )
+            self.approximated(f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format")
         row: Json = {"type": preset, **({"base_url": base} if base else {})}
         if params.get("api_key") or base:
             row["api_key"] = self.secret(params.get("api_key"), f"model {name}")
@@ -10426,9 +10433,9 @@ class LiteLLMImport:
             return text
         variable = text.removeprefix("os.environ/")
         if found := self.env.get(variable):
-            self.say("approximated", f"model {name}: the address is what {variable} holds now")
+            self.approximated(f"model {name}: the address is what {variable} holds now")
             return found
-        self.say("dropped", f"model {name}: its address stands in {variable}, which is not set here")
+        self.dropped(f"model {name}: its address stands in {variable}, which is not set here")
         return None
 
     def secret(self, value: Any, where: str) -> str:
@@ -10439,9 +10446,8 @@ class LiteLLMImport:
         if text.startswith("os.environ/"):
             return "$" + text.removeprefix("os.environ/")
         variable = self.literals.setdefault(text, f"LITELLM_KEY_{len(self.literals) + 1}")
-        self.say(
-            "approximated",
-            f"{where}: what is written there is not copied; put it into the variable {variable}",
+        self.approximated(
+            f"{where}: what is written there is not copied; put it into the variable {variable}"
         )
         return f"${variable}"
 
@@ -10451,16 +10457,14 @@ class LiteLLMImport:
         }
         out: Json = {}
         try:
-            price = {kind: Decimal(str(amount)) * 10**6 for kind, amount in amounts.items()}
+            price = {kind: (Decimal(str(amount)) * 10**6).normalize() for kind, amount in amounts.items()}
         except InvalidOperation:
             price = {}
         if {"input", "output"} <= price.keys():
             out["price"] = price
-            self.say("mapped", f"model {name}: prices per token, as dollars per million")
+            self.mapped(f"model {name}: prices per token, as dollars per million")
         elif amounts:
-            self.say(
-                "dropped", f"model {name}: a price needs both input_cost_per_token and output_cost_per_token"
-            )
+            self.dropped(f"model {name}: a price needs both input_cost_per_token and output_cost_per_token")
         if isinstance(context := info.get("max_input_tokens"), int):
             out["context"] = context
         return out
@@ -10468,23 +10472,22 @@ class LiteLLMImport:
     def wildcard(self, name: str, prefix: str, provider: str) -> None:
         if name == "*":
             self.router["fallback_provider"] = provider
-            self.say(
-                "mapped",
-                f"model * -> fallback_provider {provider}; Claude's own names go to the default instead",
+            self.mapped(
+                f"model * -> fallback_provider {provider}; Claude's own names go to the default instead"
             )
         elif name == f"{prefix}/*":
-            self.say("mapped", f"model {name} -> ask for {provider}/NAME, which needs no row")
+            self.mapped(f"model {name} -> ask for {provider}/NAME, which needs no row")
         else:
-            self.say("dropped", f"model {name}: write the names into `models` of provider {provider}")
+            self.dropped(f"model {name}: write the names into `models` of provider {provider}")
 
     def aliases(self, table: Json) -> None:
         for alias, given in table.items():
             name = str(given.get("model") if isinstance(given, dict) else given)
             if name in self.models:
                 self.models[str(alias)] = [dict(target) for target in self.models[name]]
-                self.say("mapped", f"alias {alias} -> the targets of {name}")
+                self.mapped(f"alias {alias} -> the targets of {name}")
             else:
-                self.say("dropped", f"alias {alias}: {name} is no model that was imported")
+                self.dropped(f"alias {alias}: {name} is no model that was imported")
 
     def fallbacks(self, *settings: Json) -> None:
         """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop of them is cut after one
@@ -10501,7 +10504,7 @@ class LiteLLMImport:
     def fallback(self, own: dict[str, list[Json]], name: str, other: str, key: str, word: str) -> None:
         if name not in own or other not in own or name == other:
             if name != other:
-                self.say("dropped", f"{key}: {name} -> {other}, of which one is no model that was imported")
+                self.dropped(f"{key}: {name} -> {other}, of which one is no model that was imported")
             return
         mine = self.models[name]
         last = max(target["priority"] for target in mine)
@@ -10511,14 +10514,16 @@ class LiteLLMImport:
         self.say(word, f"{key}: {name} -> {other}, as targets of a lower priority")
 
     def limits(self, settings: Json) -> None:
-        for key, ours in LITELLM_LIMITS.items():
-            amount = settings.get(key)
-            if ours and isinstance(amount, (int, float)) and not isinstance(amount, bool) and amount > 0:
-                for provider in self.providers:
-                    provider[ours] = int(amount) if ours == "max_retries" else amount
-                self.say("mapped", f"{key} = {amount} -> {ours} of each provider")
+        for key in settings.keys() & LITELLM_LIMITS.keys():
+            amount, (ours, least) = settings[key], LITELLM_LIMITS[key]
+            if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < least:
+                self.dropped(f"{key} = {amount!r}: not a number that {ours} takes")
+                continue
+            self.mapped(f"{key} = {amount} -> {ours} of each provider")
+            for provider in self.providers:
+                provider[ours] = int(amount) if ours == "max_retries" else amount
         if strategy := settings.get("routing_strategy"):
-            self.say("approximated", f"routing_strategy {strategy}: ccmux goes by priority, then file order")
+            self.approximated(f"routing_strategy {strategy}: ccmux goes by priority, then file order")
 
     def master_key(self, general: Json) -> None:
         if key := general.pop("master_key", None):
@@ -10527,39 +10532,27 @@ class LiteLLMImport:
                 "require_key": True,
                 "admin_token": self.secret(key, "general_settings.master_key"),
             }
-            self.say(
-                "approximated",
-                "master_key -> admin_token and require_key: each user gets a key of ccmux's own",
+            self.approximated(
+                "master_key -> admin_token and require_key: each user gets a key of ccmux's own"
             )
 
     def toml(self) -> str:
-        tables = [("[server]", self.server), ("[router]", self.router)]
-        tables += [("[[providers]]", {"name": row["name"], **row}) for row in self.providers]
+        tables = {"server": self.server, "router": self.router}
+        rows = [emit_table(name, table) for name, table in tables.items() if table]
+        rows += [emit_table("providers", {"name": row["name"], **row}, "array") for row in self.providers]
         for name, targets in self.models.items():
-            tables.append(("[[models]]", {"name": name}))
-            tables += [("[[models.mappings]]", target) for target in targets]
-        return "\n".join(
-            f"{head}\n" + "".join(f"{key} = {toml_text(value)}\n" for key, value in table.items())
-            for head, table in tables
-            if table
-        )
+            rows.append(emit_table("models", {"name": name, "mappings": targets}, "array"))
+        return "\n".join(rows)
 
 
 LITELLM_ROW = {"model_name", "litellm_params", "model_info"}
 LITELLM_FALLBACKS = {
     "fallbacks": "mapped", "context_window_fallbacks": "approximated", "default_fallbacks": "mapped",
 }  # fmt: skip
-LITELLM_LIMITS = {
-    "request_timeout": "response_timeout", "timeout": "response_timeout", "num_retries": "max_retries",
-    "routing_strategy": "",
+LITELLM_LIMITS = {  # ccmux's key, and the least that it takes
+    "request_timeout": ("response_timeout", 0.05), "timeout": ("response_timeout", 0.05),
+    "num_retries": ("max_retries", 0),
 }  # fmt: skip
-
-
-def toml_text(value: Any) -> str:
-    """A value as TOML."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(str(k))} = {toml_text(v)}" for k, v in value.items()) + " }"
-    return f"{value.normalize():f}" if isinstance(value, Decimal) else json.dumps(value)
 
 
 # The command line.
