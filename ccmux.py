@@ -2870,22 +2870,30 @@ GEMINI_SCHEMA_KEYS = {
 GEMINI_FORMATS = {"enum", "date-time", "int32", "int64", "float", "double"}
 
 
-def gemini_schema(schema: Any, definitions: Json | None = None, depth: int = 0) -> Json:
+MAX_SCHEMA_PARTS = 10_000
+
+
+def gemini_schema(
+    schema: Any, definitions: Json | None = None, depth: int = 0, parts: Iterator[int] | None = None
+) -> Json:
     """A JSON schema in the subset that Gemini takes: references inlined, unknown keywords left out.
 
     https://ai.google.dev/api/caching#Schema. A const becomes an enum of one, oneOf an anyOf, a list of types with
-    null a nullable.
+    null a nullable. A reference to what it stands in is cut off, and so is what references multiply without end.
     """
-    if not isinstance(schema, dict) or depth > 24:
+    parts = parts or itertools.count()
+    if not isinstance(schema, dict) or depth > 24 or next(parts) > MAX_SCHEMA_PARTS:
         return {}
-    definitions = definitions or {**(schema.get("$defs") or {}), **(schema.get("definitions") or {})}
+    definitions = definitions or {**as_object(schema.get("$defs")), **as_object(schema.get("definitions"))}
     if isinstance(schema.get("$ref"), str):
-        found = definitions.get(schema["$ref"].rsplit("/", 1)[-1])
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        found = as_object(definitions.get(name))
+        others = {k: v for k, v in definitions.items() if k != name}
         rest = {k: v for k, v in schema.items() if k != "$ref"}
-        return gemini_schema({**found, **rest} if isinstance(found, dict) else rest, definitions, depth + 1)
-    inner = functools.partial(gemini_schema, definitions=definitions, depth=depth + 1)
+        return gemini_schema({**found, **rest}, others, depth + 1, parts)
+    inner = functools.partial(gemini_schema, definitions=definitions, depth=depth + 1, parts=parts)
     out = {k: v for k, v in schema.items() if k in GEMINI_SCHEMA_KEYS} | gemini_type(schema.get("type"))
-    if schema.get("format") in GEMINI_FORMATS:
+    if isinstance(schema.get("format"), str) and schema["format"] in GEMINI_FORMATS:
         out["format"] = schema["format"]
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
@@ -2895,7 +2903,8 @@ def gemini_schema(schema: Any, definitions: Json | None = None, depth: int = 0) 
             out["anyOf"] = [inner(s) for s in schema[key]]
     if isinstance(schema.get("properties"), dict):
         out["properties"] = {k: inner(v) for k, v in schema["properties"].items()}
-    named = [r for r in as_list(schema.get("required")) if r in out.get("properties", ())]
+    known = as_object(out.get("properties"))
+    named = [r for r in as_list(schema.get("required")) if isinstance(r, str) and r in known]
     out = {k: v for k, v in out.items() if k != "required"} | ({"required": named} if named else {})
     if out.get("type") == "array":
         out["items"] = inner(schema.get("items") or {"type": "string"})
