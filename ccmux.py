@@ -1226,6 +1226,8 @@ def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str
     """
     before = tomllib.loads(text)
     meant = meant_tables(before, root, name, table)
+    if same_value(before, meant):
+        return text
     for edit in (splice_table, rewrite_root):
         try:
             after = edit(text, before, meant, root, name)
@@ -7135,7 +7137,8 @@ def refused_parameter(message: str, param: str = "") -> str:
         return "reasoning.summary"
     if not _REFUSES.search(message):
         return ""
-    quoted = re.findall(r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)", message)
+    named_in = r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)|^(\w+): "
+    quoted = re.findall(named_in, message)
     named = [param, *(name for names in quoted for name in names if name)]
     return next((top for name in named if (top := name.split(".")[0]) in DROPPABLE), "")
 
@@ -7179,7 +7182,7 @@ def forwarded(call: Call, to: Upstream) -> bytes:
     if call.format != "anthropic" and not to.facts.sampling:
         body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
     # Only blocks that ccmux made carry its tag; the search is cheap, the rebuild is not.
-    if not raw or b'"signature"' in raw:
+    if not raw or b'"signature"' in raw or b'"redacted_thinking"' in raw:
         clean = without_foreign_thinking(body)
         body, raw = (clean, b"") if clean != body else (body, raw)
     lighter = without_dropped(body, to)
@@ -10141,10 +10144,11 @@ def diagnose(given: str) -> Iterator[tuple[str, str]]:
     yield from diagnose_files(config)
     yield diagnose_port(config)
     yield diagnose_database(config)
-    for name in VOCABULARIES:
-        found = find_vocabulary(name)
-        missing = "is not here yet: counts are estimates until the server has downloaded it"
-        yield ("ok", f"vocabulary {found}") if found else ("note", f"vocabulary {name} {missing}")
+    for name, path in vocabulary_state().items():
+        if path:
+            yield "ok", f"vocabulary {name}: {path}"
+        elif name.endswith("_base"):
+            yield "note", f"vocabulary {name}: not here yet; counts are estimates until it is downloaded"
     yield from diagnose_variables(config)
     yield from diagnose_claude(config)
 

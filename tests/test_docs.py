@@ -179,12 +179,17 @@ def documented_endpoints() -> set[tuple[str, str]]:
 
 
 def served_endpoints() -> set[tuple[str, str]]:
-    routes = [*ccmux.api_routes(), *ccmux.admin_routes(), *ccmux.page_routes()]
+    routes = [*ccmux.api_routes(), *ccmux.admin_routes()]
     return {(route.method, re.sub(r":[^}]*", "", route.path)) for route in routes}
 
 
 def test_every_endpoint_is_in_the_readme_and_the_other_way_round() -> None:
     assert documented_endpoints() == served_endpoints()
+
+
+def test_pages_are_in_the_readme() -> None:
+    for route in ccmux.page_routes():
+        assert f"at `{route.path}`" in section("## The pages")
 
 
 def test_metrics() -> None:

@@ -655,7 +655,9 @@ QUERIES = [
     "endpoint", [e for e in [*USER_API, *ADMIN_API] if e[0] == "GET" and "events" not in e[1]], ids=named
 )
 def test_odd_queries_are_refused_or_ignored(ccm: Victim, endpoint: tuple[str, str], query: str) -> None:
-    allowed = (400, 502) if "providers" in endpoint[1] else (200, 400, 404)  # that upstream has no list of models
+    allowed = (
+        (400, 502) if "providers" in endpoint[1] else (200, 400, 404)
+    )  # that upstream has no list of models
     assert ccm.ask("GET", f"{endpoint[1]}?{query.replace(' ', '%20')}", ccm.admin).status in allowed
 
 
