@@ -8275,9 +8275,9 @@ async def get_metrics(request: web.Request) -> web.StreamResponse:
 
 def api_routes() -> list[web.RouteDef]:
     return [
-        web.post("/v1/messages", post_messages, expect_handler=expect_continue),
-        web.post("/v1/messages/count_tokens", post_count_tokens, expect_handler=expect_continue),
-        web.post("/v1/chat/completions", post_chat_completions, expect_handler=expect_continue),
+        web.post("/v1/messages", post_messages),
+        web.post("/v1/messages/count_tokens", post_count_tokens),
+        web.post("/v1/chat/completions", post_chat_completions),
         web.get("/v1/models", get_models),
         web.get("/v1/models/{id:.+}", get_model),
         web.get("/api/hello", get_hello),
@@ -9129,7 +9129,9 @@ def make_app(state: State) -> web.Application:
     """The server's routes and middleware around a State."""
     app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=MAX_BODY)
     app[state_key()] = state
-    app.add_routes([*api_routes(), *admin_routes(), *page_routes()])
+    for route in (*api_routes(), *admin_routes(), *page_routes()):
+        options = {**route.kwargs, "expect_handler": expect_continue}
+        app.router.add_routes([web.RouteDef(route.method, route.path, route.handler, options)])
     return app
 
 
