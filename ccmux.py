@@ -2872,22 +2872,30 @@ GEMINI_SCHEMA_KEYS = {
 GEMINI_FORMATS = {"enum", "date-time", "int32", "int64", "float", "double"}
 
 
-def gemini_schema(schema: Any, definitions: Json | None = None, depth: int = 0) -> Json:
+MAX_SCHEMA_PARTS = 10_000
+
+
+def gemini_schema(
+    schema: Any, definitions: Json | None = None, depth: int = 0, parts: Iterator[int] | None = None
+) -> Json:
     """A JSON schema in the subset that Gemini takes: references inlined, unknown keywords left out.
 
     https://ai.google.dev/api/caching#Schema. A const becomes an enum of one, oneOf an anyOf, a list of types with
-    null a nullable.
+    null a nullable. A reference to what it stands in is cut off, and so is what references multiply without end.
     """
-    if not isinstance(schema, dict) or depth > 24:
+    parts = parts or itertools.count()
+    if not isinstance(schema, dict) or depth > 24 or next(parts) > MAX_SCHEMA_PARTS:
         return {}
-    definitions = definitions or {**(schema.get("$defs") or {}), **(schema.get("definitions") or {})}
+    definitions = definitions or {**as_object(schema.get("$defs")), **as_object(schema.get("definitions"))}
     if isinstance(schema.get("$ref"), str):
-        found = definitions.get(schema["$ref"].rsplit("/", 1)[-1])
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        found = as_object(definitions.get(name))
+        others = {k: v for k, v in definitions.items() if k != name}
         rest = {k: v for k, v in schema.items() if k != "$ref"}
-        return gemini_schema({**found, **rest} if isinstance(found, dict) else rest, definitions, depth + 1)
-    inner = functools.partial(gemini_schema, definitions=definitions, depth=depth + 1)
+        return gemini_schema({**found, **rest}, others, depth + 1, parts)
+    inner = functools.partial(gemini_schema, definitions=definitions, depth=depth + 1, parts=parts)
     out = {k: v for k, v in schema.items() if k in GEMINI_SCHEMA_KEYS} | gemini_type(schema.get("type"))
-    if schema.get("format") in GEMINI_FORMATS:
+    if isinstance(schema.get("format"), str) and schema["format"] in GEMINI_FORMATS:
         out["format"] = schema["format"]
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
@@ -2897,7 +2905,8 @@ def gemini_schema(schema: Any, definitions: Json | None = None, depth: int = 0) 
             out["anyOf"] = [inner(s) for s in schema[key]]
     if isinstance(schema.get("properties"), dict):
         out["properties"] = {k: inner(v) for k, v in schema["properties"].items()}
-    named = [r for r in as_list(schema.get("required")) if r in out.get("properties", ())]
+    known = as_object(out.get("properties"))
+    named = [r for r in as_list(schema.get("required")) if isinstance(r, str) and r in known]
     out = {k: v for k, v in out.items() if k != "required"} | ({"required": named} if named else {})
     if out.get("type") == "array":
         out["items"] = inner(schema.get("items") or {"type": "string"})
@@ -8267,9 +8276,9 @@ async def get_metrics(request: web.Request) -> web.StreamResponse:
 
 def api_routes() -> list[web.RouteDef]:
     return [
-        web.post("/v1/messages", post_messages, expect_handler=expect_continue),
-        web.post("/v1/messages/count_tokens", post_count_tokens, expect_handler=expect_continue),
-        web.post("/v1/chat/completions", post_chat_completions, expect_handler=expect_continue),
+        web.post("/v1/messages", post_messages),
+        web.post("/v1/messages/count_tokens", post_count_tokens),
+        web.post("/v1/chat/completions", post_chat_completions),
         web.get("/v1/models", get_models),
         web.get("/v1/models/{id:.+}", get_model),
         web.get("/api/hello", get_hello),
@@ -10377,7 +10386,9 @@ def make_app(state: State) -> web.Application:
     """The server's routes and middleware around a State."""
     app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=MAX_BODY)
     app[state_key()] = state
-    app.add_routes([*api_routes(), *admin_routes(), *page_routes()])
+    for route in (*api_routes(), *admin_routes(), *page_routes()):
+        options = {**route.kwargs, "expect_handler": expect_continue}
+        app.router.add_routes([web.RouteDef(route.method, route.path, route.handler, options)])
     return app
 
 
