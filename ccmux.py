@@ -4334,13 +4334,18 @@ class Dialect:
     headers: tuple[tuple[str, str], ...] = ()
     version: str = "/v1"  # what a bare host is followed by
     is_local: bool = False  # answered in this process
+    passes: str = ""  # the client format whose answers are relayed as they come
 
 
 DIALECTS: dict[str, Dialect] = {
     "anthropic": Dialect(
-        "/messages", AnthropicEvents, auth="x-api-key", headers=(("anthropic-version", "2023-06-01"),)
+        "/messages",
+        AnthropicEvents,
+        passes="anthropic",
+        auth="x-api-key",
+        headers=(("anthropic-version", "2023-06-01"),),
     ),
-    "openai": Dialect("/chat/completions", OpenAIStream, openai_request),
+    "openai": Dialect("/chat/completions", OpenAIStream, openai_request, passes="chat"),
     "responses": Dialect("/responses", ResponsesStream, responses_request),
     "gemini": Dialect(
         "/models/{model}:streamGenerateContent?alt=sse",
@@ -4601,17 +4606,104 @@ class AnthropicWhole:
             message = json.loads(body)
         except (ValueError, RecursionError):
             message = None
-        if not isinstance(message, dict) or message.get("type") != "message":
-            self.error = not_a_stream(body.decode("utf-8", "replace"), "Anthropic message")
+        if not isinstance(message, dict) or not self.look(message):
+            self.error = not_a_stream(body.decode("utf-8", "replace"), "answer of its format")
             return b""
         self.message, self.ending = message, body
-        self.usage = anthropic_usage(message.get("usage"))
-        self.stop_reason = str(message.get("stop_reason") or "")
         self.has_content = self.ended = True
         return b""
 
+    def look(self, message: Json) -> bool:
+        """Reads usage and stop reason off a whole answer; false where it is none."""
+        self.usage = anthropic_usage(message.get("usage"))
+        self.stop_reason = str(message.get("stop_reason") or "")
+        return message.get("type") == "message"
+
     def output_text(self) -> str:
         return "\n".join(block_text(b) for b in blocks_of(self.message.get("content")))
+
+
+class ChatWhole(AnthropicWhole):
+    """An OpenAI-format upstream's whole answer, relayed to a client of the same format."""
+
+    def look(self, message: Json) -> bool:
+        self.usage = openai_usage(message.get("usage"))
+        choices = [c for c in as_list(message.get("choices")) if isinstance(c, dict)]
+        self.stop_reason = str(choices[0].get("finish_reason") or "") if choices else ""
+        return bool(choices)
+
+    def output_text(self) -> str:
+        return json.dumps(self.message.get("choices"))
+
+
+class ChatTap:
+    """An OpenAI-format upstream's stream, relayed to a client of the same format. Same face as `AnthropicTap`."""
+
+    def __init__(self, wants_usage: bool) -> None:
+        self.wants_usage = wants_usage  # false: the chunk of usage that ccmux asked for is not the client's
+        self.decoder = SseDecoder()
+        self.usage: Usage | None = None
+        self.stop_reason = ""
+        self.has_content = self.ended = self.error_relayed = False
+        self.error: ApiError | None = None
+        self.ending = b""
+        self.texts: list[str] = []
+
+    def feed(self, data: bytes) -> bytes:
+        return b"".join(map(self.relay, self.decoder.feed(data)))
+
+    def relay(self, block: bytes) -> bytes:
+        if self.ended or self.error is not None:
+            return b""
+        name, data = event_of(block)
+        if data == "[DONE]" and self.stop_reason:
+            self.ended, self.ending = True, block
+            return b""
+        try:
+            chunk = json.loads(data or "{}")
+        except (ValueError, RecursionError):
+            chunk = None
+        if not isinstance(chunk, dict) or chunk.get("error") or name == "error":
+            self.error = (
+                error_of_event(chunk) if isinstance(chunk, dict) else not_a_stream(data, "OpenAI stream")
+            )
+            return b""
+        self.usage = openai_usage(chunk.get("usage")) or self.usage
+        choices = [c for c in as_list(chunk.get("choices")) if isinstance(c, dict)]
+        for choice in choices:
+            self.look(choice)
+        is_ours = bool(data) and not choices and not self.wants_usage and bool(chunk.get("usage"))
+        return b"" if is_ours else block
+
+    def look(self, choice: Json) -> None:
+        self.stop_reason = str(choice.get("finish_reason") or "") or self.stop_reason
+        said = {k: v for k, v in as_object(choice.get("delta")).items() if k != "role" and v}
+        self.has_content = self.has_content or bool(said) or bool(self.stop_reason)
+        self.texts += [v if isinstance(v, str) else json.dumps(v) for v in said.values()]
+
+    def finish(self) -> bytes:
+        rest = self.decoder.finish()
+        if rest and rest[0].lstrip()[:1] in (b"{", b"[", b"<") and not self.has_content:
+            self.error = not_a_stream(rest[0].decode("utf-8", "replace"), "OpenAI stream")
+            return b""
+        out = b"".join(map(self.relay, rest))
+        if self.stop_reason and not self.ended:
+            self.ended, self.ending = True, b"data: [DONE]\n\n"
+        if not self.ended and self.error is None:
+            words = "the provider's stream ended before the answer did"
+            self.error = ApiError(502, words, retry=Retry.SAME, cause="stream")
+        return out
+
+    def output_text(self) -> str:
+        return "".join(self.texts)
+
+
+def chat_passed_on(given: Json, to: Upstream) -> Json:
+    """An OpenAI-format client's own request for an upstream of its format: but for the model's name as it came."""
+    out = {**given, "model": to.model}
+    if given.get("stream") is True and to.quirks.stream_options:
+        out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}
+    return without(out | to.quirks.extra_body, to)
 
 
 MAX_ANSWER = 64 * 2**20
@@ -5527,6 +5619,7 @@ MIGRATIONS = (
     ) strict;
     create index requests_by_user on requests (user, id);
     create index requests_by_time on requests (time);
+    create index requests_by_session on requests (session, id);
     create table calibration (
         provider text not null, model text not null, factor real not null, samples integer not null,
         primary key (provider, model)
@@ -6430,6 +6523,7 @@ class Call:
     is_counted: bool = False
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
+    chat: Json = field(default_factory=dict)  # what an OpenAI-format client sent
     wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
     on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
     on_raw: Callable[[str, bytes], None] | None = None  # the inspect recorder
@@ -6445,8 +6539,8 @@ class Call:
     stopping: bool = False
 
     def is_streamed(self, dialect: Dialect) -> bool:
-        """Whether the upstream streams: all but an Anthropic client's whole answer from its own format do."""
-        return self.stream or self.format != "anthropic" or dialect.request is not None
+        """Whether the upstream streams: all do, but for a whole answer in the client's own format."""
+        return self.stream or dialect.passes != self.format
 
     def stop(self) -> None:
         """Ends the request now, with an error: the server shuts down."""
@@ -6763,7 +6857,9 @@ class Relay:
         to = self.upstream_of(call, slot)
         url = endpoint_url(provider.base_url, dialect, model=target.actual_model)
         headers = upstream_headers(call, slot, dialect)
-        if dialect.request is None:
+        if dialect.passes == call.format == "chat":
+            data = compact(chat_passed_on(call.chat, to))
+        elif dialect.request is None:
             data = forwarded(call, to)
             url += "?beta=true" if "beta=true" in call.query else ""
         else:
@@ -6782,8 +6878,10 @@ class Relay:
 
     def reader_for(self, call: Call, slot: Slot, dialect: Dialect) -> Reader:
         secrets = call.config.secrets()
-        if dialect.request is None and call.format == "anthropic":
+        if dialect.passes == call.format == "anthropic":
             return AnthropicTap(lambda text: scrub(text, secrets)) if call.stream else AnthropicWhole()
+        if dialect.passes == call.format:
+            return ChatTap(call.wants_usage) if call.stream else ChatWhole()
         to = self.upstream_of(call, slot)
         count = functools.partial(self.count_for, to.model)
         asked = str(call.body.get("model") or "")
@@ -7735,6 +7833,7 @@ async def post_chat_completions(request: web.Request) -> web.StreamResponse:
     call = await plan_call(request, state, body, b"", format="chat")
     call.credential = credential
     call.body = {**call.body, "stream": True}  # upstream; the client's own wish is call.stream
+    call.chat = given
     call.wants_usage = as_object(given.get("stream_options")).get("include_usage") is True
     return await Exchange(request, state, call, user).serve()
 
