@@ -9415,13 +9415,14 @@ async function signedIn(load, label, help) {
 /* Pictures. */
 function spark(values) {
   const most = Math.max(...values, 1e-9), step = 64 / Math.max(values.length - 1, 1);
-  const points = values.map((v, n) => `${(n * step).toFixed(1)},${(19 - (v / most) * 18).toFixed(1)}`).join(" ");
+  const point = (v, n) => `${(n * step).toFixed(1)},${(19 - (v / most) * 18).toFixed(1)}`;
+  const points = values.map(point).join(" ");
   return svg("svg", { class: "spark", width: 64, height: 20, "aria-hidden": "true" },
     svg("polyline", { points }));
 }
 function tile(label, value, note, values) {
-  return el("div", { class: "card" }, el("span", { class: "muted" }, label),
-    el("span", { class: "big" }, value),
+  return el("div", { class: "card" }, el("span", { class: "muted" }, label), el("span", { class: "big" },
+    value),
     note && el("span", { class: "muted" }, note), values && values.length > 1 && spark(values));
 }
 function dayChart(days, name, shown) {
@@ -9466,8 +9467,8 @@ function showRow(row) {
     ? seconds(value)
     : value === "" || value === null ? "–" : typeof value === "object" ? JSON.stringify(value)
       : String(value);
-  openDialog(`Request ${row.request_id}`, table("Request", [["Field", ([n]) => n.replace(/_/g, " "),
-    "nowrap"],
+  openDialog(`Request ${row.request_id}`,
+    table("Request", [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"],
     ["Value", ([n, v]) => shown(n, v), "text"]], Object.entries(row), ""));
 }
 function openDialog(title, ...body) {
@@ -9496,8 +9497,8 @@ async function dashboard() {
   const first = !requests.requests.length;
   refill($("main"), first && connectCard(offered.models), tiles(me, lastDays(days.usage, 30), days.usage),
     budgetCard(me), spendCard(lastDays(days.usage, 30)),
-    el("div", { class: "two" }, topCard("Models used", "model", models.usage),
-      topCard("Sessions", "session", sessions.usage)),
+    el("div", { class: "two" }, topCard("Models used", "model", models.usage), topCard("Sessions", "session",
+      sessions.usage)),
     requestCard(requests.requests), offeredCard(offered.models), moneyCard(entries.transactions),
     !first && connectCard(offered.models));
 }
@@ -9580,8 +9581,8 @@ function connectCard(models) {
     ["PowerShell", (n, v) => `$env:${n} = '${v}'`], ["cmd", (n, v) => `set ${n}=${v}`]];
   const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", {}, name), copyable(
     [...Object.entries(values).map(([key, value]) => line(key, value)), "claude"].join("\n")));
-  return card("Point Claude Code here", null, el("p", { class: "muted" },
-    "In a terminal, then start Claude Code there.",
+  return card("Point Claude Code here", null,
+    el("p", { class: "muted" }, "In a terminal, then start Claude Code there.",
     models.length ? ` /model then also takes names such as ${models[0].name}.` : ""), shells.map(block));
 }
 
@@ -9712,7 +9713,7 @@ function controls(fields, table) {
     made };
 }
 
-/* A form that keeps what was typed when a save fails. `save` throws a Failure; `done` runs after a good one. */
+/* A form that keeps what was typed when a save fails. `save` throws a Failure then. */
 function formOf(nodes, save, { label = "Save", extra = [], made = [], keeps = true } = {}) {
   const error = el("p", { class: "error", role: "alert" }), send = el("button", { class: "main" }, label);
   const form = el("form", { novalidate: true }, nodes, error, el("div", { class: "row" }, send, extra));
@@ -9776,7 +9777,11 @@ function sequence(rows, make, addLabel, fresh) {
     draw();
   };
   rows.forEach(add);
-  const more = button(addLabel, () => { add(fresh()); touched(); items.at(-1).node.querySelector("input, select").focus(); });
+  const more = button(addLabel, () => {
+    add(fresh());
+    touched();
+    items.at(-1).node.querySelector("input, select").focus();
+  });
   return { node: el("div", {}, list, more), read: () => items.map((item) => item.read()) };
 }
 
@@ -9955,13 +9960,13 @@ function keyWord(key) {
 }
 function providersView() {
   const columns = [["Name", (p) => p.name, "text"], ["State", (p) => stateBadge(p.name), "nowrap"],
-    ["Type", (p) => p.type || p.provider_type, "nowrap"], ["Sends to",
-      (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
-    ["Key", (p) => keyWord(p.api_key), "text"], ["Models", (p) => whole(usersOf(p.name).length + (p.models
-      || []).length), "num"],
+    ["Type", (p) => p.type || p.provider_type, "nowrap"],
+      ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
+    ["Key", (p) => keyWord(p.api_key), "text"],
+      ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"],
     ["", (p) => button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` })],
-    ["", (p) => button("Test", () => testDialog(p.name), { class: "small",
-      "aria-label": `Test ${p.name}` })]];
+    ["", (p) => button("Test", () => testDialog(p.name),
+      { class: "small", "aria-label": `Test ${p.name}` })]];
   return card("Providers", button("Add a provider", () => providerDialog(null), { class: "main" }),
     table("Providers", columns,
     rowsOf("providers"), "None yet. Add one: choose a preset, give it a key, save, and test it."));
@@ -10014,10 +10019,10 @@ function providerDialog(old) {
   };
   const remove = old && button("Delete", () => removeRow("providers", old.name, hash, usersOf(old.name),
     close), { class: "danger" });
-  const form = formOf([el("div", { class: "fields" }, labelled("Type", type,
-    "A preset knows the address and how the provider differs."),
-    first.nodes), to, el("details", {}, el("summary", {}, "More settings"),
-      el("div", { class: "fields" }, rest.nodes)),
+  const form = formOf([el("div", { class: "fields" },
+    labelled("Type", type, "A preset knows the address and how the provider differs."),
+    first.nodes), to, el("details", {}, el("summary", {}, "More settings"), el("div", { class: "fields" },
+      rest.nodes)),
   el("details", {}, el("summary", {}, "Quirks: how it differs from its wire format"),
     el("div", { class: "fields" }, quirks.nodes))],
   save, { extra: [remove], made: [...first.made, ...rest.made, ...quirks.made] });
@@ -10038,12 +10043,12 @@ function testDialog(name) {
     found = el("datalist", { id: "found" });
   const test = async () => {
     refill(result, "Asking …");
-    const told = await ask(`${path("providers", name)}/test`, "POST", model.value
-      ? { model: model.value.trim() } : {});
-    refill(result, el("p", {}, badge(told.ok ? "ok" : "bad", told.ok ? "works"
-      : `failed with ${told.status}`),
-      ` ${seconds(told.ms)}, model ${told.model || "none"}`), el("pre", {},
-        told.text || told.error || "an empty answer"));
+    const told = await ask(`${path("providers", name)}/test`, "POST",
+      model.value ? { model: model.value.trim() } : {});
+    refill(result, el("p", {}, badge(told.ok ? "ok" : "bad",
+      told.ok ? "works" : `failed with ${told.status}`),
+      ` ${seconds(told.ms)}, model ${told.model || "none"}`),
+        el("pre", {}, told.text || told.error || "an empty answer"));
     await reload();
   };
   const fetchNames = async () => {
@@ -10051,29 +10056,28 @@ function testDialog(name) {
     refill(found, models.map((m) => el("option", { value: m })));
     refill(result, el("p", {}, `${models.length} models`), el("pre", { tabindex: 0 }, models.join("\n")));
   };
-  const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" },
-    error.message)));
+  const run = (work) => () => work().catch((error) => refill(result,
+    el("p", { class: "error" }, error.message)));
   openDialog(`Test ${name}`, el("p", { class: "muted" },
     "Sends one tiny real request over the way all requests go."),
     labelled("Model", model, "empty: one that the config uses, or the preset's"), found,
-    el("div", { class: "row" }, button("Test", run(test), { class: "main" }),
-      button("Fetch the model list", run(fetchNames))), result);
+    el("div", { class: "row" }, button("Test", run(test), { class: "main" }), button("Fetch the model list",
+      run(fetchNames))), result);
 }
 
 /* Models */
-const routesOf = (name) => [...Object.entries(S.routes).filter(([,
-  model]) => model === name).map(([slot]) => slot),
+const routesOf = (name) => [...Object.keys(S.routes).filter((slot) => S.routes[slot] === name),
   ...((S.config.router || {}).rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
 const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}`
   : "built-in table");
-const namesList = () => el("datalist", { id: "names" }, (S.names || []).map((n) => el("option",
-  { value: n })));
+const namesList = () => el("datalist", { id: "names" },
+  (S.names || []).map((n) => el("option", { value: n })));
 function modelsView() {
   const columns = [["Ask for", (m) => m.name, "text mono"],
     ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ")
       || "nothing yet", "text"],
-    ["Claude Code sees", (m) => `anthropic/${m.name}`, "text mono"], ["Used by",
-      (m) => routesOf(m.name).join(", ") || "–", "text"],
+    ["Claude Code sees", (m) => `anthropic/${m.name}`, "text mono"],
+      ["Used by", (m) => routesOf(m.name).join(", ") || "–", "text"],
     ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
       : priceWord(m.price)), "nowrap"],
     ["Context", (m) => (m.context ? short(m.context) : "–"), "num"],
@@ -10082,10 +10086,10 @@ function modelsView() {
     provider: p.name })));
   return [card("Models", button("Add a model", () => modelDialog(null), { class: "main" }),
     table("Models", columns, rowsOf("models"),
-    rowsOf("providers").length ? "None yet. A model is a name of your own for one or more upstream models, tried in order."
-      : "Add a provider first; then give its models names here.")),
-  listed.length ? card("Listed by providers", null, table("Listed models",
-    [["Ask for", (m) => m.name, "text mono"],
+      rowsOf("providers").length ? "None yet. A model is a name of your own for upstream models, tried in order."
+        : "Add a provider first; then give its models names here.")),
+  listed.length ? card("Listed by providers", null,
+    table("Listed models", [["Ask for", (m) => m.name, "text mono"],
     ["Provider", (m) => m.provider, "text"]], listed, "")) : null];
 }
 function mappingItem(row) {
@@ -10159,8 +10163,8 @@ function routerView() {
     results = el("div", {});
   const attempt = () => {
     const of = (name) => made.of(name).input.value;
-    refill(results, el("p", {}, "Claude's own name (auto_map_regex): ",
-      matchWord(of("auto_map_regex"), sample.value)),
+    refill(results, el("p", {}, "Claude's own name (auto_map_regex): ", matchWord(of("auto_map_regex"),
+      sample.value)),
       el("p", {}, "Background name (background_regex): ", matchWord(of("background_regex"), sample.value)),
       rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, ${rule.pattern || "empty"}: `,
         matchWord(rule.pattern, words.value))));
@@ -10172,8 +10176,8 @@ function routerView() {
   };
   const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes),
     el("h3", {}, "Prompt rules, the first match wins"),
-    rules.node, el("h3", {}, "Try the patterns"), el("div", { class: "row" },
-      labelled("A model name", sample),
+    rules.node, el("h3", {}, "Try the patterns"),
+      el("div", { class: "row" }, labelled("A model name", sample),
       labelled("A user's words", words)), results], save, { made: made.made });
   form.addEventListener("input", attempt);
   form.addEventListener("change", attempt);
@@ -10182,14 +10186,14 @@ function routerView() {
     "Which model a request goes to: the first rule that applies and has a model ",
     "wins. An empty one is passed over."), form), explainCard()];
 }
-const sampleBody = (model, text) => ({ model, max_tokens: 1024, messages: [{ role: "user",
-  content: text }] });
+const sampleBody = (model, text) => ({ model, max_tokens: 1024,
+  messages: [{ role: "user", content: text }] });
 function explainCard() {
   const body = el("textarea", { rows: 8, spellcheck: "false",
     value: JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2) });
   const result = el("div", {}), held = selectBox([["", "paste your own below"]]);
-  ask(`${ROOT}/inspect`).then((told) => fill(held, told.held.map((r) => el("option", { value: r.id },
-    `${r.time} ${r.asked}`)))).catch(tellError);
+  ask(`${ROOT}/inspect`).then((told) => fill(held,
+    told.held.map((r) => el("option", { value: r.id }, `${r.time} ${r.asked}`)))).catch(tellError);
   held.addEventListener("change", async () => {
     if (!held.value) return;
     try { body.value = JSON.stringify((await ask(path("inspect", held.value))).client_request, null,
@@ -10204,8 +10208,8 @@ function explainCard() {
       ` goes to ${told.model}; ${whole(told.tokens)} tokens counted`),
       table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note,
         "text"]], told.trail, "No rules tried."),
-      table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"],
-        ["Provider", (t) => t.provider, "text"],
+      table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider,
+        "text"],
         ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]],
           told.targets, "No targets."));
   };
@@ -10227,8 +10231,8 @@ function budgetBoxes(budgets) {
 }
 async function usersView() {
   const { users } = await ask(`${ROOT}/users`);
-  const columns = [["Name", (u) => u.name, "text"], ["State", (u) => (u.disabled ? badge("warn", "disabled")
-    : badge("ok", "active")), "nowrap"],
+  const columns = [["Name", (u) => u.name, "text"],
+    ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
     ["Balance", (u) => usd(u.balance_microusd), "num"], ["Held", (u) => usd(u.held_microusd), "num"],
     ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This month", (u) => usd(u.spent_month_microusd),
       "num"],
@@ -10246,8 +10250,8 @@ function addUserDialog() {
     await saved(`User ${told.name} is made.`);
     keyDialog(told.name, told.key);
   };
-  const fields = [labelled("Name", name, "letters, digits and . _ @ -"),
-    labelled("Credit, dollars", credit, "empty: what [credits] says"),
+  const fields = [labelled("Name", name, "letters, digits and . _ @ -"), labelled("Credit, dollars", credit,
+    "empty: what [credits] says"),
     labelled("Note", note), budgets.nodes];
   const made = [{ field: { name: "name" }, input: name, node: name.parentNode }];
   const close = openDialog("Add a user", formOf(el("div", { class: "fields" }, fields), save,
@@ -10286,8 +10290,8 @@ async function userDialog(user) {
     el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} held`),
     formOf(el("div", { class: "row" }, labelled("Amount, dollars", amount, "below zero takes back"),
       labelled("Note", note)),
-      credit, { label: "Change credit" }), el("h3", {}, "Budgets"), formOf(el("div", { class: "fields" },
-        budgets.nodes), setBudgets,
+      credit, { label: "Change credit" }), el("h3", {}, "Budgets"),
+        formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets,
       { label: "Save budgets" }), el("div", { class: "row" }, button("New key", rotate),
         button(user.disabled ? "Enable" : "Disable", toggle,
       { class: "danger" })), el("h3", {}, "Ledger"), ledger);
@@ -10328,7 +10332,7 @@ async function billingView() {
       { label: "Show", keeps: false,
     extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`,
       "ccmux-report.csv").catch(tellError)),
-      button("All rows as CSV", () => download(`${ROOT}/export?format=csv&since=${since.value}&until=${until.value}`,
+      button("All rows as CSV", () => download(`${ROOT}/export?format=csv&${query()}`,
         "ccmux-usage.csv").catch(tellError))] });
   form.addEventListener("change", () => form.requestSubmit());
   await draw();
@@ -10352,9 +10356,10 @@ function tryView() {
     if (take) output.textContent += take(data.delta);
     return null;
   };
-  const showEnd = (row) => refill(end,
-    el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
-    el("p", { class: "muted" }, `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
+  const showEnd = (row) => refill(end, el("p", {}, statusBadge(row),
+    ` ${target(row)} because of ${row.route}`),
+    el("p", { class: "muted" }, 
+      `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`));
   const send = async () => {
     refill(end);
@@ -10375,10 +10380,10 @@ function tryView() {
   stopView = () => { if (running) running.abort(); };
   const form = formOf([namesList(), el("div", { class: "row" }, labelled("Model asked for", model),
     labelled("Most output tokens", limit)),
-    labelled("Prompt", prompt)], send, { label: "Send", keeps: false, extra: [button("Stop",
-      () => running && running.abort())] });
-  return card("Send a real request", null, el("p", { class: "muted" },
-    "It goes the way all requests go, and it costs what they cost."),
+    labelled("Prompt", prompt)], send, { label: "Send", keeps: false,
+      extra: [button("Stop", () => running && running.abort())] });
+  return card("Send a real request", null,
+    el("p", { class: "muted" }, "It goes the way all requests go, and it costs what they cost."),
     form, output, end, el("details", {}, el("summary", {}, "Raw events"), raw));
 }
 
@@ -10397,8 +10402,8 @@ async function inspectView() {
       ["The raw answer", "upstream_answer"], ["Events for the client", "events"]];
     refill(detail, card(`Request ${id}`, button("Download JSON", () => download(text(), `ccmux-${id}.json`)),
       el("div", { class: "two" },
-      panes.map(([title, part]) => el("div", {}, el("h3", {}, title), el("pre", { tabindex: 0 },
-        pretty(whole[part]) || "nothing"))))));
+      panes.map(([title, part]) => el("div", {}, el("h3", {}, title),
+        el("pre", { tabindex: 0 }, pretty(whole[part]) || "nothing"))))));
   };
   const draw = (told) => {
     const left = told.on_for_s;
@@ -10454,8 +10459,8 @@ function settingsCard(root, title) {
 async function start() {
   await (PAGE === "admin" ? admin() : dashboard());
 }
-if (PAGE === "admin") addEventListener("hashchange", () => (location.hash.startsWith("#token=") ? admin()
-  : showTab()));
+if (PAGE === "admin") addEventListener("hashchange",
+  () => (location.hash.startsWith("#token=") ? admin() : showTab()));
 start();
 if (PAGE !== "admin") poll(async () => { if (document.querySelector(".tiles")
   && !document.querySelector("dialog")) await dashboard(); }, 30000);
