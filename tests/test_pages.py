@@ -38,7 +38,9 @@ needs_browser = pytest.mark.skipif(
 
 @pytest.fixture
 async def provider() -> AsyncIterator[AnthropicFake]:
-    async with AnthropicFake(lambda turn: Answer("Hello from upstream.", tokens=Tokens(1000, 100, 0))) as fake:
+    async with AnthropicFake(
+        lambda turn: Answer("Hello from upstream.", tokens=Tokens(1000, 100, 0))
+    ) as fake:
         yield fake
 
 
@@ -153,7 +155,9 @@ async def test_from_nothing_to_a_cost_on_the_dashboard(
             await page.get_by_label("Name", exact=True).fill("mine")
             await page.get_by_label("Upstream model").fill("tiny")
             await page.locator("dialog h3:text-is('Facts') + div").get_by_label("Input", exact=True).fill("3")
-            await page.locator("dialog h3:text-is('Facts') + div").get_by_label("Output", exact=True).fill("15")
+            await (
+                page.locator("dialog h3:text-is('Facts') + div").get_by_label("Output", exact=True).fill("15")
+            )
             await page.click("dialog button:text-is('Save')")
             await expect(page.locator("main")).to_contain_text("anthropic/mine")
 
@@ -203,7 +207,9 @@ async def test_a_second_tabs_stale_save_is_refused_and_keeps_what_was_typed(
             await expect(two.locator("[role=alert] >> nth=0")).to_contain_text("has changed")
             await expect(two.get_by_label("Background regex")).to_have_value("second")
         text = (tmp_path / "config.toml").read_text()
-        assert 'background_regex = "first"' in text and "second" not in text and "# a comment that stays" in text
+        assert (
+            'background_regex = "first"' in text and "second" not in text and "# a comment that stays" in text
+        )
 
 
 @needs_browser
@@ -267,7 +273,9 @@ async def tab_to(page: Page, words: str) -> None:
 async def test_360_pixels_wide_without_sideways_scrolling(
     browser: Browser, provider: AnthropicFake, tmp_path: Path
 ) -> None:
-    async with in_process(tmp_path, config_of(provider, "a-model-with-a-rather-" + "long-" * 12 + "name")) as proxy:
+    async with in_process(
+        tmp_path, config_of(provider, "a-model-with-a-rather-" + "long-" * 12 + "name")
+    ) as proxy:
         assert await ask(proxy, "a-model-with-a-rather-" + "long-" * 12 + "name") == 200
         await proxy.idle()
         small = {"width": 360, "height": 740}
@@ -321,9 +329,7 @@ async def test_text_has_contrast(
 
 
 @needs_browser
-async def test_signing_in_with_a_users_key(
-    browser: Browser, provider: AnthropicFake, tmp_path: Path
-) -> None:
+async def test_signing_in_with_a_users_key(browser: Browser, provider: AnthropicFake, tmp_path: Path) -> None:
     async with in_process(tmp_path, config_of(provider, extra="[server]\nrequire_key = true\n")) as proxy:
         _, key = proxy.state.store.add_user("ann", 5_000_000, {}, "")
         async with opened(browser, proxy.url) as page:
