@@ -7757,7 +7757,7 @@ def client_of(request: web.Request, state: State) -> tuple[User, str]:
     if user is None and state.config.server.require_key:
         count_failure(state, request)
         words = "unknown key" if given else "a key is needed"
-        raise ApiError(401, f"{words}: set ANTHROPIC_API_KEY to your ccmux key", should_retry=False)
+        raise ApiError(401, f"{words}: set ANTHROPIC_AUTH_TOKEN to your ccmux key", should_retry=False)
     return user or state.store.local_user(), own
 
 
@@ -9694,7 +9694,7 @@ function moneyCard(entries) {
 }
 function connectCard(models) {
   const url = location.origin, key = sessionStorage.getItem(SECRET) ? "YOUR_CCMUX_KEY" : "ccmux-local";
-  const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_API_KEY: key };
+  const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_AUTH_TOKEN: key };
   const shells = [["bash, zsh", (n, v) => `export ${n}='${v}'`], ["fish", (n, v) => `set -gx ${n} '${v}'`],
     ["PowerShell", (n, v) => `$env:${n} = '${v}'`], ["cmd", (n, v) => `set ${n}=${v}`]];
   const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", {}, name), copyable(
@@ -10476,7 +10476,7 @@ function tryView() {
   };
   const showEnd = (row) => refill(end, el("p", {}, statusBadge(row),
     ` ${target(row)} because of ${row.route}`),
-    el("p", { class: "muted" }, 
+    el("p", { class: "muted" },
       `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`));
   const send = async () => {
