@@ -2872,22 +2872,30 @@ GEMINI_SCHEMA_KEYS = {
 GEMINI_FORMATS = {"enum", "date-time", "int32", "int64", "float", "double"}
 
 
-def gemini_schema(schema: Any, definitions: Json | None = None, depth: int = 0) -> Json:
+MAX_SCHEMA_PARTS = 10_000
+
+
+def gemini_schema(
+    schema: Any, definitions: Json | None = None, depth: int = 0, parts: Iterator[int] | None = None
+) -> Json:
     """A JSON schema in the subset that Gemini takes: references inlined, unknown keywords left out.
 
     https://ai.google.dev/api/caching#Schema. A const becomes an enum of one, oneOf an anyOf, a list of types with
-    null a nullable.
+    null a nullable. A reference to what it stands in is cut off, and so is what references multiply without end.
     """
-    if not isinstance(schema, dict) or depth > 24:
+    parts = parts or itertools.count()
+    if not isinstance(schema, dict) or depth > 24 or next(parts) > MAX_SCHEMA_PARTS:
         return {}
-    definitions = definitions or {**(schema.get("$defs") or {}), **(schema.get("definitions") or {})}
+    definitions = definitions or {**as_object(schema.get("$defs")), **as_object(schema.get("definitions"))}
     if isinstance(schema.get("$ref"), str):
-        found = definitions.get(schema["$ref"].rsplit("/", 1)[-1])
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        found = as_object(definitions.get(name))
+        others = {k: v for k, v in definitions.items() if k != name}
         rest = {k: v for k, v in schema.items() if k != "$ref"}
-        return gemini_schema({**found, **rest} if isinstance(found, dict) else rest, definitions, depth + 1)
-    inner = functools.partial(gemini_schema, definitions=definitions, depth=depth + 1)
+        return gemini_schema({**found, **rest}, others, depth + 1, parts)
+    inner = functools.partial(gemini_schema, definitions=definitions, depth=depth + 1, parts=parts)
     out = {k: v for k, v in schema.items() if k in GEMINI_SCHEMA_KEYS} | gemini_type(schema.get("type"))
-    if schema.get("format") in GEMINI_FORMATS:
+    if isinstance(schema.get("format"), str) and schema["format"] in GEMINI_FORMATS:
         out["format"] = schema["format"]
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
@@ -2897,7 +2905,8 @@ def gemini_schema(schema: Any, definitions: Json | None = None, depth: int = 0) 
             out["anyOf"] = [inner(s) for s in schema[key]]
     if isinstance(schema.get("properties"), dict):
         out["properties"] = {k: inner(v) for k, v in schema["properties"].items()}
-    named = [r for r in as_list(schema.get("required")) if r in out.get("properties", ())]
+    known = as_object(out.get("properties"))
+    named = [r for r in as_list(schema.get("required")) if isinstance(r, str) and r in known]
     out = {k: v for k, v in out.items() if k != "required"} | ({"required": named} if named else {})
     if out.get("type") == "array":
         out["items"] = inner(schema.get("items") or {"type": "string"})
@@ -7526,7 +7535,8 @@ class Recorder:
         secrets_of = call.config.secrets()
         record: Json = {
             "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.body.get("model"),
-            "route": call.route.reason, "client_request": call.body, "upstream_request": "", "upstream_answer": "",
+            "route": call.route.reason, "client_request": json.loads(scrub(json.dumps(call.body), secrets_of)),
+            "upstream_request": "", "upstream_answer": "",
             "events": "",
         }  # fmt: skip
         self.held[call.request_id] = record
@@ -8329,9 +8339,9 @@ async def get_metrics(request: web.Request) -> web.StreamResponse:
 
 def api_routes() -> list[web.RouteDef]:
     return [
-        web.post("/v1/messages", post_messages, expect_handler=expect_continue),
-        web.post("/v1/messages/count_tokens", post_count_tokens, expect_handler=expect_continue),
-        web.post("/v1/chat/completions", post_chat_completions, expect_handler=expect_continue),
+        web.post("/v1/messages", post_messages),
+        web.post("/v1/messages/count_tokens", post_count_tokens),
+        web.post("/v1/chat/completions", post_chat_completions),
         web.get("/v1/models", get_models),
         web.get("/v1/models/{id:.+}", get_model),
         web.get("/api/hello", get_hello),
@@ -9166,8 +9176,1264 @@ def admin_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # Pages
 # ----------------------------------------------------------------------------------------------------------
+# Two pages, no build: a stylesheet and a script that both share, inside the page and allowed by their hashes alone.
+# Data comes as JSON and enters the page as text. Forms are made from the config's own declarations of its keys.
+
+STYLE = r"""
+:root {
+  color-scheme: light; --bg: #f5f6f8; --card: #fff; --text: #1b2230; --muted: #586173; --line: #dfe3e9;
+  --accent: #2a56cf; --on-accent: #fff; --soft: #eaeffc; --ok: #17733f; --warn: #8a5700; --bad: #b62a24;
+  --shadow: 0 1px 2px rgb(20 30 50 / 7%), 0 4px 14px rgb(20 30 50 / 4%);
+}
+:root[data-theme="dark"] {
+  color-scheme: dark; --bg: #11141a; --card: #191e27; --text: #e5e9f0; --muted: #9fa9b9; --line: #2d3542;
+  --accent: #91b2ff; --on-accent: #0f1726; --soft: #232c3f; --ok: #5ccb8e; --warn: #e3b552; --bad: #ff8f86;
+  --shadow: none;
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--bg); color: var(--text); font: 15px/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: break-word;
+}
+header, main, footer { max-width: 1180px; margin: 0 auto; padding: 0 20px; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 20px; padding-top: 18px; }
+main { padding-top: 8px; padding-bottom: 40px; }
+footer { color: var(--muted); font-size: 13px; padding-bottom: 32px; }
+h1 { font-size: 19px; margin: 0; letter-spacing: -.01em; }
+h2 { font-size: 16px; margin: 0; }
+h3 { font-size: 14px; margin: 20px 0 6px; }
+p { margin: 6px 0; max-width: 75ch; }
+a { color: var(--accent); }
+nav { display: flex; flex-wrap: wrap; gap: 2px; }
+nav a { padding: 6px 11px; border-radius: 8px; color: var(--muted); text-decoration: none; }
+nav a:hover { color: var(--text); background: var(--soft); }
+nav a[aria-current] { color: var(--accent); background: var(--soft); font-weight: 600; }
+.grow { flex: 1; }
+.card {
+  background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px;
+  margin: 16px 0; box-shadow: var(--shadow); min-width: 0;
+}
+.head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; margin-bottom: 10px; }
+.head h2 { margin-right: auto; }
+.tiles, .two { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); }
+.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 16px; }
+.tiles { margin: 16px 0; }
+.tiles .card { margin: 0; padding: 14px 16px; position: relative; }
+.big { display: block; font-size: 23px; font-weight: 600; letter-spacing: -.02em; }
+.muted, .help, small { color: var(--muted); font-size: 13px; }
+.empty { color: var(--muted); padding: 10px 0; }
+.scroll { overflow-x: auto; max-width: 100%; position: relative; }
+.log { max-height: 460px; overflow-y: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--muted); font-weight: 500; font-size: 13px; white-space: nowrap; }
+td.num, th.num { text-align: right; white-space: nowrap; }
+td.nowrap { white-space: nowrap; }
+td.text { max-width: 26em; overflow-wrap: anywhere; min-width: 8em; }
+tbody tr:last-child td { border-bottom: 0; }
+.status { white-space: nowrap; }
+.status::before {
+  content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px;
+  background: var(--muted);
+}
+.status.ok::before { background: var(--ok); }
+.status.warn::before { background: var(--warn); }
+.status.bad::before { background: var(--bad); }
+.status.ok { color: var(--ok); } .status.warn { color: var(--warn); } .status.bad { color: var(--bad); }
+.problems { border-left: 4px solid var(--bad); }
+.problems ul { margin: 0; padding-left: 0; list-style: none; }
+.problems li { padding: 4px 0; }
+button, .button, input, select, textarea { font: inherit; color: inherit; }
+button, .button {
+  border: 1px solid var(--line); background: var(--card); border-radius: 8px; padding: 5px 12px; cursor: pointer;
+  text-decoration: none; white-space: nowrap;
+}
+button:hover, .button:hover { border-color: var(--accent); }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
+button.danger { color: var(--bad); }
+button.small { padding: 1px 8px; font-size: 13px; }
+button:disabled { opacity: .55; cursor: default; }
+input, select, textarea {
+  width: 100%; background: var(--bg); border: 1px solid var(--line); border-radius: 8px; padding: 6px 10px;
+  min-width: 0;
+}
+input[type="checkbox"] { width: auto; margin: 0 8px 0 0; accent-color: var(--accent); }
+textarea, pre, code, .mono { font-family: ui-monospace, "Cascadia Mono", Menlo, monospace; font-size: 13px; }
+textarea { resize: vertical; }
+pre {
+  background: var(--bg); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; margin: 6px 0;
+  white-space: pre-wrap; overflow-wrap: anywhere; max-height: 420px; overflow: auto;
+}
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+[aria-invalid="true"] { border-color: var(--bad); }
+.error { color: var(--bad); white-space: pre-wrap; margin: 8px 0; }
+.error:empty { display: none; }
+.fields { display: grid; gap: 14px 18px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); }
+.field { min-width: 0; }
+.field > label, legend { display: block; font-weight: 500; font-size: 14px; margin-bottom: 3px; padding: 0; }
+.field .help { display: block; margin-top: 3px; line-height: 1.35; }
+.wide { grid-column: 1 / -1; }
+fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
+.checks { display: flex; flex-wrap: wrap; gap: 4px 16px; }
+.prices { display: grid; gap: 6px; grid-template-columns: repeat(auto-fill, minmax(94px, 1fr)); }
+.row { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; margin: 8px 0; }
+.row > .field { flex: 1 1 150px; }
+.item { border: 1px solid var(--line); border-radius: 10px; padding: 10px 12px; margin: 8px 0; }
+details { margin: 12px 0; } summary { cursor: pointer; color: var(--muted); padding: 2px 0; }
+dialog {
+  border: 1px solid var(--line); border-radius: 14px; background: var(--card); color: var(--text);
+  width: min(860px, calc(100vw - 20px)); max-height: calc(100vh - 24px); padding: 20px; overflow: auto;
+}
+dialog::backdrop { background: rgb(10 14 22 / 50%); }
+.bar { fill: var(--accent); } .axis { stroke: var(--line); }
+.spark { position: absolute; right: 14px; top: 14px; fill: none; stroke: var(--accent); opacity: .7; }
+.chart { display: block; width: 100%; height: 150px; }
+.beats { display: flex; gap: 2px; height: 22px; align-items: end; }
+.beats i { flex: 0 1 7px; min-width: 2px; height: 100%; border-radius: 2px; background: var(--line); }
+.beats i.ok { background: var(--ok); } .beats i.bad { background: var(--bad); }
+meter { width: 100%; height: 12px; }
+#status {
+  position: fixed; right: 16px; bottom: 16px; max-width: calc(100vw - 32px); padding: 9px 16px; border-radius: 10px;
+  background: var(--text); color: var(--bg); z-index: 9;
+}
+#status:empty { display: none; }
+.signin { max-width: 460px; margin: 48px auto; }
+@media (max-width: 560px) { header, main, footer { padding-left: 12px; padding-right: 12px; }
+  .card { padding: 14px; } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
+  .big { font-size: 19px; } dialog { padding: 14px; } }
+@media (prefers-reduced-motion: no-preference) { button, nav a { transition: background .12s, border-color .12s; } }
+"""
+
+SCRIPT = r"""
+"use strict";
+const PAGE = document.body.dataset.page;
+const $ = (id) => document.getElementById(id);
+
+/* Nodes. Data gets into the page as text only: el() never parses markup. */
+function el(tag, props, ...children) {
+  return fill(setProps(document.createElement(tag), props), ...children);
+}
+function svg(tag, props, ...children) {
+  return fill(setProps(document.createElementNS("http://www.w3.org/2000/svg", tag), props), ...children);
+}
+function setProps(node, props) {
+  for (const [name, value] of Object.entries(props || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "value") node.value = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  return node;
+}
+function fill(node, ...children) {
+  for (const child of children.flat(9)) {
+    if (child === null || child === undefined || child === false) continue;
+    node.append(child instanceof Node ? child : document.createTextNode(String(child)));
+  }
+  return node;
+}
+const refill = (node, ...children) => { node.replaceChildren(); return fill(node, ...children); };
+const button = (label, onclick, props) => el("button", { type: "button", onclick, ...props }, label);
+const card = (title, tools, ...body) =>
+  el("section", { class: "card" }, el("div", { class: "head" }, el("h2", {}, title), tools), ...body);
+const badge = (kind, word) => el("span", { class: `status ${kind}` }, word);
+const empty = (...words) => el("p", { class: "empty" }, ...words);
+
+/* Columns: [title, cell of a row, class]. `shown` says what an empty table means and what to do. */
+function table(label, columns, rows, shown) {
+  if (!rows.length) return empty(shown);
+  const cell = ([, make, kind], row) => el("td", { class: kind }, make(row));
+  const head = columns.map(([title, , kind]) => el("th", { scope: "col", class: kind }, title));
+  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label },
+    el("table", {}, el("thead", {}, el("tr", {}, head)),
+      el("tbody", {}, rows.map((row) => el("tr", {}, columns.map((c) => cell(c, row)))))));
+}
+
+/* Numbers and times for people. */
+const whole = (n) => (n === null || n === undefined ? "–" : Number(n).toLocaleString("en-US"));
+function short(n) {
+  const units = [[1e9, "B"], [1e6, "M"], [1e3, "k"]];
+  const [size, letter] = units.find(([size]) => n >= size) || [1, ""];
+  return letter ? (n / size).toFixed(n / size < 10 ? 2 : 1) + letter : String(Math.round(n || 0));
+}
+function usd(micro) {
+  if (micro === null || micro === undefined) return "–";
+  const dollars = micro / 1e6, tiny = dollars !== 0 && Math.abs(dollars) < 0.1;
+  return dollars.toLocaleString("en-US", { style: "currency", currency: "USD", minimumFractionDigits: 2,
+    maximumFractionDigits: tiny ? 6 : 2 });
+}
+const seconds = (ms) => (ms === null || ms === undefined ? "–" : `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`);
+const percent = (share) => (Number.isFinite(share) ? `${(share * 100).toFixed(1)} %` : "–");
+function when(time) {
+  const at = new Date(typeof time === "number" ? time * 1000 : time);
+  const today = at.toDateString() === new Date().toDateString();
+  const text = at.toLocaleString(undefined, today ? { timeStyle: "medium" } : { dateStyle: "short", timeStyle: "short" });
+  return el("time", { datetime: at.toISOString(), title: at.toISOString() }, text);
+}
+const sum = (rows, name) => rows.reduce((total, row) => total + (row[name] || 0), 0);
+const tokensOf = (row) => (row.input_tokens || 0) + (row.output_tokens || 0) + (row.cache_read_tokens || 0)
+  + (row.cache_write_tokens || 0) + (row.cache_write_1h_tokens || 0);
+
+/* The server. The admin page sends its token, the dashboard a user's key where one is needed. */
+class Failure extends Error {
+  constructor(status, message) { super(message); this.status = status; }
+}
+const SECRET = PAGE === "admin" ? "ccmux-admin-token" : "ccmux-key";
+function headersWith(type) {
+  const secret = sessionStorage.getItem(SECRET), headers = type ? { "content-type": type } : {};
+  if (secret) headers[PAGE === "admin" ? "authorization" : "x-api-key"] = PAGE === "admin" ? `Bearer ${secret}` : secret;
+  return headers;
+}
+async function call(path, method = "GET", body = undefined, signal = undefined) {
+  let answer;
+  const sent = method === "GET" ? undefined : JSON.stringify(body || {});
+  try {
+    answer = await fetch(path, { method, body: sent, signal, cache: "no-store",
+      headers: headersWith(sent && "application/json") });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Failure(0, "ccmux does not answer: is it still running?");
+  }
+  if (answer.ok) return answer;
+  const told = await answer.json().catch(() => ({}));
+  throw new Failure(answer.status, (told.error && told.error.message) || `status ${answer.status}`);
+}
+const ask = async (path, method, body) => (await call(path, method, body)).json();
+async function download(path, name) {
+  const content = typeof path === "string" ? await (await call(path)).blob() : path;
+  const url = URL.createObjectURL(content), link = el("a", { href: url, download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
+}
+const downloadButton = (label, path, name) => button(label, () => download(path, name).catch(tellError));
+
+/* Server-sent events of an answer, one by one: [event, data]. */
+async function* eventsOf(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    const blocks = (held + part.value).split(/\r?\n\r?\n/);
+    held = blocks.pop();
+    for (const block of blocks) {
+      const lines = block.split(/\r?\n/), of = (name) => lines.filter((l) => l.startsWith(`${name}:`))
+        .map((l) => l.slice(name.length + 1).replace(/^ /, "")).join("\n");
+      if (of("data")) yield [of("event"), of("data")];
+    }
+  }
+}
+
+/* The one line that says what happened. */
+let statusTimer = 0;
+function tell(words) {
+  $("status").textContent = words;
+  clearTimeout(statusTimer);
+  statusTimer = setTimeout(() => { $("status").textContent = ""; }, 6000);
+}
+function tellError(error) {
+  if (error.name !== "AbortError") tell(error.message);
+}
+async function copy(text) {
+  try { await navigator.clipboard.writeText(text); tell("Copied."); }
+  catch { tell("The browser does not allow copying here: select the text instead."); }
+}
+const copyable = (text) => [el("pre", { tabindex: 0 }, text), button("Copy", () => copy(text), { class: "small" })];
+
+/* Theme: the system's until the toggle was used. */
+const darkSystem = matchMedia("(prefers-color-scheme: dark)");
+const theme = () => localStorage.getItem("ccmux-theme") || (darkSystem.matches ? "dark" : "light");
+function showTheme() {
+  document.documentElement.dataset.theme = theme();
+  $("theme").textContent = theme() === "dark" ? "Light" : "Dark";
+  $("theme").setAttribute("aria-label", `Switch to ${theme() === "dark" ? "light" : "dark"} colours`);
+}
+$("theme").addEventListener("click", () => {
+  localStorage.setItem("ccmux-theme", theme() === "dark" ? "light" : "dark");
+  showTheme();
+});
+darkSystem.addEventListener("change", showTheme);
+showTheme();
+
+/* Asks again every few seconds while the page is seen; errors are told, not thrown. */
+function poll(refresh, every) {
+  const timer = setInterval(() => { if (!document.hidden) refresh().catch(tellError); }, every);
+  return () => clearInterval(timer);
+}
+
+function signIn(label, help, again) {
+  const input = el("input", { id: "secret", type: "password", autocomplete: "off", required: true });
+  const error = el("p", { class: "error", role: "alert" }, again);
+  const submit = (event) => {
+    event.preventDefault();
+    sessionStorage.setItem(SECRET, input.value.trim());
+    start();
+  };
+  refill($("main"), el("section", { class: "card signin" }, el("h2", {}, "Sign in"),
+    el("form", { onsubmit: submit }, el("p", {}, help), el("div", { class: "field" },
+      el("label", { for: "secret" }, label), input), error,
+    el("div", { class: "row" }, el("button", { class: "main" }, "Sign in")))));
+  input.focus();
+}
+async function signedIn(load, label, help) {
+  try {
+    return await load();
+  } catch (error) {
+    if (![401, 403, 429].includes(error.status)) {
+      refill($("main"), card("ccmux did not answer", button("Try again", start), el("p", {}, error.message)));
+      return null;
+    }
+    signIn(label, help, sessionStorage.getItem(SECRET) ? error.message : "");
+    sessionStorage.removeItem(SECRET);
+    return null;
+  }
+}
+
+/* Pictures. */
+function spark(values) {
+  const most = Math.max(...values, 1e-9), step = 64 / Math.max(values.length - 1, 1);
+  const points = values.map((v, n) => `${(n * step).toFixed(1)},${(19 - (v / most) * 18).toFixed(1)}`).join(" ");
+  return svg("svg", { class: "spark", width: 64, height: 20, "aria-hidden": "true" }, svg("polyline", { points }));
+}
+function tile(label, value, note, values) {
+  return el("div", { class: "card" }, el("span", { class: "muted" }, label), el("span", { class: "big" }, value),
+    note && el("span", { class: "muted" }, note), values && values.length > 1 && spark(values));
+}
+function dayChart(days, name, shown) {
+  const most = Math.max(...days.map((d) => d[name]), 1e-9), step = 900 / days.length;
+  const bar = (day, n) => {
+    const height = Math.max((day[name] / most) * 130, day[name] > 0 ? 2 : 0);
+    return svg("rect", { class: "bar", x: n * step + 2, y: 140 - height, width: step - 4, height, rx: 2 },
+      svg("title", {}, `${day.key}: ${shown(day[name])}, ${whole(day.requests)} requests`));
+  };
+  return svg("svg", { class: "chart", viewBox: "0 0 900 142", preserveAspectRatio: "none", role: "img",
+    "aria-label": `Bars of ${days.length} days, the highest ${shown(most)}` },
+    svg("line", { class: "axis", x1: 0, y1: 141, x2: 900, y2: 141 }), days.map(bar));
+}
+function lastDays(rows, count) {
+  const known = new Map(rows.map((row) => [row.key, row])), today = Date.now();
+  return Array.from({ length: count }, (_, n) => {
+    const key = new Date(today - (count - 1 - n) * 864e5).toISOString().slice(0, 10);
+    return known.get(key) || { key, requests: 0, charge_microusd: 0 };
+  });
+}
+
+/* The request log, on both pages. */
+const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.status < 500 ? "warn" : "bad",
+  row.error ? `${row.status} ${row.error}`.slice(0, 60) : String(row.status));
+const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "–";
+function requestColumns(admin) {
+  return [
+    ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request" }), "nowrap"],
+    ...(admin ? [["User", (r) => r.user, "nowrap"]] : [["Session", (r) => (r.session || "–").slice(0, 8), "nowrap mono"]]),
+    ["Asked for", (r) => r.asked || "–", "text"], ["Answered by", target, "text"], ["Why", (r) => r.route || "–", "nowrap"],
+    ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
+    ["Cost", (r) => usd(r.charge_microusd), "num"], ["Took", (r) => seconds(r.duration_ms), "num"],
+  ];
+}
+function showRow(row) {
+  const shown = (name, value) => name.endsWith("_microusd") ? usd(value) : name.endsWith("_ms") ? seconds(value)
+    : value === "" || value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value);
+  openDialog(`Request ${row.request_id}`, table("Request", [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"],
+    ["Value", ([n, v]) => shown(n, v), "text"]], Object.entries(row), ""));
+}
+function openDialog(title, ...body) {
+  const node = el("dialog", { "aria-label": title }), close = () => node.close();
+  const isDirty = () => node.querySelector("[data-dirty]");
+  node.addEventListener("cancel", (event) => {
+    if (isDirty() && !confirm("Leave without saving what you changed?")) event.preventDefault();
+  });
+  node.addEventListener("close", () => node.remove());
+  const leave = () => { if (!isDirty() || confirm("Leave without saving what you changed?")) close(); };
+  fill(node, el("div", { class: "head" }, el("h2", {}, title), button("Close", leave)), ...body);
+  document.body.append(node);
+  node.showModal();
+  return close;
+}
+
+/* Dashboard: one user's own numbers. */
+async function dashboard() {
+  const paths = ["/api/me", "/api/usage?days=30&by=day", "/api/usage?days=30&by=model", "/api/usage?days=30&by=session",
+    "/api/models", "/api/requests?limit=50", "/api/transactions?limit=50"];
+  const got = await signedIn(() => Promise.all(paths.map((path) => ask(path))), "Your ccmux key",
+    "This server keeps an account for each user. Give your key to see yours; it stays in this tab.");
+  if (!got) return;
+  const [me, days, models, sessions, offered, requests, entries] = got;
+  const first = !requests.requests.length;
+  refill($("main"), first && connectCard(offered.models), tiles(me, lastDays(days.usage, 30), days.usage),
+    budgetCard(me), spendCard(lastDays(days.usage, 30)),
+    el("div", { class: "two" }, topCard("Models used", "model", models.usage), topCard("Sessions", "session", sessions.usage)),
+    requestCard(requests.requests), offeredCard(offered.models), moneyCard(entries.transactions),
+    !first && connectCard(offered.models));
+}
+function tiles(me, days, rows) {
+  const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"), output = sum(rows, "output_tokens");
+  const written = sum(rows, "cache_write_tokens") + sum(rows, "cache_write_1h_tokens");
+  const timed = rows.filter((r) => r.first_token_ms), busy = sum(rows, "duration_ms") / 1000;
+  const waited = timed.reduce((t, r) => t + r.first_token_ms * r.requests, 0) / sum(timed, "requests");
+  return el("div", { class: "tiles" },
+    tile("Balance", usd(me.balance_microusd), me.held_microusd ? `${usd(me.held_microusd)} held` : "nothing held"),
+    tile("Spent today", usd(me.spent_today_microusd), `by ${me.name}`),
+    tile("Spent this month", usd(me.spent_month_microusd), "UTC", days.map((d) => d.charge_microusd)),
+    tile("Requests", whole(sum(rows, "requests")), "in 30 days", days.map((d) => d.requests)),
+    tile("Input tokens", short(fresh), `${short(written)} written to cache`),
+    tile("Output tokens", short(output), "in 30 days"),
+    tile("Read from cache", short(cached), `${percent(cached / (fresh + cached + written))} of all input`),
+    tile("First token", waited ? seconds(waited) : "–", busy ? `${(output / busy).toFixed(1)} tokens/s` : "no requests yet"));
+}
+function budgetCard(me) {
+  const spent = { day_microusd: me.spent_today_microusd, month_microusd: me.spent_month_microusd };
+  const rows = Object.entries(me.budgets).filter(([, limit]) => limit !== null).map(([name, limit]) => {
+    const period = name.replace("_microusd", ""), used = spent[name];
+    if (used === undefined) return el("p", {}, `${period}: ${usd(limit)}`);
+    return el("div", {}, el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
+      el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8, "aria-label": `budget of the ${period}` }));
+  });
+  return rows.length ? card("Budgets", null, rows) : null;
+}
+function spendCard(days) {
+  if (!sum(days, "requests")) return card("Spend per day", null, empty("Nothing was asked in the last 30 days."));
+  const used = days.filter((d) => d.requests).reverse();
+  const label = el("div", { class: "head muted" }, el("span", { class: "grow" }, days[0].key), days.at(-1).key);
+  return card("Spend per day", el("span", { class: "muted" }, `${usd(sum(days, "charge_microusd"))} in 30 days`),
+    dayChart(days, "charge_microusd", usd), label,
+    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", usageColumns("Day"), used, "")));
+}
+const usageColumns = (title) => [
+  [title, (r) => r.key || "–", "text"], ["Requests", (r) => whole(r.requests), "num"],
+  ["Input", (r) => short(r.input_tokens), "num"], ["Output", (r) => short(r.output_tokens), "num"],
+  ["Cache read", (r) => short(r.cache_read_tokens), "num"], ["Cost", (r) => usd(r.charge_microusd), "num"],
+];
+const topCard = (title, by, rows) => card(title, null,
+  table(title, usageColumns(by === "model" ? "Model" : "Session"), rows.slice(0, 10), "Nothing yet: it fills as you work."));
+const requestCard = (rows) => card("Last requests", [
+  downloadButton("Export CSV", "/api/export?format=csv", "ccmux-usage.csv"),
+  downloadButton("Export JSON", "/api/export?format=json", "ccmux-usage.json")],
+  table("Last requests", requestColumns(false), rows, "No requests yet. Point Claude Code here and ask it something."));
+function offeredCard(models) {
+  const price = (kind) => (m) => (m.price && m.price[kind] !== undefined ? `$${Number(m.price[kind])}` : "–");
+  const columns = [["Ask for", (m) => m.name, "text mono"], ["Goes to", (m) => m.targets.join(", then "), "text"],
+    ["Context", (m) => (m.context ? short(m.context) : "–"), "num"], ["Input", price("input"), "num"],
+    ["Output", price("output"), "num"], ["Cache read", price("cache_read"), "num"]];
+  return card("Models", el("span", { class: "muted" }, "US dollars per million tokens"), table("Models", columns, models,
+    "No models yet. Whoever runs this server adds a provider and a model on the admin page."));
+}
+function moneyCard(entries) {
+  const buy = () => ask("/api/purchase", "POST").catch(tellError);
+  const columns = [["Time", (t) => when(t.time), "nowrap"], ["Kind", (t) => t.kind, "nowrap"],
+    ["Note", (t) => t.note || t.request_id || "–", "text"], ["Amount", (t) => usd(t.amount_microusd), "num"],
+    ["Balance", (t) => usd(t.balance_microusd), "num"]];
+  return card("Transactions", button("Buy credits", buy), table("Transactions", columns, entries,
+    "No transactions. Credit that is added and what requests cost is listed here."));
+}
+function connectCard(models) {
+  const url = location.origin, key = sessionStorage.getItem(SECRET) ? "YOUR_CCMUX_KEY" : "ccmux-local";
+  const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_API_KEY: key };
+  const shells = [["bash, zsh", (n, v) => `export ${n}='${v}'`], ["fish", (n, v) => `set -gx ${n} '${v}'`],
+    ["PowerShell", (n, v) => `$env:${n} = '${v}'`], ["cmd", (n, v) => `set ${n}=${v}`]];
+  const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", {}, name), copyable(
+    [...Object.entries(values).map(([key, value]) => line(key, value)), "claude"].join("\n")));
+  return card("Point Claude Code here", null, el("p", { class: "muted" }, "In a terminal, then start Claude Code there.",
+    models.length ? ` /model then also takes names such as ${models[0].name}.` : ""), shells.map(block));
+}
+
+/* Forms, built from the config's own declarations of its keys: {name, kind, help, default, choices}. */
+let lastId = 0;
+const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+function labelled(label, input, help, wide) {
+  input.id = input.id || `f${++lastId}`;
+  const note = help && el("span", { class: "help", id: `${input.id}h` }, help);
+  if (note) input.setAttribute("aria-describedby", note.id);
+  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input, note);
+}
+const textBox = (value, props) => el("input", { type: "text", autocomplete: "off", spellcheck: "false", value, ...props });
+const numberBox = (value, props) => el("input", { type: "number", step: "any", value: value ?? "", ...props });
+function selectBox(options, value) {
+  const node = el("select", {}, options.map(([key, label]) => el("option", { value: key }, label ?? key)));
+  if (!options.some(([key]) => key === value) && value) node.append(el("option", { value }, value));
+  node.value = value ?? options[0]?.[0] ?? "";
+  return node;
+}
+const PRICES = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"], ["cache_write", "Cache write"],
+  ["cache_write_1h", "1 h write"]];
+
+/* A control for each kind: (field, value) -> {node, get}; get() is undefined for "leave the key out". */
+const CONTROLS = {
+  text(field, value) {
+    const input = textBox(value ?? field.default, { list: field.list });
+    return { input, get: () => input.value.trim() };
+  },
+  choice(field, value) {
+    const input = selectBox([...(field.default ? [] : [["", "–"]]), ...field.choices.map((c) => [c])], value ?? field.default);
+    return { input, get: () => input.value };
+  },
+  number(field, value) {
+    const input = numberBox(value ?? field.default);
+    return { input, get: () => (input.value === "" ? undefined : Number(input.value)) };
+  },
+  bool(field, value) {
+    if (field.maybe) {
+      const input = selectBox([["", "as the preset or format has it"], ["yes"], ["no"]], value === undefined ? "" : value ? "yes" : "no");
+      return { input, get: () => (input.value ? input.value === "yes" : undefined) };
+    }
+    const input = selectBox([["yes"], ["no"]], value ?? field.default ? "yes" : "no");
+    return { input, get: () => input.value === "yes" };
+  },
+  list(field, value) {
+    const given = value ?? field.default;
+    if (!field.choices.length) {
+      const input = textBox(given.join(", "), { placeholder: "separated by commas" });
+      return { input, get: () => input.value.split(",").map((v) => v.trim()).filter(Boolean) };
+    }
+    const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c, checked: given.includes(c) }));
+    const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)), el("div", { class: "checks" },
+      boxes.map((box) => el("label", {}, box, box.value))), el("span", { class: "help" }, field.help));
+    return { node, get: () => boxes.filter((b) => b.checked).map((b) => b.value) };
+  },
+  secret(field, value) {
+    if (field.name === "headers") return headerControl(field, value);
+    const now = [value].flat().filter((v) => v && v.set).map((v) => v.reference || `ends in ${v.last4 || "…"}`).join(", ");
+    const input = textBox("", { type: "password", placeholder: now ? `set (${now}); empty keeps it` : "not set" });
+    input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
+    const parts = () => input.value.split(",").map((v) => v.trim()).filter(Boolean);
+    const gone = el("input", { type: "checkbox" });
+    const node = labelled(labelOf(field), input, field.help);
+    if (now) node.append(el("label", {}, gone, "take the stored one away"));
+    return { input, node, get: () => (gone.checked ? "" : parts().length > 1 ? parts() : parts()[0]) };
+  },
+  price(field, value) {
+    const given = value || {}, boxes = PRICES.map(([kind]) => numberBox(given[kind], { min: 0 }));
+    const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)), el("div", { class: "prices" },
+      boxes.map((box, n) => labelled(PRICES[n][1], box))), el("span", { class: "help" }, field.help));
+    const pairs = () => boxes.flatMap((b, n) => (b.value === "" ? [] : [[PRICES[n][0], Number(b.value)]]));
+    return { node, get: () => (pairs().length ? { ...given, ...Object.fromEntries(pairs()) } : undefined) };
+  },
+  table(field, value) {
+    const input = el("textarea", { rows: 3, spellcheck: "false", value: value ? JSON.stringify(value, null, 1) : "" });
+    return { input, wide: true, get: () => (input.value.trim() ? JSON.parse(input.value) : undefined) };
+  },
+};
+function headerControl(field, value) {
+  const lines = Object.keys(value || {}).map((name) => `${name}: [kept]`).join("\n");
+  const input = el("textarea", { rows: 2, spellcheck: "false", value: lines, placeholder: "Name: value, one a line" });
+  const pair = (line) => {
+    const [name, ...rest] = line.split(":"), text = rest.join(":").trim();
+    return [name.trim(), text === "[kept]" ? null : text];
+  };
+  const get = () => Object.fromEntries(input.value.split("\n").filter((l) => l.includes(":")).map(pair));
+  return { input, wide: true, get: () => (value || input.value.trim() ? get() : undefined) };
+}
+const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ");
+
+/* Controls for some fields over a table: {nodes, read, control}. read() is the table as it is to be saved. */
+function controls(fields, table) {
+  const made = fields.map((field) => {
+    const value = table[field.name], control = CONTROLS[field.kind](field, value);
+    const node = control.node || labelled(labelOf(field), control.input, field.help, control.wide);
+    return { field, value, ...control, node };
+  });
+  const read = () => {
+    const out = { ...table };
+    for (const { field, value, get } of made) {
+      let now;
+      try { now = get(); } catch { throw new Failure(400, `${field.name}: not valid JSON`); }
+      const plain = same(now, field.default) && (value === undefined || (now === "" && !field.secret) || same(now, []));
+      if (now === undefined || plain) delete out[field.name];
+      else out[field.name] = now;
+    }
+    return out;
+  };
+  return { nodes: made.map((m) => m.node), read, of: (name) => made.find((m) => m.field.name === name), made };
+}
+
+/* A form that keeps what was typed when a save fails. `save` throws a Failure; `done` runs after a good one. */
+function formOf(nodes, save, { label = "Save", extra = [], made = [] } = {}) {
+  const error = el("p", { class: "error", role: "alert" }), send = el("button", { class: "main" }, label);
+  const form = el("form", { novalidate: true }, nodes, error, el("div", { class: "row" }, send, extra));
+  const dirty = () => { form.dataset.dirty = "yes"; };
+  form.addEventListener("input", dirty);
+  form.addEventListener("change", dirty);
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    for (const mark of form.querySelectorAll("[aria-invalid]")) mark.removeAttribute("aria-invalid");
+    error.textContent = "";
+    send.disabled = true;
+    try {
+      await save();
+      delete form.dataset.dirty;
+    } catch (failure) {
+      showFailure(failure, error, made);
+    }
+    send.disabled = false;
+  });
+  return form;
+}
+/* The message stands in the form, and beside the field that it names. */
+function showFailure(failure, error, made) {
+  error.textContent = failure.message;
+  if (failure.status === 409) fill(error, " ", button("Load the newest", () => location.reload(), { class: "small" }));
+  const wrong = made.find(({ field }) => new RegExp(`\\b${field.name}\\b`).test(failure.message));
+  const input = wrong && (wrong.input || wrong.node.querySelector("input"));
+  if (!input) return;
+  input.setAttribute("aria-invalid", "true");
+  (wrong.node.closest("details") || {}).open = true;
+  wrong.node.append(error);
+  input.focus();
+}
+const isDirty = () => document.querySelector("[data-dirty]");
+addEventListener("beforeunload", (event) => { if (isDirty()) event.preventDefault(); });
+
+/* Rows that can be moved, removed and added: `make(row)` -> {node, read, touch?}. */
+function sequence(rows, make, addLabel, fresh) {
+  const list = el("div", {}), items = [];
+  const touched = () => list.dispatchEvent(new Event("change", { bubbles: true }));
+  const draw = () => refill(list, items.map((item) => item.node));
+  const move = (item, by) => {
+    const from = items.indexOf(item), to = from + by;
+    if (to < 0 || to >= items.length) return;
+    items.splice(from, 1);
+    items.splice(to, 0, item);
+    draw();
+    touched();
+    item.node.querySelector(by < 0 ? "[data-up]" : "[data-down]").focus();
+  };
+  const add = (row) => {
+    const item = make(row);
+    const remove = () => { items.splice(items.indexOf(item), 1); draw(); touched(); };
+    item.node = el("div", { class: "item" }, item.node, el("div", { class: "row" },
+      button("Up", () => move(item, -1), { class: "small", "data-up": true }),
+      button("Down", () => move(item, 1), { class: "small", "data-down": true }),
+      button("Remove", remove, { class: "small danger" })));
+    items.push(item);
+    draw();
+  };
+  rows.forEach(add);
+  const more = button(addLabel, () => { add(fresh()); touched(); items.at(-1).node.querySelector("input, select").focus(); });
+  return { node: el("div", {}, list, more), read: () => items.map((item) => item.read()) };
+}
+
+/* Admin: one view a tab. S is the server's last state; a form keeps the hash it was opened with. */
+let S = null, stopView = () => {}, shownTab = "";
+const ROOT = "/admin/api";
+const path = (...parts) => [ROOT, ...parts.map(encodeURIComponent)].join("/");
+const TABS = [["overview", "Overview", overview], ["providers", "Providers", providersView], ["models", "Models", modelsView],
+  ["router", "Router", routerView], ["users", "Users", usersView], ["billing", "Billing", billingView],
+  ["try", "Try", tryView], ["inspect", "Inspect", inspectView], ["config", "Config", configView]];
+
+async function admin() {
+  const given = /^#token=(.+)$/.exec(location.hash);
+  if (given) {
+    sessionStorage.setItem(SECRET, decodeURIComponent(given[1]));
+    history.replaceState(null, "", "/admin#overview");
+  }
+  if (await signedIn(reload, "Admin token", "ccmux printed a link with the token when it started; `ccmux.py token` "
+    + "prints it again. It stays in this tab.")) showTab();
+}
+async function reload() {
+  S = await ask(`${ROOT}/state`);
+  $("version").textContent = `ccmux ${S.version}`;
+  return S;
+}
+async function showTab() {
+  if (!S) return;
+  const [key, , view] = TABS.find(([key]) => `#${key}` === location.hash) || TABS[0];
+  if (isDirty() && !confirm("Leave without saving what you changed?")) {
+    history.replaceState(null, "", `#${shownTab}`);
+    return;
+  }
+  stopView();
+  stopView = () => {};
+  shownTab = key;
+  refill($("tabs"), TABS.map(([name, label]) =>
+    el("a", { href: `#${name}`, "aria-current": name === key ? "page" : null }, label)));
+  try {
+    await reload();
+    const nodes = await view();
+    if (shownTab === key) refill($("main"), nodes);
+  } catch (error) {
+    if (error.status === 401) admin();
+    else refill($("main"), card("That did not work", button("Try again", showTab), el("p", {}, error.message)));
+  }
+}
+/* After a save: the newest state, the view drawn again, and a word about it. */
+async function saved(words) {
+  for (const mark of document.querySelectorAll("[data-dirty]")) delete mark.dataset.dirty;
+  await showTab();
+  tell(words);
+}
+
+/* Overview */
+const STATES = { ok: "ok", closed: "ok", disabled: "", cooling: "warn", "half-open": "warn", open: "bad", unusable: "bad" };
+const WORDS = { ok: "working", open: "resting after faults", cooling: "limited for now", unusable: "cannot be used",
+  "half-open": "being tried again", disabled: "switched off" };
+function stateBadge(name) {
+  const health = S.providers[name] || { state: "unusable" };
+  if (health.state === "ok" && !health.outcomes.length) return badge("", "not used yet");
+  return badge(STATES[health.state] ?? "warn", WORDS[health.state] || health.state);
+}
+function problems() {
+  const found = [], add = (kind, word, text, tab) => found.push([kind, word, text, tab]);
+  if (S.config_error) add("bad", "config", S.config_error, "config");
+  if (!(S.config.providers || []).length) add("warn", "no provider", "Add one to have anything to send requests to.", "providers");
+  for (const [name, health] of Object.entries(S.providers)) {
+    const last = health.outcomes.at(-1), next = health.next_try_s ? `, tried again in ${health.next_try_s} s` : "";
+    if (health.problem) add("bad", name, health.problem, "providers");
+    else if (["open", "half-open", "cooling"].includes(health.state)) {
+      add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${last.error}` : ""}`, "providers");
+    } else if (last && [401, 403].includes(last.status)) add("bad", name, "it refuses its key", "providers");
+  }
+  if (S.unpriced && S.unpriced.length) {
+    add("warn", "no price", `${S.unpriced.slice(0, 8).join(", ")}: what these cost is not counted`, "models");
+  }
+  for (const warning of S.warnings) add("warn", "warning", warning, "config");
+  return found;
+}
+function problemCard() {
+  const found = problems();
+  if (!found.length) return card("All is well", badge("ok", "no problems"));
+  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), " ", text, " ", el("a", { href: `#${tab}` }, "Look"));
+  const node = card(`${found.length} thing${found.length > 1 ? "s" : ""} to look at`, null, el("ul", {}, found.map(item)));
+  node.classList.add("problems");
+  return node;
+}
+function beats(outcomes) {
+  const shown = outcomes.slice(-50), good = shown.filter((o) => o.ok).length;
+  return el("div", { class: "beats", role: "img", "aria-label": `${good} of the last ${shown.length} requests went well` },
+    shown.map((o) => el("i", { class: o.ok ? "ok" : "bad", title: `${o.status} in ${o.ms} ms ${o.error}` })));
+}
+function healthCard() {
+  const rows = Object.entries(S.providers);
+  return card("Providers", null, table("Provider health", [["Provider", ([n]) => n, "text"], ["State", ([n]) => stateBadge(n), "nowrap"],
+    ["Last requests", ([, h]) => beats(h.outcomes)], ["In flight", ([, h]) => whole(h.active), "num"],
+    ["Average", ([, h]) => (h.latency_ms === null ? "–" : seconds(h.latency_ms)), "num"]], rows,
+  "No providers yet. Add one under Providers: with a preset, a key is enough."));
+}
+async function overview() {
+  const top = el("div", {}), log = el("div", { class: "log" });
+  const refresh = async () => {
+    await reload();
+    const since = new Date().toISOString().slice(0, 10);
+    const [today, all] = await Promise.all([ask(`${ROOT}/report?by=provider&since=${since}`), ask(`${ROOT}/report?by=provider`)]);
+    const of = (name) => [sum(today.report, name), sum(all.report, name)];
+    const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
+    refill(top, problemCard(), el("div", { class: "tiles" },
+      tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent), `${usd(spentEver)} in all`),
+      tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "all kinds"),
+      tile("Running for", duration(S.uptime_s), S.path || "no config file yet")), healthCard());
+  };
+  await refresh();
+  const live = await liveLog(log), stopPoll = poll(refresh, 5000);
+  stopView = () => { stopPoll(); live.stop(); };
+  return [top, card("Requests", live.tools, log)];
+}
+const duration = (s) => (s < 3600 ? `${Math.floor(s / 60)} min` : s < 172800 ? `${(s / 3600).toFixed(1)} h` : `${Math.floor(s / 86400)} days`);
+async function liveLog(place) {
+  let rows = (await ask(`${ROOT}/requests?limit=100`)).requests, paused = false;
+  const ended = new AbortController();
+  const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests", type: "search" });
+  const isWanted = (row) => JSON.stringify(row).toLowerCase().includes(filter.value.toLowerCase());
+  const draw = () => refill(place, table("Requests", requestColumns(true), rows.filter(isWanted),
+    rows.length ? "Nothing fits the filter." : "No requests yet. They appear here as they end."));
+  const pause = button("Pause", () => {
+    paused = !paused;
+    pause.textContent = paused ? "Go on" : "Pause";
+    if (!paused) draw();
+  });
+  const follow = async () => {
+    while (!ended.signal.aborted) {
+      try {
+        const answer = await call(`${ROOT}/events`, "GET", undefined, ended.signal);
+        for await (const [event, data] of eventsOf(answer)) {
+          if (event !== "request") continue;
+          rows = [JSON.parse(data), ...rows].slice(0, 300);
+          if (!paused) draw();
+        }
+      } catch { /* the server restarts, or the view is left */ }
+      await new Promise((resolve) => setTimeout(resolve, 2000));
+    }
+  };
+  filter.addEventListener("input", draw);
+  draw();
+  follow();
+  return { tools: [filter, pause], stop: () => ended.abort() };
+}
+
+/* Providers */
+const rowsOf = (root) => S.config[root] || [];
+const usersOf = (name) => rowsOf("models").filter((m) => (m.mappings || []).some((t) => t.provider === name)).map((m) => m.name);
+const hostOf = (url) => { try { return new URL(url).host; } catch { return url || "–"; } };
+function keyWord(key) {
+  const known = [key].flat().filter((k) => k && k.set);
+  return known.length ? known.map((k) => k.reference || `set, …${k.last4}`).join(", ") : "none";
+}
+function providersView() {
+  const columns = [["Name", (p) => p.name, "text"], ["State", (p) => stateBadge(p.name), "nowrap"],
+    ["Type", (p) => p.type || p.provider_type, "nowrap"], ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
+    ["Key", (p) => keyWord(p.api_key), "text"], ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"],
+    ["", (p) => button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` })],
+    ["", (p) => button("Test", () => testDialog(p.name), { class: "small", "aria-label": `Test ${p.name}` })]];
+  return card("Providers", button("Add a provider", () => providerDialog(null), { class: "main" }), table("Providers", columns,
+    rowsOf("providers"), "None yet. Add one: choose a preset, give it a key, save, and test it."));
+}
+function providerDialog(old) {
+  const row = old || { name: "", type: "" }, hash = S.config_hash, list = S.fields.providers;
+  const main = ["name", "base_url", "api_key", "models"];
+  const field = (name) => list.find((f) => f.name === name);
+  const first = controls(main.map(field), row);
+  const rest = controls(list.filter((f) => ![...main, "type", "quirks"].includes(f.name)), row);
+  const quirks = controls(S.fields.quirks.map((f) => ({ ...f, maybe: true })), row.quirks || {});
+  const type = selectBox([["", "choose …"], ...Object.keys(S.presets).map((p) => [p, `${p} (preset)`]),
+    ...S.formats.filter((f) => !S.presets[f]).map((f) => [f, `${f} (wire format)`])], row.type || "");
+  const to = el("p", { class: "muted" }), name = first.of("name").input, url = first.of("base_url").input;
+  const key = first.of("api_key").input;
+  const chosen = () => {
+    const preset = S.presets[type.value] || {};
+    const place = url.value || preset.url || preset.base_url;
+    to.textContent = place ? `Requests and the key go to ${hostOf(place)}.` : "Give the address that requests go to.";
+    if (old && url.value !== (old.base_url || "")) to.textContent += " The key must be typed again for a new address.";
+    url.placeholder = preset.base_url || "https://host/v1";
+    if (preset.api_key && !old) key.placeholder = `the key, or ${preset.api_key} from the environment`;
+  };
+  const suggest = () => {
+    if (!old && (!name.value || name.dataset.suggested)) {
+      name.value = type.value;
+      name.dataset.suggested = "yes";
+    }
+    chosen();
+  };
+  type.addEventListener("change", suggest);
+  name.addEventListener("input", () => { delete name.dataset.suggested; });
+  url.addEventListener("input", chosen);
+  chosen();
+  const save = async () => {
+    const table = { ...row, type: type.value, ...first.read() };
+    const more = rest.read(), own = quirks.read();
+    for (const f of rest.made) delete table[f.field.name];
+    for (const f of rest.made) if (f.field.name in more) table[f.field.name] = more[f.field.name];
+    delete table.quirks;
+    if (Object.keys(own).length) table.quirks = own;
+    table.type = type.value;
+    if (!table.name || !table.type) throw new Failure(400, table.type ? "name: give it a name" : "Choose a type first.");
+    await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
+    close();
+    await saved(`Provider ${table.name} is saved.`);
+  };
+  const remove = old && button("Delete", () => removeRow("providers", old.name, hash, usersOf(old.name), close), { class: "danger" });
+  const form = formOf([el("div", { class: "fields" }, labelled("Type", type, "A preset knows the address and how the provider differs."),
+    first.nodes), to, el("details", {}, el("summary", {}, "More settings"), el("div", { class: "fields" }, rest.nodes)),
+  el("details", {}, el("summary", {}, "Quirks: how it differs from its wire format"), el("div", { class: "fields" }, quirks.nodes))],
+  save, { extra: [remove], made: [...first.made, ...rest.made, ...quirks.made] });
+  const close = openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
+  (old ? name : type).focus();
+}
+async function removeRow(root, name, hash, users, close) {
+  if (users.length) return tell(`${name} is used by ${users.join(", ")}; change that first.`);
+  if (!confirm(`Delete ${name}?`)) return null;
+  try {
+    await ask(path(root, name), "DELETE", { hash });
+    close();
+    return await saved(`${name} is deleted.`);
+  } catch (error) { return tellError(error); }
+}
+function testDialog(name) {
+  const result = el("div", { role: "status" }), model = textBox("", { list: "found" }), found = el("datalist", { id: "found" });
+  const test = async () => {
+    refill(result, "Asking …");
+    const told = await ask(`${path("providers", name)}/test`, "POST", model.value ? { model: model.value.trim() } : {});
+    refill(result, el("p", {}, badge(told.ok ? "ok" : "bad", told.ok ? "works" : `failed with ${told.status}`),
+      ` ${seconds(told.ms)}, model ${told.model || "none"}`), el("pre", {}, told.text || told.error || "an empty answer"));
+    await reload();
+  };
+  const fetchNames = async () => {
+    const { models } = await ask(`${path("providers", name)}/models`);
+    refill(found, models.map((m) => el("option", { value: m })));
+    refill(result, el("p", {}, `${models.length} models`), el("pre", { tabindex: 0 }, models.join("\n")));
+  };
+  const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
+  openDialog(`Test ${name}`, el("p", { class: "muted" }, "Sends one tiny real request over the way all requests go."),
+    labelled("Model", model, "empty: one that the config uses, or the preset's"), found,
+    el("div", { class: "row" }, button("Test", run(test), { class: "main" }), button("Fetch the model list", run(fetchNames))), result);
+}
+
+/* Models */
+const routesOf = (name) => [...Object.entries(S.routes).filter(([, model]) => model === name).map(([slot]) => slot),
+  ...((S.config.router || {}).rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
+const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}`
+  : "built-in table");
+const namesList = () => el("datalist", { id: "names" }, (S.names || []).map((n) => el("option", { value: n })));
+function modelsView() {
+  const columns = [["Ask for", (m) => m.name, "text mono"],
+    ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ") || "nothing yet", "text"],
+    ["Claude Code sees", (m) => `anthropic/${m.name}`, "text mono"], ["Used by", (m) => routesOf(m.name).join(", ") || "–", "text"],
+    ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known") : priceWord(m.price)), "nowrap"],
+    ["Context", (m) => (m.context ? short(m.context) : "–"), "num"],
+    ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` })]];
+  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
+  return [card("Models", button("Add a model", () => modelDialog(null), { class: "main" }), table("Models", columns, rowsOf("models"),
+    rowsOf("providers").length ? "None yet. A model is a name of your own for one or more upstream models, tried in order."
+      : "Add a provider first; then give its models names here.")),
+  listed.length ? card("Listed by providers", null, table("Listed models", [["Ask for", (m) => m.name, "text mono"],
+    ["Provider", (m) => m.provider, "text"]], listed, "")) : null];
+}
+function mappingItem(row) {
+  const provider = selectBox(rowsOf("providers").map((p) => [p.name]), row.provider);
+  const list = `found${++lastId}`, model = textBox(row.actual_model || "", { list }), found = el("datalist", { id: list });
+  const fetchNames = async () => {
+    try {
+      const { models } = await ask(`${path("providers", provider.value)}/models`);
+      refill(found, models.map((m) => el("option", { value: m })));
+      tell(`${models.length} models: type into the field to choose one.`);
+    } catch (error) { tellError(error); }
+  };
+  const own = controls(S.fields.mappings.filter((f) => ["price", "context"].includes(f.name)), row);
+  const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider), labelled("Upstream model", model), found,
+    button("Fetch list", fetchNames)), el("details", { open: Boolean(row.price) }, el("summary", {}, "Price and context of this target alone"),
+    el("div", { class: "fields" }, own.nodes)));
+  return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.value.trim() }) };
+}
+function modelDialog(old) {
+  const row = old || { name: "", mappings: [{}] }, hash = S.config_hash;
+  const made = controls(S.fields.models.filter((f) => f.name !== "mappings"), row);
+  const order = (t) => t.priority ?? 1;
+  const targets = sequence([...(row.mappings || [])].sort((a, b) => order(a) - order(b)), mappingItem, "Add a target", () => ({}));
+  const save = async () => {
+    const table = { ...made.read(), mappings: targets.read().map((t, n) => ({ ...t, priority: n + 1 })) };
+    if (!table.name) throw new Failure(400, "name: give it a name");
+    if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs an upstream model.");
+    await ask(path("models", old ? old.name : table.name), "PUT", { hash, table });
+    close();
+    await saved(`Model ${table.name} is saved.`);
+  };
+  const remove = old && button("Delete", () => removeRow("models", old.name, hash, routesOf(old.name), close), { class: "danger" });
+  const [name, ...others] = made.nodes;
+  const form = formOf([el("div", { class: "fields" }, name), el("h3", {}, "Targets, the first tried first"), targets.node,
+    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save, { extra: [remove], made: made.made });
+  const close = openDialog(old ? `Model ${old.name}` : "Add a model", form);
+}
+
+/* Router */
+const SLOTS = ["default", "background", "think", "websearch", "subagent", "compaction", "image", "long_context"];
+function pattern(text) {
+  const flags = /^\(\?([ims]+)\)/.exec(text);
+  return new RegExp(flags ? text.slice(flags[0].length) : text, flags ? flags[1] : "");
+}
+function matchWord(text, sample) {
+  try {
+    if (!text) return badge("", "matches nothing");
+    return pattern(text).test(sample) ? badge("ok", "matches") : badge("", "does not match");
+  } catch (error) { return badge("warn", "Python's own syntax, or wrong: saving tells"); }
+}
+function ruleItem(row) {
+  const made = controls(S.fields.rules, row);
+  return { node: el("div", { class: "fields" }, made.nodes), read: made.read };
+}
+function routerView() {
+  const row = S.config.router || {}, hash = S.config_hash;
+  const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (SLOTS.includes(f.name) ? { ...f, list: "names" } : f));
+  const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "Add a rule", () => ({}));
+  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div", {});
+  const attempt = () => {
+    const of = (name) => made.of(name).input.value;
+    refill(results, el("p", {}, "Claude's own name (auto_map_regex): ", matchWord(of("auto_map_regex"), sample.value)),
+      el("p", {}, "Background name (background_regex): ", matchWord(of("background_regex"), sample.value)),
+      rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, ${rule.pattern || "empty"}: `, matchWord(rule.pattern, words.value))));
+  };
+  const save = async () => {
+    const { rules: _, ...table } = made.read(), kept = rules.read();
+    await ask(`${ROOT}/router`, "PUT", { hash, table: kept.length ? { ...table, rules: kept } : table });
+    await saved("The router is saved.");
+  };
+  const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes), el("h3", {}, "Prompt rules, the first match wins"),
+    rules.node, el("h3", {}, "Try the patterns"), el("div", { class: "row" }, labelled("A model name", sample),
+      labelled("A user's words", words)), results], save, { made: made.made });
+  form.addEventListener("input", attempt);
+  form.addEventListener("change", attempt);
+  attempt();
+  return [card("Router", null, el("p", { class: "muted" }, "Which model a request goes to: the first rule that applies and has a model ",
+    "wins. An empty one is passed over."), form), explainCard()];
+}
+const sampleBody = (model, text) => ({ model, max_tokens: 1024, messages: [{ role: "user", content: text }] });
+function explainCard() {
+  const body = el("textarea", { rows: 8, spellcheck: "false", value: JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2) });
+  const result = el("div", {}), held = selectBox([["", "paste your own below"]]);
+  ask(`${ROOT}/inspect`).then((told) => fill(held, told.held.map((r) => el("option", { value: r.id }, `${r.time} ${r.asked}`)))).catch(tellError);
+  held.addEventListener("change", async () => {
+    if (!held.value) return;
+    try { body.value = JSON.stringify((await ask(path("inspect", held.value))).client_request, null, 2); } catch (e) { tellError(e); }
+  });
+  const run = async () => {
+    let parsed;
+    try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400, `Not JSON: ${error.message}`); }
+    const told = await ask(`${ROOT}/explain`, "POST", { body: parsed });
+    refill(result, el("p", {}, badge("ok", told.reason), ` goes to ${told.model}; ${whole(told.tokens)} tokens counted`),
+      table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note, "text"]], told.trail, "No rules tried."),
+      table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider, "text"],
+        ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]], told.targets, "No targets."));
+  };
+  const form = formOf([labelled("Request that Inspect holds", held), labelled("Messages request (JSON)", body)],
+    run, { label: "Explain" });
+  form.addEventListener("input", () => { delete form.dataset.dirty; });
+  form.addEventListener("change", () => { delete form.dataset.dirty; });
+  return card("Explain a request", null, el("p", { class: "muted" }, "Shows each rule that is tried. Nothing is sent."), form, result);
+}
+
+/* Users */
+const dollarsIn = (input) => (input.value === "" ? null : Math.round(Number(input.value) * 1e6));
+const PERIODS = ["day", "week", "month"];
+function budgetBoxes(budgets) {
+  const shown = (n) => (n === null || n === undefined ? "" : n / 1e6);
+  const boxes = PERIODS.map((p) => numberBox(shown(budgets[`${p}_microusd`]), { min: 0 }));
+  return { nodes: boxes.map((box, n) => labelled(`Budget a ${PERIODS[n]}, dollars`, box, "empty: none")),
+    read: () => Object.fromEntries(boxes.map((box, n) => [`${PERIODS[n]}_microusd`, dollarsIn(box)])) };
+}
+async function usersView() {
+  const { users } = await ask(`${ROOT}/users`);
+  const columns = [["Name", (u) => u.name, "text"], ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
+    ["Balance", (u) => usd(u.balance_microusd), "num"], ["Held", (u) => usd(u.held_microusd), "num"],
+    ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This month", (u) => usd(u.spent_month_microusd), "num"],
+    ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` })]];
+  return card("Users", button("Add a user", addUserDialog, { class: "main" }), table("Users", columns, users,
+    "No users. On this computer alone none is needed; on a network each person gets a key."));
+}
+function addUserDialog() {
+  const name = textBox(""), credit = numberBox("", { min: 0 }), note = textBox(""), budgets = budgetBoxes({});
+  const save = async () => {
+    const user = { name: name.value.trim(), budgets: budgets.read(), note: note.value };
+    if (credit.value !== "") user.credit_microusd = dollarsIn(credit);
+    const told = await ask(`${ROOT}/users`, "POST", user);
+    close();
+    await saved(`User ${told.name} is made.`);
+    keyDialog(told.name, told.key);
+  };
+  const fields = [labelled("Name", name, "letters, digits and . _ @ -"), labelled("Credit, dollars", credit, "empty: what [credits] says"),
+    labelled("Note", note), budgets.nodes];
+  const made = [{ field: { name: "name" }, input: name, node: name.parentNode }];
+  const close = openDialog("Add a user", formOf(el("div", { class: "fields" }, fields), save, { label: "Add", made }));
+}
+function keyDialog(name, key) {
+  openDialog(`Key of ${name}`, el("p", {}, "This is shown once. Give it to them now: only a hash of it is kept."), copyable(key));
+}
+async function userDialog(user) {
+  const place = path("users", user.name), amount = numberBox(""), note = textBox(""), budgets = budgetBoxes(user.budgets);
+  const key = crypto.randomUUID ? crypto.randomUUID() : String(Math.random());
+  const after = async (words) => { close(); await saved(words); };
+  const credit = async () => {
+    if (!Number(amount.value)) throw new Failure(400, "Give an amount of dollars; below zero takes back.");
+    await ask(`${place}/credit`, "POST", { amount_microusd: dollarsIn(amount), note: note.value, key });
+    await after(`Credit of ${user.name} is changed.`);
+  };
+  const setBudgets = async () => {
+    await ask(place, "PATCH", { budgets: budgets.read() });
+    await after(`Budgets of ${user.name} are saved.`);
+  };
+  const toggle = () => ask(place, "PATCH", { disabled: !user.disabled }).then(() => after(`${user.name} is changed.`)).catch(tellError);
+  const rotate = async () => {
+    if (!confirm(`Make a new key for ${user.name}? The old one stops working at once.`)) return;
+    try {
+      const told = await ask(`${place}/key`, "POST");
+      await after("The key is new.");
+      keyDialog(user.name, told.key);
+    } catch (error) { tellError(error); }
+  };
+  const ledger = el("div", {});
+  const close = openDialog(`User ${user.name}`, el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} held`),
+    formOf(el("div", { class: "row" }, labelled("Amount, dollars", amount, "below zero takes back"), labelled("Note", note)),
+      credit, { label: "Change credit" }), el("h3", {}, "Budgets"), formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets,
+      { label: "Save budgets" }), el("div", { class: "row" }, button("New key", rotate), button(user.disabled ? "Enable" : "Disable", toggle,
+      { class: "danger" })), el("h3", {}, "Ledger"), ledger);
+  try {
+    const { transactions } = await ask(`${place}/transactions?limit=100`);
+    fill(ledger, table("Ledger", [["Time", (t) => when(t.time), "nowrap"], ["Kind", (t) => t.kind, "nowrap"],
+      ["Note", (t) => t.note || t.request_id || "–", "text"], ["Amount", (t) => usd(t.amount_microusd), "num"],
+      ["Balance", (t) => usd(t.balance_microusd), "num"]], transactions, "Nothing yet."));
+  } catch (error) { tellError(error); }
+}
+
+/* Billing */
+async function billingView() {
+  const month = new Date().toISOString().slice(0, 8);
+  const by = selectBox(["user", "model", "provider", "day", "session", "month"].map((k) => [k]), "user");
+  const since = el("input", { type: "date", value: `${month}01` }), until = el("input", { type: "date" });
+  const other = textBox("", { list: "names" }), result = el("div", {});
+  const query = () => new URLSearchParams({ by: by.value, since: since.value, until: until.value, as_if: other.value.trim() });
+  const draw = async () => {
+    const { report } = await ask(`${ROOT}/report?${query()}`);
+    const columns = [[by.value[0].toUpperCase() + by.value.slice(1), (r) => r.key || "–", "text"],
+      ["Requests", (r) => whole(r.requests), "num"], ["Input", (r) => short(r.input_tokens), "num"],
+      ["Output", (r) => short(r.output_tokens), "num"], ["Cache read", (r) => short(r.cache_read_tokens), "num"],
+      ["Unpriced", (r) => whole(r.unpriced), "num"], ["Cost", (r) => usd(r.cost_microusd), "num"],
+      ["Markup", (r) => usd(r.markup_microusd), "num"], ["Charge", (r) => usd(r.charge_microusd), "num"],
+      ...(other.value.trim() ? [[`As ${other.value.trim()}`, (r) => usd(r.as_if_microusd), "num"]] : [])];
+    refill(result, table("Report", columns, report, "No requests in that time."),
+      report.length > 0 && el("p", { class: "muted" }, `In all ${whole(sum(report, "requests"))} requests, cost `,
+        `${usd(sum(report, "cost_microusd"))}, charged ${usd(sum(report, "charge_microusd"))}.`));
+  };
+  const form = formOf([namesList(), el("div", { class: "fields" }, labelled("By", by), labelled("From", since), labelled("Until, not with", until),
+    labelled("As if on model", other, "what the same tokens would have cost there"))], draw, { label: "Show",
+    extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`, "ccmux-report.csv").catch(tellError)),
+      button("All rows as CSV", () => download(`${ROOT}/export?format=csv&since=${since.value}&until=${until.value}`,
+        "ccmux-usage.csv").catch(tellError))] });
+  form.addEventListener("input", () => { delete form.dataset.dirty; });
+  form.addEventListener("change", () => { delete form.dataset.dirty; form.requestSubmit(); });
+  await draw();
+  return card("Usage and billing", null, form, result);
+}
+
+/* Try */
+function tryView() {
+  const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }), limit = numberBox(512, { min: 1 });
+  const prompt = el("textarea", { rows: 4, value: "Say hello in one sentence." });
+  const output = el("pre", { tabindex: 0, "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }), end = el("div", {});
+  let running = null;
+  const deltas = { text_delta: (d) => d.text, thinking_delta: (d) => d.thinking, input_json_delta: (d) => d.partial_json };
+  const onEvent = (event, data) => {
+    if (event === "ccmux") return showEnd(data);
+    if (data.type === "error") throw new Failure(500, data.error.message);
+    const take = data.delta && deltas[data.delta.type];
+    if (take) output.textContent += take(data.delta);
+    return null;
+  };
+  const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
+    el("p", { class: "muted" }, `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
+      `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`));
+  const send = async () => {
+    refill(end);
+    output.textContent = raw.textContent = "";
+    running = new AbortController();
+    const body = { ...sampleBody(model.value.trim(), prompt.value), max_tokens: Number(limit.value) || 512 };
+    try {
+      const answer = await call(`${ROOT}/try`, "POST", { body }, running.signal);
+      for await (const [event, data] of eventsOf(answer)) {
+        raw.textContent += `event: ${event}\ndata: ${data}\n\n`;
+        onEvent(event, JSON.parse(data));
+      }
+    } catch (error) {
+      if (error.name !== "AbortError") throw error;
+      refill(end, el("p", {}, "Stopped."));
+    }
+  };
+  stopView = () => { if (running) running.abort(); };
+  const form = formOf([namesList(), el("div", { class: "row" }, labelled("Model asked for", model), labelled("Most output tokens", limit)),
+    labelled("Prompt", prompt)], send, { label: "Send", extra: [button("Stop", () => running && running.abort())] });
+  form.addEventListener("input", () => { delete form.dataset.dirty; });
+  form.addEventListener("change", () => { delete form.dataset.dirty; });
+  return card("Send a real request", null, el("p", { class: "muted" }, "It goes the way all requests go, and it costs what they cost."),
+    form, output, end, el("details", {}, el("summary", {}, "Raw events"), raw));
+}
+
+/* Inspect */
+async function inspectView() {
+  const list = el("div", {}), detail = el("div", {}), state = el("div", { class: "row" });
+  const put = (minutes) => ask(`${ROOT}/inspect`, "PUT", { minutes }).then(draw).catch(tellError);
+  const pretty = (value) => {
+    try { return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null, 2); } catch { return String(value ?? ""); }
+  };
+  const show = async (id) => {
+    const whole = await ask(path("inspect", id)), text = () => new Blob([JSON.stringify(whole, null, 2)], { type: "application/json" });
+    const panes = [["What the client sent", "client_request"], ["What went upstream", "upstream_request"],
+      ["The raw answer", "upstream_answer"], ["Events for the client", "events"]];
+    refill(detail, card(`Request ${id}`, button("Download JSON", () => download(text(), `ccmux-${id}.json`)), el("div", { class: "two" },
+      panes.map(([title, part]) => el("div", {}, el("h3", {}, title), el("pre", { tabindex: 0 }, pretty(whole[part]) || "nothing"))))));
+  };
+  const draw = (told) => {
+    const left = told.on_for_s;
+    refill(state, left ? badge("ok", `on for ${Math.ceil(left / 60)} min more`) : badge("", "off"),
+      left ? button("Switch off and forget", () => put(0)) : button("Keep requests for 15 minutes", () => put(15), { class: "main" }));
+    refill(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"], ["Asked for", (r) => r.asked, "text"],
+      ["Why", (r) => r.route || "–", "nowrap"], ["Answered by", (r) => r.target || "–", "text"], ["Status", (r) => r.status ?? "running", "nowrap"],
+      ["", (r) => button("Show", () => show(r.id).catch(tellError), { class: "small" })]], told.held,
+    left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
+  };
+  const refresh = async () => draw(await ask(`${ROOT}/inspect`));
+  await refresh();
+  stopView = poll(refresh, 3000);
+  return [card("Inspect", state, el("p", { class: "muted" }, "Keeps the last 20 requests whole, in memory only: what the client sent, ",
+    "what went upstream, the raw answer and the events made of it. Keys are never in it."), list), detail];
+}
+
+/* Config */
+async function configView() {
+  const [config, { backups }] = await Promise.all([ask(`${ROOT}/config`), ask(`${ROOT}/backups`)]);
+  const text = el("textarea", { rows: 24, spellcheck: "false", value: config.text });
+  const save = async () => {
+    await ask(`${ROOT}/config`, "PUT", { text: text.value, hash: config.hash });
+    await saved("The config is saved and in use.");
+  };
+  return [S.config_error && card("The file is broken; the config before it is in use", null, el("pre", {}, S.config_error)),
+    settingsCard("credits", "Credits"), settingsCard("server", "Server"),
+    card("The whole file", el("span", { class: "muted" }, S.path || "not written yet"), formOf(labelled("config.toml", text,
+      "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
+    card("Backups", null, table("Backups", [["File", (b) => b.name, "text mono"], ["Written", (b) => when(b.time), "nowrap"],
+      ["Bytes", (b) => whole(b.bytes), "num"]], backups, "None yet: a save keeps the file before it."))];
+}
+function settingsCard(root, title) {
+  const hash = S.config_hash, made = controls(S.fields[root], S.config[root] || {});
+  const save = async () => {
+    await ask(`${ROOT}/${root}`, "PUT", { hash, table: made.read() });
+    await saved(`${title}: saved.`);
+  };
+  const note = root === "server" && el("p", { class: "muted" }, "Host, port and database change at the next start.");
+  return card(title, null, formOf([note, el("div", { class: "fields" }, made.nodes)], save, { made: made.made }));
+}
+
+/* Start */
+async function start() {
+  await (PAGE === "admin" ? admin() : dashboard());
+}
+if (PAGE === "admin") addEventListener("hashchange", () => (location.hash.startsWith("#token=") ? admin() : showTab()));
+start();
+if (PAGE !== "admin") poll(async () => { if (document.querySelector(".tiles") && !document.querySelector("dialog")) await dashboard(); }, 30000);
+"""
+
+PAGE_HTML = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>@TITLE@</title><link rel="icon" href="data:,"><style>@STYLE@</style></head>
+<body data-page="@PAGE@"><header><h1>@TITLE@</h1><nav id="tabs" aria-label="Pages">@LINKS@</nav>
+<span class="grow"></span>@OTHER@<button type="button" id="theme">Dark</button></header>
+<main id="main" tabindex="-1"><p class="empty">Loading …</p>
+<noscript><p>This page needs JavaScript; the numbers are also at /api/usage, and in `ccmux.py report`.</p></noscript></main>
+<footer><span id="version"></span></footer><div id="status" role="status"></div>
+<script>@SCRIPT@</script></body></html>
+"""
+
+
+def page_html(page: str, title: str, other: str) -> str:
+    parts = {"TITLE": title, "STYLE": STYLE, "PAGE": page, "LINKS": "", "OTHER": other, "SCRIPT": SCRIPT}
+    return re.sub(r"@([A-Z]+)@", lambda m: parts[m[1]], PAGE_HTML)
+
+
+DASHBOARD = page_html("dashboard", "ccmux", '<a href="/admin">Admin</a>')
+ADMIN = page_html("admin", "ccmux admin", '<a href="/">Dashboard</a>')
+
+
+@functools.cache
+def page_policy() -> str:
+    """The Content-Security-Policy of both pages: this style and this script by hash, no other source at all."""
+    style, script = (base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in (STYLE, SCRIPT))
+    return (
+        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; connect-src 'self'; "
+        "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def page_response(html: str) -> web.Response:
+    headers = {
+        "Content-Security-Policy": page_policy(),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    return web.Response(text=html, content_type="text/html", charset="utf-8", headers=headers)
+
+
+async def get_dashboard(request: web.Request) -> web.StreamResponse:
+    return page_response(DASHBOARD)
+
+
+async def get_admin(request: web.Request) -> web.StreamResponse:
+    return page_response(ADMIN)
+
+
 def page_routes() -> list[web.RouteDef]:
-    return []
+    return [web.get("/", get_dashboard), web.get("/admin", get_admin)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -9183,7 +10449,9 @@ def make_app(state: State) -> web.Application:
     """The server's routes and middleware around a State."""
     app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=MAX_BODY)
     app[state_key()] = state
-    app.add_routes([*api_routes(), *admin_routes(), *page_routes()])
+    for route in (*api_routes(), *admin_routes(), *page_routes()):
+        options = {**route.kwargs, "expect_handler": expect_continue}
+        app.router.add_routes([web.RouteDef(route.method, route.path, route.handler, options)])
     return app
 
 
@@ -9676,11 +10944,15 @@ def init_command(args: argparse.Namespace) -> int:
     path = Path(args.config or os.environ.get("CCMUX_CONFIG") or ccmux_home() / "config.toml").expanduser()
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or name another file with --config")
-    text = INIT_HEAD + config_of_environment(os.environ, ollama_models()) + INIT_TAIL
+    found = config_of_environment(os.environ, ollama_models())
+    is_demo = 'type = "demo"' in found
+    text = INIT_HEAD + found + (INIT_DEMO if is_demo else "") + INIT_TAIL
     load_config(text, os.environ, str(path))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
+    if is_demo:
+        print("no key was found in the environment, so it has the built-in demo; edit it, or set a key first")
     used = config_path("")
     flag = "" if used and used.resolve() == path.resolve() else f" --config {shlex.quote(str(path))}"
     print(f"wrote {path}\nstart ccmux with: python3 {shlex.quote(sys.argv[0])}{flag}")
@@ -9691,6 +10963,13 @@ INIT_HEAD = """\
 # ccmux config. config.example.toml beside ccmux.py shows every key; `ccmux.py check` tells whether this file
 # is sound. Keys are best left in the environment: api_key = "$NAME" reads the variable NAME.
 
+"""
+INIT_DEMO = """
+# No key was found in the environment, so the built-in demo answers. Put a provider in its place, and set its variable:
+# [[providers]]
+# name = "openrouter"
+# type = "openrouter"
+# api_key = "$OPENROUTER_API_KEY"
 """
 INIT_TAIL = """
 # A name of your own for one or more upstream models; they are tried by priority until one answers:
@@ -9811,11 +11090,13 @@ def running_server(config: Config) -> Iterator[str]:
     path = home_of(config) / "ccmux.log"
     command = [sys.executable, os.path.abspath(__file__), "serve", "--port", str(port)]
     command += ["--config", config.path] if config.path else []
-    # A session of its own: Ctrl-C in the terminal is for claude.
+    # A session (on Windows, a process group) of its own: Ctrl-C in the terminal is for claude.
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log_file:
         server = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
+            start_new_session=True, creationflags=group,
+        )  # fmt: skip
     try:
         wait_for_server(server, url, path)
         yield url
@@ -9832,14 +11113,15 @@ def is_ccmux(url: str) -> bool:
     """Whether a ccmux answers there; ConfigError where something else does."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{url}/health", timeout=2) as answer:
+        with direct.open(f"{url}/health", timeout=5) as answer:
             server = answer.headers.get("Server")
     except urllib.error.HTTPError as error:
         server = error.headers.get("Server")
     except (OSError, http.client.HTTPException) as error:
-        if "refused" in str(error):
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ConnectionRefusedError):
             return False
-        server = str(error)
+        server = str(reason)
     if server != "ccmux":
         raise ConfigError(f"something else answers at {url} ({server}); [server] port sets another one")
     return True
@@ -10140,7 +11422,7 @@ def print_report(columns: tuple[str, ...], rows: list[Json]) -> None:
     ]
     print_table([tuple(heads), *cells], right=True)
     if total["unpriced"]:
-        print(f"{total['unpriced']} requests have no known price; their cost is not in the sums")
+        print(f"requests without a known price: {total['unpriced']}; their cost is not in the sums")
 
 
 def export_command(args: argparse.Namespace) -> int:
@@ -10152,7 +11434,7 @@ def export_command(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         write_whole(Path(args.output), text.encode())
-        print(f"wrote {len(rows)} requests to {args.output}")
+        print(f"wrote {args.output}, requests: {len(rows)}")
     return 0
 
 
@@ -10251,7 +11533,7 @@ def diagnose_database(config: Config) -> tuple[str, str]:
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
     except (ConfigError, sqlite3.Error) as error:
         return "FAILED", f"database {path}: {error}"
-    sound = f"database {path}: {requests} requests, {users} users, all sums equal their rows"
+    sound = f"database {path}: requests {requests}, users {users}, all sums equal their rows"
     return ("FAILED", f"database {path}: {problem}") if problem else ("ok", sound)
 
 
@@ -10375,14 +11657,11 @@ class LiteLLMImport:
         for row in as_list(tables.get("model_list")):
             self.deployment(as_object(row))
         if any(len(targets) > 1 for targets in self.models.values()):
-            self.say(
-                "approximated", "several deployments of a model: the first is used, the others when it fails"
-            )
+            self.approximated("several deployments of a model: the first is used, the others when it fails")
         if self.models:
             first = next(iter(self.models))
-            self.say(
-                "approximated",
-                f"Claude Code's own names without a row go to {first}; [router] default sets another",
+            self.approximated(
+                f"Claude Code's own names without a row go to {first}; [router] default sets another"
             )
         names = ("litellm_settings", "router_settings", "general_settings")
         litellm, router, general = (dict(as_object(tables.get(name))) for name in names)
@@ -10392,24 +11671,27 @@ class LiteLLMImport:
         self.limits({**litellm, **router})
         self.master_key(general)
         for name, rest in zip(names, (litellm, router, general), strict=True):
-            if unread := sorted(str(key) for key in rest.keys() - LITELLM_LIMITS.keys()):
-                self.say("dropped", f"{name}: {', '.join(unread)}")
+            if unread := sorted(
+                str(key) for key in rest.keys() - LITELLM_LIMITS.keys() - {"routing_strategy"}
+            ):
+                self.dropped(f"{name}: {', '.join(unread)}")
         for name in tables.keys() - {"model_list", *names}:
-            self.say("dropped", f"{name}: ccmux has nothing like it")
+            self.dropped(f"{name}: ccmux has nothing like it")
 
     def say(self, word: str, line: str) -> None:
         if (word, line) not in self.report:
             self.report.append((word, line))
 
+    mapped = functools.partialmethod(say, "mapped")
+    approximated = functools.partialmethod(say, "approximated")
+    dropped = functools.partialmethod(say, "dropped")
+
     def deployment(self, row: Json) -> None:
         """One row of model_list: a provider, and a target of the model."""
-        name, params, info = (
-            str(row.get("model_name")),
-            as_object(row.get("litellm_params")),
-            as_object(row.get("model_info")),
-        )
+        name = str(row.get("model_name"))
+        params, info = as_object(row.get("litellm_params")), as_object(row.get("model_info"))
         if (mode := info.get("mode") or "chat") not in ("chat", "completion", "responses"):
-            return self.say("dropped", f"model {name}: mode {mode}; ccmux serves chat models")
+            return self.dropped(f"model {name}: mode {mode}; ccmux serves chat models")
         prefix, upstream = self.split(params)
         provider = self.provider(prefix, params, name)
         if not provider:
@@ -10423,11 +11705,11 @@ class LiteLLMImport:
             "priority": order if isinstance(order, int) else 1,
         }
         self.models.setdefault(name, []).append(target | self.price_and_context({**params, **info}, name))
-        self.say("mapped", f"model {name} -> {provider}/{upstream}")
+        self.mapped(f"model {name} -> {provider}/{upstream}")
         if unread := sorted(
             str(k) for k in (params.keys() | info.keys() | row.keys()) - LITELLM_KNOWN - LITELLM_ROW
         ):
-            self.say("dropped", f"model {name}: {', '.join(unread)}")
+            self.dropped(f"model {name}: {', '.join(unread)}")
         return None
 
     def split(self, params: Json) -> tuple[str, str]:
@@ -10436,10 +11718,8 @@ class LiteLLMImport:
         """
         model = str(params.get("model") or "")
         head, slash, rest = model.partition("/")
-        if params.get("custom_llm_provider"):
-            return str(params["custom_llm_provider"]), rest if head == params[
-                "custom_llm_provider"
-            ] else model
+        if given := str(params.get("custom_llm_provider") or ""):
+            return given, rest if head == given else model
         if slash and (head in LITELLM_PRESETS or params.get("api_base") or not re.match("[A-Z]", rest)):
             return head, rest
         return next((preset for pattern, preset in LITELLM_NAMES if re.match(pattern, model)), ""), model
@@ -10452,20 +11732,15 @@ class LiteLLMImport:
         preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
         if base is None or not preset:
             if base is not None:
-                self.say(
-                    "dropped",
-                    f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}",
+                self.dropped(
+                    f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}"
                 )
             return ""
         if prefix == "azure":
             base = base.rstrip("/").removesuffix("/openai/v1") + "/openai/v1"
-            self.say(
-                "approximated", f"model {name}: Azure through its v1 address, {base}, without an api_version"
-            )
+            self.approximated(f"model {name}: Azure through its v1 address, {base}, without an api_version")
         elif base and prefix not in LITELLM_PRESETS:
-            self.say(
-                "approximated", f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format"
-            )
+            self.approximated(f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format")
         row: Json = {"type": preset, **({"base_url": base} if base else {})}
         if params.get("api_key") or base:
             row["api_key"] = self.secret(params.get("api_key"), f"model {name}")
@@ -10488,9 +11763,9 @@ class LiteLLMImport:
             return text
         variable = text.removeprefix("os.environ/")
         if found := self.env.get(variable):
-            self.say("approximated", f"model {name}: the address is what {variable} holds now")
+            self.approximated(f"model {name}: the address is what {variable} holds now")
             return found
-        self.say("dropped", f"model {name}: its address stands in {variable}, which is not set here")
+        self.dropped(f"model {name}: its address stands in {variable}, which is not set here")
         return None
 
     def secret(self, value: Any, where: str) -> str:
@@ -10501,9 +11776,8 @@ class LiteLLMImport:
         if text.startswith("os.environ/"):
             return "$" + text.removeprefix("os.environ/")
         variable = self.literals.setdefault(text, f"LITELLM_KEY_{len(self.literals) + 1}")
-        self.say(
-            "approximated",
-            f"{where}: what is written there is not copied; put it into the variable {variable}",
+        self.approximated(
+            f"{where}: what is written there is not copied; put it into the variable {variable}"
         )
         return f"${variable}"
 
@@ -10513,16 +11787,14 @@ class LiteLLMImport:
         }
         out: Json = {}
         try:
-            price = {kind: Decimal(str(amount)) * 10**6 for kind, amount in amounts.items()}
+            price = {kind: (Decimal(str(amount)) * 10**6).normalize() for kind, amount in amounts.items()}
         except InvalidOperation:
             price = {}
         if {"input", "output"} <= price.keys():
             out["price"] = price
-            self.say("mapped", f"model {name}: prices per token, as dollars per million")
+            self.mapped(f"model {name}: prices per token, as dollars per million")
         elif amounts:
-            self.say(
-                "dropped", f"model {name}: a price needs both input_cost_per_token and output_cost_per_token"
-            )
+            self.dropped(f"model {name}: a price needs both input_cost_per_token and output_cost_per_token")
         if isinstance(context := info.get("max_input_tokens"), int):
             out["context"] = context
         return out
@@ -10530,23 +11802,22 @@ class LiteLLMImport:
     def wildcard(self, name: str, prefix: str, provider: str) -> None:
         if name == "*":
             self.router["fallback_provider"] = provider
-            self.say(
-                "mapped",
-                f"model * -> fallback_provider {provider}; Claude's own names go to the default instead",
+            self.mapped(
+                f"model * -> fallback_provider {provider}; Claude's own names go to the default instead"
             )
         elif name == f"{prefix}/*":
-            self.say("mapped", f"model {name} -> ask for {provider}/NAME, which needs no row")
+            self.mapped(f"model {name} -> ask for {provider}/NAME, which needs no row")
         else:
-            self.say("dropped", f"model {name}: write the names into `models` of provider {provider}")
+            self.dropped(f"model {name}: write the names into `models` of provider {provider}")
 
     def aliases(self, table: Json) -> None:
         for alias, given in table.items():
             name = str(given.get("model") if isinstance(given, dict) else given)
             if name in self.models:
                 self.models[str(alias)] = [dict(target) for target in self.models[name]]
-                self.say("mapped", f"alias {alias} -> the targets of {name}")
+                self.mapped(f"alias {alias} -> the targets of {name}")
             else:
-                self.say("dropped", f"alias {alias}: {name} is no model that was imported")
+                self.dropped(f"alias {alias}: {name} is no model that was imported")
 
     def fallbacks(self, *settings: Json) -> None:
         """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop of them is cut after one
@@ -10563,7 +11834,7 @@ class LiteLLMImport:
     def fallback(self, own: dict[str, list[Json]], name: str, other: str, key: str, word: str) -> None:
         if name not in own or other not in own or name == other:
             if name != other:
-                self.say("dropped", f"{key}: {name} -> {other}, of which one is no model that was imported")
+                self.dropped(f"{key}: {name} -> {other}, of which one is no model that was imported")
             return
         mine = self.models[name]
         last = max(target["priority"] for target in mine)
@@ -10573,14 +11844,16 @@ class LiteLLMImport:
         self.say(word, f"{key}: {name} -> {other}, as targets of a lower priority")
 
     def limits(self, settings: Json) -> None:
-        for key, ours in LITELLM_LIMITS.items():
-            amount = settings.get(key)
-            if ours and isinstance(amount, (int, float)) and not isinstance(amount, bool) and amount > 0:
-                for provider in self.providers:
-                    provider[ours] = int(amount) if ours == "max_retries" else amount
-                self.say("mapped", f"{key} = {amount} -> {ours} of each provider")
+        for key in settings.keys() & LITELLM_LIMITS.keys():
+            amount, (ours, least) = settings[key], LITELLM_LIMITS[key]
+            if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < least:
+                self.dropped(f"{key} = {amount!r}: not a number that {ours} takes")
+                continue
+            self.mapped(f"{key} = {amount} -> {ours} of each provider")
+            for provider in self.providers:
+                provider[ours] = int(amount) if ours == "max_retries" else amount
         if strategy := settings.get("routing_strategy"):
-            self.say("approximated", f"routing_strategy {strategy}: ccmux goes by priority, then file order")
+            self.approximated(f"routing_strategy {strategy}: ccmux goes by priority, then file order")
 
     def master_key(self, general: Json) -> None:
         if key := general.pop("master_key", None):
@@ -10589,39 +11862,27 @@ class LiteLLMImport:
                 "require_key": True,
                 "admin_token": self.secret(key, "general_settings.master_key"),
             }
-            self.say(
-                "approximated",
-                "master_key -> admin_token and require_key: each user gets a key of ccmux's own",
+            self.approximated(
+                "master_key -> admin_token and require_key: each user gets a key of ccmux's own"
             )
 
     def toml(self) -> str:
-        tables = [("[server]", self.server), ("[router]", self.router)]
-        tables += [("[[providers]]", {"name": row["name"], **row}) for row in self.providers]
+        tables = {"server": self.server, "router": self.router}
+        rows = [emit_table(name, table) for name, table in tables.items() if table]
+        rows += [emit_table("providers", {"name": row["name"], **row}, "array") for row in self.providers]
         for name, targets in self.models.items():
-            tables.append(("[[models]]", {"name": name}))
-            tables += [("[[models.mappings]]", target) for target in targets]
-        return "\n".join(
-            f"{head}\n" + "".join(f"{key} = {toml_text(value)}\n" for key, value in table.items())
-            for head, table in tables
-            if table
-        )
+            rows.append(emit_table("models", {"name": name, "mappings": targets}, "array"))
+        return "\n".join(rows)
 
 
 LITELLM_ROW = {"model_name", "litellm_params", "model_info"}
 LITELLM_FALLBACKS = {
     "fallbacks": "mapped", "context_window_fallbacks": "approximated", "default_fallbacks": "mapped",
 }  # fmt: skip
-LITELLM_LIMITS = {
-    "request_timeout": "response_timeout", "timeout": "response_timeout", "num_retries": "max_retries",
-    "routing_strategy": "",
+LITELLM_LIMITS = {  # ccmux's key, and the least that it takes
+    "request_timeout": ("response_timeout", 0.05), "timeout": ("response_timeout", 0.05),
+    "num_retries": ("max_retries", 0),
 }  # fmt: skip
-
-
-def toml_text(value: Any) -> str:
-    """A value as TOML."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(str(k))} = {toml_text(v)}" for k, v in value.items()) + " }"
-    return f"{value.normalize():f}" if isinstance(value, Decimal) else json.dumps(value)
 
 
 # The command line.

@@ -316,6 +316,13 @@ def test_init_writes_once(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ccmux.load_config('[[providers]]\nname = "openrouter"\ntype = "openrouter"\n[[models]]' + uncommented, {})
 
 
+def test_init_without_a_key_says_so(cli: Cli, tmp_path: Path) -> None:
+    assert "no key was found in the environment" in cli("init").out
+    text = (tmp_path / ".ccmux/config.toml").read_text()
+    shown = text.partition("set its variable:")[2].partition("\n\n")[0].replace("\n# ", "\n")
+    assert ccmux.load_config(shown, {"OPENROUTER_API_KEY": "k"}).providers[0].usable
+
+
 # The variables and settings of Claude Code.
 
 
@@ -543,7 +550,7 @@ def test_report_and_its_formats(cli: Cli, tmp_path: Path) -> None:
     assert table[1].split() == ["claude-sonnet-5-5", "1", "12000", "1200", "40000", "3000", "0", "$0.0475", "$0.0095",
                                 "$0.057", "0"]  # fmt: skip
     assert table[-2].split()[:2] == ["total", "2"]
-    assert table[-1] == "1 requests have no known price; their cost is not in the sums"
+    assert table[-1] == "requests without a known price: 1; their cost is not in the sums"
     rows = json.loads(cli("report", "--by", "day", "--format", "json", "--since", "2026-11-21").out)
     assert [(row["day"], row["charge_microusd"]) for row in rows] == [("2026-11-24", 57_000)]
     table = csv.DictReader(
@@ -563,7 +570,7 @@ def test_export(cli: Cli, tmp_path: Path) -> None:
     assert head == list(ccmux.USAGE_COLUMNS)
     assert row[head.index("asked")] == "'=evil()"
     ran = cli("export", "--format", "json", "-o", str(tmp_path / "out.json"))
-    assert ran.out == f"wrote 1 requests to {tmp_path / 'out.json'}\n"
+    assert ran.out == f"wrote {tmp_path / 'out.json'}, requests: 1\n"
     assert json.loads((tmp_path / "out.json").read_text())[0]["charge_microusd"] == 57_000
     assert (tmp_path / "out.json").stat().st_mode & 0o777 == 0o600
 
@@ -641,7 +648,7 @@ def test_doctor_finds_nothing_wrong(cli: Cli, tmp_path: Path) -> None:
     enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")))
     ran = cli("doctor")
     assert (ran.status, words_of(ran, "FAILED")) == (0, [])
-    assert "1 requests, 1 users, all sums equal their rows" in ran.out
+    assert "requests 1, users 1, all sums equal their rows" in ran.out
 
 
 def test_doctor_names_who_has_the_port(cli: Cli, tmp_path: Path) -> None:

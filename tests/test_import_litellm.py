@@ -90,6 +90,7 @@ def test_deployment(params: dict[str, str], provider: tuple[str, ...]) -> None:
         pytest.param(row("openai/x", info="input_cost_per_token: 1"), "needs both", id="half-a-price"),
         pytest.param(row("openai/x", name="claude-*"), "write the names into `models`", id="odd-wildcard"),
         pytest.param("guardrails: [1]", "guardrails: ccmux has nothing like it", id="other-table"),
+        pytest.param("router_settings: {timeout: soon}", "timeout = 'soon': not a number", id="no-number"),
         pytest.param("litellm_settings: {callbacks: [otel], cache: true}", "litellm_settings: cache, callbacks", id="settings"),
     ],
 )  # fmt: skip
@@ -195,6 +196,11 @@ def test_order_limits_and_master_key() -> None:
     assert (config.server.require_key, config.server.admin_token) == (True, "t")
     assert "sk-1234" not in made.toml() + str(made.report)
     assert "routing_strategy least-busy" in str(made.report)
+
+
+def test_no_retries_is_a_number_of_retries() -> None:
+    config = config_of(model_list(row("openai/a")) + "litellm_settings: {num_retries: 0}")
+    assert config.providers[0].max_retries == 0
 
 
 def test_every_key_of_the_file_is_in_the_report() -> None:

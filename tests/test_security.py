@@ -455,6 +455,16 @@ def test_large_bodies_are_refused_unread(ccm: Victim, endpoint: tuple[str, str])
     assert ccm.send(data).status == 413
 
 
+@pytest.mark.parametrize("endpoint", ALL, ids=named)
+def test_expectations_are_judged_by_the_guard_first(ccm: Victim, endpoint: tuple[str, str]) -> None:
+    for headers, status in (
+        ({"Expect": "\udcff"}, 417),
+        ({"Expect": "100-continue", "Host": "evil.example"}, 421),
+    ):
+        answer = ccm.ask(*endpoint, {**ccm.admin, **headers}, b"{}")
+        assert answer.status == status and not answer.raw.startswith(b"HTTP/1.1 100")
+
+
 def test_expectations_are_met_only_for_what_is_welcome(ccm: Victim) -> None:
     expect = {"Expect": "100-continue"}
     for more, status in (
