@@ -629,6 +629,7 @@ async def test_an_odd_stop_reason_does_not_keep_a_settlement_from_the_ledger(odd
         hold = await place(store, user, "r1")
         await asyncio.wait_for(store.settle(hold, settlement("r1", 50, stop_reason=odd)), 5)
         assert (store.known("ann").balance, store.known("ann").held) == (950, 0)
+        assert [r["charge_microusd"] for r in store.requests("ann")] == [50]
 
 
 async def test_what_can_never_be_written_is_told_and_holds_up_nobody(
