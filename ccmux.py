@@ -5642,7 +5642,22 @@ MIGRATIONS = (
     create trigger holds_fixed before update of user_id, amount_microusd on holds
         begin select raise(abort, 'a hold keeps its amount'); end;
     """,
+    "create index requests_by_session on requests (session);",
 )
+SUMS = {  # what must be equal: users whose figure differs from its rows
+    "balance": "select name from users left join "
+    "(select user_id, sum(amount_microusd) as total from ledger group by user_id) on user_id = id "
+    "where balance_microusd != coalesce(total, 0)",
+    "held": "select name from users left join "
+    "(select user_id, sum(amount_microusd) as total from holds group by user_id) on user_id = id "
+    "where held_microusd != coalesce(total, 0)",
+    "spent": "with told as (select user_id, day, microusd from spent), "
+    "found as (select user_id, substr(time, 1, 10), -sum(amount_microusd) from ledger "
+    "where kind in ('charge', 'refund', 'interrupted') group by 1, 2) "
+    "select name from users where id in (select user_id from (select * from told except select * from found) "
+    "union select user_id from (select * from found except select * from told))",
+}
+SUMS_EVERY = 3600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -5705,6 +5720,7 @@ USAGE_COLUMNS = (
     "duration_ms", "stop_reason",
 )  # fmt: skip
 REQUEST_COLUMNS = (*USAGE_COLUMNS, "price", "trail")
+MAX_ID = 2**63 - 1  # SQLite's own
 TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
 
 
@@ -5719,14 +5735,17 @@ def settlement_row(done: Settlement, time: str = "") -> Json:
         "cache_read_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write,
         "cache_write_1h_tokens": usage.cache_write_1h, "estimated": int(usage.estimated), "cost_microusd": done.cost,
         "markup_microusd": done.markup, "charge_microusd": done.charge, "first_token_ms": done.first_token_ms,
-        "duration_ms": done.duration_ms, "stop_reason": done.stop_reason, "price": json.dumps(done.price),
+        "duration_ms": done.duration_ms, "stop_reason": done.stop_reason or "", "price": json.dumps(done.price),
         "trail": json.dumps(done.trail),
     }  # fmt: skip
-    return {k: storable(v) if isinstance(v, str) else v for k, v in row.items()}
+    return {k: storable(v) for k, v in row.items()}
 
 
-def storable(text: str) -> str:
-    """Text that SQLite takes: half a surrogate pair, from JSON's \\ud800 or a header's bytes, is written out."""
+def storable(value: Any) -> Any:
+    """What SQLite takes: half a surrogate pair, from JSON's \\ud800 or a header's bytes, is written out."""
+    if value is None or isinstance(value, int):
+        return value
+    text = str(value)  # an upstream's stop_reason may be anything
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -5760,6 +5779,10 @@ class Store:
         self.path, self.now = path, now
         self.lock_file: typing.IO[str] | None = None
         self.thread: threading.Thread | None = None
+        self.watcher: threading.Thread | None = None
+        self.closing = threading.Event()
+        self.local = threading.local()
+        self.readers: list[sqlite3.Connection] = []
         self.queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
         try:
             if path != ":memory:" and not os.path.exists(path):
@@ -5768,7 +5791,6 @@ class Store:
             self.migrate()
             if max_page_count:
                 self.db.execute(f"pragma max_page_count = {int(max_page_count)}")
-            self.reader = self.connect() if path != ":memory:" else self.db
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
 
@@ -5778,22 +5800,50 @@ class Store:
         db.execute("pragma journal_mode = wal")
         db.execute("pragma synchronous = full")
         db.execute("pragma foreign_keys = on")
+        db.execute("pragma recursive_triggers = on")  # else `replace` removes ledger rows past their trigger
+        return db
+
+    @property
+    def reader(self) -> sqlite3.Connection:
+        """A connection of the calling thread's own: a long report in a thread holds up nobody else."""
+        if self.path == ":memory:":
+            return self.db
+        if not hasattr(self.local, "db"):
+            self.local.db = self.connect()
+            self.readers.append(self.local.db)
+        db: sqlite3.Connection = self.local.db
         return db
 
     def migrate(self) -> None:
-        version = self.db.execute("pragma user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise ConfigError(f"database {self.path} was written by a newer ccmux; use that one")
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            self.db.executescript(f"begin immediate; {script}; pragma user_version = {number}; commit;")
+        """Brings the schema up to date; several processes may be at it at once."""
+        while (version := self.db.execute("pragma user_version").fetchone()[0]) != len(MIGRATIONS):
+            if version > len(MIGRATIONS):
+                raise ConfigError(f"database {self.path} was written by a newer ccmux; use that one")
+            script = f"begin immediate; {MIGRATIONS[version]}; pragma user_version = {version + 1}; commit;"
+            try:
+                self.db.executescript(script)
+            except sqlite3.Error:
+                if self.db.in_transaction:
+                    self.db.execute("rollback")
+                if self.db.execute("pragma user_version").fetchone()[0] == version:
+                    raise  # no other process has done it meanwhile
 
     # The server's side: one writer, and what a crash left behind.
 
     def open_server(self) -> None:
-        """Takes the lock of the one server, settles what a crash left, starts the writer."""
+        """Takes the lock of the one server, settles what a crash left, starts the writer and the sums' watch.
+
+        ConfigError where another server has the database, or it cannot be written.
+        """
         if self.path != ":memory:":
-            self.lock_file = lock(self.path + ".lock")
-        self.recover()
+            self.lock_file = lock(os.path.realpath(self.path) + ".lock")
+            self.watcher = threading.Thread(target=self.watch_sums, name="ccmux-sums", daemon=True)
+        try:
+            self.recover()
+        except sqlite3.Error as error:
+            raise ConfigError(f"database {self.path} cannot be written: {error}") from None
+        if self.watcher:
+            self.watcher.start()
         self.thread = threading.Thread(target=self.write_forever, name="ccmux-store", daemon=True)
         self.thread.start()
 
@@ -5817,11 +5867,11 @@ class Store:
         self.db.execute("begin immediate")
         try:
             yield
+            self.db.execute("commit")
         except BaseException:
             if self.db.in_transaction:
                 self.db.execute("rollback")
             raise
-        self.db.execute("commit")
 
     def write_forever(self) -> None:
         """The writer thread: takes all that waits, commits it as one, then tells those who wait for it."""
@@ -5830,14 +5880,20 @@ class Store:
             try:
                 first = self.queue.get(timeout=0.5 if kept else None)
             except queue.Empty:
-                kept = self.write_each(kept)
+                kept = self.retry(kept)
                 continue
             batch, open_end = self.take_waiting(first)
-            kept = self.write_each(kept) if kept else kept
-            kept += self.write_batch(batch)
+            kept = self.retry(kept) + self.write_batch(batch)
             if not open_end:
-                self.write_each(kept)
+                self.retry(kept)
                 return
+
+    def retry(self, kept: list[Write]) -> list[Write]:
+        """Tries again what could not be written; the first that still cannot keeps those behind it waiting."""
+        for at, write in enumerate(kept):
+            if self.write_each([write]):
+                return kept[at:]
+        return []
 
     def take_waiting(self, first: Write | None) -> tuple[list[Write], bool]:
         """What is on the queue; and whether more may come (None is the last word)."""
@@ -5873,6 +5929,8 @@ class Store:
         try:
             write.result, write.error = write.run(self.db), None
         except (ApiError, sqlite3.IntegrityError) as error:
+            if write.keep:
+                raise  # never to be lost in silence: write_each tells
             write.error = error
             self.db.execute("rollback to one")
         self.db.execute("release one")
@@ -5886,8 +5944,7 @@ class Store:
                     write.result, write.error = write.run(self.db), None
             except Exception as error:
                 write.error = error
-                passing = isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
-                if write.keep and passing:
+                if write.keep and isinstance(error, sqlite3.OperationalError):  # full, locked, read-only
                     kept.append(write)
                     continue
                 if write.keep:
@@ -5917,13 +5974,18 @@ class Store:
 
     def close(self, timeout: float = 10) -> None:
         """Writes what waits, checkpoints, gives the lock back."""
+        self.closing.set()
         if self.thread:
             self.queue.put(None)
             self.thread.join(timeout)
+        for reader in list(self.readers):
+            reader.interrupt()
+        if self.watcher and self.watcher.is_alive():
+            self.watcher.join(timeout)
+        for reader in self.readers:
+            reader.close()
         with contextlib.suppress(sqlite3.Error):
             self.db.execute("pragma wal_checkpoint(truncate)")
-        if self.reader is not self.db:
-            self.reader.close()
         self.db.close()
         if self.lock_file:
             self.lock_file.close()
@@ -6002,22 +6064,16 @@ class Store:
         moment = moment or iso(self.now())
         # By request as well: where the client left before its hold was written, nobody knows the hold's id.
         db.execute("delete from holds where id = ? or request_id = ?", (hold_id, done.request_id))
-        if done.charge or kind == "interrupted":
-            enter(
-                db,
-                done.user,
-                kind,
-                -done.charge,
-                moment,
-                f"request:{done.request_id}",
-                request_id=done.request_id,
-            )
         row = settlement_row(done, moment)
         marks = ", ".join(f":{name}" for name in REQUEST_COLUMNS)
-        db.execute(
-            f"insert or ignore into requests ({', '.join(REQUEST_COLUMNS)}) values ({marks})",  # noqa: S608
+        new = db.execute(
+            f"insert into requests ({', '.join(REQUEST_COLUMNS)}) values ({marks}) "  # noqa: S608
+            "on conflict (request_id) do nothing",
             row,
-        )
+        ).rowcount
+        if new and (done.charge or kind == "interrupted"):
+            key = f"request:{done.request_id}"
+            enter(db, done.user, kind, -done.charge, moment, key, request_id=done.request_id)
 
     # Users.
 
@@ -6167,8 +6223,8 @@ class Store:
         """Ledger rows of a user, newest first; `before` is an id."""
         rows = self.reader.execute(
             "select l.* from ledger l join users u on u.id = l.user_id "
-            "where u.name = ? and (? = 0 or l.id < ?) order by l.id desc limit ?",
-            (name, before, before, limit),
+            "where u.name = ? and l.id < ? order by l.id desc limit ?",
+            (name, before or MAX_ID, limit),
         )
         columns = ("id", "time", "kind", "amount_microusd", "balance_microusd", "request_id", "note")
         return [{c: row[c] for c in columns} for row in rows]
@@ -6176,8 +6232,8 @@ class Store:
     def requests(self, name: str | None = None, limit: int = 50, before: int = 0) -> list[Json]:
         """Rows of the request log, newest first, of one user or of all; with id, price and trail."""
         rows = self.reader.execute(
-            "select * from requests where (? is null or user = ?) and (? = 0 or id < ?) order by id desc limit ?",
-            (name, name, before, before, limit),
+            f"select * from requests where {'user = ? and ' if name else ''}id < ? order by id desc limit ?",  # noqa: S608
+            (*([name] if name else []), before or MAX_ID, limit),
         )
         return [
             {
@@ -6240,18 +6296,9 @@ class Store:
 
     def sums_problem(self) -> str:
         """Which sum is not what its rows say; "" where all are sound."""
-        checks = {
-            "balance": "select name from users u where balance_microusd != "
-            "(select coalesce(sum(amount_microusd), 0) from ledger where user_id = u.id)",
-            "held": "select name from users u where held_microusd != "
-            "(select coalesce(sum(amount_microusd), 0) from holds where user_id = u.id)",
-            "spent": "select u.name from spent s join users u on u.id = s.user_id where s.microusd != "
-            "(select coalesce(-sum(amount_microusd), 0) from ledger where user_id = s.user_id "
-            "and kind in ('charge', 'refund', 'interrupted') and substr(time, 1, 10) = s.day)",
-        }
 
         def wrong(db: sqlite3.Connection) -> list[tuple[str, str]]:
-            return [(what, row[0]) for what, sql in checks.items() for row in db.execute(sql)]
+            return [(what, row[0]) for what, sql in SUMS.items() for row in db.execute(sql)]
 
         if self.reader is self.db:
             found = self.do(wrong)
@@ -6262,6 +6309,17 @@ class Store:
             finally:
                 self.reader.execute("commit")
         return "; ".join(f"{what} of user {name} differs from its rows" for what, name in found)
+
+    def watch_sums(self) -> None:
+        """A thread of the server's: checks the sums at start and every hour, and says so where one differs."""
+        while not self.closing.is_set():
+            try:
+                if problem := self.sums_problem():
+                    log.error("the ledger is not sound: %s", problem)
+            except sqlite3.Error as error:
+                if not self.closing.is_set():
+                    log.error("the ledger's sums cannot be checked: %s", error)
+            self.closing.wait(SUMS_EVERY)
 
     def backup(self, path: str) -> None:
         """A consistent copy while the server runs; mode 0600."""
@@ -6351,7 +6409,12 @@ def lock(path: str) -> typing.IO[str]:
         if sys.platform == "win32":
             import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            # A byte far behind the text: Windows lets nobody read a locked one, and the pid is to be read.
+            os.lseek(file.fileno(), 2**20, os.SEEK_SET)
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(file.fileno(), 0, os.SEEK_SET)
         else:
             import fcntl
 
