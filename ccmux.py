@@ -5619,7 +5619,6 @@ MIGRATIONS = (
     ) strict;
     create index requests_by_user on requests (user, id);
     create index requests_by_time on requests (time);
-    create index requests_by_session on requests (session, id);
     create table calibration (
         provider text not null, model text not null, factor real not null, samples integer not null,
         primary key (provider, model)
