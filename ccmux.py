@@ -7757,7 +7757,7 @@ def client_of(request: web.Request, state: State) -> tuple[User, str]:
     if user is None and state.config.server.require_key:
         count_failure(state, request)
         words = "unknown key" if given else "a key is needed"
-        raise ApiError(401, f"{words}: set ANTHROPIC_API_KEY to your ccmux key", should_retry=False)
+        raise ApiError(401, f"{words}: set ANTHROPIC_AUTH_TOKEN to your ccmux key", should_retry=False)
     return user or state.store.local_user(), own
 
 
@@ -9251,7 +9251,8 @@ nav a[aria-current] { color: var(--accent); background: var(--soft); font-weight
 }
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; margin-bottom: 10px; }
 .head h2 { margin-right: auto; }
-.tiles, .two { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); }
+.head input { width: 220px; }
+.tiles, .two { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); }
 .two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 16px; }
 .tiles { margin: 16px 0; }
 .tiles .card { margin: 0; padding: 14px 16px; position: relative; }
@@ -9288,13 +9289,14 @@ button:hover, .button:hover { border-color: var(--accent); }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
 button.danger { color: var(--bad); }
 button.small { padding: 1px 8px; font-size: 13px; }
+td button.small { margin: -1px 0; }
 button:disabled { opacity: .55; cursor: default; }
 input, select, textarea {
   width: 100%; background: var(--bg); border: 1px solid var(--line); border-radius: 8px; padding: 6px 10px;
-  min-width: 0;
+  min-width: 0; min-height: 37px;
 }
-input[type="checkbox"] { width: auto; margin: 0 8px 0 0; accent-color: var(--accent); }
-textarea, pre, code, .mono { font-family: ui-monospace, "Cascadia Mono", Menlo, monospace; font-size: 13px; }
+input[type="checkbox"] { width: auto; min-height: 0; margin: 0 8px 0 0; accent-color: var(--accent); }
+textarea, pre, code, td.mono { font-family: ui-monospace, "Cascadia Mono", Menlo, monospace; font-size: 13px; }
 textarea { resize: vertical; }
 pre {
   background: var(--bg); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; margin: 6px 0;
@@ -9313,6 +9315,7 @@ fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
 .checks { display: flex; flex-wrap: wrap; gap: 4px 16px; }
 .prices { display: grid; gap: 6px; grid-template-columns: repeat(auto-fill, minmax(94px, 1fr)); }
 .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; margin: 8px 0; }
+form > .row:last-child { margin: 14px 0 0; } form > .field { margin: 10px 0; }
 .row > .field { flex: 1 1 150px; }
 .item { border: 1px solid var(--line); border-radius: 10px; padding: 10px 12px; margin: 8px 0; }
 details { margin: 12px 0; } summary { cursor: pointer; color: var(--muted); padding: 2px 0; }
@@ -9322,7 +9325,7 @@ dialog {
 }
 dialog::backdrop { background: rgb(10 14 22 / 50%); }
 .bar { fill: var(--accent); } .axis { stroke: var(--line); }
-.spark { position: absolute; right: 14px; top: 14px; fill: none; stroke: var(--accent); opacity: .7; }
+.spark { position: absolute; right: 14px; bottom: 18px; fill: none; stroke: var(--accent); opacity: .7; }
 .chart { display: block; width: 100%; height: 150px; }
 .beats { display: flex; gap: 2px; height: 22px; align-items: end; }
 .beats i { flex: 0 1 7px; min-width: 2px; height: 100%; border-radius: 2px; background: var(--line); }
@@ -9390,7 +9393,7 @@ const whole = (n) => (n === null || n === undefined ? "–" : Number(n).toLocale
 function short(n) {
   const units = [[1e9, "B"], [1e6, "M"], [1e3, "k"]];
   const [size, letter] = units.find(([size]) => n >= size) || [1, ""];
-  return letter ? (n / size).toFixed(n / size < 10 ? 2 : 1) + letter : String(Math.round(n || 0));
+  return letter ? Number((n / size).toPrecision(3)) + letter : String(Math.round(n || 0));
 }
 function usd(micro) {
   if (micro === null || micro === undefined) return "–";
@@ -9398,12 +9401,14 @@ function usd(micro) {
   return dollars.toLocaleString("en-US", { style: "currency", currency: "USD", minimumFractionDigits: 2,
     maximumFractionDigits: tiny ? 6 : 2 });
 }
-const seconds = (ms) => (ms === null || ms === undefined ? "–" : `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`);
+const seconds = (ms) => (ms === null || ms === undefined ? "–"
+  : `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`);
 const percent = (share) => (Number.isFinite(share) ? `${(share * 100).toFixed(1)} %` : "–");
 function when(time) {
   const at = new Date(typeof time === "number" ? time * 1000 : time);
   const today = at.toDateString() === new Date().toDateString();
-  const text = at.toLocaleString(undefined, today ? { timeStyle: "medium" } : { dateStyle: "short", timeStyle: "short" });
+  const text = at.toLocaleString(undefined, today ? { timeStyle: "medium" } : { dateStyle: "short",
+    timeStyle: "short" });
   return el("time", { datetime: at.toISOString(), title: at.toISOString() }, text);
 }
 const sum = (rows, name) => rows.reduce((total, row) => total + (row[name] || 0), 0);
@@ -9417,7 +9422,8 @@ class Failure extends Error {
 const SECRET = PAGE === "admin" ? "ccmux-admin-token" : "ccmux-key";
 function headersWith(type) {
   const secret = sessionStorage.getItem(SECRET), headers = type ? { "content-type": type } : {};
-  if (secret) headers[PAGE === "admin" ? "authorization" : "x-api-key"] = PAGE === "admin" ? `Bearer ${secret}` : secret;
+  if (secret) headers[PAGE === "admin" ? "authorization" : "x-api-key"] = PAGE === "admin"
+    ? `Bearer ${secret}` : secret;
   return headers;
 }
 async function call(path, method = "GET", body = undefined, signal = undefined) {
@@ -9472,7 +9478,8 @@ async function copy(text) {
   try { await navigator.clipboard.writeText(text); tell("Copied."); }
   catch { tell("The browser does not allow copying here: select the text instead."); }
 }
-const copyable = (text) => [el("pre", { tabindex: 0 }, text), button("Copy", () => copy(text), { class: "small" })];
+const copyable = (text) => [el("pre", { tabindex: 0 }, text), button("Copy", () => copy(text),
+  { class: "small" })];
 
 /* Theme: the system's until the toggle was used. */
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
@@ -9526,11 +9533,14 @@ async function signedIn(load, label, help) {
 /* Pictures. */
 function spark(values) {
   const most = Math.max(...values, 1e-9), step = 64 / Math.max(values.length - 1, 1);
-  const points = values.map((v, n) => `${(n * step).toFixed(1)},${(19 - (v / most) * 18).toFixed(1)}`).join(" ");
-  return svg("svg", { class: "spark", width: 64, height: 20, "aria-hidden": "true" }, svg("polyline", { points }));
+  const point = (v, n) => `${(n * step).toFixed(1)},${(19 - (v / most) * 18).toFixed(1)}`;
+  const points = values.map(point).join(" ");
+  return svg("svg", { class: "spark", width: 64, height: 20, "aria-hidden": "true" },
+    svg("polyline", { points }));
 }
 function tile(label, value, note, values) {
-  return el("div", { class: "card" }, el("span", { class: "muted" }, label), el("span", { class: "big" }, value),
+  return el("div", { class: "card" }, el("span", { class: "muted" }, label), el("span", { class: "big" },
+    value),
     note && el("span", { class: "muted" }, note), values && values.length > 1 && spark(values));
 }
 function dayChart(days, name, shown) {
@@ -9558,21 +9568,29 @@ const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.s
 const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "–";
 function requestColumns(admin) {
   return [
-    ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request" }), "nowrap"],
-    ...(admin ? [["User", (r) => r.user, "nowrap"]] : [["Session", (r) => (r.session || "–").slice(0, 8), "nowrap mono"]]),
-    ["Asked for", (r) => r.asked || "–", "text"], ["Answered by", target, "text"], ["Why", (r) => r.route || "–", "nowrap"],
-    ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
-    ["Cost", (r) => usd(r.charge_microusd), "num"], ["Took", (r) => seconds(r.duration_ms), "num"],
+    ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request" }),
+      "nowrap"],
+    ...(admin ? [["User", (r) => r.user, "nowrap"]] : [["Session", (r) => (r.session || "–").slice(0, 8),
+      "nowrap mono"]]),
+    ["Asked for", (r) => r.asked || "–", "text"], ["Answered by", target, "text"],
+      ["Why", (r) => r.route || "–", "nowrap"],
+    ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`,
+      "num"],
+    ["Cost", (r) => usd(r.cost_microusd === null ? null : r.charge_microusd), "num"],
+      ["Took", (r) => seconds(r.duration_ms), "num"],
   ];
 }
 function showRow(row) {
-  const shown = (name, value) => name.endsWith("_microusd") ? usd(value) : name.endsWith("_ms") ? seconds(value)
-    : value === "" || value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value);
-  openDialog(`Request ${row.request_id}`, table("Request", [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"],
+  const shown = (name, value) => name.endsWith("_microusd") ? usd(value) : name.endsWith("_ms")
+    ? seconds(value)
+    : value === "" || value === null ? "–" : typeof value === "object" ? JSON.stringify(value)
+      : String(value);
+  openDialog(`Request ${row.request_id}`,
+    table("Request", [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"],
     ["Value", ([n, v]) => shown(n, v), "text"]], Object.entries(row), ""));
 }
 function openDialog(title, ...body) {
-  const node = el("dialog", { "aria-label": title }), close = () => node.close();
+  const node = el("dialog", { "aria-label": title }), close = () => { node.close(); node.remove(); };
   const isDirty = () => node.querySelector("[data-dirty]");
   node.addEventListener("cancel", (event) => {
     if (isDirty() && !confirm("Leave without saving what you changed?")) event.preventDefault();
@@ -9587,7 +9605,8 @@ function openDialog(title, ...body) {
 
 /* Dashboard: one user's own numbers. */
 async function dashboard() {
-  const paths = ["/api/me", "/api/usage?days=30&by=day", "/api/usage?days=30&by=model", "/api/usage?days=30&by=session",
+  const paths = ["/api/me", "/api/usage?days=30&by=day", "/api/usage?days=30&by=model",
+    "/api/usage?days=30&by=session",
     "/api/models", "/api/requests?limit=50", "/api/transactions?limit=50"];
   const got = await signedIn(() => Promise.all(paths.map((path) => ask(path))), "Your ccmux key",
     "This server keeps an account for each user. Give your key to see yours; it stays in this tab.");
@@ -9596,24 +9615,28 @@ async function dashboard() {
   const first = !requests.requests.length;
   refill($("main"), first && connectCard(offered.models), tiles(me, lastDays(days.usage, 30), days.usage),
     budgetCard(me), spendCard(lastDays(days.usage, 30)),
-    el("div", { class: "two" }, topCard("Models used", "model", models.usage), topCard("Sessions", "session", sessions.usage)),
+    el("div", { class: "two" }, topCard("Models used", "model", models.usage), topCard("Sessions", "session",
+      sessions.usage)),
     requestCard(requests.requests), offeredCard(offered.models), moneyCard(entries.transactions),
     !first && connectCard(offered.models));
 }
 function tiles(me, days, rows) {
-  const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"), output = sum(rows, "output_tokens");
+  const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"),
+    output = sum(rows, "output_tokens");
   const written = sum(rows, "cache_write_tokens") + sum(rows, "cache_write_1h_tokens");
   const timed = rows.filter((r) => r.first_token_ms), busy = sum(rows, "duration_ms") / 1000;
   const waited = timed.reduce((t, r) => t + r.first_token_ms * r.requests, 0) / sum(timed, "requests");
   return el("div", { class: "tiles" },
-    tile("Balance", usd(me.balance_microusd), me.held_microusd ? `${usd(me.held_microusd)} held` : "nothing held"),
+    tile("Balance", usd(me.balance_microusd), me.held_microusd ? `${usd(me.held_microusd)} held`
+      : "nothing held"),
     tile("Spent today", usd(me.spent_today_microusd), `by ${me.name}`),
     tile("Spent this month", usd(me.spent_month_microusd), "UTC", days.map((d) => d.charge_microusd)),
     tile("Requests", whole(sum(rows, "requests")), "in 30 days", days.map((d) => d.requests)),
     tile("Input tokens", short(fresh), `${short(written)} written to cache`),
     tile("Output tokens", short(output), "in 30 days"),
     tile("Read from cache", short(cached), `${percent(cached / (fresh + cached + written))} of all input`),
-    tile("First token", waited ? seconds(waited) : "–", busy ? `${(output / busy).toFixed(1)} tokens/s` : "no requests yet"));
+    tile("First token", waited ? seconds(waited) : "–", busy ? `${(output / busy).toFixed(1)} tokens/s`
+      : "no requests yet"));
 }
 function budgetCard(me) {
   const spent = { day_microusd: me.spent_today_microusd, month_microusd: me.spent_month_microusd };
@@ -9621,17 +9644,22 @@ function budgetCard(me) {
     const period = name.replace("_microusd", ""), used = spent[name];
     if (used === undefined) return el("p", {}, `${period}: ${usd(limit)}`);
     return el("div", {}, el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
-      el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8, "aria-label": `budget of the ${period}` }));
+      el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8,
+        "aria-label": `budget of the ${period}` }));
   });
   return rows.length ? card("Budgets", null, rows) : null;
 }
 function spendCard(days) {
-  if (!sum(days, "requests")) return card("Spend per day", null, empty("Nothing was asked in the last 30 days."));
+  if (!sum(days, "requests")) return card("Spend per day", null,
+    empty("Nothing was asked in the last 30 days."));
   const used = days.filter((d) => d.requests).reverse();
-  const label = el("div", { class: "head muted" }, el("span", { class: "grow" }, days[0].key), days.at(-1).key);
-  return card("Spend per day", el("span", { class: "muted" }, `${usd(sum(days, "charge_microusd"))} in 30 days`),
+  const label = el("div", { class: "head muted" }, el("span", { class: "grow" }, days[0].key),
+    days.at(-1).key);
+  return card("Spend per day", el("span", { class: "muted" },
+    `${usd(sum(days, "charge_microusd"))} in 30 days`),
     dayChart(days, "charge_microusd", usd), label,
-    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", usageColumns("Day"), used, "")));
+    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", usageColumns("Day"), used,
+      "")));
 }
 const usageColumns = (title) => [
   [title, (r) => r.key || "–", "text"], ["Requests", (r) => whole(r.requests), "num"],
@@ -9639,17 +9667,21 @@ const usageColumns = (title) => [
   ["Cache read", (r) => short(r.cache_read_tokens), "num"], ["Cost", (r) => usd(r.charge_microusd), "num"],
 ];
 const topCard = (title, by, rows) => card(title, null,
-  table(title, usageColumns(by === "model" ? "Model" : "Session"), rows.slice(0, 10), "Nothing yet: it fills as you work."));
+  table(title, usageColumns(by === "model" ? "Model" : "Session"), rows.slice(0, 10),
+    "Nothing yet: it fills as you work."));
 const requestCard = (rows) => card("Last requests", [
   downloadButton("Export CSV", "/api/export?format=csv", "ccmux-usage.csv"),
   downloadButton("Export JSON", "/api/export?format=json", "ccmux-usage.json")],
-  table("Last requests", requestColumns(false), rows, "No requests yet. Point Claude Code here and ask it something."));
+  table("Last requests", requestColumns(false), rows,
+    "No requests yet. Point Claude Code here and ask it something."));
 function offeredCard(models) {
   const price = (kind) => (m) => (m.price && m.price[kind] !== undefined ? `$${Number(m.price[kind])}` : "–");
-  const columns = [["Ask for", (m) => m.name, "text mono"], ["Goes to", (m) => m.targets.join(", then "), "text"],
+  const columns = [["Ask for", (m) => m.name, "text mono"], ["Goes to", (m) => m.targets.join(", then "),
+    "text"],
     ["Context", (m) => (m.context ? short(m.context) : "–"), "num"], ["Input", price("input"), "num"],
     ["Output", price("output"), "num"], ["Cache read", price("cache_read"), "num"]];
-  return card("Models", el("span", { class: "muted" }, "US dollars per million tokens"), table("Models", columns, models,
+  return card("Models", el("span", { class: "muted" }, "US dollars per million tokens"),
+    table("Models", columns, models,
     "No models yet. Whoever runs this server adds a provider and a model on the admin page."));
 }
 function moneyCard(entries) {
@@ -9662,12 +9694,13 @@ function moneyCard(entries) {
 }
 function connectCard(models) {
   const url = location.origin, key = sessionStorage.getItem(SECRET) ? "YOUR_CCMUX_KEY" : "ccmux-local";
-  const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_API_KEY: key };
+  const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_AUTH_TOKEN: key };
   const shells = [["bash, zsh", (n, v) => `export ${n}='${v}'`], ["fish", (n, v) => `set -gx ${n} '${v}'`],
     ["PowerShell", (n, v) => `$env:${n} = '${v}'`], ["cmd", (n, v) => `set ${n}=${v}`]];
   const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", {}, name), copyable(
     [...Object.entries(values).map(([key, value]) => line(key, value)), "claude"].join("\n")));
-  return card("Point Claude Code here", null, el("p", { class: "muted" }, "In a terminal, then start Claude Code there.",
+  return card("Point Claude Code here", null,
+    el("p", { class: "muted" }, "In a terminal, then start Claude Code there.",
     models.length ? ` /model then also takes names such as ${models[0].name}.` : ""), shells.map(block));
 }
 
@@ -9678,17 +9711,21 @@ function labelled(label, input, help, wide) {
   input.id = input.id || `f${++lastId}`;
   const note = help && el("span", { class: "help", id: `${input.id}h` }, help);
   if (note) input.setAttribute("aria-describedby", note.id);
-  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input, note);
+  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input,
+    note);
 }
-const textBox = (value, props) => el("input", { type: "text", autocomplete: "off", spellcheck: "false", value, ...props });
-const numberBox = (value, props) => el("input", { type: "number", step: "any", value: value ?? "", ...props });
+const textBox = (value, props) => el("input", { type: "text", autocomplete: "off", spellcheck: "false",
+  value, ...props });
+const numberBox = (value, props) => el("input", { type: "number", step: "any", value: value ?? "",
+  ...props });
 function selectBox(options, value) {
   const node = el("select", {}, options.map(([key, label]) => el("option", { value: key }, label ?? key)));
   if (!options.some(([key]) => key === value) && value) node.append(el("option", { value }, value));
   node.value = value ?? options[0]?.[0] ?? "";
   return node;
 }
-const PRICES = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"], ["cache_write", "Cache write"],
+const PRICES = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"],
+  ["cache_write", "Cache write"],
   ["cache_write_1h", "1 h write"]];
 
 /* A control for each kind: (field, value) -> {node, get}; get() is undefined for "leave the key out". */
@@ -9698,7 +9735,8 @@ const CONTROLS = {
     return { input, get: () => input.value.trim() };
   },
   choice(field, value) {
-    const input = selectBox([...(field.default ? [] : [["", "–"]]), ...field.choices.map((c) => [c])], value ?? field.default);
+    const input = selectBox([...(field.default ? [] : [["", "–"]]), ...field.choices.map((c) => [c])],
+      value ?? field.default);
     return { input, get: () => input.value };
   },
   number(field, value) {
@@ -9707,7 +9745,8 @@ const CONTROLS = {
   },
   bool(field, value) {
     if (field.maybe) {
-      const input = selectBox([["", "as the preset or format has it"], ["yes"], ["no"]], value === undefined ? "" : value ? "yes" : "no");
+      const input = selectBox([["", "as the preset or format has it"], ["yes"], ["no"]],
+        value === undefined ? "" : value ? "yes" : "no");
       return { input, get: () => (input.value ? input.value === "yes" : undefined) };
     }
     const input = selectBox([["yes"], ["no"]], value ?? field.default ? "yes" : "no");
@@ -9719,16 +9758,21 @@ const CONTROLS = {
       const input = textBox(given.join(", "), { placeholder: "separated by commas" });
       return { input, get: () => input.value.split(",").map((v) => v.trim()).filter(Boolean) };
     }
-    const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c, checked: given.includes(c) }));
-    const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)), el("div", { class: "checks" },
+    const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c,
+      checked: given.includes(c) }));
+    const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
+      el("div", { class: "checks" },
       boxes.map((box) => el("label", {}, box, box.value))), el("span", { class: "help" }, field.help));
     return { node, get: () => boxes.filter((b) => b.checked).map((b) => b.value) };
   },
   secret(field, value) {
     if (field.name === "headers") return headerControl(field, value);
-    const now = [value].flat().filter((v) => v && v.set).map((v) => v.reference || `ends in ${v.last4 || "…"}`).join(", ");
-    const input = textBox("", { type: "password", placeholder: now ? `set (${now}); empty keeps it` : "not set" });
-    input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
+    const now = [value].flat().filter((v) => v && v.set).map((v) => v.reference
+      || `ends in ${v.last4 || "…"}`).join(", ");
+    const input = textBox("", { type: "password", placeholder: now ? `set (${now}); empty keeps it`
+      : "not set" });
+    input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text"
+      : "password"; });
     const parts = () => input.value.split(",").map((v) => v.trim()).filter(Boolean);
     const gone = el("input", { type: "checkbox" });
     const node = labelled(labelOf(field), input, field.help);
@@ -9737,19 +9781,22 @@ const CONTROLS = {
   },
   price(field, value) {
     const given = value || {}, boxes = PRICES.map(([kind]) => numberBox(given[kind], { min: 0 }));
-    const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)), el("div", { class: "prices" },
+    const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
+      el("div", { class: "prices" },
       boxes.map((box, n) => labelled(PRICES[n][1], box))), el("span", { class: "help" }, field.help));
     const pairs = () => boxes.flatMap((b, n) => (b.value === "" ? [] : [[PRICES[n][0], Number(b.value)]]));
     return { node, get: () => (pairs().length ? { ...given, ...Object.fromEntries(pairs()) } : undefined) };
   },
   table(field, value) {
-    const input = el("textarea", { rows: 3, spellcheck: "false", value: value ? JSON.stringify(value, null, 1) : "" });
+    const input = el("textarea", { rows: 3, spellcheck: "false", value: value ? JSON.stringify(value, null,
+      1) : "" });
     return { input, wide: true, get: () => (input.value.trim() ? JSON.parse(input.value) : undefined) };
   },
 };
 function headerControl(field, value) {
   const lines = Object.keys(value || {}).map((name) => `${name}: [kept]`).join("\n");
-  const input = el("textarea", { rows: 2, spellcheck: "false", value: lines, placeholder: "Name: value, one a line" });
+  const input = el("textarea", { rows: 2, spellcheck: "false", value: lines,
+    placeholder: "Name: value, one a line" });
   const pair = (line) => {
     const [name, ...rest] = line.split(":"), text = rest.join(":").trim();
     return [name.trim(), text === "[kept]" ? null : text];
@@ -9757,7 +9804,9 @@ function headerControl(field, value) {
   const get = () => Object.fromEntries(input.value.split("\n").filter((l) => l.includes(":")).map(pair));
   return { input, wide: true, get: () => (value || input.value.trim() ? get() : undefined) };
 }
-const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ");
+const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g,
+  " ")
+  .replace("Api", "API").replace(" url", " URL");
 
 /* Controls for some fields over a table: {nodes, read, control}. read() is the table as it is to be saved. */
 function controls(fields, table) {
@@ -9771,20 +9820,22 @@ function controls(fields, table) {
     for (const { field, value, get } of made) {
       let now;
       try { now = get(); } catch { throw new Failure(400, `${field.name}: not valid JSON`); }
-      const plain = same(now, field.default) && (value === undefined || (now === "" && !field.secret) || same(now, []));
+      const plain = same(now, field.default) && (value === undefined || (now === "" && !field.secret)
+        || same(now, []));
       if (now === undefined || plain) delete out[field.name];
       else out[field.name] = now;
     }
     return out;
   };
-  return { nodes: made.map((m) => m.node), read, of: (name) => made.find((m) => m.field.name === name), made };
+  return { nodes: made.map((m) => m.node), read, of: (name) => made.find((m) => m.field.name === name),
+    made };
 }
 
-/* A form that keeps what was typed when a save fails. `save` throws a Failure; `done` runs after a good one. */
-function formOf(nodes, save, { label = "Save", extra = [], made = [] } = {}) {
+/* A form that keeps what was typed when a save fails. `save` throws a Failure then. */
+function formOf(nodes, save, { label = "Save", extra = [], made = [], keeps = true } = {}) {
   const error = el("p", { class: "error", role: "alert" }), send = el("button", { class: "main" }, label);
   const form = el("form", { novalidate: true }, nodes, error, el("div", { class: "row" }, send, extra));
-  const dirty = () => { form.dataset.dirty = "yes"; };
+  const dirty = () => { if (keeps) form.dataset.dirty = "yes"; };
   form.addEventListener("input", dirty);
   form.addEventListener("change", dirty);
   form.addEventListener("submit", async (event) => {
@@ -9792,10 +9843,11 @@ function formOf(nodes, save, { label = "Save", extra = [], made = [] } = {}) {
     for (const mark of form.querySelectorAll("[aria-invalid]")) mark.removeAttribute("aria-invalid");
     error.textContent = "";
     send.disabled = true;
+    delete form.dataset.dirty;
     try {
       await save();
-      delete form.dataset.dirty;
     } catch (failure) {
+      dirty();
       showFailure(failure, error, made);
     }
     send.disabled = false;
@@ -9805,7 +9857,8 @@ function formOf(nodes, save, { label = "Save", extra = [], made = [] } = {}) {
 /* The message stands in the form, and beside the field that it names. */
 function showFailure(failure, error, made) {
   error.textContent = failure.message;
-  if (failure.status === 409) fill(error, " ", button("Load the newest", () => location.reload(), { class: "small" }));
+  if (failure.status === 409) fill(error, " ", button("Load the newest", () => location.reload(),
+    { class: "small" }));
   const wrong = made.find(({ field }) => new RegExp(`\\b${field.name}\\b`).test(failure.message));
   const input = wrong && (wrong.input || wrong.node.querySelector("input"));
   if (!input) return;
@@ -9842,7 +9895,11 @@ function sequence(rows, make, addLabel, fresh) {
     draw();
   };
   rows.forEach(add);
-  const more = button(addLabel, () => { add(fresh()); touched(); items.at(-1).node.querySelector("input, select").focus(); });
+  const more = button(addLabel, () => {
+    add(fresh());
+    touched();
+    items.at(-1).node.querySelector("input, select").focus();
+  });
   return { node: el("div", {}, list, more), read: () => items.map((item) => item.read()) };
 }
 
@@ -9850,7 +9907,8 @@ function sequence(rows, make, addLabel, fresh) {
 let S = null, stopView = () => {}, shownTab = "";
 const ROOT = "/admin/api";
 const path = (...parts) => [ROOT, ...parts.map(encodeURIComponent)].join("/");
-const TABS = [["overview", "Overview", overview], ["providers", "Providers", providersView], ["models", "Models", modelsView],
+const TABS = [["overview", "Overview", overview], ["providers", "Providers", providersView],
+  ["models", "Models", modelsView],
   ["router", "Router", routerView], ["users", "Users", usersView], ["billing", "Billing", billingView],
   ["try", "Try", tryView], ["inspect", "Inspect", inspectView], ["config", "Config", configView]];
 
@@ -9860,7 +9918,8 @@ async function admin() {
     sessionStorage.setItem(SECRET, decodeURIComponent(given[1]));
     history.replaceState(null, "", "/admin#overview");
   }
-  if (await signedIn(reload, "Admin token", "ccmux printed a link with the token when it started; `ccmux.py token` "
+  if (await signedIn(reload, "Admin token",
+    "ccmux printed a link with the token when it started; `ccmux.py token` "
     + "prints it again. It stays in this tab.")) showTab();
 }
 async function reload() {
@@ -9886,19 +9945,21 @@ async function showTab() {
     if (shownTab === key) refill($("main"), nodes);
   } catch (error) {
     if (error.status === 401) admin();
-    else refill($("main"), card("That did not work", button("Try again", showTab), el("p", {}, error.message)));
+    else refill($("main"), card("That did not work", button("Try again", showTab),
+      el("p", {}, error.message)));
   }
 }
-/* After a save: the newest state, the view drawn again, and a word about it. */
+/* After a save: the newest state, and the view drawn again unless another form on it has unsaved changes. */
 async function saved(words) {
-  for (const mark of document.querySelectorAll("[data-dirty]")) delete mark.dataset.dirty;
-  await showTab();
+  await (isDirty() ? reload() : showTab());
   tell(words);
 }
 
 /* Overview */
-const STATES = { ok: "ok", closed: "ok", disabled: "", cooling: "warn", "half-open": "warn", open: "bad", unusable: "bad" };
-const WORDS = { ok: "working", open: "resting after faults", cooling: "limited for now", unusable: "cannot be used",
+const STATES = { ok: "ok", closed: "ok", disabled: "", cooling: "warn", "half-open": "warn", open: "bad",
+  unusable: "bad" };
+const WORDS = { ok: "working", open: "resting after faults", cooling: "limited for now",
+  unusable: "cannot be used",
   "half-open": "being tried again", disabled: "switched off" };
 function stateBadge(name) {
   const health = S.providers[name] || { state: "unusable" };
@@ -9908,36 +9969,46 @@ function stateBadge(name) {
 function problems() {
   const found = [], add = (kind, word, text, tab) => found.push([kind, word, text, tab]);
   if (S.config_error) add("bad", "config", S.config_error, "config");
-  if (!(S.config.providers || []).length) add("warn", "no provider", "Add one to have anything to send requests to.", "providers");
+  if (!(S.config.providers || []).length) add("warn", "no provider",
+    "Add one to have anything to send requests to.", "providers");
   for (const [name, health] of Object.entries(S.providers)) {
-    const last = health.outcomes.at(-1), next = health.next_try_s ? `, tried again in ${health.next_try_s} s` : "";
+    const last = health.outcomes.at(-1), next = health.next_try_s ? `, tried again in ${health.next_try_s} s`
+      : "";
     if (health.problem) add("bad", name, health.problem, "providers");
     else if (["open", "half-open", "cooling"].includes(health.state)) {
-      add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${last.error}` : ""}`, "providers");
+      add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${last.error}` : ""}`,
+        "providers");
     } else if (last && [401, 403].includes(last.status)) add("bad", name, "it refuses its key", "providers");
   }
   if (S.unpriced && S.unpriced.length) {
     add("warn", "no price", `${S.unpriced.slice(0, 8).join(", ")}: what these cost is not counted`, "models");
   }
-  for (const warning of S.warnings) add("warn", "warning", warning, "config");
+  const said = Object.entries(S.providers).filter(([,
+    health]) => health.problem).map(([name]) => `provider ${name}:`);
+  for (const warning of S.warnings.filter((w) => !said.some((s) => w.startsWith(s)))) add("warn", "warning",
+    warning, "config");
   return found;
 }
 function problemCard() {
   const found = problems();
   if (!found.length) return card("All is well", badge("ok", "no problems"));
-  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), " ", text, " ", el("a", { href: `#${tab}` }, "Look"));
-  const node = card(`${found.length} thing${found.length > 1 ? "s" : ""} to look at`, null, el("ul", {}, found.map(item)));
+  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), " ", text, " ",
+    el("a", { href: `#${tab}` }, "Look"));
+  const node = card(`${found.length} thing${found.length > 1 ? "s" : ""} to look at`, null,
+    el("ul", {}, found.map(item)));
   node.classList.add("problems");
   return node;
 }
 function beats(outcomes) {
   const shown = outcomes.slice(-50), good = shown.filter((o) => o.ok).length;
-  return el("div", { class: "beats", role: "img", "aria-label": `${good} of the last ${shown.length} requests went well` },
+  return el("div", { class: "beats", role: "img",
+    "aria-label": `${good} of the last ${shown.length} requests went well` },
     shown.map((o) => el("i", { class: o.ok ? "ok" : "bad", title: `${o.status} in ${o.ms} ms ${o.error}` })));
 }
 function healthCard() {
   const rows = Object.entries(S.providers);
-  return card("Providers", null, table("Provider health", [["Provider", ([n]) => n, "text"], ["State", ([n]) => stateBadge(n), "nowrap"],
+  return card("Providers", null, table("Provider health", [["Provider", ([n]) => n, "text"],
+    ["State", ([n]) => stateBadge(n), "nowrap"],
     ["Last requests", ([, h]) => beats(h.outcomes)], ["In flight", ([, h]) => whole(h.active), "num"],
     ["Average", ([, h]) => (h.latency_ms === null ? "–" : seconds(h.latency_ms)), "num"]], rows,
   "No providers yet. Add one under Providers: with a preset, a key is enough."));
@@ -9947,11 +10018,13 @@ async function overview() {
   const refresh = async () => {
     await reload();
     const since = new Date().toISOString().slice(0, 10);
-    const [today, all] = await Promise.all([ask(`${ROOT}/report?by=provider&since=${since}`), ask(`${ROOT}/report?by=provider`)]);
+    const [today, all] = await Promise.all([ask(`${ROOT}/report?by=provider&since=${since}`),
+      ask(`${ROOT}/report?by=provider`)]);
     const of = (name) => [sum(today.report, name), sum(all.report, name)];
     const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
     refill(top, problemCard(), el("div", { class: "tiles" },
-      tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent), `${usd(spentEver)} in all`),
+      tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent),
+        `${usd(spentEver)} in all`),
       tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "all kinds"),
       tile("Running for", duration(S.uptime_s), S.path || "no config file yet")), healthCard());
   };
@@ -9960,11 +10033,13 @@ async function overview() {
   stopView = () => { stopPoll(); live.stop(); };
   return [top, card("Requests", live.tools, log)];
 }
-const duration = (s) => (s < 3600 ? `${Math.floor(s / 60)} min` : s < 172800 ? `${(s / 3600).toFixed(1)} h` : `${Math.floor(s / 86400)} days`);
+const duration = (s) => (s < 3600 ? `${Math.floor(s / 60)} min` : s < 172800 ? `${(s / 3600).toFixed(1)} h`
+  : `${Math.floor(s / 86400)} days`);
 async function liveLog(place) {
   let rows = (await ask(`${ROOT}/requests?limit=100`)).requests, paused = false;
   const ended = new AbortController();
-  const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests", type: "search" });
+  const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
+    type: "search" });
   const isWanted = (row) => JSON.stringify(row).toLowerCase().includes(filter.value.toLowerCase());
   const draw = () => refill(place, table("Requests", requestColumns(true), rows.filter(isWanted),
     rows.length ? "Nothing fits the filter." : "No requests yet. They appear here as they end."));
@@ -9994,7 +10069,8 @@ async function liveLog(place) {
 
 /* Providers */
 const rowsOf = (root) => S.config[root] || [];
-const usersOf = (name) => rowsOf("models").filter((m) => (m.mappings || []).some((t) => t.provider === name)).map((m) => m.name);
+const usersOf = (name) => rowsOf("models").filter((m) => (m.mappings
+  || []).some((t) => t.provider === name)).map((m) => m.name);
 const hostOf = (url) => { try { return new URL(url).host; } catch { return url || "–"; } };
 function keyWord(key) {
   const known = [key].flat().filter((k) => k && k.set);
@@ -10002,11 +10078,15 @@ function keyWord(key) {
 }
 function providersView() {
   const columns = [["Name", (p) => p.name, "text"], ["State", (p) => stateBadge(p.name), "nowrap"],
-    ["Type", (p) => p.type || p.provider_type, "nowrap"], ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
-    ["Key", (p) => keyWord(p.api_key), "text"], ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"],
+    ["Type", (p) => p.type || p.provider_type, "nowrap"],
+      ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
+    ["Key", (p) => keyWord(p.api_key), "text"],
+      ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"],
     ["", (p) => button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` })],
-    ["", (p) => button("Test", () => testDialog(p.name), { class: "small", "aria-label": `Test ${p.name}` })]];
-  return card("Providers", button("Add a provider", () => providerDialog(null), { class: "main" }), table("Providers", columns,
+    ["", (p) => button("Test", () => testDialog(p.name),
+      { class: "small", "aria-label": `Test ${p.name}` })]];
+  return card("Providers", button("Add a provider", () => providerDialog(null), { class: "main" }),
+    table("Providers", columns,
     rowsOf("providers"), "None yet. Add one: choose a preset, give it a key, save, and test it."));
 }
 function providerDialog(old) {
@@ -10023,8 +10103,10 @@ function providerDialog(old) {
   const chosen = () => {
     const preset = S.presets[type.value] || {};
     const place = url.value || preset.url || preset.base_url;
-    to.textContent = place ? `Requests and the key go to ${hostOf(place)}.` : "Give the address that requests go to.";
-    if (old && url.value !== (old.base_url || "")) to.textContent += " The key must be typed again for a new address.";
+    to.textContent = place ? `Requests and the key go to ${hostOf(place)}.`
+      : "Give the address that requests go to.";
+    if (old && url.value !== (old.base_url
+      || "")) to.textContent += " The key must be typed again for a new address.";
     url.placeholder = preset.base_url || "https://host/v1";
     if (preset.api_key && !old) key.placeholder = `the key, or ${preset.api_key} from the environment`;
   };
@@ -10047,15 +10129,20 @@ function providerDialog(old) {
     delete table.quirks;
     if (Object.keys(own).length) table.quirks = own;
     table.type = type.value;
-    if (!table.name || !table.type) throw new Failure(400, table.type ? "name: give it a name" : "Choose a type first.");
+    if (!table.name || !table.type) throw new Failure(400, table.type ? "name: give it a name"
+      : "Choose a type first.");
     await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
     close();
     await saved(`Provider ${table.name} is saved.`);
   };
-  const remove = old && button("Delete", () => removeRow("providers", old.name, hash, usersOf(old.name), close), { class: "danger" });
-  const form = formOf([el("div", { class: "fields" }, labelled("Type", type, "A preset knows the address and how the provider differs."),
-    first.nodes), to, el("details", {}, el("summary", {}, "More settings"), el("div", { class: "fields" }, rest.nodes)),
-  el("details", {}, el("summary", {}, "Quirks: how it differs from its wire format"), el("div", { class: "fields" }, quirks.nodes))],
+  const remove = old && button("Delete", () => removeRow("providers", old.name, hash, usersOf(old.name),
+    close), { class: "danger" });
+  const form = formOf([el("div", { class: "fields" },
+    labelled("Type", type, "A preset knows the address and how the provider differs."),
+    first.nodes), to, el("details", {}, el("summary", {}, "More settings"), el("div", { class: "fields" },
+      rest.nodes)),
+  el("details", {}, el("summary", {}, "Quirks: how it differs from its wire format"),
+    el("div", { class: "fields" }, quirks.nodes))],
   save, { extra: [remove], made: [...first.made, ...rest.made, ...quirks.made] });
   const close = openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
   (old ? name : type).focus();
@@ -10070,12 +10157,16 @@ async function removeRow(root, name, hash, users, close) {
   } catch (error) { return tellError(error); }
 }
 function testDialog(name) {
-  const result = el("div", { role: "status" }), model = textBox("", { list: "found" }), found = el("datalist", { id: "found" });
+  const result = el("div", { role: "status" }), model = textBox("", { list: "found" }),
+    found = el("datalist", { id: "found" });
   const test = async () => {
     refill(result, "Asking …");
-    const told = await ask(`${path("providers", name)}/test`, "POST", model.value ? { model: model.value.trim() } : {});
-    refill(result, el("p", {}, badge(told.ok ? "ok" : "bad", told.ok ? "works" : `failed with ${told.status}`),
-      ` ${seconds(told.ms)}, model ${told.model || "none"}`), el("pre", {}, told.text || told.error || "an empty answer"));
+    const told = await ask(`${path("providers", name)}/test`, "POST",
+      model.value ? { model: model.value.trim() } : {});
+    refill(result, el("p", {}, badge(told.ok ? "ok" : "bad",
+      told.ok ? "works" : `failed with ${told.status}`),
+      ` ${seconds(told.ms)}, model ${told.model || "none"}`),
+        el("pre", {}, told.text || told.error || "an empty answer"));
     await reload();
   };
   const fetchNames = async () => {
@@ -10083,35 +10174,46 @@ function testDialog(name) {
     refill(found, models.map((m) => el("option", { value: m })));
     refill(result, el("p", {}, `${models.length} models`), el("pre", { tabindex: 0 }, models.join("\n")));
   };
-  const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
-  openDialog(`Test ${name}`, el("p", { class: "muted" }, "Sends one tiny real request over the way all requests go."),
+  const run = (work) => () => work().catch((error) => refill(result,
+    el("p", { class: "error" }, error.message)));
+  openDialog(`Test ${name}`, el("p", { class: "muted" },
+    "Sends one tiny real request over the way all requests go."),
     labelled("Model", model, "empty: one that the config uses, or the preset's"), found,
-    el("div", { class: "row" }, button("Test", run(test), { class: "main" }), button("Fetch the model list", run(fetchNames))), result);
+    el("div", { class: "row" }, button("Test", run(test), { class: "main" }), button("Fetch the model list",
+      run(fetchNames))), result);
 }
 
 /* Models */
-const routesOf = (name) => [...Object.entries(S.routes).filter(([, model]) => model === name).map(([slot]) => slot),
+const routesOf = (name) => [...Object.keys(S.routes).filter((slot) => S.routes[slot] === name),
   ...((S.config.router || {}).rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
 const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}`
   : "built-in table");
-const namesList = () => el("datalist", { id: "names" }, (S.names || []).map((n) => el("option", { value: n })));
+const namesList = () => el("datalist", { id: "names" },
+  (S.names || []).map((n) => el("option", { value: n })));
 function modelsView() {
   const columns = [["Ask for", (m) => m.name, "text mono"],
-    ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ") || "nothing yet", "text"],
-    ["Claude Code sees", (m) => `anthropic/${m.name}`, "text mono"], ["Used by", (m) => routesOf(m.name).join(", ") || "–", "text"],
-    ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known") : priceWord(m.price)), "nowrap"],
+    ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ")
+      || "nothing yet", "text"],
+    ["Claude Code sees", (m) => `anthropic/${m.name}`, "text mono"],
+      ["Used by", (m) => routesOf(m.name).join(", ") || "–", "text"],
+    ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
+      : priceWord(m.price)), "nowrap"],
     ["Context", (m) => (m.context ? short(m.context) : "–"), "num"],
     ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` })]];
-  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
-  return [card("Models", button("Add a model", () => modelDialog(null), { class: "main" }), table("Models", columns, rowsOf("models"),
-    rowsOf("providers").length ? "None yet. A model is a name of your own for one or more upstream models, tried in order."
-      : "Add a provider first; then give its models names here.")),
-  listed.length ? card("Listed by providers", null, table("Listed models", [["Ask for", (m) => m.name, "text mono"],
+  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m,
+    provider: p.name })));
+  return [card("Models", button("Add a model", () => modelDialog(null), { class: "main" }),
+    table("Models", columns, rowsOf("models"),
+      rowsOf("providers").length ? "None yet. A model is a name of your own for upstream models, tried in order."
+        : "Add a provider first; then give its models names here.")),
+  listed.length ? card("Listed by providers", null,
+    table("Listed models", [["Ask for", (m) => m.name, "text mono"],
     ["Provider", (m) => m.provider, "text"]], listed, "")) : null];
 }
 function mappingItem(row) {
   const provider = selectBox(rowsOf("providers").map((p) => [p.name]), row.provider);
-  const list = `found${++lastId}`, model = textBox(row.actual_model || "", { list }), found = el("datalist", { id: list });
+  const list = `found${++lastId}`, model = textBox(row.actual_model || "", { list }),
+    found = el("datalist", { id: list });
   const fetchNames = async () => {
     try {
       const { models } = await ask(`${path("providers", provider.value)}/models`);
@@ -10120,33 +10222,42 @@ function mappingItem(row) {
     } catch (error) { tellError(error); }
   };
   const own = controls(S.fields.mappings.filter((f) => ["price", "context"].includes(f.name)), row);
-  const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider), labelled("Upstream model", model), found,
-    button("Fetch list", fetchNames)), el("details", { open: Boolean(row.price) }, el("summary", {}, "Price and context of this target alone"),
+  const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider),
+    labelled("Upstream model", model), found,
+    button("Fetch list", fetchNames)), el("details", { open: Boolean(row.price) },
+      el("summary", {}, "Price and context of this target alone"),
     el("div", { class: "fields" }, own.nodes)));
-  return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.value.trim() }) };
+  return { node, read: () => ({ ...own.read(), provider: provider.value,
+    actual_model: model.value.trim() }) };
 }
 function modelDialog(old) {
   const row = old || { name: "", mappings: [{}] }, hash = S.config_hash;
   const made = controls(S.fields.models.filter((f) => f.name !== "mappings"), row);
   const order = (t) => t.priority ?? 1;
-  const targets = sequence([...(row.mappings || [])].sort((a, b) => order(a) - order(b)), mappingItem, "Add a target", () => ({}));
+  const targets = sequence([...(row.mappings || [])].sort((a, b) => order(a) - order(b)), mappingItem,
+    "Add a target", () => ({}));
   const save = async () => {
     const table = { ...made.read(), mappings: targets.read().map((t, n) => ({ ...t, priority: n + 1 })) };
     if (!table.name) throw new Failure(400, "name: give it a name");
-    if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs an upstream model.");
+    if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400,
+      "Each target needs an upstream model.");
     await ask(path("models", old ? old.name : table.name), "PUT", { hash, table });
     close();
     await saved(`Model ${table.name} is saved.`);
   };
-  const remove = old && button("Delete", () => removeRow("models", old.name, hash, routesOf(old.name), close), { class: "danger" });
+  const remove = old && button("Delete", () => removeRow("models", old.name, hash, routesOf(old.name),
+    close), { class: "danger" });
   const [name, ...others] = made.nodes;
-  const form = formOf([el("div", { class: "fields" }, name), el("h3", {}, "Targets, the first tried first"), targets.node,
-    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save, { extra: [remove], made: made.made });
+  const form = formOf([el("div", { class: "fields" }, name), el("h3", {}, "Targets, the first tried first"),
+    targets.node,
+    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save,
+      { extra: [remove], made: made.made });
   const close = openDialog(old ? `Model ${old.name}` : "Add a model", form);
 }
 
 /* Router */
-const SLOTS = ["default", "background", "think", "websearch", "subagent", "compaction", "image", "long_context"];
+const SLOTS = ["default", "background", "think", "websearch", "subagent", "compaction", "image",
+  "long_context"];
 function pattern(text) {
   const flags = /^\(\?([ims]+)\)/.exec(text);
   return new RegExp(flags ? text.slice(flags[0].length) : text, flags ? flags[1] : "");
@@ -10163,52 +10274,68 @@ function ruleItem(row) {
 }
 function routerView() {
   const row = S.config.router || {}, hash = S.config_hash;
-  const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (SLOTS.includes(f.name) ? { ...f, list: "names" } : f));
+  const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (SLOTS.includes(f.name)
+    ? { ...f, list: "names" } : f));
   const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "Add a rule", () => ({}));
-  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div", {});
+  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"),
+    results = el("div", {});
   const attempt = () => {
     const of = (name) => made.of(name).input.value;
-    refill(results, el("p", {}, "Claude's own name (auto_map_regex): ", matchWord(of("auto_map_regex"), sample.value)),
+    refill(results, el("p", {}, "Claude's own name (auto_map_regex): ", matchWord(of("auto_map_regex"),
+      sample.value)),
       el("p", {}, "Background name (background_regex): ", matchWord(of("background_regex"), sample.value)),
-      rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, ${rule.pattern || "empty"}: `, matchWord(rule.pattern, words.value))));
+      rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, ${rule.pattern || "empty"}: `,
+        matchWord(rule.pattern, words.value))));
   };
   const save = async () => {
     const { rules: _, ...table } = made.read(), kept = rules.read();
     await ask(`${ROOT}/router`, "PUT", { hash, table: kept.length ? { ...table, rules: kept } : table });
     await saved("The router is saved.");
   };
-  const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes), el("h3", {}, "Prompt rules, the first match wins"),
-    rules.node, el("h3", {}, "Try the patterns"), el("div", { class: "row" }, labelled("A model name", sample),
+  const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes),
+    el("h3", {}, "Prompt rules, the first match wins"),
+    rules.node, el("h3", {}, "Try the patterns"),
+      el("div", { class: "row" }, labelled("A model name", sample),
       labelled("A user's words", words)), results], save, { made: made.made });
   form.addEventListener("input", attempt);
   form.addEventListener("change", attempt);
   attempt();
-  return [card("Router", null, el("p", { class: "muted" }, "Which model a request goes to: the first rule that applies and has a model ",
+  return [card("Router", null, el("p", { class: "muted" },
+    "Which model a request goes to: the first rule that applies and has a model ",
     "wins. An empty one is passed over."), form), explainCard()];
 }
-const sampleBody = (model, text) => ({ model, max_tokens: 1024, messages: [{ role: "user", content: text }] });
+const sampleBody = (model, text) => ({ model, max_tokens: 1024,
+  messages: [{ role: "user", content: text }] });
 function explainCard() {
-  const body = el("textarea", { rows: 8, spellcheck: "false", value: JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2) });
+  const body = el("textarea", { rows: 8, spellcheck: "false",
+    value: JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2) });
   const result = el("div", {}), held = selectBox([["", "paste your own below"]]);
-  ask(`${ROOT}/inspect`).then((told) => fill(held, told.held.map((r) => el("option", { value: r.id }, `${r.time} ${r.asked}`)))).catch(tellError);
+  ask(`${ROOT}/inspect`).then((told) => fill(held,
+    told.held.map((r) => el("option", { value: r.id }, `${r.time} ${r.asked}`)))).catch(tellError);
   held.addEventListener("change", async () => {
     if (!held.value) return;
-    try { body.value = JSON.stringify((await ask(path("inspect", held.value))).client_request, null, 2); } catch (e) { tellError(e); }
+    try { body.value = JSON.stringify((await ask(path("inspect", held.value))).client_request, null,
+      2); } catch (e) { tellError(e); }
   });
   const run = async () => {
     let parsed;
-    try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400, `Not JSON: ${error.message}`); }
+    try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400,
+      `Not JSON: ${error.message}`); }
     const told = await ask(`${ROOT}/explain`, "POST", { body: parsed });
-    refill(result, el("p", {}, badge("ok", told.reason), ` goes to ${told.model}; ${whole(told.tokens)} tokens counted`),
-      table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note, "text"]], told.trail, "No rules tried."),
-      table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider, "text"],
-        ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]], told.targets, "No targets."));
+    refill(result, el("p", {}, badge("ok", told.reason),
+      ` goes to ${told.model}; ${whole(told.tokens)} tokens counted`),
+      table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note,
+        "text"]], told.trail, "No rules tried."),
+      table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider,
+        "text"],
+        ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]],
+          told.targets, "No targets."));
   };
-  const form = formOf([labelled("Request that Inspect holds", held), labelled("Messages request (JSON)", body)],
-    run, { label: "Explain" });
-  form.addEventListener("input", () => { delete form.dataset.dirty; });
-  form.addEventListener("change", () => { delete form.dataset.dirty; });
-  return card("Explain a request", null, el("p", { class: "muted" }, "Shows each rule that is tried. Nothing is sent."), form, result);
+  const form = formOf([labelled("Request that Inspect holds", held), labelled("Messages request (JSON)",
+    body)],
+    run, { label: "Explain", keeps: false });
+  return card("Explain a request", null,
+    el("p", { class: "muted" }, "Shows each rule that is tried. Nothing is sent."), form, result);
 }
 
 /* Users */
@@ -10222,9 +10349,11 @@ function budgetBoxes(budgets) {
 }
 async function usersView() {
   const { users } = await ask(`${ROOT}/users`);
-  const columns = [["Name", (u) => u.name, "text"], ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
+  const columns = [["Name", (u) => u.name, "text"],
+    ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
     ["Balance", (u) => usd(u.balance_microusd), "num"], ["Held", (u) => usd(u.held_microusd), "num"],
-    ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This month", (u) => usd(u.spent_month_microusd), "num"],
+    ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This month", (u) => usd(u.spent_month_microusd),
+      "num"],
     ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` })]];
   return card("Users", button("Add a user", addUserDialog, { class: "main" }), table("Users", columns, users,
     "No users. On this computer alone none is needed; on a network each person gets a key."));
@@ -10239,16 +10368,20 @@ function addUserDialog() {
     await saved(`User ${told.name} is made.`);
     keyDialog(told.name, told.key);
   };
-  const fields = [labelled("Name", name, "letters, digits and . _ @ -"), labelled("Credit, dollars", credit, "empty: what [credits] says"),
+  const fields = [labelled("Name", name, "letters, digits and . _ @ -"), labelled("Credit, dollars", credit,
+    "empty: what [credits] says"),
     labelled("Note", note), budgets.nodes];
   const made = [{ field: { name: "name" }, input: name, node: name.parentNode }];
-  const close = openDialog("Add a user", formOf(el("div", { class: "fields" }, fields), save, { label: "Add", made }));
+  const close = openDialog("Add a user", formOf(el("div", { class: "fields" }, fields), save,
+    { label: "Add", made }));
 }
 function keyDialog(name, key) {
-  openDialog(`Key of ${name}`, el("p", {}, "This is shown once. Give it to them now: only a hash of it is kept."), copyable(key));
+  openDialog(`Key of ${name}`, el("p", {},
+    "This is shown once. Give it to them now: only a hash of it is kept."), copyable(key));
 }
 async function userDialog(user) {
-  const place = path("users", user.name), amount = numberBox(""), note = textBox(""), budgets = budgetBoxes(user.budgets);
+  const place = path("users", user.name), amount = numberBox(""), note = textBox(""),
+    budgets = budgetBoxes(user.budgets);
   const key = crypto.randomUUID ? crypto.randomUUID() : String(Math.random());
   const after = async (words) => { close(); await saved(words); };
   const credit = async () => {
@@ -10260,7 +10393,8 @@ async function userDialog(user) {
     await ask(place, "PATCH", { budgets: budgets.read() });
     await after(`Budgets of ${user.name} are saved.`);
   };
-  const toggle = () => ask(place, "PATCH", { disabled: !user.disabled }).then(() => after(`${user.name} is changed.`)).catch(tellError);
+  const toggle = () => ask(place, "PATCH",
+    { disabled: !user.disabled }).then(() => after(`${user.name} is changed.`)).catch(tellError);
   const rotate = async () => {
     if (!confirm(`Make a new key for ${user.name}? The old one stops working at once.`)) return;
     try {
@@ -10270,15 +10404,20 @@ async function userDialog(user) {
     } catch (error) { tellError(error); }
   };
   const ledger = el("div", {});
-  const close = openDialog(`User ${user.name}`, el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} held`),
-    formOf(el("div", { class: "row" }, labelled("Amount, dollars", amount, "below zero takes back"), labelled("Note", note)),
-      credit, { label: "Change credit" }), el("h3", {}, "Budgets"), formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets,
-      { label: "Save budgets" }), el("div", { class: "row" }, button("New key", rotate), button(user.disabled ? "Enable" : "Disable", toggle,
+  const close = openDialog(`User ${user.name}`,
+    el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} held`),
+    formOf(el("div", { class: "row" }, labelled("Amount, dollars", amount, "below zero takes back"),
+      labelled("Note", note)),
+      credit, { label: "Change credit" }), el("h3", {}, "Budgets"),
+        formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets,
+      { label: "Save budgets" }), el("div", { class: "row" }, button("New key", rotate),
+        button(user.disabled ? "Enable" : "Disable", toggle,
       { class: "danger" })), el("h3", {}, "Ledger"), ledger);
   try {
     const { transactions } = await ask(`${place}/transactions?limit=100`);
     fill(ledger, table("Ledger", [["Time", (t) => when(t.time), "nowrap"], ["Kind", (t) => t.kind, "nowrap"],
-      ["Note", (t) => t.note || t.request_id || "–", "text"], ["Amount", (t) => usd(t.amount_microusd), "num"],
+      ["Note", (t) => t.note || t.request_id || "–", "text"], ["Amount", (t) => usd(t.amount_microusd),
+        "num"],
       ["Balance", (t) => usd(t.balance_microusd), "num"]], transactions, "Nothing yet."));
   } catch (error) { tellError(error); }
 }
@@ -10289,37 +10428,45 @@ async function billingView() {
   const by = selectBox(["user", "model", "provider", "day", "session", "month"].map((k) => [k]), "user");
   const since = el("input", { type: "date", value: `${month}01` }), until = el("input", { type: "date" });
   const other = textBox("", { list: "names" }), result = el("div", {});
-  const query = () => new URLSearchParams({ by: by.value, since: since.value, until: until.value, as_if: other.value.trim() });
+  const query = () => new URLSearchParams({ by: by.value, since: since.value, until: until.value,
+    as_if: other.value.trim() });
   const draw = async () => {
     const { report } = await ask(`${ROOT}/report?${query()}`);
     const columns = [[by.value[0].toUpperCase() + by.value.slice(1), (r) => r.key || "–", "text"],
       ["Requests", (r) => whole(r.requests), "num"], ["Input", (r) => short(r.input_tokens), "num"],
-      ["Output", (r) => short(r.output_tokens), "num"], ["Cache read", (r) => short(r.cache_read_tokens), "num"],
+      ["Output", (r) => short(r.output_tokens), "num"], ["Cache read", (r) => short(r.cache_read_tokens),
+        "num"],
       ["Unpriced", (r) => whole(r.unpriced), "num"], ["Cost", (r) => usd(r.cost_microusd), "num"],
       ["Markup", (r) => usd(r.markup_microusd), "num"], ["Charge", (r) => usd(r.charge_microusd), "num"],
       ...(other.value.trim() ? [[`As ${other.value.trim()}`, (r) => usd(r.as_if_microusd), "num"]] : [])];
     refill(result, table("Report", columns, report, "No requests in that time."),
-      report.length > 0 && el("p", { class: "muted" }, `In all ${whole(sum(report, "requests"))} requests, cost `,
+      report.length > 0 && el("p", { class: "muted" },
+        `In all ${whole(sum(report, "requests"))} requests, cost `,
         `${usd(sum(report, "cost_microusd"))}, charged ${usd(sum(report, "charge_microusd"))}.`));
   };
-  const form = formOf([namesList(), el("div", { class: "fields" }, labelled("By", by), labelled("From", since), labelled("Until, not with", until),
-    labelled("As if on model", other, "what the same tokens would have cost there"))], draw, { label: "Show",
-    extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`, "ccmux-report.csv").catch(tellError)),
-      button("All rows as CSV", () => download(`${ROOT}/export?format=csv&since=${since.value}&until=${until.value}`,
+  const form = formOf([namesList(), el("div", { class: "fields" }, labelled("By", by),
+    labelled("From", since), labelled("Until, not with", until),
+    labelled("As if on model", other, "what the same tokens would have cost there"))], draw,
+      { label: "Show", keeps: false,
+    extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`,
+      "ccmux-report.csv").catch(tellError)),
+      button("All rows as CSV", () => download(`${ROOT}/export?format=csv&${query()}`,
         "ccmux-usage.csv").catch(tellError))] });
-  form.addEventListener("input", () => { delete form.dataset.dirty; });
-  form.addEventListener("change", () => { delete form.dataset.dirty; form.requestSubmit(); });
+  form.addEventListener("change", () => form.requestSubmit());
   await draw();
   return card("Usage and billing", null, form, result);
 }
 
 /* Try */
 function tryView() {
-  const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }), limit = numberBox(512, { min: 1 });
+  const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }),
+    limit = numberBox(512, { min: 1 });
   const prompt = el("textarea", { rows: 4, value: "Say hello in one sentence." });
-  const output = el("pre", { tabindex: 0, "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }), end = el("div", {});
+  const output = el("pre", { tabindex: 0, "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
+    end = el("div", {});
   let running = null;
-  const deltas = { text_delta: (d) => d.text, thinking_delta: (d) => d.thinking, input_json_delta: (d) => d.partial_json };
+  const deltas = { text_delta: (d) => d.text, thinking_delta: (d) => d.thinking,
+    input_json_delta: (d) => d.partial_json };
   const onEvent = (event, data) => {
     if (event === "ccmux") return showEnd(data);
     if (data.type === "error") throw new Failure(500, data.error.message);
@@ -10327,8 +10474,10 @@ function tryView() {
     if (take) output.textContent += take(data.delta);
     return null;
   };
-  const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
-    el("p", { class: "muted" }, `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
+  const showEnd = (row) => refill(end, el("p", {}, statusBadge(row),
+    ` ${target(row)} because of ${row.route}`),
+    el("p", { class: "muted" },
+      `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`));
   const send = async () => {
     refill(end);
@@ -10347,11 +10496,12 @@ function tryView() {
     }
   };
   stopView = () => { if (running) running.abort(); };
-  const form = formOf([namesList(), el("div", { class: "row" }, labelled("Model asked for", model), labelled("Most output tokens", limit)),
-    labelled("Prompt", prompt)], send, { label: "Send", extra: [button("Stop", () => running && running.abort())] });
-  form.addEventListener("input", () => { delete form.dataset.dirty; });
-  form.addEventListener("change", () => { delete form.dataset.dirty; });
-  return card("Send a real request", null, el("p", { class: "muted" }, "It goes the way all requests go, and it costs what they cost."),
+  const form = formOf([namesList(), el("div", { class: "row" }, labelled("Model asked for", model),
+    labelled("Most output tokens", limit)),
+    labelled("Prompt", prompt)], send, { label: "Send", keeps: false,
+      extra: [button("Stop", () => running && running.abort())] });
+  return card("Send a real request", null,
+    el("p", { class: "muted" }, "It goes the way all requests go, and it costs what they cost."),
     form, output, end, el("details", {}, el("summary", {}, "Raw events"), raw));
 }
 
@@ -10360,28 +10510,36 @@ async function inspectView() {
   const list = el("div", {}), detail = el("div", {}), state = el("div", { class: "row" });
   const put = (minutes) => ask(`${ROOT}/inspect`, "PUT", { minutes }).then(draw).catch(tellError);
   const pretty = (value) => {
-    try { return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null, 2); } catch { return String(value ?? ""); }
+    try { return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null,
+      2); } catch { return String(value ?? ""); }
   };
   const show = async (id) => {
-    const whole = await ask(path("inspect", id)), text = () => new Blob([JSON.stringify(whole, null, 2)], { type: "application/json" });
+    const whole = await ask(path("inspect", id)), text = () => new Blob([JSON.stringify(whole, null, 2)],
+      { type: "application/json" });
     const panes = [["What the client sent", "client_request"], ["What went upstream", "upstream_request"],
       ["The raw answer", "upstream_answer"], ["Events for the client", "events"]];
-    refill(detail, card(`Request ${id}`, button("Download JSON", () => download(text(), `ccmux-${id}.json`)), el("div", { class: "two" },
-      panes.map(([title, part]) => el("div", {}, el("h3", {}, title), el("pre", { tabindex: 0 }, pretty(whole[part]) || "nothing"))))));
+    refill(detail, card(`Request ${id}`, button("Download JSON", () => download(text(), `ccmux-${id}.json`)),
+      el("div", { class: "two" },
+      panes.map(([title, part]) => el("div", {}, el("h3", {}, title),
+        el("pre", { tabindex: 0 }, pretty(whole[part]) || "nothing"))))));
   };
   const draw = (told) => {
     const left = told.on_for_s;
     refill(state, left ? badge("ok", `on for ${Math.ceil(left / 60)} min more`) : badge("", "off"),
-      left ? button("Switch off and forget", () => put(0)) : button("Keep requests for 15 minutes", () => put(15), { class: "main" }));
-    refill(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"], ["Asked for", (r) => r.asked, "text"],
-      ["Why", (r) => r.route || "–", "nowrap"], ["Answered by", (r) => r.target || "–", "text"], ["Status", (r) => r.status ?? "running", "nowrap"],
+      left ? button("Switch off and forget", () => put(0)) : button("Keep requests for 15 minutes",
+        () => put(15), { class: "main" }));
+    refill(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"],
+      ["Asked for", (r) => r.asked, "text"],
+      ["Why", (r) => r.route || "–", "nowrap"], ["Answered by", (r) => r.target || "–", "text"],
+        ["Status", (r) => r.status ?? "running", "nowrap"],
       ["", (r) => button("Show", () => show(r.id).catch(tellError), { class: "small" })]], told.held,
     left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
   };
   const refresh = async () => draw(await ask(`${ROOT}/inspect`));
   await refresh();
   stopView = poll(refresh, 3000);
-  return [card("Inspect", state, el("p", { class: "muted" }, "Keeps the last 20 requests whole, in memory only: what the client sent, ",
+  return [card("Inspect", state,
+    el("p", { class: "muted" }, "Keeps the last 20 requests whole, in memory only: what the client sent, ",
     "what went upstream, the raw answer and the events made of it. Keys are never in it."), list), detail];
 }
 
@@ -10393,11 +10551,14 @@ async function configView() {
     await ask(`${ROOT}/config`, "PUT", { text: text.value, hash: config.hash });
     await saved("The config is saved and in use.");
   };
-  return [S.config_error && card("The file is broken; the config before it is in use", null, el("pre", {}, S.config_error)),
+  return [S.config_error && card("The file is broken; the config before it is in use", null,
+    el("pre", {}, S.config_error)),
     settingsCard("credits", "Credits"), settingsCard("server", "Server"),
-    card("The whole file", el("span", { class: "muted" }, S.path || "not written yet"), formOf(labelled("config.toml", text,
+    card("The whole file", el("span", { class: "muted" }, S.path || "not written yet"),
+      formOf(labelled("config.toml", text,
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
-    card("Backups", null, table("Backups", [["File", (b) => b.name, "text mono"], ["Written", (b) => when(b.time), "nowrap"],
+    card("Backups", null, table("Backups", [["File", (b) => b.name, "text mono"],
+      ["Written", (b) => when(b.time), "nowrap"],
       ["Bytes", (b) => whole(b.bytes), "num"]], backups, "None yet: a save keeps the file before it."))];
 }
 function settingsCard(root, title) {
@@ -10406,17 +10567,21 @@ function settingsCard(root, title) {
     await ask(`${ROOT}/${root}`, "PUT", { hash, table: made.read() });
     await saved(`${title}: saved.`);
   };
-  const note = root === "server" && el("p", { class: "muted" }, "Host, port and database change at the next start.");
-  return card(title, null, formOf([note, el("div", { class: "fields" }, made.nodes)], save, { made: made.made }));
+  const note = root === "server" && el("p", { class: "muted" },
+    "Host, port and database change at the next start.");
+  return card(title, null, formOf([note, el("div", { class: "fields" }, made.nodes)], save,
+    { made: made.made }));
 }
 
 /* Start */
 async function start() {
   await (PAGE === "admin" ? admin() : dashboard());
 }
-if (PAGE === "admin") addEventListener("hashchange", () => (location.hash.startsWith("#token=") ? admin() : showTab()));
+if (PAGE === "admin") addEventListener("hashchange",
+  () => (location.hash.startsWith("#token=") ? admin() : showTab()));
 start();
-if (PAGE !== "admin") poll(async () => { if (document.querySelector(".tiles") && !document.querySelector("dialog")) await dashboard(); }, 30000);
+if (PAGE !== "admin") poll(async () => { if (document.querySelector(".tiles")
+  && !document.querySelector("dialog")) await dashboard(); }, 30000);
 """
 
 PAGE_HTML = """<!doctype html>

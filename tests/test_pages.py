@@ -1,0 +1,359 @@
+"""The dashboard and the admin page in a real browser, on a real ccmux with a fake provider behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from fakes import Answer, AnthropicFake, Tokens
+from proxy_harness import ADMIN_TOKEN, Proxy, in_process
+
+import ccmux
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+TABS = ("overview", "providers", "models", "router", "users", "billing", "try", "inspect", "config")
+HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
+
+try:
+    from playwright.async_api import Browser, Page, async_playwright, expect
+except ImportError:
+    async_playwright = None  # type: ignore[assignment]
+
+needs_browser = pytest.mark.skipif(
+    (async_playwright is None or not CHROMIUM.exists()) and os.environ.get("CI") != "true",
+    reason="needs the playwright package and /usr/bin/chromium",
+)
+
+
+@pytest.fixture
+async def provider() -> AsyncIterator[AnthropicFake]:
+    async with AnthropicFake(
+        lambda turn: Answer("Hello from upstream.", tokens=Tokens(1000, 100, 0))
+    ) as fake:
+        yield fake
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    async with async_playwright() as playwright:
+        chromium = await playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield chromium
+        await chromium.close()
+
+
+@contextlib.asynccontextmanager
+async def opened(browser: Browser, url: str, **options: Any) -> AsyncIterator[Page]:
+    """A page at an address, in a context of its own; what its console said must be nothing, CSP included."""
+    context = await browser.new_context(reduced_motion="reduce", **options)
+    page = await context.new_page()
+    page.set_default_timeout(10_000)
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text) if is_fault(message) else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: asyncio.ensure_future(dialog.accept()))
+    await page.goto(url)
+    yield page
+    assert said == []
+    await context.close()
+
+
+def is_fault(message: Any) -> bool:
+    """A warning or an error of the page's own; a refused save is also an error line of the browser's."""
+    return message.type in ("error", "warning") and not message.text.startswith("Failed to load resource")
+
+
+def admin_url(proxy: Proxy) -> str:
+    return f"{proxy.url}/admin#token={ADMIN_TOKEN}"
+
+
+async def tab(page: Page, name: str) -> None:
+    await page.click(f'nav a[href="#{name}"]')
+    await page.wait_for_selector(f'nav a[href="#{name}"][aria-current="page"]')
+    await page.wait_for_selector("main .card")
+
+
+def config_of(fake: AnthropicFake, model: str = "tiny", extra: str = "") -> str:
+    name = model.replace('"', '\\"')
+    return (
+        f'# a comment that stays\n[[providers]]\nname = "up"\ntype = "anthropic"\nbase_url = "{fake.base_url}"\n'
+        f'api_key = "sk-secret-0123456789"\n[[models]]\nname = "{name}"\nprice = {{ input = 3.0, output = 15.0 }}\n'
+        f'[[models.mappings]]\nprovider = "up"\nactual_model = "{name}"\n{extra}'
+    )
+
+
+async def ask(proxy: Proxy, model: str) -> int:
+    body = {"model": model, "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{proxy.url}/v1/messages", json=body) as answer,
+    ):
+        await answer.read()
+        return answer.status
+
+
+# The pages as they are sent.
+
+
+@pytest.mark.parametrize("path", ["/", "/admin"])
+async def test_page_is_small_and_locked_down(path: str, tmp_path: Path) -> None:
+    async with in_process(tmp_path, "") as proxy, aiohttp.ClientSession() as session:
+        answer = await session.get(proxy.url + path)
+        text = await answer.text()
+    assert answer.status == 200 and answer.content_type == "text/html"
+    assert len(text.encode()) < 120_000
+    policy = answer.headers["Content-Security-Policy"]
+    for rule in ("default-src 'none'", "frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'"):
+        assert rule in policy
+    assert "unsafe" not in policy
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert answer.headers["Cache-Control"] == "no-cache"
+
+
+def test_pages_have_no_markup_from_data_and_no_outside_address() -> None:
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", ccmux.SCRIPT)
+    for page in (ccmux.DASHBOARD, ccmux.ADMIN):
+        outside = [u for u in re.findall(r"https?://[^\s\"'`]+", page) if "www.w3.org/2000/svg" not in u]
+        assert outside in ([], ["https://host/v1"])  # a placeholder
+        assert not re.search(r"<[^>]+\s(?:on\w+|style)=", page.replace(ccmux.SCRIPT, ""))
+
+
+# In the browser.
+
+
+@needs_browser
+async def test_from_nothing_to_a_cost_on_the_dashboard(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, "# nothing yet\n") as proxy:
+        async with opened(browser, admin_url(proxy)) as page:
+            assert ADMIN_TOKEN not in page.url
+            await expect(page.locator("main")).to_contain_text("no provider")
+            await tab(page, "providers")
+            await page.click("text=Add a provider")
+            await page.get_by_label("Type", exact=True).select_option("anthropic")
+            await page.get_by_label("Name", exact=True).fill("up")
+            await page.get_by_label("Base URL").fill(provider.base_url)
+            await page.get_by_label("API key").fill("sk-typed-in-0123456789")
+            await expect(page.locator("dialog")).to_contain_text("127.0.0.1")
+            await page.click("dialog button:text-is('Save')")
+            await expect(page.locator("main")).to_contain_text("…6789")
+
+            await tab(page, "models")
+            await page.click("text=Add a model")
+            await page.get_by_label("Name", exact=True).fill("mine")
+            await page.get_by_label("Upstream model").fill("tiny")
+            await page.locator("dialog h3:text-is('Facts') + div").get_by_label("Input", exact=True).fill("3")
+            await (
+                page.locator("dialog h3:text-is('Facts') + div").get_by_label("Output", exact=True).fill("15")
+            )
+            await page.click("dialog button:text-is('Save')")
+            await expect(page.locator("main")).to_contain_text("anthropic/mine")
+
+            await tab(page, "providers")
+            await page.click("main button:text-is('Test')")
+            await page.click("dialog button:text-is('Test')")
+            await expect(page.locator("dialog")).to_contain_text("Hello from upstream.")
+            await page.click("dialog button:text-is('Close')")
+
+            await tab(page, "router")
+            await page.get_by_label("Default", exact=True).fill("mine")
+            await page.click("form button:text-is('Save') >> nth=0")
+            await expect(page.locator("#status")).to_contain_text("saved")
+
+            await tab(page, "try")
+            await page.get_by_label("Model asked for").fill("claude-sonnet-4-5")
+            await page.click("button:text-is('Send')")
+            await expect(page.locator("main")).to_contain_text("Hello from upstream.")
+            await expect(page.locator("main")).to_contain_text("$0.0045")
+
+            await tab(page, "overview")
+            await expect(page.locator(".log")).to_contain_text("up/tiny")
+            assert await ask(proxy, "claude-opus-4-1") == 200
+            await expect(page.locator(".log")).to_contain_text("claude-opus-4-1")
+        await proxy.idle()
+        written = (tmp_path / "config.toml").read_text()
+        assert "# nothing yet" in written and 'default = "mine"' in written
+        async with opened(browser, proxy.url) as page:
+            await expect(page.locator(".tiles")).to_contain_text("Spent today")
+            await expect(page.locator(".tiles")).to_contain_text("$0.009")
+            await expect(page.locator("main")).to_contain_text("claude-opus-4-1")
+
+
+@needs_browser
+async def test_a_second_tabs_stale_save_is_refused_and_keeps_what_was_typed(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy:
+        async with opened(browser, admin_url(proxy)) as one, opened(browser, admin_url(proxy)) as two:
+            for page, word in ((one, "first"), (two, "second")):
+                await tab(page, "router")
+                await page.get_by_label("Background", exact=True).fill("tiny")
+                await page.get_by_label("Background regex").fill(word)
+            await one.click("form button:text-is('Save') >> nth=0")
+            await expect(one.locator("#status")).to_contain_text("saved")
+            await two.click("form button:text-is('Save') >> nth=0")
+            await expect(two.locator("[role=alert] >> nth=0")).to_contain_text("has changed")
+            await expect(two.get_by_label("Background regex")).to_have_value("second")
+        text = (tmp_path / "config.toml").read_text()
+        assert (
+            'background_regex = "first"' in text and "second" not in text and "# a comment that stays" in text
+        )
+
+
+@needs_browser
+async def test_an_error_stands_beside_its_field(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "router")
+        await page.get_by_label("Background", exact=True).fill("nobody-serves-this")
+        await page.click("form button:text-is('Save') >> nth=0")
+        await expect(page.get_by_label("Background", exact=True)).to_have_attribute("aria-invalid", "true")
+        await expect(page.locator(".field [role=alert]")).to_contain_text("nobody-serves-this")
+
+
+@needs_browser
+async def test_hostile_names_are_text(browser: Browser, provider: AnthropicFake, tmp_path: Path) -> None:
+    async with in_process(tmp_path, config_of(provider, HOSTILE)) as proxy:
+        assert await ask(proxy, HOSTILE) == 200
+        await proxy.idle()
+        async with opened(browser, proxy.url) as page:
+            await expect(page.locator("main")).to_contain_text(HOSTILE)
+            assert await page.locator("img").count() == 0 and await page.title() == "ccmux"
+        async with opened(browser, admin_url(proxy)) as page:
+            await expect(page.locator(".log")).to_contain_text(HOSTILE)
+            for name in TABS:
+                await tab(page, name)
+                assert await page.locator("img").count() == 0
+            assert await page.title() == "ccmux admin"
+
+
+@needs_browser
+async def test_a_provider_is_added_by_keyboard_alone(browser: Browser, tmp_path: Path) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, admin_url(proxy)) as page:
+        await page.wait_for_selector("main .tiles")
+        await tab_to(page, "Providers")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("main")).to_contain_text("None yet")
+        await tab_to(page, "Add a provider")
+        await page.keyboard.press("Enter")
+        await page.keyboard.type("demo")
+        await tab_to(page, "Save")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#status")).to_contain_text("Provider demo is saved.")
+    assert 'name = "demo"' in (tmp_path / "config.toml").read_text()
+
+
+async def tab_to(page: Page, words: str) -> None:
+    """Presses Tab until the element with these words has the focus, which must be seen."""
+    for _ in range(80):
+        await page.keyboard.press("Tab")
+        found = await page.evaluate(
+            "() => { const e = document.activeElement; return [e.textContent, getComputedStyle(e).outlineStyle]; }"
+        )
+        if found[0] == words:
+            assert found[1] == "solid"
+            return
+    raise AssertionError(f"{words!r} cannot be reached by Tab")
+
+
+@needs_browser
+async def test_360_pixels_wide_without_sideways_scrolling(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(
+        tmp_path, config_of(provider, "a-model-with-a-rather-" + "long-" * 12 + "name")
+    ) as proxy:
+        assert await ask(proxy, "a-model-with-a-rather-" + "long-" * 12 + "name") == 200
+        await proxy.idle()
+        small = {"width": 360, "height": 740}
+        async with opened(browser, proxy.url, viewport=small) as page:
+            await page.wait_for_selector(".tiles")
+            assert await width_of(page) <= 360
+        async with opened(browser, admin_url(proxy), viewport=small) as page:
+            await page.wait_for_selector(".tiles")
+            for name in TABS:
+                await tab(page, name)
+                assert await width_of(page) <= 360, name
+
+
+async def width_of(page: Page) -> int:
+    return int(await page.evaluate("document.documentElement.scrollWidth"))
+
+
+CONTRAST = """() => {
+  const light = (c) => { const p = c.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
+    .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * p[0] + 0.7152 * p[1] + 0.0722 * p[2]; };
+  const behind = (e) => { const b = getComputedStyle(e).backgroundColor;
+    return /, 0\\)$|transparent/.test(b) && e.parentElement ? behind(e.parentElement) : b; };
+  const bad = [];
+  for (const e of document.querySelectorAll("body *")) {
+    if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || !e.offsetParent || e.disabled) continue;
+    const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) bad.push(`${e.tagName}.${e.className}: ${e.textContent.slice(0, 40)}`);
+  }
+  return bad;
+}"""
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_text_has_contrast(
+    scheme: str, browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    extra = '[[providers]]\nname = "gone"\ntype = "openrouter"\napi_key = "$NO_SUCH_KEY_HERE"\n'
+    async with in_process(tmp_path, config_of(provider, extra=extra)) as proxy:
+        assert await ask(proxy, "tiny") == 200
+        await proxy.idle()
+        async with opened(browser, proxy.url, color_scheme=scheme) as page:
+            await page.wait_for_selector(".tiles")
+            assert await page.evaluate(CONTRAST) == []
+        async with opened(browser, admin_url(proxy), color_scheme=scheme) as page:
+            await page.wait_for_selector(".tiles")
+            for name in TABS:
+                await tab(page, name)
+                assert await page.evaluate(CONTRAST) == [], name
+
+
+@needs_browser
+async def test_signing_in_with_a_users_key(browser: Browser, provider: AnthropicFake, tmp_path: Path) -> None:
+    async with in_process(tmp_path, config_of(provider, extra="[server]\nrequire_key = true\n")) as proxy:
+        _, key = proxy.state.store.add_user("ann", 5_000_000, {}, "")
+        async with opened(browser, proxy.url) as page:
+            await page.get_by_label("Your ccmux key").fill("wrong")
+            await page.click("button:text-is('Sign in')")
+            await expect(page.locator("[role=alert]")).not_to_be_empty()
+            await page.get_by_label("Your ccmux key").fill(key)
+            await page.keyboard.press("Enter")
+            await expect(page.locator(".tiles")).to_contain_text("$5.00")
+            await expect(page.locator(".tiles")).to_contain_text("by ann")
+
+
+@needs_browser
+async def test_adding_a_user_shows_the_key_once(browser: Browser, tmp_path: Path) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "users")
+        await page.click("text=Add a user")
+        await page.get_by_label("Name", exact=True).fill("not a name")
+        await page.click("dialog button:text-is('Add')")
+        await expect(page.locator("dialog [role=alert]")).not_to_be_empty()
+        await page.get_by_label("Name", exact=True).fill("ann")
+        await page.get_by_label("Credit, dollars").fill("2.5")
+        await page.click("dialog button:text-is('Add')")
+        await expect(page.locator("dialog pre")).to_contain_text("ccmux-")
+        await page.click("dialog button:text-is('Close')")
+        await expect(page.locator("main")).to_contain_text("$2.50")
+        await expect(page.locator("main")).not_to_contain_text("ccmux-")
