@@ -10358,7 +10358,7 @@ function tryView() {
   };
   const showEnd = (row) => refill(end, el("p", {}, statusBadge(row),
     ` ${target(row)} because of ${row.route}`),
-    el("p", { class: "muted" }, 
+    el("p", { class: "muted" },
       `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`));
   const send = async () => {
