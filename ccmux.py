@@ -201,10 +201,10 @@ def install_packages(venv: Path, python: Path) -> None:
         done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
         if done.returncode:
             words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            if any("ensurepip" in line for line in words):
+            if any("ensurepip" in line or "No module named venv" in line for line in words):
                 words = ["this Python lacks its venv parts (on Debian and Ubuntu: apt install python3-venv)"]
             said = next((line for line in words if line.startswith("ERROR")), (words or ["it failed"])[-1])
-            bootstrap_failed(f"{' '.join(step[1:4])}: {said}")
+            bootstrap_failed(f"{step[2]}: {said}")
 
 
 def bootstrap_failed(why: str) -> NoReturn:
@@ -1226,6 +1226,8 @@ def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str
     """
     before = tomllib.loads(text)
     meant = meant_tables(before, root, name, table)
+    if same_value(before, meant):
+        return text
     for edit in (splice_table, rewrite_root):
         try:
             after = edit(text, before, meant, root, name)
@@ -2429,7 +2431,7 @@ def upstream_error(
     status.
     """
     words = error_words(payload)
-    if status in (400, 413, 422, 500) and (sizes := overflow(words, payload, tokens, context)):
+    if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         return ApiError(400, message, retry=Retry.LARGER, headers=headers, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
@@ -2870,22 +2872,30 @@ GEMINI_SCHEMA_KEYS = {
 GEMINI_FORMATS = {"enum", "date-time", "int32", "int64", "float", "double"}
 
 
-def gemini_schema(schema: Any, definitions: Json | None = None, depth: int = 0) -> Json:
+MAX_SCHEMA_PARTS = 10_000
+
+
+def gemini_schema(
+    schema: Any, definitions: Json | None = None, depth: int = 0, parts: Iterator[int] | None = None
+) -> Json:
     """A JSON schema in the subset that Gemini takes: references inlined, unknown keywords left out.
 
     https://ai.google.dev/api/caching#Schema. A const becomes an enum of one, oneOf an anyOf, a list of types with
-    null a nullable.
+    null a nullable. A reference to what it stands in is cut off, and so is what references multiply without end.
     """
-    if not isinstance(schema, dict) or depth > 24:
+    parts = parts or itertools.count()
+    if not isinstance(schema, dict) or depth > 24 or next(parts) > MAX_SCHEMA_PARTS:
         return {}
-    definitions = definitions or {**(schema.get("$defs") or {}), **(schema.get("definitions") or {})}
+    definitions = definitions or {**as_object(schema.get("$defs")), **as_object(schema.get("definitions"))}
     if isinstance(schema.get("$ref"), str):
-        found = definitions.get(schema["$ref"].rsplit("/", 1)[-1])
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        found = as_object(definitions.get(name))
+        others = {k: v for k, v in definitions.items() if k != name}
         rest = {k: v for k, v in schema.items() if k != "$ref"}
-        return gemini_schema({**found, **rest} if isinstance(found, dict) else rest, definitions, depth + 1)
-    inner = functools.partial(gemini_schema, definitions=definitions, depth=depth + 1)
+        return gemini_schema({**found, **rest}, others, depth + 1, parts)
+    inner = functools.partial(gemini_schema, definitions=definitions, depth=depth + 1, parts=parts)
     out = {k: v for k, v in schema.items() if k in GEMINI_SCHEMA_KEYS} | gemini_type(schema.get("type"))
-    if schema.get("format") in GEMINI_FORMATS:
+    if isinstance(schema.get("format"), str) and schema["format"] in GEMINI_FORMATS:
         out["format"] = schema["format"]
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
@@ -2895,7 +2905,8 @@ def gemini_schema(schema: Any, definitions: Json | None = None, depth: int = 0) 
             out["anyOf"] = [inner(s) for s in schema[key]]
     if isinstance(schema.get("properties"), dict):
         out["properties"] = {k: inner(v) for k, v in schema["properties"].items()}
-    named = [r for r in as_list(schema.get("required")) if r in out.get("properties", ())]
+    known = as_object(out.get("properties"))
+    named = [r for r in as_list(schema.get("required")) if isinstance(r, str) and r in known]
     out = {k: v for k, v in out.items() if k != "required"} | ({"required": named} if named else {})
     if out.get("type") == "array":
         out["items"] = inner(schema.get("items") or {"type": "string"})
@@ -4323,13 +4334,18 @@ class Dialect:
     headers: tuple[tuple[str, str], ...] = ()
     version: str = "/v1"  # what a bare host is followed by
     is_local: bool = False  # answered in this process
+    passes: str = ""  # the client format whose answers are relayed as they come
 
 
 DIALECTS: dict[str, Dialect] = {
     "anthropic": Dialect(
-        "/messages", AnthropicEvents, auth="x-api-key", headers=(("anthropic-version", "2023-06-01"),)
+        "/messages",
+        AnthropicEvents,
+        passes="anthropic",
+        auth="x-api-key",
+        headers=(("anthropic-version", "2023-06-01"),),
     ),
-    "openai": Dialect("/chat/completions", OpenAIStream, openai_request),
+    "openai": Dialect("/chat/completions", OpenAIStream, openai_request, passes="chat"),
     "responses": Dialect("/responses", ResponsesStream, responses_request),
     "gemini": Dialect(
         "/models/{model}:streamGenerateContent?alt=sse",
@@ -4590,17 +4606,104 @@ class AnthropicWhole:
             message = json.loads(body)
         except (ValueError, RecursionError):
             message = None
-        if not isinstance(message, dict) or message.get("type") != "message":
-            self.error = not_a_stream(body.decode("utf-8", "replace"), "Anthropic message")
+        if not isinstance(message, dict) or not self.look(message):
+            self.error = not_a_stream(body.decode("utf-8", "replace"), "answer of its format")
             return b""
         self.message, self.ending = message, body
-        self.usage = anthropic_usage(message.get("usage"))
-        self.stop_reason = str(message.get("stop_reason") or "")
         self.has_content = self.ended = True
         return b""
 
+    def look(self, message: Json) -> bool:
+        """Reads usage and stop reason off a whole answer; false where it is none."""
+        self.usage = anthropic_usage(message.get("usage"))
+        self.stop_reason = str(message.get("stop_reason") or "")
+        return message.get("type") == "message"
+
     def output_text(self) -> str:
         return "\n".join(block_text(b) for b in blocks_of(self.message.get("content")))
+
+
+class ChatWhole(AnthropicWhole):
+    """An OpenAI-format upstream's whole answer, relayed to a client of the same format."""
+
+    def look(self, message: Json) -> bool:
+        self.usage = openai_usage(message.get("usage"))
+        choices = [c for c in as_list(message.get("choices")) if isinstance(c, dict)]
+        self.stop_reason = str(choices[0].get("finish_reason") or "") if choices else ""
+        return bool(choices)
+
+    def output_text(self) -> str:
+        return json.dumps(self.message.get("choices"))
+
+
+class ChatTap:
+    """An OpenAI-format upstream's stream, relayed to a client of the same format. Same face as `AnthropicTap`."""
+
+    def __init__(self, wants_usage: bool) -> None:
+        self.wants_usage = wants_usage  # false: the chunk of usage that ccmux asked for is not the client's
+        self.decoder = SseDecoder()
+        self.usage: Usage | None = None
+        self.stop_reason = ""
+        self.has_content = self.ended = self.error_relayed = False
+        self.error: ApiError | None = None
+        self.ending = b""
+        self.texts: list[str] = []
+
+    def feed(self, data: bytes) -> bytes:
+        return b"".join(map(self.relay, self.decoder.feed(data)))
+
+    def relay(self, block: bytes) -> bytes:
+        if self.ended or self.error is not None:
+            return b""
+        name, data = event_of(block)
+        if data == "[DONE]" and self.stop_reason:
+            self.ended, self.ending = True, block
+            return b""
+        try:
+            chunk = json.loads(data or "{}")
+        except (ValueError, RecursionError):
+            chunk = None
+        if not isinstance(chunk, dict) or chunk.get("error") or name == "error":
+            self.error = (
+                error_of_event(chunk) if isinstance(chunk, dict) else not_a_stream(data, "OpenAI stream")
+            )
+            return b""
+        self.usage = openai_usage(chunk.get("usage")) or self.usage
+        choices = [c for c in as_list(chunk.get("choices")) if isinstance(c, dict)]
+        for choice in choices:
+            self.look(choice)
+        is_ours = bool(data) and not choices and not self.wants_usage and bool(chunk.get("usage"))
+        return b"" if is_ours else block
+
+    def look(self, choice: Json) -> None:
+        self.stop_reason = str(choice.get("finish_reason") or "") or self.stop_reason
+        said = {k: v for k, v in as_object(choice.get("delta")).items() if k != "role" and v}
+        self.has_content = self.has_content or bool(said) or bool(self.stop_reason)
+        self.texts += [v if isinstance(v, str) else json.dumps(v) for v in said.values()]
+
+    def finish(self) -> bytes:
+        rest = self.decoder.finish()
+        if rest and rest[0].lstrip()[:1] in (b"{", b"[", b"<") and not self.has_content:
+            self.error = not_a_stream(rest[0].decode("utf-8", "replace"), "OpenAI stream")
+            return b""
+        out = b"".join(map(self.relay, rest))
+        if self.stop_reason and not self.ended:
+            self.ended, self.ending = True, b"data: [DONE]\n\n"
+        if not self.ended and self.error is None:
+            words = "the provider's stream ended before the answer did"
+            self.error = ApiError(502, words, retry=Retry.SAME, cause="stream")
+        return out
+
+    def output_text(self) -> str:
+        return "".join(self.texts)
+
+
+def chat_passed_on(given: Json, to: Upstream) -> Json:
+    """An OpenAI-format client's own request for an upstream of its format: but for the model's name as it came."""
+    out = {**given, "model": to.model}
+    if given.get("stream") is True and to.quirks.stream_options:
+        out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}
+    return without(out | to.quirks.extra_body, to)
 
 
 MAX_ANSWER = 64 * 2**20
@@ -5460,14 +5563,14 @@ class Vocabulary:
 
     def forget_missing(self) -> None:
         """After a download: what was missing is looked for again."""
-        with self.lock:
-            for name in [n for n, encoding in self.loaded.items() if encoding is None]:
+        for name, encoding in list(self.loaded.items()):  # a copy, as a thread may be loading
+            if encoding is None:
                 del self.loaded[name]
                 self.loading.discard(name)
 
     def missing(self) -> list[str]:
         """Vocabularies that were looked for in vain."""
-        return [n for n, encoding in self.loaded.items() if encoding is None and n in PATTERNS]
+        return [n for n, encoding in list(self.loaded.items()) if encoding is None and n in PATTERNS]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5516,6 +5619,7 @@ MIGRATIONS = (
     ) strict;
     create index requests_by_user on requests (user, id);
     create index requests_by_time on requests (time);
+    create index requests_by_session on requests (session, id);
     create table calibration (
         provider text not null, model text not null, factor real not null, samples integer not null,
         primary key (provider, model)
@@ -5538,7 +5642,22 @@ MIGRATIONS = (
     create trigger holds_fixed before update of user_id, amount_microusd on holds
         begin select raise(abort, 'a hold keeps its amount'); end;
     """,
+    "create index requests_by_session on requests (session);",
 )
+SUMS = {  # what must be equal: users whose figure differs from its rows
+    "balance": "select name from users left join "
+    "(select user_id, sum(amount_microusd) as total from ledger group by user_id) on user_id = id "
+    "where balance_microusd != coalesce(total, 0)",
+    "held": "select name from users left join "
+    "(select user_id, sum(amount_microusd) as total from holds group by user_id) on user_id = id "
+    "where held_microusd != coalesce(total, 0)",
+    "spent": "with told as (select user_id, day, microusd from spent), "
+    "found as (select user_id, substr(time, 1, 10), -sum(amount_microusd) from ledger "
+    "where kind in ('charge', 'refund', 'interrupted') group by 1, 2) "
+    "select name from users where id in (select user_id from (select * from told except select * from found) "
+    "union select user_id from (select * from found except select * from told))",
+}
+SUMS_EVERY = 3600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -5601,6 +5720,7 @@ USAGE_COLUMNS = (
     "duration_ms", "stop_reason",
 )  # fmt: skip
 REQUEST_COLUMNS = (*USAGE_COLUMNS, "price", "trail")
+MAX_ID = 2**63 - 1  # SQLite's own
 TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
 
 
@@ -5615,14 +5735,17 @@ def settlement_row(done: Settlement, time: str = "") -> Json:
         "cache_read_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write,
         "cache_write_1h_tokens": usage.cache_write_1h, "estimated": int(usage.estimated), "cost_microusd": done.cost,
         "markup_microusd": done.markup, "charge_microusd": done.charge, "first_token_ms": done.first_token_ms,
-        "duration_ms": done.duration_ms, "stop_reason": done.stop_reason, "price": json.dumps(done.price),
+        "duration_ms": done.duration_ms, "stop_reason": done.stop_reason or "", "price": json.dumps(done.price),
         "trail": json.dumps(done.trail),
     }  # fmt: skip
-    return {k: storable(v) if isinstance(v, str) else v for k, v in row.items()}
+    return {k: storable(v) for k, v in row.items()}
 
 
-def storable(text: str) -> str:
-    """Text that SQLite takes: half a surrogate pair, from JSON's \\ud800 or a header's bytes, is written out."""
+def storable(value: Any) -> Any:
+    """What SQLite takes: half a surrogate pair, from JSON's \\ud800 or a header's bytes, is written out."""
+    if value is None or isinstance(value, int):
+        return value
+    text = str(value)  # an upstream's stop_reason may be anything
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -5656,6 +5779,10 @@ class Store:
         self.path, self.now = path, now
         self.lock_file: typing.IO[str] | None = None
         self.thread: threading.Thread | None = None
+        self.watcher: threading.Thread | None = None
+        self.closing = threading.Event()
+        self.local = threading.local()
+        self.readers: list[sqlite3.Connection] = []
         self.queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
         try:
             if path != ":memory:" and not os.path.exists(path):
@@ -5664,7 +5791,6 @@ class Store:
             self.migrate()
             if max_page_count:
                 self.db.execute(f"pragma max_page_count = {int(max_page_count)}")
-            self.reader = self.connect() if path != ":memory:" else self.db
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
 
@@ -5674,22 +5800,50 @@ class Store:
         db.execute("pragma journal_mode = wal")
         db.execute("pragma synchronous = full")
         db.execute("pragma foreign_keys = on")
+        db.execute("pragma recursive_triggers = on")  # else `replace` removes ledger rows past their trigger
+        return db
+
+    @property
+    def reader(self) -> sqlite3.Connection:
+        """A connection of the calling thread's own: a long report in a thread holds up nobody else."""
+        if self.path == ":memory:":
+            return self.db
+        if not hasattr(self.local, "db"):
+            self.local.db = self.connect()
+            self.readers.append(self.local.db)
+        db: sqlite3.Connection = self.local.db
         return db
 
     def migrate(self) -> None:
-        version = self.db.execute("pragma user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise ConfigError(f"database {self.path} was written by a newer ccmux; use that one")
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            self.db.executescript(f"begin immediate; {script}; pragma user_version = {number}; commit;")
+        """Brings the schema up to date; several processes may be at it at once."""
+        while (version := self.db.execute("pragma user_version").fetchone()[0]) != len(MIGRATIONS):
+            if version > len(MIGRATIONS):
+                raise ConfigError(f"database {self.path} was written by a newer ccmux; use that one")
+            script = f"begin immediate; {MIGRATIONS[version]}; pragma user_version = {version + 1}; commit;"
+            try:
+                self.db.executescript(script)
+            except sqlite3.Error:
+                if self.db.in_transaction:
+                    self.db.execute("rollback")
+                if self.db.execute("pragma user_version").fetchone()[0] == version:
+                    raise  # no other process has done it meanwhile
 
     # The server's side: one writer, and what a crash left behind.
 
     def open_server(self) -> None:
-        """Takes the lock of the one server, settles what a crash left, starts the writer."""
+        """Takes the lock of the one server, settles what a crash left, starts the writer and the sums' watch.
+
+        ConfigError where another server has the database, or it cannot be written.
+        """
         if self.path != ":memory:":
-            self.lock_file = lock(self.path + ".lock")
-        self.recover()
+            self.lock_file = lock(os.path.realpath(self.path) + ".lock")
+            self.watcher = threading.Thread(target=self.watch_sums, name="ccmux-sums", daemon=True)
+        try:
+            self.recover()
+        except sqlite3.Error as error:
+            raise ConfigError(f"database {self.path} cannot be written: {error}") from None
+        if self.watcher:
+            self.watcher.start()
         self.thread = threading.Thread(target=self.write_forever, name="ccmux-store", daemon=True)
         self.thread.start()
 
@@ -5713,11 +5867,11 @@ class Store:
         self.db.execute("begin immediate")
         try:
             yield
+            self.db.execute("commit")
         except BaseException:
             if self.db.in_transaction:
                 self.db.execute("rollback")
             raise
-        self.db.execute("commit")
 
     def write_forever(self) -> None:
         """The writer thread: takes all that waits, commits it as one, then tells those who wait for it."""
@@ -5726,14 +5880,20 @@ class Store:
             try:
                 first = self.queue.get(timeout=0.5 if kept else None)
             except queue.Empty:
-                kept = self.write_each(kept)
+                kept = self.retry(kept)
                 continue
             batch, open_end = self.take_waiting(first)
-            kept = self.write_each(kept) if kept else kept
-            kept += self.write_batch(batch)
+            kept = self.retry(kept) + self.write_batch(batch)
             if not open_end:
-                self.write_each(kept)
+                self.retry(kept)
                 return
+
+    def retry(self, kept: list[Write]) -> list[Write]:
+        """Tries again what could not be written; the first that still cannot keeps those behind it waiting."""
+        for at, write in enumerate(kept):
+            if self.write_each([write]):
+                return kept[at:]
+        return []
 
     def take_waiting(self, first: Write | None) -> tuple[list[Write], bool]:
         """What is on the queue; and whether more may come (None is the last word)."""
@@ -5769,6 +5929,8 @@ class Store:
         try:
             write.result, write.error = write.run(self.db), None
         except (ApiError, sqlite3.IntegrityError) as error:
+            if write.keep:
+                raise  # never to be lost in silence: write_each tells
             write.error = error
             self.db.execute("rollback to one")
         self.db.execute("release one")
@@ -5782,8 +5944,7 @@ class Store:
                     write.result, write.error = write.run(self.db), None
             except Exception as error:
                 write.error = error
-                passing = isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
-                if write.keep and passing:
+                if write.keep and isinstance(error, sqlite3.OperationalError):  # full, locked, read-only
                     kept.append(write)
                     continue
                 if write.keep:
@@ -5813,13 +5974,18 @@ class Store:
 
     def close(self, timeout: float = 10) -> None:
         """Writes what waits, checkpoints, gives the lock back."""
+        self.closing.set()
         if self.thread:
             self.queue.put(None)
             self.thread.join(timeout)
+        for reader in list(self.readers):
+            reader.interrupt()
+        if self.watcher and self.watcher.is_alive():
+            self.watcher.join(timeout)
+        for reader in self.readers:
+            reader.close()
         with contextlib.suppress(sqlite3.Error):
             self.db.execute("pragma wal_checkpoint(truncate)")
-        if self.reader is not self.db:
-            self.reader.close()
         self.db.close()
         if self.lock_file:
             self.lock_file.close()
@@ -5898,22 +6064,16 @@ class Store:
         moment = moment or iso(self.now())
         # By request as well: where the client left before its hold was written, nobody knows the hold's id.
         db.execute("delete from holds where id = ? or request_id = ?", (hold_id, done.request_id))
-        if done.charge or kind == "interrupted":
-            enter(
-                db,
-                done.user,
-                kind,
-                -done.charge,
-                moment,
-                f"request:{done.request_id}",
-                request_id=done.request_id,
-            )
         row = settlement_row(done, moment)
         marks = ", ".join(f":{name}" for name in REQUEST_COLUMNS)
-        db.execute(
-            f"insert or ignore into requests ({', '.join(REQUEST_COLUMNS)}) values ({marks})",  # noqa: S608
+        new = db.execute(
+            f"insert into requests ({', '.join(REQUEST_COLUMNS)}) values ({marks}) "  # noqa: S608
+            "on conflict (request_id) do nothing",
             row,
-        )
+        ).rowcount
+        if new and (done.charge or kind == "interrupted"):
+            key = f"request:{done.request_id}"
+            enter(db, done.user, kind, -done.charge, moment, key, request_id=done.request_id)
 
     # Users.
 
@@ -6063,8 +6223,8 @@ class Store:
         """Ledger rows of a user, newest first; `before` is an id."""
         rows = self.reader.execute(
             "select l.* from ledger l join users u on u.id = l.user_id "
-            "where u.name = ? and (? = 0 or l.id < ?) order by l.id desc limit ?",
-            (name, before, before, limit),
+            "where u.name = ? and l.id < ? order by l.id desc limit ?",
+            (name, before or MAX_ID, limit),
         )
         columns = ("id", "time", "kind", "amount_microusd", "balance_microusd", "request_id", "note")
         return [{c: row[c] for c in columns} for row in rows]
@@ -6072,8 +6232,8 @@ class Store:
     def requests(self, name: str | None = None, limit: int = 50, before: int = 0) -> list[Json]:
         """Rows of the request log, newest first, of one user or of all; with id, price and trail."""
         rows = self.reader.execute(
-            "select * from requests where (? is null or user = ?) and (? = 0 or id < ?) order by id desc limit ?",
-            (name, name, before, before, limit),
+            f"select * from requests where {'user = ? and ' if name else ''}id < ? order by id desc limit ?",  # noqa: S608
+            (*([name] if name else []), before or MAX_ID, limit),
         )
         return [
             {
@@ -6136,18 +6296,9 @@ class Store:
 
     def sums_problem(self) -> str:
         """Which sum is not what its rows say; "" where all are sound."""
-        checks = {
-            "balance": "select name from users u where balance_microusd != "
-            "(select coalesce(sum(amount_microusd), 0) from ledger where user_id = u.id)",
-            "held": "select name from users u where held_microusd != "
-            "(select coalesce(sum(amount_microusd), 0) from holds where user_id = u.id)",
-            "spent": "select u.name from spent s join users u on u.id = s.user_id where s.microusd != "
-            "(select coalesce(-sum(amount_microusd), 0) from ledger where user_id = s.user_id "
-            "and kind in ('charge', 'refund', 'interrupted') and substr(time, 1, 10) = s.day)",
-        }
 
         def wrong(db: sqlite3.Connection) -> list[tuple[str, str]]:
-            return [(what, row[0]) for what, sql in checks.items() for row in db.execute(sql)]
+            return [(what, row[0]) for what, sql in SUMS.items() for row in db.execute(sql)]
 
         if self.reader is self.db:
             found = self.do(wrong)
@@ -6158,6 +6309,17 @@ class Store:
             finally:
                 self.reader.execute("commit")
         return "; ".join(f"{what} of user {name} differs from its rows" for what, name in found)
+
+    def watch_sums(self) -> None:
+        """A thread of the server's: checks the sums at start and every hour, and says so where one differs."""
+        while not self.closing.is_set():
+            try:
+                if problem := self.sums_problem():
+                    log.error("the ledger is not sound: %s", problem)
+            except sqlite3.Error as error:
+                if not self.closing.is_set():
+                    log.error("the ledger's sums cannot be checked: %s", error)
+            self.closing.wait(SUMS_EVERY)
 
     def backup(self, path: str) -> None:
         """A consistent copy while the server runs; mode 0600."""
@@ -6247,7 +6409,12 @@ def lock(path: str) -> typing.IO[str]:
         if sys.platform == "win32":
             import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            # A byte far behind the text: Windows lets nobody read a locked one, and the pid is to be read.
+            os.lseek(file.fileno(), 2**20, os.SEEK_SET)
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(file.fileno(), 0, os.SEEK_SET)
         else:
             import fcntl
 
@@ -6419,6 +6586,7 @@ class Call:
     is_counted: bool = False
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
+    chat: Json = field(default_factory=dict)  # what an OpenAI-format client sent
     wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
     on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
     on_raw: Callable[[str, bytes], None] | None = None  # the inspect recorder
@@ -6434,8 +6602,8 @@ class Call:
     stopping: bool = False
 
     def is_streamed(self, dialect: Dialect) -> bool:
-        """Whether the upstream streams: all but an Anthropic client's whole answer from its own format do."""
-        return self.stream or self.format != "anthropic" or dialect.request is not None
+        """Whether the upstream streams: all do, but for a whole answer in the client's own format."""
+        return self.stream or dialect.passes != self.format
 
     def stop(self) -> None:
         """Ends the request now, with an error: the server shuts down."""
@@ -6752,7 +6920,9 @@ class Relay:
         to = self.upstream_of(call, slot)
         url = endpoint_url(provider.base_url, dialect, model=target.actual_model)
         headers = upstream_headers(call, slot, dialect)
-        if dialect.request is None:
+        if dialect.passes == call.format == "chat":
+            data = compact(chat_passed_on(call.chat, to))
+        elif dialect.request is None:
             data = forwarded(call, to)
             url += "?beta=true" if "beta=true" in call.query else ""
         else:
@@ -6771,8 +6941,10 @@ class Relay:
 
     def reader_for(self, call: Call, slot: Slot, dialect: Dialect) -> Reader:
         secrets = call.config.secrets()
-        if dialect.request is None and call.format == "anthropic":
+        if dialect.passes == call.format == "anthropic":
             return AnthropicTap(lambda text: scrub(text, secrets)) if call.stream else AnthropicWhole()
+        if dialect.passes == call.format:
+            return ChatTap(call.wants_usage) if call.stream else ChatWhole()
         to = self.upstream_of(call, slot)
         count = functools.partial(self.count_for, to.model)
         asked = str(call.body.get("model") or "")
@@ -7126,7 +7298,8 @@ def refused_parameter(message: str, param: str = "") -> str:
         return "reasoning.summary"
     if not _REFUSES.search(message):
         return ""
-    quoted = re.findall(r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)", message)
+    named_in = r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)|^(\w+): "
+    quoted = re.findall(named_in, message)
     named = [param, *(name for names in quoted for name in names if name)]
     return next((top for name in named if (top := name.split(".")[0]) in DROPPABLE), "")
 
@@ -7170,7 +7343,7 @@ def forwarded(call: Call, to: Upstream) -> bytes:
     if call.format != "anthropic" and not to.facts.sampling:
         body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
     # Only blocks that ccmux made carry its tag; the search is cheap, the rebuild is not.
-    if not raw or b'"signature"' in raw:
+    if not raw or b'"signature"' in raw or b'"redacted_thinking"' in raw:
         clean = without_foreign_thinking(body)
         body, raw = (clean, b"") if clean != body else (body, raw)
     lighter = without_dropped(body, to)
@@ -7334,6 +7507,7 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
     """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's
     login.
     """
+    error.message = scrub(error.message, call.config.secrets())
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
         name = slot.provider.name
         words = (
@@ -7459,7 +7633,8 @@ class Recorder:
         secrets_of = call.config.secrets()
         record: Json = {
             "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.body.get("model"),
-            "route": call.route.reason, "client_request": call.body, "upstream_request": "", "upstream_answer": "",
+            "route": call.route.reason, "client_request": json.loads(scrub(json.dumps(call.body), secrets_of)),
+            "upstream_request": "", "upstream_answer": "",
             "events": "",
         }  # fmt: skip
         self.held[call.request_id] = record
@@ -7539,7 +7714,7 @@ def check_host(request: web.Request, config: Config) -> None:
 
 def host_name(host: str) -> str:
     """A Host without its port and trailing dot, in lower case; "" where it is malformed."""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::\d{1,5})?", host)
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?", host)
     return match[1].rstrip(".").lower() if match else ""
 
 
@@ -7645,7 +7820,7 @@ def client_of(request: web.Request, state: State) -> tuple[User, str]:
     if user is None and state.config.server.require_key:
         count_failure(state, request)
         words = "unknown key" if given else "a key is needed"
-        raise ApiError(401, f"{words}: set ANTHROPIC_API_KEY to your ccmux key", should_retry=False)
+        raise ApiError(401, f"{words}: set ANTHROPIC_AUTH_TOKEN to your ccmux key", should_retry=False)
     return user or state.store.local_user(), own
 
 
@@ -7721,6 +7896,7 @@ async def post_chat_completions(request: web.Request) -> web.StreamResponse:
     call = await plan_call(request, state, body, b"", format="chat")
     call.credential = credential
     call.body = {**call.body, "stream": True}  # upstream; the client's own wish is call.stream
+    call.chat = given
     call.wants_usage = as_object(given.get("stream_options")).get("include_usage") is True
     return await Exchange(request, state, call, user).serve()
 
@@ -7796,7 +7972,12 @@ class StreamSink:
     ) -> None:
         self.request, self.headers, self.interval, self.ping = request, headers, interval, ping
         self.response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-cache",
+                "X-Content-Type-Options": "nosniff",
+                "Server": "ccmux",
+            }
         )
         self.began = False
         self.last = time.monotonic()
@@ -8013,7 +8194,7 @@ class Exchange:
             asked=str(call.body.get("model"))[:256],
             route=call.route.reason,
             provider=target.provider,
-            model=target.actual_model,
+            model=target.actual_model[:256],
             stream=call.stream,
             status=status,
             error=error.cause if error else "" if status == 200 else "client_gone",
@@ -8257,9 +8438,9 @@ async def get_metrics(request: web.Request) -> web.StreamResponse:
 
 def api_routes() -> list[web.RouteDef]:
     return [
-        web.post("/v1/messages", post_messages, expect_handler=expect_continue),
-        web.post("/v1/messages/count_tokens", post_count_tokens, expect_handler=expect_continue),
-        web.post("/v1/chat/completions", post_chat_completions, expect_handler=expect_continue),
+        web.post("/v1/messages", post_messages),
+        web.post("/v1/messages/count_tokens", post_count_tokens),
+        web.post("/v1/chat/completions", post_chat_completions),
         web.get("/v1/models", get_models),
         web.get("/v1/models/{id:.+}", get_model),
         web.get("/api/hello", get_hello),
@@ -9578,7 +9759,7 @@ function moneyCard(entries) {
 }
 function connectCard(models) {
   const url = location.origin, key = sessionStorage.getItem(SECRET) ? "YOUR_CCMUX_KEY" : "ccmux-local";
-  const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_API_KEY: key };
+  const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_AUTH_TOKEN: key };
   const shells = [["bash, zsh", (n, v) => `export ${n}='${v}'`], ["fish", (n, v) => `set -gx ${n} '${v}'`],
     ["PowerShell", (n, v) => `$env:${n} = '${v}'`], ["cmd", (n, v) => `set ${n}=${v}`]];
   const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", {}, name), copyable(
@@ -10544,7 +10725,9 @@ def make_app(state: State) -> web.Application:
     """The server's routes and middleware around a State."""
     app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=MAX_BODY)
     app[state_key()] = state
-    app.add_routes([*api_routes(), *admin_routes(), *page_routes()])
+    for route in (*api_routes(), *admin_routes(), *page_routes()):
+        options = {**route.kwargs, "expect_handler": expect_continue}
+        app.router.add_routes([web.RouteDef(route.method, route.path, route.handler, options)])
     return app
 
 
@@ -11037,11 +11220,15 @@ def init_command(args: argparse.Namespace) -> int:
     path = Path(args.config or os.environ.get("CCMUX_CONFIG") or ccmux_home() / "config.toml").expanduser()
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or name another file with --config")
-    text = INIT_HEAD + config_of_environment(os.environ, ollama_models()) + INIT_TAIL
+    found = config_of_environment(os.environ, ollama_models())
+    is_demo = 'type = "demo"' in found
+    text = INIT_HEAD + found + (INIT_DEMO if is_demo else "") + INIT_TAIL
     load_config(text, os.environ, str(path))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
+    if is_demo:
+        print("no key was found in the environment, so it has the built-in demo; edit it, or set a key first")
     used = config_path("")
     flag = "" if used and used.resolve() == path.resolve() else f" --config {shlex.quote(str(path))}"
     print(f"wrote {path}\nstart ccmux with: python3 {shlex.quote(sys.argv[0])}{flag}")
@@ -11052,6 +11239,13 @@ INIT_HEAD = """\
 # ccmux config. config.example.toml beside ccmux.py shows every key; `ccmux.py check` tells whether this file
 # is sound. Keys are best left in the environment: api_key = "$NAME" reads the variable NAME.
 
+"""
+INIT_DEMO = """
+# No key was found in the environment, so the built-in demo answers. Put a provider in its place, and set its variable:
+# [[providers]]
+# name = "openrouter"
+# type = "openrouter"
+# api_key = "$OPENROUTER_API_KEY"
 """
 INIT_TAIL = """
 # A name of your own for one or more upstream models; they are tried by priority until one answers:
@@ -11172,11 +11366,13 @@ def running_server(config: Config) -> Iterator[str]:
     path = home_of(config) / "ccmux.log"
     command = [sys.executable, os.path.abspath(__file__), "serve", "--port", str(port)]
     command += ["--config", config.path] if config.path else []
-    # A session of its own: Ctrl-C in the terminal is for claude.
+    # A session (on Windows, a process group) of its own: Ctrl-C in the terminal is for claude.
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log_file:
         server = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
+            start_new_session=True, creationflags=group,
+        )  # fmt: skip
     try:
         wait_for_server(server, url, path)
         yield url
@@ -11193,14 +11389,15 @@ def is_ccmux(url: str) -> bool:
     """Whether a ccmux answers there; ConfigError where something else does."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{url}/health", timeout=2) as answer:
+        with direct.open(f"{url}/health", timeout=5) as answer:
             server = answer.headers.get("Server")
     except urllib.error.HTTPError as error:
         server = error.headers.get("Server")
     except (OSError, http.client.HTTPException) as error:
-        if "refused" in str(error):
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ConnectionRefusedError):
             return False
-        server = str(error)
+        server = str(reason)
     if server != "ccmux":
         raise ConfigError(f"something else answers at {url} ({server}); [server] port sets another one")
     return True
@@ -11501,7 +11698,7 @@ def print_report(columns: tuple[str, ...], rows: list[Json]) -> None:
     ]
     print_table([tuple(heads), *cells], right=True)
     if total["unpriced"]:
-        print(f"{total['unpriced']} requests have no known price; their cost is not in the sums")
+        print(f"requests without a known price: {total['unpriced']}; their cost is not in the sums")
 
 
 def export_command(args: argparse.Namespace) -> int:
@@ -11513,7 +11710,7 @@ def export_command(args: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         write_whole(Path(args.output), text.encode())
-        print(f"wrote {len(rows)} requests to {args.output}")
+        print(f"wrote {args.output}, requests: {len(rows)}")
     return 0
 
 
@@ -11559,10 +11756,11 @@ def diagnose(given: str) -> Iterator[tuple[str, str]]:
     yield from diagnose_files(config)
     yield diagnose_port(config)
     yield diagnose_database(config)
-    for name in VOCABULARIES:
-        found = find_vocabulary(name)
-        missing = "is not here yet: counts are estimates until the server has downloaded it"
-        yield ("ok", f"vocabulary {found}") if found else ("note", f"vocabulary {name} {missing}")
+    for name, path in vocabulary_state().items():
+        if path:
+            yield "ok", f"vocabulary {name}: {path}"
+        elif name.endswith("_base"):
+            yield "note", f"vocabulary {name}: not here yet; counts are estimates until it is downloaded"
     yield from diagnose_variables(config)
     yield from diagnose_claude(config)
 
@@ -11611,7 +11809,7 @@ def diagnose_database(config: Config) -> tuple[str, str]:
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
     except (ConfigError, sqlite3.Error) as error:
         return "FAILED", f"database {path}: {error}"
-    sound = f"database {path}: {requests} requests, {users} users, all sums equal their rows"
+    sound = f"database {path}: requests {requests}, users {users}, all sums equal their rows"
     return ("FAILED", f"database {path}: {problem}") if problem else ("ok", sound)
 
 
@@ -11735,14 +11933,11 @@ class LiteLLMImport:
         for row in as_list(tables.get("model_list")):
             self.deployment(as_object(row))
         if any(len(targets) > 1 for targets in self.models.values()):
-            self.say(
-                "approximated", "several deployments of a model: the first is used, the others when it fails"
-            )
+            self.approximated("several deployments of a model: the first is used, the others when it fails")
         if self.models:
             first = next(iter(self.models))
-            self.say(
-                "approximated",
-                f"Claude Code's own names without a row go to {first}; [router] default sets another",
+            self.approximated(
+                f"Claude Code's own names without a row go to {first}; [router] default sets another"
             )
         names = ("litellm_settings", "router_settings", "general_settings")
         litellm, router, general = (dict(as_object(tables.get(name))) for name in names)
@@ -11752,24 +11947,27 @@ class LiteLLMImport:
         self.limits({**litellm, **router})
         self.master_key(general)
         for name, rest in zip(names, (litellm, router, general), strict=True):
-            if unread := sorted(str(key) for key in rest.keys() - LITELLM_LIMITS.keys()):
-                self.say("dropped", f"{name}: {', '.join(unread)}")
+            if unread := sorted(
+                str(key) for key in rest.keys() - LITELLM_LIMITS.keys() - {"routing_strategy"}
+            ):
+                self.dropped(f"{name}: {', '.join(unread)}")
         for name in tables.keys() - {"model_list", *names}:
-            self.say("dropped", f"{name}: ccmux has nothing like it")
+            self.dropped(f"{name}: ccmux has nothing like it")
 
     def say(self, word: str, line: str) -> None:
         if (word, line) not in self.report:
             self.report.append((word, line))
 
+    mapped = functools.partialmethod(say, "mapped")
+    approximated = functools.partialmethod(say, "approximated")
+    dropped = functools.partialmethod(say, "dropped")
+
     def deployment(self, row: Json) -> None:
         """One row of model_list: a provider, and a target of the model."""
-        name, params, info = (
-            str(row.get("model_name")),
-            as_object(row.get("litellm_params")),
-            as_object(row.get("model_info")),
-        )
+        name = str(row.get("model_name"))
+        params, info = as_object(row.get("litellm_params")), as_object(row.get("model_info"))
         if (mode := info.get("mode") or "chat") not in ("chat", "completion", "responses"):
-            return self.say("dropped", f"model {name}: mode {mode}; ccmux serves chat models")
+            return self.dropped(f"model {name}: mode {mode}; ccmux serves chat models")
         prefix, upstream = self.split(params)
         provider = self.provider(prefix, params, name)
         if not provider:
@@ -11783,11 +11981,11 @@ class LiteLLMImport:
             "priority": order if isinstance(order, int) else 1,
         }
         self.models.setdefault(name, []).append(target | self.price_and_context({**params, **info}, name))
-        self.say("mapped", f"model {name} -> {provider}/{upstream}")
+        self.mapped(f"model {name} -> {provider}/{upstream}")
         if unread := sorted(
             str(k) for k in (params.keys() | info.keys() | row.keys()) - LITELLM_KNOWN - LITELLM_ROW
         ):
-            self.say("dropped", f"model {name}: {', '.join(unread)}")
+            self.dropped(f"model {name}: {', '.join(unread)}")
         return None
 
     def split(self, params: Json) -> tuple[str, str]:
@@ -11796,10 +11994,8 @@ class LiteLLMImport:
         """
         model = str(params.get("model") or "")
         head, slash, rest = model.partition("/")
-        if params.get("custom_llm_provider"):
-            return str(params["custom_llm_provider"]), rest if head == params[
-                "custom_llm_provider"
-            ] else model
+        if given := str(params.get("custom_llm_provider") or ""):
+            return given, rest if head == given else model
         if slash and (head in LITELLM_PRESETS or params.get("api_base") or not re.match("[A-Z]", rest)):
             return head, rest
         return next((preset for pattern, preset in LITELLM_NAMES if re.match(pattern, model)), ""), model
@@ -11812,20 +12008,15 @@ class LiteLLMImport:
         preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
         if base is None or not preset:
             if base is not None:
-                self.say(
-                    "dropped",
-                    f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}",
+                self.dropped(
+                    f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}"
                 )
             return ""
         if prefix == "azure":
             base = base.rstrip("/").removesuffix("/openai/v1") + "/openai/v1"
-            self.say(
-                "approximated", f"model {name}: Azure through its v1 address, {base}, without an api_version"
-            )
+            self.approximated(f"model {name}: Azure through its v1 address, {base}, without an api_version")
         elif base and prefix not in LITELLM_PRESETS:
-            self.say(
-                "approximated", f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format"
-            )
+            self.approximated(f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format")
         row: Json = {"type": preset, **({"base_url": base} if base else {})}
         if params.get("api_key") or base:
             row["api_key"] = self.secret(params.get("api_key"), f"model {name}")
@@ -11848,9 +12039,9 @@ class LiteLLMImport:
             return text
         variable = text.removeprefix("os.environ/")
         if found := self.env.get(variable):
-            self.say("approximated", f"model {name}: the address is what {variable} holds now")
+            self.approximated(f"model {name}: the address is what {variable} holds now")
             return found
-        self.say("dropped", f"model {name}: its address stands in {variable}, which is not set here")
+        self.dropped(f"model {name}: its address stands in {variable}, which is not set here")
         return None
 
     def secret(self, value: Any, where: str) -> str:
@@ -11861,9 +12052,8 @@ class LiteLLMImport:
         if text.startswith("os.environ/"):
             return "$" + text.removeprefix("os.environ/")
         variable = self.literals.setdefault(text, f"LITELLM_KEY_{len(self.literals) + 1}")
-        self.say(
-            "approximated",
-            f"{where}: what is written there is not copied; put it into the variable {variable}",
+        self.approximated(
+            f"{where}: what is written there is not copied; put it into the variable {variable}"
         )
         return f"${variable}"
 
@@ -11873,16 +12063,14 @@ class LiteLLMImport:
         }
         out: Json = {}
         try:
-            price = {kind: Decimal(str(amount)) * 10**6 for kind, amount in amounts.items()}
+            price = {kind: (Decimal(str(amount)) * 10**6).normalize() for kind, amount in amounts.items()}
         except InvalidOperation:
             price = {}
         if {"input", "output"} <= price.keys():
             out["price"] = price
-            self.say("mapped", f"model {name}: prices per token, as dollars per million")
+            self.mapped(f"model {name}: prices per token, as dollars per million")
         elif amounts:
-            self.say(
-                "dropped", f"model {name}: a price needs both input_cost_per_token and output_cost_per_token"
-            )
+            self.dropped(f"model {name}: a price needs both input_cost_per_token and output_cost_per_token")
         if isinstance(context := info.get("max_input_tokens"), int):
             out["context"] = context
         return out
@@ -11890,23 +12078,22 @@ class LiteLLMImport:
     def wildcard(self, name: str, prefix: str, provider: str) -> None:
         if name == "*":
             self.router["fallback_provider"] = provider
-            self.say(
-                "mapped",
-                f"model * -> fallback_provider {provider}; Claude's own names go to the default instead",
+            self.mapped(
+                f"model * -> fallback_provider {provider}; Claude's own names go to the default instead"
             )
         elif name == f"{prefix}/*":
-            self.say("mapped", f"model {name} -> ask for {provider}/NAME, which needs no row")
+            self.mapped(f"model {name} -> ask for {provider}/NAME, which needs no row")
         else:
-            self.say("dropped", f"model {name}: write the names into `models` of provider {provider}")
+            self.dropped(f"model {name}: write the names into `models` of provider {provider}")
 
     def aliases(self, table: Json) -> None:
         for alias, given in table.items():
             name = str(given.get("model") if isinstance(given, dict) else given)
             if name in self.models:
                 self.models[str(alias)] = [dict(target) for target in self.models[name]]
-                self.say("mapped", f"alias {alias} -> the targets of {name}")
+                self.mapped(f"alias {alias} -> the targets of {name}")
             else:
-                self.say("dropped", f"alias {alias}: {name} is no model that was imported")
+                self.dropped(f"alias {alias}: {name} is no model that was imported")
 
     def fallbacks(self, *settings: Json) -> None:
         """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop of them is cut after one
@@ -11923,7 +12110,7 @@ class LiteLLMImport:
     def fallback(self, own: dict[str, list[Json]], name: str, other: str, key: str, word: str) -> None:
         if name not in own or other not in own or name == other:
             if name != other:
-                self.say("dropped", f"{key}: {name} -> {other}, of which one is no model that was imported")
+                self.dropped(f"{key}: {name} -> {other}, of which one is no model that was imported")
             return
         mine = self.models[name]
         last = max(target["priority"] for target in mine)
@@ -11933,14 +12120,16 @@ class LiteLLMImport:
         self.say(word, f"{key}: {name} -> {other}, as targets of a lower priority")
 
     def limits(self, settings: Json) -> None:
-        for key, ours in LITELLM_LIMITS.items():
-            amount = settings.get(key)
-            if ours and isinstance(amount, (int, float)) and not isinstance(amount, bool) and amount > 0:
-                for provider in self.providers:
-                    provider[ours] = int(amount) if ours == "max_retries" else amount
-                self.say("mapped", f"{key} = {amount} -> {ours} of each provider")
+        for key in settings.keys() & LITELLM_LIMITS.keys():
+            amount, (ours, least) = settings[key], LITELLM_LIMITS[key]
+            if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < least:
+                self.dropped(f"{key} = {amount!r}: not a number that {ours} takes")
+                continue
+            self.mapped(f"{key} = {amount} -> {ours} of each provider")
+            for provider in self.providers:
+                provider[ours] = int(amount) if ours == "max_retries" else amount
         if strategy := settings.get("routing_strategy"):
-            self.say("approximated", f"routing_strategy {strategy}: ccmux goes by priority, then file order")
+            self.approximated(f"routing_strategy {strategy}: ccmux goes by priority, then file order")
 
     def master_key(self, general: Json) -> None:
         if key := general.pop("master_key", None):
@@ -11949,39 +12138,27 @@ class LiteLLMImport:
                 "require_key": True,
                 "admin_token": self.secret(key, "general_settings.master_key"),
             }
-            self.say(
-                "approximated",
-                "master_key -> admin_token and require_key: each user gets a key of ccmux's own",
+            self.approximated(
+                "master_key -> admin_token and require_key: each user gets a key of ccmux's own"
             )
 
     def toml(self) -> str:
-        tables = [("[server]", self.server), ("[router]", self.router)]
-        tables += [("[[providers]]", {"name": row["name"], **row}) for row in self.providers]
+        tables = {"server": self.server, "router": self.router}
+        rows = [emit_table(name, table) for name, table in tables.items() if table]
+        rows += [emit_table("providers", {"name": row["name"], **row}, "array") for row in self.providers]
         for name, targets in self.models.items():
-            tables.append(("[[models]]", {"name": name}))
-            tables += [("[[models.mappings]]", target) for target in targets]
-        return "\n".join(
-            f"{head}\n" + "".join(f"{key} = {toml_text(value)}\n" for key, value in table.items())
-            for head, table in tables
-            if table
-        )
+            rows.append(emit_table("models", {"name": name, "mappings": targets}, "array"))
+        return "\n".join(rows)
 
 
 LITELLM_ROW = {"model_name", "litellm_params", "model_info"}
 LITELLM_FALLBACKS = {
     "fallbacks": "mapped", "context_window_fallbacks": "approximated", "default_fallbacks": "mapped",
 }  # fmt: skip
-LITELLM_LIMITS = {
-    "request_timeout": "response_timeout", "timeout": "response_timeout", "num_retries": "max_retries",
-    "routing_strategy": "",
+LITELLM_LIMITS = {  # ccmux's key, and the least that it takes
+    "request_timeout": ("response_timeout", 0.05), "timeout": ("response_timeout", 0.05),
+    "num_retries": ("max_retries", 0),
 }  # fmt: skip
-
-
-def toml_text(value: Any) -> str:
-    """A value as TOML."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(str(k))} = {toml_text(v)}" for k, v in value.items()) + " }"
-    return f"{value.normalize():f}" if isinstance(value, Decimal) else json.dumps(value)
 
 
 # The command line.

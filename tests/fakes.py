@@ -450,4 +450,204 @@ class OpenAIFake(Fake):
         return dataclasses.replace(answer, status=400, error=words)
 
 
-FAKES: dict[str, type[Fake]] = {"anthropic": AnthropicFake, "openai": OpenAIFake}
+# OpenAI Responses
+
+
+class ResponsesFake(Fake):
+    """POST /v1/responses, as OpenAI's own API does it."""
+
+    kind = "responses"
+    base_path = "/v1"
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post("/v1/responses", self.answer)]
+
+    def turn(self, body: Json) -> Turn:
+        said = []
+        for item in (
+            [{"role": "user", "content": body["input"]}] if isinstance(body["input"], str) else body["input"]
+        ):
+            kind = item.get("type", "message")
+            who = "tool" if kind == "function_call_output" else str(item.get("role"))
+            said.append((who, flat(item)))
+        prompt, results = newest(said)
+        tools = tuple(t.get("name", t["type"]) for t in body.get("tools") or [])
+        text = "\n".join(text for who, text in said if who not in ("system", "developer"))
+        return Turn(prompt, results, tools, text, body["model"], bool(body.get("stream")), 0, body)
+
+    def usage(self, answer: Answer) -> Json:
+        t = answer.tokens
+        prompt = t.input + t.cached
+        return {
+            "input_tokens": prompt, "input_tokens_details": {"cached_tokens": t.cached},
+            "output_tokens": t.output, "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt + t.output,
+        }  # fmt: skip
+
+    def items(self, answer: Answer, turn: Turn) -> list[Json]:
+        made: list[Json] = []
+        if answer.reasoning:
+            summary = [{"type": "summary_text", "text": answer.reasoning}]
+            made.append({"type": "reasoning", "id": f"rs_{turn.number}", "summary": summary})
+        if answer.text:
+            content = [{"type": "output_text", "text": answer.text, "annotations": []}]
+            made.append({
+                "type": "message", "id": f"msg_{turn.number}", "role": "assistant", "status": "completed",
+                "content": content,
+            })  # fmt: skip
+        for n, call in enumerate(answer.calls):
+            made.append({
+                "type": "function_call", "id": f"fc_{turn.number}_{n}", "call_id": f"call_{turn.number}_{n}",
+                "name": call.name, "arguments": json.dumps(call.input), "status": "completed",
+            })  # fmt: skip
+        return made
+
+    def frame(self, answer: Answer, turn: Turn, status: str, output: list[Json]) -> Json:
+        cut = {"reason": "max_output_tokens"} if answer.stop == "length" else None
+        done = status != "in_progress"
+        return {
+            "id": f"resp_{turn.number}", "object": "response", "created_at": 1767225600, "model": turn.model,
+            "status": status, "output": output, "error": None, "incomplete_details": cut if done else None,
+            "usage": self.usage(answer) if done else None,
+        }  # fmt: skip
+
+    def whole(self, answer: Answer, turn: Turn) -> Json:
+        status = "incomplete" if answer.stop == "length" else "completed"
+        return self.frame(answer, turn, status, self.items(answer, turn))
+
+    def pieces(self, answer: Answer, turn: Turn) -> Iterator[bytes]:
+        for number, event in enumerate(self.events(answer, turn)):
+            yield sse({**event, "sequence_number": number}, event["type"])
+
+    def events(self, answer: Answer, turn: Turn) -> Iterator[Json]:
+        begun = self.frame(answer, turn, "in_progress", [])
+        yield {"type": "response.created", "response": begun}
+        yield {"type": "response.in_progress", "response": begun}
+        for index, item in enumerate(self.items(answer, turn)):
+            where = {"output_index": index, "item_id": item["id"]}
+            yield {"type": "response.output_item.added", "output_index": index, "item": self.empty(item)}
+            for event in self.deltas(item):
+                yield {**event, **where}
+            yield {"type": "response.output_item.done", "output_index": index, "item": item}
+        last = self.whole(answer, turn)
+        yield {"type": f"response.{last['status']}", "response": last}
+
+    def empty(self, item: Json) -> Json:
+        blank: Json = {"content": [], "summary": [], "arguments": ""}
+        return {k: blank.get(k, v) for k, v in item.items()}
+
+    def deltas(self, item: Json) -> Iterator[Json]:
+        if item["type"] == "function_call":
+            for part in fragments(item["arguments"]):
+                yield {"type": "response.function_call_arguments.delta", "delta": part}
+            yield {"type": "response.function_call_arguments.done", "arguments": item["arguments"]}
+            return
+        key, kind, at = (
+            ("content", "response.output_text", "content_index")
+            if item["type"] == "message"
+            else ("summary", "response.reasoning_summary_text", "summary_index")
+        )
+        part_kind = "response.content_part" if key == "content" else "response.reasoning_summary_part"
+        [part] = item[key]
+        yield {"type": f"{part_kind}.added", at: 0, "part": {**part, "text": ""}}
+        for text in fragments(part["text"]):
+            yield {"type": f"{kind}.delta", at: 0, "delta": text}
+        yield {"type": f"{kind}.done", at: 0, "text": part["text"]}
+        yield {"type": f"{part_kind}.done", at: 0, "part": part}
+
+    def error_body(self, answer: Answer) -> Json:
+        kind = "invalid_request_error" if answer.status < 500 else "server_error"
+        code = "context_length_exceeded" if answer.overflow else None
+        return {"error": {"message": answer.error, "type": kind, "param": None, "code": code}}
+
+    def too_long(self, answer: Answer) -> Answer:
+        words = "Your input exceeds the context window of this model. Please adjust your input and try again."
+        return dataclasses.replace(answer, status=400, error=words)
+
+
+# Gemini
+
+
+class GeminiFake(Fake):
+    """POST /v1beta/models/{model}:generateContent and :streamGenerateContent, as Google's own API does it."""
+
+    kind = "gemini"
+    base_path = "/v1beta"
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/v1beta/models/{model}:countTokens", self.count),
+            web.post("/v1beta/models/{model}:{action}", self.answer),
+        ]
+
+    async def count(self, request: web.Request) -> web.Response:
+        recorded = await self.record(request)
+        return web.json_response({"totalTokens": len(json.dumps(recorded.body)) // 4})
+
+    async def record(self, request: web.Request) -> Recorded:
+        recorded = await super().record(request)
+        recorded.body.setdefault("model", request.match_info["model"])
+        return recorded
+
+    def turn(self, body: Json) -> Turn:
+        said = []
+        for content in body["contents"]:
+            for part in content["parts"]:
+                who = "tool" if "functionResponse" in part else content.get("role", "user")
+                said.append((who, flat(part.get("functionResponse", {}).get("response") or part)))
+        prompt, results = newest([(who, text or "") for who, text in said])
+        declared = [d for t in body.get("tools") or [] for d in t.get("functionDeclarations") or []]
+        text = "\n".join(text for _, text in said)
+        return Turn(prompt, results, tuple(d["name"] for d in declared), text, body["model"], True, 0, body)
+
+    def wants_stream(self, request: web.Request, turn: Turn) -> bool:
+        return request.match_info["action"] == "streamGenerateContent"
+
+    def parts(self, answer: Answer) -> list[Json]:
+        thoughts: list[Json] = [{"text": t, "thought": True} for t in fragments(answer.reasoning)]
+        texts: list[Json] = [{"text": t} for t in fragments(answer.text)]
+        calls = [{"functionCall": {"name": c.name, "args": c.input}} for c in answer.calls]
+        return [*thoughts, *texts, *calls]
+
+    def frame(self, answer: Answer, turn: Turn, parts: list[Json], last: bool) -> Json:
+        t = answer.tokens
+        candidate: Json = {"content": {"role": "model", "parts": parts}, "index": 0}
+        if last:
+            candidate["finishReason"] = "MAX_TOKENS" if answer.stop == "length" else "STOP"
+        usage = {
+            "promptTokenCount": t.input + t.cached, "cachedContentTokenCount": t.cached,
+            "candidatesTokenCount": t.output, "totalTokenCount": t.input + t.cached + t.output,
+        }  # fmt: skip
+        return {
+            "candidates": [candidate], "usageMetadata": usage, "modelVersion": turn.model,
+            "responseId": f"r{turn.number}",
+        }  # fmt: skip
+
+    def whole(self, answer: Answer, turn: Turn) -> Json:
+        return self.frame(answer, turn, self.parts(answer), True)
+
+    def pieces(self, answer: Answer, turn: Turn) -> Iterator[bytes]:
+        for part in self.parts(answer):
+            yield sse(self.frame(answer, turn, [part], False))
+        yield sse(self.frame(answer, turn, [{"text": ""}], True))
+
+    STATUSES = (
+        (400, "INVALID_ARGUMENT"),
+        (429, "RESOURCE_EXHAUSTED"),
+        (500, "INTERNAL"),
+        (503, "UNAVAILABLE"),
+    )
+
+    def error_body(self, answer: Answer) -> Json:
+        status = dict(self.STATUSES).get(answer.status, "UNKNOWN")
+        return {"error": {"code": answer.status, "message": answer.error, "status": status}}
+
+    def too_long(self, answer: Answer) -> Answer:
+        sent, allowed = answer.overflow or (0, 0)
+        words = f"The input token count ({sent}) exceeds the maximum number of tokens allowed ({allowed})."
+        return dataclasses.replace(answer, status=400, error=words)
+
+
+FAKES: dict[str, type[Fake]] = {
+    fake.kind: fake for fake in (AnthropicFake, OpenAIFake, ResponsesFake, GeminiFake)
+}

@@ -569,3 +569,158 @@ def test_kill_9_at_random_loses_nothing(tmp_path: Path) -> None:
     assert store.sums_problem() == ""
     assert sum(r["charge_microusd"] for r in store.export()) == 10**9 - after.balance
     store.close()
+
+
+# Found by reading: each of these was possible once.
+
+
+def test_many_processes_may_make_the_database_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    script = (
+        f"import os, sys; sys.path.insert(0, {str(Path(ccmux.__file__).parent)!r}); import ccmux\n"
+        "print(flush=True)\nsys.stdin.readline()\n"
+        f"ccmux.Store({str(path)!r}).close()"
+    )
+    command = [sys.executable, "-c", script]
+    makers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    for maker in makers:
+        assert maker.stdout is not None
+        maker.stdout.readline()  # it has imported all and waits
+    for maker in makers:
+        assert maker.stdin is not None
+        maker.stdin.write(b"\n")
+        maker.stdin.flush()
+    problems = [maker.communicate()[1].decode() for maker in makers]
+    assert [(m.returncode, p) for m, p in zip(makers, problems, strict=True)] == [(0, "")] * 4
+
+
+def test_a_database_of_the_first_schema_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "a.db")
+    with monkeypatch.context() as patch:
+        patch.setattr(ccmux, "MIGRATIONS", ccmux.MIGRATIONS[:1])
+        old = ccmux.Store(path)
+        old.add_user("ann", 700)
+        old.close()
+    new = ccmux.Store(path)
+    assert new.known("ann").balance == 700
+    assert new.db.execute("pragma user_version").fetchone()[0] == len(ccmux.MIGRATIONS)
+    new.close()
+
+
+@pytest.mark.parametrize("charges", [(0, 50), (50, 0), (50, 70)])
+async def test_a_second_settlement_with_another_charge_changes_nothing(charges: tuple[int, int]) -> None:
+    async with server_store(":memory:") as store:
+        store.add_user("ann", 1000)
+        for charge in charges:
+            await store.settle(None, settlement("r1", charge))
+        assert store.known("ann").balance == 1000 - charges[0]
+        assert store.report("user")[0]["charge_microusd"] == charges[0]
+
+
+@pytest.mark.parametrize("odd", [{"a": 1}, ["x"], 5, None, True, "\ud800"], ids=repr)
+async def test_an_odd_stop_reason_does_not_keep_a_settlement_from_the_ledger(odd: Any) -> None:
+    async with server_store(":memory:") as store:
+        user, _ = store.add_user("ann", 1000)
+        hold = await place(store, user, "r1")
+        await asyncio.wait_for(store.settle(hold, settlement("r1", 50, stop_reason=odd)), 5)
+        assert (store.known("ann").balance, store.known("ann").held) == (950, 0)
+        assert [r["charge_microusd"] for r in store.requests("ann")] == [50]
+
+
+async def test_what_can_never_be_written_is_told_and_holds_up_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with server_store(":memory:") as store:
+        store.add_user("ann", 1000)
+        broken = store.settle(None, settlement("r1", 50, duration_ms=None))
+        good = store.settle(None, settlement("r2", 50))
+        with pytest.raises(sqlite3.IntegrityError):
+            await asyncio.wait_for(broken, 5)
+        await asyncio.wait_for(good, 5)
+    assert "a settlement cannot be written" in caplog.text
+
+
+def test_replacing_a_ledger_row_is_refused(tmp_path: Path) -> None:
+    store = ccmux.Store(str(tmp_path / "a.db"))
+    store.add_user("ann", 100)
+    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+        store.db.execute("insert or replace into ledger select * from ledger")
+    assert store.sums_problem() == ""
+    store.close()
+
+
+def test_a_link_to_the_database_does_not_get_past_the_lock(tmp_path: Path) -> None:
+    first = ccmux.Store(str(tmp_path / "a.db"))
+    first.open_server()
+    (tmp_path / "link.db").symlink_to(tmp_path / "a.db")
+    second = ccmux.Store(str(tmp_path / "link.db"))
+    with pytest.raises(ccmux.ConfigError, match="in use"):
+        second.open_server()
+    second.close()
+    first.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+async def test_a_write_that_fails_at_the_disk_is_made_good(tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / "a.db"
+    async with server_store(path) as store:
+        user, _ = store.add_user("ann", 1000)
+        hold = await place(store, user, "r0", 10)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(f"{path}-wal"), hard))
+            with pytest.raises(ccmux.ApiError, match="ledger"):
+                await place(store, user, "r1", 10)
+            kept = [store.settle(hold, settlement("r0", 5))]
+            kept += [store.settle(None, settlement(f"late{n}", 5)) for n in range(20)]
+            await asyncio.wait(kept, timeout=0.1)
+            assert not any(one.done() for one in kept)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        await asyncio.wait_for(asyncio.gather(*kept), 5)
+        assert (store.known("ann").balance, store.known("ann").held) == (1000 - 21 * 5, 0)
+        assert store.sums_problem() == ""
+
+
+async def test_a_server_tells_of_sums_that_differ(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = ccmux.Store(str(tmp_path / "a.db"))
+    store.add_user("ann", 100)
+    store.db.execute("update users set balance_microusd = 99")
+    store.open_server()
+    async with asyncio.timeout(10):
+        while "balance of user ann differs" not in caplog.text:
+            await asyncio.sleep(0.01)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "update spent set microusd = microusd + 1",
+        "delete from spent",
+        "insert into spent values (1, '2020-01-01', 5)",
+    ],
+)
+async def test_day_sums_that_differ_are_told(sql: str, tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        store.add_user("ann", 100)
+        await store.settle(None, settlement("r1", 5))
+        assert store.sums_problem() == ""
+        store.do(lambda db: db.execute(sql))
+        assert store.sums_problem() == "spent of user ann differs from its rows"
+
+
+async def test_a_report_in_a_thread_has_a_connection_of_its_own(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        store.add_user("ann", 100)
+        await store.settle(None, settlement("r1", 5))
+        theirs = await asyncio.to_thread(lambda: (store.reader, store.report("user")))
+        assert theirs[0] is not store.reader
+        assert theirs[1] == store.report("user")

@@ -1,0 +1,461 @@
+"""Admin API: every endpoint over a real socket, with wrong input too; secrets never come out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tomllib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from fakes import Answer, AnthropicFake, OpenAIFake, Turn
+from proxy_harness import ADMIN_TOKEN, in_process
+
+import ccmux
+
+SECRET = "sk-canary-abcdefgh-1234"
+CONFIG = """\
+# a comment at the top
+[server]
+database = "ccmux.db" # beside this file
+[router]
+default = "m" # the default
+
+# the provider
+[[providers]]
+name = "p"
+type = "openai"
+base_url = "{url}"
+api_key = "sk-canary-abcdefgh-1234" # the key
+
+[[models]]
+name = "m"
+price = {{ input = 1.0, output = 2.0 }}
+[[models.mappings]]
+provider = "p"
+actual_model = "up"
+"""
+
+
+class Admin:
+    """Calls a ccmux as the admin page does."""
+
+    def __init__(self, session: aiohttp.ClientSession, proxy: Any) -> None:
+        self.session, self.proxy, self.state = session, proxy, proxy.state
+        self.file = proxy.folder / "config.toml"
+
+    async def call(
+        self, method: str, path: str, body: Any = None, token: str = ADMIN_TOKEN, **more: Any
+    ) -> tuple[int, Any]:
+        headers = {"Authorization": f"Bearer {token}", **more}
+        if method != "GET":
+            headers.setdefault("Content-Type", "application/json")
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        async with self.session.request(method, self.proxy.url + path, data=data, headers=headers) as reply:
+            text = await reply.text()
+            assert SECRET not in text
+            is_json = reply.content_type == "application/json"
+            return reply.status, json.loads(text) if is_json else text
+
+    async def get(self, path: str) -> Any:
+        status, body = await self.call("GET", path)
+        assert status == 200, body
+        return body
+
+    async def hash(self) -> str:
+        return str((await self.get("/admin/api/state"))["config_hash"])
+
+    async def put(self, path: str, table: Any, **more: Any) -> Any:
+        status, body = await self.call("PUT", path, {"table": table, "hash": await self.hash(), **more})
+        assert status == 200, body
+        return body
+
+    @property
+    def text(self) -> str:
+        return str(self.file.read_text())
+
+
+def hi(turn: Turn) -> Answer:
+    return Answer(text="hi there")
+
+
+@contextlib.asynccontextmanager
+async def admin_of(folder: Path, text: str | None = None) -> AsyncIterator[tuple[Admin, OpenAIFake]]:
+    async with OpenAIFake(hi) as fake:
+        config = CONFIG.format(url=fake.base_url) if text is None else text
+        async with in_process(folder, config) as proxy, aiohttp.ClientSession() as session:
+            yield Admin(session, proxy), fake
+
+
+def message(**more: Any) -> dict[str, Any]:
+    return {"model": "claude-x", "max_tokens": 50, "messages": [{"role": "user", "content": "hello"}], **more}
+
+
+ROUTES = [
+    (route.method, route.path)
+    for route in ccmux.admin_routes()
+    if route.path.startswith("/admin/api") and route.method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+async def test_no_endpoint_answers_without_the_token(method: str, path: str, tmp_path: Path) -> None:
+    place = path.replace("{name}", "p").replace("{name:.+}", "m").replace("{id}", "x")
+    async with admin_of(tmp_path) as (admin, _):
+        before = admin.text
+        for token in ("", "wrong", ADMIN_TOKEN + "x", "ü"):
+            status, body = await admin.call(method, place, None if method == "GET" else {}, token=token)
+            assert status == 401, (token, body)
+        assert admin.text == before
+
+
+async def test_state_masks_every_secret(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        state = await admin.get("/admin/api/state")
+        [provider] = state["config"]["providers"]
+        assert provider["api_key"] == {"set": True, "last4": "1234", "reference": ""}
+        assert state["providers"]["p"]["state"] == "ok"
+        assert state["providers"]["p"]["url"].endswith("/chat/completions")
+        assert state["presets"]["openrouter"]["url"].startswith("https://openrouter.ai/")
+        names = {f["name"] for f in state["fields"]["providers"]}
+        assert {"name", "type", "api_key", "quirks"} <= names
+        assert "problem" not in names
+
+
+# Providers.
+
+
+async def test_a_provider_is_added_changed_and_taken_away_with_comments_kept(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        before = admin.text
+        await admin.put(
+            "/admin/api/providers/q", {"type": "anthropic", "base_url": fake.base_url, "api_key": "$Q_KEY"}
+        )
+        assert 'api_key = "$Q_KEY"' in admin.text
+        assert all(line in admin.text for line in before.splitlines())
+        assert admin.state.config.provider("q").problem == "$Q_KEY is not set in the environment"
+        status, answer = await admin.call("DELETE", "/admin/api/providers/q", {"hash": await admin.hash()})
+        assert status == 200, answer
+        assert list(filter(None, admin.text.splitlines())) == list(filter(None, before.splitlines()))
+
+
+async def test_a_key_left_out_stays_but_never_goes_to_another_address(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        await admin.put(
+            "/admin/api/providers/p", {"type": "openai", "base_url": fake.base_url, "max_retries": 0}
+        )
+        assert SECRET in admin.text
+        await admin.put(
+            "/admin/api/providers/p", {"type": "openai", "base_url": fake.base_url, "api_key": None}
+        )
+        assert SECRET in admin.text
+        await admin.put("/admin/api/providers/p", {"type": "openai", "base_url": "https://elsewhere.test"})
+        assert SECRET not in admin.text
+        assert admin.state.config.provider("p").api_key != (SECRET,)
+
+
+async def test_an_empty_key_clears_it(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        await admin.put(
+            "/admin/api/providers/p", {"type": "openai", "base_url": fake.base_url, "api_key": ""}
+        )
+        assert SECRET not in admin.text
+
+
+async def test_another_name_in_the_body_renames(tmp_path: Path) -> None:
+    async with admin_of(tmp_path, '[[providers]]\nname = "d"\ntype = "demo" # mine\n') as (admin, _):
+        await admin.put("/admin/api/providers/d", {"name": "e", "type": "demo"})
+        assert admin.text == '[[providers]]\nname = "e"\ntype = "demo" # mine\n'
+
+
+async def test_a_provider_in_use_is_not_taken_away(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        status, body = await admin.call("DELETE", "/admin/api/providers/p", {"hash": await admin.hash()})
+        assert status == 409
+        assert "used by model m" in body["error"]["message"]
+        status, _ = await admin.call("DELETE", "/admin/api/providers/none", {"hash": await admin.hash()})
+        assert status == 404
+
+
+async def test_testing_a_provider_uses_the_live_path(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        status, body = await admin.call("POST", "/admin/api/providers/p/test", {})
+        assert (status, body["ok"], body["text"], body["model"]) == (200, True, "hi there", "up")
+        assert len(fake.asked) == 1
+        status, body = await admin.call("POST", "/admin/api/providers/none/test", {})
+        assert status == 404
+
+
+async def test_a_failing_provider_says_so_without_its_key(tmp_path: Path) -> None:
+    def refuses(turn: Turn) -> Answer:
+        return Answer(status=401, error=f"bad key {SECRET}")
+
+    async with AnthropicFake(refuses) as fake:
+        text = f'[[providers]]\nname = "p"\ntype = "anthropic"\nbase_url = "{fake.base_url}"\napi_key = "{SECRET}"\nmodels = ["x"]\n'
+        async with admin_of(tmp_path, text) as (admin, _):
+            _, body = await admin.call("POST", "/admin/api/providers/p/test", {})
+            assert (body["ok"], body["status"]) == (False, 500)
+            assert "refuses ccmux's key" in body["error"]
+
+
+async def test_models_that_a_provider_lists(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        listed = await admin.get("/admin/api/providers/p/models")
+        assert listed["models"]
+        assert all(isinstance(name, str) for name in listed["models"])
+
+
+# Models, routes, credits, the whole text.
+
+
+async def test_models_and_routes_are_edited_and_served_at_once(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        mapping = {"provider": "p", "actual_model": "other", "priority": 1}
+        await admin.put("/admin/api/models/a/b", {"mappings": [mapping], "context": 1000})
+        await admin.put("/admin/api/router", {"default": "a/b", "think_on": ["plan"]})
+        for comment in ("# a comment at the top", "# beside this file", "# the provider", "# the key"):
+            assert comment in admin.text
+        status, answer = await admin.call("POST", "/v1/messages", message(), token="x")
+        assert status == 200, answer
+        assert (
+            json.loads(
+                fake.asked[-1].body
+                if isinstance(fake.asked[-1].body, str)
+                else json.dumps(fake.asked[-1].body)
+            )["model"]
+            == "other"
+        )
+        status, body = await admin.call("DELETE", "/admin/api/models/a/b", {"hash": await admin.hash()})
+        assert status == 409
+        assert "[router] default" in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "table", "words"),
+    [
+        ("/admin/api/router", {"default": "nobody"}, "which nobody serves"),
+        ("/admin/api/router", {"defualt": "m"}, "did you mean 'default'"),
+        ("/admin/api/router", {"background_regex": "("}, "not a regular expression"),
+        ("/admin/api/credits", {"markup_percent": -1}, "at least 0"),
+        ("/admin/api/server", {"host": "0.0.0.0"}, "require_key"),
+        ("/admin/api/providers/x", {"type": "nope"}, "key 'type'"),
+        ("/admin/api/providers/x", {"type": "openai", "base_url": "http://169.254.169.254/"}, "link-local"),
+        ("/admin/api/models/x", {"mappings": [{"provider": "zzz", "actual_model": "y"}]}, "no such provider"),
+        ("/admin/api/models/x", {"price": {"input": 1}}, "'output' is missing"),
+        ("/admin/api/router", {"default": "\ud800"}, "surrogate"),
+    ],
+)
+async def test_wrong_tables_change_nothing(path: str, table: Any, words: str, tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        before = admin.text
+        status, body = await admin.call("PUT", path, {"table": table, "hash": await admin.hash()})
+        assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+        assert words in body["error"]["message"]
+        assert admin.text == before
+
+
+async def test_a_stale_save_is_a_conflict(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        first = await admin.hash()
+        await admin.put("/admin/api/credits", {"enforce": False})
+        for method, path, body in (
+            ("PUT", "/admin/api/router", {"table": {"default": "m"}, "hash": first}),
+            ("DELETE", "/admin/api/models/m", {"hash": first}),
+            ("PUT", "/admin/api/config", {"text": "", "hash": first}),
+            ("PUT", "/admin/api/providers/p", {"table": {"type": "demo"}, "hash": None}),
+        ):
+            status, answer = await admin.call(method, path, body)
+            assert status == 409, (path, answer)
+        admin.file.write_text(admin.text + "# by hand\n")
+        status, answer = await admin.call(
+            "PUT", "/admin/api/credits", {"table": {}, "hash": admin.state.config.text_hash}
+        )
+        assert status == 409
+        assert "# by hand" in admin.text
+
+
+async def test_the_whole_text_shows_no_secret_and_keeps_it_on_save(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        given = await admin.get("/admin/api/config")
+        assert "[kept-" in given["text"]
+        new = given["text"].replace("# a comment at the top", "# changed")
+        status, body = await admin.call("PUT", "/admin/api/config", {"text": new, "hash": given["hash"]})
+        assert status == 200, body
+        assert admin.text.startswith("# changed")
+        assert SECRET in admin.text
+        backups = await admin.get("/admin/api/backups")
+        assert [b["name"] for b in backups["backups"]] == ["config.toml.bak1"]
+        moved = new.replace(tomllib.loads(new)["providers"][0]["base_url"], "https://elsewhere.test")
+        status, body = await admin.call("PUT", "/admin/api/config", {"text": moved, "hash": body["hash"]})
+        assert status == 400
+        assert "type its key again" in body["error"]["message"]
+        status, body = await admin.call(
+            "PUT", "/admin/api/config", {"text": "x = [", "hash": admin.state.config.text_hash}
+        )
+        assert (status, "not valid TOML" in body["error"]["message"]) == (400, True)
+
+
+# Users and billing.
+
+
+async def test_a_friend_gets_a_key_and_five_dollars(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        new = {
+            "name": "friend",
+            "credit_microusd": 5_000_000,
+            "budgets": {"day_microusd": 1_000_000},
+            "note": "n",
+        }
+        status, user = await admin.call("POST", "/admin/api/users", new)
+        assert status == 201
+        key = user.pop("key")
+        assert user["balance_microusd"] == 5_000_000
+        status, answer = await admin.call("POST", "/v1/messages", message(), token=key)
+        assert status == 200, answer
+        status, me = await admin.call("GET", "/api/me", token=key)
+        assert me["balance_microusd"] < 5_000_000
+        assert me["spent_today_microusd"] == 5_000_000 - me["balance_microusd"]
+        _, mine = await admin.call("GET", "/api/requests", token=key)
+        assert [r["charge_microusd"] for r in mine["requests"]] == [me["spent_today_microusd"]]
+        _, ledger = await admin.call("GET", "/api/transactions", token=key)
+        assert [t["kind"] for t in ledger["transactions"]] == ["charge", "topup"]
+        for by in ("day", "model", "session"):
+            _, usage = await admin.call("GET", f"/api/usage?by={by}", token=key)
+            assert usage["usage"][0]["charge_microusd"] == me["spent_today_microusd"]
+        _, text = await admin.call("GET", "/api/export?format=csv", token=key)
+        assert text.splitlines()[0].startswith('"time","request_id"')
+        status, _ = await admin.call("POST", "/api/purchase", {}, token=key)
+        assert status == 501
+        status, new_key = await admin.call("POST", "/admin/api/users/friend/key", {})
+        assert new_key["key"] != key
+        status, off = await admin.call("PATCH", "/admin/api/users/friend", {"disabled": True})
+        assert off["disabled"] is True
+        status, refused = await admin.call("POST", "/v1/messages", message(), token=new_key["key"])
+        assert (status, refused["error"]["type"]) == (403, "permission_error")
+
+
+async def test_credit_given_twice_with_one_key_counts_once(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        await admin.call("POST", "/admin/api/users", {"name": "u"})
+        for _ in range(2):
+            _, user = await admin.call(
+                "POST", "/admin/api/users/u/credit", {"amount_microusd": 7, "key": "k1"}
+            )
+        assert user["balance_microusd"] == 7
+        _, user = await admin.call(
+            "POST", "/admin/api/users/u/credit", {"amount_microusd": -2, "note": "back"}
+        )
+        assert user["balance_microusd"] == 5
+        _, ledger = await admin.call("GET", "/admin/api/users/u/transactions")
+        assert [t["amount_microusd"] for t in ledger["transactions"]] == [-2, 7]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/admin/api/users", {"name": "a b"}, 400),
+        ("POST", "/admin/api/users", {"name": "u", "credit_microusd": 1.5}, 400),
+        ("POST", "/admin/api/users", {"name": "u", "credit_microusd": -1}, 400),
+        ("POST", "/admin/api/users", {"name": "u", "budgets": {"year": 1}}, 400),
+        ("POST", "/admin/api/users", {"nmae": "u"}, 400),
+        ("POST", "/admin/api/users", [], 400),
+        ("POST", "/admin/api/users", b"{", 400),
+        ("PATCH", "/admin/api/users/nobody", {"disabled": True}, 404),
+        ("PATCH", "/admin/api/users/local", {"disabled": "yes"}, 400),
+        ("POST", "/admin/api/users/nobody/credit", {"amount_microusd": 1}, 404),
+        ("POST", "/admin/api/users/local/credit", {"amount_microusd": True}, 400),
+        ("POST", "/admin/api/users/local/credit", {"amount_microusd": 10**30}, 400),
+        ("POST", "/admin/api/users/nobody/key", {}, 404),
+        ("GET", "/admin/api/users/nobody/transactions", None, 404),
+        ("GET", "/admin/api/report?by=colour", None, 400),
+        ("GET", "/admin/api/report?since=yesterday", None, 400),
+        ("GET", "/admin/api/report?as_if=unheard-of", None, 400),
+        ("GET", "/admin/api/requests?limit=x", None, 400),
+        ("GET", "/admin/api/requests?before=-1", None, 400),
+        ("GET", "/admin/api/export?format=xml", None, 400),
+        ("GET", "/admin/api/inspect/none", None, 404),
+        ("PUT", "/admin/api/inspect", {"minutes": 16}, 400),
+        ("POST", "/admin/api/explain", {"body": []}, 400),
+        ("POST", "/admin/api/try", {"body": {"messages": []}}, 400),
+        ("GET", "/admin/api/nothing", None, 404),
+    ],
+)
+async def test_wrong_input(method: str, path: str, body: Any, status: int, tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        admin.state.store.local_user()
+        seen, answer = await admin.call(method, path, body)
+        assert (seen, answer["type"]) == (status, "error"), answer
+        assert answer["error"]["message"]
+
+
+async def test_reports_explain_the_bill(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        for session in ("s1", "s1", "s2"):
+            await admin.call(
+                "POST", "/v1/messages", message(), token="x", **{"x-claude-code-session-id": session}
+            )
+        rows = (await admin.get("/admin/api/report?by=session&as_if=claude-opus-5"))["report"]
+        assert {r["key"]: r["requests"] for r in rows} == {"s1": 2, "s2": 1}
+        assert all(r["charge_microusd"] == r["cost_microusd"] + r["markup_microusd"] for r in rows)
+        assert all(r["as_if_microusd"] > r["charge_microusd"] for r in rows)
+        whole = await admin.get("/admin/api/export")
+        assert sum(r["charge_microusd"] for r in whole["usage"]) == sum(r["charge_microusd"] for r in rows)
+        listed = await admin.get("/admin/api/requests?limit=2")
+        assert len(listed["requests"]) == 2
+        older = await admin.get(f"/admin/api/requests?before={listed['requests'][-1]['id']}")
+        assert len(older["requests"]) == 1
+        assert listed["requests"][0]["trail"][-1][0] == "default"
+
+
+# Looking at what happens.
+
+
+async def test_explain_sends_nothing(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        status, told = await admin.call("POST", "/admin/api/explain", {"body": message()})
+        assert status == 200
+        assert (told["model"], told["reason"]) == ("m", "default")
+        assert told["targets"][0]["ceiling_microusd"] >= 100
+        assert fake.asked == []
+
+
+async def test_try_streams_raw_events_and_tells_the_cost(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        status, text = await admin.call("POST", "/admin/api/try", {"body": message()})
+        assert status == 200
+        assert "event: message_stop" in text
+        row = json.loads(text.rpartition("event: ccmux\ndata: ")[2])
+        assert (row["route"], row["provider"], row["status"]) == ("default", "p", 200)
+        assert row["charge_microusd"] > 0
+
+
+async def test_the_live_log(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+        async with admin.session.get(admin.proxy.url + "/admin/api/events", headers=headers) as events:
+            assert (await events.content.readline()).startswith(b":")
+            await admin.call("POST", "/v1/messages", message(), token="x")
+            lines = [await events.content.readline() for _ in range(3)]
+            row = json.loads(lines[2].removeprefix(b"data: "))
+            assert (row["asked"], row["status"]) == ("claude-x", 200)
+
+
+async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        assert (await admin.get("/admin/api/inspect"))["held"] == []
+        _, summary = await admin.call("PUT", "/admin/api/inspect", {"minutes": 15})
+        assert 890 <= summary["on_for_s"] <= 900
+        await admin.call(
+            "POST", "/v1/messages", message(stream=True, system=f"my key is {SECRET}"), token="x"
+        )
+        [held] = (await admin.get("/admin/api/inspect"))["held"]
+        record = await admin.get(f"/admin/api/inspect/{held['id']}")
+        assert '"model":"up"' in record["upstream_request"]
+        assert "chat.completion.chunk" in record["upstream_answer"]
+        assert "event: message_start" in record["events"]
+        assert record["status"] == 200
+        await admin.call("PUT", "/admin/api/inspect", {"minutes": 0})
+        assert (await admin.get("/admin/api/inspect"))["held"] == []

@@ -1,0 +1,199 @@
+"""The start on a Python that lacks the packages: real virtual environments and a real pip, with wheels made here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = "Scripts/python.exe" if os.name == "nt" else "bin/python"
+
+
+def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> None:
+    """A wheel as pip installs it, of the smallest kind."""
+    info = f"{name}-{version}.dist-info"
+    files = {
+        **files,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(path, text)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python without packages, and stand-ins for them where pip looks; `model` needs no more of them."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "python"], check=True)
+    (folder / "wheels").mkdir()
+    wheel(
+        folder / "wheels", "aiohttp", "3.14.0",
+        {"aiohttp/__init__.py": '__version__ = "3.14.0"\n', "aiohttp/web.py": ""},
+    )  # fmt: skip
+    wheel(folder / "wheels", "tiktoken", "0.9.0", {"tiktoken/__init__.py": ""})
+    shutil.copy(ROOT / "ccmux.py", folder)
+    return folder
+
+
+def environment(bare: Path, home: Path, **more: str) -> dict[str, str]:
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(bare / "wheels"), "PIP_CONFIG_FILE": os.devnull}
+    return {"PATH": os.environ["PATH"], "HOME": str(home), **pip, **more}
+
+
+def start(bare: Path, home: Path, *args: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [bare / "python" / PYTHON, bare / "ccmux.py", *args]
+    return subprocess.run(
+        command, cwd=home, env=environment(bare, home, **more), capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def home(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which ccmux has set itself up."""
+    home = tmp_path_factory.mktemp("home")
+    done = start(bare, home, "model")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("providers\n  demo")
+    assert done.stderr.count("\n") == 1
+    assert "aiohttp is not installed; setting up" in done.stderr
+    return home
+
+
+def test_second_start_says_nothing(bare: Path, home: Path) -> None:
+    done = start(bare, home, "model")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (home / ".ccmux").stat().st_mode & 0o777 == 0o700
+
+
+def test_exit_status_comes_through(bare: Path, home: Path) -> None:
+    done = start(bare, home, "reprot")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "ccmux: there is no command 'reprot': did you mean 'report'?\n",
+    )
+
+
+def test_lost_package_is_installed_again(bare: Path, home: Path) -> None:
+    shutil.rmtree(next((home / ".ccmux/venv").glob("lib/*/site-packages/aiohttp")))
+    done = start(bare, home, "model")
+    assert done.returncode == 2
+    assert "start again to set it up anew" in done.stderr
+    ready = home / ".ccmux/venv/ccmux-ready"
+    assert not ready.exists()
+    ready.write_text("for another Python")  # as after an upgrade of the system: the same cure
+    assert "setting up" in start(bare, home, "model").stderr
+    assert start(bare, home, "model").stderr == ""
+
+
+def test_interrupted_installation_is_begun_again(bare: Path, tmp_path: Path) -> None:
+    """In a folder of the user's choice."""
+    command = [bare / "python" / PYTHON, bare / "ccmux.py", "model"]
+    place = {"CCMUX_VENV": "~/else where/venv"}
+    with subprocess.Popen(
+        command,
+        env=environment(bare, tmp_path, **place),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        venv, end = tmp_path / "else where/venv", time.monotonic() + 60
+        while not (venv / "pyvenv.cfg").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert not (venv / "ccmux-ready").exists()
+    assert start(bare, tmp_path, "model", **place).returncode == 0
+    assert (venv / "ccmux-ready").exists()
+    assert not (tmp_path / ".ccmux").exists()
+
+
+@pytest.mark.parametrize("args", [("--help",), ("--version",), ("user", "add", "--help"), ("code", "-h")])
+def test_help_needs_nothing(bare: Path, tmp_path: Path, args: tuple[str, ...]) -> None:
+    done = start(bare, tmp_path, *args)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / ".ccmux").exists()
+
+
+def test_version_after_code_is_claudes(bare: Path, tmp_path: Path) -> None:
+    done = start(bare, tmp_path, "code", "-p", "hi", "--version", CCMUX_NO_BOOTSTRAP="1")
+    assert done.returncode == 2
+    assert "CCMUX_NO_BOOTSTRAP is set" in done.stderr
+
+
+def test_statusline_needs_nothing(bare: Path, tmp_path: Path) -> None:
+    done = start(bare, tmp_path, "statusline")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def folder_of_ones_own(home: Path) -> str:
+    (home / "precious").mkdir()
+    (home / "precious/thesis.txt").write_text("do not delete")
+    return str(home / "precious")
+
+
+def unwritable(home: Path) -> str:
+    (home / "file").write_text("")
+    return str(home / "file" / "venv")
+
+
+@pytest.mark.parametrize(
+    ("venv", "more", "said"),
+    [
+        pytest.param(
+            lambda home: "", {"CCMUX_NO_BOOTSTRAP": "1"}, "CCMUX_NO_BOOTSTRAP is set", id="told-not-to"
+        ),
+        pytest.param(folder_of_ones_own, {}, "is no virtual environment", id="folder-of-ones-own"),
+        pytest.param(unwritable, {}, "cannot be set up: File exists", id="unwritable"),
+        pytest.param(lambda home: "", {"PIP_FIND_LINKS": ""}, "pip: ERROR: ", id="no-network"),
+        pytest.param(lambda home: "", {"PYTHONPATH": "no-venv"}, "lacks its venv parts", id="no-venv-module"),
+    ],
+)
+def test_where_it_cannot_install(bare: Path, tmp_path: Path, venv, more, said: str) -> None:
+    """One message with three ways to go on, exit status 2, and nobody's files touched."""
+    (tmp_path / "no-venv").mkdir()
+    (tmp_path / "no-venv/venv.py").write_text("raise ImportError('No module named venv')\n")
+    more = {**more, "CCMUX_VENV": venv(tmp_path)}
+    if more.get("PYTHONPATH"):
+        more["PYTHONPATH"] = str(tmp_path / "no-venv")
+    done = start(bare, tmp_path, "model", **more)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line.split(":")[0].strip() for line in done.stderr.splitlines()[-4:]] == [
+        "pip", "then start it with ccmux-venv/bin/python ccmux.py", "uv", "apt",
+    ]  # fmt: skip
+    if (tmp_path / "precious").exists():
+        assert (tmp_path / "precious/thesis.txt").read_text() == "do not delete"
+
+
+def test_aiohttp_that_is_too_old(bare: Path, tmp_path: Path) -> None:
+    """Debian 12's own aiohttp is 3.8: it can be imported, and lacks what ccmux uses."""
+    (tmp_path / "old/aiohttp").mkdir(parents=True)
+    (tmp_path / "old/aiohttp/__init__.py").write_text('__version__ = "3.8.4"\n')
+    (tmp_path / "old/aiohttp/web.py").write_text("")
+    (tmp_path / "old/tiktoken.py").write_text("")
+    done = start(bare, tmp_path, "model", PYTHONPATH=str(tmp_path / "old"), CCMUX_NO_BOOTSTRAP="1")
+    assert done.returncode == 2
+    assert "aiohttp 3.8.4 is too old" in done.stderr
+
+
+def test_packages_are_those_of_the_script_block() -> None:
+    """`uv run --script` and the bootstrap install the same."""
+    import ccmux
+
+    text = (ROOT / "ccmux.py").read_text("utf-8")
+    for package in ccmux.PACKAGES:
+        assert f'"{package}"' in text.partition('"""')[0]

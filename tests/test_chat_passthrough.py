@@ -1,0 +1,119 @@
+"""OpenAI in, OpenAI-format upstream: relayed as it came, with usage read off and the request as the client wrote it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from fakes import Answer, Call, OpenAIFake, Turn
+from openai import AsyncOpenAI
+from proxy_harness import in_process
+from translation import upstream
+
+from ccmux import ApiError, ChatTap, ChatWhole, chat_passed_on
+
+
+def chunk(delta: Any, finish: str | None = None, **more: Any) -> bytes:
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+    return b"data: %s\n\n" % json.dumps({"id": "c", "odd": [1.50], "choices": choices, **more}).encode()
+
+
+USAGE = {"prompt_tokens": 10, "completion_tokens": 3}
+OURS = b"data: %s\n\n" % json.dumps({"choices": [], "usage": USAGE}).encode()
+DONE = b"data: [DONE]\n\n"
+STREAM = (
+    b": hello\n\n" + chunk({"role": "assistant", "content": ""}) + chunk({"content": "a"}) + chunk({}, "stop")
+)
+
+
+@pytest.mark.parametrize("wants_usage", [True, False])
+def test_a_stream_is_relayed_byte_for_byte_cut_anywhere(wants_usage: bool) -> None:
+    data = STREAM + OURS + DONE
+    for cut in range(len(data)):
+        tap = ChatTap(wants_usage)
+        out = tap.feed(data[:cut]) + tap.feed(data[cut:]) + tap.finish()
+        assert out == STREAM + (OURS if wants_usage else b"")
+        assert (tap.ending, tap.ended, tap.error) == (DONE, True, None)
+        assert tap.usage is not None
+        assert (tap.usage.input, tap.usage.output, tap.stop_reason) == (10, 3, "stop")
+        assert tap.output_text() == "a"
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "content"),
+    [
+        (STREAM[: -len(chunk({}, "stop"))], 502, True),
+        (b'data: {"error": {"message": "x", "code": 429}}\n\n', 429, False),
+        (b'{"error": {"message": "x", "code": 429}}', 429, False),
+        (b"<html>", 502, False),
+        (b"data: {broken\n\n", 502, False),
+        (b"", 502, False),
+    ],
+)
+def test_what_is_no_whole_stream_is_an_error(data: bytes, status: int, content: bool) -> None:
+    tap = ChatTap(False)
+    tap.feed(data)
+    tap.finish()
+    assert isinstance(tap.error, ApiError)
+    assert (tap.error.status, tap.has_content, tap.ending) == (status, content, b"")
+
+
+def test_a_whole_answer_is_relayed_byte_for_byte() -> None:
+    body = (
+        b'{ "choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": %s }'
+        % json.dumps(USAGE).encode()
+    )
+    whole = ChatWhole()
+    assert whole.feed(body) + whole.finish() == b""
+    assert whole.ending == body
+    assert whole.usage is not None
+    assert whole.usage.output == 3
+    broken = ChatWhole()
+    broken.feed(b'{"choices": []}')
+    broken.finish()
+    assert broken.error is not None
+
+
+def test_the_request_goes_on_as_the_client_wrote_it() -> None:
+    given = {"model": "x", "stream": True, "n": 2, "seed": 7, "messages": [{"role": "user", "content": "hi"}]}
+    sent = chat_passed_on(given, upstream("up", skip=frozenset({"seed"})))
+    assert sent == {
+        **{k: v for k, v in given.items() if k != "seed"},
+        "model": "up",
+        "stream_options": {"include_usage": True},
+    }
+    assert "stream_options" not in chat_passed_on({**given, "stream": False}, upstream("up"))
+
+
+async def test_the_openai_sdk_through_ccmux(tmp_path: Path) -> None:
+    def script(turn: Turn) -> Answer:
+        return Answer(text="hello", calls=(Call("Bash", {"command": "ls"}),))
+
+    async with OpenAIFake(script) as fake:
+        text = f'[[providers]]\nname = "o"\ntype = "openai"\nbase_url = "{fake.base_url}"\napi_key = "sk-x-012345678"\nmodels = ["up"]\n'
+        async with (
+            in_process(tmp_path, text) as proxy,
+            AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="x") as client,
+        ):
+            asked: Any = {"model": "up", "messages": [{"role": "user", "content": "hi"}], "seed": 5}
+            whole = await client.chat.completions.create(**asked)
+            assert whole.choices[0].message.content == "hello"
+            assert whole.choices[0].message.tool_calls
+            stream = await client.chat.completions.create(**asked, stream=True)
+            parts = [part async for part in stream]
+            assert all(part.choices for part in parts)
+            assert "".join(part.choices[0].delta.content or "" for part in parts) == "hello"
+            stream = await client.chat.completions.create(
+                **asked, stream=True, stream_options={"include_usage": True}
+            )
+            assert [part async for part in stream][-1].usage is not None
+            bodies = [r.body if isinstance(r.body, dict) else json.loads(r.body) for r in fake.asked]
+            assert [b.get("seed") for b in bodies] == [5, 5, 5]
+            async with aiohttp.ClientSession() as session:
+                reply = await session.get(f"{proxy.url}/api/requests")
+                rows = (await reply.json())["requests"]
+            assert len(rows) == 3
+            assert all(r["output_tokens"] == 40 and not r["estimated"] for r in rows)

@@ -1,0 +1,892 @@
+"""The command line: in this process where that shows the same, as processes where signals, pipes and time matter."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import csv
+import http.server
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import ccmux
+
+ROOT = Path(__file__).resolve().parent.parent
+CCMUX = str(ROOT / "ccmux.py")
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Ran]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`cli("user", "list")` in an empty home, in this process."""
+    for name in list(os.environ):
+        if name.endswith(("_KEY", "_TOKEN", "_PROXY", "_proxy")) or name.startswith(
+            ("ANTHROPIC_", "CLAUDE_", "CCMUX_")
+        ):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{closed_port()}")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str, stdin: bytes = b"") -> Ran:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        try:
+            status = ccmux.main(list(args))
+        except SystemExit as end:  # --help
+            status = int(end.code or 0)
+        return Ran(status, *capsys.readouterr())
+
+    return run
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def write_config(folder: Path, text: str = "", port: int = 0) -> Path:
+    path = folder / "config.toml"
+    path.write_text(
+        f'[server]\nport = {port or closed_port()}\n{text}\n[[providers]]\nname = "demo"\ntype = "demo"\n'
+    )
+    return path
+
+
+def process_environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {k: os.environ[k] for k in ("PATH", "LANG", "SYSTEMROOT") if k in os.environ}
+    return {**kept, "HOME": str(home), "OLLAMA_HOST": "127.0.0.1:9", **more}
+
+
+def process(home: Path, *args: str, stdin: str = "", **more: str) -> Ran:
+    done = subprocess.run(
+        [sys.executable, CCMUX, *args], cwd=home, env=process_environment(home, **more),
+        input=stdin, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@contextlib.contextmanager
+def web_server(answers: dict[str, Any]) -> Iterator[int]:
+    """A server that answers paths with JSON; its port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps(answers.get(self.path, {})).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+# Help, errors, exit statuses.
+
+
+@pytest.mark.parametrize("command", ccmux.COMMANDS, ids=lambda command: command.name)
+def test_help_teaches(cli: Cli, command: ccmux.Command) -> None:
+    ran = cli(*command.name.split(), "--help")
+    assert ran.status == 0
+    for names, options in command.flags:
+        assert options["help"]
+        assert (names[0] if names[0].startswith("-") else options["metavar"]) in ran.out
+    assert "--config F" in ran.out
+    for line in command.examples.splitlines():
+        assert line in ran.out
+
+
+def test_top_help_names_every_command(cli: Cli) -> None:
+    out = cli("--help").out
+    for word in {command.name.split()[0] for command in ccmux.COMMANDS}:
+        assert f"\n    {word}" in out
+    assert "exit status: 0 good; 1 a check found something; 2" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        pytest.param(("reprot",), "there is no command 'reprot': did you mean 'report'?", id="command"),
+        pytest.param(("--prot", "1"), "unrecognized arguments: --prot 1; see `ccmux.py", id="flag"),
+        pytest.param(("user",), "the following arguments are required: action", id="user-alone"),
+        pytest.param(("user", "add"), "the following arguments are required: NAME", id="no-name"),
+        pytest.param(("user", "add", "a b"), "user name 'a b': use 1 to 64 letters", id="bad-name"),
+        pytest.param(
+            ("user", "credit", "x", "1e3.3"), "'1e3.3' is not an amount of dollars", id="bad-amount"
+        ),
+        pytest.param(("user", "credit", "x", "0.0000001"), "at most 6 decimals", id="too-fine"),
+        pytest.param(("user", "budget", "x", "--day", "-1"), "a budget cannot be below 0", id="budget"),
+        pytest.param(("user", "list"), "there is no database", id="no-database"),
+        pytest.param(
+            ("report", "--since", "yesteryear"), "is not a time: 2026-11-24, today or 7d", id="time"
+        ),
+        pytest.param(("explain", "nothing.json"), "nothing.json: No such file or directory", id="no-file"),
+        pytest.param(("check", "--config", "nothing.toml"), "nothing.toml: cannot be read", id="no-config"),
+        pytest.param(("serve", "--host", "0.0.0.0"), "set require_key = true", id="open-to-all"),
+        pytest.param(("setup", "--undo"), "there is nothing to undo", id="undo"),
+        pytest.param(("code",), "there is no `claude` here", id="no-claude"),
+    ],
+)
+def test_operator_errors_are_one_line(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    ran = cli(*args)
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err.startswith("ccmux: ") and ran.err.count("\n") == 1
+    assert said in ran.err
+
+
+def test_config_may_stand_before_the_command(cli: Cli, tmp_path: Path) -> None:
+    path = write_config(tmp_path).rename(tmp_path / "other.toml")
+    assert str(path) in cli("--config", str(path), "check").out
+    assert str(path) in cli("check", "--config", str(path)).out
+
+
+def test_models_is_model(cli: Cli) -> None:
+    assert cli("models") == cli("model")
+
+
+def test_taken_port_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        ran = process(tmp_path, "--port", str(port))
+    assert ran.status == 2
+    assert ran.err.startswith(f"ccmux: cannot listen on 127.0.0.1:{port} (")
+    assert (
+        ran.err.endswith("); is another ccmux running? --port sets another one\n")
+        and ran.err.count("\n") == 1
+    )
+
+
+def test_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    command = f"'{sys.executable}' '{CCMUX}' export | head -1; exit ${{PIPESTATUS[0]}}"
+    store = ccmux.Store(str(tmp_path / "ccmux.db"))
+    with store.transaction():
+        for n in range(3000):
+            done = settlement(f"req_{n:024}", "local", charge=1)
+            store.write_settlement(store.db, None, done, "charge", "2026-11-24T00:00:00.000Z")
+    store.close()
+    write_config(tmp_path)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=process_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr, done.stdout[:5]) == (0, "", '"time')
+
+
+def test_colours_only_for_people_who_want_them(tmp_path: Path) -> None:
+    import pty
+
+    def run(**more: str) -> bytes:
+        pid, terminal = pty.fork()
+        if pid == 0:  # pragma: no cover
+            os.chdir(tmp_path)
+            environment = process_environment(tmp_path, TERM="xterm", **more)
+            os.execve(sys.executable, [sys.executable, CCMUX, "check"], environment)
+        out = b""
+        with contextlib.suppress(OSError):  # the terminal's end
+            while data := os.read(terminal, 4096):
+                out += data
+        os.close(terminal)
+        os.waitpid(pid, 0)
+        return out
+
+    assert b"\x1b[32mok" in run()
+    assert b"\x1b" not in run(NO_COLOR="1")
+    assert "\x1b" not in process(tmp_path, "check").out
+
+
+# A start without a config.
+
+
+@pytest.mark.parametrize(
+    ("env", "ollama", "names", "default"),
+    [
+        pytest.param({}, [], ["demo"], "demo/M", id="nothing"),
+        pytest.param({"ANTHROPIC_API_KEY": "k"}, [], ["anthropic"], "anthropic/M", id="anthropic"),
+        pytest.param({"OPENAI_API_KEY": "k"}, [], ["openai"], "openai/gpt-6.1-terra", id="openai"),
+        pytest.param({"ZAI_API_KEY": "k"}, [], ["zai"], "zai/glm-5.3", id="other-anthropic-format"),
+        pytest.param(
+            {"OPENROUTER_API_KEY": "k", "ANTHROPIC_API_KEY": "k"}, [], ["anthropic", "openrouter"], "anthropic/M",
+            id="preset-order",
+        ),
+        pytest.param({"OPENROUTER_API_KEY": ""}, [], ["demo"], "demo/M", id="empty-key"),
+        pytest.param({}, ["q:7b", "r"], ["ollama"], "ollama/q:7b", id="ollama"),
+        pytest.param({"GROQ_API_KEY": "k"}, ["q"], ["groq", "ollama"], "groq/openai/gpt-oss-120b", id="both"),
+        pytest.param({"ANTHROPIC_API_KEY": "k"}, ["q"], ["anthropic", "ollama"], "anthropic/M", id="both-anthropic"),
+        pytest.param(
+            {"ANTHROPIC_API_KEY": "ccmux-local", "ANTHROPIC_BASE_URL": "http://127.0.0.1:13456"}, [], ["demo"], "demo/M",
+            id="a-shell-that-points-here",
+        ),
+    ],
+)  # fmt: skip
+def test_config_of_the_environment(
+    env: dict[str, str], ollama: list[str], names: list[str], default: str
+) -> None:
+    config = ccmux.load_config(ccmux.config_of_environment(env, ollama), env)
+    assert ([p.name for p in config.providers], config.warnings) == (names, ())
+    assert all(p.usable for p in config.providers)
+    assert ccmux.default_model(config, "M") == default
+    assert ccmux.choose_route({"model": "claude-x", "messages": []}, {}, config).targets
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        pytest.param("", "http://127.0.0.1:11434", id="unset"),
+        pytest.param("0.0.0.0", "http://127.0.0.1:11434", id="every-address"),
+        pytest.param("box:8080", "http://box:8080", id="port"),
+        pytest.param("https://box.example", "https://box.example:11434", id="scheme"),
+        pytest.param("[::1]:7", "http://[::1]:7", id="ipv6"),
+    ],
+)
+def test_ollama_url(host: str, url: str) -> None:
+    assert ccmux.ollama_url({"OLLAMA_HOST": host}) == url
+
+
+def test_ollama_that_answers_is_used_where_it_is(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [{"name": "nomic-embed-text"}, {"name": "qwen3-coder:30b"}, {"odd": 1}]
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with web_server({"/api/tags": {"models": models}}) as port:
+        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
+        config = ccmux.read_config("")
+    assert config.provider("ollama").base_url == f"http://127.0.0.1:{port}"
+    assert ccmux.default_model(config, "M") == "ollama/qwen3-coder:30b"
+
+
+def test_start_text_says_all(cli: Cli) -> None:
+    config = ccmux.load_config('[server]\nhost = "0.0.0.0"\nrequire_key = true\n', {})
+    text = ccmux.start_text(config, 9, "tok")
+    assert "http://127.0.0.1:9/admin#token=tok" in text
+    assert "export ANTHROPIC_BASE_URL=http://127.0.0.1:9 ANTHROPIC_AUTH_TOKEN=YOUR-CCMUX-KEY" in text
+    assert "demo answers" in ccmux.start_text(ccmux.read_config(""), 9, "tok")
+
+
+def test_init_writes_once(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENROUTER_API_KEY", "sk-or-secret")
+    ran = cli("init")
+    path = tmp_path / ".ccmux/config.toml"
+    assert (ran.status, f"wrote {path}" in ran.out) == (0, True)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    text = path.read_text()
+    assert 'api_key = "$OPENROUTER_API_KEY"' in text and "sk-or-secret" not in text
+    assert ccmux.read_config("").path == str(path)
+    again = cli("init")
+    assert (again.status, path.read_text()) == (2, text)
+    uncommented = text.partition("# [[models]]")[2].replace("\n# ", "\n").partition("Then send")[0]
+    ccmux.load_config('[[providers]]\nname = "openrouter"\ntype = "openrouter"\n[[models]]' + uncommented, {})
+
+
+def test_init_without_a_key_says_so(cli: Cli, tmp_path: Path) -> None:
+    assert "no key was found in the environment" in cli("init").out
+    text = (tmp_path / ".ccmux/config.toml").read_text()
+    shown = text.partition("set its variable:")[2].partition("\n\n")[0].replace("\n# ", "\n")
+    assert ccmux.load_config(shown, {"OPENROUTER_API_KEY": "k"}).providers[0].usable
+
+
+# The variables and settings of Claude Code.
+
+
+def test_env_as_bash_reads_it(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = 'a\'b "c" $HOME `id`'
+    monkeypatch.setenv("CCMUX_KEY", key)
+    write_config(tmp_path, port=4242)
+    done = subprocess.run(
+        ["sh", "-c", cli("env").out + 'printf "%s|%s" "$ANTHROPIC_BASE_URL" "$ANTHROPIC_AUTH_TOKEN"'],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"http://127.0.0.1:4242|{key}"
+
+
+@pytest.mark.parametrize(
+    ("shell", "line"),
+    [
+        ("bash", "export ANTHROPIC_AUTH_TOKEN='it'\"'\"'s'"),
+        ("fish", "set -gx ANTHROPIC_AUTH_TOKEN 'it'\"'\"'s';"),
+        ("powershell", "$env:ANTHROPIC_AUTH_TOKEN = 'it''s'"),
+        ("cmd", 'set "ANTHROPIC_AUTH_TOKEN=it\'s"'),
+    ],
+)
+def test_env_of_each_shell(cli: Cli, monkeypatch: pytest.MonkeyPatch, shell: str, line: str) -> None:
+    monkeypatch.setenv("CCMUX_KEY", "it's")
+    assert line in cli("env", "--shell", shell).out.splitlines()
+
+
+def test_env_as_json(cli: Cli) -> None:
+    assert json.loads(cli("env", "--shell", "json", "--port", "7").out) == {
+        "ANTHROPIC_BASE_URL": "http://127.0.0.1:7", "ANTHROPIC_AUTH_TOKEN": "ccmux-local",
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": "claude-haiku-4-5", "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param('[router]\ndefault = "openai/gpt-4o"\n', {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "128000"}, id="known"),
+        pytest.param('[[models]]\nname = "m"\ncontext = 5\n[[models.mappings]]\nprovider = "openai"\nactual_model = "x"\n',
+                     {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "5"}, id="row"),
+        pytest.param('[server]\nrequire_key = true\n', {"ANTHROPIC_AUTH_TOKEN": "YOUR-CCMUX-KEY"}, id="key-needed"),
+    ],
+)  # fmt: skip
+def test_client_environment(cli: Cli, text: str, expected: dict[str, str]) -> None:
+    config = ccmux.load_config(text + '[[providers]]\nname = "openai"\ntype = "openai"\n', {})
+    assert expected.items() <= ccmux.client_environment(config, "u").items()
+
+
+def test_passthrough_leaves_claudes_own_login(cli: Cli) -> None:
+    text = '[[providers]]\nname = "anthropic"\ntype = "anthropic"\napi_key = "passthrough"\n'
+    assert "ANTHROPIC_AUTH_TOKEN" not in ccmux.client_environment(ccmux.load_config(text, {}), "u")
+
+
+def test_env_says_that_a_key_is_needed(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path, "require_key = true")
+    assert "set CCMUX_KEY" in cli("env").err
+
+
+ODD = b'{\n\t"env": {"FOO":  "1", "ANTHROPIC_BASE_URL": "https://old.example"},\n\t"model": "opus"   \n}'
+
+
+@pytest.mark.parametrize(
+    "before", [None, b"", b"{}", ODD, b'{"statusLine": {"type": "command", "command": "mine"}}\r\n'],
+    ids=["none", "empty", "object", "odd-format", "own-statusline"],
+)  # fmt: skip
+def test_setup_and_undo(cli: Cli, tmp_path: Path, before: bytes | None) -> None:
+    path = tmp_path / ".claude/settings.json"
+    path.parent.mkdir()
+    if before is not None:
+        path.write_bytes(before)
+        path.chmod(0o640)
+    write_config(tmp_path, port=4242)
+    for _ in range(2):
+        ran = cli("setup")
+        assert (ran.status, ran.err) == (0, "")
+    settings = json.loads(path.read_bytes())
+    assert settings["env"]["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:4242"
+    assert (
+        settings["statusLine"]["command"] == "mine" or "ccmux statusline" in settings["statusLine"]["command"]
+    )
+    if before == ODD:
+        assert (settings["env"]["FOO"], settings["model"]) == ("1", "opus")
+    ran = cli("setup", "--undo")
+    assert ran.status == 0
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert before is None or path.stat().st_mode & 0o777 == 0o640
+    assert {p.name for p in path.parent.iterdir()} <= {"settings.json"}
+
+
+def test_setup_shows_the_change_without_keys(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CCMUX_KEY", "ccmux-secret-of-anna")
+    out = cli("setup").out
+    assert '+    "ANTHROPIC_BASE_URL": "http://127.0.0.1:13456",' in out
+    assert "secret-of-anna" not in out
+    assert (tmp_path / ".claude/settings.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_undo_keeps_what_was_changed_since(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / ".claude/settings.json"
+    path.parent.mkdir()
+    path.write_bytes(ODD)
+    cli("setup")
+    settings = json.loads(path.read_bytes())
+    settings["model"] = "haiku"
+    settings["env"]["BAR"] = "2"
+    path.write_text(json.dumps(settings))
+    assert cli("setup", "--undo").status == 0
+    assert json.loads(path.read_bytes()) == {
+        "env": {"FOO": "1", "ANTHROPIC_BASE_URL": "https://old.example", "BAR": "2"}, "model": "haiku",
+    }  # fmt: skip
+
+
+def test_setup_writes_through_a_link(cli: Cli, tmp_path: Path) -> None:
+    real = tmp_path / "dotfiles/claude.json"
+    real.parent.mkdir()
+    real.write_text("{}")
+    link = tmp_path / ".claude/settings.json"
+    link.parent.mkdir()
+    link.symlink_to(real)
+    cli("setup")
+    assert link.is_symlink() and "ANTHROPIC_BASE_URL" in real.read_text()
+    cli("setup", "--undo")
+    assert link.is_symlink() and real.read_text() == "{}"
+
+
+def test_setup_touches_no_broken_settings(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / ".claude/settings.json"
+    path.parent.mkdir()
+    path.write_text("{ // a comment\n}")
+    ran = cli("setup")
+    assert (ran.status, path.read_text()) == (2, "{ // a comment\n}")
+    assert "not valid JSON" in ran.err and ran.err.count("\n") == 1
+
+
+# Users and money.
+
+
+def settlement(request_id: str, user: str, **more: Any) -> ccmux.Settlement:
+    values = {
+        "request_id": request_id, "user": user, "session": "s1", "agent": "", "asked": "claude-x", "route": "default",
+        "provider": "p", "model": "claude-sonnet-5-5", "stream": True, "status": 200, "error": "", "attempts": 1,
+        "usage": ccmux.Usage(input=12_000, output=1_200, cache_read=40_000, cache_write=3_000), "cost": 47_500,
+        "markup": 9_500, "charge": 57_000, "price": None, "first_token_ms": 5, "duration_ms": 9, "stop_reason": "end_turn",
+        "trail": [], **more,
+    }  # fmt: skip
+    return ccmux.Settlement(**values)
+
+
+def enter(path: Path, *rows: tuple[str, ccmux.Settlement]) -> None:
+    """Requests in the ledger, as the server writes them: (time, settlement)."""
+    store = ccmux.Store(str(path))
+    store.local_user()
+    with store.transaction():
+        for moment, done in rows:
+            store.write_settlement(store.db, None, done, "charge", moment)
+    store.close()
+
+
+def ledger(path: Path, sql: str) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(sql).fetchall()
+
+
+def test_a_users_life(cli: Cli, tmp_path: Path) -> None:
+    database = tmp_path / ".ccmux/ccmux.db"
+    added = cli("user", "add", "anna", "--credit", "5", "--day", "1.50", "--note", "a friend")
+    assert added.status == 0
+    key = next(line.split()[1] for line in added.out.splitlines() if line.startswith("key "))
+    assert f"ANTHROPIC_AUTH_TOKEN={key}" in added.out
+    assert key not in cli("user", "list").out
+    assert cli("user", "add", "anna").err == "ccmux: user 'anna' is there already\n"
+    assert "$15.25" in cli("user", "credit", "anna", "10.25", "--note", "cash").out
+    assert "$12.75" in cli("user", "credit", "anna", "-2.50").out
+    assert ledger(database, "select kind, amount_microusd, note from ledger order by id") == [
+        ("topup", 5_000_000, "first credit"), ("topup", 10_250_000, "cash"), ("adjust", -2_500_000, ""),
+    ]  # fmt: skip
+    assert "$20.00 a month" in cli("user", "budget", "anna", "--day", "none", "--month", "20").out
+    assert ledger(database, "select day_microusd, week_microusd, month_microusd from users") == [
+        (None, None, 20_000_000)
+    ]
+    new = cli("user", "key", "anna").out.split()[1]
+    store = ccmux.Store(str(database))
+    assert (store.authenticate(key), store.authenticate(new).name) == (None, "anna")
+    store.close()
+    assert "(disabled) a friend" in cli("user", "disable", "anna").out
+    assert "(disabled)" not in cli("user", "enable", "anna").out
+    assert cli("user", "key", "ana").err == "ccmux: no user 'ana': did you mean 'anna'?\n"
+    assert database.stat().st_mode & 0o777 == 0o600
+
+
+def test_starting_credit(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path, "[credits]\nstarting_credit = 2.5")
+    assert "$2.50" in cli("user", "add", "anna").out
+    assert "$0.00" in cli("user", "add", "ben", "--credit", "0").out
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("5", 5_000_000), ("1.50", 1_500_000), ("$0.000001", 1), ("-2.5", -2_500_000), ("1e2", 100_000_000)],
+)
+def test_microdollars(text: str, amount: int) -> None:
+    assert ccmux.microdollars(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "0.0000001", "1,5", "9" * 20])
+def test_no_microdollars(text: str) -> None:
+    with pytest.raises(ccmux.argparse.ArgumentTypeError):
+        ccmux.microdollars(text)
+
+
+TODAY = "2026-11-24T08:00:00.000Z"
+
+
+def test_report_and_its_formats(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    enter(
+        tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")),
+        ("2026-11-20T23:59:59.999Z", settlement("r2", "local", model="glm-5.3", cost=None, markup=None, charge=0)),
+    )  # fmt: skip
+    table = cli("report", "--by", "model").out.splitlines()
+    assert table[0].split()[:3] == ["model", "requests", "input"]
+    assert table[1].split() == ["claude-sonnet-5-5", "1", "12000", "1200", "40000", "3000", "0", "$0.0475", "$0.0095",
+                                "$0.057", "0"]  # fmt: skip
+    assert table[-2].split()[:2] == ["total", "2"]
+    assert table[-1] == "requests without a known price: 1; their cost is not in the sums"
+    rows = json.loads(cli("report", "--by", "day", "--format", "json", "--since", "2026-11-21").out)
+    assert [(row["day"], row["charge_microusd"]) for row in rows] == [("2026-11-24", 57_000)]
+    table = csv.DictReader(
+        io.StringIO(cli("report", "--by", "day", "--until", "2026-11-21", "--format", "csv").out)
+    )
+    assert [(row["day"], row["requests"], row["unpriced"]) for row in table] == [("2026-11-20", "1", "1")]
+    as_if = json.loads(cli("report", "--as-if", "claude-sonnet-5-5", "--format", "json").out)
+    assert as_if[0]["as_if_microusd"] == 2 * 47_500
+    assert cli("report", "--as-if", "no-such-model").err.startswith("ccmux: --as-if: no price is known")
+    assert json.loads(cli("report", "--user", "nobody", "--format", "json").out) == []
+
+
+def test_export(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local", asked="=evil()")))
+    head, row = csv.reader(io.StringIO(cli("export").out))
+    assert head == list(ccmux.USAGE_COLUMNS)
+    assert row[head.index("asked")] == "'=evil()"
+    ran = cli("export", "--format", "json", "-o", str(tmp_path / "out.json"))
+    assert ran.out == f"wrote {tmp_path / 'out.json'}, requests: 1\n"
+    assert json.loads((tmp_path / "out.json").read_text())[0]["charge_microusd"] == 57_000
+    assert (tmp_path / "out.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_backup_beside_a_server(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")))
+    server = ccmux.Store(str(tmp_path / "ccmux.db"))
+    server.open_server()
+    try:
+        assert cli("backup", "copy.db").status == 0
+        assert "-$0.057" in cli("user", "list").out
+    finally:
+        server.close()
+    assert ledger(tmp_path / "copy.db", "select amount_microusd from ledger") == [(-57_000,)]
+    assert (tmp_path / "copy.db").stat().st_mode & 0o777 == 0o600
+    assert cli("backup", "copy.db").err == "copying 0.1 MB\nccmux: copy.db: File exists\n"
+
+
+# Looking.
+
+
+def test_model_shows_all(cli: Cli, tmp_path: Path) -> None:
+    text = '[[models]]\nname = "m"\n[[models.mappings]]\nprovider = "demo"\nactual_model = "x"\n'
+    write_config(tmp_path, f'[router]\nthink = "m"\n{text}[[providers]]\nname = "zai"\ntype = "zai"\n')
+    out = cli("model").out
+    assert "$ZAI_API_KEY is not set in the environment  https://api.z.ai/api/anthropic/v1/messages" in out
+    assert "\n  m  demo/x  $0 in, $0 out per million\n" in out
+    assert "\n  think         m\n" in out
+
+
+def test_check_finds_warnings(cli: Cli, tmp_path: Path) -> None:
+    assert cli("check").status == 0
+    write_config(tmp_path, '[[providers]]\nname = "zai"\ntype = "zai"\n')
+    ran = cli("check")
+    assert ran.status == 1
+    assert "$ZAI_API_KEY is not set" in ran.out
+
+
+def test_check_live(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    ran = cli("check", "--live")
+    assert (ran.status, "ok      demo/demo" in ran.out) == (0, True)
+    dead = f'[[providers]]\nname = "dead"\ntype = "openai"\nbase_url = "http://127.0.0.1:{closed_port()}"\napi_key = "k"\n'
+    write_config(tmp_path, dead)
+    ran = cli("check", "--live")
+    assert (ran.status, "FAILED  dead/gpt-6.1-terra" in ran.out) == (1, True)
+
+
+def test_explain(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    body = {"model": "claude-x", "max_tokens": 10, "messages": [{"role": "user", "content": "hello"}]}
+    ran = cli("explain", "-", stdin=json.dumps(body).encode())
+    assert ran.status == 0
+    assert [line.split()[0] for line in ran.out.splitlines()] == [
+        *(reason for reason, _ in ccmux.ROUTE_STEPS), "model", "target", "tokens",
+    ]  # fmt: skip
+    assert "model     demo/claude-x (by default)" in ran.out
+    ran = cli("explain", "-", stdin=b'{"model": 1}')
+    assert (ran.status, ran.err) == (2, "ccmux: -: model: Field required (a text)\n")
+
+
+def test_token_is_kept(cli: Cli, tmp_path: Path) -> None:
+    token = cli("token").out.strip()
+    assert len(token) >= 22 and cli("token").out.strip() == token
+    assert (tmp_path / ".ccmux/ccmux.token").stat().st_mode & 0o777 == 0o600
+
+
+def words_of(ran: Ran, word: str) -> list[str]:
+    return [line.removeprefix(word).strip() for line in ran.out.splitlines() if line.startswith(word)]
+
+
+def test_doctor_finds_nothing_wrong(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")))
+    ran = cli("doctor")
+    assert (ran.status, words_of(ran, "FAILED")) == (0, [])
+    assert "requests 1, users 1, all sums equal their rows" in ran.out
+
+
+def test_doctor_names_who_has_the_port(cli: Cli, tmp_path: Path) -> None:
+    with web_server({}) as port:
+        write_config(tmp_path, port=port)
+        ran = cli("doctor")
+    assert ran.status == 1
+    assert f"something else answers at http://127.0.0.1:{port}" in words_of(ran, "FAILED")[0]
+    if sys.platform == "linux":
+        assert f"(pid {os.getpid()}, " in words_of(ran, "FAILED")[0]
+
+
+def broken_sum(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path / "ccmux.db")) as db, db:
+        db.execute("update users set balance_microusd = 1")
+
+
+def open_database(path: Path) -> None:
+    (path / "ccmux.db").chmod(0o644)
+
+
+def open_config(path: Path) -> None:
+    text = '[[providers]]\nname = "x"\ntype = "openai"\napi_key = "sk-in-the-file"\n'
+    write_config(path, text).chmod(0o644)
+
+
+def settings_elsewhere(path: Path) -> None:
+    (path / ".claude").mkdir()
+    (path / ".claude/settings.json").write_text('{"env": {"ANTHROPIC_BASE_URL": "http://elsewhere.example"}}')
+
+
+def settings_broken(path: Path) -> None:
+    (path / ".claude").mkdir()
+    (path / ".claude/settings.local.json").write_text("{,}")
+
+
+def config_broken(path: Path) -> None:
+    (path / "config.toml").write_text("[router]\ndefualt = 1")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "env", "said"),
+    [
+        pytest.param(broken_sum, {}, "balance of user local differs from its rows", id="sums"),
+        pytest.param(open_database, {}, "others can read", id="database-mode"),
+        pytest.param(open_config, {}, "others can read", id="config-mode"),
+        pytest.param(settings_elsewhere, {}, "sends Claude Code to http://elsewhere.example", id="settings"),
+        pytest.param(settings_broken, {}, "not valid JSON", id="settings-broken"),
+        pytest.param(config_broken, {}, "did you mean 'default'?", id="config"),
+        pytest.param(None, {"ANTHROPIC_BASE_URL": "http://x.example/"}, "see `ccmux.py env`", id="base-url"),
+        pytest.param(None, {"CLAUDE_CODE_USE_BEDROCK": "1"}, "CLAUDE_CODE_USE_BEDROCK is set", id="bedrock"),
+    ],
+)
+def test_doctor_finds(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_it: Any, env: dict[str, str], said: str
+) -> None:
+    write_config(tmp_path)
+    enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    if break_it:
+        break_it(tmp_path)
+    ran = cli("doctor")
+    assert ran.status == 1
+    assert said in "\n".join(words_of(ran, "FAILED"))
+    assert "sk-in-the-file" not in ran.out
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        pytest.param({"ANTHROPIC_API_KEY": "a", "ANTHROPIC_AUTH_TOKEN": "b"}, "are both set", id="two-credentials"),
+        pytest.param({"ANTHROPIC_MODEL": "opus"}, "asks for opus whatever /model says", id="model"),
+        pytest.param({"HTTPS_PROXY": "http://proxy.example"}, "NO_PROXY lacks 127.0.0.1", id="proxy"),
+    ],
+)  # fmt: skip
+def test_doctor_notes(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], said: str) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    ran = cli("doctor")
+    assert (ran.status, said in "\n".join(words_of(ran, "note"))) == (0, True)
+
+
+# The status line.
+
+
+def test_statusline(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+    store = ccmux.Store(str(tmp_path / "ccmux.db"))
+    store.add_user("anna", 5_000_000)
+    store.close()
+    enter(
+        tmp_path / "ccmux.db", (now, settlement("r1", "anna")), (now, settlement("r2", "anna", session="s2")),
+        (now, settlement("r3", "local")),
+    )  # fmt: skip
+    told = json.dumps({"session_id": "s2", "model": {"id": "x", "display_name": "Sonnet"}})
+    ran = process(tmp_path, "statusline", stdin=told)
+    assert ran == Ran(
+        0, "Sonnet | p/claude-sonnet-5-5 (default) | session $0.0570 | today $0.1140 | balance $4.89\n", ""
+    )
+    assert process(tmp_path, "statusline", stdin="no json").out == "today $0.0570\n"
+
+
+def test_statusline_never_fails(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("not TOML")
+    ran = process(tmp_path, "statusline")
+    assert (ran.status, ran.err) == (0, "") and ran.out.startswith("ccmux: no figures (")
+
+
+def test_statusline_is_fast(tmp_path: Path) -> None:
+    """Under 60 ms above a bare Python's start, by the command that `setup` writes; and aiohttp stays out of it."""
+    (tmp_path / "app").mkdir()
+    shutil.copy(CCMUX, tmp_path / "app")
+    enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")))
+    write_config(tmp_path)
+    environment = process_environment(tmp_path, PYTHONPATH=str(tmp_path / "app"))
+
+    def seconds(*args: str) -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *args], env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL,
+                       capture_output=True, check=True)  # fmt: skip
+        return time.perf_counter() - began
+
+    seconds("-m", "ccmux", "statusline")  # compiles it
+    taken = min(seconds("-m", "ccmux", "statusline") for _ in range(7))
+    bare = min(seconds("-c", "pass") for _ in range(7))
+    assert taken - bare < 0.06
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "ccmux", "statusline"],
+        env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "sqlite3" in done.stderr
+    assert "aiohttp" not in done.stderr and "asyncio" not in done.stderr
+
+
+# code
+
+
+def fake_claude(folder: Path, script: str) -> str:
+    """A PATH on which `claude` is this shell script."""
+    (folder / "bin").mkdir()
+    (folder / "bin/claude").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bin/claude").chmod(0o755)
+    return f"{folder / 'bin'}:{os.environ['PATH']}"
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def test_code_starts_runs_and_stops(tmp_path: Path) -> None:
+    path = fake_claude(
+        tmp_path, 'env | grep -E "^(ANTHROPIC|CLAUDE)" | sort; for a in "$@"; do echo "<$a>"; done; exit 7'
+    )
+    port = closed_port()
+    write_config(tmp_path, port=port)
+    ran = process(tmp_path, "code", "-p", "say hi", "--version", "", PATH=path, ANTHROPIC_API_KEY="sk-real")
+    assert ran.status == 7
+    assert ran.out.splitlines() == [
+        "ANTHROPIC_AUTH_TOKEN=ccmux-local", f"ANTHROPIC_BASE_URL=http://127.0.0.1:{port}",
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL=claude-haiku-4-5", "CLAUDE_CODE_GATEWAY_HINT_HEADERS=1",
+        "<-p>", "<say hi>", "<--version>", "<>",
+    ]  # fmt: skip
+    assert ran.err == f"ccmux: starting at http://127.0.0.1:{port}, its log is {tmp_path / 'ccmux.log'}\n"
+    assert (tmp_path / "ccmux.log").stat().st_mode & 0o777 == 0o600
+    assert not answers(port)
+
+
+async def test_code_leaves_a_running_server(tmp_path: Path, start_ccmux: Any) -> None:
+    path = fake_claude(tmp_path, 'echo "$ANTHROPIC_BASE_URL"')
+    async with start_ccmux('[[providers]]\nname = "demo"\ntype = "demo"\n') as running:
+        port = int(running.url.rpartition(":")[2])
+        other = tmp_path / "other"
+        other.mkdir()
+        write_config(other, port=port)
+        ran = await asyncio.to_thread(process, other, "code", PATH=path)
+        assert ran == Ran(0, f"{running.url}\n", "")
+        assert answers(port)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("require_key = true", "set CCMUX_KEY to one", id="needs-a-key"),
+        pytest.param(
+            'database = "/nonexistent/x.db"', "database /nonexistent/x.db", id="server-does-not-start"
+        ),
+    ],
+)
+def test_code_that_cannot_start(tmp_path: Path, text: str, said: str) -> None:
+    write_config(tmp_path, text)
+    ran = process(tmp_path, "code", PATH=fake_claude(tmp_path, "echo never"))
+    assert (ran.status, ran.out) == (2, "")
+    assert said in ran.err.splitlines()[-1]
+
+
+def test_code_beside_a_stranger(tmp_path: Path) -> None:
+    with web_server({}) as port:
+        write_config(tmp_path, port=port)
+        ran = process(tmp_path, "code", PATH=fake_claude(tmp_path, "echo never"))
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert "something else answers" in ran.err
+
+
+def test_code_passes_signals_on(tmp_path: Path) -> None:
+    path = fake_claude(tmp_path, 'trap "echo heard; exit 5" TERM; echo ready; while :; do sleep 0.05; done')
+    port = closed_port()
+    write_config(tmp_path, port=port)
+    with subprocess.Popen(
+        [sys.executable, CCMUX, "code"], cwd=tmp_path, env=process_environment(tmp_path, PATH=path),
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        running.send_signal(signal.SIGINT)  # claude's own to heed; ccmux goes on
+        running.send_signal(signal.SIGTERM)
+        assert running.stdout.read() == "heard\n"
+    assert running.returncode == 5
+    assert not answers(port)
+
+
+def test_code_with_the_real_cli(tmp_path: Path, claude: Path) -> None:
+    """From an empty home to an answer in one command."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/claude").symlink_to(claude)
+    write_config(tmp_path)
+    quiet = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1", "TERM": "dumb"}
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    ran = process(tmp_path, "code", "-p", "say hi", PATH=path, **quiet)
+    assert ran.status == 0, ran.err
+    assert "ccmux's built-in demo provider" in ran.out
+
+
+@pytest.mark.parametrize("amount", [Decimal("0.1") * n for n in range(5)])
+def test_dollars_come_back_as_they_went_in(amount: Decimal) -> None:
+    assert Decimal(ccmux.money(ccmux.microdollars(str(amount))).removeprefix("$")) == amount

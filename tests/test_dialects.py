@@ -1,0 +1,253 @@
+"""Dialects and presets: URLs, rows, what is forwarded and how, what a 400 teaches."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+from typing import Any
+
+import pytest
+from translation import assistant, check_grammar, thinking, tool_result, upstream, user
+
+import ccmux
+from ccmux import DIALECTS, PRESETS, AnthropicStream, Call, Config, Route, Usage, endpoint_url, with_model
+
+
+@pytest.mark.parametrize(
+    ("format", "base_url", "url"),
+    [
+        ("openai", "https://a.test", "https://a.test/v1/chat/completions"),
+        ("openai", "https://a.test/", "https://a.test/v1/chat/completions"),
+        ("openai", "https://a.test/v1", "https://a.test/v1/chat/completions"),
+        ("openai", "https://a.test/v1/", "https://a.test/v1/chat/completions"),
+        ("openai", "https://a.test/api/paas/v4", "https://a.test/api/paas/v4/chat/completions"),
+        ("openai", "https://a.test/v1beta/openai", "https://a.test/v1beta/openai/chat/completions"),
+        ("openai", "https://a.test/inference", "https://a.test/inference/chat/completions"),
+        ("openai", "https://a.test/x/chat/completions", "https://a.test/x/chat/completions"),
+        ("openai", "https://a.test/v1/chat/completions/", "https://a.test/v1/chat/completions"),
+        ("openai", "https://a.test/v1?version=2", "https://a.test/v1/chat/completions?version=2"),
+        ("anthropic", "https://a.test", "https://a.test/v1/messages"),
+        ("anthropic", "https://a.test/v1", "https://a.test/v1/messages"),
+        ("anthropic", "https://a.test/v1/messages", "https://a.test/v1/messages"),
+        ("anthropic", "https://a.test/api/anthropic/", "https://a.test/api/anthropic/v1/messages"),
+        ("anthropic", "https://a.test/coding", "https://a.test/coding/v1/messages"),
+        ("responses", "https://a.test", "https://a.test/v1/responses"),
+        ("responses", "https://a.test/v1/responses", "https://a.test/v1/responses"),
+        ("responses", "https://a.test/v1/chat/completions", "https://a.test/v1/responses"),
+        ("gemini", "https://a.test", "https://a.test/v1beta/models/m:streamGenerateContent?alt=sse"),
+        ("gemini", "https://a.test/v1beta", "https://a.test/v1beta/models/m:streamGenerateContent?alt=sse"),
+    ],
+)
+def test_endpoint_url(format: str, base_url: str, url: str) -> None:
+    assert endpoint_url(base_url, DIALECTS[format], model="m") == url
+
+
+def test_a_models_name_cannot_leave_its_place_in_the_url() -> None:
+    url = endpoint_url("https://a.test", DIALECTS["gemini"], model="../../x?y#z")
+    assert url.startswith("https://a.test/v1beta/models/")
+    assert "?y" not in url
+    assert "#" not in url
+
+
+CALLED = {
+    "anthropic": "https://api.anthropic.com/v1/messages",
+    "openai": "https://api.openai.com/v1/chat/completions",
+    "openrouter": "https://openrouter.ai/api/v1/chat/completions",
+    "openrouter-anthropic": "https://openrouter.ai/api/v1/messages",
+    "zai": "https://api.z.ai/api/anthropic/v1/messages",
+    "zai-openai": "https://api.z.ai/api/paas/v4/chat/completions",
+    "kimi-coding": "https://api.kimi.com/coding/v1/messages",
+    "deepseek": "https://api.deepseek.com/anthropic/v1/messages",
+    "github": "https://models.github.ai/inference/chat/completions",
+    "gemini-openai": "https://generativelanguage.googleapis.com/v1beta/openai/chat/completions",
+    "ollama": "http://localhost:11434/v1/messages",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_loads(name: str) -> None:
+    variable = PRESETS[name]["api_key"].strip("${}").partition(":")[0]
+    env = {variable: "key-1"} if variable else {}
+    config = ccmux.load_config(f'[[providers]]\nname = "p"\ntype = "{name}"\n', env)
+    [provider] = config.providers
+    assert provider.usable
+    assert provider.format == PRESETS[name]["type"]
+    assert provider.api_key == (("key-1",) if variable else ())
+    if name in CALLED:
+        assert endpoint_url(provider.base_url, DIALECTS[provider.format]) == CALLED[name]
+
+
+@pytest.mark.parametrize("name", ["lmstudio", "vllm"])
+def test_a_local_preset_needs_no_key(name: str) -> None:
+    [provider] = ccmux.load_config(f'[[providers]]\nname = "p"\ntype = "{name}"\n', {}).providers
+    assert provider.usable
+
+
+def test_a_new_provider_is_one_row() -> None:
+    """An OpenAI-compatible vendor that ccmux has never heard of: a row, and it serves."""
+    name, row = ccmux.preset("newcomer openai https://api.newcomer.test/v1 NEWCOMER_API_KEY fast-1")
+    text = '[router]\ndefault = "n/fast-1"\n[[providers]]\nname = "n"\ntype = "newcomer"\n'
+    config = ccmux.parse_config(text, {"NEWCOMER_API_KEY": "k"}, {**PRESETS, name: row}, DIALECTS)
+    ccmux.check_routes(config)
+    [provider] = config.providers
+    assert (provider.format, provider.api_key, provider.default_model) == ("openai", ("k",), "fast-1")
+
+
+def test_codex_models_of_openai_are_served_by_responses() -> None:
+    [provider] = ccmux.load_config(
+        '[[providers]]\nname = "o"\ntype = "openai"\n', {"OPENAI_API_KEY": "k"}
+    ).providers
+    assert ccmux.dialect_of(provider, "gpt-5.3-codex") is DIALECTS["responses"]
+    assert ccmux.dialect_of(provider, "gpt-5.5") is DIALECTS["openai"]
+
+
+# What an Anthropic-format upstream gets.
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"model":"old","messages":[]}',
+        b'{ "model" : "old" , "messages": [] }',
+        b'{"messages":[{"role":"user","content":"\\"model\\":\\"old\\""}],"model":"old"}',
+        b'{"messages":[{"content":[{"type":"tool_use","input":{"model":"old"}}]}],"model":"old"}',
+        b'{"tools":[{"input_schema":{"properties":{"model":{"type":"string"}}}}],"model":"old","x":{"model":"old"}}',
+        b'{"metadata":{"model":"old"},"model":"old"}',
+        b'{"a":"}]\\\\","model":"old"}',
+        '{"a":"ü😀","model":"old"}'.encode(),
+    ],
+)
+def test_with_model_changes_the_top_level_name_and_nothing_else(raw: bytes) -> None:
+    new = with_model(raw, "old", 'new "x"')
+    assert json.loads(new) == {**json.loads(raw), "model": 'new "x"'}
+    name = json.dumps('new "x"').encode()
+    at = next(n for n, (a, b) in enumerate(zip(raw, new, strict=False)) if a != b)
+    assert raw[:at] + raw[at + 3 :] == new[:at] + new[at + len(name) - 2 :]
+
+
+def test_with_model_where_the_name_is_written_with_escapes() -> None:
+    assert json.loads(with_model(b'{"mod\\u0065l":"old"}', "old", "new"))["model"] == "new"
+    assert json.loads(with_model(b'{"model":"\\u006fld"}', "old", "new"))["model"] == "new"
+
+
+def call_of(body: Any, raw: bytes = b"", format: str = "anthropic") -> Call:
+    return Call("req_1", body, raw, {}, Route("m", "default", (), ()), Config(), stream=True, format=format)
+
+
+def test_the_clients_own_bytes_go_on_where_nothing_must_change() -> None:
+    raw = b'{ "model":"m",  "odd" : [1.0e2, "\\u00fc"] }'
+    assert ccmux.forwarded(call_of(json.loads(raw), raw), upstream("m")) is raw
+
+
+@pytest.mark.parametrize(
+    ("block", "stays"),
+    [
+        (thinking("made by ccmux"), False),
+        ({"type": "thinking", "thinking": "t", "signature": ""}, False),
+        ({"type": "thinking", "thinking": "t", "signature": "EqQB"}, True),
+        ({"type": "redacted_thinking", "data": "EmwK"}, True),
+        ({"type": "redacted_thinking", "data": ccmux.sign({"x": 1})}, False),
+    ],
+)
+def test_thinking_goes_only_to_whoever_signed_it(block: Any, stays: bool) -> None:
+    said = {"type": "text", "text": "a"}
+    body = {"model": "m", "messages": [user("q"), assistant(block, said), user("r")]}
+    raw = json.dumps(body, separators=(",", ":")).encode()
+    sent = ccmux.forwarded(call_of(body, raw), upstream("m"))
+    assert (sent is raw) == stays
+    assert json.loads(sent)["messages"][1]["content"] == ([block, said] if stays else [said])
+
+
+def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
+    body = {"model": "m", "messages": [user("q"), assistant(thinking("t")), user("r")]}
+    assert len(ccmux.without_foreign_thinking(body)["messages"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "expected"),
+    [
+        ("Unsupported parameter: 'temperature' is not supported with this model.", "temperature", "temperature"),
+        ("Unsupported value: 'temperature' does not support 0.5 with this model. Only the default (1) value is supported.",
+         "temperature", "temperature"),
+        ("Unrecognized request argument supplied: reasoning_effort", "", "reasoning_effort"),
+        ("Unknown parameter: 'stream_options'.", "stream_options", "stream_options"),
+        ("parallel_tool_calls is not supported by this model", "", "parallel_tool_calls"),
+        ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+         "max_tokens", "max_tokens"),
+        ("stop: Extra inputs are not permitted", "", "stop"),
+        ("Encrypted content is not supported with this model.", "include", "include"),
+        ("Your organization must be verified to generate reasoning summaries.", "", "reasoning.summary"),
+        ("Invalid 'messages[3].content': expected a string", "messages[3].content", ""),
+        ("the weather parameter is nice", "", ""),
+        ("Rate limit reached", "", ""),
+    ],
+)  # fmt: skip
+def test_refused_parameter(message: str, param: str, expected: str) -> None:
+    assert ccmux.refused_parameter(message, param) == expected
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after-ms": "1500"}, 1.5),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": "-3"}, 0.0),
+        ({"retry-after": "nan"}, 0.0),
+        ({"retry-after": "1e9"}, 3600.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": ""}, None),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+    ],
+)
+def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
+    assert ccmux.retry_after(headers) == seconds
+
+
+def test_retry_after_as_a_date_to_come() -> None:
+    told = ccmux.retry_after({"retry-after": email.utils.formatdate(time.time() + 60, usegmt=True)})
+    assert told is not None
+    assert 55 < told <= 60
+
+
+# The demo provider.
+
+
+@pytest.mark.parametrize(
+    ("messages", "kinds"),
+    [
+        pytest.param([user("hello")], ["text"], id="words"),
+        pytest.param([user("use Bash to run `ls -l`")], ["text", "tool_use"], id="a tool that the prompt names"),
+        pytest.param(
+            [user("use Bash"), assistant({"type": "tool_use", "id": "t", "name": "Bash", "input": {}}),
+             user(tool_result("t", "out"))],
+            ["text"],
+            id="after the tool's result",
+        ),
+        pytest.param([], ["text"], id="nothing at all"),
+    ],
+)  # fmt: skip
+def test_demo(messages: Any, kinds: list[str]) -> None:
+    schema = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
+    body = {"model": "m", "messages": messages, "tools": [{"name": "Bash", "input_schema": schema}]}
+    events = ccmux.demo_events(body, "msg_0123456789abcdef01234567")
+    check_grammar(events, True)
+    content = ccmux.collect(events)["content"]
+    assert [b["type"] for b in content] == kinds
+    if "tool_use" in kinds:
+        assert content[1]["input"] == {"command": "ls -l"}
+
+
+def test_a_thinking_blocks_payload_comes_back() -> None:
+    out = AnthropicStream("msg_1", "m", Usage())
+    out.thinking("why")
+    out.keep({"a": [1]})
+    out.text("so")
+    out.finish("end_turn")
+    [block, _] = ccmux.collect(out.take())["content"]
+    assert ccmux.signed_payload(block) == {"a": [1]}
+    assert ccmux.signed_payload({"type": "thinking", "signature": "other"}) is None
+    assert ccmux.signed_payload({"type": "thinking", "signature": "ccmux.!!"}) == {}

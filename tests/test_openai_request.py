@@ -1,0 +1,627 @@
+"""Translate: OpenAI Chat, the request side: a row for each row of the translation table."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
+from pydantic import TypeAdapter
+from translation import (
+    BASH,
+    BODIES,
+    PDF,
+    PNG,
+    SEARCH,
+    assistant,
+    expect_400,
+    thinking,
+    tool_result,
+    tool_use,
+    upstream,
+    user,
+)
+
+from ccmux import (
+    ApiError,
+    Facts,
+    Quirks,
+    Upstream,
+    client_tool_id,
+    gemini_schema,
+    openai_request,
+    sign,
+    tool_names,
+    upstream_name,
+    upstream_tool_id,
+)
+
+PARAMS: TypeAdapter[Any] = TypeAdapter(CompletionCreateParamsStreaming)
+PLAIN = upstream("gpt-x")
+
+
+def drain(value: Any) -> None:
+    """Iterables are validated only when they are read."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            drain(inner)
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        for inner in value:
+            drain(inner)
+
+
+def valid(out: Any) -> Any:
+    """The request, once the openai package's own types have accepted it, unknown keys refused."""
+    json.dumps(out)
+    drain(PARAMS.validate_python(out, extra="forbid"))
+    return out
+
+
+def request_of(*messages: Any, to: Upstream = PLAIN, **body: Any) -> Any:
+    return valid(openai_request({"model": "claude-x", "messages": list(messages), **body}, to))
+
+
+def messages_of(*messages: Any, to: Upstream = PLAIN, **body: Any) -> Any:
+    return request_of(*messages, to=to, **body)["messages"]
+
+
+IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+HI = {"role": "user", "content": "hi"}
+CALLED = assistant({"type": "text", "text": "ok"}, tool_use("t1", command="ls"))
+CALL = {"id": "t1", "type": "function", "function": {"name": "Bash", "arguments": '{"command": "ls"}'}}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        pytest.param(
+            {"system": "be brief"}, [{"role": "system", "content": "be brief"}, HI], id="system text"
+        ),
+        pytest.param(
+            {
+                "system": [
+                    {"type": "text", "text": "a"},
+                    {"type": "text", "text": "b", "cache_control": {"type": "x"}},
+                ]
+            },
+            [{"role": "system", "content": "a\n\nb"}, HI],
+            id="system blocks joined by blank lines, cache_control dropped",
+        ),
+        pytest.param(
+            {
+                "system": [
+                    {"type": "text", "text": "x-anthropic-billing-header: v=1"},
+                    {"type": "text", "text": "b"},
+                ]
+            },
+            [{"role": "system", "content": "b"}, HI],
+            id="billing header dropped",
+        ),
+        pytest.param({"system": []}, [HI], id="no system"),
+    ],
+)
+def test_system(body: dict[str, Any], expected: Any) -> None:
+    assert messages_of(user("hi"), **body) == expected
+
+
+def test_cache_control_stays_for_models_that_take_it() -> None:
+    to = upstream("anthropic/claude-x", cache_control="claude|gemini")
+    marked = {"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}
+    result = tool_result("t1", "out", cache_control={"type": "ephemeral"})
+    body = {"model": "m", "system": [marked], "messages": [user(marked), CALLED, user(result)]}
+    out = openai_request(body, to)["messages"]
+    assert out[0]["content"] == [marked]
+    assert out[1]["content"] == [marked]
+    assert out[3]["content"] == [{"type": "text", "text": "out", "cache_control": {"type": "ephemeral"}}]
+    plain = openai_request(body, upstream("openai/gpt", cache_control="claude|gemini"))["messages"]
+    assert "cache_control" not in json.dumps(plain)
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        pytest.param([user("hi")], [HI], id="only text is a string"),
+        pytest.param([user("a", "b")], [{"role": "user", "content": "a\n\nb"}], id="two texts"),
+        pytest.param(
+            [user("look", PNG)],
+            [{"role": "user", "content": [{"type": "text", "text": "look"}, IMAGE_PART]}],
+            id="image base64",
+        ),
+        pytest.param(
+            [user({"type": "image", "source": {"type": "url", "url": "https://a.test/b.png"}})],
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "https://a.test/b.png"}}],
+                }
+            ],
+            id="image url is passed, never fetched",
+        ),
+        pytest.param(
+            [user({"type": "document", "title": "T", "source": {"type": "text", "data": "body"}})],
+            [{"role": "user", "content": "T\n\nbody"}],
+            id="text document inlined with its title",
+        ),
+        pytest.param(
+            [
+                user(
+                    {
+                        "type": "document",
+                        "source": {"type": "content", "content": [{"type": "text", "text": "c"}]},
+                    }
+                )
+            ],
+            [{"role": "user", "content": "c"}],
+            id="content document",
+        ),
+        pytest.param(
+            [user(PDF)],
+            [{"role": "user", "content": "[a PDF named a.pdf was left out: this model does not take files]"}],
+            id="PDF where files are not taken",
+        ),
+        pytest.param(
+            [
+                user(
+                    {
+                        "type": "search_result",
+                        "title": "T",
+                        "source": "u",
+                        "content": [{"type": "text", "text": "c"}],
+                    }
+                )
+            ],
+            [{"role": "user", "content": "T\nu\nc"}],
+            id="search_result as text",
+        ),
+        pytest.param(
+            [user({"type": "tool_reference", "tool_name": "Grep"})],
+            [{"role": "user", "content": "[tool: Grep]"}],
+            id="tool_reference as text",
+        ),
+        pytest.param(
+            [user({"type": "hologram", "x": 1})],
+            [{"role": "user", "content": '{"type": "hologram", "x": 1}'}],
+            id="unknown block as text",
+        ),
+        pytest.param(
+            [user("a"), user("b")], [{"role": "user", "content": "a\n\nb"}], id="turns of one role are merged"
+        ),
+        pytest.param(
+            [user("a"), {"role": "system", "content": "mode on"}],
+            [{"role": "user", "content": "a\n\n<system-reminder>\nmode on\n</system-reminder>"}],
+            id="system in mid-conversation",
+        ),
+    ],
+)
+def test_user_content(messages: list[Any], expected: Any) -> None:
+    assert messages_of(*messages) == expected
+
+
+def test_files_and_vision_by_quirk() -> None:
+    [message] = messages_of(user(PDF), to=upstream("m", files=True))
+    file = {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}
+    assert message["content"] == [{"type": "file", "file": file}]
+    [message] = messages_of(user("x", PNG), to=upstream("m", vision=False))
+    assert message["content"] == "x\n\n[an image was left out: this model does not take images]"
+
+
+def test_midway_system_by_quirk() -> None:
+    out = messages_of(
+        user("a"), {"role": "system", "content": "s"}, user("b"), to=upstream("m", midway_system=True)
+    )
+    assert [(m["role"], m["content"]) for m in out] == [("user", "a"), ("system", "s"), ("user", "b")]
+
+
+def tool(id: str, content: str) -> Any:
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        pytest.param([tool_result("t1", "out")], [tool("t1", "out")], id="string"),
+        pytest.param(
+            [tool_result("t1", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])],
+            [tool("t1", "a\n\nb")],
+            id="text blocks joined",
+        ),
+        pytest.param([{"type": "tool_result", "tool_use_id": "t1"}], [tool("t1", "")], id="absent content"),
+        pytest.param([tool_result("t1", "no", is_error=True)], [tool("t1", "Error: no")], id="is_error"),
+        pytest.param(
+            [tool_result("t1", [{"type": "text", "text": "see"}, PNG])],
+            [
+                tool("t1", "see\n\n[image: in the next user message]"),
+                {"role": "user", "content": [IMAGE_PART]},
+            ],
+            id="an image moves to the user message after",
+        ),
+        pytest.param(
+            [tool_result("t1", [{"type": "tool_reference", "tool_name": "Grep"}])],
+            [tool("t1", "[tool: Grep]")],
+            id="tool_reference",
+        ),
+        pytest.param(
+            [tool_result("other", "x"), {"type": "text", "text": "go on"}],
+            [tool("t1", "No result was recorded for this call."), {"role": "user", "content": "go on"}],
+            id="orphan dropped, unanswered call answered",
+        ),
+        pytest.param(
+            [tool_result("t1", "first"), tool_result("t1", "last")],
+            [tool("t1", "last")],
+            id="of duplicates the last",
+        ),
+        pytest.param(
+            [{"type": "text", "text": "and"}, tool_result("t1", "out")],
+            [tool("t1", "out"), {"role": "user", "content": "and"}],
+            id="the rest of the turn comes after the results",
+        ),
+    ],
+)
+def test_tool_results(results: list[Any], expected: Any) -> None:
+    called = {"role": "assistant", "content": "ok", "tool_calls": [CALL]}
+    assert messages_of(user("hi"), CALLED, user(*results)) == [HI, called, *expected]
+
+
+def test_results_come_in_the_order_of_the_calls() -> None:
+    calls = assistant(tool_use("a"), tool_use("b"), tool_use("c"))
+    out = messages_of(
+        user("hi"), calls, user(tool_result("c", "3"), tool_result("a", "1"), tool_result("b", "2"))
+    )
+    assert [(m["tool_call_id"], m["content"]) for m in out[2:]] == [("a", "1"), ("b", "2"), ("c", "3")]
+
+
+def test_a_call_at_the_very_end_is_answered_neutrally() -> None:
+    assert messages_of(user("hi"), CALLED)[-1] == tool("t1", "No result was recorded for this call.")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        pytest.param(
+            [tool_use("t1", command="ls")], {"content": None, "tool_calls": [CALL]}, id="no text is null"
+        ),
+        pytest.param(
+            [{"type": "text", "text": ""}, {"type": "text", "text": "a"}],
+            {"content": "a"},
+            id="empty text skipped",
+        ),
+        pytest.param(
+            [{"type": "tool_use", "id": "t1", "name": "Bash", "input": None}],
+            {"content": None, "tool_calls": [{**CALL, "function": {"name": "Bash", "arguments": "{}"}}]},
+            id="null input",
+        ),
+        pytest.param(
+            [{"type": "tool_use", "id": "t1", "name": "Bash", "input": [1]}],
+            {"content": None, "tool_calls": [{**CALL, "function": {"name": "Bash", "arguments": "{}"}}]},
+            id="input that is no object",
+        ),
+        pytest.param(
+            [thinking("why"), {"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "a"}],
+            {"content": "a"},
+            id="thinking and redacted thinking dropped",
+        ),
+    ],
+)
+def test_assistant_turn(blocks: list[Any], expected: Any) -> None:
+    assert messages_of(user("hi"), assistant(*blocks))[1] == {"role": "assistant", **expected}
+
+
+@pytest.mark.parametrize(
+    ("replay", "blocks", "expected"),
+    [
+        ("none", [thinking("why"), tool_use("t1")], None),
+        ("tool_turns", [thinking("why"), tool_use("t1")], "why"),
+        ("tool_turns", [tool_use("t1")], ""),
+        ("tool_turns", [thinking("why"), {"type": "text", "text": "a"}], None),
+        ("all", [thinking("why"), {"type": "text", "text": "a"}], "why"),
+        ("all", [{"type": "text", "text": "a"}], None),
+    ],
+)
+def test_reasoning_replay(replay: str, blocks: list[Any], expected: str | None) -> None:
+    body = {"model": "m", "messages": [user("hi"), assistant(*blocks)]}
+    message = openai_request(body, upstream("m", reasoning_replay=replay))["messages"][1]
+    assert message.get("reasoning_content") == expected
+
+
+def test_openrouters_details_go_back_verbatim_to_their_own_model_only() -> None:
+    details = [{"type": "reasoning.encrypted", "data": "e"}]
+    block = {"type": "thinking", "thinking": "w", "signature": sign({"details": details, "model": "m"})}
+    body = {"model": "m", "messages": [user("hi"), assistant(block, tool_use("t1"))]}
+    to = upstream("m", reasoning_key="reasoning_details")
+    assert openai_request(body, to)["messages"][1]["reasoning_details"] == details
+    other = upstream("n", reasoning_key="reasoning_details")
+    assert "reasoning_details" not in openai_request(body, other)["messages"][1]
+
+
+# Tools.
+
+
+def test_tools() -> None:
+    given = [
+        {**BASH, "cache_control": {"type": "ephemeral"}, "defer_loading": True},
+        {"type": "custom", "name": "mcp__" + "x" * 70, "input_schema": {}},
+        {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"},
+    ]
+    tools = request_of(user("hi"), tools=given)["tools"]
+    bash = {"name": "Bash", "description": "Runs", "parameters": BASH["input_schema"]}
+    assert tools[0] == {"type": "function", "function": bash}
+    assert len(tools) == 2
+    assert len(tools[1]["function"]["name"]) <= 64
+    assert tools[1]["function"]["parameters"] == {"type": "object", "properties": {}}
+
+
+@pytest.mark.parametrize("name", ["Bash", "x" * 65, "a b", "ü", "mcp__s__" + "y" * 90, "\ud800"])
+def test_names_map_back_exactly(name: str) -> None:
+    names = tool_names({"tools": [{"name": name}, {"name": name + "2"}]})
+    assert len(set(names.values())) == 2
+    assert all(
+        len(v) <= 64 and v.replace("_", "").replace("-", "").isalnum() and v.isascii() for v in names.values()
+    )
+    assert upstream_name(name) == names[name]
+
+
+@pytest.mark.parametrize("id", ["call_1", "functions.Read:0", "ü/1", "x" * 44 + ".", ""])
+def test_ids_map_back_exactly(id: str) -> None:
+    client = client_tool_id(id)
+    assert len(client) <= 64
+    if id:
+        assert client.replace("_", "").replace("-", "").isalnum()
+        assert upstream_tool_id(client) == id
+
+
+def test_an_id_too_long_to_pack_is_hashed_alike_everywhere() -> None:
+    long = "call." + "x" * 200
+    assert client_tool_id(long) == client_tool_id(long)
+    assert len(client_tool_id(long)) <= 64
+    call, result = messages_of(user("hi"), assistant(tool_use(long)), user(tool_result(long)))[1:]
+    assert call["tool_calls"][0]["id"] == result["tool_call_id"]
+
+
+def test_ids_of_a_pattern() -> None:
+    to = upstream("m", tool_id="[A-Za-z0-9]{9}")
+    out = messages_of(user("hi"), assistant(tool_use("toolu_1")), user(tool_result("toolu_1")), to=to)
+    id = out[1]["tool_calls"][0]["id"]
+    assert len(id) == 9
+    assert id.isalnum()
+    assert out[2]["tool_call_id"] == id
+
+
+@pytest.mark.parametrize(
+    ("choice", "quirks", "expected"),
+    [
+        ({"type": "auto"}, {}, {"tool_choice": "auto"}),
+        ({"type": "any"}, {}, {"tool_choice": "required"}),
+        ({"type": "none"}, {}, {"tool_choice": "none"}),
+        (
+            {"type": "tool", "name": "Bash"},
+            {},
+            {"tool_choice": {"type": "function", "function": {"name": "Bash"}}},
+        ),
+        ({"type": "any"}, {"forced_tool": False}, {"tool_choice": "auto"}),
+        ({"type": "tool", "name": "Bash"}, {"forced_tool": False}, {"tool_choice": "auto"}),
+        (
+            {"type": "auto", "disable_parallel_tool_use": True},
+            {},
+            {"tool_choice": "auto", "parallel_tool_calls": False},
+        ),
+        (None, {}, {}),
+    ],
+)
+def test_tool_choice(choice: Any, quirks: dict[str, Any], expected: Any) -> None:
+    out = request_of(user("hi"), tools=[BASH], tool_choice=choice, to=upstream("m", **quirks))
+    assert {k: out[k] for k in ("tool_choice", "parallel_tool_calls") if k in out} == expected
+
+
+def test_no_tool_choice_without_tools() -> None:
+    assert "tool_choice" not in request_of(user("hi"), tool_choice={"type": "any"})
+
+
+def test_models_that_refuse_forced_calls() -> None:
+    to = Upstream("m", Quirks(), Facts(forced_tool=False))
+    assert request_of(user("hi"), tools=[BASH], tool_choice={"type": "any"}, to=to)["tool_choice"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        pytest.param(
+            {"$schema": "x", "exclusiveMinimum": 1, "type": "number"}, {"type": "number"}, id="keywords"
+        ),
+        pytest.param({"const": "a"}, {"type": "string", "enum": ["a"]}, id="const"),
+        pytest.param({"type": ["string", "null"]}, {"type": "string", "nullable": True}, id="nullable"),
+        pytest.param({"type": "string", "format": "uri"}, {"type": "string"}, id="format beyond its list"),
+        pytest.param(
+            {"type": "string", "format": "date-time"}, {"type": "string", "format": "date-time"}, id="format"
+        ),
+        pytest.param(
+            {"type": "array"}, {"type": "array", "items": {"type": "string"}}, id="array without items"
+        ),
+        pytest.param(
+            {
+                "$defs": {"P": {"type": "integer"}},
+                "type": "object",
+                "properties": {"p": {"$ref": "#/$defs/P"}},
+            },
+            {"type": "object", "properties": {"p": {"type": "integer"}}},
+            id="$ref inlined",
+        ),
+        pytest.param({"oneOf": [{"type": "string"}]}, {"anyOf": [{"type": "string"}]}, id="oneOf"),
+        pytest.param(
+            {"type": "object", "properties": {"a": {}}, "required": ["a", "gone"], "propertyNames": {}},
+            {"type": "object", "properties": {"a": {}}, "required": ["a"]},
+            id="required names what is there",
+        ),
+    ],
+)
+def test_schema_cleaning_for_gemini(schema: Any, expected: Any) -> None:
+    before = copy.deepcopy(schema)
+    assert gemini_schema(schema) == expected
+    assert schema == before
+
+
+def test_a_schema_that_refers_to_itself_ends() -> None:
+    loop = {
+        "$defs": {"N": {"type": "object", "properties": {"n": {"$ref": "#/$defs/N"}}}},
+        "$ref": "#/$defs/N",
+    }
+    json.dumps(gemini_schema(loop))
+
+
+def test_schemas_are_cleaned_only_where_needed() -> None:
+    loud = {"type": "object", "properties": {"a": {"type": "number", "exclusiveMinimum": 0}}, "$schema": "x"}
+    body = {"messages": [user("hi")], "tools": [{"name": "T", "input_schema": loud}]}
+    kept = openai_request(body, PLAIN)["tools"][0]["function"]["parameters"]
+    assert kept == loud
+    cleaned = openai_request(body, upstream("m", schema="gemini"))["tools"][0]["function"]["parameters"]
+    assert cleaned == {"type": "object", "properties": {"a": {"type": "number"}}}
+
+
+# Limits, sampling, thinking.
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ("gpt-4o", "max_tokens"),
+        ("gpt-5", "max_completion_tokens"),
+        ("gpt-6.1-terra", "max_completion_tokens"),
+        ("o3", "max_completion_tokens"),
+        ("openai/gpt-5-mini", "max_completion_tokens"),
+        ("glm-5.3", "max_tokens"),
+    ],
+)
+def test_name_of_the_output_limit(model: str, key: str) -> None:
+    assert request_of(user("hi"), max_tokens=10, to=upstream(model))[key] == 10
+
+
+def test_output_limit_is_clamped_to_what_the_model_can_make() -> None:
+    to = Upstream("m", Quirks(max_tokens_key="max_completion_tokens"), Facts(max_output=100))
+    assert request_of(user("hi"), max_tokens=32000, to=to)["max_completion_tokens"] == 100
+
+
+def test_sampling() -> None:
+    given = {"temperature": 0.5, "top_p": 0.9, "top_k": 5}
+    out = request_of(user("hi"), **given)
+    assert (out["temperature"], out["top_p"]) == (0.5, 0.9)
+    assert "top_k" not in out
+    assert openai_request({"messages": [], **given}, upstream("m", top_k=True))["top_k"] == 5
+    refusing = Upstream("m", Quirks(), Facts(sampling=False))
+    assert not {"temperature", "top_p"} & request_of(user("hi"), to=refusing, **given).keys()
+
+
+def test_stop_sequences_are_the_first_four() -> None:
+    assert request_of(user("hi"), stop_sequences=list("abcdef"))["stop"] == list("abcd")
+
+
+ALL = ("minimal", "low", "medium", "high", "xhigh", "max")
+
+
+@pytest.mark.parametrize(
+    ("body", "allowed", "expected"),
+    [
+        ({"thinking": {"type": "enabled", "budget_tokens": 1023}}, ALL, "minimal"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 4096}}, ALL, "low"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 12288}}, ALL, "medium"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 24576}}, ALL, "high"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 24577}}, ALL, "xhigh"),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}, ALL, "max"),
+        ({"output_config": {"effort": "max"}}, ("low", "high"), "high"),
+        ({"output_config": {"effort": "medium"}}, ("low", "high", "max"), "low"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, ("low", "high"), "low"),
+        ({"thinking": {"type": "adaptive"}}, ALL, None),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}, ALL, None),
+        ({"output_config": {"effort": "high"}}, (), None),
+        ({"output_config": {"effort": "?"}}, ALL, None),
+    ],
+)
+def test_effort(body: Any, allowed: tuple[str, ...], expected: str | None) -> None:
+    out = openai_request({"messages": [user("hi")], **body}, upstream("m", effort=allowed))
+    assert out.get("reasoning_effort") == expected
+
+
+@pytest.mark.parametrize("strict", [None, True, False])
+def test_output_format(strict: bool | None) -> None:
+    schema = {"type": "object", "properties": {}}
+    wanted = {"type": "json_schema", "schema": schema} | ({} if strict is None else {"strict": strict})
+    out = request_of(user("hi"), output_config={"format": wanted})["response_format"]
+    named = {"name": "answer", "schema": schema} | ({} if strict is None else {"strict": strict})
+    assert out == {"type": "json_schema", "json_schema": named}
+
+
+# What stays behind, and what is added.
+
+
+def test_nothing_anthropic_only_leaks() -> None:
+    extras = {
+        "metadata": {"user_id": "u"},
+        "context_management": {},
+        "service_tier": "auto",
+        "betas": ["x"],
+        "container": "c",
+        "unheard_of": 1,
+        "thinking": {"type": "adaptive"},
+    }
+    assert request_of(user("hi"), **extras) == {
+        "model": "gpt-x",
+        "messages": [HI],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_stream_options_by_quirk() -> None:
+    assert "stream_options" not in request_of(user("hi"), to=upstream("m", stream_options=False))
+
+
+def test_prompt_cache_key_is_the_session() -> None:
+    to = upstream("m", session="s" * 80, prompt_cache_key=True)
+    assert request_of(user("hi"), to=to)["prompt_cache_key"] == "s" * 64
+    assert "prompt_cache_key" not in request_of(user("hi"), to=upstream("m", session="s"))
+
+
+def test_extra_body_and_drop_and_learnt_parameters() -> None:
+    to = upstream("m", skip=frozenset({"temperature"}), extra_body={"seed": 1}, drop=("top_p",))
+    out = request_of(user("hi"), temperature=1, top_p=1, to=to)
+    assert out["seed"] == 1
+    assert not {"temperature", "top_p"} & out.keys()
+
+
+def test_web_search() -> None:
+    out = request_of(user("hi"), tools=[SEARCH], to=upstream("m", web_search="options"))
+    place = {"type": "approximate", "approximate": {"city": "Oslo"}}
+    assert out["web_search_options"] == {"user_location": place}
+    assert "tools" not in out
+    body = {"messages": [user("hi")], "tools": [SEARCH]}
+    assert openai_request(body, upstream("m", web_search="plugin"))["plugins"] == [{"id": "web"}]
+    expect_400(lambda: openai_request(body, PLAIN), "set `websearch` in")
+
+
+# Any conversation.
+
+
+@settings(max_examples=200, deadline=None)
+@given(body=BODIES)
+def test_any_conversation_becomes_a_valid_request(body: Any) -> None:
+    before = copy.deepcopy(body)
+    to = upstream("m", effort=("low", "high"), web_search="options", files=True)
+    try:
+        out = valid(openai_request(body, to))
+    except ApiError as error:
+        assert error.status == 400
+        return
+    finally:
+        assert body == before
+    open_calls: list[str] = []
+    for message in out["messages"]:
+        if message["role"] == "tool":
+            assert message["tool_call_id"] == open_calls.pop(0)
+            continue
+        assert not open_calls
+        open_calls = [c["id"] for c in message.get("tool_calls", ())]
+        for call in message.get("tool_calls", ()):
+            assert isinstance(json.loads(call["function"]["arguments"]), dict)
+    assert not open_calls

@@ -1,0 +1,492 @@
+"""Translate: OpenAI Chat, the stream side: a row for each row of the table, every stream cut anywhere."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+from translation import check_cuts, check_grammar, read, stream_of, upstream
+
+from ccmux import (
+    ApiError,
+    EventWriter,
+    Json,
+    OpenAIStream,
+    Retry,
+    Translation,
+    Usage,
+    WholeMessage,
+    collect,
+    openai_usage,
+    signed_payload,
+)
+
+TO = upstream("gpt-x")
+NAMES = {"short_1a2b3c4d": "mcp__a long name"}
+
+
+def data(*events: Any) -> bytes:
+    lines = (e if isinstance(e, str) else json.dumps(e) for e in events)
+    return b"".join(b"data: %s\n\n" % line.encode() for line in lines)
+
+
+def chunk(delta: Json | None = None, finish: str | None = None, **more: Any) -> Json:
+    return {"id": "c", "choices": [{"index": 0, "delta": delta or {}, "finish_reason": finish}], **more}
+
+
+def text(content: str) -> Json:
+    return chunk({"content": content})
+
+
+def call(index: Any, id: str | None = None, name: str | None = None, arguments: Any = None) -> Json:
+    function = {k: v for k, v in (("name", name), ("arguments", arguments)) if v is not None}
+    piece = {k: v for k, v in (("index", index), ("id", id)) if v is not None}
+    return {**piece, "function": function}
+
+
+def calls(*pieces: Json) -> Json:
+    return chunk({"tool_calls": list(pieces)})
+
+
+def end(reason: str = "stop") -> tuple[Any, ...]:
+    return (chunk({}, reason), "[DONE]")
+
+
+USAGE = {"prompt_tokens": 100, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 60}}
+
+
+def outcome(*events: Any, **quirks: Any) -> tuple[Any, ApiError | None]:
+    """The message that a stream amounts to (content, stop_reason, usage), and the error it ends with."""
+    raw = events[0] if len(events) == 1 and isinstance(events[0], bytes) else data(*events)
+
+    def make() -> OpenAIStream:
+        return stream_of(OpenAIStream, upstream("gpt-x", **quirks), NAMES)
+
+    found, error = read(make(), raw)
+    check_grammar(found, error is None)
+    check_cuts(make, raw)
+    return (collect(found) if error is None else found), error
+
+
+def content_of(*events: Any, **quirks: Any) -> Any:
+    message, error = outcome(*events, **quirks)
+    assert error is None, error
+    return [
+        {k: v for k, v in block.items() if k in ("type", "text", "thinking", "name", "input")}
+        for block in message["content"]
+    ]
+
+
+def said(words: str) -> Json:
+    return {"type": "text", "text": words}
+
+
+def thought(words: str) -> Json:
+    return {"type": "thinking", "thinking": words}
+
+
+def used(name: str, **input: Any) -> Json:
+    return {"type": "tool_use", "name": name, "input": input}
+
+
+LS = '{"command": "ls"}'
+BASH = used("Bash", command="ls")
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        pytest.param([text(""), text("a"), text("b"), *end()], [said("ab")], id="text; empty strings open nothing"),
+        pytest.param(
+            [chunk({"reasoning_content": "r"}), text("a"), *end()], [thought("r"), said("a")], id="reasoning_content"
+        ),
+        pytest.param([chunk({"reasoning": "r"}), text("a"), *end()], [thought("r"), said("a")], id="reasoning"),
+        pytest.param(
+            [chunk({"reasoning_content": "", "reasoning": "r"}), text("a"), *end()],
+            [thought("r"), said("a")],
+            id="the reasoning field that is not empty wins",
+        ),
+        pytest.param(
+            [chunk({"content": "a", "reasoning": "r", "tool_calls": [call(0, "c", "Bash", LS)]}), *end("tool_calls")],
+            [thought("r"), said("a"), BASH],
+            id="a chunk mixing kinds",
+        ),
+        pytest.param(
+            [calls(call(0, "c", "Bash", "")), calls(call(0, None, None, '{"comm')), calls(call(0, arguments='and": "ls"}')),
+             *end("tool_calls")],
+            [BASH],
+            id="arguments in pieces",
+        ),
+        pytest.param([calls(call(0, "c", "Bash", LS)), *end("tool_calls")], [BASH], id="arguments with the name"),
+        pytest.param(
+            [calls(call(0, "c", "Bash", {"command": "ls"})), *end("tool_calls")], [BASH], id="arguments as an object"
+        ),
+        pytest.param(
+            [calls(call(0, "c", "Bash", '{"comm')), calls(call(0, arguments='{"command"')), calls(call(0, arguments=LS)),
+             *end("tool_calls")],
+            [BASH],
+            id="growing snapshots",
+        ),
+        pytest.param(
+            [calls(call(0, "c", "Bash", '{"a":')), calls(call(0, arguments='{"a":')), calls(call(0, arguments="1}}")),
+             *end("tool_calls")],
+            [used("Bash", a={"a": 1})],
+            id="an honest piece that looks like a snapshot",
+        ),
+        pytest.param(
+            [calls(call(0, "c", "Bash", json.dumps(LS)[:9])), calls(call(0, arguments=json.dumps(LS)[9:])), *end()],
+            [BASH],
+            id="encoded twice",
+        ),
+        pytest.param(
+            [calls(call(0, "c", "Bash", "{}")), calls(call(0, arguments=LS)), *end()], [BASH], id="an empty object first"
+        ),
+        pytest.param([calls(call(0, "c", "Bash", "")), *end()], [used("Bash")], id="no arguments are {}"),
+        pytest.param([calls(call(0, "c", "Bash", "null")), *end()], [used("Bash")], id="null arguments are {}"),
+        pytest.param(
+            [calls(call(0, "c", "Bash", '{"command"')), calls(call(0, "c", "Bash", ': "ls"}')), *end()],
+            [BASH],
+            id="a repeated name or id is ignored",
+        ),
+        pytest.param(
+            [calls(call(0, None, None, '{"command"')), calls(call(0, "c", "Bash", ': "ls"}')), *end()],
+            [BASH],
+            id="a call starts when its name is known",
+        ),
+        pytest.param(
+            [calls(call(0, "a", "A", "{}"), call(1, "b", "B", '{"x":')), calls(call(1, arguments="1}")), *end()],
+            [used("A"), used("B", x=1)],
+            id="parallel calls",
+        ),
+        pytest.param(
+            [calls(call(0, "a", "A", '{"x":')), calls(call(1, "b", "B", '{"y":')), calls(call(0, arguments="1}")),
+             calls(call(1, arguments="2}")), *end()],
+            [used("A", x=1), used("B", y=2)],
+            id="interleaved pieces",
+        ),
+        pytest.param(
+            [calls(call(None, "a", "A", '{"x":')), calls(call(None, None, None, "1}")), *end()],
+            [used("A", x=1)],
+            id="missing index: the last open",
+        ),
+        pytest.param(
+            [calls(call(None, "a", "A", "{}")), calls(call(None, "b", "B", "{}")), calls(call(None, "a", None, " ")), *end()],
+            [used("A"), used("B")],
+            id="missing index: by id",
+        ),
+        pytest.param(
+            [calls(call(0, "a", "A", '{"x": 1}')), calls(call(0, "b", "B", '{"y": 2}')), *end()],
+            [used("A", x=1), used("B", y=2)],
+            id="every call numbered 0",
+        ),
+        pytest.param(
+            [chunk({"function_call": {"name": "Bash", "arguments": '{"command"'}}),
+             chunk({"function_call": {"arguments": ': "ls"}'}}), *end("function_call")],
+            [BASH],
+            id="legacy function_call",
+        ),
+        pytest.param(
+            [calls(call(0, "c", "short_1a2b3c4d", "{}")), *end()], [used("mcp__a long name")], id="names map back"
+        ),
+        pytest.param(
+            [calls(call(0, "c", "Bash", '{"comm')), text(" and"), calls(call(0, arguments='and": "ls"}')), *end()],
+            [BASH, said(" and")],
+            id="text beside an unfinished call waits",
+        ),
+        pytest.param(
+            [calls(call(0, "c", "Bash", "")), text("\n"), calls(call(0, arguments=LS)), *end()],
+            [BASH],
+            id="blank text beside an unfinished call is dropped",
+        ),
+        pytest.param(
+            [{"id": "c", "choices": [{"index": 1, "delta": {"content": "no"}}, {"index": 0, "delta": {"content": "yes"}}]},
+             *end()],
+            [said("yes")],
+            id="several choices: choice 0",
+        ),
+        pytest.param(
+            [": OPENROUTER PROCESSING", text("a"), *end()], [said("a")], id="comments"
+        ),
+        pytest.param([text("a"), chunk({}, "stop")], [said("a")], id="end without [DONE] after a finish_reason"),
+        pytest.param([text("a"), *end(), text("late")], [said("a")], id="nothing after [DONE]"),
+        pytest.param([chunk({"content": [{"type": "text", "text": "a"}]}), *end()], [said("a")], id="content parts"),
+        pytest.param([chunk({"content": "ü 😀"}), *end()], [said("ü 😀")], id="beyond ASCII"),
+    ],
+)  # fmt: skip
+def test_content(events: list[Any], expected: Any) -> None:
+    if events[0] == ": OPENROUTER PROCESSING":
+        raw = b": OPENROUTER PROCESSING\n\n" + data(*events[1:])
+        assert content_of(raw) == expected
+    else:
+        assert content_of(*events) == expected
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["<think>why</think>\n\nso"], [thought("why"), said("so")]),
+        (["<th", "ink>wh", "y</th", "ink>so"], [thought("why"), said("so")]),
+        (["no <think>x</think>"], [said("no <think>x</think>")]),
+        (["<thi", "s"], [said("<this")]),
+        (["<think>only"], [thought("only")]),
+    ],
+)
+def test_think_tags_by_quirk(pieces: list[str], expected: Any) -> None:
+    assert content_of(*map(text, pieces), *end(), think_tags=True) == expected
+    assert content_of(*map(text, pieces), *end()) == [said("".join(pieces))]
+
+
+@pytest.mark.parametrize(
+    ("events", "stop"),
+    [
+        ([text("a"), *end("stop")], "end_turn"),
+        ([text("a"), *end("length")], "max_tokens"),
+        ([text("a"), *end("content_filter")], "refusal"),
+        ([calls(call(0, "c", "Bash", "{}")), *end("tool_calls")], "tool_use"),
+        ([calls(call(0, "c", "Bash", "{}")), *end("stop")], "tool_use"),
+        ([text("a"), *end("tool_calls")], "end_turn"),
+        ([calls(call(0, "c", "Bash", "{}")), *end("length")], "max_tokens"),
+        ([chunk({"refusal": "I will not"}), *end("stop")], "refusal"),
+    ],
+)
+def test_stop_reason(events: list[Any], stop: str) -> None:
+    message, error = outcome(*events)
+    assert error is None
+    assert message["stop_reason"] == stop
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        pytest.param(USAGE, Usage(input=40, output=7, cache_read=60), id="cached inside prompt_tokens"),
+        pytest.param(
+            {"prompt_tokens": 100, "completion_tokens": 7, "prompt_cache_hit_tokens": 30},
+            Usage(input=70, output=7, cache_read=30),
+            id="DeepSeek's cache hits",
+        ),
+        pytest.param(
+            {"prompt_tokens": 10, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 60}},
+            Usage(input=10, output=7, cache_read=60),
+            id="more cached than prompted: not subtracted",
+        ),
+        pytest.param(
+            {**USAGE, "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30}},
+            Usage(input=10, output=7, cache_read=60, cache_write=30),
+            id="cache writes",
+        ),
+        pytest.param({"prompt_tokens": 0, "completion_tokens": 0}, Usage(), id="a reported 0 stands"),
+        pytest.param({"prompt_tokens": -1, "completion_tokens": 7}, None, id="negative"),
+        pytest.param({"prompt_tokens": 1.5, "completion_tokens": 7}, None, id="no integer"),
+        pytest.param({"prompt_tokens": 10**8 + 1, "completion_tokens": 7}, None, id="absurd"),
+        pytest.param({"prompt_tokens": None, "completion_tokens": 7}, None, id="null"),
+        pytest.param(None, None, id="none"),
+    ],
+)
+def test_usage(usage: Any, expected: Usage | None) -> None:
+    assert openai_usage(usage) == expected
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        pytest.param([text("a"), chunk({}, "stop"), {"choices": [], "usage": USAGE}, "[DONE]"], id="last chunk"),
+        pytest.param([chunk({"content": "a"}, usage=USAGE), *end()], id="any chunk"),
+        pytest.param([text("a"), chunk({}, "stop", x_groq={"usage": USAGE}), "[DONE]"], id="x_groq"),
+        pytest.param(
+            [chunk({"content": "a"}, usage={"prompt_tokens": 1, "completion_tokens": 1}), chunk({}, "stop", usage=USAGE),
+             {"choices": [], "usage": None}, "[DONE]"],
+            id="overwritten, null ignored",
+        ),
+    ],
+)  # fmt: skip
+def test_usage_is_found_and_told(events: list[Any]) -> None:
+    message, _ = outcome(*events)
+    told = {k: message["usage"][k] for k in ("input_tokens", "output_tokens", "cache_read_input_tokens")}
+    assert told == {"input_tokens": 40, "output_tokens": 7, "cache_read_input_tokens": 60}
+
+
+def test_usage_that_nobody_told_is_counted() -> None:
+    stream = stream_of(OpenAIStream, TO)
+    found, _ = read(stream, data(text("some words here"), *end()))
+    assert stream.usage is None
+    assert stream.out.usage.estimated
+    assert collect(found)["usage"]["input_tokens"] == 7
+    assert collect(found)["usage"]["output_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "retry", "words"),
+    [
+        pytest.param(data({"error": {"message": "slow down", "code": 429}}), 429, Retry.KEY, "slow down", id="code"),
+        pytest.param(data({"error": {"message": "x", "type": "overloaded_error"}}), 529, Retry.NEXT, "x", id="type"),
+        pytest.param(data({"error": {"message": "bad"}}), 502, Retry.SAME, "bad", id="no status of its own"),
+        pytest.param(data({"error": "text"}), 502, Retry.SAME, "text", id="error as text"),
+        pytest.param(data({"detail": "nope"}), 502, Retry.SAME, "nope", id="detail"),
+        pytest.param(
+            data({"error": {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000"}}),
+            400, Retry.LARGER, "prompt is too long: 9000 tokens > 8192 maximum", id="overflow in a 200",
+        ),
+        pytest.param(data(text("a"), "{broken"), 502, Retry.SAME, "not an OpenAI stream", id="broken JSON"),
+        pytest.param(data(text("a")), 502, Retry.SAME, "ended before", id="no finish_reason"),
+        pytest.param(data(*end()), 502, Retry.SAME, "empty", id="empty answer"),
+        pytest.param(
+            data(calls(call(0, "c", "Bash", '{"comm')), *end("tool_calls")), 502, Retry.SAME, "not a JSON object",
+            id="arguments that cannot be parsed",
+        ),
+        pytest.param(
+            data(calls(call(0, "c", "Bash", "[1]")), *end("tool_calls")), 502, Retry.SAME, "not a JSON object",
+            id="arguments that are a list",
+        ),
+        pytest.param(
+            data(calls(call(0, "c", None, "{}")), *end("tool_calls")), 502, Retry.SAME, "without a name", id="no name"
+        ),
+    ],
+)  # fmt: skip
+def test_errors(raw: bytes, status: int, retry: Retry, words: str) -> None:
+    _, error = outcome(raw)
+    assert error is not None
+    assert (error.status, error.retry) == (status, retry)
+    assert words in error.message
+
+
+def test_lax_finish_by_quirk() -> None:
+    assert content_of(text("a"), lax_finish=True) == [said("a")]
+
+
+def test_openrouters_reasoning_details_ride_in_the_signature() -> None:
+    details = [
+        {"type": "reasoning.text", "text": "wh", "index": 0, "format": "f"},
+        {"type": "reasoning.text", "text": "y", "index": 0, "signature": "s"},
+        {"type": "reasoning.encrypted", "data": "e", "index": 1},
+    ]
+    events = [chunk({"reasoning_details": [d]}) for d in details]
+    message, error = outcome(*events, text("so"), *end())
+    assert error is None
+    [thinking, spoken] = message["content"]
+    assert (thinking["thinking"], spoken["text"]) == ("why", "so")
+    payload = signed_payload(thinking)
+    assert payload is not None
+    merged = {"type": "reasoning.text", "text": "why", "index": 0, "format": "f", "signature": "s"}
+    assert (payload["details"], payload["model"]) == ([merged, details[2]], "gpt-x")
+
+
+# Through `Translation`: bytes to bytes.
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"<html><body>502</body></html>", 502),
+        (b'{"error": {"message": "quota", "code": 429}}', 429),
+        (b'{"id": "x", "object": "chat.completion", "choices": []}', 502),
+        (b"", 502),
+        (b"   ", 502),
+    ],
+)
+@pytest.mark.parametrize("cut", [None, 5])
+def test_a_200_that_is_no_stream(body: bytes, status: int, cut: int | None) -> None:
+    stream = stream_of(OpenAIStream, TO)
+    translation = Translation(stream, stream.out, EventWriter())
+    out = (
+        b"".join(map(translation.feed, [body] if cut is None else [body[:cut], body[cut:]]))
+        + translation.finish()
+    )
+    assert out == b""
+    assert translation.error is not None
+    assert translation.error.status == status
+    assert not translation.has_content
+
+
+def test_what_came_before_a_fault_still_goes_out_and_no_ending_is_made_up() -> None:
+    stream = stream_of(OpenAIStream, TO)
+    translation = Translation(stream, stream.out, EventWriter())
+    out = translation.feed(data(text("a"), text("b"), "{broken", text("c")))
+    assert out.count(b"text_delta") == 2
+    assert translation.error is not None
+    assert translation.ending == b""
+    assert b"message_stop" not in out + translation.finish()
+
+
+def test_streamed_and_whole_answers_agree() -> None:
+    raw = data(chunk({"reasoning": "r"}), text("a"), calls(call(0, "c", "Bash", LS)), *end("tool_calls"))
+    stream = stream_of(OpenAIStream, TO)
+    whole = Translation(stream, stream.out, WholeMessage())
+    assert whole.feed(raw) + whole.finish() == b""
+    events, _ = read(stream_of(OpenAIStream, TO), raw)
+    assert json.loads(whole.ending) == collect(events)
+
+
+# Any stream.
+
+TEXTS = st.text(max_size=6)
+PIECES = st.fixed_dictionaries(
+    {},
+    optional={
+        "index": st.sampled_from([0, 1, 2, None, "x", []]),
+        "id": st.sampled_from(["a", "b", "", None, 7]),
+        "function": st.one_of(
+            st.none(),
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "name": st.sampled_from(["Bash", "", None]),
+                    "arguments": st.one_of(
+                        TEXTS, st.sampled_from(["{}", '{"a":', "1}", LS, None, {"a": 1}, [1]])
+                    ),
+                },
+            ),
+        ),
+    },
+)
+DELTAS = st.one_of(
+    st.none(),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "content": st.one_of(TEXTS, st.none(), st.just([{"type": "text", "text": "p"}])),
+            "reasoning_content": st.one_of(TEXTS, st.none(), st.just(3)),
+            "reasoning": st.one_of(TEXTS, st.none()),
+            "reasoning_details": st.one_of(
+                st.none(), st.just([{"type": "reasoning.text", "text": "d"}]), st.just(["x"])
+            ),
+            "refusal": st.one_of(TEXTS, st.none()),
+            "tool_calls": st.one_of(st.none(), st.lists(PIECES, max_size=2), st.just("x")),
+            "function_call": st.one_of(st.none(), st.just({"name": "f", "arguments": "{}"})),
+        },
+    ),
+)
+CHOICES = st.fixed_dictionaries(
+    {"delta": DELTAS},
+    optional={
+        "index": st.sampled_from([0, 1, None]),
+        "finish_reason": st.sampled_from([None, "stop", "length", "?", 3]),
+    },
+)
+CHUNKS = st.one_of(
+    st.fixed_dictionaries(
+        {"choices": st.one_of(st.lists(CHOICES, max_size=2), st.none(), st.just("x"))},
+        optional={
+            "usage": st.one_of(st.none(), st.just(USAGE), st.just("x")),
+            "error": st.sampled_from([None, "x"]),
+        },
+    ),
+    st.sampled_from([None, [], "x", 3, {}]),
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    chunks=st.lists(CHUNKS, max_size=8),
+    tail=st.sampled_from([[], list(end()), ["[DONE]"]]),
+    tags=st.booleans(),
+)
+def test_any_stream_is_well_formed_or_one_error(chunks: list[Any], tail: list[Any], tags: bool) -> None:
+    stream = stream_of(OpenAIStream, upstream("gpt-x", think_tags=tags))
+    found, error = read(stream, data(*(json.dumps(c) for c in chunks), *tail))
+    check_grammar(found, error is None)
+    for block in collect(found)["content"] if error is None else ():
+        if block["type"] == "tool_use":
+            assert isinstance(block["input"], dict)

@@ -1,0 +1,273 @@
+"""Config: editing the file. What was meant is what parses; what was not touched stays byte for byte."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import assume, given, settings
+
+import ccmux
+from ccmux import ConfigError, StaleError, edit_toml, emit_value, save_config, scan_toml
+
+FILE = """\
+# my ccmux, do not touch
+title = "x"   # unknown keys stay
+
+[server]   # the server
+port = 1 # the port
+host = "127.0.0.1"
+
+# who serves
+[[providers]] # first
+name = "a"
+type = "openai"
+api_key = "$A_KEY" # from the environment
+quirks = { effort = [
+    "low", # cheap
+    "high",
+] }
+
+# the second one
+[[providers]]
+name = "b"
+type = "anthropic"
+  [providers.headers]
+  x-a = "[[providers]]"   # looks like a header
+
+[[models]]
+name = "m"
+[[models.mappings]]
+provider = "a"   # A
+actual_model = "am"
+[[models.mappings]]
+provider = "b"
+actual_model = "bm"
+
+# routes
+[router]
+default = "m"
+text = '''
+[router]
+# not a comment'''
+# the end
+"""
+
+
+def edited(root: str, name: str | None, table: Any, text: str = FILE) -> str:
+    out = edit_toml(text, root, name, table)
+    assert tomllib.loads(out) == ccmux.meant_tables(tomllib.loads(text), root, name, table)
+    return out
+
+
+def row(root: str, name: str) -> Any:
+    return next(r for r in tomllib.loads(FILE)[root] if r["name"] == name)
+
+
+def lines_lost(before: str, after: str) -> list[str]:
+    left = after.splitlines()
+    return [line for line in before.splitlines() if line not in left]
+
+
+@pytest.mark.parametrize(
+    ("root", "name", "table", "lost"),
+    [
+        pytest.param("server", None, {"port": 2, "host": "127.0.0.1"}, ["port = 1 # the port"], id="one value"),
+        pytest.param("server", None, {"port": 1}, ['host = "127.0.0.1"'], id="a key taken away"),
+        pytest.param("server", None, {"port": 1, "host": "127.0.0.1", "log_level": "debug"}, [], id="a key added"),
+        pytest.param("credits", None, {"enforce": True, "markup_percent": 2.5}, [], id="a table that was not there"),
+        pytest.param("providers", "a", {**row("providers", "a"), "enabled": False}, [], id="a key added to a row"),
+        pytest.param("providers", "b", {**row("providers", "b"), "type": "zai"}, ['type = "anthropic"'], id="a row's value"),
+        pytest.param("providers", "c", {"name": "c", "type": "demo"}, [], id="a new row"),
+        pytest.param("models", "m", {**row("models", "m"), "context": 5}, [], id="a key beside sub-tables"),
+        pytest.param(
+            "providers", "b", None,
+            ['name = "b"', 'type = "anthropic"', "  [providers.headers]", '  x-a = "[[providers]]"   # looks like a header',
+             "[[providers]]"],
+            id="a row taken away: the comment above it stays",
+        ),
+        pytest.param("models", "n", {"name": "n", "mappings": [{"provider": "a", "actual_model": "x"}]}, [], id="a new model"),
+    ],
+)  # fmt: skip
+def test_only_what_is_edited_changes(root: str, name: str | None, table: Any, lost: list[str]) -> None:
+    after = edited(root, name, table)
+    assert sorted(lines_lost(FILE, after)) == sorted(line for line in lost if line not in after.splitlines())
+
+
+def test_a_trailing_comment_stays_when_its_value_changes() -> None:
+    assert "port = 2 # the port\n" in edited("server", None, {"port": 2, "host": "127.0.0.1"})
+
+
+def test_mappings_can_be_reordered() -> None:
+    model = row("models", "m")
+    after = edited("models", "m", {**model, "mappings": model["mappings"][::-1]})
+    assert "# routes" in after
+    assert "# who serves" in after
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "router.default = 'm'\nrouter.think = 'n' # why\n[server]\nport = 1\n",
+        "router = { default = 'm', think = 'n' }\n",
+        "[router]\ndefault='m'\n[router.deep]\nx=1\n[other]\ny=2\n",
+        "[other.router]\ndefault=1\n[router]\ndefault='m'",
+        '["router"]\n"default" = "m"\n',
+        "providers = [ { name = 'a' } ]\n[router]\ndefault = 'm'\n",
+        "[[router.rules]]\npattern = 'a'\n[router]\ndefault = 'm'\n",
+    ],
+)
+def test_any_layout_of_a_table(text: str) -> None:
+    old = tomllib.loads(text)["router"]
+    edited("router", None, {**old, "default": "changed", "new": [1, {"a": "b"}]}, text)
+    edited("router", None, {"default": "alone"}, text)
+    edited("router", None, None, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "providers = [ { name = 'a', x = 1 }, { name = 'b' } ]\n",
+        "[[providers]]\nname = 'a'\n[[providers]]\nname = 'b'\n[z]\nk=1\n",
+        "[[providers]]\nname = 'a'\n[z]\nk=1\n[[providers]]\nname = 'b'\n",
+        "[[providers]]\nname = 'a'\nquirks.effort = ['low']\nquirks.files = true\n",
+        "",
+    ],
+)
+def test_any_layout_of_rows(text: str) -> None:
+    edited("providers", "a", {"name": "a", "type": "demo", "quirks": {"files": True}}, text)
+    edited("providers", "new", {"name": "new", "headers": {"a b": "c"}}, text)
+    if text:
+        edited("providers", "a", None, text)
+
+
+def test_cr_lf_stays() -> None:
+    after = edited("server", None, {"port": 3, "host": "127.0.0.1", "x": 1}, FILE.replace("\n", "\r\n"))
+    assert after.count("\n") == after.count("\r\n")
+
+
+def test_statements_cover_the_file_without_gaps() -> None:
+    found = scan_toml(FILE)
+    assert "".join(FILE[s.start : s.end] for s in found) == FILE
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, {1, 2}, "\ud800"])
+def test_what_toml_cannot_say_is_refused(value: Any) -> None:
+    if value != value:
+        assert emit_value(value) == "nan"
+        return
+    with pytest.raises(ConfigError, match="cannot be written"):
+        emit_value(value)
+
+
+# Any file, any edit.
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+KEYS = st.one_of(st.sampled_from(["default", "a-b", "x y", "", "ü", "a.b", '"', "#", "[x]"]), TEXTS)
+SCALARS = st.one_of(
+    TEXTS,
+    st.integers(-(10**12), 10**12),
+    st.booleans(),
+    st.floats(allow_nan=False),
+    st.just("'''\n[router]\n\"\"\""),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=3)),
+    max_leaves=5,
+)
+TABLES = st.dictionaries(KEYS.filter(lambda k: k != "name"), VALUES, max_size=4)
+COMMENTS = st.sampled_from(["", "# note\n", "\n\n", "   # [router]\n", "# \"\"\" '''\n"])
+
+
+def written(draw: Any, title: str, table: Any, kind: str) -> str:
+    """A table in one of the ways people write them."""
+    text = draw(COMMENTS) + ccmux.emit_table(title, table, kind)
+    lines = [
+        line + draw(st.sampled_from(["", "", " # why"])) if line.startswith(("[", "x")) else line
+        for line in text.split("\n")
+    ]
+    return "\n".join(lines)
+
+
+@st.composite
+def files(draw: Any) -> str:
+    parts = [draw(COMMENTS), "top = 1\n" if draw(st.booleans()) else ""]
+    tables = [("router", "table"), ("other", "table")]
+    rows = draw(st.integers(0, 3))
+    layout = draw(st.permutations([*tables, *[("providers", "array")] * rows]))
+    number = 0
+    for title, kind in layout:
+        table = draw(TABLES)
+        if kind == "array":
+            number += 1
+            table = {"name": f"p{number}", **table}
+        parts.append(written(draw, title, table, kind))
+    return "".join(p if p.endswith("\n") or not p else p + "\n" for p in parts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=files(),
+    table=TABLES,
+    edit=st.sampled_from(
+        [("router", None), ("providers", "p1"), ("providers", "p2"), ("providers", "new"), ("fresh", None)]
+    ),
+    deletes=st.booleans(),
+)
+def test_any_edit_means_what_it_says(
+    text: str, table: Any, edit: tuple[str, str | None], deletes: bool
+) -> None:
+    try:
+        before = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        assume(False)
+    root, name = edit
+    wanted = None if deletes else ({"name": name, **table} if name else table)
+    after = edit_toml(text, root, name, wanted)
+    parsed = tomllib.loads(after)
+    assert ccmux.same_value(parsed, ccmux.meant_tables(before, root, name, wanted))
+    others = [s for s in scan_toml(text) if s.kind == "blank" and text[s.start : s.end].strip()]
+    for comment in others:
+        assert text[comment.start : comment.end].strip() in after
+
+
+# Saving.
+
+
+def test_saving_keeps_three_backups_and_the_mode(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    for number in range(5):
+        expected = ccmux.hash_text(path.read_text()) if path.exists() else ""
+        save_config(path, f"x = {number}\n", expected)
+    texts = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert texts == {
+        "config.toml": "x = 4\n",
+        "config.toml.bak1": "x = 3\n",
+        "config.toml.bak2": "x = 2\n",
+        "config.toml.bak3": "x = 1\n",
+    }
+    assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {0o600}
+
+
+def test_a_file_changed_on_disk_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("x = 1\n")
+    with pytest.raises(StaleError, match="changed on disk"):
+        save_config(path, "x = 2\n", ccmux.hash_text("x = 0\n"))
+    assert path.read_text() == "x = 1\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_symlink_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "c.toml").write_text("x = 1\n")
+    os.symlink(tmp_path / "real" / "c.toml", tmp_path / "config.toml")
+    save_config(tmp_path / "config.toml", "x = 2\n", ccmux.hash_text("x = 1\n"))
+    assert (tmp_path / "config.toml").is_symlink()
+    assert (tmp_path / "real" / "c.toml").read_text() == "x = 2\n"
