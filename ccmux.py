@@ -5619,7 +5619,6 @@ MIGRATIONS = (
     ) strict;
     create index requests_by_user on requests (user, id);
     create index requests_by_time on requests (time);
-    create index requests_by_session on requests (session, id);
     create table calibration (
         provider text not null, model text not null, factor real not null, samples integer not null,
         primary key (provider, model)
@@ -8586,7 +8585,8 @@ async def get_my_usage(request: web.Request) -> web.StreamResponse:
     since = iso(
         datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=days - 1)
     )
-    return web.json_response({"usage": state.store.report(by, since, "", user.name), "by": by, "days": days})
+    rows = await asyncio.to_thread(state.store.report, by, since, "", user.name)
+    return web.json_response({"usage": rows, "by": by, "days": days})
 
 
 async def get_my_transactions(request: web.Request) -> web.StreamResponse:
@@ -8604,8 +8604,14 @@ async def get_my_requests(request: web.Request) -> web.StreamResponse:
 async def get_my_export(request: web.Request) -> web.StreamResponse:
     state = state_of(request)
     user, _ = client_of(request, state)
-    rows = state.store.export(query_time(request, "since"), query_time(request, "until"), user.name)
+    rows = await exported(state.store, request, user.name)
     return table_response(request, "usage", rows, USAGE_COLUMNS)
+
+
+async def exported(store: Store, request: web.Request, user: str | None = None) -> list[Json]:
+    """The usage rows of a period, read in a thread: a million of them take seconds."""
+    since, until = query_time(request, "since"), query_time(request, "until")
+    return await asyncio.to_thread(lambda: list(store.export(since, until, user)))
 
 
 async def post_purchase(request: web.Request) -> web.StreamResponse:
@@ -8699,11 +8705,10 @@ async def get_report(request: web.Request) -> web.StreamResponse:
     state = require_admin(request)
     by = query_choice(request, "by", REPORT_KEYS, "user")
     since, until = query_time(request, "since"), query_time(request, "until")
-    rows = state.store.report(by, since, until)
+    rows = await asyncio.to_thread(state.store.report, by, since, until)
     if other := request.query.get("as_if", ""):
-        charges = state.store.repriced(
-            by, since, until, as_if_price(state.config, other), state.config.credits.markup_percent
-        )
+        price, markup = as_if_price(state.config, other), state.config.credits.markup_percent
+        charges = await asyncio.to_thread(state.store.repriced, by, since, until, price, markup)
         rows = [{**row, "as_if_microusd": charges.get(row["key"], 0)} for row in rows]
     return table_response(request, "report", rows, rows[0] if rows else ("key",))
 
@@ -8721,7 +8726,7 @@ def as_if_price(config: Config, name: str) -> Price:
 
 async def get_export(request: web.Request) -> web.StreamResponse:
     store = require_admin(request).store
-    rows = store.export(query_time(request, "since"), query_time(request, "until"))
+    rows = await exported(store, request)
     return table_response(request, "usage", rows, USAGE_COLUMNS)
 
 
