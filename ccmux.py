@@ -9320,7 +9320,7 @@ nav a[aria-current] { color: var(--accent); background: var(--soft); font-weight
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; margin-bottom: 10px; }
 .head h2 { margin-right: auto; }
 .head input { width: 220px; }
-.tiles, .two { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); }
+.tiles, .two { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
 .two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 16px; }
 .tiles { margin: 16px 0; }
 .tiles .card { margin: 0; padding: 14px 16px; position: relative; }
@@ -9385,6 +9385,7 @@ fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
 .row { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; margin: 8px 0; }
 form > .row:last-child { margin: 14px 0 0; } form > .field { margin: 10px 0; }
 .row > .field { flex: 1 1 150px; }
+.head .row { align-items: center; margin: 0; }
 .item { border: 1px solid var(--line); border-radius: 10px; padding: 10px 12px; margin: 8px 0; }
 details { margin: 12px 0; } summary { cursor: pointer; color: var(--muted); padding: 2px 0; }
 dialog {
@@ -9565,6 +9566,7 @@ darkSystem.addEventListener("change", showTheme);
 showTheme();
 
 /* Asks again every few seconds while the page is seen; errors are told, not thrown. */
+const hasFocus = (node) => node.contains(document.activeElement); /* then it is not drawn anew under the user */
 function poll(refresh, every) {
   const timer = setInterval(() => { if (!document.hidden) refresh().catch(tellError); }, every);
   return () => clearInterval(timer);
@@ -9809,7 +9811,11 @@ const CONTROLS = {
   },
   number(field, value) {
     const input = numberBox(value ?? field.default);
-    return { input, get: () => (input.value === "" ? undefined : Number(input.value)) };
+    const get = () => {
+      if (input.validity.badInput) throw new Failure(400, `${field.name}: must be a number`);
+      return input.value === "" ? undefined : Number(input.value);
+    };
+    return { input, get };
   },
   bool(field, value) {
     if (field.maybe) {
@@ -9858,7 +9864,12 @@ const CONTROLS = {
   table(field, value) {
     const input = el("textarea", { rows: 3, spellcheck: "false", value: value ? JSON.stringify(value, null,
       1) : "" });
-    return { input, wide: true, get: () => (input.value.trim() ? JSON.parse(input.value) : undefined) };
+    const get = () => {
+      try {
+        return input.value.trim() ? JSON.parse(input.value) : undefined;
+      } catch (error) { throw new Failure(400, `${field.name}: ${error.message}`); }
+    };
+    return { input, wide: true, get };
   },
 };
 function headerControl(field, value) {
@@ -9876,27 +9887,27 @@ const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.n
   " ")
   .replace("Api", "API").replace(" url", " URL");
 
-/* Controls for some fields over a table: {nodes, read, control}. read() is the table as it is to be saved. */
+/* Controls for some fields of a table. read() is the table with what they now say; a key whose control is empty,
+   or says the default that was never written, is left out. */
 function controls(fields, table) {
   const made = fields.map((field) => {
     const value = table[field.name], control = CONTROLS[field.kind](field, value);
     const node = control.node || labelled(labelOf(field), control.input, field.help, control.wide);
     return { field, value, ...control, node };
   });
-  const read = () => {
-    const out = { ...table };
+  const read = (start = table) => {
+    const out = { ...start };
     for (const { field, value, get } of made) {
-      let now;
-      try { now = get(); } catch { throw new Failure(400, `${field.name}: not valid JSON`); }
-      const plain = same(now, field.default) && (value === undefined || (now === "" && !field.secret)
-        || same(now, []));
+      const now = get();
+      const isEmpty = (now === "" && !field.secret) || same(now, []);
+      const plain = same(now, field.default) && (isEmpty || (value === undefined && !field.maybe));
       if (now === undefined || plain) delete out[field.name];
       else out[field.name] = now;
     }
     return out;
   };
-  return { nodes: made.map((m) => m.node), read, of: (name) => made.find((m) => m.field.name === name),
-    made };
+  return { nodes: made.map((m) => m.node), read, made,
+    of: (name) => made.find((m) => m.field.name === name) };
 }
 
 /* A form that keeps what was typed when a save fails. `save` throws a Failure then. */
@@ -10083,11 +10094,12 @@ function healthCard() {
 }
 async function overview() {
   const top = el("div", {}), log = el("div", { class: "log" });
+  const all = await ask(`${ROOT}/report?by=provider`);
   const refresh = async () => {
     await reload();
     const since = new Date().toISOString().slice(0, 10);
-    const [today, all] = await Promise.all([ask(`${ROOT}/report?by=provider&since=${since}`),
-      ask(`${ROOT}/report?by=provider`)]);
+    const today = await ask(`${ROOT}/report?by=provider&since=${since}`);
+    if (hasFocus(top)) return;
     const of = (name) => [sum(today.report, name), sum(all.report, name)];
     const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
     refill(top, problemCard(), el("div", { class: "tiles" },
@@ -10123,7 +10135,7 @@ async function liveLog(place) {
         for await (const [event, data] of eventsOf(answer)) {
           if (event !== "request") continue;
           rows = [JSON.parse(data), ...rows].slice(0, 300);
-          if (!paused) draw();
+          if (!paused && !hasFocus(place)) draw();
         }
       } catch { /* the server restarts, or the view is left */ }
       await new Promise((resolve) => setTimeout(resolve, 2000));
@@ -10165,7 +10177,7 @@ function providerDialog(old) {
   const rest = controls(list.filter((f) => ![...main, "type", "quirks"].includes(f.name)), row);
   const quirks = controls(S.fields.quirks.map((f) => ({ ...f, maybe: true })), row.quirks || {});
   const type = selectBox([["", "choose …"], ...Object.keys(S.presets).map((p) => [p, `${p} (preset)`]),
-    ...S.formats.filter((f) => !S.presets[f]).map((f) => [f, `${f} (wire format)`])], row.type || "");
+    ...S.formats.filter((f) => !S.presets[f]).map((f) => [f, `${f} (wire format)`])], row.type || row.provider_type || "");
   const to = el("p", { class: "muted" }), name = first.of("name").input, url = first.of("base_url").input;
   const key = first.of("api_key").input;
   const chosen = () => {
@@ -10173,8 +10185,8 @@ function providerDialog(old) {
     const place = url.value || preset.url || preset.base_url;
     to.textContent = place ? `Requests and the key go to ${hostOf(place)}.`
       : "Give the address that requests go to.";
-    if (old && url.value !== (old.base_url
-      || "")) to.textContent += " The key must be typed again for a new address.";
+    const isMoved = old && url.value !== (old.base_url || "");
+    if (isMoved) to.textContent += " The key must be typed again for a new address.";
     url.placeholder = preset.base_url || "https://host/v1";
     if (preset.api_key && !old) key.placeholder = `the key, or ${preset.api_key} from the environment`;
   };
@@ -10190,13 +10202,9 @@ function providerDialog(old) {
   url.addEventListener("input", chosen);
   chosen();
   const save = async () => {
-    const table = { ...row, type: type.value, ...first.read() };
-    const more = rest.read(), own = quirks.read();
-    for (const f of rest.made) delete table[f.field.name];
-    for (const f of rest.made) if (f.field.name in more) table[f.field.name] = more[f.field.name];
-    delete table.quirks;
-    if (Object.keys(own).length) table.quirks = own;
+    const own = quirks.read(), { provider_type: _, quirks: __, ...table } = rest.read(first.read());
     table.type = type.value;
+    if (Object.keys(own).length) table.quirks = own;
     if (!table.name || !table.type) throw new Failure(400, table.type ? "name: give it a name"
       : "Choose a type first.");
     await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
@@ -10603,7 +10611,10 @@ async function inspectView() {
       ["", (r) => button("Show", () => show(r.id).catch(tellError), { class: "small" })]], told.held,
     left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
   };
-  const refresh = async () => draw(await ask(`${ROOT}/inspect`));
+  const refresh = async () => {
+    const told = await ask(`${ROOT}/inspect`);
+    if (!hasFocus(list)) draw(told);
+  };
   await refresh();
   stopView = poll(refresh, 3000);
   return [card("Inspect", state,
@@ -10648,8 +10659,9 @@ async function start() {
 if (PAGE === "admin") addEventListener("hashchange",
   () => (location.hash.startsWith("#token=") ? admin() : showTab()));
 start();
-if (PAGE !== "admin") poll(async () => { if (document.querySelector(".tiles")
-  && !document.querySelector("dialog")) await dashboard(); }, 30000);
+if (PAGE !== "admin") {
+  poll(async () => { if (document.querySelector(".tiles") && !hasFocus($("main"))) await dashboard(); }, 30000);
+}
 """
 
 PAGE_HTML = """<!doctype html>

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import pytest_asyncio
 from fakes import Answer, AnthropicFake, Tokens
 from proxy_harness import ADMIN_TOKEN, Proxy, in_process
 
@@ -30,13 +31,14 @@ try:
 except ImportError:
     async_playwright = None  # type: ignore[assignment]
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # one browser for all
 needs_browser = pytest.mark.skipif(
     (async_playwright is None or not CHROMIUM.exists()) and os.environ.get("CI") != "true",
     reason="needs the playwright package and /usr/bin/chromium",
 )
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def provider() -> AsyncIterator[AnthropicFake]:
     async with AnthropicFake(
         lambda turn: Answer("Hello from upstream.", tokens=Tokens(1000, 100, 0))
@@ -44,7 +46,7 @@ async def provider() -> AsyncIterator[AnthropicFake]:
         yield fake
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
     async with async_playwright() as playwright:
         chromium = await playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
@@ -121,7 +123,7 @@ async def test_page_is_small_and_locked_down(path: str, tmp_path: Path) -> None:
     assert answer.headers["Cache-Control"] == "no-cache"
 
 
-def test_pages_have_no_markup_from_data_and_no_outside_address() -> None:
+async def test_pages_have_no_markup_from_data_and_no_outside_address() -> None:
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", ccmux.SCRIPT)
     for page in (ccmux.DASHBOARD, ccmux.ADMIN):
         outside = [u for u in re.findall(r"https?://[^\s\"'`]+", page) if "www.w3.org/2000/svg" not in u]
@@ -357,3 +359,63 @@ async def test_adding_a_user_shows_the_key_once(browser: Browser, tmp_path: Path
         await page.click("dialog button:text-is('Close')")
         await expect(page.locator("main")).to_contain_text("$2.50")
         await expect(page.locator("main")).not_to_contain_text("ccmux-")
+
+
+@needs_browser
+async def test_editing_a_provider_keeps_its_key_but_not_for_another_address(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.toml"
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.get_by_label("Edit up").click()
+        assert "sk-secret" not in await page.content()
+        await page.get_by_label("Models", exact=True).fill("one, two")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("#status")).to_contain_text("saved")
+        assert "sk-secret-0123456789" in file.read_text() and 'models = ["one", "two"]' in file.read_text()
+        await page.get_by_label("Edit up").click()
+        await page.get_by_label("Models", exact=True).fill("")
+        await page.get_by_label("Base URL").fill("https://elsewhere.example")
+        await expect(page.locator("dialog")).to_contain_text("The key must be typed again")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("main")).to_contain_text("elsewhere.example")
+        assert "sk-secret" not in file.read_text() and "models = [" not in file.read_text()
+
+
+@needs_browser
+async def test_a_kept_request_is_inspected_and_explained(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "inspect")
+        await page.click("text=Keep requests for 15 minutes")
+        await expect(page.locator("main")).to_contain_text("Waiting for requests")
+        assert await ask(proxy, "tiny") == 200
+        await page.click("main button:text-is('Show')")
+        await expect(page.locator("pre").first).to_contain_text('"content": "Hi"')
+        assert "sk-secret" not in await page.content()
+        await tab(page, "router")
+        await page.get_by_label("Request that Inspect holds").select_option(index=1)
+        await expect(page.get_by_label("Messages request (JSON)")).to_have_value(re.compile('"Hi"'))
+        await page.click("button:text-is('Explain')")
+        await expect(page.locator("main")).to_contain_text("goes to tiny")
+        assert len(provider.asked) == 1
+
+
+@needs_browser
+async def test_a_model_in_use_is_not_deleted_and_targets_move(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    text = config_of(provider, extra='[[models.mappings]]\nprovider = "up"\nactual_model = "second"\n')
+    async with (
+        in_process(tmp_path, text + '[router]\ndefault = "tiny"\n') as proxy,
+        opened(browser, admin_url(proxy)) as page,
+    ):
+        await tab(page, "models")
+        await page.get_by_label("Edit tiny").click()
+        await page.click("dialog button:text-is('Delete')")
+        await expect(page.locator("#status")).to_contain_text("used by default")
+        await page.locator("dialog button:text-is('Up')").nth(1).click()
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("main")).to_contain_text("up/second, then up/tiny")
