@@ -8910,11 +8910,25 @@ def preset_json(row: Json) -> Json:
 
 
 def config_text(state: State) -> tuple[str, Path]:
-    """The config file's text and place; for a start without one, what the environment amounted to."""
-    if state.config.path:
-        path = Path(state.config.path).expanduser()
+    """The config file's text and place; where there is no file (any more), the text in use."""
+    path = Path(state.config.path).expanduser() if state.config.path else ccmux_home() / "config.toml"
+    if not state.config.path:
+        return state.config.text, path
+    try:
         return path.read_bytes().decode("utf-8"), path
-    return state.config.text, ccmux_home() / "config.toml"
+    except FileNotFoundError:
+        return state.config.text, path
+    except (OSError, UnicodeDecodeError) as error:
+        raise ApiError(409, f"{path.name} cannot be read ({type(error).__name__}); mend it by hand") from None
+
+
+def config_tables(state: State) -> Json:
+    """The file as parsed; ApiError 409 where it is broken, as a form cannot save into it."""
+    try:
+        return tomllib.loads(config_text(state)[0])
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        words = f"the config file is broken, mend it under Config first: {error}"
+        raise ApiError(409, words) from None
 
 
 def store_text(state: State, text: str, given_hash: Any) -> str:
@@ -8922,15 +8936,15 @@ def store_text(state: State, text: str, given_hash: Any) -> str:
 
     ApiError 400 where it is wrong, 409 stale.
     """
-    _, path = config_text(state)
-    if given_hash != state.config.text_hash:
+    current, path = config_text(state)
+    if given_hash != hash_text(current):
         raise ApiError(
             409, "the config has changed since this page was loaded; load it again (nothing was saved)"
         )
     try:
         config = load_config(text, os.environ, str(path))
         check_binding(config)
-        save_config(path, text, state.config.text_hash)
+        save_config(path, text, hash_text(current))
     except StaleError as error:
         raise ApiError(409, str(error)) from None
     except (ConfigError, OSError) as error:
@@ -8951,6 +8965,7 @@ async def save_table(
 ) -> web.Response:
     """Saves one table; the answer carries the new hash."""
     state = require_admin(request)
+    config_tables(state)
     text, _ = config_text(state)
     try:
         edited = edit_toml(text, root, name, table)
@@ -8971,7 +8986,7 @@ async def table_of(request: web.Request) -> tuple[Json, Any]:
 
 def old_row(state: State, root: str, name: str) -> Json:
     """The row as the file has it, secrets as written; {} for a new one."""
-    rows = as_list(tomllib.loads(config_text(state)[0]).get(root))
+    rows = as_list(config_tables(state).get(root))
     return next((row for row in rows if row.get("name") == name), {})
 
 
@@ -9010,7 +9025,11 @@ def is_mask(value: Any) -> bool:
 
 def address_of(state: State, row: Json, name: str) -> str:
     """The base URL a row amounts to, with its preset's where it has none of its own."""
-    return str(row.get("base_url") or PRESETS.get(str(row.get("type")), {}).get("base_url") or "").rstrip("/")
+    return str(
+        row.get("base_url")
+        or PRESETS.get(str(row.get("type") or row.get("provider_type")), {}).get("base_url")
+        or ""
+    ).rstrip("/")
 
 
 async def delete_provider(request: web.Request) -> web.StreamResponse:
@@ -9056,7 +9075,7 @@ def put_single(root: str) -> Callable[[web.Request], Any]:
     async def put(request: web.Request) -> web.StreamResponse:
         state = require_admin(request)
         table, hash = await table_of(request)
-        old = as_object(tomllib.loads(config_text(state)[0]).get(root))
+        old = as_object(config_tables(state).get(root))
         token = table.get("admin_token")
         if "admin_token" in old and (token is None or is_mask(token)):
             table["admin_token"] = old["admin_token"]
@@ -9144,46 +9163,116 @@ async def listed_models(state: State, provider: Provider) -> list[str]:
 
 
 async def get_config(request: web.Request) -> web.StreamResponse:
-    """The file's text; literal secrets in it are shown as marks that a save turns back."""
-    state = require_admin(request)
-    text = config_text(state)[0]
+    """The file's text, broken or not; literal secrets in it are shown as marks that a save turns back."""
+    text = shown = config_text(require_admin(request))[0]
     for secret, mark in secret_marks(text).items():
-        text = text.replace(secret, mark)
-    return web.json_response({"text": text, "hash": state.config.text_hash})
+        shown = shown.replace(secret, mark)
+    return web.json_response({"text": shown, "hash": hash_text(text)})
 
 
 def secret_marks(text: str) -> dict[str, str]:
-    """Each literal secret in a config text, longest first, with the mark that stands for it."""
-    tables = tomllib.loads(text)
-    found: list[Any] = [as_object(tables.get("server")).get("admin_token")]
+    """Each literal secret as a config text spells it, longest first, with the mark that stands for it."""
+    try:
+        secret = set(literal_secrets(tomllib.loads(text)))
+        found = {raw for raw, value in string_values(text) if value in secret}
+    except (tomllib.TOMLDecodeError, RecursionError):
+        # Where keys stand cannot be known in a broken file. Marks lose nothing, so any long word is one.
+        found = {w for w in re.findall(r"[^\s\"',=\[\]{}]{8,}", text) if not re.fullmatch(r"[a-z_.:/#-]+", w)}
+        found = {w for w in found if not w.startswith("$")}
+    return {s: f"[kept-{hash_text(s)}]" for s in sorted(found, key=len, reverse=True)}
+
+
+def literal_secrets(tables: Json) -> Iterator[str]:
+    """The secrets of parsed tables that are written out, not named by a variable."""
+    yield from filter(is_literal, [as_object(tables.get("server")).get("admin_token")])
     for row in as_list(tables.get("providers")):
-        keys = row.get("api_key")
-        found += [*(keys if isinstance(keys, list) else [keys]), *as_object(row.get("headers")).values()]
-    literal = {s for s in found if isinstance(s, str) and s and not s.startswith("$") and s != "passthrough"}
-    return {s: f"[kept-{hash_text(s)}]" for s in sorted(literal, key=len, reverse=True)}
+        yield from filter(is_literal, row_secrets(row))
+
+
+def row_secrets(row: Any) -> set[str]:
+    """The key and header texts of a provider's table, which may not be a checked one."""
+    keys = as_object(row).get("api_key")
+    texts = [
+        *(keys if isinstance(keys, list) else [keys]),
+        *as_object(as_object(row).get("headers")).values(),
+    ]
+    return {text for text in texts if isinstance(text, str)}
+
+
+def is_literal(secret: Any) -> bool:
+    return (
+        isinstance(secret, str) and bool(secret) and not secret.startswith("$") and secret != "passthrough"  # noqa: S105
+    )
+
+
+def string_values(text: str) -> Iterator[tuple[str, str]]:
+    """The strings of a valid TOML text: as spelled between the quotes, and what that means."""
+    at = 0
+    while at < len(text):
+        end = at + 1
+        if text[at] == "#":
+            newline = text.find("\n", at)
+            end = len(text) if newline < 0 else newline
+        elif text[at] in "\"'":
+            end = skip_string(text, at)
+            token = text[at:end]
+            quotes = 3 if token.startswith(token[0] * 3) and len(token) >= 6 else 1
+            yield token[quotes:-quotes], str(tomllib.loads(f"k = {token}")["k"])
+        at = end
 
 
 async def put_config(request: web.Request) -> web.StreamResponse:
-    """Saves the whole text. A kept secret may not move to another address."""
+    """Saves the whole text. A kept secret stays where it was: it never moves to another key or address."""
     state = require_admin(request)
     body = await body_of(request, ("text", "hash"))
     text = text_in(body, "text", 2**20)
-    marks = secret_marks(config_text(state)[0])
-    before, after = state.config, text
-    for secret, mark in marks.items():
-        after = after.replace(mark, secret)
-    try:
-        wanted = load_config(after, os.environ, before.path)
+    after, old, kept = text, state.config.tables, set()
+    current = config_text(state)[0]
+    for secret, mark in secret_marks(current).items():
+        if mark in text:
+            after = after.replace(mark, secret)
+            kept.add(secret)
+    with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):
+        old = tomllib.loads(current)
+        kept = {value for raw, value in string_values(current) if raw in kept}
+    try:  # before anything else reads it: an error about a misplaced secret would quote it
+        check_kept(state, old, tomllib.loads(after), kept)
     except ConfigError as error:
         raise ApiError(400, str(error)) from None
-    for provider in wanted.providers:
-        old = before.provider(provider.name)
-        moved = old is None or old.base_url.rstrip("/") != provider.base_url.rstrip("/")
-        if moved and after != text and any(key in marks for key in provider.api_key):
-            raise ApiError(
-                400, f"provider {provider.name!r} has a new address: type its key again, or use $NAME"
-            )
+    except (tomllib.TOMLDecodeError, RecursionError):
+        pass  # told below, with its place
     return web.json_response({"hash": store_text(state, after, body.get("hash"))})
+
+
+def check_kept(state: State, old: Json, new: Json, kept: set[str]) -> None:
+    """ConfigError where a secret that the editor never saw would be shown, or sent elsewhere."""
+    secret = kept & {*literal_secrets(old), *literal_secrets(new)}
+    before, after = (list(texts_of(masked_table(tables))) for tables in (old, new))
+    if any(any(s in t for t in after) and not any(s in t for t in before) for s in secret):
+        raise ConfigError("a [kept-...] mark may only stand where its key stood")
+    tokens = [str(as_object(tables.get("server")).get("admin_token")) for tables in (old, new)]
+    if tokens[0] != tokens[1] and tokens[1] in secret:
+        raise ConfigError("[server]: key 'admin_token' may not be another's [kept-...] mark")
+    rows = {str(row.get("name")): row for row in map(as_object, as_list(old.get("providers")))}
+    for row in map(as_object, as_list(new.get("providers"))):
+        name = str(row.get("name"))
+        was = rows.get(name, {})
+        moved = address_of(state, row, name) != address_of(state, was, name)
+        if (secret & row_secrets(row)) - (set() if moved else row_secrets(was)):
+            raise ConfigError(f"provider {name!r} has a new address: type its key again, or use $NAME")
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Every key and text in a value."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from texts_of(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_of(item)
+    elif isinstance(value, str):
+        yield value
 
 
 async def get_backups(request: web.Request) -> web.StreamResponse:

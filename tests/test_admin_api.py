@@ -298,6 +298,102 @@ async def test_the_whole_text_shows_no_secret_and_keeps_it_on_save(tmp_path: Pat
         assert (status, "not valid TOML" in body["error"]["message"]) == (400, True)
 
 
+HEADERS = '{ "x-auth" = "header-canary-5678" }'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        pytest.param('name = "m"\nprice', 'name = "MARK"\nprice', "where its key stood", id="into a model's name"),
+        pytest.param('default = "m"', 'default = "p/MARK"', "where its key stood", id="inside another text"),
+        pytest.param('[[models]]', '[[providers]]\nname = "q"\ntype = "demo"\napi_key = "MARK"\n[[models]]', "new address", id="to another provider"),
+        pytest.param('database =', 'admin_token = "MARK"\ndatabase =', "admin_token", id="to the admin token"),
+        pytest.param('type = "openai"', 'type = "openai"\nproxy = "http://MARK"', "where its key stood", id="into a proxy"),
+    ],
+)  # fmt: skip
+async def test_a_kept_secret_stays_where_it_was(old: str, new: str, words: str, tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        given = await admin.get("/admin/api/config")
+        assert given["text"].count(old) == 1
+        mark = next(w for w in given["text"].split('"') if w.startswith("[kept-"))
+        text = given["text"].replace(old, new.replace("MARK", mark))
+        status, body = await admin.call("PUT", "/admin/api/config", {"text": text, "hash": given["hash"]})
+        assert (status, words in body["error"]["message"]) == (400, True), body
+        assert admin.text == CONFIG.format(url=tomllib.loads(admin.text)["providers"][0]["base_url"])
+        await admin.get("/admin/api/state")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "providers = [1]",
+        "providers = 'x'",
+        "[[providers]]\nname = ['x']\napi_key = [{a=1}]\nheaders = 3",
+        "server = 1",
+        "[server]\nadmin_token = {a=1}",
+    ],
+)
+async def test_odd_tables_are_no_fault_of_the_server(text: str, tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        status, body = await admin.call(
+            "PUT", "/admin/api/config", {"text": text, "hash": await admin.hash()}
+        )
+        assert status < 500, body
+
+
+async def test_a_kept_header_never_goes_to_another_address(tmp_path: Path) -> None:
+    text = f'[[providers]]\nname = "p"\ntype = "anthropic"\nheaders = {HEADERS}\n'
+    async with admin_of(tmp_path, text) as (admin, _):
+        given = await admin.get("/admin/api/config")
+        assert "canary" not in given["text"]
+        moved = given["text"] + 'base_url = "https://elsewhere.test"\n'
+        status, body = await admin.call("PUT", "/admin/api/config", {"text": moved, "hash": given["hash"]})
+        assert (status, "type its key again" in body["error"]["message"]) == (400, True)
+        assert admin.text == text
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    ['"sk\\u002dcanary-abcdefgh-1234"', "'sk-canary-abcdefgh-1234'", '["sk-canary-\\u0061bcdefgh-1234", "$OTHER"]', '"""sk-canary-abcdefgh-1234"""'],
+)  # fmt: skip
+async def test_a_secret_is_not_shown_however_it_is_spelled(spelled: str, tmp_path: Path) -> None:
+    text = f'# it\'s "mine"\n[[providers]]\nname = "p"\ntype = "anthropic"\napi_key = {spelled} # "\n'
+    async with admin_of(tmp_path, text) as (admin, _):
+        given = await admin.get("/admin/api/config")
+        assert "bcdefgh-1234" not in given["text"]
+        body = {"text": given["text"] + "# more\n", "hash": given["hash"]}
+        assert (await admin.call("PUT", "/admin/api/config", body))[0] == 200
+        assert admin.text == text + "# more\n"
+
+
+async def test_a_broken_file_is_mended_from_the_page(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        whole, stale = admin.text, await admin.hash()
+        admin.file.write_text(whole.replace('name = "p"', 'name = "p'))
+        for path in ("router", "providers/p", "models/m"):
+            status, body = await admin.call("PUT", f"/admin/api/{path}", {"table": {}, "hash": stale})
+            assert (status, "mend it under Config" in body["error"]["message"]) == (409, True), path
+        given = await admin.get("/admin/api/config")
+        assert "[kept-" in given["text"] and 'name = "p\n' in given["text"]
+        text = given["text"].replace('name = "p\n', 'name = "p"\n')
+        assert (await admin.call("PUT", "/admin/api/config", {"text": text, "hash": stale}))[0] == 409
+        status, body = await admin.call("PUT", "/admin/api/config", {"text": text, "hash": given["hash"]})
+        assert (status, admin.text) == (200, whole), body
+
+
+async def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        whole = admin.text
+        admin.file.write_bytes(b"\xff\xfe")
+        status, body = await admin.call("GET", "/admin/api/config")
+        assert (status, "cannot be read" in body["error"]["message"]) == (409, True)
+        admin.file.unlink()
+        await admin.put("/admin/api/router", {"default": "m", "think": "m"})
+        assert admin.text == whole.replace(
+            'default = "m" # the default\n', 'default = "m" # the default\nthink = "m"\n'
+        )
+
+
 # Users and billing.
 
 
