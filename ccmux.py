@@ -6613,6 +6613,11 @@ class Call:
     deadline: asyncio.Timeout | None = None
     stopping: bool = False
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether content has reached the client; a client that does not stream gets all or nothing."""
+        return self.stream and bool(self.first_content)
+
     def is_streamed(self, dialect: Dialect) -> bool:
         """Whether the upstream streams: all do, but for a whole answer in the client's own format."""
         return self.stream or dialect.passes != self.format
@@ -6766,7 +6771,7 @@ class Relay:
                 await self.try_slot(call, slot, sink)
                 return
             except ApiError as error:
-                if call.first_content or not await plan.goes_on(slot, error):
+                if call.has_answered or not await plan.goes_on(slot, error):
                     raise client_error(error, slot, call) from None
 
     async def try_slot(self, call: Call, slot: Slot, sink: Sink) -> None:
@@ -6779,6 +6784,7 @@ class Relay:
         is_probe, began = breaker.begin(time.monotonic()), time.monotonic()
         health.active += 1
         call.tries += 1
+        call.first_content = 0.0
         error: ApiError | None = None
         finished = False
         try:
