@@ -382,6 +382,15 @@ def anthropic_message(pieces: Sequence[str] = PIECES, usage: Any = None) -> byte
     }).encode()  # fmt: skip
 
 
+def openai_message(pieces: Sequence[str] = PIECES, usage: Any = None) -> bytes:
+    usage = {"prompt_tokens": INPUT_TOKENS, "completion_tokens": OUTPUT_TOKENS} if usage is None else usage
+    message = {"role": "assistant", "content": "".join(pieces)}
+    return json.dumps({
+        "id": "c1", "object": "chat.completion", "created": 1, "model": "up", "usage": usage,
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+    }).encode()  # fmt: skip
+
+
 def events_for(call: UpstreamCall, **options: Any) -> list[bytes]:
     return (openai_events if call.format == "openai" else anthropic_events)(**options)
 
@@ -445,8 +454,9 @@ def answer(
     more = [*headers, *([("Connection", "close")] if last else [])]
 
     def steps(call: UpstreamCall) -> Iterable[Step]:
-        if call.format == "anthropic" and not call.streams:
-            yield whole(200, [JSON_TYPE, *more], anthropic_message(pieces, usage))
+        if not call.streams:
+            body = openai_message if call.format == "openai" else anthropic_message
+            yield whole(200, [JSON_TYPE, *more], body(pieces, usage))
         else:
             start = usage if call.format == "anthropic" else None
             yield from stream_of(events_for(call, pieces=pieces, start_usage=start, end_usage=usage), more)
