@@ -10071,11 +10071,12 @@ function stateBadge(name) {
   if (health.state === "ok" && !health.outcomes.length) return badge("", "not used yet");
   return badge(STATES[health.state] ?? "warn", WORDS[health.state] || health.state);
 }
-function problems() {
+function problems(broke) {
   const found = [], add = (kind, word, text, tab) => found.push([kind, word, text, tab]);
   if (S.config_error) add("bad", "config", S.config_error, "config");
   if (!(S.config.providers || []).length) add("warn", "no provider",
     "Add one to have anything to send requests to.", "providers");
+  for (const user of broke) add("warn", user.name, "has no credit left, so requests are refused", "users");
   for (const [name, health] of Object.entries(S.providers)) {
     const last = health.outcomes.at(-1), next = health.next_try_s ? `, tried again in ${health.next_try_s} s`
       : "";
@@ -10094,8 +10095,8 @@ function problems() {
     warning, "config");
   return found;
 }
-function problemCard() {
-  const found = problems();
+function problemCard(broke) {
+  const found = problems(broke);
   if (!found.length) return card("All is well", badge("ok", "no problems"));
   const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), " ", text, " ",
     el("a", { href: `#${tab}` }, "Look"));
@@ -10125,10 +10126,12 @@ async function overview() {
     await reload();
     const since = new Date().toISOString().slice(0, 10);
     const today = await ask(`${ROOT}/report?by=provider&since=${since}`);
+    const { users } = (S.config.credits || {}).enforce ? await ask(`${ROOT}/users`) : { users: [] };
+    const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled);
     if (hasFocus(top)) return;
     const of = (name) => [sum(today.report, name), sum(all.report, name)];
     const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
-    refill(top, problemCard(), el("div", { class: "tiles" },
+    refill(top, problemCard(broke), el("div", { class: "tiles" },
       tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent),
         `${usd(spentEver)} in all`),
       tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "all kinds"),
