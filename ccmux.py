@@ -4712,8 +4712,8 @@ class ChatTap:
 
 def chat_passed_on(given: Json, to: Upstream) -> Json:
     """An OpenAI-format client's own request for an upstream of its format: but for the model's name as it came."""
-    out = {**given, "model": to.model}
-    if given.get("stream") is True and to.quirks.stream_options:
+    out = {**given, "model": to.model, "stream": given.get("stream") is True}
+    if out["stream"] and to.quirks.stream_options:
         out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}
     return without(out | to.quirks.extra_body, to)
 
