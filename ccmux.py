@@ -2252,6 +2252,8 @@ class AnthropicTap:
     carry usage, are: a plain search tells whether any such event is among the bytes, and mostly there is none.
     """
 
+    MOST_UNREAD = 2**19  # bytes that wait; an answer without usage is rare, so most are never read
+
     def __init__(self, scrub_text: Callable[[str], str]) -> None:
         self.decoder = SseDecoder()
         self.scrub_text = scrub_text
@@ -2263,7 +2265,9 @@ class AnthropicTap:
         self.error: ApiError | None = None
         self.error_relayed = False  # the upstream's own error event is among the bytes already
         self.ending = b""  # message_stop and what follows it: sent once the settlement is durable
-        self.relayed: list[bytes] = []
+        self.relayed: list[bytes] = []  # not looked at yet for its texts
+        self.unread = 0  # bytes of it
+        self.texts: list[str] = []
 
     def feed(self, data: bytes) -> bytes:
         whole = self.decoder.cut(data)
@@ -2274,6 +2278,9 @@ class AnthropicTap:
             out = b"".join([block if self.is_plain(block) else self.relay(block) for block in blocks])
         if out:
             self.relayed.append(out)
+            self.unread += len(out)
+            if self.unread > self.MOST_UNREAD:
+                self.read_texts()
         return out
 
     def is_plain(self, data: bytes) -> bool:
@@ -2346,14 +2353,19 @@ class AnthropicTap:
 
     def output_text(self) -> str:
         """What the model made so far, for a count where the upstream gave none."""
-        parts: list[str] = []
-        for block in SseDecoder().feed(b"".join(self.relayed)):
+        self.read_texts()
+        return "".join(self.texts)
+
+    def read_texts(self) -> None:
+        """Keeps the texts of what was relayed and lets go of its bytes."""
+        for block in split_blocks(b"".join(self.relayed)):
             try:
                 delta = json.loads(event_of(block)[1] or "{}").get("delta") or {}
             except (ValueError, RecursionError, AttributeError):
                 continue
-            parts.extend(str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k))
-        return "".join(parts)
+            self.texts.extend(str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k))
+        self.relayed.clear()
+        self.unread = 0
 
 
 # What upstreams answer when something is wrong. The words are for a person, the retry class is for the Relay.
@@ -4700,8 +4712,8 @@ class ChatTap:
 
 def chat_passed_on(given: Json, to: Upstream) -> Json:
     """An OpenAI-format client's own request for an upstream of its format: but for the model's name as it came."""
-    out = {**given, "model": to.model}
-    if given.get("stream") is True and to.quirks.stream_options:
+    out = {**given, "model": to.model, "stream": given.get("stream") is True}
+    if out["stream"] and to.quirks.stream_options:
         out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}
     return without(out | to.quirks.extra_body, to)
 
@@ -6496,6 +6508,7 @@ def csv_cell(value: Any) -> Any:
 # tries, budgets so that retries cannot multiply, exactly one probe of a half-open breaker. RELIABILITY in the
 # README tells which failure goes where.
 
+MOST_KEPT = 10_000  # entries of a table whose keys clients choose
 MAX_TRIES = 4  # of one client request, all targets together
 MAX_SLEEP = 15.0  # seconds of back-off of one client request
 SHORT_WAIT = 5.0  # a retry-after up to this is waited for on the same target
@@ -6599,6 +6612,11 @@ class Call:
     reply_headers: dict[str, str] = field(default_factory=dict)
     deadline: asyncio.Timeout | None = None
     stopping: bool = False
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether content has reached the client; a client that does not stream gets all or nothing."""
+        return self.stream and bool(self.first_content)
 
     def is_streamed(self, dialect: Dialect) -> bool:
         """Whether the upstream streams: all do, but for a whole answer in the client's own format."""
@@ -6753,7 +6771,7 @@ class Relay:
                 await self.try_slot(call, slot, sink)
                 return
             except ApiError as error:
-                if call.first_content or not await plan.goes_on(slot, error):
+                if call.has_answered or not await plan.goes_on(slot, error):
                     raise client_error(error, slot, call) from None
 
     async def try_slot(self, call: Call, slot: Slot, sink: Sink) -> None:
@@ -6761,10 +6779,12 @@ class Relay:
 
         What it teaches goes into health, breaker and cool-downs.
         """
+        forget_oldest(self.breakers)
         health, breaker = self.health_of(slot.provider.name), self.breakers.setdefault(slot.id, Breaker())
         is_probe, began = breaker.begin(time.monotonic()), time.monotonic()
         health.active += 1
         call.tries += 1
+        call.first_content = 0.0
         error: ApiError | None = None
         finished = False
         try:
@@ -6806,8 +6826,7 @@ class Relay:
         elif error is None and call.session:
             self.sticky.pop((call.session, call.route.model), None)
             self.sticky[call.session, call.route.model] = (slot.provider.name, slot.target.actual_model)
-            while len(self.sticky) > 10_000:
-                self.sticky.pop(next(iter(self.sticky)))
+            forget_oldest(self.sticky)
 
     def cool(self, slot: Slot, error: ApiError, now: float) -> None:
         """Lets a key rest: for a 429 as long as the upstream says, for a refused key five minutes."""
@@ -7080,6 +7099,12 @@ def UPSTREAM_FAULTS() -> tuple[type[Exception], ...]:  # noqa: N802
     A TimeoutError is an OSError. A function, because --help works before aiohttp is installed.
     """
     return (aiohttp.ClientError, OSError, ssl.SSLError, ValueError, RecursionError)
+
+
+def forget_oldest(kept: dict[Any, Any]) -> None:
+    """Bounds what clients can make ccmux remember by asking for ever new names."""
+    while len(kept) >= MOST_KEPT:
+        kept.pop(next(iter(kept)))
 
 
 def is_disconnect(fault: BaseException) -> bool:
@@ -7538,7 +7563,8 @@ class Metrics:
 
     def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
         key = (name, tuple(labels.items()))
-        self.counts[key] = self.counts.get(key, 0) + amount
+        if key in self.counts or len(self.counts) < MOST_KEPT:
+            self.counts[key] = self.counts.get(key, 0) + amount
 
     def attempt(self, provider: str, model: str, error: str) -> None:
         self.add("ccmux_upstream_attempts_total", provider=provider, model=model)
@@ -10134,11 +10160,12 @@ function stateBadge(name) {
   if (health.state === "ok" && !health.outcomes.length) return badge("", "not used yet");
   return badge(STATES[health.state] ?? "warn", WORDS[health.state] || health.state);
 }
-function problems() {
+function problems(broke) {
   const found = [], add = (kind, word, text, tab) => found.push([kind, word, text, tab]);
   if (S.config_error) add("bad", "config", S.config_error, "config");
   if (!(S.config.providers || []).length) add("warn", "no provider",
     "Add one to have anything to send requests to.", "providers");
+  for (const user of broke) add("warn", user.name, "has no credit left, so requests are refused", "users");
   for (const [name, health] of Object.entries(S.providers)) {
     const last = health.outcomes.at(-1), next = health.next_try_s ? `, tried again in ${health.next_try_s} s`
       : "";
@@ -10157,8 +10184,8 @@ function problems() {
     warning, "config");
   return found;
 }
-function problemCard() {
-  const found = problems();
+function problemCard(broke) {
+  const found = problems(broke);
   if (!found.length) return card("All is well", badge("ok", "no problems"));
   const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), " ", text, " ",
     el("a", { href: `#${tab}` }, "Look"));
@@ -10188,10 +10215,12 @@ async function overview() {
     await reload();
     const since = new Date().toISOString().slice(0, 10);
     const today = await ask(`${ROOT}/report?by=provider&since=${since}`);
+    const { users } = (S.config.credits || {}).enforce ? await ask(`${ROOT}/users`) : { users: [] };
+    const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled);
     if (hasFocus(top)) return;
     const of = (name) => [sum(today.report, name), sum(all.report, name)];
     const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
-    refill(top, problemCard(), el("div", { class: "tiles" },
+    refill(top, problemCard(broke), el("div", { class: "tiles" },
       tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent),
         `${usd(spentEver)} in all`),
       tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "all kinds"),

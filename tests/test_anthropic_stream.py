@@ -640,3 +640,14 @@ def test_an_event_past_the_limit_is_an_error() -> None:
     t.decoder.limit = 100
     with pytest.raises(ApiError):
         t.feed(b"data: " + b"x" * 200)
+
+
+def test_a_long_answers_bytes_are_let_go_and_its_text_kept() -> None:
+    tap = AnthropicTap(lambda text: text)
+    delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "x" * 1000}}
+    block = encode_event(delta)
+    for _ in range(2000):
+        assert tap.feed(block) == block
+        assert tap.unread <= tap.MOST_UNREAD
+    assert tap.output_text() == "x" * 2_000_000
+    assert tap.output_text() == "x" * 2_000_000

@@ -86,6 +86,7 @@ def test_the_request_goes_on_as_the_client_wrote_it() -> None:
         "stream_options": {"include_usage": True},
     }
     assert "stream_options" not in chat_passed_on({**given, "stream": False}, upstream("up"))
+    assert chat_passed_on({**given, "stream": "yes"}, upstream("up"))["stream"] is False
 
 
 async def test_the_openai_sdk_through_ccmux(tmp_path: Path) -> None:

@@ -345,20 +345,26 @@ async def test_signing_in_with_a_users_key(browser: Browser, provider: Anthropic
 
 
 @needs_browser
-async def test_adding_a_user_shows_the_key_once(browser: Browser, tmp_path: Path) -> None:
-    async with in_process(tmp_path, "") as proxy, opened(browser, admin_url(proxy)) as page:
-        await tab(page, "users")
-        await page.click("text=Add a user")
-        await page.get_by_label("Name", exact=True).fill("not a name")
-        await page.click("dialog button:text-is('Add')")
-        await expect(page.locator("dialog [role=alert]")).not_to_be_empty()
-        await page.get_by_label("Name", exact=True).fill("ann")
-        await page.get_by_label("Credit, dollars").fill("2.5")
-        await page.click("dialog button:text-is('Add')")
-        await expect(page.locator("dialog pre")).to_contain_text("ccmux-")
-        await page.click("dialog button:text-is('Close')")
-        await expect(page.locator("main")).to_contain_text("$2.50")
-        await expect(page.locator("main")).not_to_contain_text("ccmux-")
+async def test_adding_a_user_shows_the_key_once_and_who_has_no_credit(
+    browser: Browser, tmp_path: Path
+) -> None:
+    text = "[credits]\nenforce = true\n"
+    async with in_process(tmp_path, text) as proxy:
+        proxy.state.store.add_user("bob", 0, {}, "")
+        async with opened(browser, admin_url(proxy)) as page:
+            await expect(page.locator(".problems")).to_contain_text("bob has no credit left")
+            await tab(page, "users")
+            await page.click("text=Add a user")
+            await page.get_by_label("Name", exact=True).fill("not a name")
+            await page.click("dialog button:text-is('Add')")
+            await expect(page.locator("dialog [role=alert]")).not_to_be_empty()
+            await page.get_by_label("Name", exact=True).fill("ann")
+            await page.get_by_label("Credit, dollars").fill("2.5")
+            await page.click("dialog button:text-is('Add')")
+            await expect(page.locator("dialog pre")).to_contain_text("ccmux-")
+            await page.click("dialog button:text-is('Close')")
+            await expect(page.locator("main")).to_contain_text("$2.50")
+            await expect(page.locator("main")).not_to_contain_text("ccmux-")
 
 
 @needs_browser

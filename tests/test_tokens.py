@@ -630,7 +630,9 @@ async def test_first_count_loads_in_a_thread() -> None:
 async def test_names_of_one_source_share_what_is_loaded() -> None:
     found = Vocabulary()
     names = ("claude-4.5", "o200k_base", "claude-5.0")
-    assert [found.get(name) for name in names] == [None, None, None]
+    assert found.get(names[0]) is None  # its thread has only just set out
+    for name in names[1:]:
+        found.get(name)
     async with asyncio.timeout(30):
         while len(found.loaded) < 3:
             await asyncio.sleep(0.01)

@@ -200,3 +200,14 @@ def test_environment_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ccmux.environment_proxy("https://api.test/v1") == "http://proxy.test:3128"
     assert ccmux.environment_proxy("https://inside.test/v1") is None
     ccmux.environment_proxy.cache_clear()
+
+
+def test_what_clients_name_is_remembered_within_bounds() -> None:
+    kept = {n: n for n in range(ccmux.MOST_KEPT + 5)}
+    ccmux.forget_oldest(kept)
+    assert len(kept) == ccmux.MOST_KEPT - 1
+    assert 0 not in kept
+    metrics = ccmux.Metrics()
+    for number in range(ccmux.MOST_KEPT + 5):
+        metrics.add("ccmux_requests_total", model=str(number))
+    assert len(metrics.counts) == ccmux.MOST_KEPT
