@@ -11484,14 +11484,27 @@ def code_command(args: argparse.Namespace) -> int:
 
 
 def run_child(command: list[str], variables: dict[str, str]) -> int:
-    """Runs a command in the foreground; its exit status as a shell has it. Signals are its own to heed."""
-    child = subprocess.Popen(command, env=variables)  # noqa: S603
-    heeded = {signal.SIGINT: lambda *_: None}
-    for name in ("SIGTERM", "SIGHUP"):
-        if number := getattr(signal, name, None):
-            heeded[number] = lambda *_: child.terminate()
+    """Runs a command in the foreground; its exit status as a shell has it. Signals are its own to heed.
+
+    They are caught before it starts, or one that comes at once would end ccmux and leave the command alone.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    missed: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in started:
+            child.terminate()
+        if not started:
+            missed.append(number)
+
+    heeded: dict[int, Callable[[int, Any], None]] = {signal.SIGINT: lambda *_: None}
+    heeded |= {getattr(signal, name): pass_on for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)}
     before = {number: signal.signal(number, act) for number, act in heeded.items()}
     try:
+        child = subprocess.Popen(command, env=variables)  # noqa: S603
+        started.append(child)
+        if missed:
+            child.terminate()
         status = child.wait()
     finally:
         for number, act in before.items():
