@@ -7894,11 +7894,18 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
     return response
 
 
+async def no_such_route(request: web.Request) -> web.StreamResponse:
+    """ApiError 405 for a path that answers other methods, else 404."""
+    for resource in request.app.router.resources():
+        _, methods = await resource.resolve(request)
+        if methods and "*" not in methods:
+            raise ApiError(
+                405, f"{request.method} is not for {request.path[:200]!r}, but {', '.join(sorted(methods))}"
+            )
+    raise ApiError(404, f"there is no {request.path[:200]!r} here; Claude Code talks to /v1/messages")
+
+
 def http_error(request: web.Request, error: web.HTTPException) -> ApiError:
-    if error.status == 404:
-        return ApiError(404, f"there is no {request.path[:200]!r} here; Claude Code talks to /v1/messages")
-    if error.status == 405:
-        return ApiError(405, f"{request.method} is not for {request.path[:200]!r}")
     return ApiError(error.status if error.status >= 400 else 502, error.reason)
 
 
@@ -10966,7 +10973,10 @@ def make_app(state: State) -> web.Application:
     """The server's routes and middleware around a State."""
     app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=MAX_BODY)
     app[state_key()] = state
-    for route in (*api_routes(), *admin_routes(), *page_routes()):
+    rest = web.RouteDef(
+        "*", "/{path:.*}", no_such_route, {}
+    )  # last: aiohttp's own would judge Expect by itself
+    for route in (*api_routes(), *admin_routes(), *page_routes(), rest):
         options = {**route.kwargs, "expect_handler": expect_continue}
         app.router.add_routes([web.RouteDef(route.method, route.path, route.handler, options)])
     return app
@@ -11188,13 +11198,26 @@ async def until_stopped(
 ) -> None:
     """Watches the config file, until a signal; then drains."""
     watcher = asyncio.create_task(watch_config(state, args))
+    keeper = asyncio.create_task(keep_calibration(state))
     vocabulary = asyncio.create_task(fetch_vocabularies(state))
     try:
         await stop.wait()
     finally:
         watcher.cancel()
+        keeper.cancel()
         vocabulary.cancel()
     await drain(state, server)
+
+
+async def keep_calibration(state: State) -> None:
+    """Writes down once a minute what true usage has taught, so that a crash forgets little of it."""
+    kept = state.counter.export()
+    while True:
+        await asyncio.sleep(60)
+        learnt = state.counter.export()
+        if learnt != kept:
+            await asyncio.to_thread(state.store.save_calibration, learnt)
+            kept = learnt
 
 
 async def fetch_vocabularies(state: State, url: str = VOCABULARY_URL) -> None:

@@ -914,6 +914,21 @@ def test_what_commands_write_is_private(tmp_path: Path) -> None:
 # After all that.
 
 
+@pytest.mark.parametrize("path", ["/nothing", "/v1/messages", "/admin/api/state"])
+def test_an_expectation_of_odd_bytes_is_no_fault_on_any_path(path: str, ccm: Victim) -> None:
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
+    )
+    found = ccm.send(head.encode() + b"Expect: \xff\r\n\r\n{}")
+    assert found.status == 417, found
+
+
+def test_the_wrong_method_is_told_which_are_right(ccm: Victim) -> None:
+    found = ccm.ask("PUT", "/v1/messages", {"Content-Type": "application/json"}, b"{}")
+    assert found.status == 405
+    assert b"POST" in found.raw
+
+
 def test_it_is_still_well(ccm: Victim) -> None:
     for model in ("claude-a", "claude-o", "claude-d"):
         until(lambda model=model: ccm.message(model=model).status == 200, "breakers and cool-downs pass", 15)
