@@ -1139,6 +1139,9 @@ class Statement:
     value: tuple[int, int] = (0, 0)
 
 
+Edit = tuple[int, int, str]  # from, to (in characters), and what is to stand there
+
+
 def scan_toml(text: str) -> list[Statement]:
     """The statements of a file that tomllib has accepted, in order and without gaps."""
     found = []
@@ -1228,7 +1231,7 @@ def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str
     meant = meant_tables(before, root, name, table)
     if same_value(before, meant):
         return text
-    for edit in (splice_table, rewrite_root):
+    for edit in (splice_table, splice_inline, rewrite_root):
         try:
             after = edit(text, before, meant, root, name)
             if same_value(tomllib.loads(after), meant):
@@ -1267,26 +1270,26 @@ def splice_table(text: str, before: Json, meant: Json, root: str, name: str | No
     if name is None:
         if root not in before:
             return insert_text(text, len(text), emit_table(root, meant[root]))
-        block = blocks_of_root(statements, root, "table")[0]
-        return splice_block(text, block, before[root], meant.get(root), root, "table")
+        block = toml_blocks(statements, (root,), "table")[0]
+        return splice_block(text, block, before[root], meant.get(root))
     rows = before.get(root, [])
     at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
-    blocks = blocks_of_root(statements, root, "array")
+    blocks = toml_blocks(statements, (root,), "array")
     if at == len(rows):
         end = last_key_end(blocks[-1]) if blocks else len(text)
         return insert_text(text, end, emit_table(root, meant[root][at], "array"))
     after = meant[root][at] if len(meant.get(root, [])) == len(rows) else None
-    return splice_block(text, blocks[at], rows[at], after, root, "array")
+    return splice_block(text, blocks[at], rows[at], after)
 
 
-def blocks_of_root(statements: list[Statement], root: str, kind: str) -> list[list[Statement]]:
-    """The statements of each `[root]` or `[[root]]`, with those of its sub-tables."""
+def toml_blocks(statements: list[Statement], path: tuple[str, ...], kind: str) -> list[list[Statement]]:
+    """The statements of each `[path]` or `[[path]]`, with those of its sub-tables."""
     blocks: list[list[Statement]] = []
     inside = False
     for statement in statements:
         if statement.kind in ("table", "array"):
-            begins = statement.path == (root,) and statement.kind == kind
-            inside = begins or (inside and statement.path[0] == root and len(statement.path) > 1)
+            begins = statement.path == path and statement.kind == kind
+            inside = begins or (inside and statement.path[: len(path)] == path != statement.path)
             if begins:
                 blocks.append([])
         if inside:
@@ -1299,54 +1302,169 @@ def last_key_end(block: list[Statement]) -> int:
     return max(s.end for s in block if s.kind != "blank")
 
 
-def splice_block(text: str, block: list[Statement], old: Json, new: Json | None, root: str, kind: str) -> str:
+def splice_block(text: str, block: list[Statement], old: Json, new: Json | None) -> str:
     """One table's block with only its changed keys changed."""
-    if new is None:
-        kept = [s for s in block if s.kind == "blank" and s.start >= last_key_end(block)]
-        return text[: block[0].start] + text[kept[0].start if kept else block[-1].end :]
-    edits: list[tuple[int, int, str]] = []
-    added = [k for k in new if k not in old]
+    return apply_edits(text, [without_keys(block)] if new is None else block_edits(block, old, new))
+
+
+def without_keys(block: list[Statement]) -> Edit:
+    return (block[0].start, last_key_end(block), "")
+
+
+def block_edits(block: list[Statement], old: Json, new: Json) -> list[Edit]:
+    """What makes a table's block say `new`: its changed keys in their places, new ones at its end."""
+    title = block[0].path
     own, subs = split_block(block)
+    edits: list[Edit] = []
+    added = [k for k in new if k not in old]
     for key in old:
         if key in new and same_value(old[key], new[key]):
             continue
         lines = [s for s in own if s.kind == "key" and s.path[0] == key]
-        if key in new and len(lines) == 1 and lines[0].path == (key,) and not is_rows(new[key]):
-            edits.append((*lines[0].value, emit_value(new[key])))
-            continue
-        gone = [*lines, *(s for sub in subs.get(key, []) for s in sub)]
-        edits += [(s.start, s.end, "") for s in gone if s.kind != "blank"]
-        added += [key] if key in new else []
+        inside = (
+            key_edits(lines, subs.get(key, []), old[key], new[key], (*title, key)) if key in new else None
+        )
+        if inside is None:
+            edits += [(s.start, s.end, "") for s in [*lines, *subs.get(key, [])] if s.kind != "blank"]
+            added += [key] if key in new else []
+        edits += inside or []
     inline = "".join(f"{emit_key(k)} = {emit_value(new[k])}\n" for k in added if not is_rows(new[k]))
-    rows = "".join(emit_rows(f"{root}.{emit_key(k)}", new[k]) for k in added if is_rows(new[k]))
-    end_of_own, end = last_key_end(own), last_key_end(block)
-    if inline:
-        edits.append((end_of_own, end_of_own, inline))
-    if rows:
-        edits.append((end, end, rows))
-    return apply_edits(text, edits)
+    rows = "".join(emit_rows(dotted((*title, k)), new[k]) for k in added if is_rows(new[k]))
+    ends = ((last_key_end(own), inline), (last_key_end(block), rows))
+    return edits + [(end, end, text) for end, text in ends if text]
 
 
-def split_block(block: list[Statement]) -> tuple[list[Statement], dict[str, list[list[Statement]]]]:
+def key_edits(
+    lines: list[Statement], sub: list[Statement], old: Any, new: Any, path: tuple[str, ...]
+) -> list[Edit] | None:
+    """A changed value's edits within its own lines and sub-tables; None where it is to be written anew."""
+    if len(lines) == 1 and len(lines[0].path) == 1:
+        return None if is_rows(new) else [(*lines[0].value, emit_value(new))]
+    if isinstance(old, dict) and isinstance(new, dict):
+        tables = toml_blocks(sub, path, "table")
+        if lines and not sub:
+            return dotted_edits(lines, old, new)
+        return block_edits(tables[0], old, new) if len(tables) == 1 and not lines else None
+    if is_rows(old) and is_rows(new) and not lines:
+        return row_edits(toml_blocks(sub, path, "array"), old, new, dotted(path))
+    return None
+
+
+def dotted_edits(lines: list[Statement], old: Json, new: Json) -> list[Edit] | None:
+    """The edits of a table written as `key.name = value` lines."""
+    if any(len(line.path) != 2 for line in lines):
+        return None
+    edits: list[Edit] = []
+    for line in lines:
+        name = line.path[1]
+        if name not in new:
+            edits.append((line.start, line.end, ""))
+        elif not same_value(old[name], new[name]):
+            edits.append((*line.value, emit_value(new[name])))
+    more = [f"{dotted((lines[0].path[0], k))} = {emit_value(v)}\n" for k, v in new.items() if k not in old]
+    return edits + [(lines[-1].end, lines[-1].end, "".join(more))] * bool(more)
+
+
+def row_edits(
+    blocks: list[list[Statement]], old: list[Json], new: list[Json], title: str
+) -> list[Edit] | None:
+    """The edits of `[[title]]` rows, each in its place; None where they change places."""
+    pairs = matched_rows(old, new)
+    if pairs is None or len(blocks) != len(old):
+        return None
+    edits = [edit for i, j in pairs for edit in block_edits(blocks[i], old[i], new[j])]
+    kept = {i for i, _ in pairs}
+    edits += [without_keys(block) for i, block in enumerate(blocks) if i not in kept]
+    more, end = new[len(pairs) :], last_key_end(blocks[-1])
+    return edits + [(end, end, emit_rows(title, more))] * bool(more)
+
+
+def matched_rows(old: list[Json], new: list[Json]) -> list[tuple[int, int]] | None:
+    """Which old row each of the first new ones is; None where rows change places.
+
+    A row is known again by all that is not a number in it (a priority says only its place).
+    """
+    was, now = ([{k: v for k, v in row.items() if not is_number(v)} for row in rows] for rows in (old, new))
+    if len(was) == len(now) and all(a == b or a not in now for a, b in zip(was, now, strict=True)):
+        return [(n, n) for n in range(len(old))]
+    kept = [i for i, row in enumerate(was) if row in now]
+    stay = [was[i] for i in kept] == now[: len(kept)]
+    return list(zip(kept, range(len(kept)), strict=True)) if stay else None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+
+
+def split_block(block: list[Statement]) -> tuple[list[Statement], dict[str, list[Statement]]]:
     """A block's own statements (with its header), and those of its sub-tables by key."""
+    depth = len(block[0].path)
     own: list[Statement] = []
-    subs: dict[str, list[list[Statement]]] = {}
+    subs: dict[str, list[Statement]] = {}
     current = own
     for statement in block:
-        if statement.kind in ("table", "array") and len(statement.path) > 1:
-            current = []
-            subs.setdefault(statement.path[1], []).append(current)
+        if statement.kind in ("table", "array") and len(statement.path) > depth:
+            current = subs.setdefault(statement.path[depth], [])
         current.append(statement)
     return own, subs
 
 
-def apply_edits(text: str, edits: list[tuple[int, int, str]]) -> str:
+def dotted(path: Iterable[str]) -> str:
+    return ".".join(map(emit_key, path))
+
+
+def apply_edits(text: str, edits: list[Edit]) -> str:
+    """The text with all edits made; of those at one place the first stands first."""
     newline = "\r\n" if "\r\n" in text else "\n"
-    for start, end, new in sorted(edits, reverse=True):
-        if start == end and start and text[start - 1] != "\n":
-            new = "\n" + new
-        text = text[:start] + new.replace("\n", newline) + text[end:]
+    order = sorted(range(len(edits)), key=lambda n: (edits[n][:2], n), reverse=True)
+    for start, end, new in (edits[n] for n in order):
+        opening = (
+            "\n" if start == end and new.endswith("\n") and text[:start] and text[start - 1] != "\n" else ""
+        )
+        text = text[:start] + (opening + new).replace("\n", newline) + text[end:]
     return text
+
+
+def splice_inline(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
+    """The edit where the root is `root = ...` or `root.key = ...` lines above all headers.
+
+    IndexError where it is not.
+    """
+    top = itertools.takewhile(lambda s: s.kind not in ("table", "array"), scan_toml(text))
+    lines = [s for s in top if s.kind == "key" and s.path[0] == root]
+    if root not in meant:
+        return apply_edits(text, [(s.start, s.end, "") for s in lines])
+    if len(lines[0].path) > 1:
+        edits = dotted_edits(lines, before[root], meant[root])
+        return apply_edits(text, edits) if edits else ""
+    if name is None:
+        return apply_edits(text, [(*lines[0].value, emit_value(meant[root]))])
+    rows, spans = before[root], element_spans(text, lines[0].value[0])
+    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
+    if at == len(rows):
+        return apply_edits(text, [(spans[-1][1], spans[-1][1], ", " + emit_value(meant[root][at]))])
+    if len(meant[root]) == len(rows):
+        return apply_edits(text, [(*spans[at], emit_value(meant[root][at]))])
+    start, end = spans[at]
+    comma = skip_blank(text, end)
+    return apply_edits(text, [(start, comma + 1 if text[comma] == "," else end, "")])
+
+
+def element_spans(text: str, at: int) -> list[tuple[int, int]]:
+    """Where the inline tables of the array that begins here stand; IndexError for an array of others."""
+    spans = []
+    at += 1
+    while text[at] != "]":
+        if text[at] == "{":
+            spans.append((at, skip_value(text, at)))
+            at = spans[-1][1]
+        elif text[at] == "#":
+            at = text.index("\n", at)
+        elif text[at] in " \t\r\n,":
+            at += 1
+        else:
+            raise IndexError(at)
+    return spans
 
 
 def insert_text(text: str, at: int, new: str) -> str:

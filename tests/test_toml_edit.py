@@ -110,6 +110,89 @@ def test_mappings_can_be_reordered() -> None:
     assert "# who serves" in after
 
 
+MAPPINGS = """\
+[[models]] # M
+name = "m"
+# the best
+[[models.mappings]] # 1
+provider = "a" # A
+actual_model = "am" # AM
+priority = 1 # P
+# the second
+[[models.mappings]] # 2
+# inside
+provider = "b" # B
+actual_model = "bm" # BM
+priority = 2
+# the end
+"""
+ONE, TWO = ({"provider": p, "actual_model": f"{p}m", "priority": n} for n, p in enumerate("ab", 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "root", "name", "table", "changed"),
+    [
+        pytest.param(
+            MAPPINGS, "models", "m", {"mappings": [ONE, {**TWO, "actual_model": "x"}]},
+            {'"bm"': '"x"'}, id="one row",
+        ),
+        pytest.param(
+            MAPPINGS, "models", "m", {"mappings": [ONE, {**TWO, "context": 5}]},
+            {"priority = 2\n": "priority = 2\ncontext = 5\n"}, id="a key more in a row",
+        ),
+        pytest.param(
+            MAPPINGS, "models", "m", {"mappings": [{**TWO, "priority": 1}]},
+            {'[[models.mappings]] # 1\nprovider = "a" # A\nactual_model = "am" # AM\npriority = 1 # P\n': "", "priority = 2": "priority = 1"},
+            id="a row taken away",
+        ),
+        pytest.param(
+            MAPPINGS, "models", "m", {"mappings": [ONE, TWO, {**ONE, "provider": "c"}]},
+            {"priority = 2\n": 'priority = 2\n[[models.mappings]]\nprovider = "c"\nactual_model = "am"\npriority = 1\n'},
+            id="a row more",
+        ),
+        pytest.param(
+            "[[models]] # M\nname = 'm' # N\n\n# next\n[router]\n", "models", "m", {"context": 5, "mappings": [{"provider": "a"}]},
+            {"# N\n": '# N\ncontext = 5\n[[models.mappings]]\nprovider = "a"\n'}, id="first rows and a key",
+        ),
+        pytest.param(
+            "[[models]]\nname = 'm'\n# in dollars\n[models.price] # why\ninput = 1 # in\noutput = 2 # out\n",
+            "models", "m", {"price": {"input": 1, "output": 3}}, {"output = 2": "output = 3"}, id="a sub-table",
+        ),
+        pytest.param("[[models]]\nname = 'm'\nprice.input = 1 # in\nprice.output = 2 # out\n", "models", "m",
+            {"price": {"input": 3, "cache_read": 4}},
+            {"input = 1": "input = 3", "price.output = 2 # out\n": "price.cache_read = 4\n"}, id="dotted keys in a row"),
+        pytest.param("# c\nrouter.default = 'm' # why\nrouter.think = 't' # T\n[z]\n", "router", None, {"default": "n", "think": "t", "image": "i"},
+            {"'m'": '"n"', "# T\n": '# T\nrouter.image = "i"\n'}, id="dotted at the top"),
+        pytest.param(
+            "router = { default = 'm' } # why\n[z]\n", "router", None, {"default": "n"},
+            {"{ default = 'm' }": '{ default = "n" }'}, id="inline at the top",
+        ),
+        pytest.param(
+            "models = [ # all\n  # one\n  {name = 'k', a = [1]}, # K\n  # two\n  {name = 'm'} # M\n]\n", "models", "m",
+            {"context": 5}, {"{name = 'm'}": '{ name = "m", context = 5 }'}, id="an inline row",
+        ),
+        pytest.param(
+            "models = [\n  # one\n  {name = 'm'}, # M\n  # two\n  {name = 'k'}, # K\n]\n", "models", "m", None,
+            {"{name = 'm'},": ""}, id="an inline row taken away",
+        ),
+        pytest.param(
+            "models = [\n  # one\n  {name = 'k'}, # K\n]\n", "models", "m", {},
+            {"{name = 'k'}": "{name = 'k'}, { name = \"m\" }"}, id="an inline row more",
+        ),
+    ],
+)  # fmt: skip
+def test_every_comment_stays_in_its_place(
+    text: str, root: str, name: str | None, table: Any, changed: dict[str, str]
+) -> None:
+    wanted = text
+    for old, new in changed.items():
+        assert wanted.count(old) == 1
+        wanted = wanted.replace(old, new)
+    whole = table if name is None or table is None else {"name": name, **table}
+    assert edited(root, name, whole, text) == wanted
+    assert edited(root, name, whole, text.replace("\n", "\r\n")) == wanted.replace("\n", "\r\n")
+
+
 @pytest.mark.parametrize(
     "text",
     [
