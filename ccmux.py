@@ -5849,6 +5849,10 @@ USAGE_COLUMNS = (
     "duration_ms", "stop_reason",
 )  # fmt: skip
 REQUEST_COLUMNS = (*USAGE_COLUMNS, "price", "trail")
+INSERT_REQUEST = (
+    f"insert into requests ({', '.join(REQUEST_COLUMNS)}) values (:{', :'.join(REQUEST_COLUMNS)}) "  # noqa: S608
+    "on conflict (request_id) do nothing"
+)
 MAX_ID = 2**63 - 1  # SQLite's own
 TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
 
@@ -5880,7 +5884,7 @@ def storable(value: Any) -> Any:
 
 def iso(moment: datetime) -> str:
     """ISO 8601 in UTC with milliseconds and Z."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03}Z"
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 def key_hash(key: str) -> bytes:
@@ -6053,16 +6057,13 @@ class Store:
         return []
 
     def attempt(self, write: Write) -> None:
-        """One operation inside the batch's transaction: refused on its own, without undoing the others."""
-        self.db.execute("savepoint one")
+        """One operation inside the batch's transaction. A refusal is its own: it comes before it writes."""
         try:
             write.result, write.error = write.run(self.db), None
-        except (ApiError, sqlite3.IntegrityError) as error:
+        except ApiError as error:
             if write.keep:
                 raise  # never to be lost in silence: write_each tells
             write.error = error
-            self.db.execute("rollback to one")
-        self.db.execute("release one")
 
     def write_each(self, batch: list[Write]) -> list[Write]:
         """Writes operations one by one; returns those that cannot be written now and must not be lost."""
@@ -6193,13 +6194,7 @@ class Store:
         moment = moment or iso(self.now())
         # By request as well: where the client left before its hold was written, nobody knows the hold's id.
         db.execute("delete from holds where id = ? or request_id = ?", (hold_id, done.request_id))
-        row = settlement_row(done, moment)
-        marks = ", ".join(f":{name}" for name in REQUEST_COLUMNS)
-        new = db.execute(
-            f"insert into requests ({', '.join(REQUEST_COLUMNS)}) values ({marks}) "  # noqa: S608
-            "on conflict (request_id) do nothing",
-            row,
-        ).rowcount
+        new = db.execute(INSERT_REQUEST, settlement_row(done, moment)).rowcount
         if new and (done.charge or kind == "interrupted"):
             key = f"request:{done.request_id}"
             enter(db, done.user, kind, -done.charge, moment, key, request_id=done.request_id)
@@ -7670,14 +7665,16 @@ def client_format(call: Call) -> ClientFormat:
     return EventWriter() if call.stream else WholeMessage()
 
 
+MetricKey = tuple[str, tuple[tuple[str, str], ...]]  # name and labels
+
+
 class Metrics:
     """Counters and histograms in Prometheus' text format. Names as the field has them."""
 
     BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        self.in_flight = 0
+        self.counts: dict[MetricKey, float] = {}
 
     def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
         key = (name, tuple(labels.items()))
@@ -7690,18 +7687,26 @@ class Metrics:
             self.add("ccmux_upstream_errors_total", provider=provider, error=error)
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
-        for bound in (*self.BUCKETS, math.inf):
-            if seconds <= bound:
-                self.add(f"{name}_bucket", 1, **labels, le="+Inf" if bound == math.inf else f"{bound:g}")
+        """Into the one bucket that it falls in; `render` adds up those below, as the format wants."""
+        at = next((bound for bound in self.BUCKETS if seconds <= bound), math.inf)
+        self.add(f"{name}_bucket", 1, **labels, le=f"{at:g}")
         self.add(f"{name}_sum", seconds, **labels)
-        self.add(f"{name}_count", 1, **labels)
 
     def render(self, gauges: Mapping[str, float]) -> str:
-        lines = [
-            f"{name}{labels_text(labels)} {value:g}" for (name, labels), value in sorted(self.counts.items())
-        ]
+        lines = [f"{name}{labels_text(labels)} {value:g}" for (name, labels), value in sorted(self.totals())]
         lines += [f"{name} {value:g}" for name, value in gauges.items()]
         return "\n".join(lines) + "\n"
+
+    def totals(self) -> Iterator[tuple[MetricKey, float]]:
+        """Every counter; of a histogram each bucket with all that are below it, and the count of all."""
+        histograms = {(name, labels[:-1]) for name, labels in self.counts if name.endswith("_bucket")}
+        yield from (item for item in self.counts.items() if not item[0][0].endswith("_bucket"))
+        for name, labels in histograms:
+            below = 0.0
+            for bound in (*self.BUCKETS, math.inf):
+                below += self.counts.get((name, (*labels, ("le", f"{bound:g}"))), 0)
+                yield (name, (*labels, ("le", "+Inf" if bound == math.inf else f"{bound:g}"))), below
+            yield (name.replace("_bucket", "_count"), labels), below
 
 
 def labels_text(labels: tuple[tuple[str, str], ...]) -> str:
@@ -8197,6 +8202,9 @@ class WholeSink:
         return
 
 
+FLOOR_AFTER = 0.05  # seconds from an upstream's answer until a crash charges the input
+
+
 class Exchange:
     """One client request from its hold to its settlement."""
 
@@ -8207,6 +8215,7 @@ class Exchange:
         self.done: Settlement | None = None
         self.began = time.monotonic()
         self.answered = False
+        self.floor_note: asyncio.TimerHandle | None = None
         call.on_answer = self.on_answer
 
     async def serve(self) -> web.StreamResponse:
@@ -8238,6 +8247,7 @@ class Exchange:
             sink.close()
             state.calls.pop(call.request_id, None)
             self.settle(error)
+            del call.on_answer, call.on_raw  # they lead back here: the request would wait for the collector
 
     def epilogue(self) -> bytes:
         """What follows an answer's ending: nothing, but for the admin page's own requests."""
@@ -8263,9 +8273,13 @@ class Exchange:
         return sink.response
 
     def on_answer(self) -> None:
+        """From now on a crash charges the input's cost; an answer that is over at once needs no such note."""
         if self.hold and not self.answered:
-            self.state.store.answered(self.hold, self.floor())
+            self.floor_note = asyncio.get_running_loop().call_later(FLOOR_AFTER, self.note_floor, self.hold)
         self.answered = True
+
+    def note_floor(self, hold: Hold) -> None:
+        self.state.store.answered(hold, self.floor())
 
     # Money.
 
@@ -8328,6 +8342,8 @@ class Exchange:
         """Puts the settlement on the store's queue, once, without waiting: a cancelled handler may not wait."""
         if self.settled is not None:
             return
+        if self.floor_note:
+            self.floor_note.cancel()
         call, config = self.call, self.call.config
         usage = self.usage(error)
         target = call.target or call.route.targets[0]
@@ -8395,9 +8411,10 @@ class Exchange:
             )
         if done.status == 200 and not usage.estimated and call.is_counted:
             self.state.counter.observe(done.provider, done.model, call.tokens, usage.prompt)
-        log.info("%s", log_line(done))
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s", log_line(done))
         self.state.recorder.end(call, done.status)
-        row = settlement_row(done)
+        row = settlement_row(done) if self.state.listeners else {}
         for listener in self.state.listeners:
             if not listener.full():
                 listener.put_nowait(row)
