@@ -5165,26 +5165,30 @@ class TokenCounter:
     def __init__(self, load: Callable[[str], Encoding | None]) -> None:
         self.load = load
         self.thread = asyncio.Lock()  # one at a time: more would only keep the event loop from its turn
-        self.cache: OrderedDict[bytes, int] = OrderedDict()
+        self.cache: OrderedDict[Key, int] = OrderedDict()  # of blocks
+        self.whole: OrderedDict[Key, float] = OrderedDict()  # of messages, whose blocks need no look then
         # (provider, model) -> (true / counted, answers it was learnt from)
         self.factors: dict[tuple[str, str], tuple[float, int]] = {}
         # (provider, model, count given) -> the count without its factor, as answers come in any order
         self.recent: OrderedDict[tuple[str, str, int], float] = OrderedDict()
 
-    async def count(self, body: Json, provider: str, model: str) -> int:
-        """Input tokens of a whole request; new text beyond 16 KB is counted in a thread."""
-        request, encoding, fresh = self.look_up(body, model)
-        if sum(part.size for part in fresh) > INLINE:
+    async def count(self, body: Json, provider: str, model: str, items: Sequence[Item] | None = None) -> int:
+        """Input tokens of a whole request; new text beyond 16 KB is counted in a thread.
+
+        `items` is what `items_of` says of the body, for who counts the same one twice.
+        """
+        request = self.look_up(body if items is None else items, model)
+        if request.encoding is not None and sum(part.size for part in request.fresh) > INLINE:
             async with self.thread:
-                counts = await asyncio.to_thread(count_parts, fresh, encoding)
+                counts = await asyncio.to_thread(count_parts, request)
         else:
-            counts = count_parts(fresh, encoding)
-        return self.total(request, counts, encoding, (provider, model))
+            counts = count_parts(request)
+        return self.total(request, counts, (provider, model))
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
         """The same where there is no event loop."""
-        request, encoding, fresh = self.look_up(body, model)
-        return self.total(request, count_parts(fresh, encoding), encoding, (provider, model))
+        request = self.look_up(body, model)
+        return self.total(request, count_parts(request), (provider, model))
 
     def count_text(self, text: str, model: str) -> int:
         """Tokens of a text that a model made."""
@@ -5192,36 +5196,42 @@ class TokenCounter:
         encoding = self.load(framing.encoding)
         return math.ceil(encoded_length(text, encoding) * framing.factor(vocabulary_of(encoding)))
 
-    def look_up(self, body: Json, model: str) -> tuple[RequestParts, Encoding | None, list[Part]]:
-        """A request's parts, and those of them not counted before; the others become the cache's newest."""
+    def look_up(self, body: Json | Sequence[Item], model: str) -> Looked:
+        """What of a request was counted before, and those parts of it that were not."""
         framing = framing_of(model)
         encoding = self.load(framing.encoding)
-        request = RequestParts(body, framing, vocabulary_of(encoding))
-        fresh = []
-        for part in request.parts:
+        vocabulary = vocabulary_of(encoding)
+        looked, family = Looked(encoding, framing.base), hash((framing, vocabulary))
+        for item in items_of(body) if isinstance(body, dict) else body:
+            key = (family, item.kind, item.hash)
+            if (known := self.whole.get(key)) is not None:
+                self.whole.move_to_end(key)
+                looked.tokens += known
+            else:
+                looked.pieces.append(Piece(item, key, framing, vocabulary))
+        for part in (part for piece in looked.pieces for part in piece.parts):
             if part.key in self.cache:
                 self.cache.move_to_end(part.key)
             else:
-                fresh.append(part)
-        return request, encoding, fresh
+                looked.fresh.append(part)
+        return looked
 
-    def total(
-        self, request: RequestParts, counts: dict[bytes, int], encoding: Encoding | None, key: tuple[str, str]
-    ) -> int:
+    def total(self, request: Looked, counts: dict[Key, int], place: tuple[str, str]) -> int:
         """The sum, calibrated. Counts are kept; estimates, made while there is no encoding, are not."""
-        known = ((self.cache.get(part.key), part) for part in request.parts)
-        tokens = request.fixed + sum(
-            (counts.get(part.key, 0) if count is None else count) * part.factor for count, part in known
-        )
-        if encoding is not None:
+        tokens, keeps = request.tokens, request.encoding is not None
+        for piece in request.pieces:
+            each = (counts[p.key] if p.key in counts else self.cache.get(p.key, 0) for p in piece.parts)
+            in_piece = piece.fixed + sum(each) * piece.factor
+            tokens += in_piece
+            if keeps:
+                self.whole[piece.key] = in_piece
+        count = max(1, math.ceil(tokens * self.factors.get(place, (1.0, 0))[0]))
+        if keeps:
             self.cache.update(counts)
-        while len(self.cache) > CACHE_SIZE:
-            self.cache.popitem(last=False)
-        count = max(1, math.ceil(tokens * self.factors.get(key, (1.0, 0))[0]))
-        if encoding is not None:
-            self.recent[*key, count] = tokens
-        while len(self.recent) > RECENT:
-            self.recent.popitem(last=False)
+            self.recent[*place, count] = tokens
+        for kept, most in ((self.whole, CACHE_SIZE), (self.cache, CACHE_SIZE), (self.recent, RECENT)):
+            while len(kept) > most:
+                kept.popitem(last=False)
         return count
 
     def observe(self, provider: str, model: str, counted: int, true: int) -> None:
@@ -5244,18 +5254,62 @@ class TokenCounter:
         self.factors.update({(p, m): (factor, samples) for p, m, factor, samples in rows})
 
 
+Key = tuple[Any, ...]  # ends with a hash of what was counted; Python's own, which nobody can foresee
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Something of a request that is counted as one, and kept by its hash. `size` in bytes or so."""
 
-    key: bytes
+    key: Key
     size: int
     measure: Callable[[Encoding | None], int]
-    factor: float
 
 
-def count_parts(parts: list[Part], encoding: Encoding | None) -> dict[bytes, int]:
-    return {part.key: part.measure(encoding) for part in parts}
+@dataclass(slots=True)
+class Looked:
+    """A request before its count: tokens known already, and what is new."""
+
+    encoding: Encoding | None
+    tokens: float
+    pieces: list[Piece] = field(default_factory=list)  # messages not seen before
+    fresh: list[Part] = field(default_factory=list)  # those of their parts that were not
+
+
+def count_parts(request: Looked) -> dict[Key, int]:
+    return {part.key: part.measure(request.encoding) for part in request.fresh}
+
+
+class Item(typing.NamedTuple):
+    """A message or the tools of a request, and a hash by which its count is found again."""
+
+    value: Json
+    kind: str  # "", "joined" (the tools follow in the same message) or "tools"
+    hash: int
+
+
+def items_of(body: Json) -> list[Item]:
+    """What a request is counted by. The system prompt is a message, as it is to OpenAI's models."""
+    tools = offered_tools(body)
+    messages = messages_of(body)
+    if body.get("system"):
+        messages = [{"role": "system", "content": body["system"]}, *messages]
+    # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
+    joins = next((m for m in messages if m.get("role") == "system"), None) if tools else None
+    items = [Item(m, "joined" if m is joins else "", hash_of(m)) for m in messages]
+    if tools:
+        choice = body.get("tool_choice") or body.get("function_call")
+        offer = {"tools": tools, "has_system": joins is not None, "choice": choice}
+        items.append(Item(offer, "tools", hash_of(offer)))
+    return items
+
+
+def hash_of(value: Any) -> int:
+    """A hash of a JSON value; marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON."""
+    try:
+        return hash(marshal.dumps(value, 2))
+    except ValueError:  # nested too deeply
+        return hash(tuple(strings_in(value)))
 
 
 def vocabulary_of(encoding: Encoding | None) -> str:
@@ -5303,44 +5357,33 @@ def strings_in(value: Any) -> Iterator[str]:
             stack.extend(item)
 
 
-class RequestParts:
-    """A request taken apart for counting: what is looked up by its hash, and what is `fixed`.
+class Piece:
+    """An item taken apart for counting: parts that are looked up by their hash, and what is `fixed`.
 
     Reads Messages API requests, and OpenAI Chat ones too (names, calls, functions where those put them), so
     that the formulas can be measured against recorded usage of both.
     """
 
-    def __init__(self, body: Json, framing: Framing, vocabulary: str) -> None:
-        self.framing, self.factor = framing, framing.factor(vocabulary)
-        self.salt = f"{vocabulary}{framing.is_claude:d}".encode()
+    def __init__(self, item: Item, key: Key, framing: Framing, vocabulary: str) -> None:
+        self.key, self.framing, self.factor = key, framing, framing.factor(vocabulary)
+        self.salt = (vocabulary, framing.is_claude)
         self.parts: list[Part] = []
-        self.fixed = float(framing.base)
-        tools = offered_tools(body)
-        messages = messages_of(body)
-        if body.get("system"):
-            messages = [{"role": "system", "content": body["system"]}, *messages]
-        # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
-        joins = next((m for m in messages if m.get("role") == "system"), None) if tools else None
-        for message in messages:
-            self.add_message(message, "\n" if message is joins and not framing.is_claude else "")
-        if tools:
-            self.add_tools(tools, joins is not None, body.get("tool_choice") or body.get("function_call"))
+        self.fixed = 0.0
+        if item.kind == "tools":
+            self.add_tools(**item.value)
+        else:
+            self.add_message(item.value, "\n" if item.kind and not framing.is_claude else "")
 
-    def add(self, data: bytes, measure: Callable[[Encoding | None], int], size: int = 0) -> None:
-        key = self.salt + hashlib.blake2b(data, digest_size=16).digest()
-        self.parts.append(Part(key, size or len(data), measure, self.factor))
+    def add(self, key: Any, measure: Callable[[Encoding | None], int], size: int) -> None:
+        self.parts.append(Part((*self.salt, key), size, measure))
 
     def add_text(self, text: str) -> None:
         if text:
-            self.add(text.encode("utf-8", "surrogatepass"), functools.partial(encoded_length, text))
+            self.add(hash(text), functools.partial(encoded_length, text), len(text))
 
     def add_value(self, value: Any, render: Callable[[Any], str]) -> None:
-        try:  # marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON
-            data = marshal.dumps(value, 2)
-        except ValueError:
-            data = "\n".join(strings_in(value)).encode("utf-8", "surrogatepass")
-        name = getattr(render, "__name__", "").encode()
-        self.add(name + data, functools.partial(rendered_length, render, value))
+        size = sum(map(len, strings_in(value)))
+        self.add((render, hash_of(value)), functools.partial(rendered_length, render, value), size)
 
     def add_message(self, message: Json, ending: str) -> None:
         self.fixed += self.framing.message
@@ -5387,14 +5430,14 @@ class RequestParts:
         data = str(source.get("data") or "")
         if source.get("type") == "base64":
             # Its length and ends tell one PDF from another; hashing megabytes every turn would not be free.
-            ends = f"{len(data)} {data[:4096]} {data[-4096:]}".encode("utf-8", "surrogatepass")
-            self.add(b"pdf" + ends, functools.partial(pdf_tokens, data, self.factor), len(data))
+            ends = hash((len(data), data[:4096], data[-4096:]))
+            self.add(("pdf", ends), functools.partial(pdf_tokens, data, self.factor), len(data))
         elif source.get("type") == "text":
             self.add_text(data)
         elif depth < DEPTH:
             self.add_content(source.get("content"), depth + 1)
 
-    def add_tools(self, tools: list[Json], has_system: bool, choice: Any) -> None:
+    def add_tools(self, *, tools: list[Json], has_system: bool, choice: Any) -> None:
         framing = self.framing
         self.add_value(tools, claude_tools if framing.is_claude else openai_namespace)
         kind = choice if isinstance(choice, str) else as_object(choice).get("type")
@@ -8062,7 +8105,8 @@ async def plan_call(
     """Routes and counts a request. The count comes first only where a rule needs it."""
     config = state.config
     headers = {k.lower(): v for k, v in request.headers.items()}
-    early = await state.counter.count(body, "", asked_model(body)) if config.router.long_context else 0
+    items = items_of(body) if config.router.long_context else None
+    early = await state.counter.count(body, "", asked_model(body), items) if items else 0
     route = choose_route(body, headers, config, early)
     refuse_safeguards(body, config, route)
     call = Call(
@@ -8079,7 +8123,8 @@ async def plan_call(
     )
     first = route.targets[0]
     if needs_count(config, route):
-        call.tokens = await state.counter.count(call.body, first.provider, first.actual_model)
+        same = None if route.body else items
+        call.tokens = await state.counter.count(call.body, first.provider, first.actual_model, same)
         call.is_counted = True
     else:
         call.tokens = max(1, (request.content_length or len(raw)) // 4)
