@@ -4591,14 +4591,20 @@ def endpoint_url(base_url: str, dialect: Dialect, endpoint: str = "", model: str
     """The URL to call for a base URL in any of its usual forms: bare host, with a version, or the full
     endpoint.
     """
+    version = dialect.version if dialect.endpoint == "/messages" else f"{dialect.version}?"
+    return joined_url(base_url, version, endpoint or dialect.endpoint, model)
+
+
+@functools.lru_cache(1024)
+def joined_url(base_url: str, version: str, endpoint: str, model: str) -> str:
+    """`version` goes in where there is none; one that ends with `?` only where the base has no path at all."""
     parts = urllib.parse.urlsplit(base_url.strip())
     path = parts.path.rstrip("/")
     for known in ("/messages", "/chat/completions", "/responses"):
         path = path.removesuffix(known)
-    needs_version = not path or dialect.endpoint == "/messages"
-    if needs_version and not _VERSION_SEGMENT.search(path):
-        path += dialect.version
-    path += (endpoint or dialect.endpoint).format(model=urllib.parse.quote(model, safe="/@:.-"))
+    if not _VERSION_SEGMENT.search(path) and not (path and version.endswith("?")):
+        path += version.rstrip("?")
+    path += endpoint.format(model=urllib.parse.quote(model, safe="/@:.-"))
     path, _, query = path.partition("?")
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, query or parts.query, ""))
 
@@ -5830,6 +5836,8 @@ SUMS = {  # what must be equal: users whose figure differs from its rows
     "union select user_id from (select * from found except select * from told))",
 }
 SUMS_EVERY = 3600.0  # seconds
+SIBLINGS = 8  # requests in flight from which on a commit waits for company, as PostgreSQL's commit_siblings
+LINGER = 0.002  # seconds that it waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -5960,6 +5968,7 @@ class Store:
         self.local = threading.local()
         self.readers: list[sqlite3.Connection] = []
         self.queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
+        self.open_holds = 0  # requests that have not settled yet
         try:
             if path != ":memory:" and not os.path.exists(path):
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -6058,6 +6067,8 @@ class Store:
             except queue.Empty:
                 kept = self.retry(kept)
                 continue
+            if self.open_holds >= SIBLINGS:
+                time.sleep(LINGER)  # others are about to write: one commit for all of them
             batch, open_end = self.take_waiting(first)
             kept = self.retry(kept) + self.write_batch(batch)
             if not open_end:
@@ -6182,6 +6193,7 @@ class Store:
             )
             return Hold(int(cursor.lastrowid or 0), user_id, amount, request_id)
 
+        self.open_holds += 1
         try:
             hold: Hold = await self.put(run)
         except sqlite3.Error as error:
@@ -6227,6 +6239,7 @@ class Store:
     def settle(self, hold: Hold | None, done: Settlement) -> asyncio.Future[None]:
         """Queues the one settlement of a request, without waiting. It is kept until it can be written."""
         hold_id = hold.id if hold else None
+        self.open_holds -= 1
         moment = iso(self.now())
         return self.put(lambda db: self.write_settlement(db, hold_id, done, "charge", moment), keep=True)
 
@@ -6832,6 +6845,7 @@ class Slot:
         return (self.provider.name, self.target.actual_model, key_id(self.key))
 
 
+@functools.lru_cache(1024)
 def key_id(key: str) -> str:
     """A key's name in memory and logs that is not the key."""
     return hashlib.sha256(key.encode()).hexdigest()[:8] if key else "-"
@@ -7502,7 +7516,13 @@ def without_foreign_thinking(body: Json) -> Json:
 
 
 def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
-    """The request with only those assistant blocks that `keeps` accepts; turns left empty are taken out."""
+    """The request with only those assistant blocks that `keeps` accepts; turns left empty are taken out.
+
+    The very same object where all of them stay.
+    """
+    mine = [m.get("content") for m in messages_of(body) if m.get("role") == "assistant"]
+    if all(keeps(b) for content in mine if isinstance(content, list) for b in content if isinstance(b, dict)):
+        return body
     messages = []
     for message in messages_of(body):
         content = message.get("content")
@@ -7522,11 +7542,7 @@ def forwarded(call: Call, to: Upstream) -> bytes:
     body, raw = call.body, call.raw
     if call.format != "anthropic" and not to.facts.sampling:
         body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
-    # Only blocks that ccmux made carry its tag; the search is cheap, the rebuild is not.
-    if not raw or b'"signature"' in raw or b'"redacted_thinking"' in raw:
-        clean = without_foreign_thinking(body)
-        body, raw = (clean, b"") if clean != body else (body, raw)
-    lighter = without_dropped(body, to)
+    lighter = without_dropped(without_foreign_thinking(body), to)
     if lighter is not body:
         body, raw = lighter, b""
     if not raw:
@@ -7896,13 +7912,18 @@ def check_host(request: web.Request, config: Config) -> None:
     names = [request.headers.get("Host", "")]
     if "://" in request.raw_path.partition("?")[0]:  # absolute-form: that name counts as well
         names.append(urllib.parse.urlsplit(request.raw_path).netloc)
-    allowed = LOOPBACK_HOSTS | {host_name(h) for h in config.server.allowed_hosts}
     for name in names:
-        if host_name(name) not in allowed:
+        if host_name(name) not in allowed_hosts(config.server.allowed_hosts):
             words = "add it to allowed_hosts in [server] if it is this server's own name"
             raise ApiError(421, f"this server is not called {name[:100]!r}; {words}")
 
 
+@functools.lru_cache(8)
+def allowed_hosts(configured: tuple[str, ...]) -> set[str]:
+    return LOOPBACK_HOSTS | {host_name(h) for h in configured}
+
+
+@functools.lru_cache(256)
 def host_name(host: str) -> str:
     """A Host without its port and trailing dot, in lower case; "" where it is malformed."""
     match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?", host)
