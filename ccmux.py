@@ -1686,10 +1686,10 @@ class SseDecoder:
         """The whole event blocks that `data` completes, each with the blank line that ends it."""
         return split_blocks(self.cut(data))
 
-    def finish(self) -> list[bytes]:
+    def finish(self) -> bytes:
         """A last block whose blank line never came."""
         rest, self.rest = self.rest, b""
-        return [rest] if rest.strip() else []
+        return rest if rest.strip() else b""
 
 
 _BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)")
@@ -1715,12 +1715,26 @@ def split_blocks(whole: bytes) -> list[bytes]:
 
 def event_of(block: bytes) -> tuple[str, str]:
     """The event name ("" if none) and data of a block; data is "" for a comment or a ping without one."""
-    if block.startswith(b"data: {") and block.endswith(b"}\n\n") and block.find(b"\n") == len(block) - 2:
-        return "", block[6:-2].decode(
-            "utf-8", "replace"
-        )  # the one shape that nearly every block of a stream has
+    return next(events_of(block), ("", ""))
+
+
+def events_of(whole: bytes) -> Iterator[tuple[str, str]]:
+    """`event_of` for every block of whole events."""
+    text = whole.decode("utf-8", "replace")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    for block in text.split("\n\n"):
+        if (
+            block.startswith("data: {") and "\n" not in block
+        ):  # what nearly every block of a stream looks like
+            yield "", block[6:]
+        elif block:
+            yield read_event(block)
+
+
+def read_event(block: str) -> tuple[str, str]:
     name, data = "", []
-    for line in block.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n"):
+    for line in block.split("\n"):
         key, _, value = line.removeprefix("\ufeff").partition(":")
         value = value.removeprefix(" ")
         if key == "data":
@@ -1728,6 +1742,18 @@ def event_of(block: bytes) -> tuple[str, str]:
         elif key == "event":
             name = value
     return name, "\n".join(data)
+
+
+_scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+
+
+def event_json(data: str) -> Any:
+    """`json.loads` for an event's data, in half the time; ValueError or RecursionError as there."""
+    with contextlib.suppress(StopIteration):
+        value, end = _scan(data, 0)
+        if end == len(data):
+            return value
+    return json.loads(data)
 
 
 def encode_event(event: Json) -> bytes:
@@ -2204,8 +2230,10 @@ class AnthropicStream:
             return
         if self.kind != "text":
             self.open("text", {"type": "text", "text": ""})
+        self.has_content = True
         self.text_parts.append(text)
-        self.delta({"type": "text_delta", "text": text})
+        delta = {"type": "text_delta", "text": text}
+        self.events.append({"type": "content_block_delta", "index": self.index, "delta": delta})
 
     def thinking(self, text: str) -> None:
         if not text:
@@ -2389,11 +2417,7 @@ class AnthropicTap:
 
     def feed(self, data: bytes) -> bytes:
         whole = self.decoder.cut(data)
-        if self.is_plain(whole):
-            out = whole
-        else:
-            blocks = split_blocks(whole)
-            out = b"".join([block if self.is_plain(block) else self.relay(block) for block in blocks])
+        out = whole if self.is_plain(whole) else b"".join(self.looked_at(whole))
         if out:
             self.relayed.append(out)
             self.unread += len(out)
@@ -2405,12 +2429,30 @@ class AnthropicTap:
         """Whether nothing in it can end or break the stream, or carry usage."""
         return self.has_content and not self.ended and b"message_" not in data and b"error" not in data
 
+    def looked_at(self, whole: bytes) -> Iterator[bytes]:
+        """What goes out of whole events: each is read, but those that are plain go out in one piece."""
+        if b"\r" in whole:
+            yield from (b if self.is_plain(b) else self.relay(b) for b in split_blocks(whole))
+            return
+        at = 0
+        while at < len(whole):
+            if self.has_content and not self.ended:
+                marks = [mark for word in (b"message_", b"error") if (mark := whole.find(word, at)) >= 0]
+                end = whole.rfind(b"\n\n", at, min(marks)) + 2 if marks else len(whole)
+                if end > 1:
+                    yield whole[at:end]
+                    at = end
+            end = whole.find(b"\n\n", at) + 2
+            end = end if end > 1 else len(whole)
+            yield self.relay(whole[at:end])
+            at = end
+
     def finish(self) -> bytes:
         """The end of the upstream's bytes: without a message_stop it is a fault."""
         rest = self.decoder.finish()
-        if rest and not self.seen_event and rest[0].lstrip()[:1] in (b"{", b"[", b"<"):
-            return self.fail(not_a_stream(rest[0].decode("utf-8", "replace"), "event stream"))
-        out = b"".join(map(self.relay, rest))
+        if rest and not self.seen_event and rest.lstrip()[:1] in (b"{", b"[", b"<"):
+            return self.fail(not_a_stream(rest.decode("utf-8", "replace"), "event stream"))
+        out = self.relay(rest) if rest else b""
         if out and not out.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):
             out += b"\n\n"
         if not self.ended and self.error is None:
@@ -2431,7 +2473,7 @@ class AnthropicTap:
             return block
         self.seen_event = True
         try:
-            event = json.loads(data)
+            event = event_json(data)
             kind = event.get("type") or name or ("error" if "error" in event else "")
         except (ValueError, RecursionError, AttributeError):
             if self.has_content or name not in ("", "message_start", "error"):
@@ -2476,9 +2518,9 @@ class AnthropicTap:
 
     def read_texts(self) -> None:
         """Keeps the texts of what was relayed and lets go of its bytes."""
-        for block in split_blocks(b"".join(self.relayed)):
+        for _, data in events_of(b"".join(self.relayed)):
             try:
-                delta = json.loads(event_of(block)[1] or "{}").get("delta") or {}
+                delta = event_json(data or "{}").get("delta") or {}
             except (ValueError, RecursionError, AttributeError):
                 continue
             self.texts.extend(str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k))
@@ -3200,6 +3242,11 @@ class ToolCall:
     guarded: bool = False  # the pieces may be snapshots or encoded twice: decided at the end
 
 
+BESIDE_TEXT = frozenset((  # what a delta may hold besides its text; most do not
+    "reasoning_details", "reasoning_content", "reasoning", "refusal", "tool_calls", "function_call",
+))  # fmt: skip
+
+
 class OpenAIStream:
     """Chat Completions chunks -> Anthropic events. `names` maps upstream tool names back to the client's."""
 
@@ -3226,7 +3273,7 @@ class OpenAIStream:
             self.finish()
             return
         try:
-            chunk = json.loads(data)
+            chunk = event_json(data)
         except (ValueError, RecursionError):
             raise not_a_stream(data, "OpenAI stream") from None
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
@@ -3265,10 +3312,16 @@ class OpenAIStream:
 
     def delta(self, delta: Json) -> None:
         """Thinking, then text, then tools, whatever order the keys of a mixed chunk have."""
-        self.reasoning(delta)
+        is_mixed = not BESIDE_TEXT.isdisjoint(delta)
+        if is_mixed:
+            self.reasoning(delta)
         content = delta.get("content")
         if content:
             self.content(content if isinstance(content, str) else text_of(content))
+        if is_mixed:
+            self.beside_text(delta)
+
+    def beside_text(self, delta: Json) -> None:
         refusal = delta.get("refusal")
         if isinstance(refusal, str) and refusal:
             self.refused = True
@@ -3307,7 +3360,8 @@ class OpenAIStream:
         if self.live and not self.end_if_whole(self.live):
             self.late.append(text)
             return
-        self.details = []
+        if self.details:
+            self.details = []
         self.out.text(text)
 
     def end_if_whole(self, call: ToolCall) -> bool:
@@ -4430,7 +4484,7 @@ class AnthropicEvents:
 
     def feed(self, name: str, data: str) -> None:
         try:
-            event = json.loads(data)
+            event = event_json(data)
             kind = event["type"]
         except (ValueError, RecursionError, KeyError, TypeError):
             raise not_a_stream(data, "Anthropic stream") from None
@@ -4655,7 +4709,8 @@ class Translation:
         self.error: ApiError | None = None
         self.error_relayed = False
         self.ending = b""
-        self.head = b""  # the first bytes, until an event has been seen among them
+        self.seen_event = False
+        self.head = b""  # the first bytes, until there is an event among them
 
     @property
     def usage(self) -> Usage | None:
@@ -4674,22 +4729,24 @@ class Translation:
         return self.out.ended
 
     def feed(self, data: bytes) -> bytes:
-        if self.head is not None and len(self.head) < 65536:
+        if not self.seen_event and len(self.head) < 65536:
             self.head += data
-        return self.guarded(self.decoder.feed, data)
+        return self.guarded(lambda: self.read(self.decoder.cut(data)))
 
     def finish(self) -> bytes:
-        return self.guarded(self.decoder.finish) + self.guarded(self.end_of_stream)
+        return self.guarded(lambda: self.read(self.decoder.finish())) + self.guarded(self.end_of_stream)
 
-    def guarded(self, step: Callable[..., list[bytes]], *data: bytes) -> bytes:
+    def read(self, whole: bytes) -> None:
+        for name, text in events_of(whole):
+            if text:
+                self.seen_event = True
+                self.stream.feed(name, text)
+
+    def guarded(self, step: Callable[[], None]) -> bytes:
         """What a step makes for the client; an ApiError is kept, so that what came before it still goes out."""
         if self.error is None:
             try:
-                for block in step(*data):
-                    name, text = event_of(block)
-                    if text:
-                        self.head = b""
-                        self.stream.feed(name, text)
+                step()
             except ApiError as error:
                 self.error = error
         events = self.out.take()
@@ -4701,13 +4758,11 @@ class Translation:
             self.ending = self.client.end(last)
         return out
 
-    def end_of_stream(self) -> list[bytes]:
-        if self.head.strip() and not self.head.lstrip().startswith(
-            (b"event:", b"data:", b":", b"id:", b"retry:")
-        ):
-            raise not_a_stream(self.head.decode("utf-8", "replace"), "event stream")
+    def end_of_stream(self) -> None:
+        head = b"" if self.seen_event else self.head.lstrip()
+        if head and not head.startswith((b"event:", b"data:", b":", b"id:", b"retry:")):
+            raise not_a_stream(head.decode("utf-8", "replace"), "event stream")
         self.stream.finish()
-        return []
 
     def output_text(self) -> str:
         return "".join(self.out.text_parts)
@@ -4796,7 +4851,7 @@ class ChatTap:
             self.ended, self.ending = True, block
             return b""
         try:
-            chunk = json.loads(data or "{}")
+            chunk = event_json(data or "{}")
         except (ValueError, RecursionError):
             chunk = None
         if not isinstance(chunk, dict) or chunk.get("error") or name == "error":
@@ -4819,10 +4874,10 @@ class ChatTap:
 
     def finish(self) -> bytes:
         rest = self.decoder.finish()
-        if rest and rest[0].lstrip()[:1] in (b"{", b"[", b"<") and not self.has_content:
-            self.error = not_a_stream(rest[0].decode("utf-8", "replace"), "OpenAI stream")
+        if rest.lstrip()[:1] in (b"{", b"[", b"<") and not self.has_content:
+            self.error = not_a_stream(rest.decode("utf-8", "replace"), "OpenAI stream")
             return b""
-        out = b"".join(map(self.relay, rest))
+        out = self.relay(rest) if rest else b""
         if self.stop_reason and not self.ended:
             self.ended, self.ending = True, b"data: [DONE]\n\n"
         if not self.ended and self.error is None:

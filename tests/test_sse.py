@@ -9,17 +9,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ccmux import MAX_EVENT, PING, ApiError, Retry, SseDecoder, encode_event, event_of
+from ccmux import MAX_EVENT, PING, ApiError, Retry, SseDecoder, encode_event, event_of, events_of
 
 
 def blocks_of_stream(*chunks: bytes) -> list[bytes]:
     decoder = SseDecoder()
-    return [b for chunk in chunks for b in decoder.feed(chunk)] + decoder.finish()
+    return [*(b for chunk in chunks for b in decoder.feed(chunk)), *filter(None, [decoder.finish()])]
 
 
 def events(*chunks: bytes) -> list[tuple[str, str]]:
     """The events that carry data, as a client's reader sees them."""
-    return [e for e in map(event_of, blocks_of_stream(*chunks)) if e[1]]
+    decoder = SseDecoder()
+    cuts = [*map(decoder.cut, chunks), decoder.finish()]
+    found = [event for cut in cuts for event in events_of(cut) if event[1]]
+    assert found == [event for event in map(event_of, blocks_of_stream(*chunks)) if event[1]]
+    return found
 
 
 EVENTS = [
