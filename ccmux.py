@@ -258,6 +258,7 @@ import json
 import logging
 import marshal
 import math
+import operator
 import queue
 import random
 import re
@@ -726,10 +727,16 @@ class Config:
     warnings: tuple[str, ...] = computed(())
 
     def provider(self, name: str) -> Provider | None:
-        return next((p for p in self.providers if p.name == name), None)
+        for provider in self.providers:
+            if provider.name == name:
+                return provider
+        return None
 
     def model(self, name: str) -> Model | None:
-        return next((m for m in self.models if m.name == name), None)
+        for model in self.models:
+            if model.name == name:
+                return model
+        return None
 
     def secrets(self) -> list[str]:
         """Every secret value in it, longest first, for scrubbing."""
@@ -5113,7 +5120,7 @@ def exact_cost(usage: Usage, price: Price) -> Decimal:
         (usage.input, price.input), (usage.output, price.output), (usage.cache_read, price.cache_read),
         (usage.cache_write, price.cache_write), (usage.cache_write_1h, price.cache_write_1h),
     )  # fmt: skip
-    return sum((tokens * (price.input if each is None else each) for tokens, each in kinds), Decimal(0))
+    return sum((n * (price.input if each is None else each) for n, each in kinds if n), Decimal(0))
 
 
 def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
@@ -6039,6 +6046,7 @@ class Store:
         db.row_factory = sqlite3.Row
         db.execute("pragma journal_mode = wal")
         db.execute("pragma synchronous = full")
+        db.execute("pragma wal_autocheckpoint = 4000")  # pages: a page written often is copied back once
         db.execute("pragma foreign_keys = on")
         db.execute("pragma recursive_triggers = on")  # else `replace` removes ledger rows past their trigger
         return db
@@ -6810,12 +6818,13 @@ class Call:
     """One client request on its way: what came, where it goes, and what became of it so far."""
 
     request_id: str
-    body: Json
+    body: Json  # {} once content is out, where `raw` is kept
     raw: bytes  # the client's own bytes of `body`; b"" where routing changed it
     headers: Mapping[str, str]  # lower-case names
     route: Route
     config: Config
     stream: bool
+    asked: str = ""  # the model's name as the client wrote it
     format: str = "anthropic"  # of the client: anthropic or chat
     session: str = ""
     tokens: int = 0  # input, counted or (is_counted false) told from the request's size
@@ -7190,10 +7199,8 @@ class Relay:
             return ChatTap(call.wants_usage) if call.stream else ChatWhole()
         to = self.upstream_of(call, slot)
         count = functools.partial(self.count_for, to.model)
-        asked = str(call.body.get("model") or "")
-        out = AnthropicStream(
-            f"msg_{call.request_id[4:]}", asked, Usage(input=call.tokens, estimated=True), count
-        )
+        usage = Usage(input=call.tokens, estimated=True)
+        out = AnthropicStream(f"msg_{call.request_id[4:]}", call.asked, usage, count)
         names = {upstream: client for client, upstream in tool_names(call.body).items()}
         return Translation(dialect.stream(out, names, to), out, client_format(call))
 
@@ -7221,6 +7228,8 @@ class Relay:
             if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
                 call.first_content = time.monotonic()
                 call.target = slot.target
+                if call.stream and call.raw:
+                    call.body = {}  # takes five times its bytes, and there will be no other try
                 await sink.begin(call.reply_headers)
                 out, held = held + out, b""
             if call.first_content and out:
@@ -7575,19 +7584,17 @@ def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
 
     The very same object where all of them stay.
     """
-    mine = [m.get("content") for m in messages_of(body) if m.get("role") == "assistant"]
-    if all(keeps(b) for content in mine if isinstance(content, list) for b in content if isinstance(b, dict)):
-        return body
-    messages = []
-    for message in messages_of(body):
+    messages, given = [], messages_of(body)
+    for message in given:
         content = message.get("content")
         if message.get("role") == "assistant" and isinstance(content, list):
             kept = [b for b in content if not isinstance(b, dict) or keeps(b)]
-            message = {**message, "content": kept}
             if content and not kept:
                 continue
+            message = message if len(kept) == len(content) else {**message, "content": kept}
         messages.append(message)
-    return {**body, "messages": messages}
+    same = len(messages) == len(given) and all(map(operator.is_, messages, given))
+    return body if same else {**body, "messages": messages}
 
 
 def forwarded(call: Call, to: Upstream) -> bytes:
@@ -7774,7 +7781,7 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
 
 def client_format(call: Call) -> ClientFormat:
     if call.format == "chat":
-        model, now = str(call.body.get("model")), int(time.time())
+        model, now = call.asked, int(time.time())
         return ChatWriter(model, now, call.wants_usage) if call.stream else ChatCompletion(model, now)
     return EventWriter() if call.stream else WholeMessage()
 
@@ -7894,7 +7901,7 @@ class Recorder:
         """Starts a record and has the relay add to it."""
         secrets_of = call.config.secrets()
         record: Json = {
-            "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.body.get("model"),
+            "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.asked,
             "route": call.route.reason, "client_request": json.loads(scrub(json.dumps(call.body), secrets_of)),
             "upstream_request": "", "upstream_answer": "",
             "events": "",
@@ -8193,6 +8200,7 @@ async def plan_call(
         route=route,
         config=config,
         stream=body.get("stream") is True,
+        asked=str(body.get("model")),
         format=format,
         session=session_of(body, headers),
         query=request.query_string,
@@ -8455,7 +8463,8 @@ class Exchange:
         if told is None:
             target = call.target or call.route.targets[0]
             if not call.is_counted:
-                call.tokens = self.state.counter.count_now(call.body, target.provider, target.actual_model)
+                body = call.body or strict_json(call.raw)
+                call.tokens = self.state.counter.count_now(body, target.provider, target.actual_model)
             return Usage(input=call.tokens, output=counted, estimated=True)
         return dataclasses.replace(told, output=max(told.output, counted), estimated=True)
 
@@ -8478,7 +8487,7 @@ class Exchange:
             user=self.user.name,
             session=call.session,
             agent=call.headers.get("x-claude-code-agent-id", "")[:128],
-            asked=str(call.body.get("model"))[:256],
+            asked=call.asked[:256],
             route=call.route.reason,
             provider=target.provider,
             model=target.actual_model[:256],
@@ -9384,7 +9393,7 @@ async def test_provider(state: State, provider: Provider, model: str) -> Json:
     began = time.monotonic()
     body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
     route = Route(model, "test", (), (Target(provider.name, model),))
-    call = Call(f"req_{secrets.token_hex(12)}", body, compact(body), {}, route, state.config, stream=False)
+    call = Call(f"req_{secrets.token_hex(12)}", body, compact(body), {}, route, state.config, False, model)
     sink = WholeSink(dict)
     result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
     try:
