@@ -6805,7 +6805,7 @@ class Health:
     """What is known of one provider: for the admin page, /health, the retry budget and the concurrency cap."""
 
     active: int = 0
-    retrying: int = 0
+    retrying: int = 0  # requests between a failed try and the next one's first content
     outcomes: deque[Json] = field(default_factory=lambda: deque(maxlen=50))
     next_key: int = 0  # where the rotation of its key pool stands
 
@@ -6845,6 +6845,7 @@ class Call:
     reply_headers: dict[str, str] = field(default_factory=dict)
     deadline: asyncio.Timeout | None = None
     stopping: bool = False
+    retries_at: Health | None = None  # the provider in whose retry budget this request counts just now
 
     @property
     def has_answered(self) -> bool:
@@ -6854,6 +6855,16 @@ class Call:
     def is_streamed(self, dialect: Dialect) -> bool:
         """Whether the upstream streams: all do, but for a whole answer in the client's own format."""
         return self.stream or dialect.passes != self.format
+
+    def begin_retry(self, health: Health) -> None:
+        self.retries_at = health
+        health.retrying += 1
+
+    def end_retry(self) -> None:
+        """The retry has failed, has content, or will not be."""
+        if self.retries_at:
+            self.retries_at.retrying -= 1
+            self.retries_at = None
 
     def stop(self) -> None:
         """Ends the request now, with an error: the server shuts down."""
@@ -6990,6 +7001,8 @@ class Relay:
             raise ApiError(
                 504, f"no whole answer within {total:g} s (total_timeout)", cause="timeout"
             ) from None
+        finally:
+            call.end_retry()
 
     def providers_of(self, call: Call) -> list[Provider]:
         found = (call.config.provider(t.provider) for t in call.route.targets)
@@ -7005,6 +7018,7 @@ class Relay:
                 await self.try_slot(call, slot, sink)
                 return
             except ApiError as error:
+                call.end_retry()
                 if call.has_answered or not await plan.goes_on(slot, error):
                     raise client_error(error, slot, call) from None
 
@@ -7228,6 +7242,7 @@ class Relay:
             if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
                 call.first_content = time.monotonic()
                 call.target = slot.target
+                call.end_retry()
                 if call.stream and call.raw:
                     call.body = {}  # takes five times its bytes, and there will be no other try
                 await sink.begin(call.reply_headers)
@@ -7484,12 +7499,8 @@ class Plan:
         if self.slept + wait > MAX_SLEEP:
             return False
         self.slept += wait
-        health = self.relay.health_of(slot.provider.name)
-        health.retrying += 1
-        try:
-            await asyncio.sleep(wait)
-        finally:
-            health.retrying -= 1
+        self.call.begin_retry(self.relay.health_of(slot.provider.name))
+        await asyncio.sleep(wait)
         breaker = self.relay.breakers.get(slot.id)
         self.again = slot
         return breaker is None or breaker.allows(time.monotonic()) or len(self.slots()) == 1

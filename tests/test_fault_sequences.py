@@ -339,15 +339,32 @@ async def test_with_every_provider_full_the_answer_is_529(tmp_path: Path) -> Non
 
 
 async def test_retries_do_not_multiply(tmp_path: Path) -> None:
-    """Twenty requests that fail at once: the provider's retry budget is 3, or a fifth of what is active."""
+    """Twenty requests that fail at once: three may be tried again, and while those wait nobody else is."""
     first = fs.bytes_then(fs.Gate(), *fs.status(500).steps(fs.UpstreamCall(0, 0)))
-    async with stage(tmp_path, (*[first] * 20, fs.status(500))) as (proxy, (a,)):
-        asked = [asyncio.create_task(ask(proxy)) for _ in range(20)]
+    async with stage(tmp_path, (*[first] * 20, fs.stall())) as (proxy, (a,)):
+        asked = {asyncio.create_task(ask(proxy)) for _ in range(20)}
         await a.called(20)
         a.open_gate()
-        for reply in await asyncio.gather(*asked):
-            assert reply.status in (500, 529)
-    assert 20 < a.count <= 28
+        await a.called(23)
+        ended: set[asyncio.Task[Any]] = set()
+        while len(ended) < 17:
+            ended |= (await asyncio.wait(asked - ended, return_when=asyncio.FIRST_COMPLETED))[0]
+        assert [task.result().status for task in ended] == [500] * 17
+        assert a.count == 23 and proxy.state.relay.health_of("A").retrying == 3
+        for task in asked - ended:
+            task.cancel()
+        await proxy.idle()
+        assert proxy.state.relay.health_of("A").retrying == 0
+
+
+async def test_a_retry_that_has_content_leaves_the_budget(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(500), fs.gated_answer())) as (proxy, (a,)):
+        asked = asyncio.create_task(ask(proxy))
+        await a.called(2)
+        await until(lambda: all(c.first_content for c in proxy.state.calls.values()), "content has come")
+        assert proxy.state.relay.health_of("A").retrying == 0
+        a.open_gate()
+        full()(await asked)
 
 
 # Sessions.

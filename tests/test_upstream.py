@@ -134,7 +134,7 @@ def test_metrics_are_prometheus_text() -> None:
     metrics.observe("ccmux_first_token_seconds", 0.3)
     text = metrics.render({"ccmux_requests_in_flight": 1})
     assert 'ccmux_requests_total{provider="a\\"b\\n",status="200"} 3\n' in text
-    assert 'ccmux_first_token_seconds_bucket{le="0.25"}' not in text
+    assert 'ccmux_first_token_seconds_bucket{le="0.25"} 0\n' in text
     assert 'ccmux_first_token_seconds_bucket{le="0.5"} 1\n' in text
     assert 'ccmux_first_token_seconds_bucket{le="+Inf"} 1\n' in text
     assert text.endswith("ccmux_requests_in_flight 1\n")
