@@ -551,13 +551,25 @@ LEAVING = {
 @pytest.mark.parametrize("phase", LEAVING)
 @BOTH
 async def test_a_client_that_leaves_closes_the_upstream(phase: str, wire: str, tmp_path: Path) -> None:
+    """Within 50 ms, and settled within 100: once in three goes, as a shared machine may be away for longer."""
+    took = []
+    for go in range(3):
+        took.append(await times_of_leaving(phase, wire, tmp_path / str(go)))
+        if took[-1] < (0.05, 0.1):
+            break
+    assert min(cut for cut, _ in took) < 0.05 and min(settled for _, settled in took) < 0.1
+
+
+async def times_of_leaving(phase: str, wire: str, folder: Path) -> tuple[float, float]:
+    """Seconds until the upstream was closed, and until all was settled."""
     behaviour, when, ledger = LEAVING[phase]
-    async with stage(tmp_path, (behaviour,), OK, formats=wire) as (proxy, (a, b)):
+    folder.mkdir()
+    async with stage(folder, (behaviour,), OK, formats=wire) as (proxy, (a, b)):
         left = await hang_up(proxy, when or a.called(1))
-        assert await a.cancelled(1) - left < 0.5
+        cut = await a.cancelled(1) - left
         assert a.calls[0].was_cancelled
         await proxy.idle()
-        assert time.monotonic() - left < 0.7
+        settled = time.monotonic() - left
     assert (a.count, b.count) == (1, 0)
     (row,) = proxy.books.requests()
     assert row["error"] == "client_gone"
@@ -565,6 +577,7 @@ async def test_a_client_that_leaves_closes_the_upstream(phase: str, wire: str, t
         assert sum(-e["amount_microusd"] for e in proxy.books.ledger()) <= FULL["A"] // 2
     else:
         check_ledger(proxy, ledger)
+    return cut, settled
 
 
 async def test_a_client_that_does_not_stream_may_leave_too(tmp_path: Path) -> None:
