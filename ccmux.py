@@ -727,16 +727,10 @@ class Config:
     warnings: tuple[str, ...] = computed(())
 
     def provider(self, name: str) -> Provider | None:
-        for provider in self.providers:
-            if provider.name == name:
-                return provider
-        return None
+        return next((p for p in self.providers if p.name == name), None)
 
     def model(self, name: str) -> Model | None:
-        for model in self.models:
-            if model.name == name:
-                return model
-        return None
+        return next((m for m in self.models if m.name == name), None)
 
     def secrets(self) -> list[str]:
         """Every secret value in it, longest first, for scrubbing."""
@@ -8342,9 +8336,6 @@ class WholeSink:
         return
 
 
-FLOOR_AFTER = 0.05  # seconds from an upstream's answer until a crash charges the input
-
-
 class Exchange:
     """One client request from its hold to its settlement."""
 
@@ -8355,7 +8346,6 @@ class Exchange:
         self.done: Settlement | None = None
         self.began = time.monotonic()
         self.answered = False
-        self.floor_note: asyncio.TimerHandle | None = None
         call.on_answer = self.on_answer
 
     async def serve(self) -> web.StreamResponse:
@@ -8413,13 +8403,9 @@ class Exchange:
         return sink.response
 
     def on_answer(self) -> None:
-        """From now on a crash charges the input's cost; an answer that is over at once needs no such note."""
         if self.hold and not self.answered:
-            self.floor_note = asyncio.get_running_loop().call_later(FLOOR_AFTER, self.note_floor, self.hold)
+            self.state.store.answered(self.hold, self.floor())
         self.answered = True
-
-    def note_floor(self, hold: Hold) -> None:
-        self.state.store.answered(hold, self.floor())
 
     # Money.
 
@@ -8483,8 +8469,6 @@ class Exchange:
         """Puts the settlement on the store's queue, once, without waiting: a cancelled handler may not wait."""
         if self.settled is not None:
             return
-        if self.floor_note:
-            self.floor_note.cancel()
         call, config = self.call, self.call.config
         usage = self.usage(error)
         target = call.target or call.route.targets[0]
