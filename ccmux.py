@@ -5187,8 +5187,9 @@ class Framing:
     image_side: int = 0  # pixels
     image: tuple[int, int] = (85, 170)  # Claude: (largest, unused); OpenAI: (an image, and each of its tiles)
 
-    def factor(self, encoding: str) -> float:
-        return dict(self.factors).get(encoding, 1.0)
+    def factor(self, vocabulary: str) -> float:
+        """Of a count by that vocabulary; an estimate is made as o200k would count."""
+        return dict(self.factors).get(vocabulary or "o200k_base", 1.0)
 
 
 _CL100K = re.compile(r"^gpt-(?:4(?!o|\.\d)|3\.5)|^gpt-35")
@@ -5279,17 +5280,16 @@ class TokenCounter:
         return looked
 
     def total(self, request: Looked, counts: dict[Key, int], place: tuple[str, str]) -> int:
-        """The sum, calibrated. Counts are kept; estimates, made while there is no encoding, are not."""
-        tokens, keeps = request.tokens, request.encoding is not None
+        """The sum, calibrated. An estimate, made while there is no encoding, is kept under a key of its own."""
+        tokens = request.tokens
         for piece in request.pieces:
             each = (counts[p.key] if p.key in counts else self.cache.get(p.key, 0) for p in piece.parts)
             in_piece = piece.fixed + sum(each) * piece.factor
             tokens += in_piece
-            if keeps:
-                self.whole[piece.key] = in_piece
+            self.whole[piece.key] = in_piece
         count = max(1, math.ceil(tokens * self.factors.get(place, (1.0, 0))[0]))
-        if keeps:
-            self.cache.update(counts)
+        self.cache.update(counts)
+        if request.encoding is not None:
             self.recent[*place, count] = tokens
         for kept, most in ((self.whole, CACHE_SIZE), (self.cache, CACHE_SIZE), (self.recent, RECENT)):
             while len(kept) > most:
@@ -5375,7 +5375,8 @@ def hash_of(value: Any) -> int:
 
 
 def vocabulary_of(encoding: Encoding | None) -> str:
-    return "o200k_base" if encoding is None else encoding.name
+    """What counted: "" where it is an estimate."""
+    return "" if encoding is None else encoding.name
 
 
 def encoded_length(text: str, encoding: Encoding | None) -> int:

@@ -482,12 +482,13 @@ async def test_the_loop_runs_on_while_much_is_counted() -> None:
 # While there is no vocabulary.
 
 
-def test_estimates_are_near_and_not_kept() -> None:
+def test_estimates_are_near_and_kept_apart() -> None:
     have: dict[str, Encoding | None] = {}
     counter = TokenCounter(have.get)
     text = (ROOT / "ccmux.py").read_text("utf-8")[:50_000]
     estimated = counter.count_now(user(text), "p", "gpt-5")
-    assert not counter.cache
+    assert counter.count_now(user(text), "p", "gpt-5") == estimated
+    assert not counter.look_up(user(text), "gpt-5").fresh  # a second estimate is not made
     have["o200k_base"] = VOCABULARY.load("o200k_base")
     assert counter.count_now(user(text), "p", "gpt-5") == 7 + sum(map(length, slices(text)))
     assert estimated == pytest.approx(length(text), rel=0.25)
