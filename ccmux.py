@@ -732,6 +732,11 @@ class Config:
     def model(self, name: str) -> Model | None:
         return next((m for m in self.models if m.name == name), None)
 
+    def smallest_limit(self) -> int:
+        """The fewest input tokens that a route may turn on: long_context_tokens, or a model's context."""
+        contexts = [each.context for model in self.models for each in (model, *model.mappings)]
+        return min([self.router.long_context_tokens, *filter(None, contexts)])
+
     def secrets(self) -> list[str]:
         """Every secret value in it, longest first, for scrubbing."""
         found = {
@@ -1750,11 +1755,11 @@ _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # t
 
 def event_json(data: str) -> Any:
     """`json.loads` for an event's data, in half the time; ValueError or RecursionError as there."""
-    with contextlib.suppress(StopIteration):
+    try:
         value, end = _scan(data, 0)
-        if end == len(data):
-            return value
-    return json.loads(data)
+    except StopIteration:
+        end = -1
+    return value if end == len(data) else json.loads(data)
 
 
 def encode_event(event: Json) -> bytes:
@@ -5350,6 +5355,20 @@ class Item(typing.NamedTuple):
     hash: int
 
 
+LARGEST_FACTOR = max(factor for _, factor in (*FACTORS_TO_46, *FACTORS_FROM_47))
+MOST_FRAMING = 1000  # tokens around a request's messages
+
+
+def is_surely_within(raw: bytes, limit: int) -> bool:
+    """Whether a request's bytes are so few that it has at most `limit` tokens, which then needs no count.
+
+    No token is shorter than a byte. Left aside are tool schemas that are nothing but commas, as they are counted with
+    a space after each; images and documents have more tokens than their bytes tell.
+    """
+    fits = bool(raw) and len(raw) * LARGEST_FACTOR + MOST_FRAMING <= limit
+    return fits and b'"image' not in raw and b'"document"' not in raw
+
+
 def items_of(body: Json) -> list[Item]:
     """What a request is counted by. The system prompt is a message, as it is to OpenAI's models."""
     tools = offered_tools(body)
@@ -8191,10 +8210,11 @@ async def post_chat_completions(request: web.Request) -> web.StreamResponse:
 async def plan_call(
     request: web.Request, state: State, body: Json, raw: bytes, format: str = "anthropic"
 ) -> Call:
-    """Routes and counts a request. The count comes first only where a rule needs it."""
+    """Routes and counts a request. The count comes first only where the request may be a long one."""
     config = state.config
     headers = {k.lower(): v for k, v in request.headers.items()}
-    items = items_of(body) if config.router.long_context else None
+    may_be_long = bool(config.router.long_context) and not is_surely_within(raw, config.smallest_limit())
+    items = items_of(body) if may_be_long else None
     early = await state.counter.count(body, "", asked_model(body), items) if items else 0
     route = choose_route(body, headers, config, early)
     refuse_safeguards(body, config, route)
@@ -8212,7 +8232,7 @@ async def plan_call(
         query=request.query_string,
     )
     first = route.targets[0]
-    if needs_count(config, route):
+    if may_be_long or needs_count(config, route):
         same = None if route.body else items
         call.tokens = await state.counter.count(call.body, first.provider, first.actual_model, same)
         call.is_counted = True
@@ -8222,13 +8242,12 @@ async def plan_call(
 
 
 def needs_count(config: Config, route: Route) -> bool:
-    """Whether something needs the input counted: a rule, enforced credits, a translated answer's first usage.
+    """Whether something needs the input counted: enforced credits, or a translated answer's first usage.
 
     A server that only forwards loads no vocabulary (84 MB): its holds go by the request's size.
     """
     formats = [p.format for t in route.targets if (p := config.provider(t.provider))]
-    translates = any(DIALECTS[f].request for f in formats)
-    return bool(config.router.long_context) or config.credits.enforce or translates
+    return config.credits.enforce or any(DIALECTS[f].request for f in formats)
 
 
 def refuse_safeguards(body: Json, config: Config, route: Route) -> None:
@@ -8337,6 +8356,9 @@ class WholeSink:
         return
 
 
+NOTE_AFTER = 0.01  # seconds: the floor of an answer that is over sooner need not be written down
+
+
 class Exchange:
     """One client request from its hold to its settlement."""
 
@@ -8347,6 +8369,7 @@ class Exchange:
         self.done: Settlement | None = None
         self.began = time.monotonic()
         self.answered = False
+        self.floor_note: asyncio.TimerHandle | None = None
         call.on_answer = self.on_answer
 
     async def serve(self) -> web.StreamResponse:
@@ -8404,8 +8427,10 @@ class Exchange:
         return sink.response
 
     def on_answer(self) -> None:
+        """From now on a crash charges the input."""
         if self.hold and not self.answered:
-            self.state.store.answered(self.hold, self.floor())
+            note = functools.partial(self.state.store.answered, self.hold, self.floor())
+            self.floor_note = asyncio.get_running_loop().call_later(NOTE_AFTER, note)
         self.answered = True
 
     # Money.
@@ -8470,6 +8495,8 @@ class Exchange:
         """Puts the settlement on the store's queue, once, without waiting: a cancelled handler may not wait."""
         if self.settled is not None:
             return
+        if self.floor_note:
+            self.floor_note.cancel()
         call, config = self.call, self.call.config
         usage = self.usage(error)
         target = call.target or call.route.targets[0]

@@ -32,10 +32,12 @@ from ccmux import (
     Json,
     TokenCounter,
     Vocabulary,
+    compact,
     count_request_body,
     fetch_vocabulary,
     find_vocabulary,
     image_size,
+    is_surely_within,
     slices,
     source_of,
     vocabulary_state,
@@ -398,6 +400,40 @@ def test_any_json_is_counted(body: Json, model: str) -> None:
     assert once > 0
     counter = TokenCounter(VOCABULARY.load)
     assert [counter.count_now(body, "p", model), counter.count_now(body, "p", model)] == [once, once]
+
+
+dense = st.one_of(  # much to count in few bytes
+    st.text(min_size=1, max_size=8).map(lambda text: user(text * 800)),
+    st.text(max_size=8).map(lambda text: user([{"type": "tool_use", "name": "t", "input": {"n": [text] * 900}}])),
+    st.dictionaries(keys, values).map(lambda each: user("", tools=[tool("t", properties={"n": each})] * 90)),
+    st.dictionaries(keys, values).map(lambda block: user([{"type": "text", "text": "a"}, block] * 400)),
+    st.just({"messages": [{"role": "user", "content": ""}] * 900}),
+    st.just(user("", tools=[{"name": "t", "input_schema": {}}] * 300)),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(dense, st.sampled_from(["gpt-5", "gpt-4", "claude-sonnet-4-5", "claude-opus-4-7"]))
+def test_a_request_that_is_surely_within_a_limit_counts_no_more(body: Json, model: str) -> None:
+    assert not is_surely_within(compact(body), count(body, model) - 1)
+
+
+@pytest.mark.parametrize(
+    ("raw", "limit", "within"),
+    [
+        pytest.param(
+            b'{"messages": "%s"}' % (b"a" * 113_000), 180_000, True, id="of Claude Code's usual size"
+        ),
+        pytest.param(
+            b'{"messages": "%s"}' % (b"a" * 125_000), 180_000, False, id="large enough to be counted"
+        ),
+        pytest.param(b'{"messages": "%s"}' % (b"a" * 1000), 2_000, False, id="near a small limit"),
+        pytest.param(b'{"type":"image"}', 180_000, False, id="an image is not counted by its bytes"),
+        pytest.param(b"", 180_000, False, id="bytes that are not at hand"),
+    ],
+)
+def test_whether_the_bytes_tell(raw: bytes, limit: int, within: bool) -> None:
+    assert is_surely_within(raw, limit) is within
 
 
 @given(st.text(alphabet="ab \n", max_size=50).map(lambda text: text * 9000))
