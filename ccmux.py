@@ -734,8 +734,9 @@ class Config:
 
     def smallest_limit(self) -> int:
         """The fewest input tokens that a route may turn on: long_context_tokens, or a model's context."""
-        contexts = [each.context for model in self.models for each in (model, *model.mappings)]
-        return min([self.router.long_context_tokens, *filter(None, contexts)])
+        contexts = {model.context for model in self.models}
+        contexts |= {target.context for model in self.models for target in model.mappings}
+        return min({self.router.long_context_tokens, *contexts} - {0})
 
     def secrets(self) -> list[str]:
         """Every secret value in it, longest first, for scrubbing."""
