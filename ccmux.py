@@ -5271,7 +5271,9 @@ class TokenCounter:
         `items` is what `items_of` says of the body, for who counts the same one twice.
         """
         looked, place = self.look_up(body if items is None else items, model), (provider, model)
-        is_long = sum(item.size for item, _ in looked.new) > SMALL
+        if not looked.new:
+            return self.total(looked, {}, place)
+        is_long = sum(len(packed(item.value)) for item, _ in looked.new) > SMALL
         with contextlib.suppress(OSError):  # a TimeoutError is one
             async with asyncio.timeout(self.limit), self.turn if is_long else contextlib.nullcontext():
                 if looked.encoding is None:
@@ -5437,12 +5439,6 @@ class Item(typing.NamedTuple):
     value: Json
     kind: str  # "", "joined" (the tools follow in the same message) or "tools"
     hash: int
-    size: int  # bytes, or so
-
-
-def item_of(value: Json, kind: str) -> Item:
-    data = packed(value)
-    return Item(value, kind, hash(data), len(data))
 
 
 def items_of(body: Json) -> list[Item]:
@@ -5453,11 +5449,11 @@ def items_of(body: Json) -> list[Item]:
         messages = [{"role": "system", "content": body["system"]}, *messages]
     # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
     joins = next((m for m in messages if m.get("role") == "system"), None) if tools else None
-    items = [item_of(m, "joined" if m is joins else "") for m in messages]
+    items = [Item(m, "joined" if m is joins else "", hash(packed(m))) for m in messages]
     if tools:
         choice = body.get("tool_choice") or body.get("function_call")
         offer = {"tools": tools, "has_system": joins is not None, "choice": choice}
-        items.append(item_of(offer, "tools"))
+        items.append(Item(offer, "tools", hash(packed(offer))))
     return items
 
 
