@@ -5273,7 +5273,7 @@ class TokenCounter:
         looked, place = self.look_up(body if items is None else items, model), (provider, model)
         if not looked.new:
             return self.total(looked, {}, place)
-        is_long = sum(len(packed(item.value)) for item, _ in looked.new) > SMALL
+        is_long = sum(item.size for item, _ in looked.new) > SMALL
         with contextlib.suppress(OSError):  # a TimeoutError is one
             async with asyncio.timeout(self.limit), self.turn if is_long else contextlib.nullcontext():
                 if looked.encoding is None:
@@ -5439,6 +5439,7 @@ class Item(typing.NamedTuple):
     value: Json
     kind: str  # "", "joined" (the tools follow in the same message) or "tools"
     hash: int
+    size: int  # bytes, or so
 
 
 def items_of(body: Json) -> list[Item]:
@@ -5449,11 +5450,11 @@ def items_of(body: Json) -> list[Item]:
         messages = [{"role": "system", "content": body["system"]}, *messages]
     # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
     joins = next((m for m in messages if m.get("role") == "system"), None) if tools else None
-    items = [Item(m, "joined" if m is joins else "", hash(packed(m))) for m in messages]
+    items = [Item(m, "joined" if m is joins else "", hash(p := packed(m)), len(p)) for m in messages]
     if tools:
         choice = body.get("tool_choice") or body.get("function_call")
         offer = {"tools": tools, "has_system": joins is not None, "choice": choice}
-        items.append(Item(offer, "tools", hash(packed(offer))))
+        items.append(Item(offer, "tools", hash(p := packed(offer)), len(p)))
     return items
 
 
@@ -5518,8 +5519,9 @@ class Piece:
     def add(self, key: Any, make: Callable[[], str | int]) -> None:
         self.parts.append(Part((*self.salt, key), make))
 
-    def add_text(self, text: str) -> None:
-        if text:
+    def add_text(self, given: Any) -> None:
+        if given:
+            text = rendered(str, given)
             self.add(hash(text), lambda: text)
 
     def add_value(self, value: Any, render: Callable[[Any], str]) -> None:
@@ -5529,7 +5531,7 @@ class Piece:
         self.fixed += self.framing.message
         content = message.get("content")
         if ending and not isinstance(content, str):
-            content = text_of(content)
+            content = rendered(text_of, content)
         self.add_content(f"{content}{ending}" if ending else content)
         if isinstance(message.get("name"), str):
             self.fixed += -1 if message.get("role") == "function" else 1
@@ -5537,8 +5539,8 @@ class Piece:
         calls = [*as_list(message.get("tool_calls")), {"function": message.get("function_call")}]
         for function in filter(None, (as_object(as_object(call).get("function")) for call in calls)):
             self.fixed += self.framing.call
-            self.add_text(str(function.get("name") or ""))
-            self.add_text(str(function.get("arguments") or ""))
+            self.add_text(function.get("name"))
+            self.add_text(function.get("arguments"))
 
     def add_content(self, content: Any, depth: int = 0) -> None:
         if isinstance(content, str):
@@ -5550,7 +5552,7 @@ class Piece:
     def add_block(self, block: Json, depth: int) -> None:
         kind = block.get("type")
         if kind == "text":
-            self.add_text(str(block.get("text") or ""))
+            self.add_text(block.get("text"))
         elif kind == "tool_result" and depth < DEPTH:
             self.fixed += self.framing.message + self.framing.result
             self.add_content(block.get("content"), depth + 1)
@@ -5558,7 +5560,7 @@ class Piece:
             self.fixed += self.framing.call
             self.add_value([block.get("name"), block.get("input")], call_text)
         elif kind == "thinking":
-            self.add_text(str(block.get("thinking") or ""))
+            self.add_text(block.get("thinking"))
         elif kind in ("image", "image_url"):
             self.fixed += image_tokens(block, self.framing)
         elif kind == "document":
@@ -5567,7 +5569,7 @@ class Piece:
             self.add_value(block, block_text)
 
     def add_document(self, source: Json, depth: int) -> None:
-        data = str(source.get("data") or "")
+        data = rendered(str, source.get("data") or "")
         if source.get("type") == "base64":
             self.add(("pdf", self.factor, hash(data)), functools.partial(pdf_tokens, data, self.factor))
         elif source.get("type") == "text":
@@ -5585,7 +5587,7 @@ class Piece:
         self.fixed += framing.tools - 4 * has_system + (kind == "none")
         if isinstance(choice, dict) and (name := as_object(choice.get("function") or choice).get("name")):
             self.fixed += 4
-            self.add_text(str(name))
+            self.add_text(name)
 
 
 def call_text(call: list[Any]) -> str:
@@ -5651,9 +5653,9 @@ def typescript_type(schema: Json, indent: int) -> str:
 def image_tokens(block: Json, framing: Framing) -> int:
     """Tokens of an image: Claude 28-pixel patches, OpenAI 512-pixel tiles; 1,500 where unknown."""
     source, link = as_object(block.get("source")), as_object(block.get("image_url"))
-    data = source.get("data") or str(link.get("url") or "").partition(";base64,")[2]
+    data = source.get("data") or rendered(str, link.get("url")).partition(";base64,")[2]
     size = image_size(data) if isinstance(data, str) else None
-    if link.get("detail") == "low":
+    if link.get("detail") == "low" and not framing.is_claude:
         return framing.image[0]
     if size is None:
         return IMAGE_TOKENS
@@ -7941,7 +7943,7 @@ class State:
     recorder: Recorder = field(default_factory=lambda: Recorder())
     refused_counts: dict[str, float] = field(
         default_factory=dict
-    )  # provider -> until when it is not asked to count
+    )  # URL -> until when it is not asked to count
 
 
 class Recorder:
@@ -8690,16 +8692,13 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
     provider = call.config.provider(target.provider)
     if provider is None or not provider.usable or DIALECTS[provider.format].request or not provider.base_url:
         return None
-    if (
-        provider.quirks.count_tokens == "local"
-        or state.refused_counts.get(provider.name, 0.0) > time.monotonic()
-    ):
+    dialect = DIALECTS[provider.format]
+    url = endpoint_url(provider.base_url, dialect, "/messages/count_tokens")
+    if provider.quirks.count_tokens == "local" or state.refused_counts.get(url, 0.0) > time.monotonic():
         return None
     slot = state.relay.slots_of(target, provider)[0]
-    dialect = DIALECTS[provider.format]
     headers = upstream_headers(call, slot, dialect)
     body = {**count_request_body(call.body), "model": target.actual_model}
-    url = endpoint_url(provider.base_url, dialect, "/messages/count_tokens")
     request = UpstreamRequest(url, {**headers, "accept": "application/json"}, compact(body))
     try:
         async with asyncio.timeout(3):
@@ -8708,7 +8707,7 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
     except UPSTREAM_FAULTS():
         return None
     if response.status in (400, 404, 405, 501) and provider.quirks.count_tokens == "auto":
-        state.refused_counts[provider.name] = time.monotonic() + 86_400
+        state.refused_counts[url] = time.monotonic() + 86_400
     return token_number(as_object(answer).get("input_tokens")) if response.status == 200 else None
 
 

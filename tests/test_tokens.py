@@ -23,6 +23,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proxy_harness import in_process
 
 from ccmux import (
     CACHE_SIZE,
@@ -38,6 +39,7 @@ from ccmux import (
     fetch_vocabulary,
     find_vocabulary,
     image_size,
+    load_config,
     remote_encoding,
     slices,
     source_of,
@@ -282,6 +284,11 @@ def image(data: str, kind: str = "base64") -> Json:
     return user([{"type": "image", "source": {"type": kind, "media_type": "image/png", "data": data}}])
 
 
+def low_detail(side: int) -> Json:
+    url = f"data:image/png;base64,{encoded(png(side, side))}"
+    return user([{"type": "image_url", "image_url": {"url": url, "detail": "low"}}])
+
+
 IMAGES = {
     "claude-patches": (image(encoded(png(1000, 1000))), "claude-sonnet-4-5", 7 + 36 * 36),
     "claude-scaled-down-and-capped": (image(encoded(png(4000, 4000))), "claude-sonnet-4-5", 7 + 1568),
@@ -291,6 +298,8 @@ IMAGES = {
     "openai-fitted": (image(encoded(png(4096, 8192))), "gpt-5", 7 + 85 + 170 * 6),
     "gpt-4o-mini": (image(encoded(png(512, 512))), "gpt-4o-mini", 7 + 2833 + 5667),
     "unknown-size": (image("AAAA"), "gpt-5", 7 + 1500),
+    "openai-form-low-detail": (low_detail(280), "gpt-5", 7 + 85),
+    "openai-form-claude-has-no-detail": (low_detail(280), "claude-sonnet-4-5", 7 + 10 * 10),
     "not-base64": (image("%é%"), "gpt-5", 7 + 1500),
     "by-address": (image("", "url"), "claude-sonnet-4-5", 7 + 1500),
     "inside-a-tool-result": (
@@ -373,6 +382,18 @@ BAD = {
     "deep-schema": user("x", tools=[tool("a", properties=nested(400))]),
     "deep-input": user([{"type": "tool_use", "name": "a", "input": nested(3000)}]),
     "deep-results": user(results(3000)),
+    **{
+        f"deep-{block['type']}": user([block])
+        for block in (
+            {"type": "text", "text": nested(3000)},
+            {"type": "thinking", "thinking": nested(3000)},
+            {"type": "document", "source": {"type": "base64", "data": nested(3000)}},
+            {"type": "image_url", "image_url": {"url": nested(3000)}},
+        )
+    },
+    "deep-system-with-tools": user("x", system=[{"type": "text", "text": nested(3000)}], tools=TOOLS),
+    "deep-call": {"messages": [{"function_call": {"name": nested(3000), "arguments": nested(3000)}}]},
+    "deep-choice": user("x", tools=TOOLS, tool_choice={"name": nested(3000)}),
     "unknown-block": user([{"type": "hologram", "data": {"x": [1, 2, None]}}]),
     "deep-unknown-block": user([{"type": "hologram", "data": nested(3000)}]),
     "special-tokens": user("<|endoftext|><|fim_prefix|><|endofprompt|>"),
@@ -382,6 +403,9 @@ BAD = {
     "megabyte-of-spaces": user(" " * 1_000_000),
     "megabyte-of-newlines": user("\n" * 1_000_000),
     "megabyte-of-one-letter": user("a" * 1_000_000),
+    "megabyte-of-base64": user(encoded(bytes(range(256)) * 3000)),
+    "megabyte-of-ideographs": user("漢字" * 170_000),
+    "megabyte-of-emoji": user("\U0001f600" * 250_000),
     "tabs-and-newlines": user("\t\n" * 200_000),
 }
 
@@ -784,6 +808,73 @@ def test_body_for_an_upstream_count() -> None:
     body = {**kept, **dropped, "tools": [server_tool, TOOLS[1]]}
     assert count_request_body(body) == {**kept, "tools": [TOOLS[1]]}
     assert count_request_body({"messages": []}) == {"messages": []}
+
+
+UPSTREAM_COUNTS = {  # what the quirk says; the answer -> whose count, and how often it was asked in two counts
+    "auto": ("auto", 200, b'{"input_tokens": 4321}', 4321, 2),
+    "auto-400": ("auto", 400, b'{"input_tokens": 4321}', None, 1),
+    "auto-404": ("auto", 404, b"", None, 1),
+    "auto-405": ("auto", 405, b"", None, 1),
+    "auto-501": ("auto", 501, b"", None, 1),
+    "auto-429-passes": ("auto", 429, b"{}", None, 2),
+    "auto-500-passes": ("auto", 500, b"{}", None, 2),
+    "auto-no-number": ("auto", 200, b'{"input_tokens": "many"}', None, 2),
+    "auto-no-json": ("auto", 200, b"<html>", None, 2),
+    "upstream": ("upstream", 200, b'{"input_tokens": 4321}', 4321, 2),
+    "upstream-404-is-asked-again": ("upstream", 404, b"", None, 2),
+    "local": ("local", 200, b'{"input_tokens": 4321}', None, 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("quirk", "status", "answer", "upstreams", "times"), UPSTREAM_COUNTS.values(), ids=UPSTREAM_COUNTS
+)
+async def test_who_counts(
+    quirk: str, status: int, answer: bytes, upstreams: int | None, times: int, tmp_path: Path
+) -> None:
+    asked: list[Json] = []
+
+    async def upstream(request: web.Request) -> web.Response:
+        asked.append(await request.json())
+        return web.Response(status=status, body=answer)
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/messages/count_tokens", upstream)])
+    async with TestServer(app) as server:
+        text = (
+            f'[[providers]]\nname = "a"\ntype = "anthropic"\nbase_url = "{server.make_url("/")}"\n'
+            f'api_key = "k"\nmodels = ["gpt-5"]\nquirks = {{ count_tokens = "{quirk}" }}\n'
+        )
+        async with in_process(tmp_path, text) as proxy, aiohttp.ClientSession() as client:
+            proxy.state.vocabulary.load("o200k_base")
+            body = {"model": "gpt-5", "metadata": {}, **user("Say hello.")}
+            for _ in range(2):
+                async with client.post(f"{proxy.url}/v1/messages/count_tokens", json=body) as told:
+                    assert await told.json() == {"input_tokens": upstreams or 7 + PROMPT}
+            relay = proxy.state.relay
+            assert not relay.breakers and not relay.cooling  # a failed count says nothing of the provider
+    assert asked == [{"model": "gpt-5", **user("Say hello.")}] * times
+
+
+async def test_a_refusal_holds_for_its_address(tmp_path: Path) -> None:
+    async def upstream(request: web.Request) -> web.Response:
+        return web.json_response({"input_tokens": 4321})
+
+    app = web.Application()
+    app.add_routes([web.post("/new/v1/messages/count_tokens", upstream)])
+    async with TestServer(app) as server:
+        row = (
+            '[[providers]]\nname = "a"\ntype = "anthropic"\napi_key = "k"\nmodels = ["m"]\nbase_url = "{}"\n'
+        )
+        old, new = (row.format(server.make_url(path)) for path in ("/old", "/new"))
+        async with in_process(tmp_path, old) as proxy, aiohttp.ClientSession() as client:
+            counts = []
+            for text in (old, new, old, new):
+                proxy.state.config = load_config(text, {})
+                url = f"{proxy.url}/v1/messages/count_tokens"
+                async with client.post(url, json={"model": "m", **user("Say hello.")}) as told:
+                    counts.append((await told.json())["input_tokens"] == 4321)
+            assert counts == [False, True, False, True] and len(proxy.state.refused_counts) == 1
 
 
 # Vocabulary files.
