@@ -8703,12 +8703,13 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
     try:
         async with asyncio.timeout(3):
             response = await state.relay.post(state.relay.session, request, provider, Reused())
-            answer = await response.json(content_type=None)
+            answer = await response.read()
+        told = json.loads(answer) if response.status == 200 else None
     except UPSTREAM_FAULTS():
         return None
     if response.status in (400, 404, 405, 501) and provider.quirks.count_tokens == "auto":
         state.refused_counts[url] = time.monotonic() + 86_400
-    return token_number(as_object(answer).get("input_tokens")) if response.status == 200 else None
+    return token_number(as_object(told).get("input_tokens"))
 
 
 async def get_models(request: web.Request) -> web.StreamResponse:
