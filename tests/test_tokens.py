@@ -27,6 +27,7 @@ from proxy_harness import in_process
 
 from ccmux import (
     CACHE_SIZE,
+    LIMIT,
     SLICE,
     VOCABULARIES,
     Encoding,
@@ -562,7 +563,7 @@ class Stuck(Words):
     def __init__(self) -> None:
         super().__init__()
         self.go = threading.Event()
-        self.before = self.go.wait
+        self.before = lambda: self.go.wait(20)
 
 
 @pytest.fixture
@@ -574,6 +575,7 @@ def stuck() -> Iterator[Stuck]:
 
 async def test_nobody_waits_long_for_a_count(stuck: Stuck) -> None:
     counter = TokenCounter(lambda name: stuck, 0.01)
+    assert counter.limit == LIMIT
     counter.limit = 0.01
     text = "a text of 37 characters, and no more."
     assert [
@@ -855,6 +857,26 @@ async def test_who_counts(
             relay = proxy.state.relay
             assert not relay.breakers and not relay.cooling  # a failed count says nothing of the provider
     assert asked == [{"model": "gpt-5", **user("Say hello.")}] * times
+
+
+async def test_nobody_waits_long_for_an_upstreams_count(tmp_path: Path) -> None:
+    ended = asyncio.Event()
+
+    async def upstream(request: web.Request) -> web.Response:
+        await ended.wait()
+        return web.Response()
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/messages/count_tokens", upstream)])
+    async with TestServer(app) as server:
+        row = '[[providers]]\nname = "a"\ntype = "anthropic"\napi_key = "k"\nmodels = ["gpt-5"]\nbase_url = "{}"\n'
+        async with in_process(tmp_path, row.format(server.make_url("/"))) as proxy, asyncio.timeout(30):
+            proxy.state.vocabulary.load("o200k_base")
+            async with aiohttp.ClientSession() as client:
+                body = {"model": "gpt-5", **user("Say hello.")}
+                async with client.post(f"{proxy.url}/v1/messages/count_tokens", json=body) as told:
+                    assert await told.json() == {"input_tokens": 7 + PROMPT}
+        ended.set()
 
 
 async def test_a_refusal_holds_for_its_address(tmp_path: Path) -> None:
