@@ -5733,8 +5733,8 @@ def count_request_body(body: Json) -> Json:
 
 
 # Vocabularies (I/O from here on): files that tiktoken would fetch by itself, without a time limit, inside a
-# lock. ccmux never lets it: a file is looked for, its hash checked, and a thread loads it; until then counts
-# are estimates.
+# lock. ccmux never lets it: a file is looked for, its hash checked, and a thread loads it (a server has a
+# `RemoteEncoding` do so); until then counts are estimates.
 
 VOCABULARIES = {  # name: (file name, for OpenAI's as tiktoken caches it: the sha1 of its URL; sha256)
     "o200k_base": (
