@@ -5860,9 +5860,7 @@ class Vocabulary:
         with self.lock, contextlib.suppress(OSError):  # what cannot be had now is tried again later
             if name not in self.loaded:
                 source = source_of(name)
-                if source not in self.loaded:
-                    self.loaded[source] = self.make(source)
-                self.loaded[name] = self.loaded[source]
+                self.loaded[source] = self.loaded[name] = self.loaded.get(source) or self.make(source)
         return self.loaded.get(name)
 
     def forget_missing(self) -> None:
