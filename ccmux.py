@@ -51,8 +51,10 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit(f"ccmux needs Python 3.11 or newer; this is Python {sys.version.split()[0]}")
 
+import marshal
 import os
 import subprocess
+import types
 from pathlib import Path
 from typing import NoReturn
 
@@ -218,9 +220,44 @@ def bootstrap_failed(why: str) -> NoReturn:
     sys.exit(2)
 
 
+# Python keeps a script's syntax tree (27 MB) for as long as the script runs. So what runs for long, where it can, hands
+# its compiled self to a fresh interpreter, which runs it under the same name.
+
+RUN_COMPILED = """import sys
+sys.argv = sys.argv[1:]
+if sys.path[0] == "":
+    sys.path[0] = sys.argv[0].rpartition("/")[0]
+import marshal, types
+module = sys.modules["__main__"] = types.ModuleType("__main__")
+module.__file__ = sys.argv[0]
+with open(%d, "rb") as compiled:
+    exec(marshal.load(compiled), module.__dict__)"""
+COUNT_TEXTS = "count-texts"  # the command of a server's counting process, which no person gives
+
+
+def runs_long(argv: list[str]) -> bool:
+    """Whether a command line starts a server, or the process that counts for one."""
+    command = argv[0] if argv else "serve"
+    return command in ("serve", COUNT_TEXTS) or (command.startswith("-") and not wants_help(argv))
+
+
+def run_compiled(code: types.CodeType) -> None:
+    """Starts this plain `python ccmux.py ...` again, in its place, from its code; returns where that cannot be done."""
+    if sys.orig_argv[1:2] != sys.argv[:1] or not sys.executable or not hasattr(os, "memfd_create"):
+        return
+    file = os.memfd_create("ccmux", 0)  # no MFD_CLOEXEC: it is to outlive the exec
+    os.write(file, marshal.dumps(code))
+    os.lseek(file, 0, os.SEEK_SET)
+    command = [sys.executable, "-c", RUN_COMPILED % file, os.path.abspath(__file__), *sys.argv[1:]]
+    os.execv(command[0], command)  # noqa: S606
+
+
 if __name__ == "__main__" and sys.argv[1:2] == ["statusline"] and not wants_help(sys.argv):
     print(statusline(sys.argv[3] if sys.argv[2:3] == ["--config"] and len(sys.argv) > 3 else ""))
     sys.exit(0)
+
+if __name__ == "__main__" and runs_long(sys.argv[1:]):
+    run_compiled(sys._getframe().f_code)
 
 try:
     import aiohttp
@@ -258,7 +295,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import marshal
 import math
 import operator
 import queue
@@ -11528,9 +11564,6 @@ class RemoteEncoding(Encoding):
         for pipe in (self.texts, self.answers):
             with contextlib.suppress(OSError):
                 pipe.close()
-
-
-COUNT_TEXTS = "count-texts"  # its command, which no person gives
 
 
 def count_texts(source: str) -> int:

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import Start
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = "Scripts/python.exe" if os.name == "nt" else "bin/python"
@@ -188,6 +189,23 @@ def test_aiohttp_that_is_too_old(bare: Path, tmp_path: Path) -> None:
     done = start(bare, tmp_path, "model", PYTHONPATH=str(tmp_path / "old"), CCMUX_NO_BOOTSTRAP="1")
     assert done.returncode == 2
     assert "aiohttp 3.8.4 is too old" in done.stderr
+
+
+async def test_a_server_imports_nothing_from_the_folder_it_is_started_in(
+    start_ccmux: Start, tmp_path: Path
+) -> None:
+    """It starts again as `python -c`, for which Python would look there first."""
+    for name in ("aiohttp", "tiktoken", "queue", "types", "tomllib"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working folder')\n")
+    async with start_ccmux('[[providers]]\nname = "demo"\ntype = "demo"\n') as running:
+        ran = Path(f"/proc/{running.process.pid}/cmdline")  # the same pid, and still named
+        assert not ran.exists() or str(ROOT / "ccmux.py") in ran.read_text().split("\0")
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux keeps no syntax tree")
+async def test_a_server_runs_from_its_compiled_code(start_ccmux: Start) -> None:
+    async with start_ccmux('[[providers]]\nname = "demo"\ntype = "demo"\n') as running:
+        assert "marshal.load" in Path(f"/proc/{running.process.pid}/cmdline").read_text()
 
 
 def test_packages_are_those_of_the_script_block() -> None:
