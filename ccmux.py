@@ -1126,6 +1126,9 @@ def mux_model(row: Any, lost: list[Any], warnings: list[str]) -> Any:
 # before it is written.
 
 
+TomlPath = tuple[str | int, ...]  # the keys, and the row's number in an array of tables
+
+
 @dataclass(frozen=True, slots=True)
 class Statement:
     """A stretch of a TOML file: a header, a key with its value, or a blank or comment line.
@@ -1136,7 +1139,8 @@ class Statement:
     kind: str  # table, array, key or blank
     start: int
     end: int  # after the line's end
-    path: tuple[str, ...] = ()  # of a header, or of the key within its table
+    path: TomlPath = ()  # of what it says, from the top of the file
+    home: TomlPath = ()  # of the header that it stands under, or is
     value: tuple[int, int] = (0, 0)
 
 
@@ -1146,24 +1150,39 @@ Edit = tuple[int, int, str]  # from, to (in characters), and what is to stand th
 def scan_toml(text: str) -> list[Statement]:
     """The statements of a file that tomllib has accepted, in order and without gaps."""
     found = []
+    rows: dict[TomlPath, int] = {}
+    home: TomlPath = ()
     at = 0
     while at < len(text):
         start, at = at, skip_blank(text, at)
         kind, value = "blank", (0, 0)
-        path: tuple[str, ...] = ()
+        path: TomlPath = ()
         if text[at : at + 1] == "[":
             kind = "array" if text[at : at + 2] == "[[" else "table"
-            path, at = scan_keys(text, at + (2 if kind == "array" else 1))
+            keys, at = scan_keys(text, at + (2 if kind == "array" else 1))
+            path = home = numbered(keys, rows, is_new_row=kind == "array")
         elif text[at : at + 1] not in ("", "#", "\n", "\r"):
             kind = "key"
-            path, at = scan_keys(text, at)
+            keys, at = scan_keys(text, at)
             begin = skip_blank(text, at + 1)
             at = skip_value(text, begin)
-            value = (begin, at)
+            path, value = (*home, *keys), (begin, at)
         newline = text.find("\n", at)
         at = len(text) if newline < 0 else newline + 1
-        found.append(Statement(kind, start, at, path, value))
+        found.append(Statement(kind, start, at, path, home, value))
     return found
+
+
+def numbered(keys: tuple[str, ...], rows: dict[TomlPath, int], *, is_new_row: bool) -> TomlPath:
+    """A header's path with the numbers of the rows it is in; `rows` counts those of each array."""
+    path: TomlPath = ()
+    for n, key in enumerate(keys, 1):
+        path = (*path, key)
+        if is_new_row and n == len(keys):
+            rows[path] = rows.get(path, 0) + 1
+        if path in rows:
+            path = (*path, rows[path] - 1)
+    return path
 
 
 def skip_blank(text: str, at: int) -> int:
@@ -1201,12 +1220,12 @@ def skip_string(text: str, at: int) -> int:
     return at
 
 
-def skip_value(text: str, at: int) -> int:
+def skip_value(text: str, at: int, bare: str = r"[^#\n\r]*") -> int:
     """The end of the value that begins here; brackets may hold strings, comments and line ends."""
     if text[at] in "\"'":
         return skip_string(text, at)
     if text[at] not in "[{":
-        line = re.match(r"[^#\n\r]*", text[at:])
+        line = re.match(bare, text[at:])
         return at + len(line[0].rstrip()) if line else at
     depth = 0
     while True:
@@ -1232,13 +1251,10 @@ def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str
     meant = meant_tables(before, root, name, table)
     if same_value(before, meant):
         return text
-    for edit in (splice_table, splice_inline, rewrite_root):
-        try:
-            after = edit(text, before, meant, root, name)
-            if same_value(tomllib.loads(after), meant):
-                return after
-        except (tomllib.TOMLDecodeError, IndexError):
-            continue
+    after = apply_edits(text, TomlEditor(text).table_edits((), before, meant))
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        if same_value(tomllib.loads(after), meant):
+            return after
     raise ConfigError(f"[{root}] cannot be edited by machine in this file; edit it by hand")
 
 
@@ -1262,156 +1278,161 @@ def same_value(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
-def splice_table(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
-    """The edit for the usual layout: a header with keys under it.
+class TomlEditor:
+    """Finds the edits that make a TOML file say something else, with every comment in its place.
 
-    IndexError where the file is laid out otherwise.
+    A comment belongs to what stands right below it; one with nothing below, and a key that is commented out,
+    to what it touches above. Rows that change places take theirs along.
     """
-    statements = scan_toml(text)
-    if name is None:
-        if root not in before:
-            return insert_text(text, len(text), emit_table(root, meant[root]))
-        block = toml_blocks(statements, (root,), "table")[0]
-        return splice_block(text, block, before[root], meant.get(root))
-    rows = before.get(root, [])
-    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
-    blocks = toml_blocks(statements, (root,), "array")
-    if at == len(rows):
-        end = last_key_end(blocks[-1]) if blocks else len(text)
-        return insert_text(text, end, emit_table(root, meant[root][at], "array"))
-    after = meant[root][at] if len(meant.get(root, [])) == len(rows) else None
-    return splice_block(text, blocks[at], rows[at], after)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.lines = scan_toml(text)
+
+    def under(self, path: TomlPath) -> list[int]:
+        """Which lines say what is at this path."""
+        return [n for n, s in enumerate(self.lines) if s.kind != "blank" and s.path[: len(path)] == path]
+
+    def edits(self, path: TomlPath, old: Any, new: Any) -> list[Edit] | None:
+        """What makes a changed value say `new`; None where it is to be taken out and written anew."""
+        line = next((s for s in self.lines if s.kind == "key" and s.path == path), None)
+        if line is not None:
+            return value_edits(self.text, line.value, old, new)
+        if isinstance(old, dict) and isinstance(new, dict):
+            return self.table_edits(path, old, new)
+        return self.row_edits(path, old, new) if is_rows(old) and is_rows(new) else None
+
+    def table_edits(self, path: TomlPath, old: Json, new: Json) -> list[Edit]:
+        found: list[Edit] = []
+        added = {k: v for k, v in new.items() if k not in old}
+        for key, was in old.items():
+            if key in new and same_value(was, new[key]):
+                continue
+            inside = self.edits((*path, key), was, new[key]) if key in new else None
+            if inside is None:
+                found += self.removal((*path, key))
+                added |= {key: new[key]} if key in new else {}
+            found += inside or []
+        return found + self.additions(path, added)
+
+    def removal(self, path: TomlPath) -> list[Edit]:
+        """Takes lines out: single keys one by one, so that comments between them stay; tables whole."""
+        found: list[Edit] = []
+        lines = (s for s in self.lines if s.kind != "blank")
+        for inside, run in itertools.groupby(lines, lambda s: s.path[: len(path)] == path):
+            for is_key, part in itertools.groupby(
+                run if inside else (), lambda s: s.kind == "key" and len(s.home) < len(path)
+            ):
+                gone = list(part)
+                spans = [(s.start, s.end) for s in gone] if is_key else [(gone[0].start, gone[-1].end)]
+                found += [(*span, "") for span in spans]
+        return found
+
+    def additions(self, path: TomlPath, new: Json) -> list[Edit]:
+        """Writes keys at the end of a table's own lines, and rows under headers of their own after all of it."""
+        if not path:
+            tables = [emit_rows(k, v) if is_rows(v) else emit_table(k, v) for k, v in new.items()]
+            end = len(self.text)
+            return [(end, end, ("\n" if self.text[:end].strip() else "") + "\n".join(tables))] * bool(tables)
+        under = [self.lines[n] for n in self.under(path)]
+        own = [s for s in under if len(s.home) <= len(path) and (s.kind == "key" or s.path == path)]
+        last, title = (own or under)[-1], dotted(path)
+        home = last.home if own else path
+        rows = {k: v for k, v in new.items() if is_rows(v) and home == path}
+        keys = [
+            f"{dotted((*path[len(home) :], k))} = {emit_value(v)}\n" for k, v in new.items() if k not in rows
+        ]
+        head = [] if own or not keys else [f"[{title}]\n"]
+        more = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in rows.items()]
+        ends = ((last.end, [*head, *keys]), (under[-1].end, more))
+        return [(end, end, "".join(texts)) for end, texts in ends if texts]
+
+    def row_edits(self, path: TomlPath, old: list[Json], new: list[Json]) -> list[Edit] | None:
+        """The edits of `[[path]]` rows. Those that stay fill the places of those that stayed, in the new order."""
+        source = matched(old, new)
+        kept = sorted(i for i in source if i is not None)
+        places = iter(kept)
+        gone = [i for i in range(len(old)) if i not in kept]
+        found = [edit for i in gone for edit in self.removal((*path, i))]
+        end = self.slot((*path, kept[0] if kept else len(old) - 1))[0 if kept else 1]
+        for row, i in zip(new, source, strict=True):
+            if i is None:
+                text = emit_rows(dotted(path), [row])
+                found.append((end, end, f"\n{text}" if len(path) == 1 else text))
+                continue
+            place = next(places)
+            inside = self.edits((*path, i), old[i], row) or []
+            slot, end = self.slot((*path, i)), self.slot((*path, place))[1]
+            if place == i:
+                found += inside
+            elif self.is_whole((*path, i)) and self.is_whole((*path, place)):
+                found.append(
+                    (*self.slot((*path, place)), edited_part(self.text, slot, inside).rstrip("\n") + "\n")
+                )
+            else:
+                return None
+        return found
+
+    def is_whole(self, path: TomlPath) -> bool:
+        """Whether nothing else stands between the lines of a row."""
+        under = self.under(path)
+        return all(s.kind == "blank" or s.path[: len(path)] == path for s in self.lines[under[0] : under[-1]])
+
+    def slot(self, path: TomlPath) -> tuple[int, int]:
+        """From where to where (in characters) a row stands in the file, with its comments."""
+        under = self.under(path)
+        first, end = under[0], self.comments_below(under[-1])
+        while first and self.is_comment(first - 1):
+            first -= 1
+        if first and self.lines[first - 1].kind != "blank":
+            first = self.comments_below(first - 1)
+        return self.lines[first].start, self.lines[end - 1].end
+
+    def comments_below(self, n: int) -> int:
+        """Where the comments end that stand right below line n and belong to it."""
+        end = n + 1
+        while end < len(self.lines) and self.is_comment(end):
+            end += 1
+        if end < len(self.lines) and self.lines[end].kind == "blank":
+            return end
+        keys = [i + 1 for i in range(n + 1, end) if self.is_comment(i, r"\s*#\s*[\w.-]+\s*=")]
+        return max(keys, default=n + 1)
+
+    def is_comment(self, n: int, like: str = r"\s*#") -> bool:
+        line = self.lines[n]
+        return line.kind == "blank" and bool(re.match(like, self.text[line.start : line.end]))
 
 
-def toml_blocks(statements: list[Statement], path: tuple[str, ...], kind: str) -> list[list[Statement]]:
-    """The statements of each `[path]` or `[[path]]`, with those of its sub-tables."""
-    blocks: list[list[Statement]] = []
-    inside = False
-    for statement in statements:
-        if statement.kind in ("table", "array"):
-            begins = statement.path == path and statement.kind == kind
-            inside = begins or (inside and statement.path[: len(path)] == path != statement.path)
-            if begins:
-                blocks.append([])
-        if inside:
-            blocks[-1].append(statement)
-    return blocks
-
-
-def last_key_end(block: list[Statement]) -> int:
-    """Where a block's last header or key ends: comments after it belong to what follows."""
-    return max(s.end for s in block if s.kind != "blank")
-
-
-def splice_block(text: str, block: list[Statement], old: Json, new: Json | None) -> str:
-    """One table's block with only its changed keys changed."""
-    return apply_edits(text, [without_keys(block)] if new is None else block_edits(block, old, new))
-
-
-def without_keys(block: list[Statement]) -> Edit:
-    return (block[0].start, last_key_end(block), "")
-
-
-def block_edits(block: list[Statement], old: Json, new: Json) -> list[Edit]:
-    """What makes a table's block say `new`: its changed keys in their places, new ones at its end."""
-    title = block[0].path
-    own, subs = split_block(block)
-    edits: list[Edit] = []
-    added = [k for k in new if k not in old]
-    for key in old:
-        if key in new and same_value(old[key], new[key]):
-            continue
-        lines = [s for s in own if s.kind == "key" and s.path[0] == key]
-        inside = (
-            key_edits(lines, subs.get(key, []), old[key], new[key], (*title, key)) if key in new else None
-        )
-        if inside is None:
-            edits += [(s.start, s.end, "") for s in [*lines, *subs.get(key, [])] if s.kind != "blank"]
-            added += [key] if key in new else []
-        edits += inside or []
-    inline = "".join(f"{emit_key(k)} = {emit_value(new[k])}\n" for k in added if not is_rows(new[k]))
-    rows = "".join(emit_rows(dotted((*title, k)), new[k]) for k in added if is_rows(new[k]))
-    ends = ((last_key_end(own), inline), (last_key_end(block), rows))
-    return edits + [(end, end, text) for end, text in ends if text]
-
-
-def key_edits(
-    lines: list[Statement], sub: list[Statement], old: Any, new: Any, path: tuple[str, ...]
-) -> list[Edit] | None:
-    """A changed value's edits within its own lines and sub-tables; None where it is to be written anew."""
-    if len(lines) == 1 and len(lines[0].path) == 1:
-        return None if is_rows(new) else [(*lines[0].value, emit_value(new))]
-    if isinstance(old, dict) and isinstance(new, dict):
-        tables = toml_blocks(sub, path, "table")
-        if lines and not sub:
-            return dotted_edits(lines, old, new)
-        return block_edits(tables[0], old, new) if len(tables) == 1 and not lines else None
-    if is_rows(old) and is_rows(new) and not lines:
-        return row_edits(toml_blocks(sub, path, "array"), old, new, dotted(path))
-    return None
-
-
-def dotted_edits(lines: list[Statement], old: Json, new: Json) -> list[Edit] | None:
-    """The edits of a table written as `key.name = value` lines."""
-    if any(len(line.path) != 2 for line in lines):
-        return None
-    edits: list[Edit] = []
-    for line in lines:
-        name = line.path[1]
-        if name not in new:
-            edits.append((line.start, line.end, ""))
-        elif not same_value(old[name], new[name]):
-            edits.append((*line.value, emit_value(new[name])))
-    more = [f"{dotted((lines[0].path[0], k))} = {emit_value(v)}\n" for k, v in new.items() if k not in old]
-    return edits + [(lines[-1].end, lines[-1].end, "".join(more))] * bool(more)
-
-
-def row_edits(
-    blocks: list[list[Statement]], old: list[Json], new: list[Json], title: str
-) -> list[Edit] | None:
-    """The edits of `[[title]]` rows, each in its place; None where they change places."""
-    pairs = matched_rows(old, new)
-    if pairs is None or len(blocks) != len(old):
-        return None
-    edits = [edit for i, j in pairs for edit in block_edits(blocks[i], old[i], new[j])]
-    kept = {i for i, _ in pairs}
-    edits += [without_keys(block) for i, block in enumerate(blocks) if i not in kept]
-    more, end = new[len(pairs) :], last_key_end(blocks[-1])
-    return edits + [(end, end, emit_rows(title, more))] * bool(more)
-
-
-def matched_rows(old: list[Json], new: list[Json]) -> list[tuple[int, int]] | None:
-    """Which old row each of the first new ones is; None where rows change places.
-
-    A row is known again by all that is not a number in it (a priority says only its place).
+def matched(old: list[Any], new: list[Any]) -> list[int | None]:
+    """Which old item each new one is: the most alike ones are paired first; None for one of which there was
+    nothing.
     """
-    was, now = ([{k: v for k, v in row.items() if not is_number(v)} for row in rows] for rows in (old, new))
-    if len(was) == len(now) and all(a == b or a not in now for a, b in zip(was, now, strict=True)):
-        return [(n, n) for n in range(len(old))]
-    kept = [i for i, row in enumerate(was) if row in now]
-    stay = [was[i] for i in kept] == now[: len(kept)]
-    return list(zip(kept, range(len(kept)), strict=True)) if stay else None
+    alike = [(likeness(a, b), -abs(i - j), i, j) for i, a in enumerate(old) for j, b in enumerate(new)]
+    source: list[int | None] = [None] * len(new)
+    for score, _, i, j in sorted(alike, key=lambda pair: pair[:2], reverse=True):
+        if score and i not in source and source[j] is None:
+            source[j] = i
+    if len(old) == len(new):
+        source = [j if i is None and j not in source else i for j, i in enumerate(source)]
+    return source
+
+
+def likeness(one: Any, other: Any) -> float:
+    """How much two rows have in common; a number says little (a priority says only where the row stood)."""
+    if same_value(one, other):
+        return math.inf
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return 0
+    return sum(0.01 if is_number(v) else 1 for k, v in one.items() if k in other and same_value(v, other[k]))
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
 
 
-def split_block(block: list[Statement]) -> tuple[list[Statement], dict[str, list[Statement]]]:
-    """A block's own statements (with its header), and those of its sub-tables by key."""
-    depth = len(block[0].path)
-    own: list[Statement] = []
-    subs: dict[str, list[Statement]] = {}
-    current = own
-    for statement in block:
-        if statement.kind in ("table", "array") and len(statement.path) > depth:
-            current = subs.setdefault(statement.path[depth], [])
-        current.append(statement)
-    return own, subs
-
-
-def dotted(path: Iterable[str]) -> str:
-    return ".".join(map(emit_key, path))
+def dotted(path: TomlPath) -> str:
+    """A path as a header has it, which names an array without the row."""
+    return ".".join(emit_key(key) for key in path if isinstance(key, str))
 
 
 def apply_edits(text: str, edits: list[Edit]) -> str:
@@ -1426,68 +1447,124 @@ def apply_edits(text: str, edits: list[Edit]) -> str:
     return text
 
 
-def splice_inline(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
-    """The edit where the root is `root = ...` or `root.key = ...` lines above all headers.
+def edited_part(text: str, span: tuple[int, int], edits: list[Edit]) -> str:
+    """A stretch of the text with the edits inside it made; its line ends are plain ones."""
+    start, end = span
+    inside = [(a - start, b - start, new) for a, b, new in edits]
+    return apply_edits(text[start:end], inside).replace("\r\n", "\n")
 
-    IndexError where it is not.
+
+# Inside a value: the items of an array or of an inline table, which may stand on lines with comments.
+
+
+@dataclass(frozen=True, slots=True)
+class TomlItem:
+    """An element, or a `key = value`; with the blank and comments before it, and the comment after it."""
+
+    lead: str
+    span: tuple[int, int]
+    tail: str
+    path: tuple[str, ...] = ()
+    value: tuple[int, int] = (0, 0)
+
+
+def value_edits(text: str, span: tuple[int, int], old: Any, new: Any) -> list[Edit]:
+    """What makes the value that stands there say `new`."""
+    if same_value(old, new):
+        return []
+    if not old or not isinstance(old, (dict, list)) or not isinstance(new, type(old)):
+        return [(*span, emit_value(new))]
+    begin = after_note(text, span[0] + 1)
+    items = scan_items(text, begin, is_table=isinstance(old, dict))
+    if any(len(item.path) > 1 for item in items):
+        return [(*span, emit_value(new))]
+    before, after = old, new
+    if isinstance(old, dict):
+        names = [item.path[0] for item in items[:-1]]
+        keys = [k for k in names if k in new] + [k for k in new if k not in names]
+        source = [names.index(k) if k in names else None for k in keys]
+        before, after = [old[k] for k in names], [new[k] for k in keys]
+        fresh = [f"{emit_key(k)} = {emit_value(v)}" for k, v in zip(keys, after, strict=True)]
+    else:
+        source, fresh = matched([*old], [*new]), [emit_value(v) for v in new]
+    inside = [
+        value_edits(text, items[i].value, before[i], v) if i is not None else []
+        for i, v in zip(source, after, strict=True)
+    ]
+    if source == list(range(len(old))):
+        return [edit for edits in inside for edit in edits]
+    bodies = [
+        edited_part(text, items[i].span, edits) if i is not None else words
+        for i, edits, words in zip(source, inside, fresh, strict=True)
+    ]
+    return [(begin, span[1] - 1, joined_items(items, source, bodies))]
+
+
+def after_note(text: str, at: int) -> int:
+    """Where a comment ends that stands on the rest of this line."""
+    note = re.compile(r"[ \t]*#[^\r\n]*").match(text, at)
+    return note.end() if note else at
+
+
+def scan_items(text: str, at: int, *, is_table: bool) -> list[TomlItem]:
+    """The items from here to the closing bracket; a last, empty one has what stands before that, and a comma as
+    its tail where one is left hanging.
     """
-    top = itertools.takewhile(lambda s: s.kind not in ("table", "array"), scan_toml(text))
-    lines = [s for s in top if s.kind == "key" and s.path[0] == root]
-    if root not in meant:
-        return apply_edits(text, [(s.start, s.end, "") for s in lines])
-    if len(lines[0].path) > 1:
-        edits = dotted_edits(lines, before[root], meant[root])
-        return apply_edits(text, edits) if edits else ""
-    if name is None:
-        return apply_edits(text, [(*lines[0].value, emit_value(meant[root]))])
-    rows, spans = before[root], element_spans(text, lines[0].value[0])
-    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
-    if at == len(rows):
-        return apply_edits(text, [(spans[-1][1], spans[-1][1], ", " + emit_value(meant[root][at]))])
-    if len(meant[root]) == len(rows):
-        return apply_edits(text, [(*spans[at], emit_value(meant[root][at]))])
-    start, end = spans[at]
-    comma = skip_blank(text, end)
-    return apply_edits(text, [(start, comma + 1 if text[comma] == "," else end, "")])
+    items: list[TomlItem] = []
+    comma = ""
+    while True:
+        lead, at = blank_at(text, at)
+        if text[at] in "]}":
+            return [*items, TomlItem(lead, (at, at), comma)]
+        start = value = at
+        path: tuple[str, ...] = ()
+        if is_table:
+            path, value = scan_keys(text, at)
+            value = skip_blank(text, value + 1)
+        end = at = skip_value(text, value, r"[^,\]}#\n\r]*")
+        tail, beyond = blank_at(text, at)
+        comma = "," if text[beyond] == "," else ""
+        at = beyond + 1 if comma else at
+        tail = tail.rstrip() if comma and "#" in tail else ""
+        at, note = after_note(text, at), at
+        tail = join_blank(tail, text[note:at])
+        items.append(TomlItem(lead, (start, end), tail, path, (value, end)))
 
 
-def element_spans(text: str, at: int) -> list[tuple[int, int]]:
-    """Where the inline tables of the array that begins here stand; IndexError for an array of others."""
-    spans = []
-    at += 1
-    while text[at] != "]":
-        if text[at] == "{":
-            spans.append((at, skip_value(text, at)))
-            at = spans[-1][1]
-        elif text[at] == "#":
-            at = text.index("\n", at)
-        elif text[at] in " \t\r\n,":
-            at += 1
-        else:
-            raise IndexError(at)
-    return spans
+def blank_at(text: str, at: int) -> tuple[str, int]:
+    """The blanks, line ends and comments that begin here, with plain line ends; and where they end."""
+    found = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*").match(text, at)
+    assert found is not None
+    return found[0].replace("\r\n", "\n"), found.end()
 
 
-def insert_text(text: str, at: int, new: str) -> str:
-    return apply_edits(text, [(at, at, "\n" + new if text[:at].strip() else new)])
+def join_blank(one: str, other: str) -> str:
+    """Two stretches of blanks and comments, such that no comment swallows what follows it."""
+    is_open = "#" in one.rpartition("\n")[2] and not other.lstrip(" \t").startswith("\n")
+    return f"{one}\n{other}" if is_open else one + other
 
 
-def rewrite_root(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
-    """The edit for any other layout: everything of that root is taken out and written anew at the end."""
-    gone = []
-    table: tuple[str, ...] = ()
-    for statement in scan_toml(text):
-        if statement.kind in ("table", "array"):
-            table = statement.path
-        full = table if statement.kind != "key" else (*table, *statement.path)
-        if statement.kind != "blank" and full[:1] == (root,):
-            gone.append((statement.start, statement.end, ""))
-    rest = apply_edits(text, gone)
-    if root not in meant:
-        return rest
-    value = meant[root]
-    new = emit_rows(root, value) if is_rows(value) else emit_table(root, value)
-    return insert_text(rest, len(rest), new)
+def joined_items(items: list[TomlItem], source: list[int | None], bodies: list[str]) -> str:
+    """What stands between the brackets when these are the items. Comments go with theirs; those of an item that is
+    gone stay before the next one.
+    """
+    *items, end = items
+    noted = any("#" in item.lead + item.tail for item in items)
+    leads, held = [], ""
+    for n, item in enumerate([*items, end]):
+        is_gone = n < len(items) and n not in source
+        leads.append(join_blank(held, item.lead))
+        held = join_blank(leads[-1], item.tail) if is_gone and "#" in leads[-1] + item.tail else ""
+    model = items[-1].lead
+    fresh = model[model.rfind("\n") :] if "\n" in model else " "
+    out = tail = ""
+    for n, (i, body) in enumerate(zip(source, bodies, strict=True)):
+        lead = (
+            leads[i] if i is not None and noted else items[n].lead if n < len(items) and not noted else fresh
+        )
+        out += ("," if n else "") + join_blank(tail, lead) + body
+        tail = items[i].tail if i is not None else ""
+    return out + (end.tail if bodies else "") + join_blank(tail, leads[-1])
 
 
 def is_rows(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tomllib
 from pathlib import Path
@@ -103,13 +104,6 @@ def test_a_trailing_comment_stays_when_its_value_changes() -> None:
     assert "port = 2 # the port\n" in edited("server", None, {"port": 2, "host": "127.0.0.1"})
 
 
-def test_mappings_can_be_reordered() -> None:
-    model = row("models", "m")
-    after = edited("models", "m", {**model, "mappings": model["mappings"][::-1]})
-    assert "# routes" in after
-    assert "# who serves" in after
-
-
 MAPPINGS = """\
 [[models]] # M
 name = "m"
@@ -169,7 +163,7 @@ ONE, TWO = ({"provider": p, "actual_model": f"{p}m", "priority": n} for n, p in 
         ),
         pytest.param(
             "models = [ # all\n  # one\n  {name = 'k', a = [1]}, # K\n  # two\n  {name = 'm'} # M\n]\n", "models", "m",
-            {"context": 5}, {"{name = 'm'}": '{ name = "m", context = 5 }'}, id="an inline row",
+            {"context": 5}, {"{name = 'm'}": "{name = 'm', context = 5}"}, id="an inline row",
         ),
         pytest.param(
             "models = [\n  # one\n  {name = 'm'}, # M\n  # two\n  {name = 'k'}, # K\n]\n", "models", "m", None,
@@ -177,7 +171,7 @@ ONE, TWO = ({"provider": p, "actual_model": f"{p}m", "priority": n} for n, p in 
         ),
         pytest.param(
             "models = [\n  # one\n  {name = 'k'}, # K\n]\n", "models", "m", {},
-            {"{name = 'k'}": "{name = 'k'}, { name = \"m\" }"}, id="an inline row more",
+            {"# K\n": '# K\n  { name = "m" },\n'}, id="an inline row more",
         ),
     ],
 )  # fmt: skip
@@ -189,6 +183,63 @@ def test_every_comment_stays_in_its_place(
         assert wanted.count(old) == 1
         wanted = wanted.replace(old, new)
     whole = table if name is None or table is None else {"name": name, **table}
+    assert edited(root, name, whole, text) == wanted
+    assert edited(root, name, whole, text.replace("\n", "\r\n")) == wanted.replace("\n", "\r\n")
+
+
+FIRST, SECOND = MAPPINGS.index("# the best"), MAPPINGS.index("# the second")
+END = MAPPINGS.index("# the end")
+
+
+@pytest.mark.parametrize(
+    ("text", "root", "name", "table", "wanted"),
+    [
+        pytest.param(
+            MAPPINGS, "models", "m", {"mappings": [{**TWO, "priority": 1}, {**ONE, "priority": 2}]},
+            MAPPINGS[:FIRST] + MAPPINGS[SECOND:END].replace("= 2", "= 1") + MAPPINGS[FIRST:SECOND].replace("= 1 #", "= 2 #") + MAPPINGS[END:],
+            id="rows change places",
+        ),
+        pytest.param(
+            MAPPINGS, "models", "m", {"mappings": [{"provider": "c"}, {**TWO, "actual_model": "x"}, ONE]},
+            MAPPINGS[:FIRST] + '[[models.mappings]]\nprovider = "c"\n'
+            + MAPPINGS[SECOND:END].replace('"bm"', '"x"') + MAPPINGS[FIRST:SECOND] + MAPPINGS[END:],
+            id="a new row, and another edited as it moves",
+        ),
+        pytest.param(
+            "[[router.rules]] # R1\npattern = 'a'\nmodel = 'm'\n# strip = true\n\n# apart\n\n"
+            "[[router.rules]]\npattern = 'b' # R2\nmodel = 'n'\n# below\n\n[router]\nimage = 'i' # I\n",
+            "router", None, {"image": "i", "rules": [{"pattern": "b", "model": "n"}, {"pattern": "a", "model": "m"}]},
+            "[[router.rules]]\npattern = 'b' # R2\nmodel = 'n'\n# below\n\n# apart\n\n"
+            "[[router.rules]] # R1\npattern = 'a'\nmodel = 'm'\n# strip = true\n\n[router]\nimage = 'i' # I\n",
+            id="rows before their table; what touches a row goes along, what stands alone stays",
+        ),
+        pytest.param(
+            "[[models]]\nname = 'm'\n"
+            "mappings = [ # all\n  # one\n  {provider = 'a'}, # A\n\n  # two\n  {provider = 'b', x = 1}, # B\n  # last\n]\n",
+            "models", "m", {"mappings": [{"provider": "b", "x": 2}, {"provider": "c"}, {"provider": "a"}]},
+            "[[models]]\nname = 'm'\n"
+            "mappings = [ # all\n\n  # two\n  {provider = 'b', x = 2}, # B\n  { provider = \"c\" },\n  # one\n  {provider = 'a'}, # A\n  # last\n]\n",
+            id="inline rows",
+        ),
+        pytest.param(
+            "[[models]]\nname = 'm'\nmappings = [{provider = 'a'} , {provider = 'b'}]", "models", "m",
+            {"mappings": [{"provider": "b"}, {"provider": "a"}]},
+            "[[models]]\nname = 'm'\nmappings = [{provider = 'b'}, {provider = 'a'}]", id="inline rows on one line",
+        ),
+        pytest.param(
+            FILE, "providers", "a", {**row("providers", "a"), "quirks": {"effort": ["low", "max"], "files": True}},
+            FILE.replace('"high",\n] }', '"max",\n], files = true }'), id="an array in an inline table",
+        ),
+        pytest.param(
+            "[router]\nthink_on = [\n  'plan', # P\n  'high' # H\n]\n", "router", None, {"think_on": ["high", "max", "plan"]},
+            "[router]\nthink_on = [\n  'high', # H\n  \"max\",\n  'plan' # P\n]\n", id="texts",
+        ),
+    ],
+)  # fmt: skip
+def test_rows_take_their_comments_along(
+    text: str, root: str, name: str | None, table: Any, wanted: str
+) -> None:
+    whole = {"name": name, **table} if name else table
     assert edited(root, name, whole, text) == wanted
     assert edited(root, name, whole, text.replace("\n", "\r\n")) == wanted.replace("\n", "\r\n")
 
@@ -318,6 +369,64 @@ def test_any_edit_means_what_it_says(
     others = [s for s in scan_toml(text) if s.kind == "blank" and text[s.start : s.end].strip()]
     for comment in others:
         assert text[comment.start : comment.end].strip() in after
+
+
+# Rows with comments of their own, in each of the ways to write them.
+
+
+def noted_row(draw: Any, number: int, mapping: Any, layout: str) -> tuple[str, list[str]]:
+    """A row as a person writes it, and its comments in order."""
+    notes = [f"# {number}{letter}" for letter in "abcd" if draw(st.booleans())]
+    at = {note[-1]: note for note in notes}
+    items = [f"{k} = {emit_value(v)}" for k, v in mapping.items()]
+    if layout == "inline":
+        lead = f"  {at['a']}\n" if "a" in at else ""
+        return f"{lead}  {{ {', '.join(items)} }}, {at.get('b', '')}\n", [
+            notes[n] for n in range(len(notes)) if notes[n][-1] in "ab"
+        ]
+    lines = [
+        at.get("a", ""),
+        f"[[models.mappings]] {at.get('b', '')}",
+        items[0],
+        at.get("c", ""),
+        *items[1:-1],
+    ]
+    if layout == "dotted":
+        lines.append("price.input = 1\nprice.output = 2")
+    lines.append(f"{items[-1]} {at.get('d', '')}")
+    return "\n".join(filter(None, lines)) + "\n" + draw(st.sampled_from(["", "\n"])), notes
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), layout=st.sampled_from(["rows", "dotted", "inline"]), count=st.integers(1, 5))
+def test_any_edit_of_rows_keeps_each_comment_with_its_row(data: Any, layout: str, count: int) -> None:
+    rows = [
+        {"provider": f"p{n}", "actual_model": f"m{n}", "x": n % 2 == 0, "priority": n + 1}
+        for n in range(count)
+    ]
+    written = [noted_row(data.draw, n, row, layout) for n, row in enumerate(rows)]
+    texts = "".join(text for text, _ in written)
+    body = f"mappings = [\n{texts}]\n" if layout == "inline" else texts
+    text = f"# top\n[[models]] # M\nname = 'm' # N\n\n{body}\n# next\n[router] # R\n"
+    if layout == "dotted":
+        rows = [{**row, "price": {"input": 1, "output": 2}} for row in rows]
+    order = data.draw(st.lists(st.sampled_from(range(count)), unique=True, min_size=1))
+    changed = data.draw(
+        st.lists(st.sampled_from(["provider", "actual_model", "x", "nothing"]), min_size=5, max_size=5)
+    )
+    new = [
+        {**rows[n], **({changed[n]: "new"} if changed[n] in rows[n] else {}), "priority": at}
+        for at, n in enumerate(order, 1)
+    ]
+    if data.draw(st.booleans()):
+        new.insert(data.draw(st.integers(0, len(new))), {"provider": "fresh", "actual_model": "f"})
+    after = edited("models", "m", {"name": "m", "mappings": new}, text)
+    gone = {note for n, (_, notes) in enumerate(written) if n not in order for note in notes}
+    seen = [note for note in re.findall(r"# \w+", after) if note not in gone]
+    assert seen == ["# top", "# M", "# N", *(note for n in order for note in written[n][1]), "# next", "# R"]
+    if sorted(order) == [*range(count)] and len(new) == count and set(changed[:count]) == {"nothing"}:
+        plain = lambda words: sorted(re.sub(r"priority = \d", "", words).split())  # noqa: E731
+        assert plain(after) == plain(text)
 
 
 # Saving.
