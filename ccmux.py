@@ -1299,7 +1299,9 @@ class TomlEditor:
         if line is not None:
             return value_edits(self.text, line.value, old, new)
         if isinstance(old, dict) and isinstance(new, dict):
-            return self.table_edits(path, old, new)
+            # One that is only there by what is in it is not there any more when it is empty.
+            has_lines = bool(new) or any(s.path == path for s in self.lines)
+            return self.table_edits(path, old, new) if has_lines else None
         return self.row_edits(path, old, new) if is_rows(old) and is_rows(new) else None
 
     def table_edits(self, path: TomlPath, old: Json, new: Json) -> list[Edit]:

@@ -316,17 +316,44 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 TABLES = st.dictionaries(KEYS.filter(lambda k: k != "name"), VALUES, max_size=4)
+NOTES = st.sampled_from(["", "", " # why"])
 COMMENTS = st.sampled_from(["", "# note\n", "\n\n", "   # [router]\n", "# \"\"\" '''\n"])
 
 
 def written(draw: Any, title: str, table: Any, kind: str) -> str:
-    """A table in one of the ways people write them."""
-    text = draw(COMMENTS) + ccmux.emit_table(title, table, kind)
-    lines = [
-        line + draw(st.sampled_from(["", "", " # why"])) if line.startswith(("[", "x")) else line
-        for line in text.split("\n")
-    ]
-    return "\n".join(lines)
+    """A table in one of the ways people write them: values inline, dotted, or under headers of their own."""
+    head, below = f"[[{title}]]" if kind == "array" else f"[{title}]", ""
+    above = st.sampled_from(["", "# of a sub-table\n", "\n"]) if "." in title else COMMENTS
+    lines = [draw(above) + head + draw(NOTES)]
+    for key, value in table.items():
+        way = (
+            draw(st.sampled_from(["inline", "dotted", "header"])) if isinstance(value, dict) and value else ""
+        )
+        if way == "header":
+            below += written(draw, f"{title}.{ccmux.emit_key(key)}", value, "table")
+        elif way == "dotted":
+            lines += [f"{ccmux.dotted((key, k))} = {broken(draw, v)}{draw(NOTES)}" for k, v in value.items()]
+        elif (
+            value
+            and isinstance(value, list)
+            and all(isinstance(v, dict) for v in value)
+            and draw(st.booleans())
+        ):
+            below += "".join(written(draw, f"{title}.{ccmux.emit_key(key)}", v, "array") for v in value)
+        else:
+            lines.append(f"{ccmux.emit_key(key)} = {broken(draw, value)}{draw(NOTES)}")
+    return "\n".join(lines) + "\n" + below
+
+
+def broken(draw: Any, value: Any) -> str:
+    """A value as TOML; an array may go over several lines, with comments."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{ccmux.emit_key(k)} = {broken(draw, v)}" for k, v in value.items()) + "}"
+    if not isinstance(value, list) or not draw(st.booleans()):
+        return emit_value(value)
+    items = [draw(st.sampled_from(["", "\n # up\n", "\n\n"])) + broken(draw, v) for v in value]
+    commas = [draw(st.sampled_from([",", " , # c\n", "\n,", " # b\n, # c\n"])) for _ in items]
+    return "[" + "".join(map(str.__add__, items, commas)) + draw(st.sampled_from(["]", "\n# end\n ]"]))
 
 
 @st.composite
@@ -367,8 +394,8 @@ def test_any_edit_means_what_it_says(
     parsed = tomllib.loads(after)
     assert ccmux.same_value(parsed, ccmux.meant_tables(before, root, name, wanted))
     others = [s for s in scan_toml(text) if s.kind == "blank" and text[s.start : s.end].strip()]
-    for comment in others:
-        assert text[comment.start : comment.end].strip() in after
+    words = [text[s.start : s.end].strip() for s in others]
+    assert all(word in after for word in words if word != "# of a sub-table")  # it may go with its table
 
 
 # Rows with comments of their own, in each of the ways to write them.
