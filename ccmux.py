@@ -6504,6 +6504,7 @@ class Store:
         return {
             "name": user.name, "balance_microusd": user.balance, "held_microusd": user.held,
             "spent_today_microusd": spent_since(self.reader, user.id, starts["day"]),
+            "spent_week_microusd": spent_since(self.reader, user.id, starts["week"]),
             "spent_month_microusd": spent_since(self.reader, user.id, starts["month"]),
             "budgets": {
                 "day_microusd": user.day_budget, "week_microusd": user.week_budget, "month_microusd": user.month_budget,
@@ -7987,6 +7988,7 @@ class Recorder:
         record: Json = {
             "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.asked,
             "route": call.route.reason, "client_request": json.loads(scrub(json.dumps(call.body), secrets_of)),
+            "client_headers": allowed_headers(call.headers, _PASS_UP),
             "upstream_request": "", "upstream_answer": "",
             "events": "",
         }  # fmt: skip
@@ -8415,6 +8417,12 @@ class WholeSink:
         return
 
 
+def trail_of(route: Route) -> list[list[str]]:
+    """Each rule that was tried with what it said, then the targets in their order."""
+    order = ", then ".join(f"{t.provider}/{t.actual_model}" for t in route.targets)
+    return [*map(list, route.trail), ["targets", order]]
+
+
 class Exchange:
     """One client request from its hold to its settlement."""
 
@@ -8577,7 +8585,7 @@ class Exchange:
             first_token_ms=round((call.first_content - call.started) * 1000) if call.first_content else None,
             duration_ms=round((now - self.began) * 1000),
             stop_reason=call.reader.stop_reason if call.reader else "",
-            trail=[list(step) for step in call.route.trail],
+            trail=trail_of(call.route),
         )
         self.done = done
         self.settled = self.state.store.settle(self.hold, done)
@@ -9122,6 +9130,7 @@ async def get_events(request: web.Request) -> web.StreamResponse:
             except TimeoutError:
                 await response.write(b": still here\n\n")
                 continue
+            row = {**row, "price": json.loads(row["price"]), "trail": json.loads(row["trail"])}
             await response.write(b"event: request\ndata: %s\n\n" % compact(row))
     except ConnectionError:
         pass  # the page was closed
@@ -9536,10 +9545,14 @@ async def listed_models(state: State, provider: Provider) -> list[str]:
 
 async def get_config(request: web.Request) -> web.StreamResponse:
     """The file's text, broken or not; literal secrets in it are shown as marks that a save turns back."""
-    text = shown = config_text(require_admin(request))[0]
-    for secret, mark in secret_marks(text).items():
-        shown = shown.replace(secret, mark)
-    return web.json_response({"text": shown, "hash": hash_text(text)})
+    text = config_text(require_admin(request))[0]
+    return web.json_response({"text": without_secrets(text, secret_marks(text)), "hash": hash_text(text)})
+
+
+def without_secrets(text: str, marks: Mapping[str, str]) -> str:
+    for secret, mark in marks.items():
+        text = text.replace(secret, mark)
+    return text
 
 
 def secret_marks(text: str) -> dict[str, str]:
@@ -9657,6 +9670,37 @@ async def get_backups(request: web.Request) -> web.StreamResponse:
     return web.json_response({"backups": rows})
 
 
+def backup_text(request: web.Request) -> str:
+    """The text of the backup that the address names; ApiError 404 where there is none."""
+    _, path = config_text(require_admin(request))
+    name = request.match_info["name"]
+    try:
+        return next(p for p in backup_paths(path.resolve()) if p.name == name).read_bytes().decode("utf-8")
+    except (StopIteration, FileNotFoundError):
+        raise ApiError(404, f"there is no backup {name[:100]!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ApiError(409, f"{name} cannot be read ({type(error).__name__})") from None
+
+
+async def get_backup(request: web.Request) -> web.StreamResponse:
+    """A backup's text and what restoring it would change, as a unified diff; secrets as in `get_config`."""
+    text, now = backup_text(request), config_text(state_of(request))[0]
+    marks = secret_marks(now) | secret_marks(text)
+    shown, current = (without_secrets(t, marks) for t in (text, now))
+    lines = difflib.unified_diff(current.splitlines(), shown.splitlines(), "now", "then", lineterm="")
+    return web.json_response({"text": shown, "changes": "\n".join(lines)})
+
+
+async def post_backup(request: web.Request) -> web.StreamResponse:
+    """Makes a backup the config again, as a save of its text; the file before it becomes the newest backup."""
+    state, text = require_admin(request), backup_text(request)
+    body = await body_of(request, ("hash",))
+    try:
+        return web.json_response({"hash": store_text(state, text, body.get("hash"))})
+    except ApiError as error:  # an error about a misplaced secret would quote it
+        raise ApiError(error.status, without_secrets(error.message, secret_marks(text))) from None
+
+
 async def post_try(request: web.Request) -> web.StreamResponse:
     """A real request through the live path, streamed as raw events; a last `ccmux` event tells its route and
     cost.
@@ -9720,6 +9764,8 @@ def admin_routes() -> list[web.RouteDef]:
         web.get("/admin/api/config", get_config),
         web.put("/admin/api/config", put_config),
         web.get("/admin/api/backups", get_backups),
+        web.get("/admin/api/backups/{name}", get_backup),
+        web.post("/admin/api/backups/{name}", post_backup),
         web.post("/admin/api/try", post_try),
         web.get("/admin/api/inspect", get_inspect),
         web.put("/admin/api/inspect", put_inspect),
@@ -10111,14 +10157,38 @@ function requestColumns(admin) {
       ["Took", (r) => seconds(r.duration_ms), "num"],
   ];
 }
-function showRow(row) {
-  const shown = (name, value) => name.endsWith("_microusd") ? usd(value) : name.endsWith("_ms")
-    ? seconds(value)
-    : value === "" || value === null ? "–" : typeof value === "object" ? JSON.stringify(value)
-      : String(value);
-  openDialog(`Request ${row.request_id}`,
-    table("Request", [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"],
-    ["Value", ([n, v]) => shown(n, v), "text"]], Object.entries(row), ""));
+/* Why a request went where it went, and what it cost: of the log's row, as prompts are not kept. */
+function explanation(trail) {
+  const tried = trail.filter(([step]) => step !== "targets"), order = trail.find(([s]) => s === "targets");
+  return [table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note,
+    "text"]], tried, "No rules were tried."), order && el("p", {}, "Targets in order: ", order[1])];
+}
+function costTable(row) {
+  const price = row.price || {}, tiers = price.tiers || [];
+  const rate = ([kind]) => price[kind] ?? (price.input ? "as input" : "–");
+  const kinds = PRICES.filter(([kind]) => row[`${kind}_tokens`] || ["input", "output"].includes(kind));
+  return [table("Tokens and price", [["Kind", ([, name]) => name, "nowrap"],
+    ["Tokens", ([kind]) => whole(row[`${kind}_tokens`]), "num"], ["$ per million", rate, "num"]], kinds, ""),
+  tiers.length > 0 && el("p", { class: "muted" }, `Another price above ${whole(tiers[0].above)} tokens.`),
+  el("p", {}, row.cost_microusd === null ? "No price is known for this model, so its cost is not counted."
+    : `Cost ${usd(row.cost_microusd)}, markup ${usd(row.markup_microusd)}, charged ${usd(row.charge_microusd)}.`)];
+}
+async function showRow(row) {
+  const shown = (name, value) => (name.endsWith("_microusd") ? usd(value) : name.endsWith("_ms")
+    ? seconds(value) : value === "" || value === null ? "–" : String(value));
+  const fields = Object.entries(row).filter(([name]) => !["trail", "price"].includes(name));
+  const again = el("div", {});
+  openDialog(`Request ${row.request_id}`, el("p", {}, statusBadge(row), ` ${row.asked || "–"} was asked for, `,
+    `${target(row)} answered because of ${row.route || "–"}; attempts: ${row.attempts}`),
+  el("h3", {}, "Why"), explanation(row.trail), again, el("h3", {}, "Cost"), costTable(row),
+  el("details", {}, el("summary", {}, "All fields"), table("All fields",
+    [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"], ["Value", ([n, v]) => shown(n, v), "text"]], fields, "")));
+  if (PAGE !== "admin") return;
+  const { held } = await ask(`${ROOT}/inspect`).catch(() => ({ held: [] }));
+  if (held.some((r) => r.id === row.request_id)) fill(again, button("Explain it again on today's rules",
+    async () => refill(again, explained(await explainHeld(row.request_id)))));
+  else fill(again, el("p", { class: "muted" },
+    "The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
 }
 function openDialog(title, ...body) {
   const node = el("dialog", { "aria-label": title }), close = () => { node.close(); node.remove(); };
@@ -10170,16 +10240,16 @@ function tiles(me, days, rows) {
       : "no requests yet"));
 }
 function budgetCard(me) {
-  const spent = { day_microusd: me.spent_today_microusd, month_microusd: me.spent_month_microusd };
-  const rows = Object.entries(me.budgets).filter(([, limit]) => limit !== null).map(([name, limit]) => {
-    const period = name.replace("_microusd", ""), used = spent[name];
-    if (used === undefined) return el("p", {}, `${period}: ${usd(limit)}`);
-    return el("div", {}, el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
-      el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8,
-        "aria-label": `budget of the ${period}` }));
-  });
-  return rows.length ? card("Budgets", null, rows) : null;
+  const rows = budgetsOf(me).map(([period, used, limit]) => el("div", {},
+    el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
+    el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8,
+      "aria-label": `budget of the ${period}` })));
+  return rows.length ? card("Budgets", el("span", { class: "muted" }, "UTC, a week begins on Monday"), rows) : null;
 }
+/* [period, spent, budget] of those that are set. */
+const budgetsOf = (user) => [["day", "today"], ["week", "week"], ["month", "month"]]
+  .map(([period, name]) => [period, user[`spent_${name}_microusd`], user.budgets[`${period}_microusd`]])
+  .filter(([, , limit]) => limit !== null);
 function spendCard(days) {
   if (!sum(days, "requests")) return card("Spend per day", null,
     empty("Nothing was asked in the last 30 days."));
@@ -10812,7 +10882,7 @@ function ruleItem(row) {
   const made = controls(S.fields.rules, row);
   return { node: el("div", { class: "fields" }, made.nodes), read: made.read };
 }
-function routerView() {
+async function routerView() {
   const row = S.config.router || {}, hash = S.config_hash;
   const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (SLOTS.includes(f.name)
     ? { ...f, list: "names" } : f));
@@ -10842,38 +10912,51 @@ function routerView() {
   attempt();
   return [card("Router", null, el("p", { class: "muted" },
     "Which model a request goes to: the first rule that applies and has a model ",
-    "wins. An empty one is passed over."), form), explainCard()];
+    "wins. An empty one is passed over."), form), await explainCard()];
 }
 const sampleBody = (model, text) => ({ model, max_tokens: 1024,
   messages: [{ role: "user", content: text }] });
-function explainCard() {
+const explainHeld = async (id) => {
+  const held = await ask(path("inspect", id));
+  return ask(`${ROOT}/explain`, "POST", { body: held.client_request, headers: held.client_headers });
+};
+const explained = (told) => [el("p", {}, badge("ok", told.reason),
+  ` goes to ${told.model}; ${whole(told.tokens)} tokens counted`), explanation(told.trail),
+table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider, "text"],
+  ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]], told.targets,
+"No targets.")];
+async function explainCard() {
   const body = el("textarea", { rows: 8, spellcheck: "false",
     value: JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2) });
-  const result = el("div", {}), held = selectBox([["", "paste your own below"]]);
-  ask(`${ROOT}/inspect`).then((told) => fill(held,
-    told.held.map((r) => el("option", { value: r.id }, `${r.time} ${r.asked}`)))).catch(tellError);
-  held.addEventListener("change", async () => {
-    if (!held.value) return;
-    try { body.value = JSON.stringify((await ask(path("inspect", held.value))).client_request, null,
-      2); } catch (e) { tellError(e); }
+  const [{ requests }, { held }] = await Promise.all([ask(`${ROOT}/requests?limit=50`), ask(`${ROOT}/inspect`)]);
+  const isHeld = (row) => held.some((r) => r.id === row.request_id);
+  const words = (row) => `${new Date(row.time).toLocaleTimeString()} ${row.asked} → ${target(row)}`;
+  const recent = selectBox([["", "none: the request below"], ...requests.map((row) => [row.request_id,
+    isHeld(row) ? `${words(row)} (held whole)` : words(row)])]);
+  const result = el("div", {});
+  let headers = {};
+  recent.addEventListener("change", async () => {
+    const row = requests.find((r) => r.request_id === recent.value);
+    headers = {};
+    if (!row) return refill(result);
+    if (!isHeld(row)) return refill(result, el("h3", {}, "As it went"), explanation(row.trail), costTable(row));
+    try {
+      const whole = await ask(path("inspect", row.request_id));
+      headers = whole.client_headers;
+      body.value = JSON.stringify(whole.client_request, null, 2);
+      return await run();
+    } catch (error) { return tellError(error); }
   });
   const run = async () => {
     let parsed;
     try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400,
       `Not JSON: ${error.message}`); }
-    const told = await ask(`${ROOT}/explain`, "POST", { body: parsed });
-    refill(result, el("p", {}, badge("ok", told.reason),
-      ` goes to ${told.model}; ${whole(told.tokens)} tokens counted`),
-      table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note,
-        "text"]], told.trail, "No rules tried."),
-      table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider,
-        "text"],
-        ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]],
-          told.targets, "No targets."));
+    refill(result, el("h3", {}, "On the rules as they are now"),
+      explained(await ask(`${ROOT}/explain`, "POST", { body: parsed, headers })));
   };
-  const form = formOf([labelled("Request that Inspect holds", held), labelled("Messages request (JSON)",
-    body)],
-    run, { label: "Explain", keeps: false });
+  const form = formOf([labelled("A recent request", recent,
+    "of one that Inspect holds the whole is explained anew; of others, what was noted as they went"),
+  labelled("Messages request (JSON)", body)], run, { label: "Explain", keeps: false });
   return card("Explain a request", null,
     el("p", { class: "muted" }, "Shows each rule that is tried. Nothing is sent."), form, result);
 }
@@ -10892,8 +10975,9 @@ async function usersView() {
   const columns = [["Name", (u) => u.name, "text"],
     ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
     ["Balance", (u) => usd(u.balance_microusd), "num"], ["Held", (u) => usd(u.held_microusd), "num"],
-    ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This month", (u) => usd(u.spent_month_microusd),
-      "num"],
+    ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This week", (u) => usd(u.spent_week_microusd), "num"],
+    ["This month", (u) => usd(u.spent_month_microusd), "num"], ["Budgets", (u) => budgetsOf(u).map(
+      ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"],
     ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` })]];
   return card("Users", button("Add a user", addUserDialog, { class: "main" }), table("Users", columns, users,
     "No users. On this computer alone none is needed; on a network each person gets a key."));
@@ -10946,6 +11030,7 @@ async function userDialog(user) {
   const ledger = el("div", {});
   const close = openDialog(`User ${user.name}`,
     el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} held`),
+    budgetCard(user),
     formOf(el("div", { class: "row" }, labelled("Amount, dollars", amount, "below zero takes back"),
       labelled("Note", note)),
       credit, { label: "Change credit" }), el("h3", {}, "Budgets"),
@@ -11102,7 +11187,23 @@ async function configView() {
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
     card("Backups", null, table("Backups", [["File", (b) => b.name, "text mono"],
       ["Written", (b) => when(b.time), "nowrap"],
-      ["Bytes", (b) => whole(b.bytes), "num"]], backups, "None yet: a save keeps the file before it."))];
+      ["Bytes", (b) => whole(b.bytes), "num"],
+      ["", (b) => button("Look", () => backupDialog(b.name, config.hash).catch(tellError),
+        { class: "small", "aria-label": `Look at ${b.name}` })]],
+    backups, "None yet: a save keeps the file before it."))];
+}
+async function backupDialog(name, hash) {
+  const { text, changes } = await ask(path("backups", name));
+  const restore = async () => {
+    await ask(path("backups", name), "POST", { hash });
+    close();
+    await saved(`${name} is the config again.`);
+  };
+  const close = openDialog(`Backup ${name}`, el("h3", {}, "What restoring it changes"),
+    el("pre", { tabindex: 0 }, changes || "Nothing: it says what the config says now."),
+    el("details", {}, el("summary", {}, "The whole backup"), el("pre", { tabindex: 0 }, text)),
+    formOf(el("p", { class: "muted" }, "The config as it is now becomes the newest backup."), restore,
+      { label: "Restore", keeps: false }));
 }
 function settingsCard(root, title) {
   const hash = S.config_hash, made = controls(S.fields[root], S.config[root] || {});

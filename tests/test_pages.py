@@ -402,7 +402,7 @@ async def test_a_kept_request_is_inspected_and_explained(
         await expect(page.locator("pre").first).to_contain_text('"content": "Hi"')
         assert "sk-secret" not in await page.content()
         await tab(page, "router")
-        await page.get_by_label("Request that Inspect holds").select_option(index=1)
+        await page.get_by_label("A recent request").select_option(index=1)
         await expect(page.get_by_label("Messages request (JSON)")).to_have_value(re.compile('"Hi"'))
         await page.click("button:text-is('Explain')")
         await expect(page.locator("main")).to_contain_text("goes to tiny")
