@@ -9828,12 +9828,14 @@ nav a[aria-current] { color: var(--accent); background: var(--soft); font-weight
 .head h2 { margin-right: auto; }
 .head input { width: 220px; }
 .tiles, .two { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
-.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 16px; }
+.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; margin: 16px 0; }
+.two .card { margin: 0; }
 .tiles { margin: 16px 0; }
 .tiles .card { margin: 0; padding: 14px 16px; position: relative; }
 .big { display: block; font-size: 23px; font-weight: 600; letter-spacing: -.02em; }
 .muted, .help, small { color: var(--muted); font-size: 13px; }
 .empty { color: var(--muted); padding: 10px 0; }
+main:focus { outline: 0; }
 .scroll { overflow-x: auto; max-width: 100%; position: relative; }
 .log { max-height: 460px; overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
@@ -9958,7 +9960,7 @@ const empty = (...words) => el("p", { class: "empty" }, ...words);
 function table(label, columns, rows, shown) {
   if (!rows.length) return empty(shown);
   const cell = ([, make, kind], row) => el("td", { class: kind }, make(row));
-  const head = columns.map(([title, , kind]) => el("th", { scope: "col", class: kind }, title));
+  const head = columns.map(([title, , kind]) => (title ? el("th", { scope: "col", class: kind }, title) : el("td")));
   return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label },
     el("table", {}, el("thead", {}, el("tr", {}, head)),
       el("tbody", {}, rows.map((row) => el("tr", {}, columns.map((c) => cell(c, row)))))));
@@ -10073,7 +10075,19 @@ darkSystem.addEventListener("change", showTheme);
 showTheme();
 
 /* Asks again every few seconds while the page is seen; errors are told, not thrown. */
-const hasFocus = (node) => node.contains(document.activeElement); /* then it is not drawn anew under the user */
+/* Draws a part anew, and gives back the focus, the scrolling sideways and what was unfolded in it. */
+function redraw(node, ...children) {
+  const all = (what) => [...node.querySelectorAll(what)], stops = "a, button, summary, [tabindex]";
+  const old = document.activeElement, at = all(stops).indexOf(old);
+  const left = all(".scroll").map((s) => s.scrollLeft), open = all("details").map((d) => d.open);
+  refill(node, ...children);
+  all(".scroll").forEach((s, n) => { s.scrollLeft = left[n] || 0; });
+  if (all("details").length === open.length) all("details").forEach((d, n) => { d.open = open[n]; });
+  const isSame = (e, n) => (old.dataset.key ? e.dataset.key === old.dataset.key
+    : n === at && e.textContent === old.textContent);
+  const focused = at >= 0 && all(stops).find(isSame);
+  if (focused) focused.focus({ preventScroll: true });
+}
 function poll(refresh, every) {
   const timer = setInterval(() => { if (!document.hidden) refresh().catch(tellError); }, every);
   return () => clearInterval(timer);
@@ -10145,8 +10159,8 @@ const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.s
 const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "–";
 function requestColumns(admin) {
   return [
-    ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request" }),
-      "nowrap"],
+    ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request",
+      "data-key": r.request_id }), "nowrap"],
     ...(admin ? [["User", (r) => r.user, "nowrap"]] : [["Session", (r) => (r.session || "–").slice(0, 8),
       "nowrap mono"]]),
     ["Asked for", (r) => r.asked || "–", "text"], ["Answered by", target, "text"],
@@ -10214,38 +10228,39 @@ async function dashboard() {
   if (!got) return;
   const [me, days, models, sessions, offered, requests, entries] = got;
   const first = !requests.requests.length;
-  refill($("main"), first && connectCard(offered.models), tiles(me, lastDays(days.usage, 30), days.usage),
+  redraw($("main"), first && connectCard(offered.models), tiles(me, lastDays(days.usage, 30), days.usage),
     budgetCard(me), spendCard(lastDays(days.usage, 30)),
     el("div", { class: "two" }, topCard("Models used", "model", models.usage), topCard("Sessions", "session",
       sessions.usage)),
     requestCard(requests.requests), offeredCard(offered.models), moneyCard(entries.transactions),
     !first && connectCard(offered.models));
 }
+const isFree = (user) => user.name === "local" && user.balance_microusd <= 0;
 function tiles(me, days, rows) {
   const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"),
     output = sum(rows, "output_tokens");
   const written = sum(rows, "cache_write_tokens") + sum(rows, "cache_write_1h_tokens");
+  const held = me.held_microusd ? `${usd(me.held_microusd)} held` : "nothing held";
   const timed = rows.filter((r) => r.first_token_ms), busy = sum(rows, "duration_ms") / 1000;
   const waited = timed.reduce((t, r) => t + r.first_token_ms * r.requests, 0) / sum(timed, "requests");
   return el("div", { class: "tiles" },
-    tile("Balance", usd(me.balance_microusd), me.held_microusd ? `${usd(me.held_microusd)} held`
-      : "nothing held"),
+    /* Who has no credit and needs none would read a balance below zero as a debt. */
+    isFree(me) ? tile("Spent in all", usd(-me.balance_microusd), held) : tile("Balance", usd(me.balance_microusd), held),
     tile("Spent today", usd(me.spent_today_microusd), `by ${me.name}`),
     tile("Spent this month", usd(me.spent_month_microusd), "UTC", days.map((d) => d.charge_microusd)),
     tile("Requests", whole(sum(rows, "requests")), "in 30 days", days.map((d) => d.requests)),
     tile("Input tokens", short(fresh), `${short(written)} written to cache`),
     tile("Output tokens", short(output), "in 30 days"),
     tile("Read from cache", short(cached), `${percent(cached / (fresh + cached + written))} of all input`),
-    tile("First token", waited ? seconds(waited) : "–", busy ? `${(output / busy).toFixed(1)} tokens/s`
+    tile("First token", waited ? seconds(waited) : "–", busy ? `${Number((output / busy).toPrecision(3))} tokens/s`
       : "no requests yet"));
 }
-function budgetCard(me) {
-  const rows = budgetsOf(me).map(([period, used, limit]) => el("div", {},
-    el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
-    el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8,
-      "aria-label": `budget of the ${period}` })));
-  return rows.length ? card("Budgets", el("span", { class: "muted" }, "UTC, a week begins on Monday"), rows) : null;
-}
+const budgetBars = (user) => budgetsOf(user).map(([period, used, limit]) => el("div", {},
+  el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
+  el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8,
+    "aria-label": `budget of the ${period}` })));
+const budgetCard = (me) => budgetsOf(me).length > 0
+  && card("Budgets", el("span", { class: "muted" }, "UTC, a week begins on Monday"), budgetBars(me));
 /* [period, spent, budget] of those that are set. */
 const budgetsOf = (user) => [["day", "today"], ["week", "week"], ["month", "month"]]
   .map(([period, name]) => [period, user[`spent_${name}_microusd`], user.budgets[`${period}_microusd`]])
@@ -10263,9 +10278,10 @@ function spendCard(days) {
       "")));
 }
 const usageColumns = (title) => [
-  [title, (r) => r.key || "–", "text"], ["Requests", (r) => whole(r.requests), "num"],
+  [title, (r) => r.key || "none", "text"], ["Requests", (r) => whole(r.requests), "num"],
   ["Input", (r) => short(r.input_tokens), "num"], ["Output", (r) => short(r.output_tokens), "num"],
-  ["Cache read", (r) => short(r.cache_read_tokens), "num"], ["Cost", (r) => usd(r.charge_microusd), "num"],
+  ["Cache read", (r) => short(r.cache_read_tokens), "num"],
+  ["Cost", (r) => (r.unpriced === r.requests ? "no price" : usd(r.charge_microusd)), "num"],
 ];
 const topCard = (title, by, rows) => card(title, null,
   table(title, usageColumns(by === "model" ? "Model" : "Session"), rows.slice(0, 10),
@@ -10547,8 +10563,11 @@ async function showTab() {
   stopView();
   stopView = () => {};
   shownTab = key;
-  refill($("tabs"), TABS.map(([name, label]) =>
-    el("a", { href: `#${name}`, "aria-current": name === key ? "page" : null }, label)));
+  if (!$("tabs").children.length) fill($("tabs"), TABS.map(([name, label]) => el("a", { href: `#${name}` }, label)));
+  for (const link of $("tabs").children) {
+    if (link.hash === `#${key}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
   try {
     await reload();
     const nodes = await view();
@@ -10562,6 +10581,7 @@ async function showTab() {
 /* After a save: the newest state, and the view drawn again unless another form on it has unsaved changes. */
 async function saved(words) {
   await (isDirty() ? reload() : showTab());
+  if (document.activeElement === document.body) $("main").focus(); /* what had the focus is drawn anew */
   tell(words);
 }
 
@@ -10571,8 +10591,10 @@ const STATES = { ok: "ok", closed: "ok", disabled: "", cooling: "warn", "half-op
 const WORDS = { ok: "working", open: "resting after faults", cooling: "limited for now",
   unusable: "cannot be used",
   "half-open": "being tried again", disabled: "switched off" };
+const refusesKey = ({ outcomes }) => ["http_401", "http_403"].includes((outcomes.at(-1) || {}).error);
 function stateBadge(name) {
-  const health = S.providers[name] || { state: "unusable" };
+  const health = S.providers[name] || { state: "unusable", outcomes: [] };
+  if (refusesKey(health) && !["disabled", "unusable"].includes(health.state)) return badge("bad", "refuses its key");
   if (health.state === "ok" && !health.outcomes.length) return badge("", "not used yet");
   return badge(STATES[health.state] ?? "warn", WORDS[health.state] || health.state);
 }
@@ -10583,13 +10605,14 @@ function problems(broke) {
     "Add one to have anything to send requests to.", "providers");
   for (const user of broke) add("warn", user.name, "has no credit left, so requests are refused", "users");
   for (const [name, health] of Object.entries(S.providers)) {
-    const last = health.outcomes.at(-1), next = health.next_try_s ? `, tried again in ${health.next_try_s} s`
-      : "";
+    const last = health.outcomes.at(-1);
+    const next = health.next_try_s ? `, tried again in ${Math.ceil(health.next_try_s)} s` : "";
     if (health.problem) add("bad", name, health.problem, "providers");
+    else if (refusesKey(health)) add("bad", name, "refuses its key", "providers");
     else if (["open", "half-open", "cooling"].includes(health.state)) {
       add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${last.error}` : ""}`,
         "providers");
-    } else if (last && [401, 403].includes(last.status)) add("bad", name, "it refuses its key", "providers");
+    }
   }
   if (S.unpriced && S.unpriced.length) {
     add("warn", "no price", `${S.unpriced.slice(0, 8).join(", ")}: what these cost is not counted`, "models");
@@ -10603,8 +10626,8 @@ function problems(broke) {
 function problemCard(broke) {
   const found = problems(broke);
   if (!found.length) return card("All is well", badge("ok", "no problems"));
-  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), " ", text, " ",
-    el("a", { href: `#${tab}` }, "Look"));
+  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), ` ${text.replace(/\.$/, "")}. See `,
+    el("a", { href: `#${tab}` }, TABS.find(([key]) => key === tab)[1]));
   const node = card(`${found.length} thing${found.length > 1 ? "s" : ""} to look at`, null,
     el("ul", {}, found.map(item)));
   node.classList.add("problems");
@@ -10633,10 +10656,9 @@ async function overview() {
     const today = await ask(`${ROOT}/report?by=provider&since=${since}`);
     const { users } = (S.config.credits || {}).enforce ? await ask(`${ROOT}/users`) : { users: [] };
     const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled);
-    if (hasFocus(top)) return;
     const of = (name) => [sum(today.report, name), sum(all.report, name)];
     const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
-    refill(top, problemCard(broke), el("div", { class: "tiles" },
+    redraw(top, problemCard(broke), el("div", { class: "tiles" },
       tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent),
         `${usd(spentEver)} in all`),
       tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "all kinds"),
@@ -10655,7 +10677,7 @@ async function liveLog(place) {
   const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
     type: "search" });
   const isWanted = (row) => JSON.stringify(row).toLowerCase().includes(filter.value.toLowerCase());
-  const draw = () => refill(place, table("Requests", requestColumns(true), rows.filter(isWanted),
+  const draw = () => redraw(place, table("Requests", requestColumns(true), rows.filter(isWanted),
     rows.length ? "Nothing fits the filter." : "No requests yet. They appear here as they end."));
   const pause = button("Pause", () => {
     paused = !paused;
@@ -10669,7 +10691,7 @@ async function liveLog(place) {
         for await (const [event, data] of eventsOf(answer)) {
           if (event !== "request") continue;
           rows = [JSON.parse(data), ...rows].slice(0, 300);
-          if (!paused && !hasFocus(place)) draw();
+          if (!paused) draw();
         }
       } catch { /* the server restarts, or the view is left */ }
       await new Promise((resolve) => setTimeout(resolve, 2000));
@@ -10705,7 +10727,7 @@ function providersView() {
 }
 function providerDialog(old) {
   const row = old || { name: "", type: "" }, hash = S.config_hash, list = S.fields.providers;
-  const main = ["name", "base_url", "api_key", "models"];
+  const main = ["name", "base_url", "api_key", "models", ...(old ? ["enabled"] : [])];
   const field = (name) => list.find((f) => f.name === name);
   const first = controls(main.map(field), row);
   const rest = controls(list.filter((f) => ![...main, "type", "quirks"].includes(f.name)), row);
@@ -10743,7 +10765,7 @@ function providerDialog(old) {
       : "Choose a type first.");
     await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
     close();
-    await saved(`Provider ${table.name} is saved.`);
+    await saved(`Provider ${table.name} is saved.${old ? "" : " Test it, then give it a model."}`);
   };
   const remove = old && button("Delete", () => removeRow("providers", old.name, hash, usersOf(old.name),
     close), { class: "danger" });
@@ -10894,7 +10916,7 @@ async function routerView() {
     refill(results, el("p", {}, "Claude's own name (auto_map_regex): ", matchWord(of("auto_map_regex"),
       sample.value)),
       el("p", {}, "Background name (background_regex): ", matchWord(of("background_regex"), sample.value)),
-      rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, ${rule.pattern || "empty"}: `,
+      rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, `, el("code", {}, rule.pattern || "empty"), " ",
         matchWord(rule.pattern, words.value))));
   };
   const save = async () => {
@@ -10922,6 +10944,7 @@ const explainHeld = async (id) => {
 };
 const explained = (told) => [el("p", {}, badge("ok", told.reason),
   ` goes to ${told.model}; ${whole(told.tokens)} tokens counted`), explanation(told.trail),
+el("h3", {}, "Targets, and the most it can cost there"),
 table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider, "text"],
   ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]], told.targets,
 "No targets.")];
@@ -10955,7 +10978,7 @@ async function explainCard() {
       explained(await ask(`${ROOT}/explain`, "POST", { body: parsed, headers })));
   };
   const form = formOf([labelled("A recent request", recent,
-    "of one that Inspect holds the whole is explained anew; of others, what was noted as they went"),
+    "one that Inspect holds whole is explained anew; of any other you see what was noted when it went"),
   labelled("Messages request (JSON)", body)], run, { label: "Explain", keeps: false });
   return card("Explain a request", null,
     el("p", { class: "muted" }, "Shows each rule that is tried. Nothing is sent."), form, result);
@@ -10974,7 +10997,7 @@ async function usersView() {
   const { users } = await ask(`${ROOT}/users`);
   const columns = [["Name", (u) => u.name, "text"],
     ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
-    ["Balance", (u) => usd(u.balance_microusd), "num"], ["Held", (u) => usd(u.held_microusd), "num"],
+    ["Balance", (u) => (isFree(u) ? "–" : usd(u.balance_microusd)), "num"], ["Held", (u) => usd(u.held_microusd), "num"],
     ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This week", (u) => usd(u.spent_week_microusd), "num"],
     ["This month", (u) => usd(u.spent_month_microusd), "num"], ["Budgets", (u) => budgetsOf(u).map(
       ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"],
@@ -11030,10 +11053,9 @@ async function userDialog(user) {
   const ledger = el("div", {});
   const close = openDialog(`User ${user.name}`,
     el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} held`),
-    budgetCard(user),
-    formOf(el("div", { class: "row" }, labelled("Amount, dollars", amount, "below zero takes back"),
+    formOf(el("div", { class: "fields" }, labelled("Amount, dollars", amount, "below zero takes back"),
       labelled("Note", note)),
-      credit, { label: "Change credit" }), el("h3", {}, "Budgets"),
+      credit, { label: "Change credit" }), el("h3", {}, "Budgets"), budgetBars(user),
         formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets,
       { label: "Save budgets" }), el("div", { class: "row" }, button("New key", rotate),
         button(user.disabled ? "Enable" : "Disable", toggle,
@@ -11070,7 +11092,7 @@ async function billingView() {
         `${usd(sum(report, "cost_microusd"))}, charged ${usd(sum(report, "charge_microusd"))}.`));
   };
   const form = formOf([namesList(), el("div", { class: "fields" }, labelled("By", by),
-    labelled("From", since), labelled("Until, not with", until),
+    labelled("From", since), labelled("Until", until, "that day not included"),
     labelled("As if on model", other, "what the same tokens would have cost there"))], draw,
       { label: "Show", keeps: false,
     extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`,
@@ -11103,7 +11125,8 @@ function tryView() {
     ` ${target(row)} because of ${row.route}`),
     el("p", { class: "muted" },
       `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
-      `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`));
+      `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`),
+    el("details", {}, el("summary", {}, "Why it went there"), explanation(row.trail)));
   const send = async () => {
     refill(end);
     output.textContent = raw.textContent = "";
@@ -11141,28 +11164,31 @@ async function inspectView() {
   const show = async (id) => {
     const whole = await ask(path("inspect", id)), text = () => new Blob([JSON.stringify(whole, null, 2)],
       { type: "application/json" });
-    const panes = [["What the client sent", "client_request"], ["What went upstream", "upstream_request"],
-      ["The raw answer", "upstream_answer"], ["Events for the client", "events"]];
+    const headers = Object.entries(whole.client_headers).map(([name, value]) => `${name}: ${value}\n`).join("");
+    const panes = [["What the client sent", `${headers}\n${pretty(whole.client_request)}`.trim()],
+      ["What went upstream", pretty(whole.upstream_request)], ["The raw answer", pretty(whole.upstream_answer)],
+      ["Events for the client", pretty(whole.events)]];
     refill(detail, card(`Request ${id}`, button("Download JSON", () => download(text(), `ccmux-${id}.json`)),
       el("div", { class: "two" },
-      panes.map(([title, part]) => el("div", {}, el("h3", {}, title),
-        el("pre", { tabindex: 0 }, pretty(whole[part]) || "nothing"))))));
+      panes.map(([title, text]) => el("div", {}, el("h3", {}, title),
+        el("pre", { tabindex: 0 }, text || "nothing"))))));
   };
   const draw = (told) => {
     const left = told.on_for_s;
     refill(state, left ? badge("ok", `on for ${Math.ceil(left / 60)} min more`) : badge("", "off"),
       left ? button("Switch off and forget", () => put(0)) : button("Keep requests for 15 minutes",
         () => put(15), { class: "main" }));
-    refill(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"],
+    redraw(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"],
       ["Asked for", (r) => r.asked, "text"],
       ["Why", (r) => r.route || "–", "nowrap"], ["Answered by", (r) => r.target || "–", "text"],
         ["Status", (r) => r.status ?? "running", "nowrap"],
-      ["", (r) => button("Show", () => show(r.id).catch(tellError), { class: "small" })]], told.held,
+      ["", (r) => button("Show", () => show(r.id).catch(tellError),
+        { class: "small", "data-key": r.id, "aria-label": `Show ${r.id}` })]], told.held,
     left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
   };
   const refresh = async () => {
     const told = await ask(`${ROOT}/inspect`);
-    if (!hasFocus(list)) draw(told);
+    draw(told);
   };
   await refresh();
   stopView = poll(refresh, 3000);
@@ -11225,7 +11251,7 @@ if (PAGE === "admin") addEventListener("hashchange",
   () => (location.hash.startsWith("#token=") ? admin() : showTab()));
 start();
 if (PAGE !== "admin") {
-  poll(async () => { if (document.querySelector(".tiles") && !hasFocus($("main"))) await dashboard(); }, 30000);
+  poll(async () => { if (document.querySelector(".tiles") && !String(getSelection())) await dashboard(); }, 30000);
 }
 """
 

@@ -410,12 +410,122 @@ async def test_a_kept_request_is_inspected_and_explained(
 
 
 @needs_browser
-async def test_a_model_in_use_is_not_deleted_and_targets_move(
+async def test_any_logged_request_tells_why_it_went_where_it_did(
     browser: Browser, provider: AnthropicFake, tmp_path: Path
 ) -> None:
     text = config_of(provider, extra='[[models.mappings]]\nprovider = "up"\nactual_model = "second"\n')
+    async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
+        assert await ask(proxy, "tiny") == 200
+        row = page.locator(".log tbody button").first
+        await row.click()
+        dialog = page.locator("dialog")
+        for words in (
+            "tiny was asked for",
+            "Targets in order: up/tiny, then up/second",
+            "charged $0.0045",
+            "is not kept",
+        ):
+            await expect(dialog).to_contain_text(words)
+        await expect(page.get_by_role("region", name="Rules tried")).to_contain_text("no prompt rules")
+        await page.keyboard.press("Escape")
+        await expect(row).to_be_focused()
+        assert await ask(proxy, "up/other") == 200  # the log goes on under the focus
+        await expect(page.locator(".log")).to_contain_text("up/other")
+        await expect(page.locator(".log tbody button").nth(1)).to_be_focused()
+
+        await tab(page, "router")
+        await expect(page.locator('nav a[href="#router"]')).to_be_focused()
+        await page.get_by_label("A recent request").select_option(index=2)
+        await expect(page.locator("main")).to_contain_text("Targets in order: up/tiny, then up/second")
+
+        await tab(page, "inspect")
+        await page.click("text=Keep requests for 15 minutes")
+        await expect(page.locator("main")).to_contain_text("Waiting for requests")
+        assert await ask(proxy, "tiny") == 200
+        await tab(page, "overview")
+        await page.locator(".log tbody button").first.click()
+        await page.click("text=Explain it again")
+        await expect(dialog).to_contain_text("goes to tiny")
+        assert len(provider.asked) == 3
+
+
+@needs_browser
+async def test_a_backup_is_restored(browser: Browser, provider: AnthropicFake, tmp_path: Path) -> None:
+    text = config_of(provider)
+    async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "router")
+        await page.get_by_label("Background", exact=True).fill("tiny")
+        await page.click("form button:text-is('Save') >> nth=0")
+        await expect(page.locator("#status")).to_contain_text("saved")
+        await tab(page, "config")
+        await page.get_by_label("Look at config.toml.bak1").click()
+        await expect(page.locator("dialog pre").first).to_contain_text('-background = "tiny"')
+        assert "sk-secret" not in await page.content()
+        await page.click("dialog button:text-is('Restore')")
+        await expect(page.locator("#status")).to_contain_text("config.toml.bak1 is the config again")
+    assert (tmp_path / "config.toml").read_text() == text
+
+
+@needs_browser
+async def test_a_weeks_budget_stands_beside_what_was_spent(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy:
+        proxy.state.store.local_user()
+        proxy.state.store.set_budgets("local", {"week_microusd": 2_000_000})
+        assert await ask(proxy, "tiny") == 200
+        await proxy.idle()
+        async with opened(browser, proxy.url) as page:
+            await expect(page.locator("main")).to_contain_text("$0.0045 of $2.00 this week")
+            await expect(page.get_by_label("budget of the week")).to_be_visible()
+            await expect(page.locator(".tiles")).to_contain_text("Spent in all$0.0045")
+        async with opened(browser, admin_url(proxy)) as page:
+            await tab(page, "users")
+            await expect(page.locator("main")).to_contain_text("$2.00 a week")
+            await page.get_by_label("Open local").click()
+            await expect(page.locator("dialog")).to_contain_text("$0.0045 of $2.00 this week")
+
+
+@needs_browser
+async def test_a_provider_that_refuses_its_key_is_told_apart(browser: Browser, tmp_path: Path) -> None:
     async with (
-        in_process(tmp_path, text + '[router]\ndefault = "tiny"\n') as proxy,
+        AnthropicFake(lambda turn: Answer(status=401, error="no such key")) as fake,
+        in_process(tmp_path, config_of(fake)) as proxy,
+    ):
+        assert await ask(proxy, "tiny") == 500
+        async with opened(browser, admin_url(proxy)) as page:
+            await expect(page.locator(".problems")).to_contain_text("up refuses its key. See Providers")
+            await tab(page, "providers")
+            await expect(page.locator("tbody")).to_contain_text("refuses its key")
+
+
+@needs_browser
+async def test_a_provider_lists_its_models_and_is_switched_off(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.get_by_label("Test up").click()
+        await page.click("text=Fetch the model list")
+        await expect(page.locator("dialog [role=status] p")).to_have_text(re.compile(r"[1-9]\d* models"))
+        await page.click("dialog button:text-is('Close')")
+        await page.get_by_label("Edit up").click()
+        await page.get_by_label("Enabled").select_option("no")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("main")).to_contain_text("switched off")
+    assert "enabled = false" in (tmp_path / "config.toml").read_text()
+
+
+@needs_browser
+async def test_a_model_in_use_is_not_deleted_and_targets_move(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    text = config_of(
+        provider, extra='# 2\n[[models.mappings]]\nprovider = "up" # B\nactual_model = "second"\n'
+    )
+    text = text.replace('provider = "up"\n', 'provider = "up" # A\n').replace("price", "# dear\nprice")
+    async with (
+        in_process(tmp_path, text + '# r\n[router]\ndefault = "tiny" # R\n') as proxy,
         opened(browser, admin_url(proxy)) as page,
     ):
         await tab(page, "models")
@@ -425,3 +535,6 @@ async def test_a_model_in_use_is_not_deleted_and_targets_move(
         await page.locator("dialog button:text-is('Up')").nth(1).click()
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("main")).to_contain_text("up/second, then up/tiny")
+    assert re.findall(r"# .*", (tmp_path / "config.toml").read_text()) == [
+        "# a comment that stays", "# dear", "# 2", "# B", "# A", "# r", "# R",
+    ]  # fmt: skip
