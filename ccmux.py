@@ -9968,6 +9968,7 @@ function table(label, columns, rows, shown) {
 
 /* Numbers and times for people. */
 const whole = (n) => (n === null || n === undefined ? "–" : Number(n).toLocaleString("en-US"));
+const count = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
 function short(n) {
   const units = [[1e9, "B"], [1e6, "M"], [1e3, "k"]];
   const [size, letter] = units.find(([size]) => n >= size) || [1, ""];
@@ -10043,11 +10044,12 @@ async function* eventsOf(answer) {
 }
 
 /* The one line that says what happened. */
+const STATUS = $("status");
 let statusTimer = 0;
 function tell(words) {
-  $("status").textContent = words;
+  STATUS.textContent = words;
   clearTimeout(statusTimer);
-  statusTimer = setTimeout(() => { $("status").textContent = ""; }, 6000);
+  statusTimer = setTimeout(() => { STATUS.textContent = ""; }, 6000);
 }
 function tellError(error) {
   if (error.name !== "AbortError") tell(error.message);
@@ -10139,7 +10141,7 @@ function dayChart(days, name, shown) {
   const bar = (day, n) => {
     const height = Math.max((day[name] / most) * 130, day[name] > 0 ? 2 : 0);
     return svg("rect", { class: "bar", x: n * step + 2, y: 140 - height, width: step - 4, height, rx: 2 },
-      svg("title", {}, `${day.key}: ${shown(day[name])}, ${whole(day.requests)} requests`));
+      svg("title", {}, `${day.key}: ${shown(day[name])}, ${count(day.requests, "request")}`));
   };
   return svg("svg", { class: "chart", viewBox: "0 0 900 142", preserveAspectRatio: "none", role: "img",
     "aria-label": `Bars of ${days.length} days, the highest ${shown(most)}` },
@@ -10204,17 +10206,20 @@ async function showRow(row) {
   else fill(again, el("p", { class: "muted" },
     "The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
 }
+/* The status line goes along: what stands outside of a modal dialog is not read out. */
 function openDialog(title, ...body) {
-  const node = el("dialog", { "aria-label": title }), close = () => { node.close(); node.remove(); };
-  const isDirty = () => node.querySelector("[data-dirty]");
-  node.addEventListener("cancel", (event) => {
-    if (isDirty() && !confirm("Leave without saving what you changed?")) event.preventDefault();
-  });
-  node.addEventListener("close", () => node.remove());
-  const leave = () => { if (!isDirty() || confirm("Leave without saving what you changed?")) close(); };
-  fill(node, el("div", { class: "head" }, el("h2", {}, title), button("Close", leave)), ...body);
+  const node = el("dialog", { "aria-label": title });
+  const mayLeave = () => !node.querySelector("[data-dirty]") || confirm("Leave without saving what you changed?");
+  const gone = () => { if (node.contains(STATUS)) document.body.append(STATUS); node.remove(); };
+  const close = () => { node.close(); gone(); };
+  node.addEventListener("cancel", (event) => { if (!mayLeave()) event.preventDefault(); });
+  node.addEventListener("close", gone);
+  const leave = button("Close", () => { if (mayLeave()) close(); });
+  fill(node, el("div", { class: "head" }, el("h2", {}, title), leave), ...body);
   document.body.append(node);
   node.showModal();
+  node.append(STATUS);
+  (node.querySelector("input, select, textarea") || leave).focus();
   return close;
 }
 
@@ -10291,22 +10296,25 @@ const requestCard = (rows) => card("Last requests", [
   downloadButton("Export JSON", "/api/export?format=json", "ccmux-usage.json")],
   table("Last requests", requestColumns(false), rows,
     "No requests yet. Point Claude Code here and ask it something."));
+/* Claude Code lists only names with claude or anthropic in them, so ccmux offers each with this in front too. */
+const seenAs = ({ name }) => (name.startsWith("anthropic/") ? name : `anthropic/${name}`);
 function offeredCard(models) {
   const price = (kind) => (m) => (m.price && m.price[kind] !== undefined ? `$${Number(m.price[kind])}` : "–");
-  const columns = [["Ask for", (m) => m.name, "text mono"], ["Goes to", (m) => m.targets.join(", then "),
-    "text"],
+  const columns = [["Ask for", (m) => m.name, "text mono"], ["Claude Code sees", seenAs, "text mono"],
+    ["Goes to", (m) => m.targets.join(", then "), "text"],
     ["Context", (m) => (m.context ? short(m.context) : "–"), "num"], ["Input", price("input"), "num"],
     ["Output", price("output"), "num"], ["Cache read", price("cache_read"), "num"]];
   return card("Models", el("span", { class: "muted" }, "US dollars per million tokens"),
     table("Models", columns, models,
     "No models yet. Whoever runs this server adds a provider and a model on the admin page."));
 }
+const ledgerTable = (entries, shown) => table("Transactions", [["Time", (t) => when(t.time), "nowrap"],
+  ["Kind", (t) => t.kind, "nowrap"], ["Note", (t) => t.note || t.request_id || "–", "text"],
+  ["Amount", (t) => usd(t.amount_microusd), "num"], ["Balance", (t) => usd(t.balance_microusd), "num"]], entries, shown);
 function moneyCard(entries) {
-  const buy = () => ask("/api/purchase", "POST").catch(tellError);
-  const columns = [["Time", (t) => when(t.time), "nowrap"], ["Kind", (t) => t.kind, "nowrap"],
-    ["Note", (t) => t.note || t.request_id || "–", "text"], ["Amount", (t) => usd(t.amount_microusd), "num"],
-    ["Balance", (t) => usd(t.balance_microusd), "num"]];
-  return card("Transactions", button("Buy credits", buy), table("Transactions", columns, entries,
+  const buy = () => openDialog("Buy credits", el("p", {},
+    "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page."));
+  return card("Transactions", button("Buy credits", buy), ledgerTable(entries,
     "No transactions. Credit that is added and what requests cost is listed here."));
 }
 function connectCard(models) {
@@ -10628,7 +10636,7 @@ function problemCard(broke) {
   if (!found.length) return card("All is well", badge("ok", "no problems"));
   const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), ` ${text.replace(/\.$/, "")}. See `,
     el("a", { href: `#${tab}` }, TABS.find(([key]) => key === tab)[1]));
-  const node = card(`${found.length} thing${found.length > 1 ? "s" : ""} to look at`, null,
+  const node = card(`${count(found.length, "thing")} to look at`, null,
     el("ul", {}, found.map(item)));
   node.classList.add("problems");
   return node;
@@ -10777,7 +10785,6 @@ function providerDialog(old) {
     el("div", { class: "fields" }, quirks.nodes))],
   save, { extra: [remove], made: [...first.made, ...rest.made, ...quirks.made] });
   const close = openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
-  (old ? name : type).focus();
 }
 async function removeRow(root, name, hash, users, close) {
   if (users.length) return tell(`${name} is used by ${users.join(", ")}; change that first.`);
@@ -10789,7 +10796,7 @@ async function removeRow(root, name, hash, users, close) {
   } catch (error) { return tellError(error); }
 }
 function testDialog(name) {
-  const result = el("div", { role: "status" }), model = textBox("", { list: "found" }),
+  const result = el("div", { "aria-live": "polite" }), model = textBox("", { list: "found" }),
     found = el("datalist", { id: "found" });
   const test = async () => {
     refill(result, "Asking …");
@@ -10804,7 +10811,7 @@ function testDialog(name) {
   const fetchNames = async () => {
     const { models } = await ask(`${path("providers", name)}/models`);
     refill(found, models.map((m) => el("option", { value: m })));
-    refill(result, el("p", {}, `${models.length} models`), el("pre", { tabindex: 0 }, models.join("\n")));
+    refill(result, el("p", {}, count(models.length, "model")), el("pre", { tabindex: 0 }, models.join("\n")));
   };
   const run = (work) => () => work().catch((error) => refill(result,
     el("p", { class: "error" }, error.message)));
@@ -10826,7 +10833,7 @@ function modelsView() {
   const columns = [["Ask for", (m) => m.name, "text mono"],
     ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ")
       || "nothing yet", "text"],
-    ["Claude Code sees", (m) => `anthropic/${m.name}`, "text mono"],
+    ["Claude Code sees", seenAs, "text mono"],
       ["Used by", (m) => routesOf(m.name).join(", ") || "–", "text"],
     ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
       : priceWord(m.price)), "nowrap"],
@@ -10834,7 +10841,8 @@ function modelsView() {
     ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` })]];
   const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m,
     provider: p.name })));
-  return [card("Models", button("Add a model", () => modelDialog(null), { class: "main" }),
+  return [card("Models", button("Add a model", () => modelDialog(null),
+    { class: "main", disabled: !rowsOf("providers").length }),
     table("Models", columns, rowsOf("models"),
       rowsOf("providers").length ? "None yet. A model is a name of your own for upstream models, tried in order."
         : "Add a provider first; then give its models names here.")),
@@ -10850,7 +10858,7 @@ function mappingItem(row) {
     try {
       const { models } = await ask(`${path("providers", provider.value)}/models`);
       refill(found, models.map((m) => el("option", { value: m })));
-      tell(`${models.length} models: type into the field to choose one.`);
+      tell(`${count(models.length, "model")}: type into the field to choose one.`);
     } catch (error) { tellError(error); }
   };
   const own = controls(S.fields.mappings.filter((f) => ["price", "context"].includes(f.name)), row);
@@ -10943,7 +10951,7 @@ const explainHeld = async (id) => {
   return ask(`${ROOT}/explain`, "POST", { body: held.client_request, headers: held.client_headers });
 };
 const explained = (told) => [el("p", {}, badge("ok", told.reason),
-  ` goes to ${told.model}; ${whole(told.tokens)} tokens counted`), explanation(told.trail),
+  ` goes to ${told.model}; ${count(told.tokens, "token")} counted`), explanation(told.trail),
 el("h3", {}, "Targets, and the most it can cost there"),
 table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider, "text"],
   ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]], told.targets,
@@ -11062,10 +11070,7 @@ async function userDialog(user) {
       { class: "danger" })), el("h3", {}, "Ledger"), ledger);
   try {
     const { transactions } = await ask(`${place}/transactions?limit=100`);
-    fill(ledger, table("Ledger", [["Time", (t) => when(t.time), "nowrap"], ["Kind", (t) => t.kind, "nowrap"],
-      ["Note", (t) => t.note || t.request_id || "–", "text"], ["Amount", (t) => usd(t.amount_microusd),
-        "num"],
-      ["Balance", (t) => usd(t.balance_microusd), "num"]], transactions, "Nothing yet."));
+    fill(ledger, ledgerTable(transactions, "Nothing yet."));
   } catch (error) { tellError(error); }
 }
 
@@ -11079,16 +11084,14 @@ async function billingView() {
     as_if: other.value.trim() });
   const draw = async () => {
     const { report } = await ask(`${ROOT}/report?${query()}`);
-    const columns = [[by.value[0].toUpperCase() + by.value.slice(1), (r) => r.key || "–", "text"],
-      ["Requests", (r) => whole(r.requests), "num"], ["Input", (r) => short(r.input_tokens), "num"],
-      ["Output", (r) => short(r.output_tokens), "num"], ["Cache read", (r) => short(r.cache_read_tokens),
-        "num"],
+    const title = by.value[0].toUpperCase() + by.value.slice(1);
+    const columns = [...usageColumns(title).slice(0, -1),
       ["Unpriced", (r) => whole(r.unpriced), "num"], ["Cost", (r) => usd(r.cost_microusd), "num"],
       ["Markup", (r) => usd(r.markup_microusd), "num"], ["Charge", (r) => usd(r.charge_microusd), "num"],
       ...(other.value.trim() ? [[`As ${other.value.trim()}`, (r) => usd(r.as_if_microusd), "num"]] : [])];
     refill(result, table("Report", columns, report, "No requests in that time."),
       report.length > 0 && el("p", { class: "muted" },
-        `In all ${whole(sum(report, "requests"))} requests, cost `,
+        `In all ${count(sum(report, "requests"), "request")}, cost `,
         `${usd(sum(report, "cost_microusd"))}, charged ${usd(sum(report, "charge_microusd"))}.`));
   };
   const form = formOf([namesList(), el("div", { class: "fields" }, labelled("By", by),
