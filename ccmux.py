@@ -9843,6 +9843,8 @@ th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var
 th { color: var(--muted); font-weight: 500; font-size: 13px; white-space: nowrap; }
 td.num, th.num { text-align: right; white-space: nowrap; }
 td.nowrap { white-space: nowrap; }
+td.act { position: sticky; right: 0; background: var(--card); text-align: right; white-space: nowrap; padding-right: 0; }
+td.act button + button { margin-left: 6px; }
 td.text { max-width: 26em; overflow-wrap: anywhere; min-width: 8em; }
 tbody tr:last-child td { border-bottom: 0; }
 .status { white-space: nowrap; }
@@ -9875,6 +9877,7 @@ input, select, textarea {
 input[type="checkbox"] { width: auto; min-height: 0; margin: 0 8px 0 0; accent-color: var(--accent); }
 textarea, pre, code, td.mono { font-family: ui-monospace, "Cascadia Mono", Menlo, monospace; font-size: 13px; }
 textarea { resize: vertical; }
+::placeholder { color: var(--muted); opacity: 1; }
 pre {
   background: var(--bg); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; margin: 6px 0;
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 420px; overflow: auto;
@@ -9901,6 +9904,7 @@ dialog {
   border: 1px solid var(--line); border-radius: 14px; background: var(--card); color: var(--text);
   width: min(860px, calc(100vw - 20px)); max-height: calc(100vh - 24px); padding: 20px; overflow: auto;
 }
+dialog h2 { flex: 1; overflow-wrap: anywhere; }
 dialog::backdrop { background: rgb(10 14 22 / 50%); }
 .bar { fill: var(--accent); } .axis { stroke: var(--line); }
 .spark { position: absolute; right: 14px; bottom: 18px; fill: none; stroke: var(--accent); opacity: .7; }
@@ -9908,7 +9912,7 @@ dialog::backdrop { background: rgb(10 14 22 / 50%); }
 .beats { display: flex; gap: 2px; height: 22px; align-items: end; }
 .beats i { flex: 0 1 7px; min-width: 2px; height: 100%; border-radius: 2px; background: var(--line); }
 .beats i.ok { background: var(--ok); } .beats i.bad { background: var(--bad); }
-meter { width: 100%; height: 12px; }
+meter { display: block; width: 100%; height: 14px; margin-bottom: 10px; }
 #status {
   position: fixed; right: 16px; bottom: 16px; max-width: calc(100vw - 32px); padding: 9px 16px; border-radius: 10px;
   background: var(--text); color: var(--bg); z-index: 9;
@@ -9917,7 +9921,8 @@ meter { width: 100%; height: 12px; }
 .signin { max-width: 460px; margin: 48px auto; }
 @media (max-width: 560px) { header, main, footer { padding-left: 12px; padding-right: 12px; }
   .card { padding: 14px; } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
-  .big { font-size: 19px; } dialog { padding: 14px; } }
+  .big { font-size: 19px; } dialog { padding: 14px; }
+  td.act button { display: block; } td.act button + button { margin: 6px 0 0; } }
 @media (prefers-reduced-motion: no-preference) { button, nav a { transition: background .12s, border-color .12s; } }
 """
 
@@ -10194,8 +10199,9 @@ async function showRow(row) {
     ? seconds(value) : value === "" || value === null ? "–" : String(value));
   const fields = Object.entries(row).filter(([name]) => !["trail", "price"].includes(name));
   const again = el("div", {});
+  const ended = row.status < 300 && !row.error ? "answered" : "did not answer to the end";
   openDialog(`Request ${row.request_id}`, el("p", {}, statusBadge(row), ` ${row.asked || "–"} was asked for, `,
-    `${target(row)} answered because of ${row.route || "–"}; attempts: ${row.attempts}`),
+    `${target(row)} ${ended} (${row.route || "–"}, ${count(row.attempts, "attempt")})`),
   el("h3", {}, "Why"), explanation(row.trail), again, el("h3", {}, "Cost"), costTable(row),
   el("details", {}, el("summary", {}, "All fields"), table("All fields",
     [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"], ["Value", ([n, v]) => shown(n, v), "text"]], fields, "")));
@@ -10726,9 +10732,8 @@ function providersView() {
       ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
     ["Key", (p) => keyWord(p.api_key), "text"],
       ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"],
-    ["", (p) => button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` })],
-    ["", (p) => button("Test", () => testDialog(p.name),
-      { class: "small", "aria-label": `Test ${p.name}` })]];
+    ["", (p) => [button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` }),
+      button("Test", () => testDialog(p.name), { class: "small", "aria-label": `Test ${p.name}` })], "act"]];
   return card("Providers", button("Add a provider", () => providerDialog(null), { class: "main" }),
     table("Providers", columns,
     rowsOf("providers"), "None yet. Add one: choose a preset, give it a key, save, and test it."));
@@ -10838,7 +10843,7 @@ function modelsView() {
     ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
       : priceWord(m.price)), "nowrap"],
     ["Context", (m) => (m.context ? short(m.context) : "–"), "num"],
-    ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` })]];
+    ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` }), "act"]];
   const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m,
     provider: p.name })));
   return [card("Models", button("Add a model", () => modelDialog(null),
@@ -11009,7 +11014,7 @@ async function usersView() {
     ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This week", (u) => usd(u.spent_week_microusd), "num"],
     ["This month", (u) => usd(u.spent_month_microusd), "num"], ["Budgets", (u) => budgetsOf(u).map(
       ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"],
-    ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` })]];
+    ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` }), "act"]];
   return card("Users", button("Add a user", addUserDialog, { class: "main" }), table("Users", columns, users,
     "No users. On this computer alone none is needed; on a network each person gets a key."));
 }
@@ -11186,7 +11191,7 @@ async function inspectView() {
       ["Why", (r) => r.route || "–", "nowrap"], ["Answered by", (r) => r.target || "–", "text"],
         ["Status", (r) => r.status ?? "running", "nowrap"],
       ["", (r) => button("Show", () => show(r.id).catch(tellError),
-        { class: "small", "data-key": r.id, "aria-label": `Show ${r.id}` })]], told.held,
+        { class: "small", "data-key": r.id, "aria-label": `Show ${r.id}` }), "act"]], told.held,
     left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
   };
   const refresh = async () => {
@@ -11218,7 +11223,7 @@ async function configView() {
       ["Written", (b) => when(b.time), "nowrap"],
       ["Bytes", (b) => whole(b.bytes), "num"],
       ["", (b) => button("Look", () => backupDialog(b.name, config.hash).catch(tellError),
-        { class: "small", "aria-label": `Look at ${b.name}` })]],
+        { class: "small", "aria-label": `Look at ${b.name}` }), "act"]],
     backups, "None yet: a save keeps the file before it."))];
 }
 async function backupDialog(name, hash) {
