@@ -380,9 +380,10 @@ def files(draw: Any) -> str:
         [("router", None), ("providers", "p1"), ("providers", "p2"), ("providers", "new"), ("fresh", None)]
     ),
     deletes=st.booleans(),
+    crlf=st.booleans(),
 )
 def test_any_edit_means_what_it_says(
-    text: str, table: Any, edit: tuple[str, str | None], deletes: bool
+    text: str, table: Any, edit: tuple[str, str | None], deletes: bool, crlf: bool
 ) -> None:
     try:
         before = tomllib.loads(text)
@@ -390,7 +391,10 @@ def test_any_edit_means_what_it_says(
         assume(False)
     root, name = edit
     wanted = None if deletes else ({"name": name, **table} if name else table)
+    if crlf:
+        text = text.replace("\n", "\r\n")
     after = edit_toml(text, root, name, wanted)
+    assert not crlf or after.count("\n") == after.count("\r\n")
     parsed = tomllib.loads(after)
     assert ccmux.same_value(parsed, ccmux.meant_tables(before, root, name, wanted))
     others = [s for s in scan_toml(text) if s.kind == "blank" and text[s.start : s.end].strip()]
@@ -437,6 +441,7 @@ def test_any_edit_of_rows_keeps_each_comment_with_its_row(data: Any, layout: str
     text = f"# top\n[[models]] # M\nname = 'm' # N\n\n{body}\n# next\n[router] # R\n"
     if layout == "dotted":
         rows = [{**row, "price": {"input": 1, "output": 2}} for row in rows]
+    text = text.replace("\n", data.draw(st.sampled_from(["\n", "\r\n"])))
     order = data.draw(st.lists(st.sampled_from(range(count)), unique=True, min_size=1))
     changed = data.draw(
         st.lists(st.sampled_from(["provider", "actual_model", "x", "nothing"]), min_size=5, max_size=5)
