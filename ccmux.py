@@ -9524,23 +9524,34 @@ async def listed_models(state: State, provider: Provider) -> list[str]:
     slot = state.relay.slots_of(Target(provider.name, ""), provider)[0]
     call = Call("", {}, b"", {}, Route("", "", (), ()), state.config, stream=False)
     headers = {**upstream_headers(call, slot, dialect), "accept": "application/json"}
-    url = endpoint_url(provider.base_url, dialect, "/models")
+    proxy = provider.proxy or environment_proxy(provider.base_url)
+    names: list[str] = []
+    page: str | None = ""
+    status = 200
     try:
         async with asyncio.timeout(15):
-            proxy = provider.proxy or environment_proxy(provider.base_url)
-            answer = await state.relay.session.get(url, headers=headers, proxy=proxy, allow_redirects=False)
-            listed = await answer.json(content_type=None)
+            while page is not None and status == 200 and len(names) < 10_000:
+                url = endpoint_url(provider.base_url, dialect, f"/models{page}")
+                answer = await state.relay.session.get(
+                    url, headers=headers, proxy=proxy, allow_redirects=False
+                )
+                listed, status = as_object(await answer.json(content_type=None)), answer.status
+                rows = as_list(listed.get("data")) or as_list(listed.get("models"))
+                names += [str(row.get("id") or row.get("name") or "") for row in map(as_object, rows)]
+                page = next_page(listed) if rows else None
     except UPSTREAM_FAULTS() as fault:
         raise ApiError(502, f"provider {provider.name} gave no model list ({type(fault).__name__})") from None
-    rows = as_list(as_object(listed).get("data")) or as_list(as_object(listed).get("models"))
-    names = [
-        str(row.get("id") or row.get("name") or "").removeprefix("models/")
-        for row in rows
-        if isinstance(row, dict)
-    ]
-    if answer.status != 200 or not any(names):
-        raise ApiError(502, f"provider {provider.name} gave no model list (status {answer.status})")
-    return sorted(filter(None, names))
+    if status != 200 or not any(names):
+        raise ApiError(502, f"provider {provider.name} gave no model list (status {status})")
+    return sorted({name.removeprefix("models/") for name in names if name})
+
+
+def next_page(listed: Json) -> str | None:
+    """The query of a list's next page, as Anthropic's and Google's name it; None after the last."""
+    if listed.get("has_more") and listed.get("last_id"):
+        return "?" + urllib.parse.urlencode({"after_id": listed["last_id"]})
+    token = listed.get("nextPageToken")
+    return "?" + urllib.parse.urlencode({"pageToken": token}) if token else None
 
 
 async def get_config(request: web.Request) -> web.StreamResponse:

@@ -11,6 +11,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from fakes import Answer, AnthropicFake, OpenAIFake, Turn
 from proxy_harness import ADMIN_TOKEN, in_process
 
@@ -206,6 +208,26 @@ async def test_models_that_a_provider_lists(tmp_path: Path) -> None:
         listed = await admin.get("/admin/api/providers/p/models")
         assert listed["models"]
         assert all(isinstance(name, str) for name in listed["models"])
+
+
+@pytest.mark.parametrize("format", ["anthropic", "gemini"])
+async def test_a_model_list_is_read_to_its_last_page(format: str, tmp_path: Path) -> None:
+    async def listed(request: web.Request) -> web.Response:
+        if format == "gemini":
+            first = "pageToken" not in request.query
+            row = {"name": "models/one" if first else "models/two"}
+            return web.json_response({"models": [row], **({"nextPageToken": "a b"} if first else {})})
+        first = request.query.get("after_id") != "one"
+        return web.json_response(
+            {"data": [{"id": "one" if first else "two"}], "has_more": first, "last_id": "one"}
+        )
+
+    app = web.Application()
+    app.add_routes([web.get("/{version}/models", listed)])
+    async with TestServer(app) as server:
+        text = f'[[providers]]\nname = "p"\ntype = "{format}"\nbase_url = "{server.make_url("")}"\napi_key = "k"\n'
+        async with admin_of(tmp_path, text) as (admin, _):
+            assert (await admin.get("/admin/api/providers/p/models"))["models"] == ["one", "two"]
 
 
 # Models, routes, credits, the whole text.
