@@ -10571,14 +10571,14 @@ async function admin() {
   }
   if (await signedIn(reload, "Admin token",
     "ccmux printed a link with the token when it started; `ccmux.py token` "
-    + "prints it again. It stays in this tab.")) showTab();
+    + "prints it again. It stays in this tab.")) showTab(true);
 }
 async function reload() {
   S = await ask(`${ROOT}/state`);
   $("version").textContent = `ccmux ${S.version}`;
   return S;
 }
-async function showTab() {
+async function showTab(isFresh = false) {
   if (!S) return;
   const [key, , view] = TABS.find(([key]) => `#${key}` === location.hash) || TABS[0];
   if (isDirty() && !confirm("Leave without saving what you changed?")) {
@@ -10594,12 +10594,12 @@ async function showTab() {
     else link.removeAttribute("aria-current");
   }
   try {
-    await reload();
+    if (!isFresh) await reload();
     const nodes = await view();
     if (shownTab === key) refill($("main"), nodes);
   } catch (error) {
     if (error.status === 401) admin();
-    else refill($("main"), card("That did not work", button("Try again", showTab),
+    else refill($("main"), card("That did not work", button("Try again", () => showTab()),
       el("p", {}, error.message)));
   }
 }
@@ -10674,14 +10674,13 @@ function healthCard() {
 }
 async function overview() {
   const top = el("div", {}), log = el("div", { class: "log" });
-  const all = await ask(`${ROOT}/report?by=provider`);
-  const refresh = async () => {
-    await reload();
-    const since = new Date().toISOString().slice(0, 10);
-    const today = await ask(`${ROOT}/report?by=provider&since=${since}`);
-    const { users } = (S.config.credits || {}).enforce ? await ask(`${ROOT}/users`) : { users: [] };
+  const since = new Date().toISOString().slice(0, 10);
+  const past = ask(`${ROOT}/report?by=provider&until=${since}`); /* once: a long log takes its time */
+  const draw = async () => {
+    const [before, today, { users }] = await Promise.all([past, ask(`${ROOT}/report?by=provider&since=${since}`),
+      (S.config.credits || {}).enforce ? ask(`${ROOT}/users`) : { users: [] }]);
     const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled);
-    const of = (name) => [sum(today.report, name), sum(all.report, name)];
+    const of = (name) => [sum(today.report, name), sum([...before.report, ...today.report], name)];
     const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
     redraw(top, problemCard(broke), el("div", { class: "tiles" },
       tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent),
@@ -10689,8 +10688,9 @@ async function overview() {
       tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "all kinds"),
       tile("Running for", duration(S.uptime_s), S.path || "no config file yet")), healthCard());
   };
-  await refresh();
-  const live = await liveLog(log), stopPoll = poll(refresh, 5000);
+  await draw();
+  const live = await liveLog(log);
+  const stopPoll = poll(async () => { await reload(); await draw(); }, 5000);
   stopView = () => { stopPoll(); live.stop(); };
   return [top, card("Requests", live.tools, log)];
 }
@@ -10912,8 +10912,6 @@ function modelDialog(old) {
 }
 
 /* Router */
-const SLOTS = ["default", "background", "think", "websearch", "subagent", "compaction", "image",
-  "long_context"];
 function pattern(text) {
   const flags = /^\(\?([ims]+)\)/.exec(text);
   return new RegExp(flags ? text.slice(flags[0].length) : text, flags ? flags[1] : "");
@@ -10930,7 +10928,7 @@ function ruleItem(row) {
 }
 async function routerView() {
   const row = S.config.router || {}, hash = S.config_hash;
-  const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (SLOTS.includes(f.name)
+  const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (f.name in S.routes
     ? { ...f, list: "names" } : f));
   const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "Add a rule", () => ({}));
   const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"),

@@ -262,6 +262,11 @@ async def test_a_backup_is_looked_at_and_restored(tmp_path: Path) -> None:
                 "POST", f"/admin/api/backups/{name}", {"hash": await admin.hash()}
             )
             assert (status, admin.text) == (wrong, before), body
+        admin.file.write_text("broken = [")  # by hand: a backup mends it
+        hash = (await admin.get("/admin/api/config"))["hash"]
+        assert "-broken = [" in (await admin.get(place))["changes"]
+        assert (await admin.call("POST", place, {"hash": hash}))[0] == 200
+        assert admin.text == now
 
 
 async def test_models_and_routes_are_edited_and_served_at_once(tmp_path: Path) -> None:
