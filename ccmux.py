@@ -1315,7 +1315,7 @@ class TomlEditor:
                 found += self.removal((*path, key))
                 added |= {key: new[key]} if key in new else {}
             found += inside or []
-        return found + self.additions(path, added)
+        return self.additions(path, added) + found  # a new key stands above a new first row
 
     def removal(self, path: TomlPath) -> list[Edit]:
         """Takes lines out: single keys one by one, so that comments between them stay; tables whole."""

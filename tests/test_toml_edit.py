@@ -438,7 +438,8 @@ def test_any_edit_of_rows_keeps_each_comment_with_its_row(data: Any, layout: str
     written = [noted_row(data.draw, n, row, layout) for n, row in enumerate(rows)]
     texts = "".join(text for text, _ in written)
     body = f"mappings = [\n{texts}]\n" if layout == "inline" else texts
-    text = f"# top\n[[models]] # M\nname = 'm' # N\n\n{body}\n# next\n[router] # R\n"
+    gap = data.draw(st.sampled_from(["", "\n"]))
+    text = f"# top\n[[models]] # M\nname = 'm' # N\n{gap}{body}\n# next\n[router] # R\n"
     if layout == "dotted":
         rows = [{**row, "price": {"input": 1, "output": 2}} for row in rows]
     text = text.replace("\n", data.draw(st.sampled_from(["\n", "\r\n"])))
@@ -452,11 +453,17 @@ def test_any_edit_of_rows_keeps_each_comment_with_its_row(data: Any, layout: str
     ]
     if data.draw(st.booleans()):
         new.insert(data.draw(st.integers(0, len(new))), {"provider": "fresh", "actual_model": "f"})
-    after = edited("models", "m", {"name": "m", "mappings": new}, text)
+    more = data.draw(st.sampled_from([{}, {"context": 5}, {"price": {"input": 1, "output": 2}}]))
+    after = edited("models", "m", {"name": "m", "mappings": new, **more}, text)
     gone = {note for n, (_, notes) in enumerate(written) if n not in order for note in notes}
     seen = [note for note in re.findall(r"# \w+", after) if note not in gone]
     assert seen == ["# top", "# M", "# N", *(note for n in order for note in written[n][1]), "# next", "# R"]
-    if sorted(order) == [*range(count)] and len(new) == count and set(changed[:count]) == {"nothing"}:
+    if (
+        sorted(order) == [*range(count)]
+        and len(new) == count
+        and set(changed[:count]) == {"nothing"}
+        and not more
+    ):
         plain = lambda words: sorted(re.sub(r"priority = \d", "", words).split())  # noqa: E731
         assert plain(after) == plain(text)
 
