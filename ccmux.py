@@ -1315,7 +1315,8 @@ class TomlEditor:
                 found += self.removal((*path, key))
                 added |= {key: new[key]} if key in new else {}
             found += inside or []
-        return self.additions(path, added) + found  # a new key stands above a new first row
+        keys, rows = self.additions(path, added)
+        return keys + found + rows  # headers stand below all keys where they meet
 
     def removal(self, path: TomlPath) -> list[Edit]:
         """Takes lines out: single keys one by one, so that comments between them stay; tables whole."""
@@ -1330,12 +1331,12 @@ class TomlEditor:
                 found += [(*span, "") for span in spans]
         return found
 
-    def additions(self, path: TomlPath, new: Json) -> list[Edit]:
+    def additions(self, path: TomlPath, new: Json) -> tuple[list[Edit], list[Edit]]:
         """Writes keys at the end of a table's own lines, and rows under headers of their own after all of it."""
         if not path:
             tables = [emit_rows(k, v) if is_rows(v) else emit_table(k, v) for k, v in new.items()]
             end = len(self.text)
-            return [(end, end, ("\n" if self.text[:end].strip() else "") + "\n".join(tables))] * bool(tables)
+            return [], [(end, end, ("\n" if self.text.strip() else "") + "\n".join(tables))] * bool(tables)
         under = [self.lines[n] for n in self.under(path)]
         own = [s for s in under if len(s.home) <= len(path) and (s.kind == "key" or s.path == path)]
         last, title = (own or under)[-1], dotted(path)
@@ -1346,8 +1347,8 @@ class TomlEditor:
         ]
         head = [] if own or not keys else [f"[{title}]\n"]
         more = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in rows.items()]
-        ends = ((last.end, [*head, *keys]), (under[-1].end, more))
-        return [(end, end, "".join(texts)) for end, texts in ends if texts]
+        at, end = last.end, under[-1].end
+        return [(at, at, "".join([*head, *keys]))] * bool(keys), [(end, end, "".join(more))] * bool(more)
 
     def row_edits(self, path: TomlPath, old: list[Json], new: list[Json]) -> list[Edit] | None:
         """The edits of `[[path]]` rows. Those that stay fill the places of those that stayed, in the new order."""

@@ -356,6 +356,22 @@ def broken(draw: Any, value: Any) -> str:
     return "[" + "".join(map(str.__add__, items, commas)) + draw(st.sampled_from(["]", "\n# end\n ]"]))
 
 
+def mixed(draw: Any, value: Any) -> Any:
+    """A value with its lists in another order and some of what is in it gone or new."""
+    if isinstance(value, dict):
+        return {
+            **{k: mixed(draw, v) for k, v in value.items() if draw(st.booleans())},
+            **draw(st.sampled_from([{}, {"z": 1}])),
+        }
+    if isinstance(value, list):
+        return draw(
+            st.permutations(
+                [*(mixed(draw, v) for v in value), *draw(st.sampled_from([[], ["z"], [{"z": 1}]]))]
+            )
+        )
+    return value
+
+
 @st.composite
 def files(draw: Any) -> str:
     parts = [draw(COMMENTS), "top = 1\n" if draw(st.booleans()) else ""]
@@ -381,16 +397,20 @@ def files(draw: Any) -> str:
     ),
     deletes=st.booleans(),
     crlf=st.booleans(),
+    data=st.data(),
 )
 def test_any_edit_means_what_it_says(
-    text: str, table: Any, edit: tuple[str, str | None], deletes: bool, crlf: bool
+    text: str, table: Any, edit: tuple[str, str | None], deletes: bool, crlf: bool, data: Any
 ) -> None:
     try:
         before = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         assume(False)
     root, name = edit
-    wanted = None if deletes else ({"name": name, **table} if name else table)
+    rows = before.get(root, [] if name else {})
+    old = next((row for row in rows if row["name"] == name), {}) if name else rows
+    kept = {k: mixed(data.draw, v) for k, v in old.items() if data.draw(st.booleans())}
+    wanted = None if deletes else {**({"name": name} if name else {}), **kept, **table}
     if crlf:
         text = text.replace("\n", "\r\n")
     after = edit_toml(text, root, name, wanted)
