@@ -10186,7 +10186,7 @@ function requestColumns(admin) {
       ["Why", (r) => r.route || "–", "nowrap"],
     ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`,
       "num"],
-    ["Cost", (r) => usd(r.cost_microusd === null ? null : r.charge_microusd), "num"],
+    ["Cost", (r) => (r.cost_microusd === null ? "no price" : usd(r.charge_microusd)), "num"],
       ["Took", (r) => seconds(r.duration_ms), "num"],
   ];
 }
@@ -10220,7 +10220,7 @@ async function showRow(row) {
   if (PAGE !== "admin") return;
   const { held } = await ask(`${ROOT}/inspect`).catch(() => ({ held: [] }));
   if (held.some((r) => r.id === row.request_id)) fill(again, button("Explain it again on today's rules",
-    async () => refill(again, explained(await explainHeld(row.request_id)))));
+    () => explainHeld(row.request_id).then((told) => refill(again, explained(told))).catch(tellError)));
   else fill(again, el("p", { class: "muted" },
     "The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
 }
@@ -10698,7 +10698,8 @@ async function overview() {
 const duration = (s) => (s < 3600 ? `${Math.floor(s / 60)} min` : s < 172800 ? `${(s / 3600).toFixed(1)} h`
   : `${Math.floor(s / 86400)} days`);
 async function liveLog(place) {
-  let rows = (await ask(`${ROOT}/requests?limit=100`)).requests, paused = false;
+  const newest = async () => (await ask(`${ROOT}/requests?limit=100`)).requests;
+  let rows = await newest(), paused = false;
   const ended = new AbortController();
   const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
     type: "search" });
@@ -10714,9 +10715,11 @@ async function liveLog(place) {
     while (!ended.signal.aborted) {
       try {
         const answer = await call(`${ROOT}/events`, "GET", undefined, ended.signal);
-        for await (const [event, data] of eventsOf(answer)) {
-          if (event !== "request") continue;
-          rows = [JSON.parse(data), ...rows].slice(0, 300);
+        rows = await newest(); /* what ended before the stream began, or while it was broken */
+        if (!paused) draw();
+        for await (const [, data] of eventsOf(answer)) {
+          const row = JSON.parse(data);
+          rows = [row, ...rows.filter((r) => r.request_id !== row.request_id)].slice(0, 300);
           if (!paused) draw();
         }
       } catch { /* the server restarts, or the view is left */ }

@@ -451,6 +451,24 @@ async def test_any_logged_request_tells_why_it_went_where_it_did(
 
 
 @needs_browser
+async def test_the_log_shows_what_ended_while_its_stream_was_broken(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with (
+        in_process(tmp_path, config_of(provider)) as proxy,
+        opened(browser, f"{proxy.url}/admin") as page,
+    ):
+        await page.route("**/admin/api/events", lambda route: route.abort())
+        await page.get_by_label("Admin token").fill(ADMIN_TOKEN)
+        await page.click("button:text-is('Sign in')")
+        await expect(page.locator(".log")).to_contain_text("No requests yet")
+        assert await ask(proxy, "tiny") == 200
+        await proxy.idle()
+        await page.unroute("**/admin/api/events")
+        await expect(page.locator(".log")).to_contain_text("up/tiny", timeout=10_000)
+
+
+@needs_browser
 async def test_a_backup_is_restored(browser: Browser, provider: AnthropicFake, tmp_path: Path) -> None:
     text = config_of(provider)
     async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
