@@ -320,7 +320,7 @@ class Connection(asyncio.Protocol):
             self.future.set_result(self.record)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.future.done():
+        if hasattr(self, "future") and not self.future.done():
             self.future.set_exception(ConnectionError("the gateway closed the connection"))
 
 

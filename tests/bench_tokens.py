@@ -16,25 +16,28 @@ import struct
 import sys
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vocabulary as files
 
-from ccmux import Json, TokenCounter, Vocabulary
+from ccmux import Json, TokenCounter, Vocabulary, remote_encoding
+
+SESSIONS = 100  # simulated, each from a seed of its own: one alone may be off by a percent either way
 
 
 def main(arguments: list[str]) -> int:
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(files.filled(files.cache_dir())))
     path = arguments[0] if arguments else os.environ.get("CCMUX_TOKEN_VECTORS", "")
-    vocabulary = Vocabulary()
     if path:
+        vocabulary = Vocabulary()
+        print(f"Claude is counted with the vocabulary {vocabulary.load('claude-4.5').name}")
         measure_errors(json.loads(Path(path).read_text("utf-8")), vocabulary)
     else:
         print("no vectors file given: only times")
-    measure_times(vocabulary)
+    asyncio.run(measure_times())
     return 0
 
 
@@ -45,7 +48,7 @@ def measure_errors(vectors: list[Json], vocabulary: Vocabulary) -> None:
     for model in ("claude-opus-4-5", "claude-opus-4-7", "claude-opus-5"):
         recorded = [(v, v["input_tokens_by_model"][model]) for v in vectors if "input_tokens_by_model" in v]
         show(model, [(v["id"], count(vocabulary, v["body"], model), true) for v, true in recorded])
-        show(f"{model}, 20 turns calibrated", session_errors(vocabulary, recorded, model))
+        show_sessions(f"{model}, 20 turns calibrated", vocabulary, recorded, model)
     others = [v for v in vectors if v["api"] != "openai-chat" and "input_tokens" in v]
     for vector in others:
         body = vector.get("body") or image_request(*vector["image"])
@@ -65,23 +68,30 @@ def count(vocabulary: Vocabulary, body: Json, model: str) -> int:
     return TokenCounter(vocabulary.load).count_now(body, "bench", model)
 
 
-def session_errors(
-    vocabulary: Vocabulary, recorded: list[tuple[Json, int]], model: str
-) -> list[tuple[str, int, int]]:
-    """A session that a growing mix of the texts is sent in; its counts from the 21st turn on."""
-    counter, drawn, out = TokenCounter(vocabulary.load), random.Random(1), []
+def show_sessions(title: str, vocabulary: Vocabulary, recorded: list[tuple[Json, int]], model: str) -> None:
+    counter = TokenCounter(vocabulary.load)  # one, for its cache: each session has a provider of its own
+    errors = sorted(session_error(counter, recorded, model, seed) for seed in range(SESSIONS))
+    print(
+        f"{title}: {SESSIONS} sessions, mean error {statistics.mean(errors):.2%}, "
+        f"p95 {errors[SESSIONS * 95 // 100]:.2%}, largest {errors[-1]:.2%}"
+    )
+
+
+def session_error(counter: TokenCounter, recorded: list[tuple[Json, int]], model: str, seed: int) -> float:
+    """The mean error from the 21st turn on of a session that a growing mix of the texts is sent in."""
+    drawn, errors = random.Random(seed), []
     messages: list[Json] = []
     total = 0
     for turn in range(60):
         vector, true = drawn.choice(recorded)
         messages, total = [*messages, *vector["body"]["messages"]], total + true
         if len(messages) > 8:
-            messages, total = messages[-1:], true
-        tokens = counter.count_now({"messages": messages}, "bench", model)
+            messages, total = vector["body"]["messages"], true
+        tokens = counter.count_now({"messages": messages}, str(seed), model)
         if turn >= 20:
-            out.append((vector["id"], tokens, total))
-        counter.observe("bench", model, tokens, total)
-    return out
+            errors.append(abs(tokens - total) / total)
+        counter.observe(str(seed), model, tokens, total)
+    return statistics.mean(errors)
 
 
 def show(title: str, rows: Iterable[tuple[str, int, int]]) -> None:
@@ -123,22 +133,77 @@ def conversation(size: int, seed: int = 0) -> Json:
     return {"system": [{"type": "text", "text": text(20_000)}], "tools": tools, "messages": messages}
 
 
-def measure_times(vocabulary: Vocabulary) -> None:
-    started = time.perf_counter()
-    Vocabulary().load("o200k_base")
-    print(f"loading o200k_base: {time.perf_counter() - started:.2f} s")
+ODD = {
+    "code": "def answer(question):\n    return 42\n" * 28_000,
+    "one letter": "a" * 1_000_000,
+    "spaces": " " * 1_000_000,
+    "newlines": "\n" * 1_000_000,
+    "base64": b64encode(random.Random(0).randbytes(750_000)).decode(),
+    "CJK": "漢字仮名交" * 200_000,
+    "emoji": "😀" * 1_000_000,
+    "special tokens": "<|endoftext|>" * 77_000,
+}
+
+
+async def measure_times() -> None:
+    """Times and stalls as a server has them, whose encodings are in a process of their own."""
+    vocabulary = Vocabulary(remote_encoding)
+    counter = TokenCounter(vocabulary.get)
+    print(f"stalls of the event loop, in ms; with nothing to do: {await stalls(lambda: asyncio.sleep(1))}")
+    before = memory()
+
+    async def first_count() -> None:
+        await counter.count(conversation(60_000), "", "gpt-5")
+        while not vocabulary.loaded:
+            await asyncio.sleep(0.001)
+
+    print(f"the first count, until o200k_base is there: {await stalls(first_count)}")
+    child = vocabulary.load("o200k_base").child.pid
+    print(f"memory: {before} MB before it, {memory()} after, {memory(child)} the process that counts")
     for size in (118_000, 163_000):
-        body = conversation(size)
-        cold = best(lambda body=body: TokenCounter(vocabulary.load).count_now(body, "", "gpt-5"))
-        counter = TokenCounter(vocabulary.load)
-        counter.count_now(body, "", "gpt-5")
-        warm = best(lambda body=body, counter=counter: counter.count_now(body, "", "gpt-5"))
-        turn = best(lambda body=body, counter=counter: counter.count_now(with_turn(body), "", "gpt-5"))
-        print(
-            f"{len(json.dumps(body)):,} bytes: cold {cold * 1000:.2f} ms, "
-            f"only the last message new {turn * 1000:.2f} ms, all known {warm * 1000:.3f} ms"
-        )
-    print(f"50 counts of 60 KB at once: longest stall {asyncio.run(longest_stall(vocabulary)) * 1000:.1f} ms")
+        await measure_conversation(conversation(size), counter)
+    for _ in range(3):
+        bodies = [conversation(60_000, next(TURNS)) for _ in range(50)]
+
+        async def at_once(bodies: list[Json] = bodies) -> None:
+            await asyncio.gather(*(counter.count(body, "", "gpt-5") for body in bodies))
+
+        print(f"50 counts of 60 KB at once: {await stalls(at_once)}")
+    for name, text in ODD.items():
+        body = {"messages": [{"role": "user", "content": text}]}
+        print(f"1 MB of {name}: {await stalls(lambda body=body: counter.count(body, '', 'gpt-5'))}")
+    vocabulary.close()
+
+
+async def measure_conversation(body: Json, counter: TokenCounter) -> None:
+    cold, turn, warm = [], [], []
+    for _ in range(15):
+        counter.cache.clear()
+        counter.whole.clear()
+        cold.append(await timed(counter.count(body, "", "gpt-5")))
+        turn.append(await timed(counter.count(with_turn(body), "", "gpt-5")))
+        warm.append(await timed(counter.count(body, "", "gpt-5")))
+    print(
+        f"{len(json.dumps(body)):,} bytes, best and median ms: cold {figures(cold)}, "
+        f"only the last message new {figures(turn)}, all known {figures(warm)}"
+    )
+
+
+async def timed(work: Awaitable[object]) -> float:
+    started = time.perf_counter()
+    await work
+    return (time.perf_counter() - started) * 1000
+
+
+def figures(times: list[float]) -> str:
+    return f"{min(times):.2f} / {statistics.median(times):.2f}"
+
+
+def memory(pid: int | str = "self") -> str:
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        return "?"
+    return str(round(int(status.read_text().partition("VmRSS:")[2].split()[0]) / 1024))
 
 
 TURNS = iter(range(1_000_000))
@@ -149,34 +214,26 @@ def with_turn(body: Json) -> Json:
     return {**body, "messages": [*body["messages"], message]}
 
 
-def best(run: Callable[[], object], rounds: int = 7) -> float:
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-async def longest_stall(vocabulary: Vocabulary) -> float:
-    """Seconds that the event loop did not get to a 1 ms timer while 50 requests of 60 KB were counted."""
-    counter = TokenCounter(vocabulary.load)
-    bodies = [conversation(60_000, seed) for seed in range(50)]
-    longest, done = 0.0, asyncio.Event()
+async def stalls(work: Callable[[], Awaitable[object]]) -> str:
+    """How late the event loop came to a 1 ms timer meanwhile, the three latest times, and the most CPU that this
+    process used between two: what it may itself have stalled for, however busy the machine is.
+    """
+    late, used, done = [], [], asyncio.Event()
 
     async def watch() -> None:
-        nonlocal longest
         while not done.is_set():
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             await asyncio.sleep(0.001)
-            longest = max(longest, time.perf_counter() - started - 0.001)
+            late.append((time.perf_counter() - started) * 1000 - 1)
+            used.append((time.process_time() - cpu) * 1000)
 
     watcher = asyncio.create_task(watch())
-    await asyncio.sleep(0.01)
-    await asyncio.gather(*(counter.count(body, "", "gpt-5") for body in bodies))
+    await asyncio.sleep(0.02)
+    took = await timed(work())
     done.set()
     await watcher
-    return longest
+    latest = ", ".join(f"{each:.1f}" for each in sorted(late)[-3:])
+    return f"{latest}; {max(used):.1f} of its own (took {took:.0f} ms)"
 
 
 if __name__ == "__main__":

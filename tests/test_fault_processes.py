@@ -181,6 +181,7 @@ async def test_after_a_crash_orphan_holds_become_interrupted_entries(
             await a.called(1)
             if answered:
                 await came.wait()
+                await until(lambda: proxy.books.holds()[0]["floor_microusd"] > 0, "the floor was noted")
             tokens = await count_tokens(proxy)
             await end(proxy, signal.SIGKILL)
             assert (await asked).broken

@@ -508,6 +508,20 @@ def test_without_long_context_nothing_is_passed_over() -> None:
     assert route(ask(), tokens=10**6, config=made).model == "tight"
 
 
+@pytest.mark.parametrize(
+    ("limit", "rows", "least"),
+    [
+        pytest.param(180_000, "", 180_000, id="long_context_tokens"),
+        pytest.param(180_000, TIGHT, 500, id="a model's context"),
+        pytest.param(180_000, TIGHT + "context = 400\n", 400, id="a target's context"),
+        pytest.param(300, TIGHT, 300, id="contexts are larger"),
+    ],
+)
+def test_the_fewest_tokens_that_a_route_may_turn_on(limit: int, rows: str, least: int) -> None:
+    made = config(f'[router]\nlong_context = "roomy"\nlong_context_tokens = {limit}\n', ROWS + rows)
+    assert made.smallest_limit() == least
+
+
 # Config of routes
 
 

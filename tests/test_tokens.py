@@ -11,7 +11,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,30 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proxy_harness import in_process
 
 from ccmux import (
     CACHE_SIZE,
+    ESTIMATE,
+    LIMIT,
     SLICE,
     VOCABULARIES,
-    ClaudeEncoding,
     Encoding,
     Json,
+    RemoteEncoding,
     TokenCounter,
     Vocabulary,
+    claude_encoding,
+    compact,
     count_request_body,
     fetch_vocabulary,
     find_vocabulary,
+    framing_of,
     image_size,
+    is_surely_within,
+    items_of,
+    load_config,
+    remote_encoding,
     slices,
     source_of,
     vocabulary_state,
@@ -48,19 +59,22 @@ VOCABULARY = Vocabulary()
 CL100K_FILE = Path(os.environ["TIKTOKEN_CACHE_DIR"]) / VOCABULARIES["cl100k_base"][0]
 
 
-class Words:
+class Words(Encoding):
     """An encoding of a token a word, which remembers what it was asked and where."""
 
     name = "o200k_base"
 
     def __init__(self) -> None:
+        super().__init__(self.name, str.split)
         self.texts: list[str] = []
         self.threads: set[int] = set()
+        self.before: Callable[[], object] = bool
 
-    def encode_ordinary(self, text: str) -> Sequence[int]:
-        self.texts.append(text)
+    def lengths(self, texts: list[str]) -> list[int]:
+        self.before()
+        self.texts += texts
         self.threads.add(threading.get_ident())
-        return range(len(text.split()))
+        return super().lengths(texts)
 
 
 def count(body: Json, model: str) -> int:
@@ -70,7 +84,7 @@ def count(body: Json, model: str) -> int:
 def length(text: str, encoding: str = "o200k_base") -> int:
     made = VOCABULARY.load(encoding)
     assert made is not None
-    return len(made.encode_ordinary(text))
+    return made.lengths([text])[0]
 
 
 def user(content: Any, **rest: Any) -> Json:
@@ -276,6 +290,11 @@ def image(data: str, kind: str = "base64") -> Json:
     return user([{"type": "image", "source": {"type": kind, "media_type": "image/png", "data": data}}])
 
 
+def low_detail(side: int) -> Json:
+    url = f"data:image/png;base64,{encoded(png(side, side))}"
+    return user([{"type": "image_url", "image_url": {"url": url, "detail": "low"}}])
+
+
 IMAGES = {
     "claude-patches": (image(encoded(png(1000, 1000))), "claude-sonnet-4-5", 7 + 36 * 36),
     "claude-scaled-down-and-capped": (image(encoded(png(4000, 4000))), "claude-sonnet-4-5", 7 + 1568),
@@ -285,6 +304,8 @@ IMAGES = {
     "openai-fitted": (image(encoded(png(4096, 8192))), "gpt-5", 7 + 85 + 170 * 6),
     "gpt-4o-mini": (image(encoded(png(512, 512))), "gpt-4o-mini", 7 + 2833 + 5667),
     "unknown-size": (image("AAAA"), "gpt-5", 7 + 1500),
+    "openai-form-low-detail": (low_detail(280), "gpt-5", 7 + 85),
+    "openai-form-claude-has-no-detail": (low_detail(280), "claude-sonnet-4-5", 7 + 10 * 10),
     "not-base64": (image("%é%"), "gpt-5", 7 + 1500),
     "by-address": (image("", "url"), "claude-sonnet-4-5", 7 + 1500),
     "inside-a-tool-result": (
@@ -321,7 +342,17 @@ def test_documents(source: Json, expected: int) -> None:
 
 
 def test_pdf_pages_cost_the_same_for_claude() -> None:
-    assert count(document({"type": "base64", "data": encoded(PDF)}), "claude-opus-4-7") in range(7512, 7515)
+    counter, body = TokenCounter(VOCABULARY.load), document({"type": "base64", "data": encoded(PDF)})
+    assert counter.count_now(body, "p", "claude-sonnet-4-5") in range(7507, 7510)
+    assert counter.count_now(body, "p", "claude-opus-4-7") in range(7512, 7515)
+
+
+def test_pdfs_that_differ_in_the_middle_are_two() -> None:
+    page, other = (b"<</Type /Page>>" + bytes(8000), b"<</Type/Pages>>" + bytes(8000))
+    counter = TokenCounter(VOCABULARY.load)
+    for middle, pages in ((page, 3), (other, 2)):
+        data = encoded(page + middle + page)
+        assert counter.count_now(document({"type": "base64", "data": data}), "p", "gpt-5") == 7 + 2500 * pages
 
 
 # Bad input: always a count.
@@ -357,6 +388,18 @@ BAD = {
     "deep-schema": user("x", tools=[tool("a", properties=nested(400))]),
     "deep-input": user([{"type": "tool_use", "name": "a", "input": nested(3000)}]),
     "deep-results": user(results(3000)),
+    **{
+        f"deep-{block['type']}": user([block])
+        for block in (
+            {"type": "text", "text": nested(3000)},
+            {"type": "thinking", "thinking": nested(3000)},
+            {"type": "document", "source": {"type": "base64", "data": nested(3000)}},
+            {"type": "image_url", "image_url": {"url": nested(3000)}},
+        )
+    },
+    "deep-system-with-tools": user("x", system=[{"type": "text", "text": nested(3000)}], tools=TOOLS),
+    "deep-call": {"messages": [{"function_call": {"name": nested(3000), "arguments": nested(3000)}}]},
+    "deep-choice": user("x", tools=TOOLS, tool_choice={"name": nested(3000)}),
     "unknown-block": user([{"type": "hologram", "data": {"x": [1, 2, None]}}]),
     "deep-unknown-block": user([{"type": "hologram", "data": nested(3000)}]),
     "special-tokens": user("<|endoftext|><|fim_prefix|><|endofprompt|>"),
@@ -366,6 +409,9 @@ BAD = {
     "megabyte-of-spaces": user(" " * 1_000_000),
     "megabyte-of-newlines": user("\n" * 1_000_000),
     "megabyte-of-one-letter": user("a" * 1_000_000),
+    "megabyte-of-base64": user(encoded(bytes(range(256)) * 3000)),
+    "megabyte-of-ideographs": user("漢字" * 170_000),
+    "megabyte-of-emoji": user("\U0001f600" * 250_000),
     "tabs-and-newlines": user("\t\n" * 200_000),
 }
 
@@ -398,6 +444,40 @@ def test_any_json_is_counted(body: Json, model: str) -> None:
     assert once > 0
     counter = TokenCounter(VOCABULARY.load)
     assert [counter.count_now(body, "p", model), counter.count_now(body, "p", model)] == [once, once]
+
+
+dense = st.one_of(  # much to count in few bytes
+    st.text(min_size=1, max_size=8).map(lambda text: user(text * 800)),
+    st.text(max_size=8).map(lambda text: user([{"type": "tool_use", "name": "t", "input": {"n": [text] * 900}}])),
+    st.dictionaries(keys, values).map(lambda each: user("", tools=[tool("t", properties={"n": each})] * 90)),
+    st.dictionaries(keys, values).map(lambda block: user([{"type": "text", "text": "a"}, block] * 400)),
+    st.just({"messages": [{"role": "user", "content": ""}] * 900}),
+    st.just(user("", tools=[{"name": "t", "input_schema": {}}] * 300)),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(dense, st.sampled_from(["gpt-5", "gpt-4", "claude-sonnet-4-5", "claude-opus-4-7"]))
+def test_a_request_that_is_surely_within_a_limit_counts_no_more(body: Json, model: str) -> None:
+    assert not is_surely_within(compact(body), count(body, model) - 1)
+
+
+@pytest.mark.parametrize(
+    ("raw", "limit", "within"),
+    [
+        pytest.param(
+            b'{"messages": "%s"}' % (b"a" * 113_000), 180_000, True, id="of Claude Code's usual size"
+        ),
+        pytest.param(
+            b'{"messages": "%s"}' % (b"a" * 125_000), 180_000, False, id="large enough to be counted"
+        ),
+        pytest.param(b'{"messages": "%s"}' % (b"a" * 1000), 2_000, False, id="near a small limit"),
+        pytest.param(b'{"type":"image"}', 180_000, False, id="an image is not counted by its bytes"),
+        pytest.param(b"", 180_000, False, id="bytes that are not at hand"),
+    ],
+)
+def test_whether_the_bytes_tell(raw: bytes, limit: int, within: bool) -> None:
+    assert is_surely_within(raw, limit) is within
 
 
 @given(st.text(alphabet="ab \n", max_size=50).map(lambda text: text * 9000))
@@ -452,42 +532,236 @@ def test_cache_is_bounded_and_oldest_go_first() -> None:
     assert words.texts == ["message 99"]
 
 
-async def test_long_texts_are_counted_in_a_thread_short_ones_at_once() -> None:
+@pytest.mark.parametrize("size", [10, 20_000], ids=["short", "long"])
+async def test_texts_are_counted_in_a_thread(size: int) -> None:
     words = Words()
     counter = TokenCounter(lambda name: words)
-    await counter.count(user("short " * 2000), "p", "gpt-5")
-    assert words.threads == {threading.get_ident()}
-    words.threads.clear()
-    await counter.count(user("long " * 5000), "p", "gpt-5")
+    assert await counter.count(user("word\n" * size), "p", "gpt-5") == 7 + size
+    assert counter.count_now(user("what else"), "p", "gpt-5") == 9
+    assert counter.count_text("an answer", "gpt-5") == 2
     assert words.threads and threading.get_ident() not in words.threads
 
 
-async def test_the_loop_runs_on_while_much_is_counted() -> None:
-    """50 requests of 60 KB at once. The bench measures the stall; here there is a coarse bound."""
-    counter, ticks = TokenCounter(VOCABULARY.load), 0
-    bodies = [user(f"{n} some words to count\n" * 2700) for n in range(50)]
+async def test_a_short_text_waits_for_a_slice_of_a_long_one() -> None:
+    words = Words()
+    counter = TokenCounter(lambda name: words)
+    bodies = [user("word\n" * 200_000), user("short")]
+    assert await asyncio.gather(*(counter.count(b, "p", "gpt-5") for b in bodies)) == [200_007, 8]
+    assert words.texts.index("short") == 1 and len(words.texts) == 17
 
-    async def tick() -> None:
-        nonlocal ticks
+
+class Watched(TokenCounter):
+    """Remembers in which round of the event loop it took a request apart."""
+
+    round = 0
+
+    def take_apart(self, looked: Any) -> Any:
+        self.rounds.append(self.round)
+        return super().take_apart(looked)
+
+    async def count_rounds(self) -> None:
+        self.rounds: list[int] = []
         while True:
-            await asyncio.sleep(0.001)
-            ticks += 1
+            await asyncio.sleep(0)
+            self.round += 1
 
-    ticker = asyncio.create_task(tick())
-    counts = await asyncio.gather(*(counter.count(body, "p", "gpt-5") for body in bodies))
-    ticker.cancel()
-    assert ticks >= 10 and counts == [count(body, "gpt-5") for body in bodies]
+
+@pytest.mark.parametrize("encoding", [Words(), None], ids=["counted", "estimated"])
+async def test_the_loop_comes_round_between_two_long_requests(encoding: Encoding | None) -> None:
+    """50 requests of 60 KB at once; the bench measures the stall."""
+    counter = Watched(lambda name: encoding)
+    rounds = asyncio.create_task(counter.count_rounds())
+    bodies = [user(f"{n} some words to count\n" * 2700) for n in range(50)]
+    await asyncio.gather(*(counter.count(body, "p", "gpt-5") for body in bodies))
+    rounds.cancel()
+    assert len(counter.rounds) == len(set(counter.rounds)) == 50
+
+
+def test_a_part_that_stands_twice_is_encoded_once() -> None:
+    words = Words()
+    again = {"messages": [{"role": "user", "content": [{"type": "text", "text": "two words"}] * 3}] * 2}
+    assert TokenCounter(lambda name: words).count_now(again, "p", "gpt-5") == 3 + 2 * (4 + 3 * 2)
+    assert words.texts == ["two words"]
+
+
+def test_what_is_forgotten_during_a_count_is_counted() -> None:
+    words = Words()
+    counter = TokenCounter(lambda name: words)
+    counter.count_now(user("an old text"), "p", "gpt-5")
+    words.before = counter.cache.clear  # as if other requests had driven it out
+    both = user([{"type": "text", "text": text} for text in ("an old text", "a new one")])
+    assert counter.count_now(both, "p", "gpt-5") == 7 + 6
+
+
+# Who cannot wait.
+
+
+class Stuck(Words):
+    """An encoding that does not answer until it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.before = lambda: self.go.wait(20)
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    encoding = Stuck()
+    yield encoding
+    encoding.go.set()
+
+
+async def test_nobody_waits_long_for_a_count(stuck: Stuck) -> None:
+    counter = TokenCounter(lambda name: stuck, 0.01)
+    assert counter.limit == LIMIT
+    counter.limit = 0.01
+    text = "a text of 37 characters, and no more."
+    assert [
+        await counter.count(user(text), "p", "gpt-5"),
+        counter.count_now(user(text), "p", "gpt-5"),
+        counter.count_text(text, "gpt-5") + 7,
+    ] == [17] * 3
+    assert not knows(counter, text, stuck) and not counter.recent
+
+
+def knows(counter: TokenCounter, text: str, encoding: Encoding) -> bool:
+    """Whether a text, or a message of it, passes for one that this encoding has counted."""
+    looked = counter.look_up(items_of(user(text)), framing_of("gpt-5"), encoding)
+    return not looked.new or not counter.take_apart(looked)
+
+
+class Gone(Words):
+    """An encoding whose process has been killed."""
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        raise ConnectionError
+
+
+async def test_an_estimate_where_the_counting_process_is_gone() -> None:
+    gone = Gone()
+    counter = TokenCounter(lambda name: gone)
+    assert await counter.count(user("x" * 37), "p", "gpt-5") == counter.count_now(
+        user("x" * 37), "p", "gpt-5"
+    )
+    assert counter.count_text("x" * 37, "gpt-5") == 10 and not knows(counter, "x" * 37, gone)
+
+
+# The process that counts for a server.
+
+
+@pytest.fixture
+def apart() -> Iterator[Vocabulary]:
+    made = Vocabulary(remote_encoding)
+    yield made
+    made.close()
+
+
+def child_of(found: Vocabulary) -> RemoteEncoding:
+    encoding = found.load("cl100k_base")
+    assert isinstance(encoding, RemoteEncoding)
+    return encoding
+
+
+async def test_a_process_counts_the_same(apart: Vocabulary) -> None:
+    child_of(apart)
+    counter = TokenCounter(apart.load)
+    bodies = list(BAD.values())
+    counts = await asyncio.gather(*(counter.count(body, "p", "gpt-4") for body in bodies))
+    assert counts == [count(body, "gpt-4") for body in bodies]
+
+
+async def test_a_killed_process_is_started_again(apart: Vocabulary) -> None:
+    counter, text = TokenCounter(apart.load), "antidisestablishmentarianism " * 20
+    child = child_of(apart)
+    child.child.kill()
+    assert await counter.count(user(text), "p", "gpt-4") == TokenCounter(lambda _: None).count_now(
+        user(text), "p", "gpt-4"
+    )
+    apart.forget_missing()
+    assert await counter.count(user(text), "p", "gpt-4") == count(user(text), "gpt-4")
+    assert child.is_gone and child_of(apart) is not child
+
+
+def test_a_process_that_does_not_come_up_is_tried_again(folder: Path) -> None:
+    found = Vocabulary(RemoteEncoding)
+    assert found.load("cl100k_base") is None and found.missing() == []
+    shutil.copy(CL100K_FILE, folder)
+    assert child_of(found).lengths(["Say hello."]) == [3]
+    found.close()
+
+
+def test_no_process_where_there_is_no_file(folder: Path, apart: Vocabulary) -> None:
+    assert apart.load("cl100k_base") is None and apart.missing() == ["cl100k_base"]
+
+
+PARENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import ccmux
+made = ccmux.remote_encoding("cl100k_base")
+print(made.child.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_a_process_ends_with_a_parent_that_was_killed() -> None:
+    command = [sys.executable, "-c", PARENT, str(ROOT)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = Path("/proc") / parent.stdout.readline().decode().strip() / "stat"
+        assert child.exists()
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while child.exists() and child.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def children_of(pid: int) -> list[Path]:
+    """The /proc folders of a process's children."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [Path("/proc") / child for task in tasks for child in task.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+async def test_a_server_counts_in_a_process_of_its_own(start_ccmux: Any) -> None:
+    body = {"model": "gpt-4", **user("antidisestablishmentarianism " * 20)}
+    exact = count(body, "gpt-4")
+    async with start_ccmux('[[providers]]\nname = "demo"\ntype = "demo"\n') as running:
+        pid, url = running.process.pid, f"{running.url}/v1/messages/count_tokens"
+        headers = {"anthropic-version": "2023-06-01"}
+        assert children_of(pid) == []  # and so no encoding anywhere: nothing has been counted
+        async with aiohttp.ClientSession() as client, asyncio.timeout(60):
+            counted, counts = 0, []
+            while counted != exact:
+                async with client.post(url, json=body, headers=headers) as answer:
+                    counted = (await answer.json())["input_tokens"]
+                counts.append(counted)
+                await asyncio.sleep(0.01)
+        child = children_of(pid)
+        assert set(counts) == {TokenCounter(lambda _: None).count_now(body, "p", "gpt-4"), exact}
+        assert len(child) == 1 and child[0].exists()
+    assert not child[0].exists()
+
+
+def test_a_panic_of_the_encoder_is_an_estimate() -> None:
+    encoding = VOCABULARY.load("o200k_base")
+    assert encoding is not None
+    assert encoding.lengths([" " * 1_000_000, "Say hello."]) == [270_271, PROMPT]
 
 
 # While there is no vocabulary.
 
 
-def test_estimates_are_near_and_not_kept() -> None:
+def test_estimates_are_near_and_kept_apart() -> None:
     have: dict[str, Encoding | None] = {}
     counter = TokenCounter(have.get)
     text = (ROOT / "ccmux.py").read_text("utf-8")[:50_000]
     estimated = counter.count_now(user(text), "p", "gpt-5")
-    assert not counter.cache
+    assert counter.count_now(user(text), "p", "gpt-5") == estimated
+    assert knows(counter, text, ESTIMATE)  # a second estimate is not made
     have["o200k_base"] = VOCABULARY.load("o200k_base")
     assert counter.count_now(user(text), "p", "gpt-5") == 7 + sum(map(length, slices(text)))
     assert estimated == pytest.approx(length(text), rel=0.25)
@@ -547,6 +821,13 @@ def test_nothing_is_learnt_from() -> None:
     counter.observe("p", "gpt-5", counted, 0)
     counter.observe("elsewhere", "gpt-5", counted, 50)  # the target that answered is not the one counted for
     counter.observe("p", "gpt-5", 12345, 50)
+    counter.load = lambda name: None
+    assert counter.count_now(user("estimated"), "p", "gpt-5") == counted + 1
+    counter.load = lambda name: Words()
+    assert counter.count_now(user("a count now"), "p", "gpt-5") == counted + 1
+    counter.load = lambda name: None
+    assert counter.count_now(user("estimated"), "p", "gpt-5") == counted + 1
+    counter.observe("p", "gpt-5", counted + 1, 50)
     assert counter.factors == {}
 
 
@@ -576,6 +857,94 @@ def test_body_for_an_upstream_count() -> None:
     body = {**kept, **dropped, "tools": [server_tool, TOOLS[1]]}
     assert count_request_body(body) == {**kept, "tools": [TOOLS[1]]}
     assert count_request_body({"messages": []}) == {"messages": []}
+
+
+UPSTREAM_COUNTS = {  # what the quirk says; the answer -> whose count, and how often it was asked in two counts
+    "auto": ("auto", 200, b'{"input_tokens": 4321}', 4321, 2),
+    "auto-400": ("auto", 400, b'{"input_tokens": 4321}', None, 1),
+    "auto-404": ("auto", 404, b"<html>not found</html>", None, 1),
+    "auto-405": ("auto", 405, b"", None, 1),
+    "auto-501": ("auto", 501, b"", None, 1),
+    "auto-429-passes": ("auto", 429, b"{}", None, 2),
+    "auto-500-passes": ("auto", 500, b"{}", None, 2),
+    "auto-no-number": ("auto", 200, b'{"input_tokens": "many"}', None, 2),
+    "auto-no-json": ("auto", 200, b"<html>", None, 2),
+    "auto-deep-json": ("auto", 200, b"[" * 100_000, None, 2),
+    "upstream": ("upstream", 200, b'{"input_tokens": 4321}', 4321, 2),
+    "upstream-404-is-asked-again": ("upstream", 404, b"", None, 2),
+    "local": ("local", 200, b'{"input_tokens": 4321}', None, 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("quirk", "status", "answer", "upstreams", "times"), UPSTREAM_COUNTS.values(), ids=UPSTREAM_COUNTS
+)
+async def test_who_counts(
+    quirk: str, status: int, answer: bytes, upstreams: int | None, times: int, tmp_path: Path
+) -> None:
+    asked: list[Json] = []
+
+    async def upstream(request: web.Request) -> web.Response:
+        asked.append(await request.json())
+        return web.Response(status=status, body=answer)
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/messages/count_tokens", upstream)])
+    async with TestServer(app) as server:
+        text = (
+            f'[[providers]]\nname = "a"\ntype = "anthropic"\nbase_url = "{server.make_url("/")}"\n'
+            f'api_key = "k"\nmodels = ["gpt-5"]\nquirks = {{ count_tokens = "{quirk}" }}\n'
+        )
+        async with in_process(tmp_path, text) as proxy, aiohttp.ClientSession() as client:
+            proxy.state.vocabulary.load("o200k_base")
+            body = {"model": "gpt-5", "metadata": {}, **user("Say hello.")}
+            for _ in range(2):
+                async with client.post(f"{proxy.url}/v1/messages/count_tokens", json=body) as told:
+                    assert await told.json() == {"input_tokens": upstreams or 7 + PROMPT}
+            relay = proxy.state.relay
+            assert not relay.breakers and not relay.cooling  # a failed count says nothing of the provider
+    assert asked == [{"model": "gpt-5", **user("Say hello.")}] * times
+
+
+async def test_nobody_waits_long_for_an_upstreams_count(tmp_path: Path) -> None:
+    ended = asyncio.Event()
+
+    async def upstream(request: web.Request) -> web.Response:
+        await ended.wait()
+        return web.Response()
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/messages/count_tokens", upstream)])
+    async with TestServer(app) as server:
+        row = '[[providers]]\nname = "a"\ntype = "anthropic"\napi_key = "k"\nmodels = ["gpt-5"]\nbase_url = "{}"\n'
+        async with in_process(tmp_path, row.format(server.make_url("/"))) as proxy, asyncio.timeout(30):
+            proxy.state.vocabulary.load("o200k_base")
+            async with aiohttp.ClientSession() as client:
+                body = {"model": "gpt-5", **user("Say hello.")}
+                async with client.post(f"{proxy.url}/v1/messages/count_tokens", json=body) as told:
+                    assert await told.json() == {"input_tokens": 7 + PROMPT}
+        ended.set()
+
+
+async def test_a_refusal_holds_for_its_address(tmp_path: Path) -> None:
+    async def upstream(request: web.Request) -> web.Response:
+        return web.json_response({"input_tokens": 4321})
+
+    app = web.Application()
+    app.add_routes([web.post("/new/v1/messages/count_tokens", upstream)])
+    async with TestServer(app) as server:
+        row = (
+            '[[providers]]\nname = "a"\ntype = "anthropic"\napi_key = "k"\nmodels = ["m"]\nbase_url = "{}"\n'
+        )
+        old, new = (row.format(server.make_url(path)) for path in ("/old", "/new"))
+        async with in_process(tmp_path, old) as proxy, aiohttp.ClientSession() as client:
+            counts = []
+            for text in (old, new, old, new):
+                proxy.state.config = load_config(text, {})
+                url = f"{proxy.url}/v1/messages/count_tokens"
+                async with client.post(url, json={"model": "m", **user("Say hello.")}) as told:
+                    counts.append((await told.json())["input_tokens"] == 4321)
+            assert counts == [False, True, False, True] and len(proxy.state.refused_counts) == 1
 
 
 # Vocabulary files.
@@ -671,9 +1040,8 @@ def test_claudes_own_vocabulary() -> None:
         "pat_str": r"\S+|\s+", "special_tokens": {"<EOT>": 0}, "explicit_n_vocab": 9,
         "bpe_ranks": "! 5 " + " ".join([*letters, *words]),
     }  # fmt: skip
-    encoding = ClaudeEncoding(data)
-    assert encoding.encode_ordinary("hello") == [5 + 256 + 3]
-    assert encoding.encode_ordinary("ｈｅllo") == encoding.encode_ordinary("hello")  # NFKC
+    encoding = claude_encoding(data)
+    assert encoding.lengths(["hello", "ｈｅllo", "hello!"]) == [1, 1, 2]  # NFKC
     counter = TokenCounter(lambda name: encoding)
     assert counter.count_now(user("hello " * 100), "p", "claude-sonnet-4-5") == 7 + 226
     assert counter.count_now(user("hello " * 100), "p", "claude-opus-4-7") == 12 + 278
