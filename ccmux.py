@@ -8084,7 +8084,7 @@ class Recorder:
         record: Json = {
             "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.asked,
             "route": call.route.reason, "client_request": json.loads(scrub(json.dumps(call.body), secrets_of)),
-            "client_headers": allowed_headers(call.headers, _PASS_UP),
+            "client_headers": json.loads(scrub(json.dumps(allowed_headers(call.headers, _PASS_UP)), secrets_of)),
             "upstream_request": "", "upstream_answer": "",
             "events": "",
         }  # fmt: skip

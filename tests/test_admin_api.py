@@ -610,7 +610,7 @@ async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -
             "/v1/messages",
             message(stream=True, system=f"my key is {SECRET}"),
             token="x",
-            **{"x-claude-code-agent-id": "a1", "user-agent": "claude-cli", "cookie": SECRET},
+            **{"x-claude-code-agent-id": "a1", "user-agent": f"claude-cli {SECRET}", "cookie": SECRET},
         )
         [held] = (await admin.get("/admin/api/inspect"))["held"]
         record = await admin.get(f"/admin/api/inspect/{held['id']}")
@@ -618,6 +618,6 @@ async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -
         assert "chat.completion.chunk" in record["upstream_answer"]
         assert "event: message_start" in record["events"]
         assert record["status"] == 200
-        assert record["client_headers"] == {"x-claude-code-agent-id": "a1", "user-agent": "claude-cli"}
+        assert record["client_headers"] == {"x-claude-code-agent-id": "a1", "user-agent": "claude-cli [key]"}
         await admin.call("PUT", "/admin/api/inspect", {"minutes": 0})
         assert (await admin.get("/admin/api/inspect"))["held"] == []
