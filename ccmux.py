@@ -10176,8 +10176,7 @@ async function copy(text) {
   try { await navigator.clipboard.writeText(text); tell("Copied."); }
   catch { tell("The browser does not allow copying here: select the text instead."); }
 }
-const copyable = (text) => [el("pre", { tabindex: 0 }, text), button("Copy", () => copy(text),
-  { class: "small" })];
+const copyable = (text) => [el("pre", { tabindex: 0 }, text), button("Copy", () => copy(text), { class: "small" })];
 
 /* Theme: the system's until the toggle was used. */
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
@@ -10285,8 +10284,7 @@ function requestColumns(admin) {
       "nowrap mono"]]),
     ["Asked for", (r) => r.asked || "–", "text"], ["Answered by", target, "text"],
       ["Why", (r) => r.route || "–", "nowrap"],
-    ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`,
-      "num"],
+    ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
     ["Cost", (r) => (r.cost_microusd === null ? "no price" : usd(r.charge_microusd)), "num"],
       ["Took", (r) => seconds(r.duration_ms), "num"],
   ];
@@ -10393,13 +10391,10 @@ function spendCard(days) {
   if (!sum(days, "requests")) return card("Spend per day", null,
     empty("Nothing was asked in the last 30 days."));
   const used = days.filter((d) => d.requests).reverse();
-  const label = el("div", { class: "head muted" }, el("span", { class: "grow" }, days[0].key),
-    days.at(-1).key);
+  const label = el("div", { class: "head muted" }, el("span", { class: "grow" }, days[0].key), days.at(-1).key);
   return card("Spend per day", el("span", { class: "muted" },
-    `${usd(sum(days, "charge_microusd"))} in 30 days`),
-    dayChart(days, "charge_microusd", usd), label,
-    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", usageColumns("Day"), used,
-      "")));
+    `${usd(sum(days, "charge_microusd"))} in 30 days`), dayChart(days, "charge_microusd", usd), label,
+    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", usageColumns("Day"), used, "")));
 }
 const usageColumns = (title) => [
   [title, (r) => r.key || "none", "text"], ["Requests", (r) => whole(r.requests), "num"],
@@ -10455,8 +10450,7 @@ function labelled(label, input, help, wide) {
   input.id = input.id || `f${++lastId}`;
   const note = help && el("span", { class: "help", id: `${input.id}h` }, help);
   if (note) input.setAttribute("aria-describedby", note.id);
-  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input,
-    note);
+  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input, note);
 }
 const textBox = (value, props) => el("input", { type: "text", autocomplete: "off", spellcheck: "false",
   value, ...props });
@@ -10469,8 +10463,7 @@ function selectBox(options, value) {
   return node;
 }
 const PRICES = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"],
-  ["cache_write", "Cache write"],
-  ["cache_write_1h", "1 h write"]];
+  ["cache_write", "Cache write"], ["cache_write_1h", "1 h write"]];
 
 /* A control for each kind: (field, value) -> {node, get}; get() is undefined for "leave the key out". */
 const CONTROLS = {
@@ -10506,8 +10499,7 @@ const CONTROLS = {
       const input = textBox(given.join(", "), { placeholder: "separated by commas" });
       return { input, get: () => input.value.split(",").map((v) => v.trim()).filter(Boolean) };
     }
-    const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c,
-      checked: given.includes(c) }));
+    const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c, checked: given.includes(c) }));
     const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
       el("div", { class: "checks" },
       boxes.map((box) => el("label", {}, box, box.value))), el("span", { class: "help" }, field.help));
@@ -10517,10 +10509,8 @@ const CONTROLS = {
     if (field.name === "headers") return headerControl(field, value);
     const now = [value].flat().filter((v) => v && v.set).map((v) => v.reference
       || `ends in ${v.last4 || "…"}`).join(", ");
-    const input = textBox("", { type: "password", placeholder: now ? `set (${now}); empty keeps it`
-      : "not set" });
-    input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text"
-      : "password"; });
+    const input = textBox("", { type: "password", placeholder: now ? `set (${now}); empty keeps it` : "not set" });
+    input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
     const parts = () => input.value.split(",").map((v) => v.trim()).filter(Boolean);
     const gone = el("input", { type: "checkbox" });
     const node = labelled(labelOf(field), input, field.help);
@@ -10557,8 +10547,7 @@ function headerControl(field, value) {
   const get = () => Object.fromEntries(input.value.split("\n").filter((l) => l.includes(":")).map(pair));
   return { input, wide: true, get: () => (value || input.value.trim() ? get() : undefined) };
 }
-const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g,
-  " ")
+const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ")
   .replace("Api", "API").replace(" url", " URL");
 
 /* Controls for some fields of a table. read() is the table with what they now say; a key whose control is empty,
@@ -10715,8 +10704,7 @@ async function saved(words) {
 /* Overview */
 const STATES = { ok: "ok", closed: "ok", disabled: "", cooling: "warn", "half-open": "warn", open: "bad",
   unusable: "bad" };
-const WORDS = { ok: "working", open: "resting after faults", cooling: "limited for now",
-  unusable: "cannot be used",
+const WORDS = { ok: "working", open: "resting after faults", cooling: "limited for now", unusable: "cannot be used",
   "half-open": "being tried again", disabled: "switched off" };
 const refusesKey = ({ outcomes }) => ["http_401", "http_403"].includes((outcomes.at(-1) || {}).error);
 function stateBadge(name) {
@@ -10737,8 +10725,7 @@ function problems(broke) {
     if (health.problem) add("bad", name, health.problem, "providers");
     else if (refusesKey(health)) add("bad", name, "refuses its key", "providers");
     else if (["open", "half-open", "cooling"].includes(health.state)) {
-      add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${last.error}` : ""}`,
-        "providers");
+      add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${last.error}` : ""}`, "providers");
     }
   }
   if (S.unpriced && S.unpriced.length) {
@@ -10755,8 +10742,7 @@ function problemCard(broke) {
   if (!found.length) return card("All is well", badge("ok", "no problems"));
   const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), ` ${text.replace(/\.$/, "")}. See `,
     el("a", { href: `#${tab}` }, TABS.find(([key]) => key === tab)[1]));
-  const node = card(`${count(found.length, "thing")} to look at`, null,
-    el("ul", {}, found.map(item)));
+  const node = card(`${count(found.length, "thing")} to look at`, null, el("ul", {}, found.map(item)));
   node.classList.add("problems");
   return node;
 }
@@ -10868,8 +10854,7 @@ function providerDialog(old) {
   const chosen = () => {
     const preset = S.presets[type.value] || {};
     const place = url.value || preset.url || preset.base_url;
-    to.textContent = place ? `Requests and the key go to ${hostOf(place)}.`
-      : "Give the address that requests go to.";
+    to.textContent = place ? `Requests and the key go to ${hostOf(place)}.` : "Give the address that requests go to.";
     const isMoved = old && url.value !== (old.base_url || "");
     if (isMoved) to.textContent += " The key must be typed again for a new address.";
     url.placeholder = preset.base_url || "https://host/v1";
@@ -10934,8 +10919,7 @@ function testDialog(name) {
     refill(found, models.map((m) => el("option", { value: m })));
     refill(result, el("p", {}, count(models.length, "model")), el("pre", { tabindex: 0 }, models.join("\n")));
   };
-  const run = (work) => () => work().catch((error) => refill(result,
-    el("p", { class: "error" }, error.message)));
+  const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
   openDialog(`Test ${name}`, el("p", { class: "muted" },
     "Sends one tiny real request over the way all requests go."),
     labelled("Model", model, "empty: one that the config uses, or the preset's"), found,
@@ -10946,25 +10930,21 @@ function testDialog(name) {
 /* Models */
 const routesOf = (name) => [...Object.keys(S.routes).filter((slot) => S.routes[slot] === name),
   ...((S.config.router || {}).rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
-const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}`
-  : "built-in table");
+const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}` : "built-in table");
 const namesList = () => el("datalist", { id: "names" },
   (S.names || []).map((n) => el("option", { value: n })));
 function modelsView() {
   const columns = [["Ask for", (m) => m.name, "text mono"],
     ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ")
-      || "nothing yet", "text"],
-    ["Claude Code sees", seenAs, "text mono"],
+      || "nothing yet", "text"], ["Claude Code sees", seenAs, "text mono"],
       ["Used by", (m) => routesOf(m.name).join(", ") || "–", "text"],
     ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
       : priceWord(m.price)), "nowrap"],
     ["Context", (m) => (m.context ? short(m.context) : "–"), "num"],
     ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` }), "act"]];
-  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m,
-    provider: p.name })));
+  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
   return [card("Models", button("Add a model", () => modelDialog(null),
-    { class: "main", disabled: !rowsOf("providers").length }),
-    table("Models", columns, rowsOf("models"),
+    { class: "main", disabled: !rowsOf("providers").length }), table("Models", columns, rowsOf("models"),
       rowsOf("providers").length ? "None yet. A model is a name of your own for upstream models, tried in order."
         : "Add a provider first; then give its models names here.")),
   listed.length ? card("Listed by providers", null,
@@ -10986,10 +10966,8 @@ function mappingItem(row) {
   const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider),
     labelled("Upstream model", model), found,
     button("Fetch list", fetchNames)), el("details", { open: Boolean(row.price) },
-      el("summary", {}, "Price and context of this target alone"),
-    el("div", { class: "fields" }, own.nodes)));
-  return { node, read: () => ({ ...own.read(), provider: provider.value,
-    actual_model: model.value.trim() }) };
+      el("summary", {}, "Price and context of this target alone"), el("div", { class: "fields" }, own.nodes)));
+  return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.value.trim() }) };
 }
 function modelDialog(old) {
   const row = old || { name: "", mappings: [{}] }, hash = S.config_hash;
@@ -11000,8 +10978,7 @@ function modelDialog(old) {
   const save = async () => {
     const table = { ...made.read(), mappings: targets.read().map((t, n) => ({ ...t, priority: n + 1 })) };
     if (!table.name) throw new Failure(400, "name: give it a name");
-    if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400,
-      "Each target needs an upstream model.");
+    if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs an upstream model.");
     await ask(path("models", old ? old.name : table.name), "PUT", { hash, table });
     close();
     await saved(`Model ${table.name} is saved.`);
@@ -11011,8 +10988,7 @@ function modelDialog(old) {
   const [name, ...others] = made.nodes;
   const form = formOf([el("div", { class: "fields" }, name), el("h3", {}, "Targets, the first tried first"),
     targets.node,
-    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save,
-      { extra: [remove], made: made.made });
+    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save, { extra: [remove], made: made.made });
   const close = openDialog(old ? `Model ${old.name}` : "Add a model", form);
 }
 
@@ -11036,8 +11012,7 @@ async function routerView() {
   const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (f.name in S.routes
     ? { ...f, list: "names" } : f));
   const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "Add a rule", () => ({}));
-  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"),
-    results = el("div", {});
+  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div", {});
   const attempt = () => {
     const of = (name) => made.of(name).input.value;
     refill(results, el("p", {}, "Claude's own name (auto_map_regex): ", matchWord(of("auto_map_regex"),
@@ -11052,8 +11027,7 @@ async function routerView() {
     await saved("The router is saved.");
   };
   const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes),
-    el("h3", {}, "Prompt rules, the first match wins"),
-    rules.node, el("h3", {}, "Try the patterns"),
+    el("h3", {}, "Prompt rules, the first match wins"), rules.node, el("h3", {}, "Try the patterns"),
       el("div", { class: "row" }, labelled("A model name", sample),
       labelled("A user's words", words)), results], save, { made: made.made });
   form.addEventListener("input", attempt);
@@ -11063,8 +11037,7 @@ async function routerView() {
     "Which model a request goes to: the first rule that applies and has a model ",
     "wins. An empty one is passed over."), form), await explainCard()];
 }
-const sampleBody = (model, text) => ({ model, max_tokens: 1024,
-  messages: [{ role: "user", content: text }] });
+const sampleBody = (model, text) => ({ model, max_tokens: 1024, messages: [{ role: "user", content: text }] });
 const explainHeld = async (id) => {
   const held = await ask(path("inspect", id));
   return ask(`${ROOT}/explain`, "POST", { body: held.client_request, headers: held.client_headers });
@@ -11099,8 +11072,7 @@ async function explainCard() {
   });
   const run = async () => {
     let parsed;
-    try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400,
-      `Not JSON: ${error.message}`); }
+    try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400, `Not JSON: ${error.message}`); }
     refill(result, el("h3", {}, "On the rules as they are now"),
       explained(await ask(`${ROOT}/explain`, "POST", { body: parsed, headers })));
   };
@@ -11143,8 +11115,7 @@ function addUserDialog() {
     keyDialog(told.name, told.key);
   };
   const fields = [labelled("Name", name, "letters, digits and . _ @ -"), labelled("Credit, dollars", credit,
-    "empty: what [credits] says"),
-    labelled("Note", note), budgets.nodes];
+    "empty: what [credits] says"), labelled("Note", note), budgets.nodes];
   const made = [{ field: { name: "name" }, input: name, node: name.parentNode }];
   const close = openDialog("Add a user", formOf(el("div", { class: "fields" }, fields), save,
     { label: "Add", made }));
@@ -11228,8 +11199,7 @@ async function billingView() {
 
 /* Try */
 function tryView() {
-  const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }),
-    limit = numberBox(512, { min: 1 });
+  const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }), limit = numberBox(512, { min: 1 });
   const prompt = el("textarea", { rows: 4, value: "Say hello in one sentence." });
   const output = el("pre", { tabindex: 0, "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
     end = el("div", {});
@@ -11243,8 +11213,7 @@ function tryView() {
     if (take) output.textContent += take(data.delta);
     return null;
   };
-  const showEnd = (row) => refill(end, el("p", {}, statusBadge(row),
-    ` ${target(row)} because of ${row.route}`),
+  const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
     el("p", { class: "muted" },
       `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`),
@@ -11334,8 +11303,7 @@ async function configView() {
       formOf(labelled("config.toml", text,
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
     card("Backups", null, table("Backups", [["File", (b) => b.name, "text mono"],
-      ["Written", (b) => when(b.time), "nowrap"],
-      ["Bytes", (b) => whole(b.bytes), "num"],
+      ["Written", (b) => when(b.time), "nowrap"], ["Bytes", (b) => whole(b.bytes), "num"],
       ["", (b) => button("Look", () => backupDialog(b.name, config.hash).catch(tellError),
         { class: "small", "aria-label": `Look at ${b.name}` }), "act"]],
     backups, "None yet: a save keeps the file before it."))];
@@ -11361,8 +11329,7 @@ function settingsCard(root, title) {
   };
   const note = root === "server" && el("p", { class: "muted" },
     "Host, port and database change at the next start.");
-  return card(title, null, formOf([note, el("div", { class: "fields" }, made.nodes)], save,
-    { made: made.made }));
+  return card(title, null, formOf([note, el("div", { class: "fields" }, made.nodes)], save, { made: made.made }));
 }
 
 /* Start */
