@@ -10465,6 +10465,7 @@ function selectBox(options, value) {
 const PRICES = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"],
   ["cache_write", "Cache write"], ["cache_write_1h", "1 h write"]];
 
+const AS_IT_IS = "as the preset or format has it";
 /* A control for each kind: (field, value) -> {node, get}; get() is undefined for "leave the key out". */
 const CONTROLS = {
   text(field, value) {
@@ -10472,7 +10473,7 @@ const CONTROLS = {
     return { input, get: () => input.value.trim() };
   },
   choice(field, value) {
-    const input = selectBox([...(field.default ? [] : [["", "–"]]), ...field.choices.map((c) => [c])],
+    const input = selectBox([...(field.default ? [] : [["", field.maybe ? AS_IT_IS : "–"]]), ...field.choices.map((c) => [c])],
       value ?? field.default);
     return { input, get: () => input.value };
   },
@@ -10486,7 +10487,7 @@ const CONTROLS = {
   },
   bool(field, value) {
     if (field.maybe) {
-      const input = selectBox([["", "as the preset or format has it"], ["yes"], ["no"]],
+      const input = selectBox([["", AS_IT_IS], ["yes"], ["no"]],
         value === undefined ? "" : value ? "yes" : "no");
       return { input, get: () => (input.value ? input.value === "yes" : undefined) };
     }
@@ -10846,7 +10847,9 @@ function providerDialog(old) {
   const field = (name) => list.find((f) => f.name === name);
   const first = controls(main.map(field), row);
   const rest = controls(list.filter((f) => ![...main, "type", "quirks"].includes(f.name)), row);
-  const quirks = controls(S.fields.quirks.map((f) => ({ ...f, maybe: true })), row.quirks || {});
+  /* What is not chosen stays the preset's or the format's own: no default of the file's is written over it. */
+  const quirks = controls(S.fields.quirks.map((f) => ({ ...f, maybe: true, default: f.kind === "list" ? [] : "" })),
+    row.quirks || {});
   const type = selectBox([["", "choose …"], ...Object.keys(S.presets).map((p) => [p, `${p} (preset)`]),
     ...S.formats.filter((f) => !S.presets[f]).map((f) => [f, `${f} (wire format)`])], row.type || row.provider_type || "");
   const to = el("p", { class: "muted" }), name = first.of("name").input, url = first.of("base_url").input;

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,7 @@ async def test_a_provider_is_added_by_keyboard_alone(browser: Browser, tmp_path:
         await tab_to(page, "Save")
         await page.keyboard.press("Enter")
         await expect(page.locator("#status")).to_contain_text("Provider demo is saved.")
-    assert 'name = "demo"' in (tmp_path / "config.toml").read_text()
+    assert (tmp_path / "config.toml").read_text() == '[[providers]]\nname = "demo"\ntype = "demo"\n'
 
 
 async def tab_to(page: Page, words: str) -> None:
@@ -516,6 +517,34 @@ async def test_a_provider_that_refuses_its_key_is_told_apart(browser: Browser, t
             await expect(page.locator(".problems")).to_contain_text("up refuses its key. See Providers")
             await tab(page, "providers")
             await expect(page.locator("tbody")).to_contain_text("refuses its key")
+
+
+@needs_browser
+async def test_only_the_quirks_that_are_chosen_are_written(browser: Browser, tmp_path: Path) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.click("text=Add a provider")
+        await page.get_by_label("Type", exact=True).select_option("deepseek")
+        await page.get_by_label("API key").fill("$NO_SUCH_KEY_HERE")
+        await page.click("text=Quirks")
+        await page.get_by_label("Count tokens").select_option("auto")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("#status")).to_contain_text("saved")
+        assert tomllib.loads((tmp_path / "config.toml").read_text())["providers"] == [
+            {
+                "name": "deepseek",
+                "type": "deepseek",
+                "api_key": "$NO_SUCH_KEY_HERE",
+                "quirks": {"count_tokens": "auto"},
+            }
+        ]
+        await page.get_by_label("Edit deepseek").click()
+        await page.click("text=Quirks")
+        await expect(page.get_by_label("Count tokens")).to_have_value("auto")
+        await page.get_by_label("Count tokens").select_option("")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("dialog")).to_have_count(0)
+        assert "quirks" not in (tmp_path / "config.toml").read_text()
 
 
 @needs_browser
