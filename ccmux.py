@@ -1170,6 +1170,9 @@ def mux_model(row: Any, lost: list[Any], warnings: list[str]) -> Any:
 # before it is written.
 
 
+TomlPath = tuple[str | int, ...]  # the keys, and the row's number in an array of tables
+
+
 @dataclass(frozen=True, slots=True)
 class Statement:
     """A stretch of a TOML file: a header, a key with its value, or a blank or comment line.
@@ -1180,7 +1183,8 @@ class Statement:
     kind: str  # table, array, key or blank
     start: int
     end: int  # after the line's end
-    path: tuple[str, ...] = ()  # of a header, or of the key within its table
+    path: TomlPath = ()  # of what it says, from the top of the file
+    home: TomlPath = ()  # of the header that it stands under, or is
     value: tuple[int, int] = (0, 0)
 
 
@@ -1190,24 +1194,39 @@ Edit = tuple[int, int, str]  # from, to (in characters), and what is to stand th
 def scan_toml(text: str) -> list[Statement]:
     """The statements of a file that tomllib has accepted, in order and without gaps."""
     found = []
+    rows: dict[TomlPath, int] = {}
+    home: TomlPath = ()
     at = 0
     while at < len(text):
         start, at = at, skip_blank(text, at)
         kind, value = "blank", (0, 0)
-        path: tuple[str, ...] = ()
+        path: TomlPath = ()
         if text[at : at + 1] == "[":
             kind = "array" if text[at : at + 2] == "[[" else "table"
-            path, at = scan_keys(text, at + (2 if kind == "array" else 1))
+            keys, at = scan_keys(text, at + (2 if kind == "array" else 1))
+            path = home = numbered(keys, rows, is_new_row=kind == "array")
         elif text[at : at + 1] not in ("", "#", "\n", "\r"):
             kind = "key"
-            path, at = scan_keys(text, at)
+            keys, at = scan_keys(text, at)
             begin = skip_blank(text, at + 1)
             at = skip_value(text, begin)
-            value = (begin, at)
+            path, value = (*home, *keys), (begin, at)
         newline = text.find("\n", at)
         at = len(text) if newline < 0 else newline + 1
-        found.append(Statement(kind, start, at, path, value))
+        found.append(Statement(kind, start, at, path, home, value))
     return found
+
+
+def numbered(keys: tuple[str, ...], rows: dict[TomlPath, int], *, is_new_row: bool) -> TomlPath:
+    """A header's path with the numbers of the rows it is in; `rows` counts those of each array."""
+    path: TomlPath = ()
+    for n, key in enumerate(keys, 1):
+        path = (*path, key)
+        if is_new_row and n == len(keys):
+            rows[path] = rows.get(path, 0) + 1
+        if path in rows:
+            path = (*path, rows[path] - 1)
+    return path
 
 
 def skip_blank(text: str, at: int) -> int:
@@ -1245,12 +1264,12 @@ def skip_string(text: str, at: int) -> int:
     return at
 
 
-def skip_value(text: str, at: int) -> int:
+def skip_value(text: str, at: int, bare: str = r"[^#\n\r]*") -> int:
     """The end of the value that begins here; brackets may hold strings, comments and line ends."""
     if text[at] in "\"'":
         return skip_string(text, at)
     if text[at] not in "[{":
-        line = re.match(r"[^#\n\r]*", text[at:])
+        line = re.match(bare, text[at:])
         return at + len(line[0].rstrip()) if line else at
     depth = 0
     while True:
@@ -1276,13 +1295,10 @@ def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str
     meant = meant_tables(before, root, name, table)
     if same_value(before, meant):
         return text
-    for edit in (splice_table, splice_inline, rewrite_root):
-        try:
-            after = edit(text, before, meant, root, name)
-            if same_value(tomllib.loads(after), meant):
-                return after
-        except (tomllib.TOMLDecodeError, IndexError):
-            continue
+    after = apply_edits(text, TomlEditor(text).table_edits((), before, meant))
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        if same_value(tomllib.loads(after), meant):
+            return after
     raise ConfigError(f"[{root}] cannot be edited by machine in this file; edit it by hand")
 
 
@@ -1306,156 +1322,164 @@ def same_value(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
-def splice_table(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
-    """The edit for the usual layout: a header with keys under it.
+class TomlEditor:
+    """Finds the edits that make a TOML file say something else, with every comment in its place.
 
-    IndexError where the file is laid out otherwise.
+    A comment belongs to what stands right below it; one with nothing below, and a key that is commented out,
+    to what it touches above. Rows that change places take theirs along.
     """
-    statements = scan_toml(text)
-    if name is None:
-        if root not in before:
-            return insert_text(text, len(text), emit_table(root, meant[root]))
-        block = toml_blocks(statements, (root,), "table")[0]
-        return splice_block(text, block, before[root], meant.get(root))
-    rows = before.get(root, [])
-    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
-    blocks = toml_blocks(statements, (root,), "array")
-    if at == len(rows):
-        end = last_key_end(blocks[-1]) if blocks else len(text)
-        return insert_text(text, end, emit_table(root, meant[root][at], "array"))
-    after = meant[root][at] if len(meant.get(root, [])) == len(rows) else None
-    return splice_block(text, blocks[at], rows[at], after)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.lines = scan_toml(text)
+
+    def under(self, path: TomlPath) -> list[int]:
+        """Which lines say what is at this path."""
+        return [n for n, s in enumerate(self.lines) if s.kind != "blank" and s.path[: len(path)] == path]
+
+    def edits(self, path: TomlPath, old: Any, new: Any) -> list[Edit] | None:
+        """What makes a changed value say `new`; None where it is to be taken out and written anew."""
+        line = next((s for s in self.lines if s.kind == "key" and s.path == path), None)
+        if line is not None:
+            return value_edits(self.text, line.value, old, new)
+        if isinstance(old, dict) and isinstance(new, dict):
+            # One that is only there by what is in it is not there any more when it is empty.
+            has_lines = bool(new) or any(s.path == path for s in self.lines)
+            return self.table_edits(path, old, new) if has_lines else None
+        return self.row_edits(path, old, new) if is_rows(old) and is_rows(new) else None
+
+    def table_edits(self, path: TomlPath, old: Json, new: Json) -> list[Edit]:
+        found: list[Edit] = []
+        added = {k: v for k, v in new.items() if k not in old}
+        for key, was in old.items():
+            if key in new and same_value(was, new[key]):
+                continue
+            inside = self.edits((*path, key), was, new[key]) if key in new else None
+            if inside is None:
+                found += self.removal((*path, key))
+                added |= {key: new[key]} if key in new else {}
+            found += inside or []
+        keys, rows = self.additions(path, added)
+        return keys + found + rows  # headers stand below all keys where they meet
+
+    def removal(self, path: TomlPath) -> list[Edit]:
+        """Takes lines out: single keys one by one, so that comments between them stay; tables whole."""
+        found: list[Edit] = []
+        lines = (s for s in self.lines if s.kind != "blank")
+        for inside, run in itertools.groupby(lines, lambda s: s.path[: len(path)] == path):
+            for is_key, part in itertools.groupby(
+                run if inside else (), lambda s: s.kind == "key" and len(s.home) < len(path)
+            ):
+                gone = list(part)
+                spans = [(s.start, s.end) for s in gone] if is_key else [(gone[0].start, gone[-1].end)]
+                found += [(*span, "") for span in spans]
+        return found
+
+    def additions(self, path: TomlPath, new: Json) -> tuple[list[Edit], list[Edit]]:
+        """Writes keys at the end of a table's own lines, and rows under headers of their own after all of it."""
+        if not path:
+            tables = [emit_rows(k, v) if is_rows(v) else emit_table(k, v) for k, v in new.items()]
+            end = len(self.text)
+            return [], [(end, end, ("\n" if self.text.strip() else "") + "\n".join(tables))] * bool(tables)
+        under = [self.lines[n] for n in self.under(path)]
+        own = [s for s in under if len(s.home) <= len(path) and (s.kind == "key" or s.path == path)]
+        last, title = (own or under)[-1], dotted(path)
+        home = last.home if own else path
+        rows = {k: v for k, v in new.items() if is_rows(v) and home == path}
+        keys = [
+            f"{dotted((*path[len(home) :], k))} = {emit_value(v)}\n" for k, v in new.items() if k not in rows
+        ]
+        head = [] if own or not keys else [f"[{title}]\n"]
+        more = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in rows.items()]
+        at, end = last.end, under[-1].end
+        return [(at, at, "".join([*head, *keys]))] * bool(keys), [(end, end, "".join(more))] * bool(more)
+
+    def row_edits(self, path: TomlPath, old: list[Json], new: list[Json]) -> list[Edit] | None:
+        """The edits of `[[path]]` rows. Those that stay fill the places of those that stayed, in the new order."""
+        source = matched(old, new)
+        kept = sorted(i for i in source if i is not None)
+        places = iter(kept)
+        gone = [i for i in range(len(old)) if i not in kept]
+        found = [edit for i in gone for edit in self.removal((*path, i))]
+        end = self.slot((*path, kept[0] if kept else len(old) - 1))[0 if kept else 1]
+        for row, i in zip(new, source, strict=True):
+            if i is None:
+                text = emit_rows(dotted(path), [row])
+                found.append((end, end, f"\n{text}" if len(path) == 1 else text))
+                continue
+            place = next(places)
+            inside = self.edits((*path, i), old[i], row) or []
+            slot, end = self.slot((*path, i)), self.slot((*path, place))[1]
+            if place == i:
+                found += inside
+            elif self.is_whole((*path, i)) and self.is_whole((*path, place)):
+                found.append(
+                    (*self.slot((*path, place)), edited_part(self.text, slot, inside).rstrip("\n") + "\n")
+                )
+            else:
+                return None
+        return found
+
+    def is_whole(self, path: TomlPath) -> bool:
+        """Whether nothing else stands between the lines of a row."""
+        under = self.under(path)
+        return all(s.kind == "blank" or s.path[: len(path)] == path for s in self.lines[under[0] : under[-1]])
+
+    def slot(self, path: TomlPath) -> tuple[int, int]:
+        """From where to where (in characters) a row stands in the file, with its comments."""
+        under = self.under(path)
+        first, end = under[0], self.comments_below(under[-1])
+        while first and self.is_comment(first - 1):
+            first -= 1
+        if first and self.lines[first - 1].kind != "blank":
+            first = self.comments_below(first - 1)
+        return self.lines[first].start, self.lines[end - 1].end
+
+    def comments_below(self, n: int) -> int:
+        """Where the comments end that stand right below line n and belong to it."""
+        end = n + 1
+        while end < len(self.lines) and self.is_comment(end):
+            end += 1
+        if end < len(self.lines) and self.lines[end].kind == "blank":
+            return end
+        keys = [i + 1 for i in range(n + 1, end) if self.is_comment(i, r"\s*#\s*[\w.-]+\s*=")]
+        return max(keys, default=n + 1)
+
+    def is_comment(self, n: int, like: str = r"\s*#") -> bool:
+        line = self.lines[n]
+        return line.kind == "blank" and bool(re.match(like, self.text[line.start : line.end]))
 
 
-def toml_blocks(statements: list[Statement], path: tuple[str, ...], kind: str) -> list[list[Statement]]:
-    """The statements of each `[path]` or `[[path]]`, with those of its sub-tables."""
-    blocks: list[list[Statement]] = []
-    inside = False
-    for statement in statements:
-        if statement.kind in ("table", "array"):
-            begins = statement.path == path and statement.kind == kind
-            inside = begins or (inside and statement.path[: len(path)] == path != statement.path)
-            if begins:
-                blocks.append([])
-        if inside:
-            blocks[-1].append(statement)
-    return blocks
-
-
-def last_key_end(block: list[Statement]) -> int:
-    """Where a block's last header or key ends: comments after it belong to what follows."""
-    return max(s.end for s in block if s.kind != "blank")
-
-
-def splice_block(text: str, block: list[Statement], old: Json, new: Json | None) -> str:
-    """One table's block with only its changed keys changed."""
-    return apply_edits(text, [without_keys(block)] if new is None else block_edits(block, old, new))
-
-
-def without_keys(block: list[Statement]) -> Edit:
-    return (block[0].start, last_key_end(block), "")
-
-
-def block_edits(block: list[Statement], old: Json, new: Json) -> list[Edit]:
-    """What makes a table's block say `new`: its changed keys in their places, new ones at its end."""
-    title = block[0].path
-    own, subs = split_block(block)
-    edits: list[Edit] = []
-    added = [k for k in new if k not in old]
-    for key in old:
-        if key in new and same_value(old[key], new[key]):
-            continue
-        lines = [s for s in own if s.kind == "key" and s.path[0] == key]
-        inside = (
-            key_edits(lines, subs.get(key, []), old[key], new[key], (*title, key)) if key in new else None
-        )
-        if inside is None:
-            edits += [(s.start, s.end, "") for s in [*lines, *subs.get(key, [])] if s.kind != "blank"]
-            added += [key] if key in new else []
-        edits += inside or []
-    inline = "".join(f"{emit_key(k)} = {emit_value(new[k])}\n" for k in added if not is_rows(new[k]))
-    rows = "".join(emit_rows(dotted((*title, k)), new[k]) for k in added if is_rows(new[k]))
-    ends = ((last_key_end(own), inline), (last_key_end(block), rows))
-    return edits + [(end, end, text) for end, text in ends if text]
-
-
-def key_edits(
-    lines: list[Statement], sub: list[Statement], old: Any, new: Any, path: tuple[str, ...]
-) -> list[Edit] | None:
-    """A changed value's edits within its own lines and sub-tables; None where it is to be written anew."""
-    if len(lines) == 1 and len(lines[0].path) == 1:
-        return None if is_rows(new) else [(*lines[0].value, emit_value(new))]
-    if isinstance(old, dict) and isinstance(new, dict):
-        tables = toml_blocks(sub, path, "table")
-        if lines and not sub:
-            return dotted_edits(lines, old, new)
-        return block_edits(tables[0], old, new) if len(tables) == 1 and not lines else None
-    if is_rows(old) and is_rows(new) and not lines:
-        return row_edits(toml_blocks(sub, path, "array"), old, new, dotted(path))
-    return None
-
-
-def dotted_edits(lines: list[Statement], old: Json, new: Json) -> list[Edit] | None:
-    """The edits of a table written as `key.name = value` lines."""
-    if any(len(line.path) != 2 for line in lines):
-        return None
-    edits: list[Edit] = []
-    for line in lines:
-        name = line.path[1]
-        if name not in new:
-            edits.append((line.start, line.end, ""))
-        elif not same_value(old[name], new[name]):
-            edits.append((*line.value, emit_value(new[name])))
-    more = [f"{dotted((lines[0].path[0], k))} = {emit_value(v)}\n" for k, v in new.items() if k not in old]
-    return edits + [(lines[-1].end, lines[-1].end, "".join(more))] * bool(more)
-
-
-def row_edits(
-    blocks: list[list[Statement]], old: list[Json], new: list[Json], title: str
-) -> list[Edit] | None:
-    """The edits of `[[title]]` rows, each in its place; None where they change places."""
-    pairs = matched_rows(old, new)
-    if pairs is None or len(blocks) != len(old):
-        return None
-    edits = [edit for i, j in pairs for edit in block_edits(blocks[i], old[i], new[j])]
-    kept = {i for i, _ in pairs}
-    edits += [without_keys(block) for i, block in enumerate(blocks) if i not in kept]
-    more, end = new[len(pairs) :], last_key_end(blocks[-1])
-    return edits + [(end, end, emit_rows(title, more))] * bool(more)
-
-
-def matched_rows(old: list[Json], new: list[Json]) -> list[tuple[int, int]] | None:
-    """Which old row each of the first new ones is; None where rows change places.
-
-    A row is known again by all that is not a number in it (a priority says only its place).
+def matched(old: list[Any], new: list[Any]) -> list[int | None]:
+    """Which old item each new one is: the most alike ones are paired first; None for one of which there was
+    nothing.
     """
-    was, now = ([{k: v for k, v in row.items() if not is_number(v)} for row in rows] for rows in (old, new))
-    if len(was) == len(now) and all(a == b or a not in now for a, b in zip(was, now, strict=True)):
-        return [(n, n) for n in range(len(old))]
-    kept = [i for i, row in enumerate(was) if row in now]
-    stay = [was[i] for i in kept] == now[: len(kept)]
-    return list(zip(kept, range(len(kept)), strict=True)) if stay else None
+    alike = [(likeness(a, b), -abs(i - j), i, j) for i, a in enumerate(old) for j, b in enumerate(new)]
+    source: list[int | None] = [None] * len(new)
+    for score, _, i, j in sorted(alike, key=lambda pair: pair[:2], reverse=True):
+        if score and i not in source and source[j] is None:
+            source[j] = i
+    if len(old) == len(new):
+        source = [j if i is None and j not in source else i for j, i in enumerate(source)]
+    return source
+
+
+def likeness(one: Any, other: Any) -> float:
+    """How much two rows have in common; a number says little (a priority says only where the row stood)."""
+    if same_value(one, other):
+        return math.inf
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return 0
+    return sum(0.01 if is_number(v) else 1 for k, v in one.items() if k in other and same_value(v, other[k]))
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
 
 
-def split_block(block: list[Statement]) -> tuple[list[Statement], dict[str, list[Statement]]]:
-    """A block's own statements (with its header), and those of its sub-tables by key."""
-    depth = len(block[0].path)
-    own: list[Statement] = []
-    subs: dict[str, list[Statement]] = {}
-    current = own
-    for statement in block:
-        if statement.kind in ("table", "array") and len(statement.path) > depth:
-            current = subs.setdefault(statement.path[depth], [])
-        current.append(statement)
-    return own, subs
-
-
-def dotted(path: Iterable[str]) -> str:
-    return ".".join(map(emit_key, path))
+def dotted(path: TomlPath) -> str:
+    """A path as a header has it, which names an array without the row."""
+    return ".".join(emit_key(key) for key in path if isinstance(key, str))
 
 
 def apply_edits(text: str, edits: list[Edit]) -> str:
@@ -1470,68 +1494,124 @@ def apply_edits(text: str, edits: list[Edit]) -> str:
     return text
 
 
-def splice_inline(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
-    """The edit where the root is `root = ...` or `root.key = ...` lines above all headers.
+def edited_part(text: str, span: tuple[int, int], edits: list[Edit]) -> str:
+    """A stretch of the text with the edits inside it made; its line ends are plain ones."""
+    start, end = span
+    inside = [(a - start, b - start, new) for a, b, new in edits]
+    return apply_edits(text[start:end], inside).replace("\r\n", "\n")
 
-    IndexError where it is not.
+
+# Inside a value: the items of an array or of an inline table, which may stand on lines with comments.
+
+
+@dataclass(frozen=True, slots=True)
+class TomlItem:
+    """An element, or a `key = value`; with the blank and comments before it, and the comment after it."""
+
+    lead: str
+    span: tuple[int, int]
+    tail: str
+    path: tuple[str, ...] = ()
+    value: tuple[int, int] = (0, 0)
+
+
+def value_edits(text: str, span: tuple[int, int], old: Any, new: Any) -> list[Edit]:
+    """What makes the value that stands there say `new`."""
+    if same_value(old, new):
+        return []
+    if not old or not isinstance(old, (dict, list)) or not isinstance(new, type(old)):
+        return [(*span, emit_value(new))]
+    begin = after_note(text, span[0] + 1)
+    items = scan_items(text, begin, is_table=isinstance(old, dict))
+    if any(len(item.path) > 1 for item in items):
+        return [(*span, emit_value(new))]
+    before, after = old, new
+    if isinstance(old, dict):
+        names = [item.path[0] for item in items[:-1]]
+        keys = [k for k in names if k in new] + [k for k in new if k not in names]
+        source = [names.index(k) if k in names else None for k in keys]
+        before, after = [old[k] for k in names], [new[k] for k in keys]
+        fresh = [f"{emit_key(k)} = {emit_value(v)}" for k, v in zip(keys, after, strict=True)]
+    else:
+        source, fresh = matched([*old], [*new]), [emit_value(v) for v in new]
+    inside = [
+        value_edits(text, items[i].value, before[i], v) if i is not None else []
+        for i, v in zip(source, after, strict=True)
+    ]
+    if source == list(range(len(old))):
+        return [edit for edits in inside for edit in edits]
+    bodies = [
+        edited_part(text, items[i].span, edits) if i is not None else words
+        for i, edits, words in zip(source, inside, fresh, strict=True)
+    ]
+    return [(begin, span[1] - 1, joined_items(items, source, bodies))]
+
+
+def after_note(text: str, at: int) -> int:
+    """Where a comment ends that stands on the rest of this line."""
+    note = re.compile(r"[ \t]*#[^\r\n]*").match(text, at)
+    return note.end() if note else at
+
+
+def scan_items(text: str, at: int, *, is_table: bool) -> list[TomlItem]:
+    """The items from here to the closing bracket; a last, empty one has what stands before that, and a comma as
+    its tail where one is left hanging.
     """
-    top = itertools.takewhile(lambda s: s.kind not in ("table", "array"), scan_toml(text))
-    lines = [s for s in top if s.kind == "key" and s.path[0] == root]
-    if root not in meant:
-        return apply_edits(text, [(s.start, s.end, "") for s in lines])
-    if len(lines[0].path) > 1:
-        edits = dotted_edits(lines, before[root], meant[root])
-        return apply_edits(text, edits) if edits else ""
-    if name is None:
-        return apply_edits(text, [(*lines[0].value, emit_value(meant[root]))])
-    rows, spans = before[root], element_spans(text, lines[0].value[0])
-    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
-    if at == len(rows):
-        return apply_edits(text, [(spans[-1][1], spans[-1][1], ", " + emit_value(meant[root][at]))])
-    if len(meant[root]) == len(rows):
-        return apply_edits(text, [(*spans[at], emit_value(meant[root][at]))])
-    start, end = spans[at]
-    comma = skip_blank(text, end)
-    return apply_edits(text, [(start, comma + 1 if text[comma] == "," else end, "")])
+    items: list[TomlItem] = []
+    comma = ""
+    while True:
+        lead, at = blank_at(text, at)
+        if text[at] in "]}":
+            return [*items, TomlItem(lead, (at, at), comma)]
+        start = value = at
+        path: tuple[str, ...] = ()
+        if is_table:
+            path, value = scan_keys(text, at)
+            value = skip_blank(text, value + 1)
+        end = at = skip_value(text, value, r"[^,\]}#\n\r]*")
+        tail, beyond = blank_at(text, at)
+        comma = "," if text[beyond] == "," else ""
+        at = beyond + 1 if comma else at
+        tail = tail.rstrip() if comma and "#" in tail else ""
+        at, note = after_note(text, at), at
+        tail = join_blank(tail, text[note:at])
+        items.append(TomlItem(lead, (start, end), tail, path, (value, end)))
 
 
-def element_spans(text: str, at: int) -> list[tuple[int, int]]:
-    """Where the inline tables of the array that begins here stand; IndexError for an array of others."""
-    spans = []
-    at += 1
-    while text[at] != "]":
-        if text[at] == "{":
-            spans.append((at, skip_value(text, at)))
-            at = spans[-1][1]
-        elif text[at] == "#":
-            at = text.index("\n", at)
-        elif text[at] in " \t\r\n,":
-            at += 1
-        else:
-            raise IndexError(at)
-    return spans
+def blank_at(text: str, at: int) -> tuple[str, int]:
+    """The blanks, line ends and comments that begin here, with plain line ends; and where they end."""
+    found = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*").match(text, at)
+    assert found is not None
+    return found[0].replace("\r\n", "\n"), found.end()
 
 
-def insert_text(text: str, at: int, new: str) -> str:
-    return apply_edits(text, [(at, at, "\n" + new if text[:at].strip() else new)])
+def join_blank(one: str, other: str) -> str:
+    """Two stretches of blanks and comments, such that no comment swallows what follows it."""
+    is_open = "#" in one.rpartition("\n")[2] and not other.lstrip(" \t").startswith("\n")
+    return f"{one}\n{other}" if is_open else one + other
 
 
-def rewrite_root(text: str, before: Json, meant: Json, root: str, name: str | None) -> str:
-    """The edit for any other layout: everything of that root is taken out and written anew at the end."""
-    gone = []
-    table: tuple[str, ...] = ()
-    for statement in scan_toml(text):
-        if statement.kind in ("table", "array"):
-            table = statement.path
-        full = table if statement.kind != "key" else (*table, *statement.path)
-        if statement.kind != "blank" and full[:1] == (root,):
-            gone.append((statement.start, statement.end, ""))
-    rest = apply_edits(text, gone)
-    if root not in meant:
-        return rest
-    value = meant[root]
-    new = emit_rows(root, value) if is_rows(value) else emit_table(root, value)
-    return insert_text(rest, len(rest), new)
+def joined_items(items: list[TomlItem], source: list[int | None], bodies: list[str]) -> str:
+    """What stands between the brackets when these are the items. Comments go with theirs; those of an item that is
+    gone stay before the next one.
+    """
+    *items, end = items
+    noted = any("#" in item.lead + item.tail for item in items)
+    leads, held = [], ""
+    for n, item in enumerate([*items, end]):
+        is_gone = n < len(items) and n not in source
+        leads.append(join_blank(held, item.lead))
+        held = join_blank(leads[-1], item.tail) if is_gone and "#" in leads[-1] + item.tail else ""
+    model = items[-1].lead
+    fresh = model[model.rfind("\n") :] if "\n" in model else " "
+    out = tail = ""
+    for n, (i, body) in enumerate(zip(source, bodies, strict=True)):
+        lead = (
+            leads[i] if i is not None and noted else items[n].lead if n < len(items) and not noted else fresh
+        )
+        out += ("," if n else "") + join_blank(tail, lead) + body
+        tail = items[i].tail if i is not None else ""
+    return out + (end.tail if bodies else "") + join_blank(tail, leads[-1])
 
 
 def is_rows(value: Any) -> bool:
@@ -6557,6 +6637,7 @@ class Store:
         return {
             "name": user.name, "balance_microusd": user.balance, "held_microusd": user.held,
             "spent_today_microusd": spent_since(self.reader, user.id, starts["day"]),
+            "spent_week_microusd": spent_since(self.reader, user.id, starts["week"]),
             "spent_month_microusd": spent_since(self.reader, user.id, starts["month"]),
             "budgets": {
                 "day_microusd": user.day_budget, "week_microusd": user.week_budget, "month_microusd": user.month_budget,
@@ -8039,6 +8120,7 @@ class Recorder:
         record: Json = {
             "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.asked,
             "route": call.route.reason, "client_request": json.loads(scrub(json.dumps(call.body), secrets_of)),
+            "client_headers": json.loads(scrub(json.dumps(allowed_headers(call.headers, _PASS_UP)), secrets_of)),
             "upstream_request": "", "upstream_answer": "",
             "events": "",
         }  # fmt: skip
@@ -8467,6 +8549,12 @@ class WholeSink:
         return
 
 
+def trail_of(route: Route) -> list[list[str]]:
+    """Each rule that was tried with what it said, then the targets in their order."""
+    order = ", then ".join(f"{t.provider}/{t.actual_model}" for t in route.targets)
+    return [*map(list, route.trail), ["targets", order]]
+
+
 NOTE_AFTER = 0.01  # seconds: the floor of an answer that is over sooner need not be written down
 
 
@@ -8637,7 +8725,7 @@ class Exchange:
             first_token_ms=round((call.first_content - call.started) * 1000) if call.first_content else None,
             duration_ms=round((now - self.began) * 1000),
             stop_reason=call.reader.stop_reason if call.reader else "",
-            trail=[list(step) for step in call.route.trail],
+            trail=trail_of(call.route),
         )
         self.done = done
         self.settled = self.state.store.settle(self.hold, done)
@@ -9180,6 +9268,7 @@ async def get_events(request: web.Request) -> web.StreamResponse:
             except TimeoutError:
                 await response.write(b": still here\n\n")
                 continue
+            row = {**row, "price": json.loads(row["price"]), "trail": json.loads(row["trail"])}
             await response.write(b"event: request\ndata: %s\n\n" % compact(row))
     except ConnectionError:
         pass  # the page was closed
@@ -9573,31 +9662,46 @@ async def listed_models(state: State, provider: Provider) -> list[str]:
     slot = state.relay.slots_of(Target(provider.name, ""), provider)[0]
     call = Call("", {}, b"", {}, Route("", "", (), ()), state.config, stream=False)
     headers = {**upstream_headers(call, slot, dialect), "accept": "application/json"}
-    url = endpoint_url(provider.base_url, dialect, "/models")
+    proxy = provider.proxy or environment_proxy(provider.base_url)
+    names: list[str] = []
+    page: str | None = ""
+    status = 200
     try:
         async with asyncio.timeout(15):
-            proxy = provider.proxy or environment_proxy(provider.base_url)
-            answer = await state.relay.session.get(url, headers=headers, proxy=proxy, allow_redirects=False)
-            listed = await answer.json(content_type=None)
+            while page is not None and status == 200 and len(names) < 10_000:
+                url = endpoint_url(provider.base_url, dialect, f"/models{page}")
+                answer = await state.relay.session.get(
+                    url, headers=headers, proxy=proxy, allow_redirects=False
+                )
+                listed, status = as_object(await answer.json(content_type=None)), answer.status
+                rows = as_list(listed.get("data")) or as_list(listed.get("models"))
+                names += [str(row.get("id") or row.get("name") or "") for row in map(as_object, rows)]
+                page = next_page(listed) if rows else None
     except UPSTREAM_FAULTS() as fault:
         raise ApiError(502, f"provider {provider.name} gave no model list ({type(fault).__name__})") from None
-    rows = as_list(as_object(listed).get("data")) or as_list(as_object(listed).get("models"))
-    names = [
-        str(row.get("id") or row.get("name") or "").removeprefix("models/")
-        for row in rows
-        if isinstance(row, dict)
-    ]
-    if answer.status != 200 or not any(names):
-        raise ApiError(502, f"provider {provider.name} gave no model list (status {answer.status})")
-    return sorted(filter(None, names))
+    if status != 200 or not any(names):
+        raise ApiError(502, f"provider {provider.name} gave no model list (status {status})")
+    return sorted({name.removeprefix("models/") for name in names if name})
+
+
+def next_page(listed: Json) -> str | None:
+    """The query of a list's next page, as Anthropic's and Google's name it; None after the last."""
+    if listed.get("has_more") and listed.get("last_id"):
+        return "?" + urllib.parse.urlencode({"after_id": listed["last_id"]})
+    token = listed.get("nextPageToken")
+    return "?" + urllib.parse.urlencode({"pageToken": token}) if token else None
 
 
 async def get_config(request: web.Request) -> web.StreamResponse:
     """The file's text, broken or not; literal secrets in it are shown as marks that a save turns back."""
-    text = shown = config_text(require_admin(request))[0]
-    for secret, mark in secret_marks(text).items():
-        shown = shown.replace(secret, mark)
-    return web.json_response({"text": shown, "hash": hash_text(text)})
+    text = config_text(require_admin(request))[0]
+    return web.json_response({"text": without_secrets(text, secret_marks(text)), "hash": hash_text(text)})
+
+
+def without_secrets(text: str, marks: Mapping[str, str]) -> str:
+    for secret, mark in marks.items():
+        text = text.replace(secret, mark)
+    return text
 
 
 def secret_marks(text: str) -> dict[str, str]:
@@ -9715,6 +9819,37 @@ async def get_backups(request: web.Request) -> web.StreamResponse:
     return web.json_response({"backups": rows})
 
 
+def backup_text(request: web.Request) -> str:
+    """The text of the backup that the address names; ApiError 404 where there is none."""
+    _, path = config_text(require_admin(request))
+    name = request.match_info["name"]
+    try:
+        return next(p for p in backup_paths(path.resolve()) if p.name == name).read_bytes().decode("utf-8")
+    except (StopIteration, FileNotFoundError):
+        raise ApiError(404, f"there is no backup {name[:100]!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ApiError(409, f"{name} cannot be read ({type(error).__name__})") from None
+
+
+async def get_backup(request: web.Request) -> web.StreamResponse:
+    """A backup's text and what restoring it would change, as a unified diff; secrets as in `get_config`."""
+    text, now = backup_text(request), config_text(state_of(request))[0]
+    marks = secret_marks(now) | secret_marks(text)
+    shown, current = (without_secrets(t, marks) for t in (text, now))
+    lines = difflib.unified_diff(current.splitlines(), shown.splitlines(), "now", "then", lineterm="")
+    return web.json_response({"text": shown, "changes": "\n".join(lines)})
+
+
+async def post_backup(request: web.Request) -> web.StreamResponse:
+    """Makes a backup the config again, as a save of its text; the file before it becomes the newest backup."""
+    state, text = require_admin(request), backup_text(request)
+    body = await body_of(request, ("hash",))
+    try:
+        return web.json_response({"hash": store_text(state, text, body.get("hash"))})
+    except ApiError as error:  # an error about a misplaced secret would quote it
+        raise ApiError(error.status, without_secrets(error.message, secret_marks(text))) from None
+
+
 async def post_try(request: web.Request) -> web.StreamResponse:
     """A real request through the live path, streamed as raw events; a last `ccmux` event tells its route and
     cost.
@@ -9778,6 +9913,8 @@ def admin_routes() -> list[web.RouteDef]:
         web.get("/admin/api/config", get_config),
         web.put("/admin/api/config", put_config),
         web.get("/admin/api/backups", get_backups),
+        web.get("/admin/api/backups/{name}", get_backup),
+        web.post("/admin/api/backups/{name}", post_backup),
         web.post("/admin/api/try", post_try),
         web.get("/admin/api/inspect", get_inspect),
         web.put("/admin/api/inspect", put_inspect),
@@ -9840,12 +9977,14 @@ nav a[aria-current] { color: var(--accent); background: var(--soft); font-weight
 .head h2 { margin-right: auto; }
 .head input { width: 220px; }
 .tiles, .two { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
-.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 16px; }
+.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; margin: 16px 0; }
+.two .card { margin: 0; }
 .tiles { margin: 16px 0; }
 .tiles .card { margin: 0; padding: 14px 16px; position: relative; }
 .big { display: block; font-size: 23px; font-weight: 600; letter-spacing: -.02em; }
 .muted, .help, small { color: var(--muted); font-size: 13px; }
 .empty { color: var(--muted); padding: 10px 0; }
+main:focus { outline: 0; }
 .scroll { overflow-x: auto; max-width: 100%; position: relative; }
 .log { max-height: 460px; overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
@@ -9853,6 +9992,8 @@ th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var
 th { color: var(--muted); font-weight: 500; font-size: 13px; white-space: nowrap; }
 td.num, th.num { text-align: right; white-space: nowrap; }
 td.nowrap { white-space: nowrap; }
+td.act { position: sticky; right: 0; background: var(--card); text-align: right; white-space: nowrap; padding-right: 0; }
+td.act button + button { margin-left: 6px; }
 td.text { max-width: 26em; overflow-wrap: anywhere; min-width: 8em; }
 tbody tr:last-child td { border-bottom: 0; }
 .status { white-space: nowrap; }
@@ -9885,6 +10026,7 @@ input, select, textarea {
 input[type="checkbox"] { width: auto; min-height: 0; margin: 0 8px 0 0; accent-color: var(--accent); }
 textarea, pre, code, td.mono { font-family: ui-monospace, "Cascadia Mono", Menlo, monospace; font-size: 13px; }
 textarea { resize: vertical; }
+::placeholder { color: var(--muted); opacity: 1; }
 pre {
   background: var(--bg); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; margin: 6px 0;
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 420px; overflow: auto;
@@ -9911,6 +10053,7 @@ dialog {
   border: 1px solid var(--line); border-radius: 14px; background: var(--card); color: var(--text);
   width: min(860px, calc(100vw - 20px)); max-height: calc(100vh - 24px); padding: 20px; overflow: auto;
 }
+dialog h2 { flex: 1; overflow-wrap: anywhere; }
 dialog::backdrop { background: rgb(10 14 22 / 50%); }
 .bar { fill: var(--accent); } .axis { stroke: var(--line); }
 .spark { position: absolute; right: 14px; bottom: 18px; fill: none; stroke: var(--accent); opacity: .7; }
@@ -9918,7 +10061,7 @@ dialog::backdrop { background: rgb(10 14 22 / 50%); }
 .beats { display: flex; gap: 2px; height: 22px; align-items: end; }
 .beats i { flex: 0 1 7px; min-width: 2px; height: 100%; border-radius: 2px; background: var(--line); }
 .beats i.ok { background: var(--ok); } .beats i.bad { background: var(--bad); }
-meter { width: 100%; height: 12px; }
+meter { display: block; width: 100%; height: 14px; margin-bottom: 10px; }
 #status {
   position: fixed; right: 16px; bottom: 16px; max-width: calc(100vw - 32px); padding: 9px 16px; border-radius: 10px;
   background: var(--text); color: var(--bg); z-index: 9;
@@ -9927,7 +10070,8 @@ meter { width: 100%; height: 12px; }
 .signin { max-width: 460px; margin: 48px auto; }
 @media (max-width: 560px) { header, main, footer { padding-left: 12px; padding-right: 12px; }
   .card { padding: 14px; } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
-  .big { font-size: 19px; } dialog { padding: 14px; } }
+  .big { font-size: 19px; } dialog { padding: 14px; }
+  td.act button { display: block; } td.act button + button { margin: 6px 0 0; } }
 @media (prefers-reduced-motion: no-preference) { button, nav a { transition: background .12s, border-color .12s; } }
 """
 
@@ -9970,7 +10114,7 @@ const empty = (...words) => el("p", { class: "empty" }, ...words);
 function table(label, columns, rows, shown) {
   if (!rows.length) return empty(shown);
   const cell = ([, make, kind], row) => el("td", { class: kind }, make(row));
-  const head = columns.map(([title, , kind]) => el("th", { scope: "col", class: kind }, title));
+  const head = columns.map(([title, , kind]) => (title ? el("th", { scope: "col", class: kind }, title) : el("td")));
   return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label },
     el("table", {}, el("thead", {}, el("tr", {}, head)),
       el("tbody", {}, rows.map((row) => el("tr", {}, columns.map((c) => cell(c, row)))))));
@@ -9978,6 +10122,7 @@ function table(label, columns, rows, shown) {
 
 /* Numbers and times for people. */
 const whole = (n) => (n === null || n === undefined ? "–" : Number(n).toLocaleString("en-US"));
+const count = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
 function short(n) {
   const units = [[1e9, "B"], [1e6, "M"], [1e3, "k"]];
   const [size, letter] = units.find(([size]) => n >= size) || [1, ""];
@@ -10053,11 +10198,12 @@ async function* eventsOf(answer) {
 }
 
 /* The one line that says what happened. */
+const STATUS = $("status");
 let statusTimer = 0;
 function tell(words) {
-  $("status").textContent = words;
+  STATUS.textContent = words;
   clearTimeout(statusTimer);
-  statusTimer = setTimeout(() => { $("status").textContent = ""; }, 6000);
+  statusTimer = setTimeout(() => { STATUS.textContent = ""; }, 6000);
 }
 function tellError(error) {
   if (error.name !== "AbortError") tell(error.message);
@@ -10066,8 +10212,7 @@ async function copy(text) {
   try { await navigator.clipboard.writeText(text); tell("Copied."); }
   catch { tell("The browser does not allow copying here: select the text instead."); }
 }
-const copyable = (text) => [el("pre", { tabindex: 0 }, text), button("Copy", () => copy(text),
-  { class: "small" })];
+const copyable = (text) => [el("pre", { tabindex: 0 }, text), button("Copy", () => copy(text), { class: "small" })];
 
 /* Theme: the system's until the toggle was used. */
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
@@ -10085,7 +10230,19 @@ darkSystem.addEventListener("change", showTheme);
 showTheme();
 
 /* Asks again every few seconds while the page is seen; errors are told, not thrown. */
-const hasFocus = (node) => node.contains(document.activeElement); /* then it is not drawn anew under the user */
+/* Draws a part anew, and gives back the focus, the scrolling sideways and what was unfolded in it. */
+function redraw(node, ...children) {
+  const all = (what) => [...node.querySelectorAll(what)], stops = "a, button, summary, [tabindex]";
+  const old = document.activeElement, at = all(stops).indexOf(old);
+  const left = all(".scroll").map((s) => s.scrollLeft), open = all("details").map((d) => d.open);
+  refill(node, ...children);
+  all(".scroll").forEach((s, n) => { s.scrollLeft = left[n] || 0; });
+  if (all("details").length === open.length) all("details").forEach((d, n) => { d.open = open[n]; });
+  const isSame = (e, n) => (old.dataset.key ? e.dataset.key === old.dataset.key
+    : n === at && e.textContent === old.textContent);
+  const focused = at >= 0 && all(stops).find(isSame);
+  if (focused) focused.focus({ preventScroll: true });
+}
 function poll(refresh, every) {
   const timer = setInterval(() => { if (!document.hidden) refresh().catch(tellError); }, every);
   return () => clearInterval(timer);
@@ -10137,7 +10294,7 @@ function dayChart(days, name, shown) {
   const bar = (day, n) => {
     const height = Math.max((day[name] / most) * 130, day[name] > 0 ? 2 : 0);
     return svg("rect", { class: "bar", x: n * step + 2, y: 140 - height, width: step - 4, height, rx: 2 },
-      svg("title", {}, `${day.key}: ${shown(day[name])}, ${whole(day.requests)} requests`));
+      svg("title", {}, `${day.key}: ${shown(day[name])}, ${count(day.requests, "request")}`));
   };
   return svg("svg", { class: "chart", viewBox: "0 0 900 142", preserveAspectRatio: "none", role: "img",
     "aria-label": `Bars of ${days.length} days, the highest ${shown(most)}` },
@@ -10157,38 +10314,65 @@ const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.s
 const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "–";
 function requestColumns(admin) {
   return [
-    ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request" }),
-      "nowrap"],
+    ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request",
+      "data-key": r.request_id }), "nowrap"],
     ...(admin ? [["User", (r) => r.user, "nowrap"]] : [["Session", (r) => (r.session || "–").slice(0, 8),
       "nowrap mono"]]),
     ["Asked for", (r) => r.asked || "–", "text"], ["Answered by", target, "text"],
       ["Why", (r) => r.route || "–", "nowrap"],
-    ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`,
-      "num"],
-    ["Cost", (r) => usd(r.cost_microusd === null ? null : r.charge_microusd), "num"],
+    ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
+    ["Cost", (r) => (r.cost_microusd === null ? "no price" : usd(r.charge_microusd)), "num"],
       ["Took", (r) => seconds(r.duration_ms), "num"],
   ];
 }
-function showRow(row) {
-  const shown = (name, value) => name.endsWith("_microusd") ? usd(value) : name.endsWith("_ms")
-    ? seconds(value)
-    : value === "" || value === null ? "–" : typeof value === "object" ? JSON.stringify(value)
-      : String(value);
-  openDialog(`Request ${row.request_id}`,
-    table("Request", [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"],
-    ["Value", ([n, v]) => shown(n, v), "text"]], Object.entries(row), ""));
+/* Why a request went where it went, and what it cost: of the log's row, as prompts are not kept. */
+function explanation(trail) {
+  const tried = trail.filter(([step]) => step !== "targets"), order = trail.find(([s]) => s === "targets");
+  return [table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note,
+    "text"]], tried, "No rules were tried."), order && el("p", {}, "Targets in order: ", order[1])];
 }
+function costTable(row) {
+  const price = row.price || {}, tiers = price.tiers || [];
+  const rate = ([kind]) => price[kind] ?? (price.input ? "as input" : "–");
+  const kinds = PRICES.filter(([kind]) => row[`${kind}_tokens`] || ["input", "output"].includes(kind));
+  return [table("Tokens and price", [["Kind", ([, name]) => name, "nowrap"],
+    ["Tokens", ([kind]) => whole(row[`${kind}_tokens`]), "num"], ["$ per million", rate, "num"]], kinds, ""),
+  tiers.length > 0 && el("p", { class: "muted" }, `Another price above ${whole(tiers[0].above)} tokens.`),
+  el("p", {}, row.cost_microusd === null ? "No price is known for this model, so its cost is not counted."
+    : `Cost ${usd(row.cost_microusd)}, markup ${usd(row.markup_microusd)}, charged ${usd(row.charge_microusd)}.`)];
+}
+async function showRow(row) {
+  const shown = (name, value) => (name.endsWith("_microusd") ? usd(value) : name.endsWith("_ms")
+    ? seconds(value) : value === "" || value === null ? "–" : String(value));
+  const fields = Object.entries(row).filter(([name]) => !["trail", "price"].includes(name));
+  const again = el("div", {});
+  const ended = row.status < 300 && !row.error ? "answered" : "did not answer to the end";
+  openDialog(`Request ${row.request_id}`, el("p", {}, statusBadge(row), ` ${row.asked || "–"} was asked for, `,
+    `${target(row)} ${ended} (${row.route || "–"}, ${count(row.attempts, "attempt")})`),
+  el("h3", {}, "Why"), explanation(row.trail), again, el("h3", {}, "Cost"), costTable(row),
+  el("details", {}, el("summary", {}, "All fields"), table("All fields",
+    [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"], ["Value", ([n, v]) => shown(n, v), "text"]], fields, "")));
+  if (PAGE !== "admin") return;
+  const { held } = await ask(`${ROOT}/inspect`).catch(() => ({ held: [] }));
+  if (held.some((r) => r.id === row.request_id)) fill(again, button("Explain it again on today's rules",
+    () => explainHeld(row.request_id).then((told) => refill(again, explained(told))).catch(tellError)));
+  else fill(again, el("p", { class: "muted" },
+    "The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
+}
+/* The status line goes along: what stands outside of a modal dialog is not read out. */
 function openDialog(title, ...body) {
-  const node = el("dialog", { "aria-label": title }), close = () => { node.close(); node.remove(); };
-  const isDirty = () => node.querySelector("[data-dirty]");
-  node.addEventListener("cancel", (event) => {
-    if (isDirty() && !confirm("Leave without saving what you changed?")) event.preventDefault();
-  });
-  node.addEventListener("close", () => node.remove());
-  const leave = () => { if (!isDirty() || confirm("Leave without saving what you changed?")) close(); };
-  fill(node, el("div", { class: "head" }, el("h2", {}, title), button("Close", leave)), ...body);
+  const node = el("dialog", { "aria-label": title });
+  const mayLeave = () => !node.querySelector("[data-dirty]") || confirm("Leave without saving what you changed?");
+  const gone = () => { if (node.contains(STATUS)) document.body.append(STATUS); node.remove(); };
+  const close = () => { node.close(); gone(); };
+  node.addEventListener("cancel", (event) => { if (!mayLeave()) event.preventDefault(); });
+  node.addEventListener("close", gone);
+  const leave = button("Close", () => { if (mayLeave()) close(); });
+  fill(node, el("div", { class: "head" }, el("h2", {}, title), leave), ...body);
   document.body.append(node);
   node.showModal();
+  node.append(STATUS);
+  (node.querySelector("input, select, textarea") || leave).focus();
   return close;
 }
 
@@ -10202,58 +10386,57 @@ async function dashboard() {
   if (!got) return;
   const [me, days, models, sessions, offered, requests, entries] = got;
   const first = !requests.requests.length;
-  refill($("main"), first && connectCard(offered.models), tiles(me, lastDays(days.usage, 30), days.usage),
+  redraw($("main"), first && connectCard(offered.models), tiles(me, lastDays(days.usage, 30), days.usage),
     budgetCard(me), spendCard(lastDays(days.usage, 30)),
     el("div", { class: "two" }, topCard("Models used", "model", models.usage), topCard("Sessions", "session",
       sessions.usage)),
     requestCard(requests.requests), offeredCard(offered.models), moneyCard(entries.transactions),
     !first && connectCard(offered.models));
 }
+const isFree = (user) => user.name === "local" && user.balance_microusd <= 0;
 function tiles(me, days, rows) {
   const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"),
     output = sum(rows, "output_tokens");
   const written = sum(rows, "cache_write_tokens") + sum(rows, "cache_write_1h_tokens");
+  const held = me.held_microusd ? `${usd(me.held_microusd)} held` : "nothing held";
   const timed = rows.filter((r) => r.first_token_ms), busy = sum(rows, "duration_ms") / 1000;
   const waited = timed.reduce((t, r) => t + r.first_token_ms * r.requests, 0) / sum(timed, "requests");
   return el("div", { class: "tiles" },
-    tile("Balance", usd(me.balance_microusd), me.held_microusd ? `${usd(me.held_microusd)} held`
-      : "nothing held"),
+    /* Who has no credit and needs none would read a balance below zero as a debt. */
+    isFree(me) ? tile("Spent in all", usd(-me.balance_microusd), held) : tile("Balance", usd(me.balance_microusd), held),
     tile("Spent today", usd(me.spent_today_microusd), `by ${me.name}`),
     tile("Spent this month", usd(me.spent_month_microusd), "UTC", days.map((d) => d.charge_microusd)),
     tile("Requests", whole(sum(rows, "requests")), "in 30 days", days.map((d) => d.requests)),
     tile("Input tokens", short(fresh), `${short(written)} written to cache`),
     tile("Output tokens", short(output), "in 30 days"),
     tile("Read from cache", short(cached), `${percent(cached / (fresh + cached + written))} of all input`),
-    tile("First token", waited ? seconds(waited) : "–", busy ? `${(output / busy).toFixed(1)} tokens/s`
+    tile("First token", waited ? seconds(waited) : "–", busy ? `${Number((output / busy).toPrecision(3))} tokens/s`
       : "no requests yet"));
 }
-function budgetCard(me) {
-  const spent = { day_microusd: me.spent_today_microusd, month_microusd: me.spent_month_microusd };
-  const rows = Object.entries(me.budgets).filter(([, limit]) => limit !== null).map(([name, limit]) => {
-    const period = name.replace("_microusd", ""), used = spent[name];
-    if (used === undefined) return el("p", {}, `${period}: ${usd(limit)}`);
-    return el("div", {}, el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
-      el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8,
-        "aria-label": `budget of the ${period}` }));
-  });
-  return rows.length ? card("Budgets", null, rows) : null;
-}
+const budgetBars = (user) => budgetsOf(user).map(([period, used, limit]) => el("div", {},
+  el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
+  el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8,
+    "aria-label": `budget of the ${period}` })));
+const budgetCard = (me) => budgetsOf(me).length > 0
+  && card("Budgets", el("span", { class: "muted" }, "UTC, a week begins on Monday"), budgetBars(me));
+/* [period, spent, budget] of those that are set. */
+const budgetsOf = (user) => [["day", "today"], ["week", "week"], ["month", "month"]]
+  .map(([period, name]) => [period, user[`spent_${name}_microusd`], user.budgets[`${period}_microusd`]])
+  .filter(([, , limit]) => limit !== null);
 function spendCard(days) {
   if (!sum(days, "requests")) return card("Spend per day", null,
     empty("Nothing was asked in the last 30 days."));
   const used = days.filter((d) => d.requests).reverse();
-  const label = el("div", { class: "head muted" }, el("span", { class: "grow" }, days[0].key),
-    days.at(-1).key);
+  const label = el("div", { class: "head muted" }, el("span", { class: "grow" }, days[0].key), days.at(-1).key);
   return card("Spend per day", el("span", { class: "muted" },
-    `${usd(sum(days, "charge_microusd"))} in 30 days`),
-    dayChart(days, "charge_microusd", usd), label,
-    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", usageColumns("Day"), used,
-      "")));
+    `${usd(sum(days, "charge_microusd"))} in 30 days`), dayChart(days, "charge_microusd", usd), label,
+    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", usageColumns("Day"), used, "")));
 }
 const usageColumns = (title) => [
-  [title, (r) => r.key || "–", "text"], ["Requests", (r) => whole(r.requests), "num"],
+  [title, (r) => r.key || "none", "text"], ["Requests", (r) => whole(r.requests), "num"],
   ["Input", (r) => short(r.input_tokens), "num"], ["Output", (r) => short(r.output_tokens), "num"],
-  ["Cache read", (r) => short(r.cache_read_tokens), "num"], ["Cost", (r) => usd(r.charge_microusd), "num"],
+  ["Cache read", (r) => short(r.cache_read_tokens), "num"],
+  ["Cost", (r) => (r.unpriced === r.requests ? "no price" : usd(r.charge_microusd)), "num"],
 ];
 const topCard = (title, by, rows) => card(title, null,
   table(title, usageColumns(by === "model" ? "Model" : "Session"), rows.slice(0, 10),
@@ -10263,22 +10446,25 @@ const requestCard = (rows) => card("Last requests", [
   downloadButton("Export JSON", "/api/export?format=json", "ccmux-usage.json")],
   table("Last requests", requestColumns(false), rows,
     "No requests yet. Point Claude Code here and ask it something."));
+/* Claude Code lists only names with claude or anthropic in them, so ccmux offers each with this in front too. */
+const seenAs = ({ name }) => (name.startsWith("anthropic/") ? name : `anthropic/${name}`);
 function offeredCard(models) {
   const price = (kind) => (m) => (m.price && m.price[kind] !== undefined ? `$${Number(m.price[kind])}` : "–");
-  const columns = [["Ask for", (m) => m.name, "text mono"], ["Goes to", (m) => m.targets.join(", then "),
-    "text"],
+  const columns = [["Ask for", (m) => m.name, "text mono"], ["Claude Code sees", seenAs, "text mono"],
+    ["Goes to", (m) => m.targets.join(", then "), "text"],
     ["Context", (m) => (m.context ? short(m.context) : "–"), "num"], ["Input", price("input"), "num"],
     ["Output", price("output"), "num"], ["Cache read", price("cache_read"), "num"]];
   return card("Models", el("span", { class: "muted" }, "US dollars per million tokens"),
     table("Models", columns, models,
     "No models yet. Whoever runs this server adds a provider and a model on the admin page."));
 }
+const ledgerTable = (entries, shown) => table("Transactions", [["Time", (t) => when(t.time), "nowrap"],
+  ["Kind", (t) => t.kind, "nowrap"], ["Note", (t) => t.note || t.request_id || "–", "text"],
+  ["Amount", (t) => usd(t.amount_microusd), "num"], ["Balance", (t) => usd(t.balance_microusd), "num"]], entries, shown);
 function moneyCard(entries) {
-  const buy = () => ask("/api/purchase", "POST").catch(tellError);
-  const columns = [["Time", (t) => when(t.time), "nowrap"], ["Kind", (t) => t.kind, "nowrap"],
-    ["Note", (t) => t.note || t.request_id || "–", "text"], ["Amount", (t) => usd(t.amount_microusd), "num"],
-    ["Balance", (t) => usd(t.balance_microusd), "num"]];
-  return card("Transactions", button("Buy credits", buy), table("Transactions", columns, entries,
+  const buy = () => openDialog("Buy credits", el("p", {},
+    "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page."));
+  return card("Transactions", button("Buy credits", buy), ledgerTable(entries,
     "No transactions. Credit that is added and what requests cost is listed here."));
 }
 function connectCard(models) {
@@ -10300,8 +10486,7 @@ function labelled(label, input, help, wide) {
   input.id = input.id || `f${++lastId}`;
   const note = help && el("span", { class: "help", id: `${input.id}h` }, help);
   if (note) input.setAttribute("aria-describedby", note.id);
-  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input,
-    note);
+  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input, note);
 }
 const textBox = (value, props) => el("input", { type: "text", autocomplete: "off", spellcheck: "false",
   value, ...props });
@@ -10314,9 +10499,9 @@ function selectBox(options, value) {
   return node;
 }
 const PRICES = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"],
-  ["cache_write", "Cache write"],
-  ["cache_write_1h", "1 h write"]];
+  ["cache_write", "Cache write"], ["cache_write_1h", "1 h write"]];
 
+const AS_IT_IS = "as the preset or format has it";
 /* A control for each kind: (field, value) -> {node, get}; get() is undefined for "leave the key out". */
 const CONTROLS = {
   text(field, value) {
@@ -10324,7 +10509,7 @@ const CONTROLS = {
     return { input, get: () => input.value.trim() };
   },
   choice(field, value) {
-    const input = selectBox([...(field.default ? [] : [["", "–"]]), ...field.choices.map((c) => [c])],
+    const input = selectBox([...(field.default ? [] : [["", field.maybe ? AS_IT_IS : "–"]]), ...field.choices.map((c) => [c])],
       value ?? field.default);
     return { input, get: () => input.value };
   },
@@ -10338,7 +10523,7 @@ const CONTROLS = {
   },
   bool(field, value) {
     if (field.maybe) {
-      const input = selectBox([["", "as the preset or format has it"], ["yes"], ["no"]],
+      const input = selectBox([["", AS_IT_IS], ["yes"], ["no"]],
         value === undefined ? "" : value ? "yes" : "no");
       return { input, get: () => (input.value ? input.value === "yes" : undefined) };
     }
@@ -10351,8 +10536,7 @@ const CONTROLS = {
       const input = textBox(given.join(", "), { placeholder: "separated by commas" });
       return { input, get: () => input.value.split(",").map((v) => v.trim()).filter(Boolean) };
     }
-    const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c,
-      checked: given.includes(c) }));
+    const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c, checked: given.includes(c) }));
     const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
       el("div", { class: "checks" },
       boxes.map((box) => el("label", {}, box, box.value))), el("span", { class: "help" }, field.help));
@@ -10362,10 +10546,8 @@ const CONTROLS = {
     if (field.name === "headers") return headerControl(field, value);
     const now = [value].flat().filter((v) => v && v.set).map((v) => v.reference
       || `ends in ${v.last4 || "…"}`).join(", ");
-    const input = textBox("", { type: "password", placeholder: now ? `set (${now}); empty keeps it`
-      : "not set" });
-    input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text"
-      : "password"; });
+    const input = textBox("", { type: "password", placeholder: now ? `set (${now}); empty keeps it` : "not set" });
+    input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
     const parts = () => input.value.split(",").map((v) => v.trim()).filter(Boolean);
     const gone = el("input", { type: "checkbox" });
     const node = labelled(labelOf(field), input, field.help);
@@ -10402,8 +10584,7 @@ function headerControl(field, value) {
   const get = () => Object.fromEntries(input.value.split("\n").filter((l) => l.includes(":")).map(pair));
   return { input, wide: true, get: () => (value || input.value.trim() ? get() : undefined) };
 }
-const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g,
-  " ")
+const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ")
   .replace("Api", "API").replace(" url", " URL");
 
 /* Controls for some fields of a table. read() is the table with what they now say; a key whose control is empty,
@@ -10518,14 +10699,14 @@ async function admin() {
   }
   if (await signedIn(reload, "Admin token",
     "ccmux printed a link with the token when it started; `ccmux.py token` "
-    + "prints it again. It stays in this tab.")) showTab();
+    + "prints it again. It stays in this tab.")) showTab(true);
 }
 async function reload() {
   S = await ask(`${ROOT}/state`);
   $("version").textContent = `ccmux ${S.version}`;
   return S;
 }
-async function showTab() {
+async function showTab(isFresh = false) {
   if (!S) return;
   const [key, , view] = TABS.find(([key]) => `#${key}` === location.hash) || TABS[0];
   if (isDirty() && !confirm("Leave without saving what you changed?")) {
@@ -10535,32 +10716,37 @@ async function showTab() {
   stopView();
   stopView = () => {};
   shownTab = key;
-  refill($("tabs"), TABS.map(([name, label]) =>
-    el("a", { href: `#${name}`, "aria-current": name === key ? "page" : null }, label)));
+  if (!$("tabs").children.length) fill($("tabs"), TABS.map(([name, label]) => el("a", { href: `#${name}` }, label)));
+  for (const link of $("tabs").children) {
+    if (link.hash === `#${key}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
   try {
-    await reload();
+    if (!isFresh) await reload();
     const nodes = await view();
     if (shownTab === key) refill($("main"), nodes);
   } catch (error) {
     if (error.status === 401) admin();
-    else refill($("main"), card("That did not work", button("Try again", showTab),
+    else refill($("main"), card("That did not work", button("Try again", () => showTab()),
       el("p", {}, error.message)));
   }
 }
 /* After a save: the newest state, and the view drawn again unless another form on it has unsaved changes. */
 async function saved(words) {
   await (isDirty() ? reload() : showTab());
+  if (document.activeElement === document.body) $("main").focus(); /* what had the focus is drawn anew */
   tell(words);
 }
 
 /* Overview */
 const STATES = { ok: "ok", closed: "ok", disabled: "", cooling: "warn", "half-open": "warn", open: "bad",
   unusable: "bad" };
-const WORDS = { ok: "working", open: "resting after faults", cooling: "limited for now",
-  unusable: "cannot be used",
+const WORDS = { ok: "working", open: "resting after faults", cooling: "limited for now", unusable: "cannot be used",
   "half-open": "being tried again", disabled: "switched off" };
+const refusesKey = ({ outcomes }) => ["http_401", "http_403"].includes((outcomes.at(-1) || {}).error);
 function stateBadge(name) {
-  const health = S.providers[name] || { state: "unusable" };
+  const health = S.providers[name] || { state: "unusable", outcomes: [] };
+  if (refusesKey(health) && !["disabled", "unusable"].includes(health.state)) return badge("bad", "refuses its key");
   if (health.state === "ok" && !health.outcomes.length) return badge("", "not used yet");
   return badge(STATES[health.state] ?? "warn", WORDS[health.state] || health.state);
 }
@@ -10571,13 +10757,13 @@ function problems(broke) {
     "Add one to have anything to send requests to.", "providers");
   for (const user of broke) add("warn", user.name, "has no credit left, so requests are refused", "users");
   for (const [name, health] of Object.entries(S.providers)) {
-    const last = health.outcomes.at(-1), next = health.next_try_s ? `, tried again in ${health.next_try_s} s`
-      : "";
+    const last = health.outcomes.at(-1);
+    const next = health.next_try_s ? `, tried again in ${Math.ceil(health.next_try_s)} s` : "";
     if (health.problem) add("bad", name, health.problem, "providers");
+    else if (refusesKey(health)) add("bad", name, "refuses its key", "providers");
     else if (["open", "half-open", "cooling"].includes(health.state)) {
-      add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${last.error}` : ""}`,
-        "providers");
-    } else if (last && [401, 403].includes(last.status)) add("bad", name, "it refuses its key", "providers");
+      add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${last.error}` : ""}`, "providers");
+    }
   }
   if (S.unpriced && S.unpriced.length) {
     add("warn", "no price", `${S.unpriced.slice(0, 8).join(", ")}: what these cost is not counted`, "models");
@@ -10591,10 +10777,9 @@ function problems(broke) {
 function problemCard(broke) {
   const found = problems(broke);
   if (!found.length) return card("All is well", badge("ok", "no problems"));
-  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), " ", text, " ",
-    el("a", { href: `#${tab}` }, "Look"));
-  const node = card(`${found.length} thing${found.length > 1 ? "s" : ""} to look at`, null,
-    el("ul", {}, found.map(item)));
+  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), ` ${text.replace(/\.$/, "")}. See `,
+    el("a", { href: `#${tab}` }, TABS.find(([key]) => key === tab)[1]));
+  const node = card(`${count(found.length, "thing")} to look at`, null, el("ul", {}, found.map(item)));
   node.classList.add("problems");
   return node;
 }
@@ -10614,36 +10799,36 @@ function healthCard() {
 }
 async function overview() {
   const top = el("div", {}), log = el("div", { class: "log" });
-  const all = await ask(`${ROOT}/report?by=provider`);
-  const refresh = async () => {
-    await reload();
-    const since = new Date().toISOString().slice(0, 10);
-    const today = await ask(`${ROOT}/report?by=provider&since=${since}`);
-    const { users } = (S.config.credits || {}).enforce ? await ask(`${ROOT}/users`) : { users: [] };
+  const since = new Date().toISOString().slice(0, 10);
+  const past = ask(`${ROOT}/report?by=provider&until=${since}`); /* once: a long log takes its time */
+  const draw = async () => {
+    const [before, today, { users }] = await Promise.all([past, ask(`${ROOT}/report?by=provider&since=${since}`),
+      (S.config.credits || {}).enforce ? ask(`${ROOT}/users`) : { users: [] }]);
     const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled);
-    if (hasFocus(top)) return;
-    const of = (name) => [sum(today.report, name), sum(all.report, name)];
+    const of = (name) => [sum(today.report, name), sum([...before.report, ...today.report], name)];
     const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
-    refill(top, problemCard(broke), el("div", { class: "tiles" },
+    redraw(top, problemCard(broke), el("div", { class: "tiles" },
       tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent),
         `${usd(spentEver)} in all`),
       tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "all kinds"),
       tile("Running for", duration(S.uptime_s), S.path || "no config file yet")), healthCard());
   };
-  await refresh();
-  const live = await liveLog(log), stopPoll = poll(refresh, 5000);
+  await draw();
+  const live = await liveLog(log);
+  const stopPoll = poll(async () => { await reload(); await draw(); }, 5000);
   stopView = () => { stopPoll(); live.stop(); };
   return [top, card("Requests", live.tools, log)];
 }
 const duration = (s) => (s < 3600 ? `${Math.floor(s / 60)} min` : s < 172800 ? `${(s / 3600).toFixed(1)} h`
   : `${Math.floor(s / 86400)} days`);
 async function liveLog(place) {
-  let rows = (await ask(`${ROOT}/requests?limit=100`)).requests, paused = false;
+  const newest = async () => (await ask(`${ROOT}/requests?limit=100`)).requests;
+  let rows = await newest(), paused = false;
   const ended = new AbortController();
   const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
     type: "search" });
   const isWanted = (row) => JSON.stringify(row).toLowerCase().includes(filter.value.toLowerCase());
-  const draw = () => refill(place, table("Requests", requestColumns(true), rows.filter(isWanted),
+  const draw = () => redraw(place, table("Requests", requestColumns(true), rows.filter(isWanted),
     rows.length ? "Nothing fits the filter." : "No requests yet. They appear here as they end."));
   const pause = button("Pause", () => {
     paused = !paused;
@@ -10654,10 +10839,12 @@ async function liveLog(place) {
     while (!ended.signal.aborted) {
       try {
         const answer = await call(`${ROOT}/events`, "GET", undefined, ended.signal);
-        for await (const [event, data] of eventsOf(answer)) {
-          if (event !== "request") continue;
-          rows = [JSON.parse(data), ...rows].slice(0, 300);
-          if (!paused && !hasFocus(place)) draw();
+        rows = await newest(); /* what ended before the stream began, or while it was broken */
+        if (!paused) draw();
+        for await (const [, data] of eventsOf(answer)) {
+          const row = JSON.parse(data);
+          rows = [row, ...rows.filter((r) => r.request_id !== row.request_id)].slice(0, 300);
+          if (!paused) draw();
         }
       } catch { /* the server restarts, or the view is left */ }
       await new Promise((resolve) => setTimeout(resolve, 2000));
@@ -10684,20 +10871,21 @@ function providersView() {
       ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
     ["Key", (p) => keyWord(p.api_key), "text"],
       ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"],
-    ["", (p) => button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` })],
-    ["", (p) => button("Test", () => testDialog(p.name),
-      { class: "small", "aria-label": `Test ${p.name}` })]];
+    ["", (p) => [button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` }),
+      button("Test", () => testDialog(p.name), { class: "small", "aria-label": `Test ${p.name}` })], "act"]];
   return card("Providers", button("Add a provider", () => providerDialog(null), { class: "main" }),
     table("Providers", columns,
     rowsOf("providers"), "None yet. Add one: choose a preset, give it a key, save, and test it."));
 }
 function providerDialog(old) {
   const row = old || { name: "", type: "" }, hash = S.config_hash, list = S.fields.providers;
-  const main = ["name", "base_url", "api_key", "models"];
+  const main = ["name", "base_url", "api_key", "models", ...(old ? ["enabled"] : [])];
   const field = (name) => list.find((f) => f.name === name);
   const first = controls(main.map(field), row);
   const rest = controls(list.filter((f) => ![...main, "type", "quirks"].includes(f.name)), row);
-  const quirks = controls(S.fields.quirks.map((f) => ({ ...f, maybe: true })), row.quirks || {});
+  /* What is not chosen stays the preset's or the format's own: no default of the file's is written over it. */
+  const quirks = controls(S.fields.quirks.map((f) => ({ ...f, maybe: true, default: f.kind === "list" ? [] : "" })),
+    row.quirks || {});
   const type = selectBox([["", "choose …"], ...Object.keys(S.presets).map((p) => [p, `${p} (preset)`]),
     ...S.formats.filter((f) => !S.presets[f]).map((f) => [f, `${f} (wire format)`])], row.type || row.provider_type || "");
   const to = el("p", { class: "muted" }), name = first.of("name").input, url = first.of("base_url").input;
@@ -10705,8 +10893,7 @@ function providerDialog(old) {
   const chosen = () => {
     const preset = S.presets[type.value] || {};
     const place = url.value || preset.url || preset.base_url;
-    to.textContent = place ? `Requests and the key go to ${hostOf(place)}.`
-      : "Give the address that requests go to.";
+    to.textContent = place ? `Requests and the key go to ${hostOf(place)}.` : "Give the address that requests go to.";
     const isMoved = old && url.value !== (old.base_url || "");
     if (isMoved) to.textContent += " The key must be typed again for a new address.";
     url.placeholder = preset.base_url || "https://host/v1";
@@ -10731,7 +10918,7 @@ function providerDialog(old) {
       : "Choose a type first.");
     await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
     close();
-    await saved(`Provider ${table.name} is saved.`);
+    await saved(`Provider ${table.name} is saved.${old ? "" : " Test it, then give it a model."}`);
   };
   const remove = old && button("Delete", () => removeRow("providers", old.name, hash, usersOf(old.name),
     close), { class: "danger" });
@@ -10743,7 +10930,6 @@ function providerDialog(old) {
     el("div", { class: "fields" }, quirks.nodes))],
   save, { extra: [remove], made: [...first.made, ...rest.made, ...quirks.made] });
   const close = openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
-  (old ? name : type).focus();
 }
 async function removeRow(root, name, hash, users, close) {
   if (users.length) return tell(`${name} is used by ${users.join(", ")}; change that first.`);
@@ -10755,7 +10941,7 @@ async function removeRow(root, name, hash, users, close) {
   } catch (error) { return tellError(error); }
 }
 function testDialog(name) {
-  const result = el("div", { role: "status" }), model = textBox("", { list: "found" }),
+  const result = el("div", { "aria-live": "polite" }), model = textBox("", { list: "found" }),
     found = el("datalist", { id: "found" });
   const test = async () => {
     refill(result, "Asking …");
@@ -10770,10 +10956,9 @@ function testDialog(name) {
   const fetchNames = async () => {
     const { models } = await ask(`${path("providers", name)}/models`);
     refill(found, models.map((m) => el("option", { value: m })));
-    refill(result, el("p", {}, `${models.length} models`), el("pre", { tabindex: 0 }, models.join("\n")));
+    refill(result, el("p", {}, count(models.length, "model")), el("pre", { tabindex: 0 }, models.join("\n")));
   };
-  const run = (work) => () => work().catch((error) => refill(result,
-    el("p", { class: "error" }, error.message)));
+  const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
   openDialog(`Test ${name}`, el("p", { class: "muted" },
     "Sends one tiny real request over the way all requests go."),
     labelled("Model", model, "empty: one that the config uses, or the preset's"), found,
@@ -10784,24 +10969,21 @@ function testDialog(name) {
 /* Models */
 const routesOf = (name) => [...Object.keys(S.routes).filter((slot) => S.routes[slot] === name),
   ...((S.config.router || {}).rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
-const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}`
-  : "built-in table");
+const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}` : "built-in table");
 const namesList = () => el("datalist", { id: "names" },
   (S.names || []).map((n) => el("option", { value: n })));
 function modelsView() {
   const columns = [["Ask for", (m) => m.name, "text mono"],
     ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ")
-      || "nothing yet", "text"],
-    ["Claude Code sees", (m) => `anthropic/${m.name}`, "text mono"],
+      || "nothing yet", "text"], ["Claude Code sees", seenAs, "text mono"],
       ["Used by", (m) => routesOf(m.name).join(", ") || "–", "text"],
     ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
       : priceWord(m.price)), "nowrap"],
     ["Context", (m) => (m.context ? short(m.context) : "–"), "num"],
-    ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` })]];
-  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m,
-    provider: p.name })));
-  return [card("Models", button("Add a model", () => modelDialog(null), { class: "main" }),
-    table("Models", columns, rowsOf("models"),
+    ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` }), "act"]];
+  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
+  return [card("Models", button("Add a model", () => modelDialog(null),
+    { class: "main", disabled: !rowsOf("providers").length }), table("Models", columns, rowsOf("models"),
       rowsOf("providers").length ? "None yet. A model is a name of your own for upstream models, tried in order."
         : "Add a provider first; then give its models names here.")),
   listed.length ? card("Listed by providers", null,
@@ -10816,17 +10998,15 @@ function mappingItem(row) {
     try {
       const { models } = await ask(`${path("providers", provider.value)}/models`);
       refill(found, models.map((m) => el("option", { value: m })));
-      tell(`${models.length} models: type into the field to choose one.`);
+      tell(`${count(models.length, "model")}: type into the field to choose one.`);
     } catch (error) { tellError(error); }
   };
   const own = controls(S.fields.mappings.filter((f) => ["price", "context"].includes(f.name)), row);
   const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider),
     labelled("Upstream model", model), found,
     button("Fetch list", fetchNames)), el("details", { open: Boolean(row.price) },
-      el("summary", {}, "Price and context of this target alone"),
-    el("div", { class: "fields" }, own.nodes)));
-  return { node, read: () => ({ ...own.read(), provider: provider.value,
-    actual_model: model.value.trim() }) };
+      el("summary", {}, "Price and context of this target alone"), el("div", { class: "fields" }, own.nodes)));
+  return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.value.trim() }) };
 }
 function modelDialog(old) {
   const row = old || { name: "", mappings: [{}] }, hash = S.config_hash;
@@ -10837,8 +11017,7 @@ function modelDialog(old) {
   const save = async () => {
     const table = { ...made.read(), mappings: targets.read().map((t, n) => ({ ...t, priority: n + 1 })) };
     if (!table.name) throw new Failure(400, "name: give it a name");
-    if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400,
-      "Each target needs an upstream model.");
+    if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs an upstream model.");
     await ask(path("models", old ? old.name : table.name), "PUT", { hash, table });
     close();
     await saved(`Model ${table.name} is saved.`);
@@ -10848,14 +11027,11 @@ function modelDialog(old) {
   const [name, ...others] = made.nodes;
   const form = formOf([el("div", { class: "fields" }, name), el("h3", {}, "Targets, the first tried first"),
     targets.node,
-    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save,
-      { extra: [remove], made: made.made });
+    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save, { extra: [remove], made: made.made });
   const close = openDialog(old ? `Model ${old.name}` : "Add a model", form);
 }
 
 /* Router */
-const SLOTS = ["default", "background", "think", "websearch", "subagent", "compaction", "image",
-  "long_context"];
 function pattern(text) {
   const flags = /^\(\?([ims]+)\)/.exec(text);
   return new RegExp(flags ? text.slice(flags[0].length) : text, flags ? flags[1] : "");
@@ -10870,19 +11046,18 @@ function ruleItem(row) {
   const made = controls(S.fields.rules, row);
   return { node: el("div", { class: "fields" }, made.nodes), read: made.read };
 }
-function routerView() {
+async function routerView() {
   const row = S.config.router || {}, hash = S.config_hash;
-  const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (SLOTS.includes(f.name)
+  const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (f.name in S.routes
     ? { ...f, list: "names" } : f));
   const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "Add a rule", () => ({}));
-  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"),
-    results = el("div", {});
+  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div", {});
   const attempt = () => {
     const of = (name) => made.of(name).input.value;
     refill(results, el("p", {}, "Claude's own name (auto_map_regex): ", matchWord(of("auto_map_regex"),
       sample.value)),
       el("p", {}, "Background name (background_regex): ", matchWord(of("background_regex"), sample.value)),
-      rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, ${rule.pattern || "empty"}: `,
+      rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, `, el("code", {}, rule.pattern || "empty"), " ",
         matchWord(rule.pattern, words.value))));
   };
   const save = async () => {
@@ -10891,8 +11066,7 @@ function routerView() {
     await saved("The router is saved.");
   };
   const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes),
-    el("h3", {}, "Prompt rules, the first match wins"),
-    rules.node, el("h3", {}, "Try the patterns"),
+    el("h3", {}, "Prompt rules, the first match wins"), rules.node, el("h3", {}, "Try the patterns"),
       el("div", { class: "row" }, labelled("A model name", sample),
       labelled("A user's words", words)), results], save, { made: made.made });
   form.addEventListener("input", attempt);
@@ -10900,38 +11074,50 @@ function routerView() {
   attempt();
   return [card("Router", null, el("p", { class: "muted" },
     "Which model a request goes to: the first rule that applies and has a model ",
-    "wins. An empty one is passed over."), form), explainCard()];
+    "wins. An empty one is passed over."), form), await explainCard()];
 }
-const sampleBody = (model, text) => ({ model, max_tokens: 1024,
-  messages: [{ role: "user", content: text }] });
-function explainCard() {
+const sampleBody = (model, text) => ({ model, max_tokens: 1024, messages: [{ role: "user", content: text }] });
+const explainHeld = async (id) => {
+  const held = await ask(path("inspect", id));
+  return ask(`${ROOT}/explain`, "POST", { body: held.client_request, headers: held.client_headers });
+};
+const explained = (told) => [el("p", {}, badge("ok", told.reason),
+  ` goes to ${told.model}; ${count(told.tokens, "token")} counted`), explanation(told.trail),
+el("h3", {}, "Targets, and the most it can cost there"),
+table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider, "text"],
+  ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]], told.targets,
+"No targets.")];
+async function explainCard() {
   const body = el("textarea", { rows: 8, spellcheck: "false",
     value: JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2) });
-  const result = el("div", {}), held = selectBox([["", "paste your own below"]]);
-  ask(`${ROOT}/inspect`).then((told) => fill(held,
-    told.held.map((r) => el("option", { value: r.id }, `${r.time} ${r.asked}`)))).catch(tellError);
-  held.addEventListener("change", async () => {
-    if (!held.value) return;
-    try { body.value = JSON.stringify((await ask(path("inspect", held.value))).client_request, null,
-      2); } catch (e) { tellError(e); }
+  const [{ requests }, { held }] = await Promise.all([ask(`${ROOT}/requests?limit=50`), ask(`${ROOT}/inspect`)]);
+  const isHeld = (row) => held.some((r) => r.id === row.request_id);
+  const words = (row) => `${new Date(row.time).toLocaleTimeString()} ${row.asked} → ${target(row)}`;
+  const recent = selectBox([["", "none: the request below"], ...requests.map((row) => [row.request_id,
+    isHeld(row) ? `${words(row)} (held whole)` : words(row)])]);
+  const result = el("div", {});
+  let headers = {};
+  recent.addEventListener("change", async () => {
+    const row = requests.find((r) => r.request_id === recent.value);
+    headers = {};
+    if (!row) return refill(result);
+    if (!isHeld(row)) return refill(result, el("h3", {}, "As it went"), explanation(row.trail), costTable(row));
+    try {
+      const whole = await ask(path("inspect", row.request_id));
+      headers = whole.client_headers;
+      body.value = JSON.stringify(whole.client_request, null, 2);
+      return await run();
+    } catch (error) { return tellError(error); }
   });
   const run = async () => {
     let parsed;
-    try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400,
-      `Not JSON: ${error.message}`); }
-    const told = await ask(`${ROOT}/explain`, "POST", { body: parsed });
-    refill(result, el("p", {}, badge("ok", told.reason),
-      ` goes to ${told.model}; ${whole(told.tokens)} tokens counted`),
-      table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note,
-        "text"]], told.trail, "No rules tried."),
-      table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider,
-        "text"],
-        ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]],
-          told.targets, "No targets."));
+    try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400, `Not JSON: ${error.message}`); }
+    refill(result, el("h3", {}, "On the rules as they are now"),
+      explained(await ask(`${ROOT}/explain`, "POST", { body: parsed, headers })));
   };
-  const form = formOf([labelled("Request that Inspect holds", held), labelled("Messages request (JSON)",
-    body)],
-    run, { label: "Explain", keeps: false });
+  const form = formOf([labelled("A recent request", recent,
+    "one that Inspect holds whole is explained anew; of any other you see what was noted when it went"),
+  labelled("Messages request (JSON)", body)], run, { label: "Explain", keeps: false });
   return card("Explain a request", null,
     el("p", { class: "muted" }, "Shows each rule that is tried. Nothing is sent."), form, result);
 }
@@ -10949,10 +11135,11 @@ async function usersView() {
   const { users } = await ask(`${ROOT}/users`);
   const columns = [["Name", (u) => u.name, "text"],
     ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
-    ["Balance", (u) => usd(u.balance_microusd), "num"], ["Held", (u) => usd(u.held_microusd), "num"],
-    ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This month", (u) => usd(u.spent_month_microusd),
-      "num"],
-    ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` })]];
+    ["Balance", (u) => (isFree(u) ? "–" : usd(u.balance_microusd)), "num"], ["Held", (u) => usd(u.held_microusd), "num"],
+    ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This week", (u) => usd(u.spent_week_microusd), "num"],
+    ["This month", (u) => usd(u.spent_month_microusd), "num"], ["Budgets", (u) => budgetsOf(u).map(
+      ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"],
+    ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` }), "act"]];
   return card("Users", button("Add a user", addUserDialog, { class: "main" }), table("Users", columns, users,
     "No users. On this computer alone none is needed; on a network each person gets a key."));
 }
@@ -10967,8 +11154,7 @@ function addUserDialog() {
     keyDialog(told.name, told.key);
   };
   const fields = [labelled("Name", name, "letters, digits and . _ @ -"), labelled("Credit, dollars", credit,
-    "empty: what [credits] says"),
-    labelled("Note", note), budgets.nodes];
+    "empty: what [credits] says"), labelled("Note", note), budgets.nodes];
   const made = [{ field: { name: "name" }, input: name, node: name.parentNode }];
   const close = openDialog("Add a user", formOf(el("div", { class: "fields" }, fields), save,
     { label: "Add", made }));
@@ -11004,19 +11190,16 @@ async function userDialog(user) {
   const ledger = el("div", {});
   const close = openDialog(`User ${user.name}`,
     el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} held`),
-    formOf(el("div", { class: "row" }, labelled("Amount, dollars", amount, "below zero takes back"),
+    formOf(el("div", { class: "fields" }, labelled("Amount, dollars", amount, "below zero takes back"),
       labelled("Note", note)),
-      credit, { label: "Change credit" }), el("h3", {}, "Budgets"),
+      credit, { label: "Change credit" }), el("h3", {}, "Budgets"), budgetBars(user),
         formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets,
       { label: "Save budgets" }), el("div", { class: "row" }, button("New key", rotate),
         button(user.disabled ? "Enable" : "Disable", toggle,
       { class: "danger" })), el("h3", {}, "Ledger"), ledger);
   try {
     const { transactions } = await ask(`${place}/transactions?limit=100`);
-    fill(ledger, table("Ledger", [["Time", (t) => when(t.time), "nowrap"], ["Kind", (t) => t.kind, "nowrap"],
-      ["Note", (t) => t.note || t.request_id || "–", "text"], ["Amount", (t) => usd(t.amount_microusd),
-        "num"],
-      ["Balance", (t) => usd(t.balance_microusd), "num"]], transactions, "Nothing yet."));
+    fill(ledger, ledgerTable(transactions, "Nothing yet."));
   } catch (error) { tellError(error); }
 }
 
@@ -11030,20 +11213,18 @@ async function billingView() {
     as_if: other.value.trim() });
   const draw = async () => {
     const { report } = await ask(`${ROOT}/report?${query()}`);
-    const columns = [[by.value[0].toUpperCase() + by.value.slice(1), (r) => r.key || "–", "text"],
-      ["Requests", (r) => whole(r.requests), "num"], ["Input", (r) => short(r.input_tokens), "num"],
-      ["Output", (r) => short(r.output_tokens), "num"], ["Cache read", (r) => short(r.cache_read_tokens),
-        "num"],
+    const title = by.value[0].toUpperCase() + by.value.slice(1);
+    const columns = [...usageColumns(title).slice(0, -1),
       ["Unpriced", (r) => whole(r.unpriced), "num"], ["Cost", (r) => usd(r.cost_microusd), "num"],
       ["Markup", (r) => usd(r.markup_microusd), "num"], ["Charge", (r) => usd(r.charge_microusd), "num"],
       ...(other.value.trim() ? [[`As ${other.value.trim()}`, (r) => usd(r.as_if_microusd), "num"]] : [])];
     refill(result, table("Report", columns, report, "No requests in that time."),
       report.length > 0 && el("p", { class: "muted" },
-        `In all ${whole(sum(report, "requests"))} requests, cost `,
+        `In all ${count(sum(report, "requests"), "request")}, cost `,
         `${usd(sum(report, "cost_microusd"))}, charged ${usd(sum(report, "charge_microusd"))}.`));
   };
   const form = formOf([namesList(), el("div", { class: "fields" }, labelled("By", by),
-    labelled("From", since), labelled("Until, not with", until),
+    labelled("From", since), labelled("Until", until, "that day not included"),
     labelled("As if on model", other, "what the same tokens would have cost there"))], draw,
       { label: "Show", keeps: false,
     extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`,
@@ -11057,8 +11238,7 @@ async function billingView() {
 
 /* Try */
 function tryView() {
-  const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }),
-    limit = numberBox(512, { min: 1 });
+  const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }), limit = numberBox(512, { min: 1 });
   const prompt = el("textarea", { rows: 4, value: "Say hello in one sentence." });
   const output = el("pre", { tabindex: 0, "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
     end = el("div", {});
@@ -11072,11 +11252,11 @@ function tryView() {
     if (take) output.textContent += take(data.delta);
     return null;
   };
-  const showEnd = (row) => refill(end, el("p", {}, statusBadge(row),
-    ` ${target(row)} because of ${row.route}`),
+  const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
     el("p", { class: "muted" },
       `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
-      `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`));
+      `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`),
+    el("details", {}, el("summary", {}, "Why it went there"), explanation(row.trail)));
   const send = async () => {
     refill(end);
     output.textContent = raw.textContent = "";
@@ -11114,28 +11294,31 @@ async function inspectView() {
   const show = async (id) => {
     const whole = await ask(path("inspect", id)), text = () => new Blob([JSON.stringify(whole, null, 2)],
       { type: "application/json" });
-    const panes = [["What the client sent", "client_request"], ["What went upstream", "upstream_request"],
-      ["The raw answer", "upstream_answer"], ["Events for the client", "events"]];
+    const headers = Object.entries(whole.client_headers).map(([name, value]) => `${name}: ${value}\n`).join("");
+    const panes = [["What the client sent", `${headers}\n${pretty(whole.client_request)}`.trim()],
+      ["What went upstream", pretty(whole.upstream_request)], ["The raw answer", pretty(whole.upstream_answer)],
+      ["Events for the client", pretty(whole.events)]];
     refill(detail, card(`Request ${id}`, button("Download JSON", () => download(text(), `ccmux-${id}.json`)),
       el("div", { class: "two" },
-      panes.map(([title, part]) => el("div", {}, el("h3", {}, title),
-        el("pre", { tabindex: 0 }, pretty(whole[part]) || "nothing"))))));
+      panes.map(([title, text]) => el("div", {}, el("h3", {}, title),
+        el("pre", { tabindex: 0 }, text || "nothing"))))));
   };
   const draw = (told) => {
     const left = told.on_for_s;
     refill(state, left ? badge("ok", `on for ${Math.ceil(left / 60)} min more`) : badge("", "off"),
       left ? button("Switch off and forget", () => put(0)) : button("Keep requests for 15 minutes",
         () => put(15), { class: "main" }));
-    refill(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"],
+    redraw(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"],
       ["Asked for", (r) => r.asked, "text"],
       ["Why", (r) => r.route || "–", "nowrap"], ["Answered by", (r) => r.target || "–", "text"],
         ["Status", (r) => r.status ?? "running", "nowrap"],
-      ["", (r) => button("Show", () => show(r.id).catch(tellError), { class: "small" })]], told.held,
+      ["", (r) => button("Show", () => show(r.id).catch(tellError),
+        { class: "small", "data-key": r.id, "aria-label": `Show ${r.id}` }), "act"]], told.held,
     left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
   };
   const refresh = async () => {
     const told = await ask(`${ROOT}/inspect`);
-    if (!hasFocus(list)) draw(told);
+    draw(told);
   };
   await refresh();
   stopView = poll(refresh, 3000);
@@ -11159,8 +11342,23 @@ async function configView() {
       formOf(labelled("config.toml", text,
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
     card("Backups", null, table("Backups", [["File", (b) => b.name, "text mono"],
-      ["Written", (b) => when(b.time), "nowrap"],
-      ["Bytes", (b) => whole(b.bytes), "num"]], backups, "None yet: a save keeps the file before it."))];
+      ["Written", (b) => when(b.time), "nowrap"], ["Bytes", (b) => whole(b.bytes), "num"],
+      ["", (b) => button("Look", () => backupDialog(b.name, config.hash).catch(tellError),
+        { class: "small", "aria-label": `Look at ${b.name}` }), "act"]],
+    backups, "None yet: a save keeps the file before it."))];
+}
+async function backupDialog(name, hash) {
+  const { text, changes } = await ask(path("backups", name));
+  const restore = async () => {
+    await ask(path("backups", name), "POST", { hash });
+    close();
+    await saved(`${name} is the config again.`);
+  };
+  const close = openDialog(`Backup ${name}`, el("h3", {}, "What restoring it changes"),
+    el("pre", { tabindex: 0 }, changes || "Nothing: it says what the config says now."),
+    el("details", {}, el("summary", {}, "The whole backup"), el("pre", { tabindex: 0 }, text)),
+    formOf(el("p", { class: "muted" }, "The config as it is now becomes the newest backup."), restore,
+      { label: "Restore", keeps: false }));
 }
 function settingsCard(root, title) {
   const hash = S.config_hash, made = controls(S.fields[root], S.config[root] || {});
@@ -11170,8 +11368,7 @@ function settingsCard(root, title) {
   };
   const note = root === "server" && el("p", { class: "muted" },
     "Host, port and database change at the next start.");
-  return card(title, null, formOf([note, el("div", { class: "fields" }, made.nodes)], save,
-    { made: made.made }));
+  return card(title, null, formOf([note, el("div", { class: "fields" }, made.nodes)], save, { made: made.made }));
 }
 
 /* Start */
@@ -11182,7 +11379,7 @@ if (PAGE === "admin") addEventListener("hashchange",
   () => (location.hash.startsWith("#token=") ? admin() : showTab()));
 start();
 if (PAGE !== "admin") {
-  poll(async () => { if (document.querySelector(".tiles") && !hasFocus($("main"))) await dashboard(); }, 30000);
+  poll(async () => { if (document.querySelector(".tiles") && !String(getSelection())) await dashboard(); }, 30000);
 }
 """
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from fakes import Answer, AnthropicFake, OpenAIFake, Turn
 from proxy_harness import ADMIN_TOKEN, in_process
 
@@ -208,7 +210,63 @@ async def test_models_that_a_provider_lists(tmp_path: Path) -> None:
         assert all(isinstance(name, str) for name in listed["models"])
 
 
+@pytest.mark.parametrize("format", ["anthropic", "gemini"])
+async def test_a_model_list_is_read_to_its_last_page(format: str, tmp_path: Path) -> None:
+    async def listed(request: web.Request) -> web.Response:
+        if format == "gemini":
+            first = "pageToken" not in request.query
+            row = {"name": "models/one" if first else "models/two"}
+            return web.json_response({"models": [row], **({"nextPageToken": "a b"} if first else {})})
+        first = request.query.get("after_id") != "one"
+        return web.json_response(
+            {"data": [{"id": "one" if first else "two"}], "has_more": first, "last_id": "one"}
+        )
+
+    app = web.Application()
+    app.add_routes([web.get("/{version}/models", listed)])
+    async with TestServer(app) as server:
+        text = f'[[providers]]\nname = "p"\ntype = "{format}"\nbase_url = "{server.make_url("")}"\napi_key = "k"\n'
+        async with admin_of(tmp_path, text) as (admin, _):
+            assert (await admin.get("/admin/api/providers/p/models"))["models"] == ["one", "two"]
+
+
 # Models, routes, credits, the whole text.
+
+
+async def test_a_backup_is_looked_at_and_restored(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        before, first = admin.text, await admin.hash()
+        await admin.put("/admin/api/router", {"default": "m", "think": "m"})
+        now, place = admin.text, "/admin/api/backups/config.toml.bak1"
+        seen = await admin.get(place)
+        assert "[kept-" in seen["text"] and "# the provider" in seen["text"]
+        changed = [line for line in seen["changes"].splitlines() if line[0] in "+-"]
+        assert changed == ["--- now", "+++ then", '-think = "m"']
+        status, body = await admin.call("POST", place, {"hash": first})
+        assert (status, admin.text) == (409, now), body
+        status, body = await admin.call("POST", place, {"hash": await admin.hash()})
+        assert (status, admin.text) == (200, before), body
+        assert admin.state.config.router.think == "" and body["hash"] == await admin.hash()
+        assert (tmp_path / "config.toml.bak1").read_text() == now
+        (tmp_path / "config.toml.bak2").write_text(
+            f'[server]\nhost = "0.0.0.0"\nlog_level = "{SECRET}"\nadmin_token = "{SECRET}"\n'
+        )
+        (tmp_path / "config.toml.bak3").write_bytes(b"\xff")
+        for name, wrong in (
+            ("config.toml.bak2", 400),
+            ("config.toml.bak3", 409),
+            ("config.toml.bak4", 404),
+            ("config.toml", 404),
+        ):
+            status, body = await admin.call(
+                "POST", f"/admin/api/backups/{name}", {"hash": await admin.hash()}
+            )
+            assert (status, admin.text) == (wrong, before), body
+        admin.file.write_text("broken = [")  # by hand: a backup mends it
+        hash = (await admin.get("/admin/api/config"))["hash"]
+        assert "-broken = [" in (await admin.get(place))["changes"]
+        assert (await admin.call("POST", place, {"hash": hash}))[0] == 200
+        assert admin.text == now
 
 
 async def test_models_and_routes_are_edited_and_served_at_once(tmp_path: Path) -> None:
@@ -414,6 +472,7 @@ async def test_a_friend_gets_a_key_and_five_dollars(tmp_path: Path) -> None:
         status, me = await admin.call("GET", "/api/me", token=key)
         assert me["balance_microusd"] < 5_000_000
         assert me["spent_today_microusd"] == 5_000_000 - me["balance_microusd"]
+        assert me["spent_today_microusd"] == me["spent_week_microusd"] == me["spent_month_microusd"]
         _, mine = await admin.call("GET", "/api/requests", token=key)
         assert [r["charge_microusd"] for r in mine["requests"]] == [me["spent_today_microusd"]]
         _, ledger = await admin.call("GET", "/api/transactions", token=key)
@@ -503,7 +562,7 @@ async def test_reports_explain_the_bill(tmp_path: Path) -> None:
         assert len(listed["requests"]) == 2
         older = await admin.get(f"/admin/api/requests?before={listed['requests'][-1]['id']}")
         assert len(older["requests"]) == 1
-        assert listed["requests"][0]["trail"][-1][0] == "default"
+        assert listed["requests"][0]["trail"][-2:] == [["default", "m"], ["targets", "p/up"]]
 
 
 # Looking at what happens.
@@ -537,6 +596,8 @@ async def test_the_live_log(tmp_path: Path) -> None:
             lines = [await events.content.readline() for _ in range(3)]
             row = json.loads(lines[2].removeprefix(b"data: "))
             assert (row["asked"], row["status"]) == ("claude-x", 200)
+            [logged] = (await admin.get("/admin/api/requests"))["requests"]
+            assert (row["trail"], row["price"]) == (logged["trail"], logged["price"])
 
 
 async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -> None:
@@ -545,7 +606,11 @@ async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -
         _, summary = await admin.call("PUT", "/admin/api/inspect", {"minutes": 15})
         assert 890 <= summary["on_for_s"] <= 900
         await admin.call(
-            "POST", "/v1/messages", message(stream=True, system=f"my key is {SECRET}"), token="x"
+            "POST",
+            "/v1/messages",
+            message(stream=True, system=f"my key is {SECRET}"),
+            token="x",
+            **{"x-claude-code-agent-id": "a1", "user-agent": f"claude-cli {SECRET}", "cookie": SECRET},
         )
         [held] = (await admin.get("/admin/api/inspect"))["held"]
         record = await admin.get(f"/admin/api/inspect/{held['id']}")
@@ -553,5 +618,6 @@ async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -
         assert "chat.completion.chunk" in record["upstream_answer"]
         assert "event: message_start" in record["events"]
         assert record["status"] == 200
+        assert record["client_headers"] == {"x-claude-code-agent-id": "a1", "user-agent": "claude-cli [key]"}
         await admin.call("PUT", "/admin/api/inspect", {"minutes": 0})
         assert (await admin.get("/admin/api/inspect"))["held"] == []

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,7 @@ async def test_a_provider_is_added_by_keyboard_alone(browser: Browser, tmp_path:
         await tab_to(page, "Save")
         await page.keyboard.press("Enter")
         await expect(page.locator("#status")).to_contain_text("Provider demo is saved.")
-    assert 'name = "demo"' in (tmp_path / "config.toml").read_text()
+    assert (tmp_path / "config.toml").read_text() == '[[providers]]\nname = "demo"\ntype = "demo"\n'
 
 
 async def tab_to(page: Page, words: str) -> None:
@@ -402,7 +403,7 @@ async def test_a_kept_request_is_inspected_and_explained(
         await expect(page.locator("pre").first).to_contain_text('"content": "Hi"')
         assert "sk-secret" not in await page.content()
         await tab(page, "router")
-        await page.get_by_label("Request that Inspect holds").select_option(index=1)
+        await page.get_by_label("A recent request").select_option(index=1)
         await expect(page.get_by_label("Messages request (JSON)")).to_have_value(re.compile('"Hi"'))
         await page.click("button:text-is('Explain')")
         await expect(page.locator("main")).to_contain_text("goes to tiny")
@@ -410,18 +411,178 @@ async def test_a_kept_request_is_inspected_and_explained(
 
 
 @needs_browser
-async def test_a_model_in_use_is_not_deleted_and_targets_move(
+async def test_any_logged_request_tells_why_it_went_where_it_did(
     browser: Browser, provider: AnthropicFake, tmp_path: Path
 ) -> None:
     text = config_of(provider, extra='[[models.mappings]]\nprovider = "up"\nactual_model = "second"\n')
+    async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
+        assert await ask(proxy, "tiny") == 200
+        row = page.locator(".log tbody button").first
+        await row.click()
+        dialog = page.locator("dialog")
+        for words in (
+            "tiny was asked for",
+            "Targets in order: up/tiny, then up/second",
+            "charged $0.0045",
+            "is not kept",
+        ):
+            await expect(dialog).to_contain_text(words)
+        await expect(page.get_by_role("region", name="Rules tried")).to_contain_text("no prompt rules")
+        await page.keyboard.press("Escape")
+        await expect(row).to_be_focused()
+        assert await page.locator("[role=status]").count() == 1
+        assert await ask(proxy, "up/other") == 200  # the log goes on under the focus
+        await expect(page.locator(".log")).to_contain_text("up/other")
+        await expect(page.locator(".log tbody button").nth(1)).to_be_focused()
+
+        await tab(page, "router")
+        await expect(page.locator('nav a[href="#router"]')).to_be_focused()
+        await page.get_by_label("A recent request").select_option(index=2)
+        await expect(page.locator("main")).to_contain_text("Targets in order: up/tiny, then up/second")
+
+        await tab(page, "inspect")
+        await page.click("text=Keep requests for 15 minutes")
+        await expect(page.locator("main")).to_contain_text("Waiting for requests")
+        assert await ask(proxy, "tiny") == 200
+        await tab(page, "overview")
+        await page.locator(".log tbody button").first.click()
+        await page.click("text=Explain it again")
+        await expect(dialog).to_contain_text("goes to tiny")
+        assert len(provider.asked) == 3
+
+
+@needs_browser
+async def test_the_log_shows_what_ended_while_its_stream_was_broken(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
     async with (
-        in_process(tmp_path, text + '[router]\ndefault = "tiny"\n') as proxy,
+        in_process(tmp_path, config_of(provider)) as proxy,
+        opened(browser, f"{proxy.url}/admin") as page,
+    ):
+        await page.route("**/admin/api/events", lambda route: route.abort())
+        await page.get_by_label("Admin token").fill(ADMIN_TOKEN)
+        await page.click("button:text-is('Sign in')")
+        await expect(page.locator(".log")).to_contain_text("No requests yet")
+        assert await ask(proxy, "tiny") == 200
+        await proxy.idle()
+        await page.unroute("**/admin/api/events")
+        await expect(page.locator(".log")).to_contain_text("up/tiny", timeout=10_000)
+
+
+@needs_browser
+async def test_a_backup_is_restored(browser: Browser, provider: AnthropicFake, tmp_path: Path) -> None:
+    text = config_of(provider)
+    async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "router")
+        await page.get_by_label("Background", exact=True).fill("tiny")
+        await page.click("form button:text-is('Save') >> nth=0")
+        await expect(page.locator("#status")).to_contain_text("saved")
+        await tab(page, "config")
+        await page.get_by_label("Look at config.toml.bak1").click()
+        await expect(page.locator("dialog pre").first).to_contain_text('-background = "tiny"')
+        assert "sk-secret" not in await page.content()
+        await page.click("dialog button:text-is('Restore')")
+        await expect(page.locator("#status")).to_contain_text("config.toml.bak1 is the config again")
+    assert (tmp_path / "config.toml").read_text() == text
+
+
+@needs_browser
+async def test_a_weeks_budget_stands_beside_what_was_spent(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy:
+        proxy.state.store.local_user()
+        proxy.state.store.set_budgets("local", {"week_microusd": 2_000_000})
+        assert await ask(proxy, "tiny") == 200
+        await proxy.idle()
+        async with opened(browser, proxy.url) as page:
+            await expect(page.locator("main")).to_contain_text("$0.0045 of $2.00 this week")
+            await expect(page.get_by_label("budget of the week")).to_be_visible()
+            await expect(page.locator(".tiles")).to_contain_text("Spent in all$0.0045")
+        async with opened(browser, admin_url(proxy)) as page:
+            await tab(page, "users")
+            await expect(page.locator("main")).to_contain_text("$2.00 a week")
+            await page.get_by_label("Open local").click()
+            await expect(page.locator("dialog")).to_contain_text("$0.0045 of $2.00 this week")
+
+
+@needs_browser
+async def test_a_provider_that_refuses_its_key_is_told_apart(browser: Browser, tmp_path: Path) -> None:
+    async with (
+        AnthropicFake(lambda turn: Answer(status=401, error="no such key")) as fake,
+        in_process(tmp_path, config_of(fake)) as proxy,
+    ):
+        assert await ask(proxy, "tiny") == 500
+        async with opened(browser, admin_url(proxy)) as page:
+            await expect(page.locator(".problems")).to_contain_text("up refuses its key. See Providers")
+            await tab(page, "providers")
+            await expect(page.locator("tbody")).to_contain_text("refuses its key")
+
+
+@needs_browser
+async def test_only_the_quirks_that_are_chosen_are_written(browser: Browser, tmp_path: Path) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.click("text=Add a provider")
+        await page.get_by_label("Type", exact=True).select_option("deepseek")
+        await page.get_by_label("API key").fill("$NO_SUCH_KEY_HERE")
+        await page.click("text=Quirks")
+        await page.get_by_label("Count tokens").select_option("auto")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("#status")).to_contain_text("saved")
+        assert tomllib.loads((tmp_path / "config.toml").read_text())["providers"] == [
+            {
+                "name": "deepseek",
+                "type": "deepseek",
+                "api_key": "$NO_SUCH_KEY_HERE",
+                "quirks": {"count_tokens": "auto"},
+            }
+        ]
+        await page.get_by_label("Edit deepseek").click()
+        await page.click("text=Quirks")
+        await expect(page.get_by_label("Count tokens")).to_have_value("auto")
+        await page.get_by_label("Count tokens").select_option("")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("dialog")).to_have_count(0)
+        assert "quirks" not in (tmp_path / "config.toml").read_text()
+
+
+@needs_browser
+async def test_a_provider_lists_its_models_and_is_switched_off(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.get_by_label("Test up").click()
+        await page.click("text=Fetch the model list")
+        await expect(page.locator("dialog [aria-live] p")).to_have_text("1 model")
+        await page.click("dialog button:text-is('Close')")
+        await page.get_by_label("Edit up").click()
+        await page.get_by_label("Enabled").select_option("no")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("main")).to_contain_text("switched off")
+    assert "enabled = false" in (tmp_path / "config.toml").read_text()
+
+
+@needs_browser
+async def test_a_model_in_use_is_not_deleted_and_targets_move(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    text = config_of(
+        provider, extra='# 2\n[[models.mappings]]\nprovider = "up" # B\nactual_model = "second"\n'
+    )
+    text = text.replace('provider = "up"\n', 'provider = "up" # A\n').replace("price", "# dear\nprice")
+    async with (
+        in_process(tmp_path, text + '# r\n[router]\ndefault = "tiny" # R\n') as proxy,
         opened(browser, admin_url(proxy)) as page,
     ):
         await tab(page, "models")
         await page.get_by_label("Edit tiny").click()
         await page.click("dialog button:text-is('Delete')")
-        await expect(page.locator("#status")).to_contain_text("used by default")
+        await expect(page.locator("dialog #status")).to_contain_text("used by default")
         await page.locator("dialog button:text-is('Up')").nth(1).click()
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("main")).to_contain_text("up/second, then up/tiny")
+    assert re.findall(r"# .*", (tmp_path / "config.toml").read_text()) == [
+        "# a comment that stays", "# dear", "# 2", "# B", "# A", "# r", "# R",
+    ]  # fmt: skip

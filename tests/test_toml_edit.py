@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tomllib
 from pathlib import Path
@@ -103,13 +104,6 @@ def test_a_trailing_comment_stays_when_its_value_changes() -> None:
     assert "port = 2 # the port\n" in edited("server", None, {"port": 2, "host": "127.0.0.1"})
 
 
-def test_mappings_can_be_reordered() -> None:
-    model = row("models", "m")
-    after = edited("models", "m", {**model, "mappings": model["mappings"][::-1]})
-    assert "# routes" in after
-    assert "# who serves" in after
-
-
 MAPPINGS = """\
 [[models]] # M
 name = "m"
@@ -169,7 +163,7 @@ ONE, TWO = ({"provider": p, "actual_model": f"{p}m", "priority": n} for n, p in 
         ),
         pytest.param(
             "models = [ # all\n  # one\n  {name = 'k', a = [1]}, # K\n  # two\n  {name = 'm'} # M\n]\n", "models", "m",
-            {"context": 5}, {"{name = 'm'}": '{ name = "m", context = 5 }'}, id="an inline row",
+            {"context": 5}, {"{name = 'm'}": "{name = 'm', context = 5}"}, id="an inline row",
         ),
         pytest.param(
             "models = [\n  # one\n  {name = 'm'}, # M\n  # two\n  {name = 'k'}, # K\n]\n", "models", "m", None,
@@ -177,7 +171,7 @@ ONE, TWO = ({"provider": p, "actual_model": f"{p}m", "priority": n} for n, p in 
         ),
         pytest.param(
             "models = [\n  # one\n  {name = 'k'}, # K\n]\n", "models", "m", {},
-            {"{name = 'k'}": "{name = 'k'}, { name = \"m\" }"}, id="an inline row more",
+            {"# K\n": '# K\n  { name = "m" },\n'}, id="an inline row more",
         ),
     ],
 )  # fmt: skip
@@ -189,6 +183,63 @@ def test_every_comment_stays_in_its_place(
         assert wanted.count(old) == 1
         wanted = wanted.replace(old, new)
     whole = table if name is None or table is None else {"name": name, **table}
+    assert edited(root, name, whole, text) == wanted
+    assert edited(root, name, whole, text.replace("\n", "\r\n")) == wanted.replace("\n", "\r\n")
+
+
+FIRST, SECOND = MAPPINGS.index("# the best"), MAPPINGS.index("# the second")
+END = MAPPINGS.index("# the end")
+
+
+@pytest.mark.parametrize(
+    ("text", "root", "name", "table", "wanted"),
+    [
+        pytest.param(
+            MAPPINGS, "models", "m", {"mappings": [{**TWO, "priority": 1}, {**ONE, "priority": 2}]},
+            MAPPINGS[:FIRST] + MAPPINGS[SECOND:END].replace("= 2", "= 1") + MAPPINGS[FIRST:SECOND].replace("= 1 #", "= 2 #") + MAPPINGS[END:],
+            id="rows change places",
+        ),
+        pytest.param(
+            MAPPINGS, "models", "m", {"mappings": [{"provider": "c"}, {**TWO, "actual_model": "x"}, ONE]},
+            MAPPINGS[:FIRST] + '[[models.mappings]]\nprovider = "c"\n'
+            + MAPPINGS[SECOND:END].replace('"bm"', '"x"') + MAPPINGS[FIRST:SECOND] + MAPPINGS[END:],
+            id="a new row, and another edited as it moves",
+        ),
+        pytest.param(
+            "[[router.rules]] # R1\npattern = 'a'\nmodel = 'm'\n# strip = true\n\n# apart\n\n"
+            "[[router.rules]]\npattern = 'b' # R2\nmodel = 'n'\n# below\n\n[router]\nimage = 'i' # I\n",
+            "router", None, {"image": "i", "rules": [{"pattern": "b", "model": "n"}, {"pattern": "a", "model": "m"}]},
+            "[[router.rules]]\npattern = 'b' # R2\nmodel = 'n'\n# below\n\n# apart\n\n"
+            "[[router.rules]] # R1\npattern = 'a'\nmodel = 'm'\n# strip = true\n\n[router]\nimage = 'i' # I\n",
+            id="rows before their table; what touches a row goes along, what stands alone stays",
+        ),
+        pytest.param(
+            "[[models]]\nname = 'm'\n"
+            "mappings = [ # all\n  # one\n  {provider = 'a'}, # A\n\n  # two\n  {provider = 'b', x = 1}, # B\n  # last\n]\n",
+            "models", "m", {"mappings": [{"provider": "b", "x": 2}, {"provider": "c"}, {"provider": "a"}]},
+            "[[models]]\nname = 'm'\n"
+            "mappings = [ # all\n\n  # two\n  {provider = 'b', x = 2}, # B\n  { provider = \"c\" },\n  # one\n  {provider = 'a'}, # A\n  # last\n]\n",
+            id="inline rows",
+        ),
+        pytest.param(
+            "[[models]]\nname = 'm'\nmappings = [{provider = 'a'} , {provider = 'b'}]", "models", "m",
+            {"mappings": [{"provider": "b"}, {"provider": "a"}]},
+            "[[models]]\nname = 'm'\nmappings = [{provider = 'b'}, {provider = 'a'}]", id="inline rows on one line",
+        ),
+        pytest.param(
+            FILE, "providers", "a", {**row("providers", "a"), "quirks": {"effort": ["low", "max"], "files": True}},
+            FILE.replace('"high",\n] }', '"max",\n], files = true }'), id="an array in an inline table",
+        ),
+        pytest.param(
+            "[router]\nthink_on = [\n  'plan', # P\n  'high' # H\n]\n", "router", None, {"think_on": ["high", "max", "plan"]},
+            "[router]\nthink_on = [\n  'high', # H\n  \"max\",\n  'plan' # P\n]\n", id="texts",
+        ),
+    ],
+)  # fmt: skip
+def test_rows_take_their_comments_along(
+    text: str, root: str, name: str | None, table: Any, wanted: str
+) -> None:
+    whole = {"name": name, **table} if name else table
     assert edited(root, name, whole, text) == wanted
     assert edited(root, name, whole, text.replace("\n", "\r\n")) == wanted.replace("\n", "\r\n")
 
@@ -265,17 +316,60 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 TABLES = st.dictionaries(KEYS.filter(lambda k: k != "name"), VALUES, max_size=4)
+NOTES = st.sampled_from(["", "", " # why"])
 COMMENTS = st.sampled_from(["", "# note\n", "\n\n", "   # [router]\n", "# \"\"\" '''\n"])
 
 
 def written(draw: Any, title: str, table: Any, kind: str) -> str:
-    """A table in one of the ways people write them."""
-    text = draw(COMMENTS) + ccmux.emit_table(title, table, kind)
-    lines = [
-        line + draw(st.sampled_from(["", "", " # why"])) if line.startswith(("[", "x")) else line
-        for line in text.split("\n")
-    ]
-    return "\n".join(lines)
+    """A table in one of the ways people write them: values inline, dotted, or under headers of their own."""
+    head, below = f"[[{title}]]" if kind == "array" else f"[{title}]", ""
+    above = st.sampled_from(["", "# of a sub-table\n", "\n"]) if "." in title else COMMENTS
+    lines = [draw(above) + head + draw(NOTES)]
+    for key, value in table.items():
+        way = (
+            draw(st.sampled_from(["inline", "dotted", "header"])) if isinstance(value, dict) and value else ""
+        )
+        if way == "header":
+            below += written(draw, f"{title}.{ccmux.emit_key(key)}", value, "table")
+        elif way == "dotted":
+            lines += [f"{ccmux.dotted((key, k))} = {broken(draw, v)}{draw(NOTES)}" for k, v in value.items()]
+        elif (
+            value
+            and isinstance(value, list)
+            and all(isinstance(v, dict) for v in value)
+            and draw(st.booleans())
+        ):
+            below += "".join(written(draw, f"{title}.{ccmux.emit_key(key)}", v, "array") for v in value)
+        else:
+            lines.append(f"{ccmux.emit_key(key)} = {broken(draw, value)}{draw(NOTES)}")
+    return "\n".join(lines) + "\n" + below
+
+
+def broken(draw: Any, value: Any) -> str:
+    """A value as TOML; an array may go over several lines, with comments."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{ccmux.emit_key(k)} = {broken(draw, v)}" for k, v in value.items()) + "}"
+    if not isinstance(value, list) or not draw(st.booleans()):
+        return emit_value(value)
+    items = [draw(st.sampled_from(["", "\n # up\n", "\n\n"])) + broken(draw, v) for v in value]
+    commas = [draw(st.sampled_from([",", " , # c\n", "\n,", " # b\n, # c\n"])) for _ in items]
+    return "[" + "".join(map(str.__add__, items, commas)) + draw(st.sampled_from(["]", "\n# end\n ]"]))
+
+
+def mixed(draw: Any, value: Any) -> Any:
+    """A value with its lists in another order and some of what is in it gone or new."""
+    if isinstance(value, dict):
+        return {
+            **{k: mixed(draw, v) for k, v in value.items() if draw(st.booleans())},
+            **draw(st.sampled_from([{}, {"z": 1}])),
+        }
+    if isinstance(value, list):
+        return draw(
+            st.permutations(
+                [*(mixed(draw, v) for v in value), *draw(st.sampled_from([[], ["z"], [{"z": 1}]]))]
+            )
+        )
+    return value
 
 
 @st.composite
@@ -302,22 +396,96 @@ def files(draw: Any) -> str:
         [("router", None), ("providers", "p1"), ("providers", "p2"), ("providers", "new"), ("fresh", None)]
     ),
     deletes=st.booleans(),
+    crlf=st.booleans(),
+    data=st.data(),
 )
 def test_any_edit_means_what_it_says(
-    text: str, table: Any, edit: tuple[str, str | None], deletes: bool
+    text: str, table: Any, edit: tuple[str, str | None], deletes: bool, crlf: bool, data: Any
 ) -> None:
     try:
         before = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         assume(False)
     root, name = edit
-    wanted = None if deletes else ({"name": name, **table} if name else table)
+    rows = before.get(root, [] if name else {})
+    old = next((row for row in rows if row["name"] == name), {}) if name else rows
+    kept = {k: mixed(data.draw, v) for k, v in old.items() if data.draw(st.booleans())}
+    wanted = None if deletes else {**({"name": name} if name else {}), **kept, **table}
+    if crlf:
+        text = text.replace("\n", "\r\n")
     after = edit_toml(text, root, name, wanted)
+    assert not crlf or after.count("\n") == after.count("\r\n")
     parsed = tomllib.loads(after)
     assert ccmux.same_value(parsed, ccmux.meant_tables(before, root, name, wanted))
     others = [s for s in scan_toml(text) if s.kind == "blank" and text[s.start : s.end].strip()]
-    for comment in others:
-        assert text[comment.start : comment.end].strip() in after
+    words = [text[s.start : s.end].strip() for s in others]
+    assert all(word in after for word in words if word != "# of a sub-table")  # it may go with its table
+
+
+# Rows with comments of their own, in each of the ways to write them.
+
+
+def noted_row(draw: Any, number: int, mapping: Any, layout: str) -> tuple[str, list[str]]:
+    """A row as a person writes it, and its comments in order."""
+    notes = [f"# {number}{letter}" for letter in "abcd" if draw(st.booleans())]
+    at = {note[-1]: note for note in notes}
+    items = [f"{k} = {emit_value(v)}" for k, v in mapping.items()]
+    if layout == "inline":
+        lead = f"  {at['a']}\n" if "a" in at else ""
+        return f"{lead}  {{ {', '.join(items)} }}, {at.get('b', '')}\n", [
+            notes[n] for n in range(len(notes)) if notes[n][-1] in "ab"
+        ]
+    lines = [
+        at.get("a", ""),
+        f"[[models.mappings]] {at.get('b', '')}",
+        items[0],
+        at.get("c", ""),
+        *items[1:-1],
+    ]
+    if layout == "dotted":
+        lines.append("price.input = 1\nprice.output = 2")
+    lines.append(f"{items[-1]} {at.get('d', '')}")
+    return "\n".join(filter(None, lines)) + "\n" + draw(st.sampled_from(["", "\n"])), notes
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), layout=st.sampled_from(["rows", "dotted", "inline"]), count=st.integers(1, 5))
+def test_any_edit_of_rows_keeps_each_comment_with_its_row(data: Any, layout: str, count: int) -> None:
+    rows = [
+        {"provider": f"p{n}", "actual_model": f"m{n}", "x": n % 2 == 0, "priority": n + 1}
+        for n in range(count)
+    ]
+    written = [noted_row(data.draw, n, row, layout) for n, row in enumerate(rows)]
+    texts = "".join(text for text, _ in written)
+    body = f"mappings = [\n{texts}]\n" if layout == "inline" else texts
+    gap = data.draw(st.sampled_from(["", "\n"]))
+    text = f"# top\n[[models]] # M\nname = 'm' # N\n{gap}{body}\n# next\n[router] # R\n"
+    if layout == "dotted":
+        rows = [{**row, "price": {"input": 1, "output": 2}} for row in rows]
+    text = text.replace("\n", data.draw(st.sampled_from(["\n", "\r\n"])))
+    order = data.draw(st.lists(st.sampled_from(range(count)), unique=True, min_size=1))
+    changed = data.draw(
+        st.lists(st.sampled_from(["provider", "actual_model", "x", "nothing"]), min_size=5, max_size=5)
+    )
+    new = [
+        {**rows[n], **({changed[n]: "new"} if changed[n] in rows[n] else {}), "priority": at}
+        for at, n in enumerate(order, 1)
+    ]
+    if data.draw(st.booleans()):
+        new.insert(data.draw(st.integers(0, len(new))), {"provider": "fresh", "actual_model": "f"})
+    more = data.draw(st.sampled_from([{}, {"context": 5}, {"price": {"input": 1, "output": 2}}]))
+    after = edited("models", "m", {"name": "m", "mappings": new, **more}, text)
+    gone = {note for n, (_, notes) in enumerate(written) if n not in order for note in notes}
+    seen = [note for note in re.findall(r"# \w+", after) if note not in gone]
+    assert seen == ["# top", "# M", "# N", *(note for n in order for note in written[n][1]), "# next", "# R"]
+    if (
+        sorted(order) == [*range(count)]
+        and len(new) == count
+        and set(changed[:count]) == {"nothing"}
+        and not more
+    ):
+        plain = lambda words: sorted(re.sub(r"priority = \d", "", words).split())  # noqa: E731
+        assert plain(after) == plain(text)
 
 
 # Saving.
