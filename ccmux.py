@@ -7459,8 +7459,8 @@ class Plan:
             return False
         if error.retry is Retry.LARGER:
             return self.has_larger(slot)
-        if self.tries_same(slot, error):
-            return await self.backs_off(slot, error)
+        if self.tries_same(slot, error) and await self.backs_off(slot, error):
+            return True
         self.done.add(slot.id)
         if error.retry is not Retry.KEY:
             self.done |= {s.id for s in self.slots() if s.target == slot.target}
@@ -7485,18 +7485,25 @@ class Plan:
         return error.retry is Retry.SAME
 
     async def backs_off(self, slot: Slot, error: ApiError) -> bool:
-        """Waits before the same slot is tried again; false when that would take too long."""
+        """Waits before the same slot is tried again; false when that would take too long, or does not help."""
         count = self.tries[slot.provider.name, slot.target.actual_model]
         wait = random.uniform(0, min(4.0, 0.25 * 2 ** (count - 1)))  # noqa: S311  (full jitter)
         if error.retry_after is not None or error.cause == "http_429":
             wait += RATE_WAIT if error.retry_after is None else min(error.retry_after, SHORT_WAIT)
-        if self.slept + wait > MAX_SLEEP:
+        if self.slept + wait > MAX_SLEEP or not self.is_worth_it(slot):
             return False
         self.slept += wait
         self.call.begin_retry(self.relay.health_of(slot.provider.name))
         await asyncio.sleep(wait)
-        breaker = self.relay.breakers.get(slot.id)
+        if not self.is_worth_it(slot):  # others have failed there in the meantime
+            self.call.end_retry()
+            return False
         self.again = slot
+        return True
+
+    def is_worth_it(self, slot: Slot) -> bool:
+        """Whether a slot's breaker is closed, or there is nothing else to try."""
+        breaker = self.relay.breakers.get(slot.id)
         return breaker is None or breaker.allows(time.monotonic()) or len(self.slots()) == 1
 
     def mends(self, slot: Slot, error: ApiError) -> bool:

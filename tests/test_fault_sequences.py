@@ -184,6 +184,17 @@ async def test_five_failures_in_a_row_open_the_breaker(wire: str, tmp_path: Path
     assert (a.count, b.count) == (5, 8)
 
 
+@BOTH
+async def test_a_breaker_that_opens_between_two_tries_leads_to_the_next_target(
+    wire: str, tmp_path: Path
+) -> None:
+    async with stage(tmp_path, (fs.status(500),), OK, formats=wire) as (proxy, (a, b)):
+        for _ in range(4):  # of two tries each, but the third, whose first try is the fifth failure
+            full("B")(await ask(proxy))
+        assert (a.count, b.count) == (5, 4)
+        assert proxy.state.relay.health_of("A").retrying == 0
+
+
 async def test_half_of_ten_failures_open_the_breaker(tmp_path: Path) -> None:
     script = [fs.status(500) if n % 2 else fs.answer() for n in range(10)]
     async with stage(tmp_path, tuple(script), OK, **NO_RETRY) as (proxy, (a, _)):
