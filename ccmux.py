@@ -6745,7 +6745,8 @@ RATE_WAIT = 1.0  # a 429 that does not say how long
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through.
+    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through, and the others once
+    that has content: an answer may take minutes.
 
     Times are handed in.
     """
@@ -6753,9 +6754,10 @@ class Breaker:
     failures: int = 0  # in a row
     recent: deque[tuple[float, bool]] = field(default_factory=deque)  # (time, ok) of the last minute
     bad: int = 0  # failures among them
+    opened: float = 0.0  # when
     open_until: float = 0.0
     interval: float = 0.0  # of the last opening; 0 when closed
-    probing: bool = False
+    probe: Call | None = None  # the request that finds out whether all is well again
 
     def state(self, now: float) -> str:
         if not self.interval:
@@ -6763,18 +6765,28 @@ class Breaker:
         return "open" if now < self.open_until else "half-open"
 
     def allows(self, now: float) -> bool:
-        """Whether a request may go now; in half-open only the one probe may."""
-        return self.state(now) == "closed" or (self.state(now) == "half-open" and not self.probing)
+        """Whether a request may go now; in half-open only the one probe may, until it has content."""
+        waits = self.probe is not None and not self.probe.first_content
+        return self.state(now) == "closed" or (self.state(now) == "half-open" and not waits)
 
-    def begin(self, now: float) -> bool:
-        """Takes the probe's place where one is due; true if this request is it."""
-        is_probe = self.state(now) == "half-open"
-        self.probing = self.probing or is_probe
+    def begin(self, now: float, call: Call) -> None:
+        """Takes the probe's place where one is due."""
+        if self.state(now) == "half-open" and self.probe is None:
+            self.probe = call
+
+    def leave(self, call: Call) -> bool:
+        """Gives up the probe's place; true if the request had it."""
+        is_probe = self.probe is call
+        self.probe = None if is_probe else self.probe
         return is_probe
 
-    def record(self, now: float, ok: bool, is_probe: bool) -> None:
-        if is_probe:
-            self.probing = False
+    def record(self, call: Call, began: float, now: float, ok: bool) -> None:
+        """Takes down how a try ended. Tries from before the opening teach nothing new, nor do failures beside
+        the probe's.
+        """
+        is_probe = self.leave(call)
+        if self.interval and not is_probe and (began < self.opened or not ok):
+            return
         if ok:
             self.failures, self.interval = 0, 0.0
         else:
@@ -6789,6 +6801,7 @@ class Breaker:
 
     def trip(self, now: float) -> None:
         self.interval = min(self.interval * 2, 300.0) if self.interval else 10.0
+        self.opened = now
         self.open_until = now + self.interval * random.uniform(0.9, 1.1)  # noqa: S311
         self.recent.clear()
         self.bad = 0
@@ -7023,10 +7036,11 @@ class Relay:
         """
         forget_oldest(self.breakers)
         health, breaker = self.health_of(slot.provider.name), self.breakers.setdefault(slot.id, Breaker())
-        is_probe, began = breaker.begin(time.monotonic()), time.monotonic()
+        began = time.monotonic()
         health.active += 1
         call.tries += 1
         call.first_content = 0.0
+        breaker.begin(began, call)
         error: ApiError | None = None
         finished = False
         try:
@@ -7037,14 +7051,14 @@ class Relay:
             raise
         finally:
             health.active -= 1
-            self.learn(call, slot, error, began, is_probe, finished)
+            self.learn(call, slot, breaker, error, began, finished)
 
     def learn(
-        self, call: Call, slot: Slot, error: ApiError | None, began: float, is_probe: bool, finished: bool
+        self, call: Call, slot: Slot, breaker: Breaker, error: ApiError | None, began: float, finished: bool
     ) -> None:
         """Notes how a try ended. A client that hung up teaches nothing, nor does a fault of the request."""
         now = time.monotonic()
-        breaker, seconds = self.breakers[slot.id], now - began
+        seconds = now - began
         status = error.status if error else 200 if finished else 0
         call.attempts.append({
             "provider": slot.provider.name, "model": slot.target.actual_model, "key": key_id(slot.key),
@@ -7054,13 +7068,12 @@ class Relay:
             slot.provider.name, slot.target.actual_model, error.cause if error else "" if finished else "gone"
         )
         if not finished and error is None:
-            breaker.probing = breaker.probing and not is_probe
+            breaker.leave(call)
             return
-        blameless = error is not None and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY)
-        if blameless or (error is not None and error.cause == "stale"):
-            breaker.probing = breaker.probing and not is_probe
+        if error is not None and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY):
+            breaker.leave(call)
         else:
-            breaker.record(now, error is None, is_probe)
+            breaker.record(call, began, now, error is None)
         outcome = {"time": time.time(), "ok": error is None, "status": status, "ms": round(seconds * 1000)}
         self.health_of(slot.provider.name).outcomes.append({**outcome, "error": error.cause if error else ""})
         if error is not None and not call.first_content:

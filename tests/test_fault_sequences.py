@@ -223,7 +223,7 @@ async def test_clients_that_hang_up_do_not_open_the_breaker(tmp_path: Path) -> N
 
 @BOTH
 async def test_a_half_open_breaker_lets_one_probe_through(wire: str, tmp_path: Path) -> None:
-    script = (*[fs.status(500)] * 5, fs.gated_answer())
+    script = (*[fs.status(500)] * 5, fs.gated_answer(0))
     async with stage(tmp_path, script, OK, formats=wire, **NO_RETRY) as (proxy, (a, b)):
         for _ in range(5):
             full("B")(await ask(proxy))
@@ -269,7 +269,7 @@ async def test_with_all_breakers_open_the_answer_comes_at_once(wire: str, tmp_pa
 
 
 async def test_a_single_target_gets_one_probe_per_interval(tmp_path: Path) -> None:
-    script = (*[fs.status(500)] * 5, fs.gated_answer())
+    script = (*[fs.status(500)] * 5, fs.gated_answer(0))
     async with stage(tmp_path, script, **NO_RETRY) as (proxy, (a,)):
         for _ in range(5):
             fails(500)(await ask(proxy))
@@ -281,6 +281,31 @@ async def test_a_single_target_gets_one_probe_per_interval(tmp_path: Path) -> No
         a.open_gate()
         full("A")(await probe)
         assert a.count == 6
+
+
+async def test_a_probe_that_streams_holds_nobody_up(tmp_path: Path) -> None:
+    script = (*[fs.status(500)] * 5, fs.gated_answer(), fs.answer())
+    async with stage(tmp_path, script, **NO_RETRY) as (proxy, (a,)):
+        for _ in range(5):
+            fails(500)(await ask(proxy))
+        age(proxy)
+        probe = asyncio.create_task(ask(proxy))
+        await until(lambda: any(c.first_content for c in proxy.state.calls.values()), "the probe has content")
+        full("A")(await ask(proxy))
+        a.open_gate()
+        full("A")(await probe)
+
+
+async def test_failures_of_one_moment_open_the_breaker_once(tmp_path: Path) -> None:
+    first = fs.bytes_then(fs.Gate(), *fs.status(500).steps(fs.UpstreamCall(0, 0)))
+    async with stage(tmp_path, (first,), **NO_RETRY) as (proxy, (a,)):
+        asked = [asyncio.create_task(ask(proxy)) for _ in range(20)]
+        await a.called(20)
+        a.open_gate()
+        for reply in await asyncio.gather(*asked):
+            fails(500)(reply)
+        (breaker,) = proxy.state.relay.breakers.values()
+        assert breaker.interval == 10
 
 
 async def test_a_probe_whose_client_hangs_up_makes_way_for_the_next(tmp_path: Path) -> None:

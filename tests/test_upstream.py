@@ -7,10 +7,20 @@ import pytest
 import ccmux
 
 
+def a_call() -> ccmux.Call:
+    route = ccmux.Route("m", "default", (), ())
+    return ccmux.Call("req_1", {}, b"", {}, route, ccmux.Config(), stream=False)
+
+
+def record(breaker: ccmux.Breaker, now: float, ok: bool) -> None:
+    """A try that took no time."""
+    breaker.record(a_call(), now, now, ok)
+
+
 def tripped(failures: int = 5) -> ccmux.Breaker:
     breaker = ccmux.Breaker()
     for second in range(failures):
-        breaker.record(float(second), False, False)
+        record(breaker, float(second), False)
     return breaker
 
 
@@ -30,44 +40,72 @@ def tripped(failures: int = 5) -> ccmux.Breaker:
 def test_breaker_opens(outcomes: list[bool], state: str) -> None:
     breaker = ccmux.Breaker()
     for second, ok in enumerate(outcomes):
-        breaker.record(float(second), ok, False)
+        record(breaker, float(second), ok)
     assert breaker.state(len(outcomes)) == state
 
 
 def test_breaker_forgets_after_a_minute() -> None:
     breaker = ccmux.Breaker()
     for second in range(0, 20, 2):
-        breaker.record(float(second), True, False)
+        record(breaker, float(second), True)
     for second in range(4):
-        breaker.record(100.0 + second, False, False)
+        record(breaker, 100.0 + second, False)
     assert breaker.state(104) == "closed"
     assert breaker.bad == 4
     assert len(breaker.recent) == 4
 
 
 def test_half_open_lets_exactly_one_probe_through() -> None:
-    breaker = tripped()
+    breaker, probe, other = tripped(), a_call(), a_call()
     assert not breaker.allows(5)
     later = breaker.open_until + 0.1
     assert breaker.state(later) == "half-open"
     assert breaker.allows(later)
-    assert breaker.begin(later)
+    breaker.begin(later, probe)
+    breaker.begin(later, other)
     assert not breaker.allows(later)
-    breaker.record(later, True, True)
+    breaker.leave(other)
+    record(breaker, later, False)
+    assert not breaker.allows(later) and breaker.interval == 10
+    breaker.record(probe, later, later, True)
     assert breaker.state(later) == "closed"
     assert breaker.allows(later)
 
 
-def test_open_interval_doubles_up_to_five_minutes() -> None:
+def test_a_probe_that_has_content_lets_the_others_through() -> None:
+    breaker, probe = tripped(), a_call()
+    later = breaker.open_until + 0.1
+    breaker.begin(later, probe)
+    probe.first_content = later
+    assert breaker.allows(later)
+    record(breaker, later, True)
+    assert breaker.state(later) == "closed"
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_tries_from_before_the_opening_change_nothing(ok: bool) -> None:
     breaker = tripped()
+    before = (breaker.interval, breaker.open_until, breaker.failures)
+    for _ in range(20):
+        breaker.record(a_call(), 3.9, 6.0, ok)
+    assert (breaker.interval, breaker.open_until, breaker.failures) == before
+
+
+def test_open_interval_doubles_up_to_five_minutes() -> None:
+    breaker, probe = tripped(), a_call()
     intervals = [breaker.interval]
     for _ in range(8):
         now = breaker.open_until + 1
-        assert breaker.begin(now)
-        breaker.record(now, False, True)
+        breaker.begin(now, probe)
+        breaker.record(probe, now, now, False)
         intervals.append(breaker.interval)
         assert abs(breaker.open_until - now - breaker.interval) <= 0.1 * breaker.interval
     assert intervals == [10, 20, 40, 80, 160, 300, 300, 300, 300]
+
+
+def test_breakers_that_open_together_are_not_tried_again_together() -> None:
+    ends = [tripped().open_until - 4 for _ in range(50)]
+    assert all(9 <= end <= 11 for end in ends) and max(ends) - min(ends) > 0.5
 
 
 def test_retry_budget_is_a_fifth_of_what_is_active_but_at_least_three() -> None:
