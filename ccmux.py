@@ -7393,7 +7393,6 @@ class Plan:
         self.again: Slot | None = None  # the same slot once more
         self.done: set[tuple[str, str, str]] = set()  # slots not to be tried again
         self.uncounted: set[str] = set()  # mends that were tried: each at most once
-        self.smallest = 0  # context of the target that said the prompt is too long
 
     def next_slot(self) -> Slot:
         """The next thing to try; ApiError 429 or 529 when all there is rests or is broken."""
@@ -7450,12 +7449,11 @@ class Plan:
         rests = [self.relay.rests(slot, now) for slot in slots]
         if all(rests):
             wait = math.ceil(min(rests))
-            text = f"every provider of {self.call.route.model!r} is limiting requests; the next is free in {wait} s"
-            return ApiError(429, text, retry_after=wait, cause="cooling")
-        waits = [b.open_until - now for s in slots if (b := self.relay.breakers.get(s.id))] + [
-            r for r in rests if r
-        ]
-        wait = math.ceil(min(max(min(waits, default=1.0), 1.0), 60.0))
+            text = f"every provider of {self.call.route.model!r} limits requests or refuses its key"
+            return ApiError(429, f"{text}; the next is tried in {wait} s", retry_after=wait, cause="cooling")
+        breakers = [self.relay.breakers.get(slot.id) for slot in slots]
+        waits = [max(r, b.open_until - now if b else 0) for r, b in zip(rests, breakers, strict=True)]
+        wait = math.ceil(min(max(min(waits), 1.0), 60.0))
         text = (
             f"every provider of {self.call.route.model!r} is failing or busy; ccmux tries again in {wait} s"
         )
@@ -7475,7 +7473,9 @@ class Plan:
         if self.tries_same(slot, error) and await self.backs_off(slot, error):
             return True
         self.done.add(slot.id)
-        if error.retry is not Retry.KEY:
+        if error.retry is Retry.KEY:  # the next key has all its tries
+            self.tries[slot.provider.name, slot.target.actual_model] -= 1
+        else:
             self.done |= {s.id for s in self.slots() if s.target == slot.target}
         now = time.monotonic()
         return any(s.id not in self.done and self.is_free(s, now) for s in self.slots())
@@ -7485,12 +7485,12 @@ class Plan:
         count = self.tries[slot.provider.name, slot.target.actual_model]
         if count > slot.provider.max_retries or not self.relay.health_of(slot.provider.name).may_retry():
             return False
+        if (error.retry_after or 0) > SHORT_WAIT:
+            return False
         others = [s for s in self.slots() if s.id not in self.done and s.id != slot.id]
         free = [s for s in others if self.is_free(s, time.monotonic())]
         if error.cause == "http_429":
-            wait = RATE_WAIT if error.retry_after is None else error.retry_after
-            same_pool = any(s.target == slot.target for s in free)
-            return wait <= SHORT_WAIT and error.should_retry is not False and not same_pool
+            return error.should_retry is not False and not any(s.target == slot.target for s in free)
         if error.cause == "connect":
             return not free
         if error.status == 529:
@@ -7502,7 +7502,7 @@ class Plan:
         count = self.tries[slot.provider.name, slot.target.actual_model]
         wait = random.uniform(0, min(4.0, 0.25 * 2 ** (count - 1)))  # noqa: S311  (full jitter)
         if error.retry_after is not None or error.cause == "http_429":
-            wait += RATE_WAIT if error.retry_after is None else min(error.retry_after, SHORT_WAIT)
+            wait += RATE_WAIT if error.retry_after is None else error.retry_after
         if self.slept + wait > MAX_SLEEP or not self.is_worth_it(slot):
             return False
         self.slept += wait

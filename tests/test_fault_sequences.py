@@ -28,7 +28,7 @@ from proxy_harness import (
     message_body,
     until,
 )
-from test_faults import HELLO, PART, check_ledger, fails, full, stage
+from test_faults import HELLO, LIMITED_30, PART, TOO_LONG, check_ledger, fails, full, stage
 
 import ccmux
 
@@ -153,6 +153,22 @@ async def test_a_pool_of_bad_keys_leads_to_the_next_target(tmp_path: Path) -> No
     assert (a.count, b.count) == (2, 2)
 
 
+@pytest.mark.parametrize("refusal", [fs.status(401), LIMITED_30], ids=["refused", "limited"])
+async def test_the_next_key_of_a_pool_has_its_two_tries(refusal: fs.Behaviour, tmp_path: Path) -> None:
+    refused = fs.by_key("sk-test-key-one", refusal=refusal, otherwise=fs.status(500))
+    well = fs.by_key("sk-test-key-one", refusal=refusal, otherwise=fs.answer())
+    async with stage(tmp_path, (refused, refused, well), **POOL) as (proxy, (a,)):
+        full("A")(await ask(proxy))
+    assert [key_of(call)[-3:] for call in a.calls] == ["one", "two", "two"]
+
+
+@BOTH
+async def test_after_a_failure_the_other_keys_of_a_pool_are_not_tried(wire: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(500),), OK, formats=wire, **POOL) as (proxy, (a, b)):
+        full("B")(await ask(proxy))
+    assert (len({key_of(call) for call in a.calls}), a.count, b.count) == (1, 2, 1)
+
+
 async def test_keys_of_a_pool_take_turns(tmp_path: Path) -> None:
     async with stage(tmp_path, OK, **POOL) as (proxy, (a,)):
         for _ in range(4):
@@ -203,9 +219,9 @@ async def test_half_of_ten_failures_open_the_breaker(tmp_path: Path) -> None:
     assert a.count == 10
 
 
-@pytest.mark.parametrize("code", [400, 413, 422, 429])
-async def test_faults_of_the_request_do_not_open_the_breaker(code: int, tmp_path: Path) -> None:
-    behaviour = fs.status(code, [("retry-after", "0")] if code == 429 else [])
+@pytest.mark.parametrize(("code", "words"), [(400, ""), (400, TOO_LONG), (413, ""), (422, ""), (429, "")])
+async def test_faults_of_the_request_do_not_open_the_breaker(code: int, words: str, tmp_path: Path) -> None:
+    behaviour = fs.status(code, [("retry-after", "0")] if code == 429 else [], message=words)
     async with stage(tmp_path, (behaviour,), **NO_RETRY) as (proxy, (a,)):
         for _ in range(12):
             fails(code)(await ask(proxy))

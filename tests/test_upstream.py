@@ -82,6 +82,17 @@ def test_a_probe_that_has_content_lets_the_others_through() -> None:
     assert breaker.state(later) == "closed"
 
 
+def test_a_breaker_that_closed_starts_anew() -> None:
+    breaker, probe = tripped(), a_call()
+    later = breaker.open_until + 0.1
+    breaker.begin(later, probe)
+    breaker.record(probe, later, later, True)
+    record(breaker, later, False)
+    for _ in range(8):
+        record(breaker, later, True)
+    assert breaker.state(later) == "closed" and (breaker.bad, len(breaker.recent)) == (1, 10)
+
+
 @pytest.mark.parametrize("ok", [True, False])
 def test_tries_from_before_the_opening_change_nothing(ok: bool) -> None:
     breaker = tripped()
