@@ -7811,7 +7811,8 @@ def client_format(call: Call) -> ClientFormat:
     return EventWriter() if call.stream else WholeMessage()
 
 
-MetricKey = tuple[str, tuple[tuple[str, str], ...]]  # name and labels
+Labels = tuple[tuple[str, str], ...]
+MetricKey = tuple[str, Labels]
 
 
 class Metrics:
@@ -7839,23 +7840,35 @@ class Metrics:
         self.add(f"{name}_sum", seconds, **labels)
 
     def render(self, gauges: Mapping[str, float]) -> str:
-        lines = [f"{name}{labels_text(labels)} {value:g}" for (name, labels), value in sorted(self.totals())]
-        lines += [f"{name} {value:g}" for name, value in gauges.items()]
-        return "\n".join(lines) + "\n"
+        """Every family under its TYPE; gauges come with their labels in their names."""
+        families: dict[str, list[str]] = {}
+        for (name, labels), value in sorted(self.counts.items()):
+            if name.endswith("_total"):
+                families.setdefault(f"{name} counter", []).append(sample(name, labels, value))
+        for name, labels in sorted({(n, l[:-1]) for n, l in self.counts if n.endswith("_bucket")}):
+            name = name.removesuffix("_bucket")
+            families.setdefault(f"{name} histogram", []).extend(self.histogram(name, labels))
+        for name, value in gauges.items():
+            families.setdefault(f"{name.partition('{')[0]} gauge", []).append(sample(name, (), value))
+        return "".join(f"# TYPE {family}\n{''.join(lines)}" for family, lines in families.items())
 
-    def totals(self) -> Iterator[tuple[MetricKey, float]]:
-        """Every counter; of a histogram each bucket with all that are below it, and the count of all."""
-        histograms = {(name, labels[:-1]) for name, labels in self.counts if name.endswith("_bucket")}
-        yield from (item for item in self.counts.items() if not item[0][0].endswith("_bucket"))
-        for name, labels in histograms:
-            below = 0.0
-            for bound in (*self.BUCKETS, math.inf):
-                below += self.counts.get((name, (*labels, ("le", f"{bound:g}"))), 0)
-                yield (name, (*labels, ("le", "+Inf" if bound == math.inf else f"{bound:g}"))), below
-            yield (name.replace("_bucket", "_count"), labels), below
+    def histogram(self, name: str, labels: Labels) -> Iterator[str]:
+        """Each bucket with all that are below it, the sum, and the count of all."""
+        below = 0.0
+        for bound in (*self.BUCKETS, math.inf):
+            below += self.counts.get((f"{name}_bucket", (*labels, ("le", f"{bound:g}"))), 0)
+            le = "+Inf" if bound == math.inf else f"{bound:g}"
+            yield sample(f"{name}_bucket", (*labels, ("le", le)), below)
+        yield sample(f"{name}_sum", labels, self.counts.get((f"{name}_sum", labels), 0))
+        yield sample(f"{name}_count", labels, below)
 
 
-def labels_text(labels: tuple[tuple[str, str], ...]) -> str:
+def sample(name: str, labels: Labels, value: float) -> str:
+    """One line. Whole numbers in full: a counter rounded to six digits would stand still."""
+    return f"{name}{labels_text(labels)} {int(value) if value == int(value) else value}\n"
+
+
+def labels_text(labels: Labels) -> str:
     def quoted(value: str) -> str:
         return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
@@ -8720,9 +8733,13 @@ def provider_health(state: State, provider: Provider) -> Json:
     """A provider's state word, its last outcomes, and when a resting or broken part of it is tried again."""
     now = time.monotonic()
     health = state.relay.health_of(provider.name)
-    breakers = {k: b for k, b in state.relay.breakers.items() if k[0] == provider.name}
-    open_now = [b for b in breakers.values() if b.state(now) != "closed"]
-    resting = [t - now for k, t in state.relay.cooling.items() if k[0] == provider.name and t > now]
+    keys = {key_id(key) for key in provider.api_key or ("",)}
+
+    def is_used(place: tuple[str, str, str]) -> bool:  # not so a key that the config no longer has
+        return place[0] == provider.name and (place[2] in keys or provider.passthrough)
+
+    open_now = [b for k, b in state.relay.breakers.items() if is_used(k) and b.state(now) != "closed"]
+    resting = [t - now for k, t in state.relay.cooling.items() if is_used(k) and t > now]
     waits = [max(b.open_until - now, 0) for b in open_now] + resting
     word = "disabled" if not provider.enabled else "unusable" if provider.problem else ""
     word = word or (open_now[0].state(now) if open_now else "cooling" if resting else "ok")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import json
 import random
 import socket
 import time
@@ -12,11 +13,13 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import fault_server as fs
 import psutil
 import pytest
 from fault_server import FaultServer
 from proxy_harness import (
+    ADMIN_TOKEN,
     FULL,
     Proxy,
     Reply,
@@ -417,6 +420,105 @@ async def test_a_retry_that_has_content_leaves_the_budget(tmp_path: Path) -> Non
         assert proxy.state.relay.health_of("A").retrying == 0
         a.open_gate()
         full()(await asked)
+
+
+# What is told of it.
+
+
+async def get(proxy: Proxy, path: str) -> str:
+    headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    async with aiohttp.ClientSession(headers=headers) as client, client.get(f"{proxy.url}{path}") as reply:
+        assert reply.status == 200
+        return await reply.text()
+
+
+async def health(proxy: Proxy, provider: str = "A") -> dict[str, Any]:
+    """What /health says of a provider; the admin page is told the same."""
+    found: dict[str, Any] = json.loads(await get(proxy, "/health"))["providers"][provider]
+    told = json.loads(await get(proxy, "/admin/api/state"))["providers"][provider]
+    assert found | {"next_try_s": None} == {key: told[key] for key in found} | {"next_try_s": None}
+    return found
+
+
+async def test_health_keeps_the_last_fifty_tries(tmp_path: Path) -> None:
+    script = (fs.status(500), *[fs.answer()] * 3, fs.status(500), *OK)
+    async with stage(tmp_path, script, **NO_RETRY) as (proxy, _):
+        assert await health(proxy) == {
+            "state": "ok", "problem": "", "active": 0, "latency_ms": None, "next_try_s": None, "outcomes": [],
+        }  # fmt: skip
+        for _ in range(54):
+            await ask(proxy)
+        told = await health(proxy)
+    outcomes = told["outcomes"]
+    assert len(outcomes) == 50 and [o["ok"] for o in outcomes[:2]] == [False, True]
+    assert (outcomes[0]["status"], outcomes[0]["error"], outcomes[1]["status"]) == (500, "http_500", 200)
+    good = [o["ms"] for o in outcomes if o["ok"]]
+    assert (told["state"], told["latency_ms"]) == ("ok", round(sum(good) / len(good)))
+    assert abs(outcomes[-1]["time"] - time.time()) < 60
+
+
+async def test_health_tells_what_rests_and_what_is_broken(tmp_path: Path) -> None:
+    limited = (fs.status(429, [("retry-after", "30")]),)
+    async with stage(tmp_path, (fs.status(500),), limited, **NO_RETRY) as (proxy, _):
+        for _ in range(5):
+            await ask(proxy)
+        told = await health(proxy)
+        assert told["state"] == "open" and 8 <= told["next_try_s"] <= 11
+        told = await health(proxy, "B")
+        assert told["state"] == "cooling" and 28 <= told["next_try_s"] <= 30
+        fails(529, retry_after=(8, 11))(await ask(proxy))  # until the earlier of the two
+        age(proxy)
+        told = await health(proxy)
+        assert (told["state"], told["next_try_s"]) == ("half-open", 0)
+        a = proxy.state.config.provider("A")
+        text = config_text({"A": a.base_url}, providers={"A": {"api_key": "sk-test-another"}})
+        proxy.config_file.write_text(text)
+        ccmux.reload_config(proxy.state)
+        assert (await health(proxy))["state"] == "ok"  # another key has another breaker
+        proxy.config_file.write_text(config_text({"A": a.base_url}, providers={"A": {"enabled": False}}))
+        ccmux.reload_config(proxy.state)
+        assert (await health(proxy))["state"] == "disabled"
+        fails(500, says="enabled = false", should_retry="false")(await ask(proxy))
+
+
+@BOTH
+async def test_metrics_count_what_happened(wire: str, tmp_path: Path) -> None:
+    script = (*[fs.status(500)] * 5, fs.gated_answer())
+    limits = {"providers": {"A": {"max_retries": 0}}}
+    async with stage(tmp_path, script, OK, formats=wire, **limits) as (proxy, (a, _)):
+        for _ in range(6):
+            full("B")(await ask(proxy))
+        age(proxy)
+        asked = asyncio.create_task(ask(proxy))
+        await a.called(6)
+        during = samples(await get(proxy, "/metrics"))
+        a.open_gate()
+        await asked
+        await proxy.idle()
+        after = samples(await get(proxy, "/metrics"))
+    key = ccmux.key_id("sk-test-key-of-A")
+    state = f'ccmux_breaker_state{{provider="A",model="up-A",key="{key}"}}'
+    assert (during["ccmux_requests_in_flight"], during[state]) == (1, 1)
+    for name, value in {
+        'ccmux_requests_total{provider="A",model="up-A",status="200"}': 1,
+        'ccmux_requests_total{provider="B",model="up-B",status="200"}': 6,
+        'ccmux_upstream_attempts_total{provider="A",model="up-A"}': 6,
+        'ccmux_upstream_attempts_total{provider="B",model="up-B"}': 6,
+        'ccmux_upstream_errors_total{provider="A",error="http_500"}': 5,
+        'ccmux_tokens_total{kind="input",model="up-B"}': 600,
+        'ccmux_tokens_total{kind="output",model="up-A"}': 50,
+        'ccmux_cost_microusd_total{model="up-A"}': FULL["A"],
+        'ccmux_cost_microusd_total{model="up-B"}': 6 * FULL["B"],
+        'ccmux_first_token_seconds_count{provider="B"}': 6,
+        "ccmux_requests_in_flight": 0,
+        state: 0,
+    }.items():
+        assert after[name] == value, name
+
+
+def samples(text: str) -> dict[str, float]:
+    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
 
 
 # Sessions.

@@ -178,15 +178,39 @@ def test_auth_styles(style: str, expected: dict[str, str]) -> None:
 
 def test_metrics_are_prometheus_text() -> None:
     metrics = ccmux.Metrics()
-    metrics.add("ccmux_requests_total", provider='a"b\n', status="200")
-    metrics.add("ccmux_requests_total", 2, provider='a"b\n', status="200")
-    metrics.observe("ccmux_first_token_seconds", 0.3)
-    text = metrics.render({"ccmux_requests_in_flight": 1})
-    assert 'ccmux_requests_total{provider="a\\"b\\n",status="200"} 3\n' in text
-    assert 'ccmux_first_token_seconds_bucket{le="0.25"} 0\n' in text
-    assert 'ccmux_first_token_seconds_bucket{le="0.5"} 1\n' in text
-    assert 'ccmux_first_token_seconds_bucket{le="+Inf"} 1\n' in text
-    assert text.endswith("ccmux_requests_in_flight 1\n")
+    metrics.add("ccmux_requests_total", provider='a"b\n\\', status="200")
+    metrics.add("ccmux_requests_total", 123_456_789, provider='a"b\n\\', status="200")
+    for seconds, provider in ((0.3, "a"), (7, "a"), (500, "a"), (0.1, "b")):
+        metrics.observe("ccmux_first_token_seconds", seconds, provider=provider)
+    gauges = {
+        "ccmux_requests_in_flight": 1,
+        'ccmux_breaker_state{key="a"}': 0,
+        'ccmux_breaker_state{key="b"}': 2,
+    }
+    lines = metrics.render(gauges).splitlines()
+    assert lines[:2] == [
+        "# TYPE ccmux_requests_total counter",
+        'ccmux_requests_total{provider="a\\"b\\n\\\\",status="200"} 123456790',
+    ]
+    assert lines[2] == "# TYPE ccmux_first_token_seconds histogram"
+    bounds = "0.1 0.25 0.5 1 2.5 5 10 30 60 120 +Inf".split()
+    for provider, first, below, total in (
+        ("a", 3, (0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3), "507.3"),
+        ("b", 16, (1,) * 11, "0.1"),
+    ):
+        assert lines[first : first + 13] == [
+            *(f'ccmux_first_token_seconds_bucket{{provider="{provider}",le="{le}"}} {count}'
+              for le, count in zip(bounds, below, strict=True)),
+            f'ccmux_first_token_seconds_sum{{provider="{provider}"}} {total}',
+            f'ccmux_first_token_seconds_count{{provider="{provider}"}} {below[-1]}',
+        ]  # fmt: skip
+    assert lines[29:] == [
+        "# TYPE ccmux_requests_in_flight gauge",
+        "ccmux_requests_in_flight 1",
+        "# TYPE ccmux_breaker_state gauge",
+        'ccmux_breaker_state{key="a"} 0',
+        'ccmux_breaker_state{key="b"} 2',
+    ]
 
 
 @pytest.mark.parametrize(
