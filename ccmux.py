@@ -7074,6 +7074,8 @@ class Relay:
             breaker.leave(call)
         else:
             breaker.record(call, began, now, error is None)
+        if error is not None and error.cause == "client_stall":
+            return
         outcome = {"time": time.time(), "ok": error is None, "status": status, "ms": round(seconds * 1000)}
         self.health_of(slot.provider.name).outcomes.append({**outcome, "error": error.cause if error else ""})
         if error is not None and not call.first_content:
@@ -7091,6 +7093,7 @@ class Relay:
             self.cooling[provider, model, key] = now + wait
         elif error.retry is Retry.KEY and slot.key and not slot.provider.passthrough:
             self.cooling[provider, "", key] = now + KEY_COOLING
+        forget_oldest(self.cooling)
 
     def health_of(self, provider: str) -> Health:
         return self.health.setdefault(provider, Health())
@@ -7417,11 +7420,15 @@ class Plan:
         raise self.nothing_free(slots, now)
 
     def slots(self) -> list[Slot]:
-        """Every slot of the call, the session's own target first."""
+        """Every slot of the call, the session's own target first. A passthrough provider's key is the client's
+        own: what one client's is refused or limited for is nothing to the others.
+        """
         found = []
         for target in self.call.route.targets:
             provider = self.call.config.provider(target.provider)
-            if provider and provider.usable:
+            if provider and provider.usable and provider.passthrough:
+                found.append(Slot(target, provider, self.call.credential))
+            elif provider and provider.usable:
                 found.extend(self.relay.slots_of(target, provider))
         mine = (
             self.relay.sticky.get((self.call.session, self.call.route.model)) if self.call.session else None
@@ -7845,7 +7852,7 @@ class Metrics:
         for (name, labels), value in sorted(self.counts.items()):
             if name.endswith("_total"):
                 families.setdefault(f"{name} counter", []).append(sample(name, labels, value))
-        for name, labels in sorted({(n, l[:-1]) for n, l in self.counts if n.endswith("_bucket")}):
+        for name, labels in sorted({(n, at[:-1]) for n, at in self.counts if n.endswith("_bucket")}):
             name = name.removesuffix("_bucket")
             families.setdefault(f"{name} histogram", []).extend(self.histogram(name, labels))
         for name, value in gauges.items():

@@ -172,6 +172,31 @@ async def test_after_a_failure_the_other_keys_of_a_pool_are_not_tried(wire: str,
     assert (len({key_of(call) for call in a.calls}), a.count, b.count) == (1, 2, 1)
 
 
+@pytest.mark.parametrize(("code", "times"), [(429, 1), (401, 2), (403, 2), (500, 2)])
+async def test_a_clients_own_key_rests_for_that_client_alone(code: int, times: int, tmp_path: Path) -> None:
+    refusal = fs.status(code, [("retry-after", "30")] if code == 429 else [])
+    script = (fs.by_key("sk-test-of-anna", refusal=refusal, otherwise=fs.answer()),)
+    own = {"providers": {"A": {"api_key": "passthrough", "max_retries": 0}}}
+    async with stage(tmp_path, script, **own) as (proxy, (a,)):
+        for _ in range(2):
+            fails(code)(await ask(proxy, headers={"x-api-key": "sk-test-of-anna"}))
+            full("A")(await ask(proxy, headers={"x-api-key": "sk-test-of-bert"}))
+    assert [key_of(call)[-4:] for call in a.calls].count("anna") == times
+
+
+async def test_a_refused_key_rests_for_every_model_and_a_limit_for_one(tmp_path: Path) -> None:
+    for code, calls in ((401, 1), (429, 2)):
+        folder = tmp_path / str(code)
+        folder.mkdir()
+        refusal = fs.status(code, [("retry-after", "30")])
+        async with stage(folder, (refusal,), **NO_RETRY) as (proxy, (a,)):
+            await ask(proxy, body=message_body(model="A/one"))
+            reply = await ask(proxy, body=message_body(model="A/two"))
+            least, most = (299, 300) if code == 401 else (29, 30)
+            fails(429, retry_after=(least, most))(await ask(proxy, body=message_body(model="A/one")))
+        assert (a.count, reply.status) == (calls, 429)
+
+
 async def test_keys_of_a_pool_take_turns(tmp_path: Path) -> None:
     async with stage(tmp_path, OK, **POOL) as (proxy, (a,)):
         for _ in range(4):
@@ -694,10 +719,12 @@ def after_text(pieces: int) -> Callable[[asyncio.StreamReader], Any]:
 
 LEAVING = {
     "before-headers": (fs.stall(), None, "0"),
+    "before-headers-whole": (fs.stall(), None, "0"),
     "in-headers": (fs.stall_in_headers(), None, "0"),
     "after-headers": (fs.stall_after_headers(), None, "0 or floor"),
     "after-message-start": (fs.cut_after(1, fs.Stall(), gate=False), None, "0 or floor"),
     "after-content": (fs.cut_after(5, fs.Stall(), gate=False), after_text(3), PART),
+    "after-content-whole": (fs.cut_after(5, fs.Stall(), gate=False), None, "0 or floor"),
     "amid-content": (fs.slow_answer(0, 0.05, ("x ",) * 400), after_text(3), PART),
 }
 
@@ -719,7 +746,7 @@ async def times_of_leaving(phase: str, wire: str, folder: Path) -> tuple[float, 
     behaviour, when, ledger = LEAVING[phase]
     folder.mkdir()
     async with stage(folder, (behaviour,), OK, formats=wire) as (proxy, (a, b)):
-        left = await hang_up(proxy, when or a.called(1))
+        left = await hang_up(proxy, when or a.called(1), stream=not phase.endswith("-whole"))
         cut = await a.cancelled(1) - left
         assert a.calls[0].was_cancelled
         await proxy.idle()
@@ -734,18 +761,19 @@ async def times_of_leaving(phase: str, wire: str, folder: Path) -> tuple[float, 
     return cut, settled
 
 
-async def test_a_client_that_does_not_stream_may_leave_too(tmp_path: Path) -> None:
-    async with stage(tmp_path, (fs.stall(),), OK) as (proxy, (a, b)):
-        left = await hang_up(proxy, a.called(1), stream=False)
-        assert await a.cancelled(1) - left < 0.5
+async def test_a_client_may_leave_while_its_upstream_is_connected_to(tmp_path: Path) -> None:
+    async with stage(tmp_path, fs.silent_address, OK) as (proxy, (b,)):
+        health = proxy.state.relay.health_of("A")
+        await hang_up(proxy, until(lambda: health.active == 1, "ccmux connects"))
         await proxy.idle()
-    assert (a.count, b.count) == (1, 0)
+        assert (health.active, b.count) == (0, 0)
     check_ledger(proxy, "0")
 
 
 @BOTH
 async def test_a_client_that_leaves_during_back_off_ends_the_retries(wire: str, tmp_path: Path) -> None:
-    async with stage(tmp_path, (fs.status(429, [("retry-after", "4")]),), formats=wire) as (proxy, (a,)):
+    limited = (fs.status(429, [("retry-after", "4")]),)
+    async with stage(tmp_path, limited, OK, formats=wire) as (proxy, (a, b)):
 
         async def answered() -> None:
             call = await a.called(1)
@@ -755,7 +783,7 @@ async def test_a_client_that_leaves_during_back_off_ends_the_retries(wire: str, 
         left = await hang_up(proxy, answered())
         await proxy.idle()
         assert time.monotonic() - left < 0.7
-        assert a.count == 1 and proxy.state.relay.health_of("A").retrying == 0
+        assert (a.count, b.count) == (1, 0) and proxy.state.relay.health_of("A").retrying == 0
     check_ledger(proxy, "0")
 
 
@@ -785,6 +813,7 @@ async def test_a_client_that_stalls_is_aborted_at_the_limit(wire: str, tmp_path:
             ended = await a.cancelled(1)
             assert 0.9 < ended - call.began < 4
         await proxy.idle()
+        assert not proxy.state.relay.health_of("A").outcomes  # it was not A that failed
     (row,) = proxy.books.requests()
     assert row["error"] == "client_stall"
     assert len(proxy.books.ledger()) == 1

@@ -193,7 +193,7 @@ def test_metrics_are_prometheus_text() -> None:
         'ccmux_requests_total{provider="a\\"b\\n\\\\",status="200"} 123456790',
     ]
     assert lines[2] == "# TYPE ccmux_first_token_seconds histogram"
-    bounds = "0.1 0.25 0.5 1 2.5 5 10 30 60 120 +Inf".split()
+    bounds = ["0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "120", "+Inf"]
     for provider, first, below, total in (
         ("a", 3, (0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3), "507.3"),
         ("b", 16, (1,) * 11, "0.1"),
