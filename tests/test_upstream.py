@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
+from proxy_harness import config_text, message_body
 
 import ccmux
 
@@ -128,6 +131,68 @@ def test_retry_budget_is_a_fifth_of_what_is_active_but_at_least_three() -> None:
     assert health.may_retry()
     health.retrying = 20
     assert not health.may_retry()
+
+
+def a_plan(tries: int = 1, slept: float = 0.0) -> tuple[ccmux.Plan, ccmux.Slot]:
+    """A plan after so many tries of its only target, which may have a lot; the slot of the last."""
+    text = config_text({"A": "http://127.0.0.1:1"}, providers={"A": {"max_retries": 9}})
+    config, body = ccmux.load_config(text, {}), message_body()
+    call = ccmux.Call("req_1", body, b"", {}, ccmux.choose_route(body, {}, config), config, stream=False)
+    plan = ccmux.Plan(ccmux.Relay(None, None, ccmux.Metrics()), call)  # type: ignore[arg-type]
+    slot = plan.next_slot()
+    for _ in range(tries - 1):
+        plan.again = slot
+        plan.next_slot()
+    plan.slept = slept
+    return plan, slot
+
+
+def failure(status: int, retry_after: float | None = None) -> ccmux.ApiError:
+    error = ccmux.upstream_error(status, {})
+    error.retry_after = retry_after
+    return error
+
+
+@pytest.mark.parametrize(
+    ("tries", "status", "retry_after", "least", "most"),
+    [
+        pytest.param(1, 500, None, 0, 0.25, id="first"),
+        pytest.param(2, 500, None, 0, 0.5, id="second"),
+        pytest.param(3, 500, None, 0, 1, id="third"),
+        pytest.param(1, 500, 0.5, 0.5, 0.75, id="a 500 that says when"),
+        pytest.param(1, 429, 0.5, 0.5, 0.75, id="a limit that says when"),
+        pytest.param(1, 429, None, 1, 1.25, id="a limit that does not"),
+    ],
+)
+async def test_back_off_has_full_jitter(
+    tries: int, status: int, retry_after: float | None, least: float, most: float
+) -> None:
+    async def wait() -> float:
+        plan, slot = a_plan(tries)
+        assert await plan.goes_on(slot, failure(status, retry_after))
+        return plan.slept
+
+    waits = await asyncio.gather(*(wait() for _ in range(40)))
+    assert all(least <= wait <= most for wait in waits)
+    assert min(waits) < least + (most - least) / 3 and max(waits) > most - (most - least) / 3
+
+
+@pytest.mark.parametrize(
+    ("tries", "retry_after", "slept", "goes_on"),
+    [
+        pytest.param(3, 0.0, 0.0, True, id="the fourth try"),
+        pytest.param(4, 0.0, 0.0, False, id="no fifth try"),
+        pytest.param(1, 5.01, 0.0, False, id="a wait above five seconds"),
+        pytest.param(1, 0.5, 14.6, False, id="above 15 s of sleep in all"),
+        pytest.param(1, 0.0, 14.7, True, id="below 15 s of sleep in all"),
+    ],
+)
+async def test_how_long_a_request_goes_on(
+    tries: int, retry_after: float, slept: float, goes_on: bool
+) -> None:
+    plan, slot = a_plan(tries, slept)
+    assert await plan.goes_on(slot, failure(429, retry_after)) is goes_on
+    assert (plan.call.retries_at is not None) is goes_on
 
 
 @pytest.mark.parametrize(
