@@ -480,6 +480,20 @@ def slow_answer(before: float = 0.0, between: float = 0.0, pieces: Sequence[str]
     return Behaviour(steps)
 
 
+def with_signs_of_life(after: int) -> Behaviour:
+    """A good stream that after `after` events sends nothing but pings or comments for 1.6 s."""
+
+    def steps(call: UpstreamCall) -> Iterable[Step]:
+        blocks = events_for(call)
+        yield Send(head(200, STREAM_HEAD) + b"".join(map(chunked, blocks[:after])))
+        for _ in range(4):
+            yield Pause(0.4)
+            yield Send(chunked(b": alive\n\n" if call.format == "openai" else sse_event({"type": "ping"})))
+        yield Send(b"".join(map(chunked, blocks[after:])) + LAST_CHUNK)
+
+    return Behaviour(steps)
+
+
 def gated_answer(after: int = 4) -> Behaviour:
     """A good stream that stops after `after` events until the gate opens."""
 

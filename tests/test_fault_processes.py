@@ -31,7 +31,7 @@ from proxy_harness import (
     message_body,
     until,
 )
-from test_fault_sequences import mixed_faults, plain_request
+from test_fault_sequences import hang_up, mixed_faults, plain_request
 from test_faults import PART, breaks_off, check_ledger, fails, full, stage
 
 BOTH = pytest.mark.parametrize("wire", ["anthropic", "openai"])
@@ -74,6 +74,15 @@ def when_text_comes(pieces: int = 3) -> tuple[asyncio.Event, Callable[[Reply], N
             came.set()
 
     return came, look
+
+
+async def test_a_served_client_that_leaves_closes_the_upstream(tmp_path: Path) -> None:
+    """What no later byte could tell: aiohttp's own default notices a hang-up only when it writes."""
+    async with served(tmp_path, fs.stall()) as (proxy, a):
+        await hang_up(proxy, a.called(1))
+        await a.cancelled(1)
+        await until(lambda: bool(proxy.books.requests()), "it was settled")
+    check_ledger(proxy, "0")
 
 
 # Signals.

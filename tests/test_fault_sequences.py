@@ -124,7 +124,8 @@ async def test_a_redirect_is_not_followed(code: int, wire: str, tmp_path: Path) 
         script = (fs.redirect(f"{elsewhere.url}/v1/messages", code),)
         async with stage(tmp_path, script, formats=wire) as (proxy, (a,)):
             fails(502, "api_error")(await ask(proxy))
-    assert (a.count, elsewhere.connections) == (1, 0)
+            fails(502, "api_error")(await ask(proxy, stream=False))
+    assert (a.count, elsewhere.connections) == (2, 0)
 
 
 # Keys.
@@ -367,6 +368,27 @@ async def test_a_probe_whose_client_hangs_up_makes_way_for_the_next(tmp_path: Pa
 # Connections and budgets.
 
 
+async def test_a_provider_without_tls_is_one_that_cannot_be_reached(tmp_path: Path) -> None:
+    plain = fs.Behaviour(lambda call: [fs.Send(b"220 mail ready\r\n"), fs.End()], at_accept=True)
+    async with FaultServer(plain) as a, FaultServer() as b:
+        text = config_text({"A": a.url.replace("http", "https"), "B": b.url})
+        async with in_process(tmp_path, text) as proxy:
+            full("B")(await ask(proxy))
+            assert [o["error"] for o in proxy.state.relay.health_of("A").outcomes] == ["connect"]
+
+
+@BOTH
+async def test_a_provider_has_a_proxy_of_its_own(wire: str, tmp_path: Path) -> None:
+    async with FaultServer() as way, FaultServer() as b:
+        urls = {"A": "http://a.invalid/v1" if wire == "openai" else "http://a.invalid", "B": b.url}
+        text = config_text(urls, formats=wire, providers={"A": {"proxy": way.url}})
+        async with in_process(tmp_path, text) as proxy:
+            full("A")(await ask(proxy))
+            full("A")(await ask(proxy, stream=False))
+    assert all(call.path.startswith("http://a.invalid/v1/") for call in way.calls)
+    assert (way.count, b.count) == (2, 0)
+
+
 @BOTH
 async def test_a_stale_connection_is_replaced_at_once_and_uncounted(wire: str, tmp_path: Path) -> None:
     script = (fs.answer(), fs.reset_on_reuse(), fs.answer())
@@ -562,7 +584,9 @@ async def test_a_session_stays_where_it_was_answered(wire: str, tmp_path: Path) 
             full("B")(await ask(proxy, **session("one")))
         full("A")(await ask(proxy, **session("two")))
         full("A")(await ask(proxy))
-    assert (a.count, b.count) == (3, 4)
+        for given in ('{"session_id": "one"}', "user_x_account__session_one"):  # older clients
+            full("B")(await ask(proxy, body=message_body(metadata={"user_id": given})))
+    assert (a.count, b.count) == (3, 6)
 
 
 async def test_a_session_leaves_a_target_that_fell_ill(tmp_path: Path) -> None:
@@ -817,6 +841,52 @@ async def test_a_client_that_stalls_is_aborted_at_the_limit(wire: str, tmp_path:
     (row,) = proxy.books.requests()
     assert row["error"] == "client_stall"
     assert len(proxy.books.ledger()) == 1
+
+
+@BOTH
+async def test_a_client_that_pauses_is_not_its_providers_silence(wire: str, tmp_path: Path) -> None:
+    """It reads nothing for longer than `idle_timeout`, while more waits for it than buffers hold."""
+    script = (fs.slow_answer(pieces=["x" * 60_000] * 200),)
+    async with stage(tmp_path, script, formats=wire, providers={"A": {"idle_timeout": 0.5}}) as (proxy, (a,)):
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=4096)
+        writer.write(plain_request(proxy))
+        await a.called(1)
+        await still(lambda: a.sent, 1.0)
+        assert a.sent < 200 * 60_000
+        answer = b""
+        while not answer.endswith(b"0\r\n\r\n") and (data := await reader.read(2**20)):
+            answer += data
+        writer.close()
+        await proxy.idle()
+    (row,) = proxy.books.requests()
+    assert answer.count(b"text_delta") == 200 and b"message_stop" in answer
+    assert (row["status"], row["error"]) == (200, "")
+
+
+@BOTH
+async def test_events_that_come_together_go_out_together(wire: str, tmp_path: Path) -> None:
+    pieces = ["x "] * 400
+    async with stage(tmp_path, (fs.answer(pieces=pieces),), formats=wire) as (proxy, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(plain_request(proxy))
+        await reader.readuntil(b"\r\n\r\n")
+        sizes, body = [], b""
+        while not sizes or sizes[-1]:
+            sizes.append(int(await reader.readuntil(b"\r\n"), 16))
+            body += (await reader.readexactly(sizes[-1] + 2))[:-2]
+        writer.close()
+    assert body.count(b"text_delta") == 400 and len(sizes) < 20
+
+
+@BOTH
+async def test_an_event_of_a_megabyte_passes(wire: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.answer(pieces=["x" * 2**20]),), formats=wire) as (proxy, _):
+        assert (await ask(proxy)).text == (await ask(proxy, stream=False)).text == "x" * 2**20
+
+
+async def test_an_answer_above_64_mb_is_refused(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.answer(pieces=["x" * 65 * 2**20]),)) as (proxy, _):
+        fails(502, says="larger than")(await ask(proxy, stream=False))
 
 
 async def test_slow_readers_cost_little_memory(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ MATRIX = [
     Row("refused", fs.refusing_address, fails(502, "api_error"), TWO, NOTHING, modes="sn", seconds=(0, 2)),
     Row("refused-then-B", fs.refusing_address, full("B"), ONE, FULL_B, B, 1, modes="sn", seconds=(0, 0.5)),
     Row("connect-timeout-then-B", fs.silent_address, full("B"), ONE, FULL_B, B, 1, modes="sn",
-        seconds=(0.9, 4), limits={"connect_timeout": 1, "max_retries": 0}),
+        seconds=(0.9, 2), limits={"connect_timeout": 1}),
     Row("connect-timeout", fs.silent_address, fails(502, "api_error"), TWO, NOTHING, modes="sn",
         seconds=(1.9, 4), limits={"connect_timeout": 1}),
     Row("reset-at-accept", (fs.reset_at_accept(),), fails(502, "api_error"), TWO, NOTHING, modes="sn"),
@@ -204,6 +204,8 @@ MATRIX = [
         modes="sn"),
     Row("400", (BAD_TOOL,), fails(400, says="bad tool"), ONE, NOTHING, B, modes="sn"),
     Row("400-prompt-too-long", (OVERFLOW,), fails(400, says=TOO_LONG), ONE, NOTHING, B, modes="sn"),
+    Row("400-no-key-in-the-text", (fs.status(400, message="bad key sk-test-key-of-A"),), fails(400, says="bad key"),
+        ONE, NOTHING, modes="sn"),
     Row("413", (fs.status(413, message="too large"),), fails(413), ONE, NOTHING, B, modes="sn"),
     Row("422", (fs.status(422, message="no"),), fails(422), ONE, NOTHING, B),
     *(Row(f"{code}-then-B", (fs.status(code),), full("B"), ONE, FULL_B, B, 1, modes="sn")
@@ -216,6 +218,12 @@ MATRIX = [
       for code, body in NO_STATUSES),
     *(Row(f"400-body-{name}", (fs.raw(400, [], body),), fails(400), ONE, NOTHING, modes="sn")
       for name, body in ODD_BODIES.items()),
+
+    # Several targets.
+    Row("last-error-is-told", (fs.status(500),), fails(503), TWO, NOTHING, (fs.status(503),), 2, modes="sn"),
+    Row("four-tries-in-all", (fs.status(500),), fails(503), (3, 3), NOTHING, (fs.status(503),), 1,
+        limits={"max_retries": 2}),
+    Row("429-spend-limit-then-B", (SPEND_LIMIT,), full("B"), ONE, FULL_B, B, 1),
 
     # A 200 that is none.
     *(Row(f"200-{name}-then-B", (behaviour,), full("B"), ONE_OR_TWO, FULL_B, B, 1, modes="sn")
@@ -239,6 +247,12 @@ MATRIX = [
       for name, ending in ENDINGS.items()),
     Row("error-event-midway", (fs.error_midway(),), breaks_off("overloaded_error"), ONE, PART, B),
     Row("broken-json-in-event-6", (fs.broken_json(6),), breaks_off(), ONE, PART, formats=OPENAI),
+
+    # Slow, but alive: what comes within the limit keeps it going, be it a ping or a comment.
+    Row("pings-before-content", (fs.with_signs_of_life(0),), full(), ONE, FULL_A, seconds=(1.5, 5),
+        limits=ONE_SECOND),
+    Row("pings-amid-content", (fs.with_signs_of_life(5),), full(), ONE, FULL_A, seconds=(1.5, 5),
+        limits=ONE_SECOND),
 
     # No faults: whatever way bytes arrive, the answer is the same.
     Row("one-byte-chunks", (fs.dripping(1),), full(), ONE, FULL_A),

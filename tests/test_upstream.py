@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 from proxy_harness import config_text, message_body
@@ -193,6 +194,24 @@ async def test_how_long_a_request_goes_on(
     plan, slot = a_plan(tries, slept)
     assert await plan.goes_on(slot, failure(429, retry_after)) is goes_on
     assert (plan.call.retries_at is not None) is goes_on
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_after", "here", "elsewhere"),
+    [
+        pytest.param(429, None, 1, 0, id="a limit that does not say"),
+        pytest.param(429, 30.0, 30, 0, id="a limit that says"),
+        pytest.param(429, 0.0, 0, 0, id="a limit that is over"),
+        *(pytest.param(status, None, 300, 300, id=f"{status}") for status in (401, 402, 403)),
+        *(pytest.param(status, 30.0, 0, 0, id=f"{status}") for status in (400, 404, 500, 529)),
+    ],
+)
+def test_how_long_a_key_rests(status: int, retry_after: float | None, here: float, elsewhere: float) -> None:
+    """For the model that was asked for, and for others."""
+    plan, slot = a_plan()
+    plan.relay.cool(slot, failure(status, retry_after), 1000.0)
+    other = dataclasses.replace(slot, target=ccmux.Target("A", "another"))
+    assert (plan.relay.rests(slot, 1000.0), plan.relay.rests(other, 1000.0)) == (here, elsewhere)
 
 
 @pytest.mark.parametrize(
