@@ -7513,8 +7513,13 @@ class Plan:
         if self.slept + wait > MAX_SLEEP or not self.is_worth_it(slot):
             return False
         self.slept += wait
-        self.call.begin_retry(self.relay.health_of(slot.provider.name))
-        await asyncio.sleep(wait)
+        health = self.relay.health_of(slot.provider.name)
+        self.call.begin_retry(health)
+        health.active += 1  # its place among `max_concurrent` is kept
+        try:
+            await asyncio.sleep(wait)
+        finally:
+            health.active -= 1
         if not self.is_worth_it(slot):  # others have failed there in the meantime
             self.call.end_retry()
             return False

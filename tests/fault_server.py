@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WAIT = 10.0  # seconds until an event that a test waits for counts as never coming
+WAIT = 30.0  # seconds until an event that a test waits for counts as never coming
 
 
 # Steps: what a behaviour is made of.

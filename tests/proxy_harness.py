@@ -137,7 +137,7 @@ class Proxy:
         await until(lambda: not self.books.holds(), "the last hold was settled")
 
 
-async def until(holds: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+async def until(holds: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
     """Looks until something holds that nothing can tell us of (another process, a file)."""
     end = time.monotonic() + seconds
     while not holds():

@@ -166,6 +166,7 @@ async def test_an_idle_server_ends_quickly_and_well(number: signal.Signals, tmp_
         assert await end(proxy, number) == 0
         assert time.monotonic() - began < 2
     assert b"Traceback" not in proxy.output
+    assert not (tmp_path / "ccmux.db-wal").exists()  # all of it is in the database itself
     check_ledger(proxy, "A")
 
 

@@ -313,6 +313,9 @@ async def test_with_all_breakers_open_the_answer_comes_at_once(wire: str, tmp_pa
             fails(529, "overloaded_error", retry_after=(1, 60))(reply)
         assert min(reply.seconds for reply in replies) < 0.05
         assert [server.count for server in servers] == [5, 5]
+        for breaker in proxy.state.relay.breakers.values():
+            breaker.open_until += 200
+        fails(529, retry_after=(60, 60))(await ask(proxy))
         age(proxy)
         await ask(proxy)
         assert [server.count for server in servers] == [6, 6]
@@ -413,6 +416,21 @@ async def test_a_stale_connection_is_replaced_at_once_and_uncounted(wire: str, t
     await soon_enough(go, tmp_path, 0.25)
 
 
+async def test_the_retry_after_a_stale_connection_does_not_take_another_stale_one(tmp_path: Path) -> None:
+    stale = fs.reset_on_reuse()
+    async with stage(tmp_path, (fs.gated_whole(), fs.gated_whole(), stale, stale, fs.answer())) as (
+        proxy,
+        (a,),
+    ):
+        asked = [asyncio.create_task(ask(proxy, stream=False)) for _ in range(2)]
+        await a.called(2)
+        a.open_gate()
+        await asyncio.gather(*asked)
+        reply = await ask(proxy)
+        full()(reply)
+        assert (a.count, reply.headers["x-ccmux-attempts"]) == (4, "1")
+
+
 async def test_a_failing_provider_costs_little_time(tmp_path: Path) -> None:
     """Connection refused, then an open breaker: less than 50 ms more than the healthy one alone."""
     async with stage(tmp_path, fs.refusing_address, OK) as (proxy, _):
@@ -437,6 +455,16 @@ async def test_a_full_provider_counts_as_resting(wire: str, tmp_path: Path) -> N
         for reply in await asyncio.gather(*asked):
             full("A")(reply)
     assert (a.count, b.count) == (2, 3)
+
+
+async def test_a_request_that_waits_to_be_tried_again_keeps_its_place(tmp_path: Path) -> None:
+    script = (fs.status(503, [("retry-after", "1")]), fs.answer())
+    async with stage(tmp_path, script, OK, providers={"A": {"max_concurrent": 1}}) as (proxy, (a, b)):
+        asked = asyncio.create_task(ask(proxy))
+        await until(lambda: proxy.state.relay.health_of("A").retrying == 1, "it waits")
+        full("B")(await ask(proxy))
+        full("A")(await asked)
+    assert (a.count, b.count) == (2, 1)
 
 
 async def test_with_every_provider_full_the_answer_is_529(tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ class Row:
 
 
 B = (fs.answer(),)
-ONE_SECOND = {"first_byte_timeout": 1, "response_timeout": 1, "idle_timeout": 1}
-OPENAI = ("openai",)
+FIRST_BYTE, WHOLE, IDLE = {"first_byte_timeout": 1}, {"response_timeout": 1}, {"idle_timeout": 1}
+ANTHROPIC, OPENAI = ("anthropic",), ("openai",)
 
 LIMITED_30 = fs.status(429, [("retry-after", "30")])
 DOWN_30 = fs.status(503, [("retry-after", "30")])
@@ -131,6 +131,7 @@ NO_ANSWERS = {
     "empty-json": fs.empty("application/json"),
     "not-http": NOT_HTTP,
     "huge-header": HUGE_HEADER,
+    "deep-json": fs.raw(200, [fs.JSON_TYPE], b"[" * 99_999),
 }
 NO_STATUSES = [(204, b""), (206, b"{}"), (300, b"{}"), (304, b""), (600, b'{"error": {}}'), (999, b"x")]
 ODD_BODIES = {
@@ -140,11 +141,11 @@ ODD_BODIES = {
     "null-error": b'{"error": null}',
     "deep": b"[" * 9999,
 }
-SILENCES = {
-    "no-headers": fs.stall(),
-    "partial-headers": fs.stall_in_headers(),
-    "headers-then-silence": fs.stall_after_headers(),
-    "start-then-silence": fs.cut_after(1, fs.Stall(), gate=False),
+SILENCES = {  # each with the only limit that ends it
+    "no-headers": (fs.stall(), FIRST_BYTE),
+    "partial-headers": (fs.stall_in_headers(), FIRST_BYTE),
+    "headers-then-silence": (fs.stall_after_headers(), FIRST_BYTE),
+    "start-then-silence": (fs.cut_after(1, fs.Stall(), gate=False), IDLE),
 }
 ENDINGS: dict[str, list[fs.Step]] = {
     "reset": [fs.Reset()],
@@ -235,24 +236,29 @@ MATRIX = [
     Row("error-event-after-start-then-B", (fs.error_after_start(),), full("B"), ONE_OR_TWO, FULL_B, B, 1),
 
     # Silence.
-    *(Row(f"{name}-then-B", (behaviour,), full("B"), ONE, FULL_B, B, 1, seconds=(0.9, 3), limits=ONE_SECOND)
-      for name, behaviour in SILENCES.items()),
-    Row("no-headers", (fs.stall(),), fails(504, "timeout_error"), ONE, NOTHING, modes="sn",
-        seconds=(0.9, 3), limits=ONE_SECOND, log_error="timeout"),
+    *(Row(f"{name}-then-B", (behaviour,), full("B"), ONE, FULL_B, B, 1, seconds=(0.9, 3), limits=limits)
+      for name, (behaviour, limits) in SILENCES.items()),
+    *(Row(f"no-headers-{mode}", (fs.stall(),), fails(504, "timeout_error"), ONE, NOTHING, modes=mode,
+          formats=formats, seconds=(0.9, 3), limits=limits, log_error="timeout")
+      for mode, formats, limits in (("s", ANTHROPIC, FIRST_BYTE), ("n", ANTHROPIC, WHOLE),
+                                    ("sn", OPENAI, FIRST_BYTE))),
     Row("total-timeout", (fs.slow_answer(0, 0.25, ("x",) * 40),), timed_out, ONE, PART,
         seconds=(0.9, 3), limits={"total_timeout": 1}),
 
+    Row("total-timeout-in-back-off", (fs.status(429, [("retry-after", "4")]),), fails(504, "timeout_error"), ONE,
+        NOTHING, modes="sn", seconds=(0.9, 3), limits={"total_timeout": 1}),
+
     # After content.
-    *(Row(f"{name}-after-content", (fs.cut_after(5, *ending),), breaks_off(), ONE, PART, B, limits=ONE_SECOND)
+    *(Row(f"{name}-after-content", (fs.cut_after(5, *ending),), breaks_off(), ONE, PART, B, limits=IDLE)
       for name, ending in ENDINGS.items()),
     Row("error-event-midway", (fs.error_midway(),), breaks_off("overloaded_error"), ONE, PART, B),
     Row("broken-json-in-event-6", (fs.broken_json(6),), breaks_off(), ONE, PART, formats=OPENAI),
 
     # Slow, but alive: what comes within the limit keeps it going, be it a ping or a comment.
     Row("pings-before-content", (fs.with_signs_of_life(0),), full(), ONE, FULL_A, seconds=(1.5, 5),
-        limits=ONE_SECOND),
+        limits=FIRST_BYTE | IDLE),
     Row("pings-amid-content", (fs.with_signs_of_life(5),), full(), ONE, FULL_A, seconds=(1.5, 5),
-        limits=ONE_SECOND),
+        limits=FIRST_BYTE | IDLE),
 
     # No faults: whatever way bytes arrive, the answer is the same.
     Row("one-byte-chunks", (fs.dripping(1),), full(), ONE, FULL_A),

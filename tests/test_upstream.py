@@ -141,6 +141,7 @@ def a_plan(tries: int = 1, slept: float = 0.0) -> tuple[ccmux.Plan, ccmux.Slot]:
     call = ccmux.Call("req_1", body, b"", {}, ccmux.choose_route(body, {}, config), config, stream=False)
     plan = ccmux.Plan(ccmux.Relay(None, None, ccmux.Metrics()), call)  # type: ignore[arg-type]
     slot = plan.next_slot()
+    assert plan.relay.ping_interval == 15
     for _ in range(tries - 1):
         plan.again = slot
         plan.next_slot()
