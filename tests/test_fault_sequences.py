@@ -162,7 +162,11 @@ async def test_a_pool_of_bad_keys_leads_to_the_next_target(tmp_path: Path) -> No
     assert (a.count, b.count) == (2, 2)
 
 
-@pytest.mark.parametrize("refusal", [fs.status(401), LIMITED_30], ids=["refused", "limited"])
+@pytest.mark.parametrize(
+    "refusal",
+    [fs.status(401), LIMITED_30, fs.status(429, [("retry-after", "1")])],
+    ids=["refused", "limited", "limited-for-a-moment"],
+)
 async def test_the_next_key_of_a_pool_has_its_two_tries(refusal: fs.Behaviour, tmp_path: Path) -> None:
     refused = fs.by_key("sk-test-key-one", refusal=refusal, otherwise=fs.status(500))
     well = fs.by_key("sk-test-key-one", refusal=refusal, otherwise=fs.answer())
