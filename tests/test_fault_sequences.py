@@ -510,6 +510,14 @@ async def test_a_retry_that_has_content_leaves_the_budget(tmp_path: Path) -> Non
         full()(await asked)
 
 
+async def test_every_retry_leaves_the_budget(tmp_path: Path) -> None:
+    script = (fs.status(500), fs.status(500), fs.answer())
+    async with stage(tmp_path, script, providers={"A": {"max_retries": 2}}) as (proxy, (a,)):
+        full()(await ask(proxy))
+        await proxy.idle()
+        assert (a.count, proxy.state.relay.health_of("A").retrying) == (3, 0)
+
+
 # What is told of it.
 
 
