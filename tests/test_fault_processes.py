@@ -139,6 +139,8 @@ async def test_a_draining_server_says_so_on_open_connections(tmp_path: Path) -> 
         await refuses_connections(proxy)
         async with session.get(f"{proxy.url}/health") as reply:
             assert reply.status == 503
+        async with session.post(f"{proxy.url}/v1/messages", json=message_body()) as reply:
+            assert (reply.status, reply.headers["retry-after"], a.count) == (529, "2", 1)
         a.open_gate()
         full()(await asked)
         assert await end(proxy) == 0
