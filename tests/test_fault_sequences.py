@@ -249,6 +249,16 @@ async def test_a_breaker_that_opens_between_two_tries_leads_to_the_next_target(
         assert proxy.state.relay.health_of("A").retrying == 0
 
 
+async def test_a_breaker_that_opens_during_back_off_leads_to_the_next_target(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(503, [("retry-after", "1")]),), OK) as (proxy, (a, b)):
+        asked = asyncio.create_task(ask(proxy))
+        await until(lambda: proxy.state.relay.health_of("A").retrying == 1, "it waits")
+        for breaker in proxy.state.relay.breakers.values():
+            breaker.trip(time.monotonic())
+        full("B")(await asked)
+        assert (a.count, b.count, proxy.state.relay.health_of("A").retrying) == (1, 1, 0)
+
+
 async def test_half_of_ten_failures_open_the_breaker(tmp_path: Path) -> None:
     script = [fs.status(500) if n % 2 else fs.answer() for n in range(10)]
     async with stage(tmp_path, tuple(script), OK, **NO_RETRY) as (proxy, (a, _)):
@@ -374,6 +384,17 @@ async def test_a_probe_whose_client_hangs_up_makes_way_for_the_next(tmp_path: Pa
         await hang_up(proxy, a.called(6))
         await a.cancelled(6)
         await proxy.idle()
+        full("A")(await ask(proxy))
+
+
+@pytest.mark.parametrize("code", [400, 429])
+async def test_a_probe_that_is_refused_makes_way_for_the_next(code: int, tmp_path: Path) -> None:
+    refusal = fs.status(code, [("retry-after", "0")])
+    async with stage(tmp_path, (*[fs.status(500)] * 5, refusal, fs.answer()), **NO_RETRY) as (proxy, _):
+        for _ in range(5):
+            fails(500)(await ask(proxy))
+        age(proxy)
+        fails(code)(await ask(proxy))
         full("A")(await ask(proxy))
 
 

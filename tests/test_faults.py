@@ -116,7 +116,7 @@ FIRST_BYTE, WHOLE, IDLE = {"first_byte_timeout": 1}, {"response_timeout": 1}, {"
 ANTHROPIC, OPENAI = ("anthropic",), ("openai",)
 
 LIMITED_30 = fs.status(429, [("retry-after", "30")])
-DOWN_30 = fs.status(503, [("retry-after", "30")])
+DOWN_10 = fs.status(503, [("retry-after", "10")])
 SPEND_LIMIT = fs.status(429, [("x-should-retry", "false")], message="spend limit reached")
 BAD_TOOL = fs.status(400, type="invalid_request_error", message="bad tool")
 TOO_LONG = "prompt is too long: 250000 tokens > 200000 maximum"
@@ -187,9 +187,9 @@ MATRIX = [
     Row("500-always", (fs.status(500),), fails(500, "api_error"), TWO, NOTHING, modes="sn"),
     Row("500-always-then-B", (fs.status(500),), full("B"), TWO, FULL_B, B, 1, modes="sn"),
     Row("503-always-then-B", (fs.status(503),), full("B"), TWO, FULL_B, B, 1),
-    Row("503-retry-after-30", (DOWN_30,), fails(503, retry_after=(30, 30)), ONE, NOTHING, modes="sn"),
-    Row("503-retry-after-30-then-B", (DOWN_30,), full("B"), ONE, FULL_B, B, 1),
-    Row("529-retry-after-30", (fs.status(529, [("retry-after", "30")]),), fails(529, retry_after=(30, 30)), ONE,
+    Row("503-retry-after-10", (DOWN_10,), fails(503, retry_after=(10, 10)), ONE, NOTHING, modes="sn"),
+    Row("503-retry-after-10-then-B", (DOWN_10,), full("B"), ONE, FULL_B, B, 1),
+    Row("529-retry-after-10", (fs.status(529, [("retry-after", "10")]),), fails(529, retry_after=(10, 10)), ONE,
         NOTHING),
     Row("408-once", (fs.status(408), fs.answer()), full(), TWO, FULL_A),
     Row("409-once", (fs.status(409), fs.answer()), full(), TWO, FULL_A),
