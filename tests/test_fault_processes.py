@@ -194,6 +194,8 @@ async def test_after_a_crash_orphan_holds_become_interrupted_entries(
             if answered:
                 await came.wait()
             tokens = await count_tokens(proxy)
+            if answered:  # nobody waits for the floor's way to the disk
+                await until(lambda: proxy.books.holds()[0]["floor_microusd"] > 0, "the floor is on disk")
             await end(proxy, signal.SIGKILL)
             assert (await asked).broken
             assert len(proxy.books.holds()) == 1
