@@ -6957,7 +6957,8 @@ RATE_WAIT = 1.0  # a 429 that does not say how long
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through.
+    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through, and the others once
+    that has content: an answer may take minutes.
 
     Times are handed in.
     """
@@ -6965,9 +6966,10 @@ class Breaker:
     failures: int = 0  # in a row
     recent: deque[tuple[float, bool]] = field(default_factory=deque)  # (time, ok) of the last minute
     bad: int = 0  # failures among them
+    opened: float = 0.0  # when
     open_until: float = 0.0
     interval: float = 0.0  # of the last opening; 0 when closed
-    probing: bool = False
+    probe: Call | None = None  # the request that finds out whether all is well again
 
     def state(self, now: float) -> str:
         if not self.interval:
@@ -6975,18 +6977,28 @@ class Breaker:
         return "open" if now < self.open_until else "half-open"
 
     def allows(self, now: float) -> bool:
-        """Whether a request may go now; in half-open only the one probe may."""
-        return self.state(now) == "closed" or (self.state(now) == "half-open" and not self.probing)
+        """Whether a request may go now; in half-open only the one probe may, until it has content."""
+        waits = self.probe is not None and not self.probe.first_content
+        return self.state(now) == "closed" or (self.state(now) == "half-open" and not waits)
 
-    def begin(self, now: float) -> bool:
-        """Takes the probe's place where one is due; true if this request is it."""
-        is_probe = self.state(now) == "half-open"
-        self.probing = self.probing or is_probe
+    def begin(self, now: float, call: Call) -> None:
+        """Takes the probe's place where one is due."""
+        if self.state(now) == "half-open" and self.probe is None:
+            self.probe = call
+
+    def leave(self, call: Call) -> bool:
+        """Gives up the probe's place; true if the request had it."""
+        is_probe = self.probe is call
+        self.probe = None if is_probe else self.probe
         return is_probe
 
-    def record(self, now: float, ok: bool, is_probe: bool) -> None:
-        if is_probe:
-            self.probing = False
+    def record(self, call: Call, began: float, now: float, ok: bool) -> None:
+        """Takes down how a try ended. Tries from before the opening teach nothing new, nor do failures beside
+        the probe's.
+        """
+        is_probe = self.leave(call)
+        if self.interval and not is_probe and (began < self.opened or not ok):
+            return
         if ok:
             self.failures, self.interval = 0, 0.0
         else:
@@ -7001,6 +7013,7 @@ class Breaker:
 
     def trip(self, now: float) -> None:
         self.interval = min(self.interval * 2, 300.0) if self.interval else 10.0
+        self.opened = now
         self.open_until = now + self.interval * random.uniform(0.9, 1.1)  # noqa: S311
         self.recent.clear()
         self.bad = 0
@@ -7235,10 +7248,11 @@ class Relay:
         """
         forget_oldest(self.breakers)
         health, breaker = self.health_of(slot.provider.name), self.breakers.setdefault(slot.id, Breaker())
-        is_probe, began = breaker.begin(time.monotonic()), time.monotonic()
+        began = time.monotonic()
         health.active += 1
         call.tries += 1
         call.first_content = 0.0
+        breaker.begin(began, call)
         error: ApiError | None = None
         finished = False
         try:
@@ -7249,14 +7263,14 @@ class Relay:
             raise
         finally:
             health.active -= 1
-            self.learn(call, slot, error, began, is_probe, finished)
+            self.learn(call, slot, breaker, error, began, finished)
 
     def learn(
-        self, call: Call, slot: Slot, error: ApiError | None, began: float, is_probe: bool, finished: bool
+        self, call: Call, slot: Slot, breaker: Breaker, error: ApiError | None, began: float, finished: bool
     ) -> None:
         """Notes how a try ended. A client that hung up teaches nothing, nor does a fault of the request."""
         now = time.monotonic()
-        breaker, seconds = self.breakers[slot.id], now - began
+        seconds = now - began
         status = error.status if error else 200 if finished else 0
         call.attempts.append({
             "provider": slot.provider.name, "model": slot.target.actual_model, "key": key_id(slot.key),
@@ -7266,13 +7280,14 @@ class Relay:
             slot.provider.name, slot.target.actual_model, error.cause if error else "" if finished else "gone"
         )
         if not finished and error is None:
-            breaker.probing = breaker.probing and not is_probe
+            breaker.leave(call)
             return
-        blameless = error is not None and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY)
-        if blameless or (error is not None and error.cause == "stale"):
-            breaker.probing = breaker.probing and not is_probe
+        if error is not None and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY):
+            breaker.leave(call)
         else:
-            breaker.record(now, error is None, is_probe)
+            breaker.record(call, began, now, error is None)
+        if error is not None and error.cause == "client_stall":
+            return
         outcome = {"time": time.time(), "ok": error is None, "status": status, "ms": round(seconds * 1000)}
         self.health_of(slot.provider.name).outcomes.append({**outcome, "error": error.cause if error else ""})
         if error is not None and not call.first_content:
@@ -7290,6 +7305,7 @@ class Relay:
             self.cooling[provider, model, key] = now + wait
         elif error.retry is Retry.KEY and slot.key and not slot.provider.passthrough:
             self.cooling[provider, "", key] = now + KEY_COOLING
+        forget_oldest(self.cooling)
 
     def health_of(self, provider: str) -> Health:
         return self.health.setdefault(provider, Health())
@@ -7592,7 +7608,6 @@ class Plan:
         self.again: Slot | None = None  # the same slot once more
         self.done: set[tuple[str, str, str]] = set()  # slots not to be tried again
         self.uncounted: set[str] = set()  # mends that were tried: each at most once
-        self.smallest = 0  # context of the target that said the prompt is too long
 
     def next_slot(self) -> Slot:
         """The next thing to try; ApiError 429 or 529 when all there is rests or is broken."""
@@ -7617,11 +7632,15 @@ class Plan:
         raise self.nothing_free(slots, now)
 
     def slots(self) -> list[Slot]:
-        """Every slot of the call, the session's own target first."""
+        """Every slot of the call, the session's own target first. A passthrough provider's key is the client's
+        own: what one client's is refused or limited for is nothing to the others.
+        """
         found = []
         for target in self.call.route.targets:
             provider = self.call.config.provider(target.provider)
-            if provider and provider.usable:
+            if provider and provider.usable and provider.passthrough:
+                found.append(Slot(target, provider, self.call.credential))
+            elif provider and provider.usable:
                 found.extend(self.relay.slots_of(target, provider))
         mine = (
             self.relay.sticky.get((self.call.session, self.call.route.model)) if self.call.session else None
@@ -7649,12 +7668,11 @@ class Plan:
         rests = [self.relay.rests(slot, now) for slot in slots]
         if all(rests):
             wait = math.ceil(min(rests))
-            text = f"every provider of {self.call.route.model!r} is limiting requests; the next is free in {wait} s"
-            return ApiError(429, text, retry_after=wait, cause="cooling")
-        waits = [b.open_until - now for s in slots if (b := self.relay.breakers.get(s.id))] + [
-            r for r in rests if r
-        ]
-        wait = math.ceil(min(max(min(waits, default=1.0), 1.0), 60.0))
+            text = f"every provider of {self.call.route.model!r} limits requests or refuses its key"
+            return ApiError(429, f"{text}; the next is tried in {wait} s", retry_after=wait, cause="cooling")
+        breakers = [self.relay.breakers.get(slot.id) for slot in slots]
+        waits = [max(r, b.open_until - now if b else 0) for r, b in zip(rests, breakers, strict=True)]
+        wait = math.ceil(min(max(min(waits), 1.0), 60.0))
         text = (
             f"every provider of {self.call.route.model!r} is failing or busy; ccmux tries again in {wait} s"
         )
@@ -7671,10 +7689,12 @@ class Plan:
             return False
         if error.retry is Retry.LARGER:
             return self.has_larger(slot)
-        if self.tries_same(slot, error):
-            return await self.backs_off(slot, error)
+        if self.tries_same(slot, error) and await self.backs_off(slot, error):
+            return True
         self.done.add(slot.id)
-        if error.retry is not Retry.KEY:
+        if error.retry is Retry.KEY:  # the next key has all its tries
+            self.tries[slot.provider.name, slot.target.actual_model] -= 1
+        else:
             self.done |= {s.id for s in self.slots() if s.target == slot.target}
         now = time.monotonic()
         return any(s.id not in self.done and self.is_free(s, now) for s in self.slots())
@@ -7684,12 +7704,12 @@ class Plan:
         count = self.tries[slot.provider.name, slot.target.actual_model]
         if count > slot.provider.max_retries or not self.relay.health_of(slot.provider.name).may_retry():
             return False
+        if (error.retry_after or 0) > SHORT_WAIT:
+            return False
         others = [s for s in self.slots() if s.id not in self.done and s.id != slot.id]
         free = [s for s in others if self.is_free(s, time.monotonic())]
         if error.cause == "http_429":
-            wait = RATE_WAIT if error.retry_after is None else error.retry_after
-            same_pool = any(s.target == slot.target for s in free)
-            return wait <= SHORT_WAIT and error.should_retry is not False and not same_pool
+            return error.should_retry is not False and not any(s.target == slot.target for s in free)
         if error.cause == "connect":
             return not free
         if error.status == 529:
@@ -7697,18 +7717,30 @@ class Plan:
         return error.retry is Retry.SAME
 
     async def backs_off(self, slot: Slot, error: ApiError) -> bool:
-        """Waits before the same slot is tried again; false when that would take too long."""
+        """Waits before the same slot is tried again; false when that would take too long, or does not help."""
         count = self.tries[slot.provider.name, slot.target.actual_model]
         wait = random.uniform(0, min(4.0, 0.25 * 2 ** (count - 1)))  # noqa: S311  (full jitter)
         if error.retry_after is not None or error.cause == "http_429":
-            wait += RATE_WAIT if error.retry_after is None else min(error.retry_after, SHORT_WAIT)
-        if self.slept + wait > MAX_SLEEP:
+            wait += RATE_WAIT if error.retry_after is None else error.retry_after
+        if self.slept + wait > MAX_SLEEP or not self.is_worth_it(slot):
             return False
         self.slept += wait
-        self.call.begin_retry(self.relay.health_of(slot.provider.name))
-        await asyncio.sleep(wait)
-        breaker = self.relay.breakers.get(slot.id)
+        health = self.relay.health_of(slot.provider.name)
+        self.call.begin_retry(health)
+        health.active += 1  # its place among `max_concurrent` is kept
+        try:
+            await asyncio.sleep(wait)
+        finally:
+            health.active -= 1
+        if not self.is_worth_it(slot):  # others have failed there in the meantime
+            self.call.end_retry()
+            return False
         self.again = slot
+        return True
+
+    def is_worth_it(self, slot: Slot) -> bool:
+        """Whether a slot's breaker is closed, or there is nothing else to try."""
+        breaker = self.relay.breakers.get(slot.id)
         return breaker is None or breaker.allows(time.monotonic()) or len(self.slots()) == 1
 
     def mends(self, slot: Slot, error: ApiError) -> bool:
@@ -8003,7 +8035,8 @@ def client_format(call: Call) -> ClientFormat:
     return EventWriter() if call.stream else WholeMessage()
 
 
-MetricKey = tuple[str, tuple[tuple[str, str], ...]]  # name and labels
+Labels = tuple[tuple[str, str], ...]
+MetricKey = tuple[str, Labels]
 
 
 class Metrics:
@@ -8031,23 +8064,35 @@ class Metrics:
         self.add(f"{name}_sum", seconds, **labels)
 
     def render(self, gauges: Mapping[str, float]) -> str:
-        lines = [f"{name}{labels_text(labels)} {value:g}" for (name, labels), value in sorted(self.totals())]
-        lines += [f"{name} {value:g}" for name, value in gauges.items()]
-        return "\n".join(lines) + "\n"
+        """Every family under its TYPE; gauges come with their labels in their names."""
+        families: dict[str, list[str]] = {}
+        for (name, labels), value in sorted(self.counts.items()):
+            if name.endswith("_total"):
+                families.setdefault(f"{name} counter", []).append(sample(name, labels, value))
+        for name, labels in sorted({(n, at[:-1]) for n, at in self.counts if n.endswith("_bucket")}):
+            name = name.removesuffix("_bucket")
+            families.setdefault(f"{name} histogram", []).extend(self.histogram(name, labels))
+        for name, value in gauges.items():
+            families.setdefault(f"{name.partition('{')[0]} gauge", []).append(sample(name, (), value))
+        return "".join(f"# TYPE {family}\n{''.join(lines)}" for family, lines in families.items())
 
-    def totals(self) -> Iterator[tuple[MetricKey, float]]:
-        """Every counter; of a histogram each bucket with all that are below it, and the count of all."""
-        histograms = {(name, labels[:-1]) for name, labels in self.counts if name.endswith("_bucket")}
-        yield from (item for item in self.counts.items() if not item[0][0].endswith("_bucket"))
-        for name, labels in histograms:
-            below = 0.0
-            for bound in (*self.BUCKETS, math.inf):
-                below += self.counts.get((name, (*labels, ("le", f"{bound:g}"))), 0)
-                yield (name, (*labels, ("le", "+Inf" if bound == math.inf else f"{bound:g}"))), below
-            yield (name.replace("_bucket", "_count"), labels), below
+    def histogram(self, name: str, labels: Labels) -> Iterator[str]:
+        """Each bucket with all that are below it, the sum, and the count of all."""
+        below = 0.0
+        for bound in (*self.BUCKETS, math.inf):
+            below += self.counts.get((f"{name}_bucket", (*labels, ("le", f"{bound:g}"))), 0)
+            le = "+Inf" if bound == math.inf else f"{bound:g}"
+            yield sample(f"{name}_bucket", (*labels, ("le", le)), below)
+        yield sample(f"{name}_sum", labels, self.counts.get((f"{name}_sum", labels), 0))
+        yield sample(f"{name}_count", labels, below)
 
 
-def labels_text(labels: tuple[tuple[str, str], ...]) -> str:
+def sample(name: str, labels: Labels, value: float) -> str:
+    """One line. Whole numbers in full: a counter rounded to six digits would stand still."""
+    return f"{name}{labels_text(labels)} {int(value) if value == int(value) else value}\n"
+
+
+def labels_text(labels: Labels) -> str:
     def quoted(value: str) -> str:
         return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
@@ -8925,9 +8970,13 @@ def provider_health(state: State, provider: Provider) -> Json:
     """A provider's state word, its last outcomes, and when a resting or broken part of it is tried again."""
     now = time.monotonic()
     health = state.relay.health_of(provider.name)
-    breakers = {k: b for k, b in state.relay.breakers.items() if k[0] == provider.name}
-    open_now = [b for b in breakers.values() if b.state(now) != "closed"]
-    resting = [t - now for k, t in state.relay.cooling.items() if k[0] == provider.name and t > now]
+    keys = {key_id(key) for key in provider.api_key or ("",)}
+
+    def is_used(place: tuple[str, str, str]) -> bool:  # not so a key that the config no longer has
+        return place[0] == provider.name and (place[2] in keys or provider.passthrough)
+
+    open_now = [b for k, b in state.relay.breakers.items() if is_used(k) and b.state(now) != "closed"]
+    resting = [t - now for k, t in state.relay.cooling.items() if is_used(k) and t > now]
     waits = [max(b.open_until - now, 0) for b in open_now] + resting
     word = "disabled" if not provider.enabled else "unusable" if provider.problem else ""
     word = word or (open_now[0].state(now) if open_now else "cooling" if resting else "ok")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WAIT = 10.0  # seconds until an event that a test waits for counts as never coming
+WAIT = 30.0  # seconds until an event that a test waits for counts as never coming
 
 
 # Steps: what a behaviour is made of.
@@ -476,6 +476,20 @@ def slow_answer(before: float = 0.0, between: float = 0.0, pieces: Sequence[str]
             yield Send(chunked(block))
             yield Pause(between)
         yield Send(LAST_CHUNK)
+
+    return Behaviour(steps)
+
+
+def with_signs_of_life(after: int) -> Behaviour:
+    """A good stream that after `after` events sends nothing but pings or comments for 1.6 s."""
+
+    def steps(call: UpstreamCall) -> Iterable[Step]:
+        blocks = events_for(call)
+        yield Send(head(200, STREAM_HEAD) + b"".join(map(chunked, blocks[:after])))
+        for _ in range(4):
+            yield Pause(0.4)
+            yield Send(chunked(b": alive\n\n" if call.format == "openai" else sse_event({"type": "ping"})))
+        yield Send(b"".join(map(chunked, blocks[after:])) + LAST_CHUNK)
 
     return Behaviour(steps)
 

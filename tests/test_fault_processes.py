@@ -31,7 +31,7 @@ from proxy_harness import (
     message_body,
     until,
 )
-from test_fault_sequences import mixed_faults, plain_request
+from test_fault_sequences import hang_up, mixed_faults, plain_request
 from test_faults import PART, breaks_off, check_ledger, fails, full, stage
 
 BOTH = pytest.mark.parametrize("wire", ["anthropic", "openai"])
@@ -74,6 +74,15 @@ def when_text_comes(pieces: int = 3) -> tuple[asyncio.Event, Callable[[Reply], N
             came.set()
 
     return came, look
+
+
+async def test_a_served_client_that_leaves_closes_the_upstream(tmp_path: Path) -> None:
+    """What no later byte could tell: aiohttp's own default notices a hang-up only when it writes."""
+    async with served(tmp_path, fs.stall()) as (proxy, a):
+        await hang_up(proxy, a.called(1))
+        await a.cancelled(1)
+        await until(lambda: bool(proxy.books.requests()), "it was settled")
+    check_ledger(proxy, "0")
 
 
 # Signals.
@@ -130,6 +139,8 @@ async def test_a_draining_server_says_so_on_open_connections(tmp_path: Path) -> 
         await refuses_connections(proxy)
         async with session.get(f"{proxy.url}/health") as reply:
             assert reply.status == 503
+        async with session.post(f"{proxy.url}/v1/messages", json=message_body()) as reply:
+            assert (reply.status, reply.headers["retry-after"], a.count) == (529, "2", 1)
         a.open_gate()
         full()(await asked)
         assert await end(proxy) == 0
@@ -157,6 +168,7 @@ async def test_an_idle_server_ends_quickly_and_well(number: signal.Signals, tmp_
         assert await end(proxy, number) == 0
         assert time.monotonic() - began < 2
     assert b"Traceback" not in proxy.output
+    assert not (tmp_path / "ccmux.db-wal").exists()  # all of it is in the database itself
     check_ledger(proxy, "A")
 
 
@@ -183,6 +195,8 @@ async def test_after_a_crash_orphan_holds_become_interrupted_entries(
                 await came.wait()
                 await until(lambda: proxy.books.holds()[0]["floor_microusd"] > 0, "the floor was noted")
             tokens = await count_tokens(proxy)
+            if answered:  # nobody waits for the floor's way to the disk
+                await until(lambda: proxy.books.holds()[0]["floor_microusd"] > 0, "the floor is on disk")
             await end(proxy, signal.SIGKILL)
             assert (await asked).broken
             assert len(proxy.books.holds()) == 1

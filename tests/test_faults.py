@@ -15,7 +15,7 @@ from typing import Any
 import fault_server as fs
 import pytest
 from fault_server import Behaviour, FaultServer
-from proxy_harness import FULL, Proxy, Reply, ask, config_text, in_process, opens_gates
+from proxy_harness import FULL, Proxy, Reply, ask, config_text, in_process, opens_gates, soon_enough
 
 HELLO = "".join(fs.PIECES)
 Check = Callable[[Reply], None]
@@ -100,7 +100,7 @@ class Row:
     id: str
     a: tuple[Behaviour, ...] | Place
     sees: Check
-    calls: tuple[int, int]  # at A; least and most
+    calls: tuple[int, int]  # at A, least and most; of an address what ccmux counts
     ledger: str
     b: tuple[Behaviour, ...] | None = None
     calls_b: int = 0
@@ -112,10 +112,11 @@ class Row:
 
 
 B = (fs.answer(),)
-ONE_SECOND = {"first_byte_timeout": 1, "response_timeout": 1, "idle_timeout": 1}
-OPENAI = ("openai",)
+FIRST_BYTE, WHOLE, IDLE = {"first_byte_timeout": 1}, {"response_timeout": 1}, {"idle_timeout": 1}
+ANTHROPIC, OPENAI = ("anthropic",), ("openai",)
 
 LIMITED_30 = fs.status(429, [("retry-after", "30")])
+DOWN_10 = fs.status(503, [("retry-after", "10")])
 SPEND_LIMIT = fs.status(429, [("x-should-retry", "false")], message="spend limit reached")
 BAD_TOOL = fs.status(400, type="invalid_request_error", message="bad tool")
 TOO_LONG = "prompt is too long: 250000 tokens > 200000 maximum"
@@ -130,6 +131,7 @@ NO_ANSWERS = {
     "empty-json": fs.empty("application/json"),
     "not-http": NOT_HTTP,
     "huge-header": HUGE_HEADER,
+    "deep-json": fs.raw(200, [fs.JSON_TYPE], b"[" * 99_999),
 }
 NO_STATUSES = [(204, b""), (206, b"{}"), (300, b"{}"), (304, b""), (600, b'{"error": {}}'), (999, b"x")]
 ODD_BODIES = {
@@ -139,11 +141,11 @@ ODD_BODIES = {
     "null-error": b'{"error": null}',
     "deep": b"[" * 9999,
 }
-SILENCES = {
-    "no-headers": fs.stall(),
-    "partial-headers": fs.stall_in_headers(),
-    "headers-then-silence": fs.stall_after_headers(),
-    "start-then-silence": fs.cut_after(1, fs.Stall(), gate=False),
+SILENCES = {  # each with the only limit that ends it
+    "no-headers": (fs.stall(), FIRST_BYTE),
+    "partial-headers": (fs.stall_in_headers(), FIRST_BYTE),
+    "headers-then-silence": (fs.stall_after_headers(), FIRST_BYTE),
+    "start-then-silence": (fs.cut_after(1, fs.Stall(), gate=False), IDLE),
 }
 ENDINGS: dict[str, list[fs.Step]] = {
     "reset": [fs.Reset()],
@@ -160,7 +162,7 @@ def timed_out(reply: Reply) -> None:
     assert "message_stop" not in reply.kinds
 
 
-ONE, TWO, ONE_OR_TWO, NONE = (1, 1), (2, 2), (1, 2), (0, 0)
+ONE, TWO, ONE_OR_TWO = (1, 1), (2, 2), (1, 2)
 
 # fmt: off
 MATRIX = [
@@ -168,10 +170,12 @@ MATRIX = [
     Row("healthy-with-a-second-target", (fs.answer(),), full(), ONE, FULL_A, B, modes="sn"),
 
     # Before a status.
-    Row("refused", fs.refusing_address, fails(502, "api_error"), NONE, NOTHING, modes="sn", seconds=(0, 2)),
-    Row("refused-then-B", fs.refusing_address, full("B"), NONE, FULL_B, B, 1, modes="sn", seconds=(0, 0.5)),
-    Row("connect-timeout-then-B", fs.silent_address, full("B"), NONE, FULL_B, B, 1, modes="sn",
-        seconds=(0.9, 4), limits={"connect_timeout": 1, "max_retries": 0}),
+    Row("refused", fs.refusing_address, fails(502, "api_error"), TWO, NOTHING, modes="sn", seconds=(0, 2)),
+    Row("refused-then-B", fs.refusing_address, full("B"), ONE, FULL_B, B, 1, modes="sn", seconds=(0, 0.5)),
+    Row("connect-timeout-then-B", fs.silent_address, full("B"), ONE, FULL_B, B, 1, modes="sn",
+        seconds=(0.9, 2), limits={"connect_timeout": 1}),
+    Row("connect-timeout", fs.silent_address, fails(502, "api_error"), TWO, NOTHING, modes="sn",
+        seconds=(1.9, 4), limits={"connect_timeout": 1}),
     Row("reset-at-accept", (fs.reset_at_accept(),), fails(502, "api_error"), TWO, NOTHING, modes="sn"),
     Row("reset-before-status", (fs.reset_before_status(),), fails(502), TWO, NOTHING, modes="sn"),
     Row("close-before-status", (fs.close_before_status(),), fails(502), TWO, NOTHING, modes="sn"),
@@ -183,6 +187,10 @@ MATRIX = [
     Row("500-always", (fs.status(500),), fails(500, "api_error"), TWO, NOTHING, modes="sn"),
     Row("500-always-then-B", (fs.status(500),), full("B"), TWO, FULL_B, B, 1, modes="sn"),
     Row("503-always-then-B", (fs.status(503),), full("B"), TWO, FULL_B, B, 1),
+    Row("503-retry-after-10", (DOWN_10,), fails(503, retry_after=(10, 10)), ONE, NOTHING, modes="sn"),
+    Row("503-retry-after-10-then-B", (DOWN_10,), full("B"), ONE, FULL_B, B, 1),
+    Row("529-retry-after-10", (fs.status(529, [("retry-after", "10")]),), fails(529, retry_after=(10, 10)), ONE,
+        NOTHING),
     Row("408-once", (fs.status(408), fs.answer()), full(), TWO, FULL_A),
     Row("409-once", (fs.status(409), fs.answer()), full(), TWO, FULL_A),
     Row("529-always", (fs.status(529),), fails(529, "overloaded_error", retry_after=(1, 60)), TWO, NOTHING,
@@ -197,6 +205,8 @@ MATRIX = [
         modes="sn"),
     Row("400", (BAD_TOOL,), fails(400, says="bad tool"), ONE, NOTHING, B, modes="sn"),
     Row("400-prompt-too-long", (OVERFLOW,), fails(400, says=TOO_LONG), ONE, NOTHING, B, modes="sn"),
+    Row("400-no-key-in-the-text", (fs.status(400, message="bad key sk-test-key-of-A"),), fails(400, says="bad key"),
+        ONE, NOTHING, modes="sn"),
     Row("413", (fs.status(413, message="too large"),), fails(413), ONE, NOTHING, B, modes="sn"),
     Row("422", (fs.status(422, message="no"),), fails(422), ONE, NOTHING, B),
     *(Row(f"{code}-then-B", (fs.status(code),), full("B"), ONE, FULL_B, B, 1, modes="sn")
@@ -210,6 +220,12 @@ MATRIX = [
     *(Row(f"400-body-{name}", (fs.raw(400, [], body),), fails(400), ONE, NOTHING, modes="sn")
       for name, body in ODD_BODIES.items()),
 
+    # Several targets.
+    Row("last-error-is-told", (fs.status(500),), fails(503), TWO, NOTHING, (fs.status(503),), 2, modes="sn"),
+    Row("four-tries-in-all", (fs.status(500),), fails(503), (3, 3), NOTHING, (fs.status(503),), 1,
+        limits={"max_retries": 2}),
+    Row("429-spend-limit-then-B", (SPEND_LIMIT,), full("B"), ONE, FULL_B, B, 1),
+
     # A 200 that is none.
     *(Row(f"200-{name}-then-B", (behaviour,), full("B"), ONE_OR_TWO, FULL_B, B, 1, modes="sn")
       for name, behaviour in NO_ANSWERS.items()),
@@ -220,18 +236,29 @@ MATRIX = [
     Row("error-event-after-start-then-B", (fs.error_after_start(),), full("B"), ONE_OR_TWO, FULL_B, B, 1),
 
     # Silence.
-    *(Row(f"{name}-then-B", (behaviour,), full("B"), ONE, FULL_B, B, 1, seconds=(0.9, 3), limits=ONE_SECOND)
-      for name, behaviour in SILENCES.items()),
-    Row("no-headers", (fs.stall(),), fails(504, "timeout_error"), ONE, NOTHING, modes="sn",
-        seconds=(0.9, 3), limits=ONE_SECOND, log_error="timeout"),
+    *(Row(f"{name}-then-B", (behaviour,), full("B"), ONE, FULL_B, B, 1, seconds=(0.9, 3), limits=limits)
+      for name, (behaviour, limits) in SILENCES.items()),
+    *(Row(f"no-headers-{mode}", (fs.stall(),), fails(504, "timeout_error"), ONE, NOTHING, modes=mode,
+          formats=formats, seconds=(0.9, 3), limits=limits, log_error="timeout")
+      for mode, formats, limits in (("s", ANTHROPIC, FIRST_BYTE), ("n", ANTHROPIC, WHOLE),
+                                    ("sn", OPENAI, FIRST_BYTE))),
     Row("total-timeout", (fs.slow_answer(0, 0.25, ("x",) * 40),), timed_out, ONE, PART,
         seconds=(0.9, 3), limits={"total_timeout": 1}),
 
+    Row("total-timeout-in-back-off", (fs.status(429, [("retry-after", "4")]),), fails(504, "timeout_error"), ONE,
+        NOTHING, modes="sn", seconds=(0.9, 3), limits={"total_timeout": 1}),
+
     # After content.
-    *(Row(f"{name}-after-content", (fs.cut_after(5, *ending),), breaks_off(), ONE, PART, B, limits=ONE_SECOND)
+    *(Row(f"{name}-after-content", (fs.cut_after(5, *ending),), breaks_off(), ONE, PART, B, limits=IDLE)
       for name, ending in ENDINGS.items()),
     Row("error-event-midway", (fs.error_midway(),), breaks_off("overloaded_error"), ONE, PART, B),
     Row("broken-json-in-event-6", (fs.broken_json(6),), breaks_off(), ONE, PART, formats=OPENAI),
+
+    # Slow, but alive: what comes within the limit keeps it going, be it a ping or a comment.
+    Row("pings-before-content", (fs.with_signs_of_life(0),), full(), ONE, FULL_A, seconds=(1.5, 5),
+        limits=FIRST_BYTE | IDLE),
+    Row("pings-amid-content", (fs.with_signs_of_life(5),), full(), ONE, FULL_A, seconds=(1.5, 5),
+        limits=FIRST_BYTE | IDLE),
 
     # No faults: whatever way bytes arrive, the answer is the same.
     Row("one-byte-chunks", (fs.dripping(1),), full(), ONE, FULL_A),
@@ -269,16 +296,22 @@ async def stage(
 
 @pytest.mark.parametrize(("row", "mode", "wire"), CASES)
 async def test_fault_matrix(row: Row, mode: str, wire: str, tmp_path: Path) -> None:
-    async with stage(tmp_path, row.a, row.b, formats=wire, providers={"A": row.limits}) as (proxy, servers):
+    await soon_enough(lambda folder: play(row, mode, wire, folder), tmp_path, row.seconds[1])
+
+
+async def play(row: Row, mode: str, wire: str, folder: Path) -> float:
+    """One request against a row's upstreams, and all that must be true of it; the seconds it took."""
+    async with stage(folder, row.a, row.b, formats=wire, providers={"A": row.limits}) as (proxy, servers):
         reply = await ask(proxy, stream=mode == "s", on_data=opens_gates(servers))
         await proxy.idle()
     row.sees(reply)
+    (logged,) = proxy.books.requests()
     counts = [server.count for server in servers]
-    at_a = 0 if callable(row.a) else counts.pop(0)
+    at_a = logged["attempts"] - sum(counts) if callable(row.a) else counts.pop(0)
     assert row.calls[0] <= at_a <= row.calls[1]
     assert counts == ([] if row.b is None else [row.calls_b])
-    assert row.seconds[0] <= reply.seconds <= row.seconds[1]
+    assert logged["attempts"] == at_a + row.calls_b
+    assert row.seconds[0] <= reply.seconds
     check_ledger(proxy, row.ledger)
-    logged = proxy.books.requests()
-    assert len(logged) == 1
-    assert row.log_error in (None, logged[0]["error"])
+    assert row.log_error in (None, logged["error"])
+    return reply.seconds

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+
 import pytest
+from proxy_harness import config_text, message_body
 
 import ccmux
+
+
+def a_call() -> ccmux.Call:
+    route = ccmux.Route("m", "default", (), ())
+    return ccmux.Call("req_1", {}, b"", {}, route, ccmux.Config(), stream=False)
+
+
+def record(breaker: ccmux.Breaker, now: float, ok: bool) -> None:
+    """A try that took no time."""
+    breaker.record(a_call(), now, now, ok)
 
 
 def tripped(failures: int = 5) -> ccmux.Breaker:
     breaker = ccmux.Breaker()
     for second in range(failures):
-        breaker.record(float(second), False, False)
+        record(breaker, float(second), False)
     return breaker
 
 
@@ -30,44 +44,83 @@ def tripped(failures: int = 5) -> ccmux.Breaker:
 def test_breaker_opens(outcomes: list[bool], state: str) -> None:
     breaker = ccmux.Breaker()
     for second, ok in enumerate(outcomes):
-        breaker.record(float(second), ok, False)
+        record(breaker, float(second), ok)
     assert breaker.state(len(outcomes)) == state
 
 
 def test_breaker_forgets_after_a_minute() -> None:
     breaker = ccmux.Breaker()
     for second in range(0, 20, 2):
-        breaker.record(float(second), True, False)
+        record(breaker, float(second), True)
     for second in range(4):
-        breaker.record(100.0 + second, False, False)
+        record(breaker, 100.0 + second, False)
     assert breaker.state(104) == "closed"
     assert breaker.bad == 4
     assert len(breaker.recent) == 4
 
 
 def test_half_open_lets_exactly_one_probe_through() -> None:
-    breaker = tripped()
+    breaker, probe, other = tripped(), a_call(), a_call()
     assert not breaker.allows(5)
     later = breaker.open_until + 0.1
     assert breaker.state(later) == "half-open"
     assert breaker.allows(later)
-    assert breaker.begin(later)
+    breaker.begin(later, probe)
+    breaker.begin(later, other)
     assert not breaker.allows(later)
-    breaker.record(later, True, True)
+    breaker.leave(other)
+    record(breaker, later, False)
+    assert not breaker.allows(later) and breaker.interval == 10
+    breaker.record(probe, later, later, True)
     assert breaker.state(later) == "closed"
     assert breaker.allows(later)
 
 
-def test_open_interval_doubles_up_to_five_minutes() -> None:
+def test_a_probe_that_has_content_lets_the_others_through() -> None:
+    breaker, probe = tripped(), a_call()
+    later = breaker.open_until + 0.1
+    breaker.begin(later, probe)
+    probe.first_content = later
+    assert breaker.allows(later)
+    record(breaker, later, True)
+    assert breaker.state(later) == "closed"
+
+
+def test_a_breaker_that_closed_starts_anew() -> None:
+    breaker, probe = tripped(), a_call()
+    later = breaker.open_until + 0.1
+    breaker.begin(later, probe)
+    breaker.record(probe, later, later, True)
+    record(breaker, later, False)
+    for _ in range(8):
+        record(breaker, later, True)
+    assert breaker.state(later) == "closed" and (breaker.bad, len(breaker.recent)) == (1, 10)
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_tries_from_before_the_opening_change_nothing(ok: bool) -> None:
     breaker = tripped()
+    before = (breaker.interval, breaker.open_until, breaker.failures)
+    for _ in range(20):
+        breaker.record(a_call(), 3.9, 6.0, ok)
+    assert (breaker.interval, breaker.open_until, breaker.failures) == before
+
+
+def test_open_interval_doubles_up_to_five_minutes() -> None:
+    breaker, probe = tripped(), a_call()
     intervals = [breaker.interval]
     for _ in range(8):
         now = breaker.open_until + 1
-        assert breaker.begin(now)
-        breaker.record(now, False, True)
+        breaker.begin(now, probe)
+        breaker.record(probe, now, now, False)
         intervals.append(breaker.interval)
         assert abs(breaker.open_until - now - breaker.interval) <= 0.1 * breaker.interval
     assert intervals == [10, 20, 40, 80, 160, 300, 300, 300, 300]
+
+
+def test_breakers_that_open_together_are_not_tried_again_together() -> None:
+    ends = [tripped().open_until - 4 for _ in range(50)]
+    assert all(9 <= end <= 11 for end in ends) and max(ends) - min(ends) > 0.5
 
 
 def test_retry_budget_is_a_fifth_of_what_is_active_but_at_least_three() -> None:
@@ -79,6 +132,87 @@ def test_retry_budget_is_a_fifth_of_what_is_active_but_at_least_three() -> None:
     assert health.may_retry()
     health.retrying = 20
     assert not health.may_retry()
+
+
+def a_plan(tries: int = 1, slept: float = 0.0) -> tuple[ccmux.Plan, ccmux.Slot]:
+    """A plan after so many tries of its only target, which may have a lot; the slot of the last."""
+    text = config_text({"A": "http://127.0.0.1:1"}, providers={"A": {"max_retries": 9}})
+    config, body = ccmux.load_config(text, {}), message_body()
+    call = ccmux.Call("req_1", body, b"", {}, ccmux.choose_route(body, {}, config), config, stream=False)
+    plan = ccmux.Plan(ccmux.Relay(None, None, ccmux.Metrics()), call)  # type: ignore[arg-type]
+    slot = plan.next_slot()
+    assert plan.relay.ping_interval == 15
+    for _ in range(tries - 1):
+        plan.again = slot
+        plan.next_slot()
+    plan.slept = slept
+    return plan, slot
+
+
+def failure(status: int, retry_after: float | None = None) -> ccmux.ApiError:
+    error = ccmux.upstream_error(status, {})
+    error.retry_after = retry_after
+    return error
+
+
+@pytest.mark.parametrize(
+    ("tries", "status", "retry_after", "least", "most"),
+    [
+        pytest.param(1, 500, None, 0, 0.25, id="first"),
+        pytest.param(2, 500, None, 0, 0.5, id="second"),
+        pytest.param(3, 500, None, 0, 1, id="third"),
+        pytest.param(1, 500, 0.5, 0.5, 0.75, id="a 500 that says when"),
+        pytest.param(1, 429, 0.5, 0.5, 0.75, id="a limit that says when"),
+        pytest.param(1, 429, None, 1, 1.25, id="a limit that does not"),
+    ],
+)
+async def test_back_off_has_full_jitter(
+    tries: int, status: int, retry_after: float | None, least: float, most: float
+) -> None:
+    async def wait() -> float:
+        plan, slot = a_plan(tries)
+        assert await plan.goes_on(slot, failure(status, retry_after))
+        return plan.slept
+
+    waits = await asyncio.gather(*(wait() for _ in range(40)))
+    assert all(least <= wait <= most for wait in waits)
+    assert min(waits) < least + (most - least) / 3 and max(waits) > most - (most - least) / 3
+
+
+@pytest.mark.parametrize(
+    ("tries", "retry_after", "slept", "goes_on"),
+    [
+        pytest.param(3, 0.0, 0.0, True, id="the fourth try"),
+        pytest.param(4, 0.0, 0.0, False, id="no fifth try"),
+        pytest.param(1, 5.01, 0.0, False, id="a wait above five seconds"),
+        pytest.param(1, 0.5, 14.6, False, id="above 15 s of sleep in all"),
+        pytest.param(1, 0.0, 14.7, True, id="below 15 s of sleep in all"),
+    ],
+)
+async def test_how_long_a_request_goes_on(
+    tries: int, retry_after: float, slept: float, goes_on: bool
+) -> None:
+    plan, slot = a_plan(tries, slept)
+    assert await plan.goes_on(slot, failure(429, retry_after)) is goes_on
+    assert (plan.call.retries_at is not None) is goes_on
+
+
+@pytest.mark.parametrize(
+    ("status", "retry_after", "here", "elsewhere"),
+    [
+        pytest.param(429, None, 1, 0, id="a limit that does not say"),
+        pytest.param(429, 30.0, 30, 0, id="a limit that says"),
+        pytest.param(429, 0.0, 0, 0, id="a limit that is over"),
+        *(pytest.param(status, None, 300, 300, id=f"{status}") for status in (401, 402, 403)),
+        *(pytest.param(status, 30.0, 0, 0, id=f"{status}") for status in (400, 404, 500, 529)),
+    ],
+)
+def test_how_long_a_key_rests(status: int, retry_after: float | None, here: float, elsewhere: float) -> None:
+    """For the model that was asked for, and for others."""
+    plan, slot = a_plan()
+    plan.relay.cool(slot, failure(status, retry_after), 1000.0)
+    other = dataclasses.replace(slot, target=ccmux.Target("A", "another"))
+    assert (plan.relay.rests(slot, 1000.0), plan.relay.rests(other, 1000.0)) == (here, elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -129,15 +263,39 @@ def test_auth_styles(style: str, expected: dict[str, str]) -> None:
 
 def test_metrics_are_prometheus_text() -> None:
     metrics = ccmux.Metrics()
-    metrics.add("ccmux_requests_total", provider='a"b\n', status="200")
-    metrics.add("ccmux_requests_total", 2, provider='a"b\n', status="200")
-    metrics.observe("ccmux_first_token_seconds", 0.3)
-    text = metrics.render({"ccmux_requests_in_flight": 1})
-    assert 'ccmux_requests_total{provider="a\\"b\\n",status="200"} 3\n' in text
-    assert 'ccmux_first_token_seconds_bucket{le="0.25"} 0\n' in text
-    assert 'ccmux_first_token_seconds_bucket{le="0.5"} 1\n' in text
-    assert 'ccmux_first_token_seconds_bucket{le="+Inf"} 1\n' in text
-    assert text.endswith("ccmux_requests_in_flight 1\n")
+    metrics.add("ccmux_requests_total", provider='a"b\n\\', status="200")
+    metrics.add("ccmux_requests_total", 123_456_789, provider='a"b\n\\', status="200")
+    for seconds, provider in ((0.3, "a"), (7, "a"), (500, "a"), (0.1, "b")):
+        metrics.observe("ccmux_first_token_seconds", seconds, provider=provider)
+    gauges = {
+        "ccmux_requests_in_flight": 1,
+        'ccmux_breaker_state{key="a"}': 0,
+        'ccmux_breaker_state{key="b"}': 2,
+    }
+    lines = metrics.render(gauges).splitlines()
+    assert lines[:2] == [
+        "# TYPE ccmux_requests_total counter",
+        'ccmux_requests_total{provider="a\\"b\\n\\\\",status="200"} 123456790',
+    ]
+    assert lines[2] == "# TYPE ccmux_first_token_seconds histogram"
+    bounds = ["0.1", "0.25", "0.5", "1", "2.5", "5", "10", "30", "60", "120", "+Inf"]
+    for provider, first, below, total in (
+        ("a", 3, (0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3), "507.3"),
+        ("b", 16, (1,) * 11, "0.1"),
+    ):
+        assert lines[first : first + 13] == [
+            *(f'ccmux_first_token_seconds_bucket{{provider="{provider}",le="{le}"}} {count}'
+              for le, count in zip(bounds, below, strict=True)),
+            f'ccmux_first_token_seconds_sum{{provider="{provider}"}} {total}',
+            f'ccmux_first_token_seconds_count{{provider="{provider}"}} {below[-1]}',
+        ]  # fmt: skip
+    assert lines[29:] == [
+        "# TYPE ccmux_requests_in_flight gauge",
+        "ccmux_requests_in_flight 1",
+        "# TYPE ccmux_breaker_state gauge",
+        'ccmux_breaker_state{key="a"} 0',
+        'ccmux_breaker_state{key="b"} 2',
+    ]
 
 
 @pytest.mark.parametrize(
