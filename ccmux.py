@@ -8528,7 +8528,8 @@ class StreamSink:
         )
         self.began = False
         self.last = time.monotonic()
-        self.pinger = asyncio.create_task(self.ping_when_silent())
+        self.pinging: asyncio.Task[None] | None = None
+        self.timer = asyncio.get_running_loop().call_later(interval, self.look)
 
     async def begin(self, headers: Mapping[str, str]) -> None:
         if self.began:
@@ -8551,17 +8552,17 @@ class StreamSink:
         except ConnectionError:
             raise ClientGoneError from None
 
-    async def ping_when_silent(self) -> None:
-        """Keeps the client waiting.
+    def look(self) -> None:
+        """Pings after each interval of silence. What is written elsewhere is whole events, so a ping always fits."""
+        left = self.last + self.interval - time.monotonic()
+        if left <= 0 and (self.pinging is None or self.pinging.done()):
+            self.pinging = asyncio.create_task(self.send_ping())
+        self.timer = asyncio.get_running_loop().call_later(left if left > 0 else self.interval, self.look)
 
-        What is written elsewhere is whole events, so a ping always fits between.
-        """
-        while True:
-            await asyncio.sleep(max(self.last + self.interval - time.monotonic(), 0.01))
-            if time.monotonic() - self.last >= self.interval:
-                with contextlib.suppress(ClientGoneError):  # the exchange itself will notice
-                    await self.begin({})
-                    await self.write(self.ping)
+    async def send_ping(self) -> None:
+        with contextlib.suppress(ClientGoneError):  # the exchange itself will notice
+            await self.begin({})
+            await self.write(self.ping)
 
     async def finish(self, ending: bytes) -> web.StreamResponse:
         await self.write(ending)
@@ -8569,7 +8570,9 @@ class StreamSink:
         return self.response
 
     def close(self) -> None:
-        self.pinger.cancel()
+        self.timer.cancel()
+        if self.pinging:
+            self.pinging.cancel()
 
 
 class WholeSink:
