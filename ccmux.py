@@ -5572,14 +5572,25 @@ LARGEST_FACTOR = max(factor for _, factor in (*FACTORS_TO_46, *FACTORS_FROM_47))
 MOST_FRAMING = 1000  # tokens around a request's messages
 
 
-def is_surely_within(raw: bytes, limit: int) -> bool:
+def is_surely_within(raw: bytes, body: Json, limit: int) -> bool:
     """Whether a request's bytes are so few that it has at most `limit` tokens, which then needs no count.
 
     No token is shorter than a byte. Left aside are tool schemas that are nothing but commas, as they are counted with
     a space after each; images and documents have more tokens than their bytes tell.
     """
     fits = bool(raw) and len(raw) * LARGEST_FACTOR + MOST_FRAMING <= limit
-    return fits and b'"image' not in raw and b'"document"' not in raw
+    return fits and not any(holds_media(message.get("content")) for message in messages_of(body))
+
+
+def holds_media(content: Any, depth: int = 0) -> bool:
+    """Whether there may be an image or a document among content blocks, or inside a tool's result."""
+    for block in content if isinstance(content, list) else ():
+        if isinstance(block, dict) and (
+            block.get("type") in ("image", "image_url", "document")
+            or (block.get("content") and (depth == DEPTH or holds_media(block["content"], depth + 1)))
+        ):
+            return True
+    return False
 
 
 def items_of(body: Json) -> list[Item]:
@@ -8451,7 +8462,9 @@ async def plan_call(
     """Routes and counts a request. The count comes first only where the request may be a long one."""
     config = state.config
     headers = {k.lower(): v for k, v in request.headers.items()}
-    may_be_long = bool(config.router.long_context) and not is_surely_within(raw, config.smallest_limit())
+    may_be_long = bool(config.router.long_context) and not is_surely_within(
+        raw, body, config.smallest_limit()
+    )
     items = items_of(body) if may_be_long else None
     early = await state.counter.count(body, "", asked_model(body), items) if items else 0
     route = choose_route(body, headers, config, early)

@@ -459,25 +459,37 @@ dense = st.one_of(  # much to count in few bytes
 @settings(max_examples=100, deadline=None)
 @given(dense, st.sampled_from(["gpt-5", "gpt-4", "claude-sonnet-4-5", "claude-opus-4-7"]))
 def test_a_request_that_is_surely_within_a_limit_counts_no_more(body: Json, model: str) -> None:
-    assert not is_surely_within(compact(body), count(body, model) - 1)
+    assert not is_surely_within(compact(body), body, count(body, model) - 1)
+
+
+IMAGE = {"type": "image", "source": {"type": "url", "url": "https://a.test/a.png"}}
 
 
 @pytest.mark.parametrize(
-    ("raw", "limit", "within"),
+    ("content", "limit", "within"),
     [
-        pytest.param(
-            b'{"messages": "%s"}' % (b"a" * 113_000), 180_000, True, id="of Claude Code's usual size"
-        ),
-        pytest.param(
-            b'{"messages": "%s"}' % (b"a" * 125_000), 180_000, False, id="large enough to be counted"
-        ),
-        pytest.param(b'{"messages": "%s"}' % (b"a" * 1000), 2_000, False, id="near a small limit"),
-        pytest.param(b'{"type":"image"}', 180_000, False, id="an image is not counted by its bytes"),
-        pytest.param(b"", 180_000, False, id="bytes that are not at hand"),
+        pytest.param("a" * 113_000, 180_000, True, id="of Claude Code's usual size"),
+        pytest.param("a" * 125_000, 180_000, False, id="large enough to be counted"),
+        pytest.param("a" * 1000, 2_000, False, id="near a small limit"),
+        pytest.param([{"type": "text", "text": "image"}], 180_000, True, id="a text"),
+        pytest.param([IMAGE], 180_000, False, id="an image is not counted by its bytes"),
+        pytest.param([{"type": "tool_result", "content": [IMAGE]}], 180_000, False, id="an image of a tool"),
+        pytest.param([{"type": "document", "source": {}}], 180_000, False, id="a document"),
     ],
 )
-def test_whether_the_bytes_tell(raw: bytes, limit: int, within: bool) -> None:
-    assert is_surely_within(raw, limit) is within
+def test_whether_the_bytes_tell(content: Any, limit: int, within: bool) -> None:
+    assert is_surely_within(compact(user(content)), user(content), limit) is within
+
+
+def test_bytes_that_are_not_at_hand_tell_nothing() -> None:
+    assert not is_surely_within(b"", user("short"), 180_000)
+
+
+def test_content_nested_too_deeply_to_look_at_is_counted() -> None:
+    content: Any = "text"
+    for _ in range(400):
+        content = [{"type": "tool_result", "content": content}]
+    assert not is_surely_within(compact(user(content)), user(content), 180_000)
 
 
 @given(st.text(alphabet="ab \n", max_size=50).map(lambda text: text * 9000))
