@@ -6261,7 +6261,7 @@ class Store:
     def connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
-        db.execute("pragma journal_mode = wal")
+        use_wal(db)
         db.execute("pragma synchronous = full")
         db.execute("pragma wal_autocheckpoint = 4000")  # pages: a page written often is copied back once
         db.execute("pragma foreign_keys = on")
@@ -6539,6 +6539,8 @@ class Store:
 
     def authenticate(self, key: str) -> User | None:
         """The user a key belongs to. Looked up by hash, so no time tells how much of a key was right."""
+        if not KEY_FORM.fullmatch(key):
+            return None
         row = self.reader.execute(
             "select u.* from keys k join users u on u.id = k.user_id where k.hash = ?", (key_hash(key),)
         ).fetchone()
@@ -6805,6 +6807,19 @@ REPORT_KEYS = {
 }  # fmt: skip
 
 
+def use_wal(db: sqlite3.Connection) -> None:
+    """Write-ahead logging. SQLite itself does not wait where another process is switching a new file to it."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            db.execute("pragma journal_mode = wal")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
+
+
 class Waiter:
     """The part of a future that a thread waits on instead of a loop."""
 
@@ -6889,6 +6904,9 @@ def lock(path: str) -> typing.IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+KEY_FORM = re.compile(r"ccmux-[A-Za-z0-9_-]{32}")  # other texts need no look-up
 
 
 def new_key() -> str:
