@@ -3,7 +3,7 @@
     python tests/bench_store.py [--seconds 3] [--at-once 50] [--rows 0] [folder]
 
 The database is a real file in `folder` (default: a temporary one); each pair is a hold that is waited for and a
-settlement that is waited for, both committed with synchronous = full. --rows fills the request log first.
+settlement that is waited for, only the latter synced to the disk. --rows fills the request log first.
 """
 
 from __future__ import annotations

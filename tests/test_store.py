@@ -235,6 +235,28 @@ async def test_five_hundred_debits_at_once(tmp_path: Path) -> None:
         assert store.sums_problem() == ""
 
 
+async def test_what_moves_money_is_synced_to_the_disk_and_a_hold_is_not(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 1000)
+        modes: list[int] = []
+
+        def note(statement: str) -> None:
+            if statement.startswith("COMMIT") or statement == "commit":
+                modes.append(mode[0])
+            elif statement.startswith("pragma synchronous"):
+                mode[0] = {"normal": 1, "full": 2}[statement.rpartition(" ")[2]]
+
+        mode = [store.db.execute("pragma synchronous").fetchone()[0]]
+        store.db.set_trace_callback(note)
+        hold = await store.hold(user.id, "r1", 100, enforce=True, max_concurrent=8)
+        store.answered(hold, 5)
+        await store.settle(hold, settlement("r1"))
+        store.credit("ann", 5)
+        store.db.set_trace_callback(None)
+        assert (modes[0], modes[-2:]) == (1, [2, 2])
+        assert store.db.execute("pragma synchronous").fetchone()[0] == 2
+
+
 async def test_a_refused_hold_does_not_undo_its_neighbours() -> None:
     async with server_store(":memory:") as store:
         rich, _ = store.add_user("rich", 10**6)
