@@ -4898,7 +4898,6 @@ class AnthropicWhole:
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
-        self.size = 0
         self.usage: Usage | None = None
         self.usage_broken = False
         self.stop_reason = ""
@@ -4909,11 +4908,6 @@ class AnthropicWhole:
 
     def feed(self, data: bytes) -> bytes:
         self.parts.append(data)
-        self.size += len(data)
-        if self.size > MAX_ANSWER:
-            self.error = ApiError(
-                502, f"the provider's answer is larger than {MAX_ANSWER} bytes", cause="stream"
-            )
         return b""
 
     def finish(self) -> bytes:
@@ -5020,9 +5014,6 @@ def chat_passed_on(given: Json, to: Upstream) -> Json:
     if out["stream"] and to.quirks.stream_options:
         out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}
     return without(out | to.quirks.extra_body, to)
-
-
-MAX_ANSWER = 64 * 2**20
 
 
 # The demo provider: an answer made in this process, so that the first request works before anyone has a key.
@@ -6989,6 +6980,7 @@ MAX_SLEEP = 15.0  # seconds of back-off of one client request
 SHORT_WAIT = 5.0  # a retry-after up to this is waited for on the same target
 KEY_COOLING = 300.0  # seconds that a refused key rests
 MAX_ERROR_BODY = 2**20
+MAX_ANSWER = 64 * 2**20  # bytes of an answer that the client gets as a whole
 RATE_WAIT = 1.0  # a 429 that does not say how long
 
 
@@ -7169,7 +7161,7 @@ class Slot:
 
     target: Target
     provider: Provider
-    key: str
+    key: str = field(repr=False)
 
     @property
     def id(self) -> tuple[str, str, str]:
@@ -7287,6 +7279,7 @@ class Relay:
         health, breaker = self.health_of(slot.provider.name), self.breakers.setdefault(slot.id, Breaker())
         began = time.monotonic()
         health.active += 1
+        call.target = slot.target
         call.tries += 1
         call.first_content = 0.0
         breaker.begin(began, call)
@@ -7436,7 +7429,9 @@ class Relay:
             headers=request.headers,
             allow_redirects=False,
             proxy=provider.proxy or environment_proxy(provider.base_url),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=provider.connect_timeout),
+            timeout=aiohttp.ClientTimeout(
+                total=None, connect=provider.connect_timeout
+            ),  # the look-up of its name too
             trace_request_ctx=reused,
         )
 
@@ -7491,16 +7486,19 @@ class Relay:
         Until its first content nothing goes out, and a fault is one that another try may mend.
         """
         idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
-        held = b""
+        held, size = b"", 0
         while not reader.ended and reader.error is None:
             data = await response.content.readany()
+            size += len(data)
+            if size > MAX_ANSWER and not call.stream:
+                words = f"the answer of provider {slot.provider.name} is larger than {MAX_ANSWER} bytes"
+                raise ApiError(502, words, retry=Retry.NEXT, cause="stream")
             out = reader.feed(data) if data else reader.finish()
             if call.on_raw:
                 call.on_raw("upstream_answer", data)
                 call.on_raw("events", out + reader.ending)
             if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
                 call.first_content = time.monotonic()
-                call.target = slot.target
                 call.end_retry()
                 if call.stream and call.raw:
                     call.body = {}  # takes five times its bytes, and there will be no other try
@@ -7527,7 +7525,7 @@ class Relay:
         out = AnthropicStream("", "", Usage())
         to = self.upstream_of(call, slot)
         call.reader = reader = Translation(AnthropicEvents(out, {}, to), out, client_format(call))
-        call.target, call.first_content = slot.target, time.monotonic()
+        call.first_content = time.monotonic()
         await sink.begin({})
         for event in events:
             await sink.write(reader.feed(encode_event(event)))

@@ -1014,9 +1014,14 @@ async def test_an_event_of_a_megabyte_passes(wire: str, tmp_path: Path) -> None:
         assert (await ask(proxy)).text == (await ask(proxy, stream=False)).text == "x" * 2**20
 
 
-async def test_an_answer_above_64_mb_is_refused(tmp_path: Path) -> None:
-    async with stage(tmp_path, (fs.answer(pieces=["x" * 65 * 2**20]),)) as (proxy, _):
+@BOTH
+async def test_a_whole_answer_above_64_mb_is_refused(wire: str, tmp_path: Path) -> None:
+    large = fs.answer(pieces=["x" * 2**20] * 65)
+    async with stage(tmp_path, (large,), formats=wire) as (proxy, _):
         fails(502, says="larger than")(await ask(proxy, stream=False))
+    (tmp_path / "again").mkdir()
+    async with stage(tmp_path / "again", (large,), (fs.answer(),), formats=wire) as (proxy, _):
+        full("B")(await ask(proxy, stream=False))
 
 
 async def test_slow_readers_cost_little_memory(tmp_path: Path) -> None:
