@@ -7491,8 +7491,7 @@ class Relay:
             data = await response.content.readany()
             size += len(data)
             if size > MAX_ANSWER and not call.stream:
-                words = f"the answer of provider {slot.provider.name} is larger than {MAX_ANSWER} bytes"
-                raise ApiError(502, words, retry=Retry.NEXT, cause="stream")
+                raise too_large(slot)
             out = reader.feed(data) if data else reader.finish()
             if call.on_raw:
                 call.on_raw("upstream_answer", data)
@@ -7605,6 +7604,11 @@ def UPSTREAM_FAULTS() -> tuple[type[Exception], ...]:  # noqa: N802
     A TimeoutError is an OSError. A function, because --help works before aiohttp is installed.
     """
     return (aiohttp.ClientError, OSError, ssl.SSLError, ValueError, RecursionError)
+
+
+def too_large(slot: Slot) -> ApiError:
+    words = f"the answer of provider {slot.provider.name} is larger than {MAX_ANSWER} bytes"
+    return ApiError(502, words, retry=Retry.NEXT, cause="stream")
 
 
 def forget_oldest(kept: dict[Any, Any]) -> None:
