@@ -7481,10 +7481,7 @@ class Relay:
         sink: Sink,
         watch: Watch,
     ) -> None:
-        """Relays an answer.
-
-        Until its first content nothing goes out, and a fault is one that another try may mend.
-        """
+        """Relays an answer. Until its first content nothing goes out, and another try may mend a fault."""
         idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
         held, size = b"", 0
         while not reader.ended and reader.error is None:
