@@ -277,7 +277,6 @@ import base64
 import concurrent.futures
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import difflib
 import email.utils
@@ -11722,7 +11721,7 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
         server = await listen(runner, config)
         port = server.sockets[0].getsockname()[1]
         print(start_text(config, port, state.admin_token), flush=True)
-        settle_memory()
+        calm_collector()
         await until_stopped(state, args, server, stop)
     finally:
         await runner.cleanup()
@@ -11731,19 +11730,14 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
         store.close()
 
 
-def settle_memory() -> None:
-    """Fewer garbage collections, and what starting took given back.
+def calm_collector() -> None:
+    """Fewer garbage collections: a parsed request is thousands of objects that are freed by count, not by cycles.
 
-    A parsed request is thousands of objects that are freed by count, not by cycles: with Python's defaults a tenth of
-    its CPU went into collections. Compiling this file takes 27 MB, which only glibc's malloc_trim returns.
+    With Python's defaults a tenth of a request's CPU went there.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-    with contextlib.suppress(
-        AttributeError, OSError, TypeError
-    ):  # another C library, or none to be had by name
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 async def listen(runner: web.AppRunner, config: Config) -> asyncio.Server:
