@@ -4,7 +4,8 @@
 
 Mock upstream, gateway and load generator are processes of their own; with two cores or more the gateway has
 one for itself. Each cell is measured straight to the mock and then through the gateway, in turn, so that the
-machine's mood is in both figures: `added_ms` is the difference of the two medians of a round.
+machine's mood is in both figures: `added_ms` is the difference of the two medians of a round. A round measures all
+gateways in turn, and a ratio is the median over the rounds of what the two came to in the same one.
 """
 
 from __future__ import annotations
@@ -402,31 +403,23 @@ def lags(records: list[Record]) -> list[float]:
 # The cells.
 
 
-async def measure(gateway: Gateway, direct: Gateway, args: argparse.Namespace) -> dict[str, float]:
-    """All figures of one gateway; each is the median of the rounds."""
-    cells: dict[str, list[float]] = {}
-
-    def note(name: str, value: float) -> None:
-        cells.setdefault(name, []).append(value)
-
-    await load(gateway, gateway.request("whole", False), 2, 20, 5)  # warm
-    for _ in range(args.rounds):
-        base = await load(direct, direct.request("whole", False), 1, 300, args.seconds)
-        records = await load(gateway, gateway.request("whole", False), 1, 300, args.seconds)
-        note("added_ms", (median_time(records) - median_time(base)) * 1000)
-        before, began = gateway.cpu(), time.perf_counter()
-        records = await load(gateway, gateway.request("whole", False), 32, 3000, args.seconds)
-        note("requests_s", len(records) / (time.perf_counter() - began))
-        note("cpu_ms", (gateway.cpu() - before) * 1000 / len(records))
-        before, began = gateway.cpu(), time.perf_counter()
-        records = await load(gateway, gateway.request("burst", True), 32, 1500, args.seconds)
-        note("events_s", len(records) * EVENTS / (time.perf_counter() - began))
-        before = gateway.cpu()
-        records = await load(gateway, gateway.request("paced", True), 100, 100, 30, stagger=0.01)
-        note("cpu_us_event", (gateway.cpu() - before) * 1e6 / (len(records) * PACED))
-        note("lag_p99_ms", percentile(lags(records), 0.99) * 1000)
-    out = {name: statistics.median(values) for name, values in cells.items()}
-    return {**out, "rss_max_mb": gateway.rss("VmHWM"), "start_s": gateway.start_s}
+async def measure(gateway: Gateway, direct: Gateway, seconds: float) -> dict[str, float]:
+    """All figures of one gateway in one round."""
+    base = await load(direct, direct.request("whole", False), 1, 300, seconds)
+    records = await load(gateway, gateway.request("whole", False), 1, 300, seconds)
+    out = {"added_ms": (median_time(records) - median_time(base)) * 1000}
+    before, began = gateway.cpu(), time.perf_counter()
+    records = await load(gateway, gateway.request("whole", False), 32, 3000, seconds)
+    out["requests_s"] = len(records) / (time.perf_counter() - began)
+    out["cpu_ms"] = (gateway.cpu() - before) * 1000 / len(records)
+    began = time.perf_counter()
+    records = await load(gateway, gateway.request("burst", True), 32, 1500, seconds)
+    out["events_s"] = len(records) * EVENTS / (time.perf_counter() - began)
+    before = gateway.cpu()
+    records = await load(gateway, gateway.request("paced", True), 100, 100, 30, stagger=0.01)
+    out["cpu_us_event"] = (gateway.cpu() - before) * 1e6 / (len(records) * PACED)
+    out["lag_p99_ms"] = percentile(lags(records), 0.99) * 1000
+    return out
 
 
 def median_time(records: list[Record]) -> float:
@@ -444,11 +437,12 @@ async def growth(gateway: Gateway) -> float:
 
 async def lag_beside_large(gateway: Gateway) -> float:
     """p99 lag in ms of 20 paced streams while 1 MB requests arrive, each with new text to count."""
+    request = gateway.request("whole", False, 1_000_000)
+    large = [request.replace(b"function", b"fun%05d" % number) for number in range(10)]
     streams = asyncio.create_task(load(gateway, gateway.request("paced", True), 20, 20, 30, stagger=0.01))
     connection = await gateway.connect()
-    for number in range(10):
-        request = gateway.request("whole", False, 1_000_000)
-        await connection.send(request.replace(b"function", b"fun%05d" % number))
+    for each in large:
+        await connection.send(each)
         await asyncio.sleep(0.2)
     connection.transport.close()
     return percentile(lags(await streams), 0.99) * 1000
@@ -474,7 +468,7 @@ async def started(gateway: Gateway, cpu: int | None, environment: dict[str, str]
 
 
 def stop(gateway: Gateway) -> None:
-    if gateway.process:
+    if gateway.process and gateway.process.poll() is None:
         gateway.process.send_signal(signal.SIGTERM)
         gateway.process.wait(10)
 
@@ -538,11 +532,15 @@ ABSOLUTE = {
 }
 
 
-def judge(name: str, figures: dict[str, float], floor: dict[str, float]) -> list[str]:
-    """A line per goal: the figure, its ratio to the floor, whether it is reached. A negative goal is a least."""
+def judge(name: str, rounds: dict[str, list[dict[str, float]]], figures: dict[str, float]) -> list[str]:
+    """A line per goal: the figure, its ratio to the floor of the same round, whether it is reached.
+
+    A negative goal is a least.
+    """
     lines = []
     for figure, goal in GOALS.get(name, {}).items():
-        ratio = figures[figure] / floor[figure]
+        pairs = zip(rounds[name], rounds["floor"], strict=True)
+        ratio = statistics.median(own[figure] / floor[figure] for own, floor in pairs)
         good = ratio >= -goal if goal < 0 else ratio <= goal
         lines.append(
             f"{name:10} {figure:13} {figures[figure]:10.2f}  {ratio:5.2f}x  goal {abs(goal)}x  {'ok' if good else 'MISSED'}"
@@ -555,45 +553,80 @@ def judge(name: str, figures: dict[str, float], floor: dict[str, float]) -> list
     return lines
 
 
-async def run(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+def gateways_of(args: argparse.Namespace, folder: Path, upstream: str) -> list[Gateway]:
+    """The floor, and a ccmux of its own, with a database of its own, for each format."""
+    port = free_port()
+    gateways = [Gateway("floor", port, "MODEL", [sys.executable, __file__, "--floor", str(port), upstream])]
+    for name in args.only.split(","):
+        home, port = folder / name, free_port()
+        home.mkdir()
+        command = [sys.executable, str(CCMUX), "--config", str(config_of(home, port, upstream))]
+        gateways.append(Gateway(name, port, f"{name}-MODEL", command))
+    return gateways
+
+
+async def run(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, float]]]:
+    """The figures of each gateway, a row a round; a round measures all gateways in turn."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     own, theirs = (cores[0], cores[1]) if len(cores) > 1 else (None, None)
     if own is not None:
         os.sched_setaffinity(0, {own})
-    mock_port, floor_port, port = free_port(), free_port(), free_port()
-    upstream = f"http://127.0.0.1:{mock_port}"
-    mock = Gateway("direct", mock_port, "MODEL", [sys.executable, __file__, "--mock", str(mock_port)])
-    floor = Gateway(
-        "floor", floor_port, "MODEL", [sys.executable, __file__, "--floor", str(floor_port), upstream]
-    )
-    start = [sys.executable, str(CCMUX), "--config", str(config_of(folder, port, upstream))]
-    gateways = [floor, *(Gateway(n, port, f"{n}-MODEL", start) for n in args.only.split(","))]
+    port = free_port()
+    mock = Gateway("direct", port, "MODEL", [sys.executable, __file__, "--mock", str(port)])
+    gateways = gateways_of(args, folder, f"http://127.0.0.1:{port}")
     environment = {**os.environ, "HOME": str(folder)}
-    results: dict[str, dict[str, float]] = {}
-    await started(mock, own, environment)
+    rounds: dict[str, list[dict[str, float]]] = {gateway.name: [] for gateway in gateways}
     try:
+        for gateway in (mock, *gateways):
+            await started(gateway, own if gateway is mock else theirs, environment)
+        idle = {gateway.name: gateway.rss() for gateway in gateways}
         for gateway in gateways:
-            await started(gateway, theirs, environment)
-            idle = gateway.rss()
-            try:
-                results[gateway.name] = {**await measure(gateway, mock, args), "rss_idle_mb": idle}
-                if gateway is not floor:
-                    results[gateway.name]["growth_10x"] = await growth(gateway)
-                    results[gateway.name]["lag_beside_1mb_ms"] = await lag_beside_large(gateway)
-            finally:
-                stop(gateway)
+            await load(gateway, gateway.request("whole", False), 2, 20, 5)  # warm
+        for _ in range(args.rounds):
+            for gateway in gateways:
+                rounds[gateway.name].append(await measure(gateway, mock, args.seconds))
+        for gateway in gateways:
+            last = rounds[gateway.name][-1]
+            last |= {"rss_idle_mb": idle[gateway.name], "rss_max_mb": gateway.rss("VmHWM")}
+            last["start_s"] = gateway.start_s
+            if gateway.name != "floor":
+                last["growth_10x"] = await growth(gateway)
+                last["lag_beside_1mb_ms"] = await lag_beside_large(gateway)
         if args.history:
-            fill_history(folder / "ccmux.db")
-            aged = gateways[-1]
-            await started(aged, theirs, environment)
-            try:
-                figures = await measure(aged, mock, args)
-                results[aged.name]["added_ms_after_1m_rows"] = figures["added_ms"]
-            finally:
-                stop(aged)
+            await measure_history(gateways[-1], rounds, args, folder, theirs, environment)
     finally:
-        stop(mock)
-    return results
+        for gateway in (*gateways, mock):
+            stop(gateway)
+    return rounds
+
+
+async def measure_history(
+    gateway: Gateway,
+    rounds: dict[str, list[dict[str, float]]],
+    args: argparse.Namespace,
+    folder: Path,
+    cpu: int | None,
+    environment: dict[str, str],
+) -> None:
+    """What a long life adds to a lone request: the server started anew, before and after it."""
+    request = gateway.request("whole", False)
+    times: list[float] = []
+    for is_old in (False, True):
+        stop(gateway)
+        if is_old:
+            fill_history(folder / gateway.name / "ccmux.db")
+        await started(gateway, cpu, environment)
+        await load(gateway, request, 2, 20, 5)
+        found = [median_time(await load(gateway, request, 1, 300, args.seconds)) for _ in range(args.rounds)]
+        times.append(statistics.median(found))
+    rounds[gateway.name][-1]["history_p50_change_percent"] = (times[1] / times[0] - 1) * 100
+
+
+def medians(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {f: statistics.median(row[f] for row in rows if f in row) for f in rows[-1]}
+        for name, rows in rounds.items()
+    }
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -625,12 +658,13 @@ def main() -> None:
         serve_floor(int(args.floor[0]), args.floor[1])
     else:
         with tempfile.TemporaryDirectory() as folder:
-            results = asyncio.run(run(args, Path(folder)))
+            rounds = asyncio.run(run(args, Path(folder)))
+        results = medians(rounds)
         print(table(results))
         for name in args.only.split(","):
-            print("\n".join(judge(name, results[name], results["floor"])))
+            print("\n".join(judge(name, rounds, results[name])))
         if args.out:
-            Path(args.out).write_text(json.dumps(results, indent=2))
+            Path(args.out).write_text(json.dumps(rounds, indent=2))
 
 
 if __name__ == "__main__":
