@@ -10219,7 +10219,7 @@ function short(n) {
 }
 function usd(micro) {
   if (micro === null || micro === undefined) return "–";
-  const dollars = micro / 1e6, tiny = dollars !== 0 && Math.abs(dollars) < 0.1;
+  const dollars = micro / 1e6 || 0, tiny = dollars !== 0 && Math.abs(dollars) < 0.1;
   return dollars.toLocaleString("en-US", { style: "currency", currency: "USD", minimumFractionDigits: 2,
     maximumFractionDigits: tiny ? 6 : 2 });
 }
@@ -10837,6 +10837,7 @@ function stateBadge(name) {
   const health = S.providers[name] || { state: "unusable", outcomes: [] };
   if (refusesKey(health) && !["disabled", "unusable"].includes(health.state)) return badge("bad", "refuses its key");
   if (health.state === "ok" && !health.outcomes.length) return badge("", "not used yet");
+  if (health.state === "ok" && !health.outcomes.at(-1).ok) return badge("warn", "failed last time");
   return badge(STATES[health.state] ?? "warn", WORDS[health.state] || health.state);
 }
 function problems(broke) {

@@ -520,6 +520,21 @@ async def test_a_provider_that_refuses_its_key_is_told_apart(browser: Browser, t
 
 
 @needs_browser
+async def test_a_provider_whose_last_try_failed_is_not_called_working(
+    browser: Browser, tmp_path: Path
+) -> None:
+    async with (
+        AnthropicFake(lambda turn: Answer(status=500, error="out of order")) as fake,
+        in_process(tmp_path, config_of(fake)) as proxy,
+    ):
+        assert await ask(proxy, "tiny") == 500
+        async with opened(browser, admin_url(proxy)) as page:
+            await expect(page.locator("main")).to_contain_text("failed last time")
+        async with opened(browser, proxy.url) as page:
+            await expect(page.locator(".tiles")).to_contain_text("Spent in all$0.00")
+
+
+@needs_browser
 async def test_only_the_quirks_that_are_chosen_are_written(browser: Browser, tmp_path: Path) -> None:
     async with in_process(tmp_path, "") as proxy, opened(browser, admin_url(proxy)) as page:
         await tab(page, "providers")
