@@ -11707,15 +11707,7 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
     store.open_server()
     state = await make_state(config, store, admin_token_of(config), counts_apart=True)
     state.counter.restore(store.load_calibration())
-    runner = web.AppRunner(
-        make_app(state),
-        handler_cancellation=True,
-        access_log=None,
-        keepalive_timeout=75,
-        shutdown_timeout=0.1,
-        max_line_size=16384,
-        max_field_size=32768,
-    )
+    runner = runner_of(state)
     await runner.setup()
     try:
         stop = stop_on_signals()  # before the start-up text: whoever has read it may send one
@@ -11729,6 +11721,19 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
         await close_state(state)
         store.save_calibration(state.counter.export())
         store.close()
+
+
+def runner_of(state: State) -> web.AppRunner:
+    """The web server, not yet set up. Without `handler_cancellation` a client that hangs up is not noticed in time."""
+    return web.AppRunner(
+        make_app(state),
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=75,
+        shutdown_timeout=0.1,
+        max_line_size=16384,
+        max_field_size=32768,
+    )
 
 
 def calm_collector() -> None:

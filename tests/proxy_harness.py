@@ -153,15 +153,7 @@ async def in_process(folder: Path, text: str) -> AsyncIterator[Proxy]:
     store = ccmux.Store(str(folder / "ccmux.db"))
     store.open_server()
     state = await ccmux.make_state(ccmux.load_config(text, os.environ, str(file)), store, ADMIN_TOKEN)
-    runner = web.AppRunner(
-        ccmux.make_app(state),
-        handler_cancellation=True,
-        access_log=None,
-        keepalive_timeout=75,
-        shutdown_timeout=0.1,
-        max_line_size=16384,
-        max_field_size=32768,
-    )
+    runner = ccmux.runner_of(state)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
