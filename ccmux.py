@@ -482,9 +482,18 @@ def _finite(text: str) -> float:
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
 
 
+_COMPACT = json.JSONEncoder(separators=(",", ":"))
+_READABLE = json.JSONEncoder(ensure_ascii=False)
+
+
 def compact(value: Any) -> bytes:
     """JSON as bytes without spaces; escapes beyond ASCII, which is what keeps lone surrogates harmless."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _COMPACT.encode(value).encode()
+
+
+def readable(value: Any) -> str:
+    """JSON for a model to read: with spaces, and no escapes beyond those JSON must have."""
+    return _READABLE.encode(value)
 
 
 def blocks_of(content: Any) -> list[Json]:
@@ -1662,7 +1671,7 @@ def emit_text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigError("a text with half a surrogate pair cannot be written to the config file") from None
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return readable(text).replace("\x7f", "\\u007f")
 
 
 class StaleError(ConfigError):
@@ -2896,7 +2905,7 @@ NO_RESULT = "No result was recorded for this call."
 def tool_arguments(block: Json) -> str:
     """A tool call's input as JSON text; null or a value that is no object becomes {}."""
     given = block.get("input")
-    return json.dumps(given if isinstance(given, dict) else {}, ensure_ascii=False)
+    return readable(given if isinstance(given, dict) else {})
 
 
 def result_parts(block: Json | None) -> tuple[str, list[Json]]:
@@ -2930,7 +2939,7 @@ def block_text(block: Json) -> str:
     if kind == "web_search_tool_result":
         found = [r for r in blocks_of(block.get("content")) if r.get("url")]
         return "\n".join(f"[{r.get('title') or ''}]({r['url']})" for r in found)
-    return json.dumps(block, ensure_ascii=False)
+    return readable(block)
 
 
 def document_text(block: Json) -> str:
@@ -5748,7 +5757,7 @@ def offered_tools(body: Json) -> list[Json]:
 
 def claude_tools(tools: list[Json]) -> str:
     kept = ("name", "description", "input_schema")
-    return "".join(json.dumps({k: t.get(k) for k in kept}, ensure_ascii=False) for t in tools)
+    return "".join(readable({k: t.get(k) for k in kept}) for t in tools)
 
 
 def openai_namespace(tools: list[Json]) -> str:
@@ -5787,7 +5796,7 @@ def typescript_type(schema: Json, indent: int) -> str:
     if kind == "object":
         return f"{{\n{typescript_members(schema, indent + 2)}\n}}"
     if values := as_list(schema.get("enum")):
-        return " | ".join(json.dumps(value, ensure_ascii=False) for value in values)
+        return " | ".join(readable(value) for value in values)
     return "number" if kind == "integer" else kind
 
 
