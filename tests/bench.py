@@ -553,15 +553,20 @@ def judge(name: str, rounds: dict[str, list[dict[str, float]]], figures: dict[st
     return lines
 
 
+def ccmux_gateway(name: str, model: str, folder: Path, upstream: str) -> Gateway:
+    """A ccmux with a config and a database of its own."""
+    home, port = folder / name, free_port()
+    home.mkdir()
+    command = [sys.executable, str(CCMUX), "--config", str(config_of(home, port, upstream))]
+    return Gateway(name, port, model, command)
+
+
 def gateways_of(args: argparse.Namespace, folder: Path, upstream: str) -> list[Gateway]:
-    """The floor, and a ccmux of its own, with a database of its own, for each format."""
+    """The floor, and a ccmux for each format."""
     port = free_port()
     gateways = [Gateway("floor", port, "MODEL", [sys.executable, __file__, "--floor", str(port), upstream])]
     for name in args.only.split(","):
-        home, port = folder / name, free_port()
-        home.mkdir()
-        command = [sys.executable, str(CCMUX), "--config", str(config_of(home, port, upstream))]
-        gateways.append(Gateway(name, port, f"{name}-MODEL", command))
+        gateways.append(ccmux_gateway(name, f"{name}-MODEL", folder, upstream))
     return gateways
 
 
@@ -593,33 +598,30 @@ async def run(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str
                 last["growth_10x"] = await growth(gateway)
                 last["lag_beside_1mb_ms"] = await lag_beside_large(gateway)
         if args.history:
-            await measure_history(gateways[-1], rounds, args, folder, theirs, environment)
+            young = gateways[-1]
+            old = ccmux_gateway("aged", young.model, folder, f"http://127.0.0.1:{port}")
+            gateways.append(old)
+            await started(old, theirs, environment)  # it makes its database
+            stop(old)
+            fill_history(folder / old.name / "ccmux.db")
+            await started(old, theirs, environment)
+            await load(old, old.request("whole", False), 2, 20, 5)
+            rounds[young.name][-1]["history_p50_change_percent"] = await history_change(young, old)
     finally:
         for gateway in (*gateways, mock):
             stop(gateway)
     return rounds
 
 
-async def measure_history(
-    gateway: Gateway,
-    rounds: dict[str, list[dict[str, float]]],
-    args: argparse.Namespace,
-    folder: Path,
-    cpu: int | None,
-    environment: dict[str, str],
-) -> None:
-    """What a long life adds to a lone request: the server started anew, before and after it."""
-    request = gateway.request("whole", False)
-    times: list[float] = []
-    for is_old in (False, True):
-        stop(gateway)
-        if is_old:
-            fill_history(folder / gateway.name / "ccmux.db")
-        await started(gateway, cpu, environment)
-        await load(gateway, request, 2, 20, 5)
-        found = [median_time(await load(gateway, request, 1, 300, args.seconds)) for _ in range(args.rounds)]
-        times.append(statistics.median(found))
-    rounds[gateway.name][-1]["history_p50_change_percent"] = (times[1] / times[0] - 1) * 100
+async def history_change(young: Gateway, old: Gateway) -> float:
+    """What a long life adds to a lone request, in percent: a server with one and a server without, in turn."""
+    request = young.request("whole", False)
+    times: dict[str, list[float]] = {young.name: [], old.name: []}
+    for number in range(10):
+        for gateway in (young, old) if number % 2 else (old, young):
+            records = await load(gateway, request, 1, 150, 5)
+            times[gateway.name].append(median_time(records))
+    return (statistics.median(times[old.name]) / statistics.median(times[young.name]) - 1) * 100
 
 
 def medians(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
