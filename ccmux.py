@@ -11859,7 +11859,11 @@ class RemoteEncoding(Encoding):
 
 def count_texts(source: str) -> int:
     """That process: says its encoding's name, then answers each list of texts with their lengths."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which is still answering
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # Ctrl-C, or of a whole control group: the server still answers
+        signal.signal(number, signal.SIG_IGN)
     encoding = load_encoding(source)
     answer: Any = encoding and encoding.name
     with contextlib.suppress(EOFError, OSError):

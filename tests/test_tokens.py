@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -681,6 +682,14 @@ async def test_a_process_counts_the_same(apart: Vocabulary) -> None:
     bodies = list(BAD.values())
     counts = await asyncio.gather(*(counter.count(body, "p", "gpt-4") for body in bodies))
     assert counts == [count(body, "gpt-4") for body in bodies]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_outlives_a_signal_that_its_server_hears_as_well(number: int, apart: Vocabulary) -> None:
+    child = child_of(apart)
+    child.child.send_signal(number)
+    assert child.lengths(["Say hello."]) == [3]
+    assert child.lengths(["Say hello."]) == [3]
 
 
 async def test_a_killed_process_is_started_again(apart: Vocabulary) -> None:
