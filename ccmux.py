@@ -5579,7 +5579,8 @@ def is_surely_within(raw: bytes, body: Json, limit: int) -> bool:
     a space after each; images and documents have more tokens than their bytes tell.
     """
     fits = bool(raw) and len(raw) * LARGEST_FACTOR + MOST_FRAMING <= limit
-    return fits and not any(holds_media(message.get("content")) for message in messages_of(body))
+    contents = [body.get("system"), *(message.get("content") for message in messages_of(body))]
+    return fits and not any(map(holds_media, contents))
 
 
 def holds_media(content: Any, depth: int = 0) -> bool:

@@ -482,6 +482,11 @@ def test_whether_the_bytes_tell(content: Any, limit: int, within: bool) -> None:
     assert is_surely_within(compact(user(content)), user(content), limit) is within
 
 
+def test_an_image_in_the_system_prompt_is_not_counted_by_its_bytes() -> None:
+    body = {"system": [IMAGE], **user("short")}
+    assert not is_surely_within(compact(body), body, 180_000)
+
+
 def test_bytes_that_are_not_at_hand_tell_nothing() -> None:
     assert not is_surely_within(b"", user("short"), 180_000)
 
