@@ -51,6 +51,7 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit(f"ccmux needs Python 3.11 or newer; this is Python {sys.version.split()[0]}")
 
+import contextlib
 import marshal
 import os
 import subprocess
@@ -231,7 +232,8 @@ import marshal, types
 module = sys.modules["__main__"] = types.ModuleType("__main__")
 module.__file__ = sys.argv[0]
 with open(%d, "rb") as compiled:
-    exec(marshal.load(compiled), module.__dict__)"""
+    code = marshal.load(compiled)
+exec(code, module.__dict__)"""
 COUNT_TEXTS = "count-texts"  # the command of a server's counting process, which no person gives
 
 
@@ -245,11 +247,20 @@ def run_compiled(code: types.CodeType) -> None:
     """Starts this plain `python ccmux.py ...` again, in its place, from its code; returns where that cannot be done."""
     if sys.orig_argv[1:2] != sys.argv[:1] or not sys.executable or not hasattr(os, "memfd_create"):
         return
-    file = os.memfd_create("ccmux", 0)  # no MFD_CLOEXEC: it is to outlive the exec
-    os.write(file, marshal.dumps(code))
-    os.lseek(file, 0, os.SEEK_SET)
-    command = [sys.executable, "-c", RUN_COMPILED % file, os.path.abspath(__file__), *sys.argv[1:]]
-    os.execv(command[0], command)  # noqa: S606
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # closed ones: the file would become one of them
+        return
+    # No MFD_CLOEXEC, as it is to outlive the exec. Some kernels refuse such a file (vm.memfd_noexec).
+    with contextlib.suppress(OSError), open(os.memfd_create("ccmux", 0), "wb") as file:
+        file.write(marshal.dumps(code))
+        file.seek(0)
+        command = [
+            sys.executable,
+            "-c",
+            RUN_COMPILED % file.fileno(),
+            os.path.abspath(__file__),
+            *sys.argv[1:],
+        ]
+        os.execv(command[0], command)  # noqa: S606
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["statusline"] and not wants_help(sys.argv):
@@ -275,7 +286,6 @@ import argparse
 import asyncio
 import base64
 import concurrent.futures
-import contextlib
 import csv
 import dataclasses
 import difflib
@@ -5578,7 +5588,8 @@ def is_surely_within(raw: bytes, body: Json, limit: int) -> bool:
     a space after each; images and documents have more tokens than their bytes tell.
     """
     fits = bool(raw) and len(raw) * LARGEST_FACTOR + MOST_FRAMING <= limit
-    return fits and not any(holds_media(message.get("content")) for message in messages_of(body))
+    contents = [body.get("system"), *(message.get("content") for message in messages_of(body))]
+    return fits and not any(map(holds_media, contents))
 
 
 def holds_media(content: Any, depth: int = 0) -> bool:
@@ -11864,7 +11875,11 @@ class RemoteEncoding(Encoding):
 
 def count_texts(source: str) -> int:
     """That process: says its encoding's name, then answers each list of texts with their lengths."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which is still answering
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # Ctrl-C, or of a whole control group: the server still answers
+        signal.signal(number, signal.SIG_IGN)
     encoding = load_encoding(source)
     answer: Any = encoding and encoding.name
     with contextlib.suppress(EOFError, OSError):
@@ -13259,7 +13274,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parsed_arguments(sys.argv[1:] if argv is None else argv)
         status = int(args.run(args))
-        sys.stdout.flush()
+        print(end="", flush=True)
         return status
     except ConfigError as error:
         return failed(str(error))

@@ -11,6 +11,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import Start
 
@@ -205,7 +206,48 @@ async def test_a_server_imports_nothing_from_the_folder_it_is_started_in(
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux keeps no syntax tree")
 async def test_a_server_runs_from_its_compiled_code(start_ccmux: Start) -> None:
     async with start_ccmux('[[providers]]\nname = "demo"\ntype = "demo"\n') as running:
-        assert "marshal.load" in Path(f"/proc/{running.process.pid}/cmdline").read_text()
+        process = Path(f"/proc/{running.process.pid}")
+        assert "marshal.load" in (process / "cmdline").read_text()
+        assert not [file for file in process.glob("fd/*") if "memfd" in os.readlink(file)]  # a megabyte
+
+
+def in_shell(setting: str, *args: str) -> list[str]:
+    """The command line of ccmux after a shell's setting."""
+    return ["sh", "-c", f'{setting}; exec "$0" "$@"', sys.executable, str(ROOT / "ccmux.py"), *args]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such shell")
+@pytest.mark.parametrize(
+    ("setting", "command", "status"),
+    [
+        ("ulimit -f 100", "serve", 2),
+        ("exec <&-", "serve", 2),
+        ("exec >&-", "serve", 2),
+        ("exec >&-", "env", 0),
+    ],
+)
+def test_a_start_without_room_for_the_compiled_code_or_an_output(
+    setting: str, command: str, status: int, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text("wrong = 1\n" if status else "")
+    done = subprocess.run(
+        in_shell(setting, command), cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (status, 1 if status else 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux keeps no syntax tree")
+def test_the_compiled_code_does_not_become_a_closed_output(tmp_path: Path) -> None:
+    """The server would print into whatever file it opens next."""
+    (tmp_path / "config.toml").write_text('[[providers]]\nname = "demo"\ntype = "demo"\n')
+    with subprocess.Popen(in_shell("exec >&-", "--port", "0"), cwd=tmp_path) as process:
+        try:
+            started, deadline = psutil.Process(process.pid), time.monotonic() + 60
+            while not started.net_connections() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert started.net_connections() and "-c" not in started.cmdline()
+        finally:
+            process.kill()
 
 
 def test_packages_are_those_of_the_script_block() -> None:

@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -481,6 +482,11 @@ def test_whether_the_bytes_tell(content: Any, limit: int, within: bool) -> None:
     assert is_surely_within(compact(user(content)), user(content), limit) is within
 
 
+def test_an_image_in_the_system_prompt_is_not_counted_by_its_bytes() -> None:
+    body = {"system": [IMAGE], **user("short")}
+    assert not is_surely_within(compact(body), body, 180_000)
+
+
 def test_bytes_that_are_not_at_hand_tell_nothing() -> None:
     assert not is_surely_within(b"", user("short"), 180_000)
 
@@ -681,6 +687,14 @@ async def test_a_process_counts_the_same(apart: Vocabulary) -> None:
     bodies = list(BAD.values())
     counts = await asyncio.gather(*(counter.count(body, "p", "gpt-4") for body in bodies))
     assert counts == [count(body, "gpt-4") for body in bodies]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_outlives_a_signal_that_its_server_hears_as_well(number: int, apart: Vocabulary) -> None:
+    child = child_of(apart)
+    child.child.send_signal(number)
+    assert child.lengths(["Say hello."]) == [3]
+    assert child.lengths(["Say hello."]) == [3]
 
 
 async def test_a_killed_process_is_started_again(apart: Vocabulary) -> None:
