@@ -8683,10 +8683,10 @@ class Exchange:
         await self.place_hold()
         sink = self.sink()
         state.calls[call.request_id] = call
-        if state.recorder.is_on:
-            state.recorder.begin(call)
         error: ApiError | None = None
         try:
+            if state.recorder.is_on:
+                state.recorder.begin(call)
             await state.relay.run(call, sink)
             self.settle(None)
             await self.durable()
