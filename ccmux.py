@@ -979,10 +979,11 @@ def table_title(key: str, value: Any) -> str:
 
 
 def known_names(name: str, known: Iterable[str]) -> str:
-    """What to write instead of an unknown name: the nearest one, else all of them."""
-    names = list(known)
+    """What to write instead of an unknown name: the nearest one, else all of them, or the first thirty."""
+    names = list(filter(None, known))
     near = difflib.get_close_matches(name, names, 1, 0.6)
-    return f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(filter(None, names))
+    more = f" and {len(names) - 30} more" if len(names) > 30 else ""
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names[:30])}{more}"
 
 
 def compile_regex(text: str, at: str) -> re.Pattern[str]:

@@ -557,3 +557,15 @@ def test_any_value_of_any_key_loads_or_is_told_in_one_line(key: tuple[str, str],
         parse(f"{kept}{name} = {value}\n")
     except ConfigError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        pytest.param(["alpha", "", "beta"], "known are alpha, beta", id="few"),
+        pytest.param(["alpha", "zzzy"], "did you mean 'zzzy'?", id="one is near"),
+        pytest.param([f"m{n}" for n in range(33)], "m29 and 3 more", id="more than a line holds"),
+    ],
+)
+def test_what_to_write_instead_of_an_unknown_name(known: list[str], says: str) -> None:
+    assert ccmux.known_names("zzzz", known).endswith(says)
