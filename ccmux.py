@@ -373,9 +373,8 @@ class Price:
     cache_read: Decimal | None = None
     cache_write: Decimal | None = None
     cache_write_1h: Decimal | None = None
-    tiers: tuple[
-        tuple[int, Price], ...
-    ] = ()  # (above this many prompt tokens, the price of the whole request)
+    # (above this many prompt tokens, the price of the whole request)
+    tiers: tuple[tuple[int, Price], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -1276,9 +1275,7 @@ def skip_string(text: str, at: int) -> int:
     while not text.startswith(mark, at):
         at += 2 if quote == '"' and text[at] == "\\" else 1
     at += len(mark)
-    while (
-        len(mark) == 3 and text[at : at + 1] == quote
-    ):  # up to two quotes may stand before the closing three
+    while len(mark) == 3 and text[at : at + 1] == quote:  # up to two may stand before the closing three
         at += 1
     return at
 
@@ -1868,9 +1865,7 @@ def events_of(whole: bytes) -> Iterator[tuple[str, str]]:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     for block in text.split("\n\n"):
-        if (
-            block.startswith("data: {") and "\n" not in block
-        ):  # what nearly every block of a stream looks like
+        if block.startswith("data: {") and "\n" not in block:  # nearly every block of a stream
             yield "", block[6:]
         elif block:
             yield read_event(block)
@@ -2729,9 +2724,7 @@ def error_words(payload: Any) -> str:
         return str(payload)[:500] if payload else ""
     detail = error_detail(payload)
     metadata = detail.get("metadata")
-    raw = (
-        metadata.get("raw") if isinstance(metadata, dict) else None
-    )  # OpenRouter puts the provider's own words there
+    raw = as_object(metadata).get("raw")  # OpenRouter puts the provider's own words there
     others = (payload.get(key) for key in ("error", "detail", "message", "msg"))
     for value in (detail.get("message"), *others):
         if value:
@@ -2790,9 +2783,8 @@ def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, 
     sent, allowed = token_number(detail.get("n_prompt_tokens")), token_number(detail.get("n_ctx"))
     numbers = sorted({int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", words)}, reverse=True)
     numbers = [n for n in numbers if 1000 <= n <= MAX_COUNT]
-    if named := _LIMIT.search(
-        words
-    ):  # where more than two numbers stand, the others are parts of what was sent
+    # Where more than two numbers stand, the others are parts of what was sent.
+    if named := _LIMIT.search(words):
         allowed = allowed or token_number(int(named[1].replace(",", "")))
     if len(numbers) >= 2:
         sent, allowed = sent or numbers[0], allowed or numbers[1]
@@ -7241,12 +7233,10 @@ class Relay:
         self.metrics = metrics
         self.health: dict[str, Health] = {}
         self.breakers: dict[tuple[str, str, str], Breaker] = {}
-        self.cooling: dict[
-            tuple[str, str, str], float
-        ] = {}  # until when; model "" means every model of the key
-        self.learnt: dict[
-            tuple[str, str, str], frozenset[str]
-        ] = {}  # (config, provider, model): refused parameters
+        # Until when; model "" means every model of the key.
+        self.cooling: dict[tuple[str, str, str], float] = {}
+        # (config, provider, model) -> refused parameters
+        self.learnt: dict[tuple[str, str, str], frozenset[str]] = {}
         self.sticky: dict[tuple[str, str], tuple[str, str]] = {}  # (session, route) -> (provider, model)
         self.ping_interval = 15.0
         self.count_output: Callable[[str, str], int] = lambda text, model: len(text) // 4
@@ -8180,9 +8170,7 @@ class State:
     failures: dict[str, deque[float]] = field(default_factory=dict)  # times of wrong tokens, by address
     listeners: set[asyncio.Queue[Json]] = field(default_factory=set)  # of the live request log
     recorder: Recorder = field(default_factory=lambda: Recorder())
-    refused_counts: dict[str, float] = field(
-        default_factory=dict
-    )  # URL -> until when it is not asked to count
+    refused_counts: dict[str, float] = field(default_factory=dict)  # URL -> until when it is not asked
 
 
 class Recorder:
@@ -11876,10 +11864,8 @@ class RemoteEncoding(Encoding):
 
 def count_texts(source: str) -> int:
     """That process: says its encoding's name, then answers each list of texts with their lengths."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # Ctrl-C, or of a whole control group: the server still answers
+    # Ctrl-C, and what ends a whole control group: the server still answers, and ends this by closing its stdin.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     encoding = load_encoding(source)
     answer: Any = encoding and encoding.name
