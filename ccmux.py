@@ -8720,8 +8720,10 @@ class Exchange:
         return sink.response
 
     def on_answer(self) -> None:
-        """From now on a crash charges the input."""
-        if self.hold and not self.answered:
+        """From now on a crash charges the input, at the price of the target that answers."""
+        if self.floor_note:
+            self.floor_note.cancel()
+        if self.hold:
             note = functools.partial(self.state.store.answered, self.hold, self.floor())
             self.floor_note = asyncio.get_running_loop().call_later(NOTE_AFTER, note)
         self.answered = True

@@ -1014,6 +1014,23 @@ async def test_an_event_of_a_megabyte_passes(wire: str, tmp_path: Path) -> None:
         assert (await ask(proxy)).text == (await ask(proxy, stream=False)).text == "x" * 2**20
 
 
+async def test_the_floor_is_at_the_price_of_the_target_that_answers(tmp_path: Path) -> None:
+    """A's answer breaks before content, B's goes on: three times A's price an input token."""
+    calls = (fs.error_after_start(),), (fs.cut_after(5, fs.Stall(), gate=False),)
+    async with stage(tmp_path, *calls, providers={"A": {"max_retries": 0}}) as (proxy, (_, b)):
+        asked = asyncio.create_task(ask(proxy))
+        await b.called(1)
+        size = len(json.dumps(message_body(stream=True)))
+
+        def floor() -> int:
+            return int(proxy.books.holds()[0]["floor_microusd"])
+
+        await until(lambda: floor() > 0, "the floor was noted")
+        await until(lambda: floor() > size // 2, "it is B's")
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+
+
 @BOTH
 async def test_a_whole_answer_above_64_mb_is_refused(wire: str, tmp_path: Path) -> None:
     large = fs.answer(pieces=["x" * 2**20] * 65)
