@@ -8528,7 +8528,7 @@ async def plan_call(
 def needs_count(config: Config, route: Route) -> bool:
     """Whether something needs the input counted: enforced credits, or a translated answer's first usage.
 
-    A server that only forwards loads no vocabulary (84 MB): its holds go by the request's size.
+    A server that only forwards starts no process to count (115 MB): its holds go by the request's size.
     """
     formats = [p.format for t in route.targets if (p := config.provider(t.provider))]
     return config.credits.enforce or any(DIALECTS[f].request for f in formats)
