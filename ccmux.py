@@ -342,6 +342,7 @@ log = logging.getLogger("ccmux")
 # through. Absent is "" or None, one of the two, as the type says. Money is integer micro-dollars.
 
 Json = dict[str, Any]
+T = typing.TypeVar("T")
 
 MAX_BODY = 32 * 2**20  # Anthropic's own limit of a request
 MAX_STRUCTURE = 2_000_000  # structural characters of a JSON body: what a depth or width bomb is made of
@@ -6040,7 +6041,8 @@ class Vocabulary:
 # Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers
 # keep, in one SQLite file that the server and the command line share. One thread writes; whatever waits is
 # committed together. What moves money is synced to the disk before anyone is told; a hold need only outlive this
-# process, so it waits for no disk, and is there after a power cut if anything that followed it is.
+# process, so it waits for no disk, and is there after a power cut if anything that followed it is. Where nobody else
+# is writing, the event loop writes a hold itself, over the same connection.
 
 LOCAL_USER = "local"  # the user of everyone who needs no key
 USER_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
@@ -6104,6 +6106,23 @@ MIGRATIONS = (
         begin select raise(abort, 'a hold keeps its amount'); end;
     """,
     "create index requests_by_session on requests (session);",
+    """
+    alter table holds rename to holds_before;
+    create table holds (
+        request_id text primary key, user_id integer not null references users, amount_microusd integer not null,
+        floor_microusd integer not null default 0, time text not null
+    ) strict, without rowid;
+    insert into holds select request_id, user_id, amount_microusd, floor_microusd, time from holds_before;
+    drop table holds_before;
+    create trigger holds_in after insert on holds begin
+        update users set held_microusd = held_microusd + new.amount_microusd where id = new.user_id;
+    end;
+    create trigger holds_out after delete on holds begin
+        update users set held_microusd = held_microusd - old.amount_microusd where id = old.user_id;
+    end;
+    create trigger holds_fixed before update of request_id, user_id, amount_microusd on holds
+        begin select raise(abort, 'a hold keeps its amount'); end;
+    """,
 )
 SUMS = {  # what must be equal: users whose figure differs from its rows
     "balance": "select name from users left join "
@@ -6121,6 +6140,9 @@ SUMS = {  # what must be equal: users whose figure differs from its rows
 SUMS_EVERY = 3600.0  # seconds
 SIBLINGS = 8  # requests in flight from which on a commit waits for company, as PostgreSQL's commit_siblings
 LINGER = 0.002  # seconds that it waits
+CHECKPOINT_EVERY = 400  # writes, of about ten pages each
+SLOW_DISK = 0.005  # seconds from which on a write would hold up the event loop
+BUSY = 10.0  # seconds that a write waits for another process
 
 
 @dataclass(frozen=True, slots=True)
@@ -6141,13 +6163,12 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    id: int
     user_id: int
     amount: int
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # freezing would double what it takes to make one
 class Settlement:
     """One client request as the request log keeps it: all that explains its charge. cost None: no known
     price.
@@ -6202,8 +6223,8 @@ def settlement_row(done: Settlement, time: str = "") -> Json:
         "cache_read_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write,
         "cache_write_1h_tokens": usage.cache_write_1h, "estimated": int(usage.estimated), "cost_microusd": done.cost,
         "markup_microusd": done.markup, "charge_microusd": done.charge, "first_token_ms": done.first_token_ms,
-        "duration_ms": done.duration_ms, "stop_reason": done.stop_reason or "", "price": json.dumps(done.price),
-        "trail": json.dumps(done.trail),
+        "duration_ms": done.duration_ms, "stop_reason": done.stop_reason or "", "price": compact(done.price).decode(),
+        "trail": compact(done.trail).decode(),
     }  # fmt: skip
     return {k: storable(v) for k, v in row.items()}
 
@@ -6225,6 +6246,23 @@ def key_hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection, sync: bool) -> Iterator[None]:
+    if not sync:
+        db.execute("pragma synchronous = normal")
+    try:
+        db.execute("begin immediate")
+        yield
+        db.execute("commit")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("rollback")
+        raise
+    finally:
+        if not sync:
+            db.execute("pragma synchronous = full")
+
+
 @dataclass(slots=True)
 class Write:
     """One operation on its way to the writer thread."""
@@ -6238,7 +6276,7 @@ class Write:
 
 
 class Store:
-    """The ledger, the users and the request log. Reads on the caller's thread, writes on one of its own."""
+    """The ledger, the users and the request log. Reads on the caller's thread; whoever writes has `writing`."""
 
     def __init__(
         self, path: str, *, max_page_count: int = 0, now: Callable[[], datetime] = lambda: datetime.now(UTC)
@@ -6247,11 +6285,15 @@ class Store:
         self.path, self.now = path, now
         self.lock_file: typing.IO[str] | None = None
         self.thread: threading.Thread | None = None
+        self.writing = threading.Lock()
         self.watcher: threading.Thread | None = None
         self.closing = threading.Event()
         self.local = threading.local()
         self.readers: list[sqlite3.Connection] = []
         self.queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
+        self.local_known: tuple[User | None, float] = (None, 0.0)  # and until when
+        self.slow_until = 0.0
+        self.unchecked = 0  # writes since the last checkpoint
         self.open_holds = 0  # requests that have not settled yet
         try:
             if path != ":memory:" and not os.path.exists(path):
@@ -6264,11 +6306,11 @@ class Store:
             raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
 
     def connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         use_wal(db)
         db.execute("pragma synchronous = full")
-        db.execute("pragma wal_autocheckpoint = 4000")  # pages: a page written often is copied back once
+        db.execute("pragma wal_autocheckpoint = 4000")  # pages: one written often is copied back once
         db.execute("pragma foreign_keys = on")
         db.execute("pragma recursive_triggers = on")  # else `replace` removes ledger rows past their trigger
         return db
@@ -6314,6 +6356,9 @@ class Store:
             raise ConfigError(f"database {self.path} cannot be written: {error}") from None
         if self.watcher:
             self.watcher.start()
+        self.db.execute(
+            "pragma wal_autocheckpoint = 0"
+        )  # which would hold up the event loop: the writer does it
         self.thread = threading.Thread(target=self.write_forever, name="ccmux-store", daemon=True)
         self.thread.start()
 
@@ -6330,23 +6375,12 @@ class Store:
                     usage=Usage(estimated=True), cost=None, markup=None, charge=floor, price=None,
                     first_token_ms=None, duration_ms=0, stop_reason="", trail=[],
                 )  # fmt: skip
-                self.write_settlement(self.db, hold["id"], done, "interrupted")
+                self.write_settlement(self.db, done, "interrupted")
 
     @contextlib.contextmanager
     def transaction(self, sync: bool = True) -> Iterator[None]:
-        if not sync:
-            self.db.execute("pragma synchronous = normal")
-        try:
-            self.db.execute("begin immediate")
+        with self.writing, transaction(self.db, sync):
             yield
-            self.db.execute("commit")
-        except BaseException:
-            if self.db.in_transaction:
-                self.db.execute("rollback")
-            raise
-        finally:
-            if not sync:
-                self.db.execute("pragma synchronous = full")
 
     def write_forever(self) -> None:
         """The writer thread: takes all that waits, commits it as one, then tells those who wait for it."""
@@ -6361,9 +6395,21 @@ class Store:
                 time.sleep(LINGER)  # others are about to write: one commit for all of them
             batch, open_end = self.take_waiting(first)
             kept = self.retry(kept) + self.write_batch(batch)
+            self.checkpoint(len(batch))
             if not open_end:
                 self.retry(kept)
                 return
+
+    def checkpoint(self, written: int) -> None:
+        """Copies the write-ahead log back now and then; what readers or a full disk hinder is done the next time."""
+        self.unchecked += written
+        if self.unchecked >= CHECKPOINT_EVERY:
+            self.unchecked = 0
+            try:
+                with self.writing:
+                    self.db.execute("pragma wal_checkpoint(passive)")
+            except sqlite3.Error as error:
+                log.warning("the write-ahead log of %s could not be copied back: %s", self.path, error)
 
     def retry(self, kept: list[Write]) -> list[Write]:
         """Tries again what could not be written; the first that still cannot keeps those behind it waiting."""
@@ -6434,6 +6480,28 @@ class Store:
         self.queue.put(Write(run, future, keep, sync))
         return future
 
+    def at_once(self, run: Callable[[sqlite3.Connection], T]) -> T | None:
+        """A write that need not be synced, on the event loop's thread: to wake the other takes longer than to write.
+
+        None where the queue is the better place: many write, somebody is writing just now, the disk was slow within
+        the last minute, or it cannot be written.
+        """
+        began = time.monotonic()
+        if self.open_holds >= SIBLINGS or began < self.slow_until or not self.writing.acquire(blocking=False):
+            return None
+        try:
+            self.db.execute("pragma busy_timeout = 0")
+            with transaction(self.db, sync=False):
+                return run(self.db)
+        except sqlite3.Error:
+            return None
+        finally:
+            with contextlib.suppress(sqlite3.Error):  # it is closed
+                self.db.execute(f"pragma busy_timeout = {BUSY * 1000:.0f}")
+            self.writing.release()
+            if time.monotonic() - began > SLOW_DISK:
+                self.slow_until = began + 60
+
     def do(self, run: Callable[[sqlite3.Connection], Any]) -> Any:
         """An operation of the command line or the admin page: done when this returns."""
         if self.thread is None:
@@ -6479,15 +6547,15 @@ class Store:
         def run(db: sqlite3.Connection) -> Hold:
             if enforce:
                 self.check_funds(db, user_id, amount, max_concurrent)
-            cursor = db.execute(
-                "insert into holds (user_id, amount_microusd, request_id, time) values (?, ?, ?, ?)",
-                (user_id, amount, request_id, iso(self.now())),
+            db.execute(
+                "insert into holds (request_id, user_id, amount_microusd, time) values (?, ?, ?, ?)",
+                (request_id, user_id, amount, iso(self.now())),
             )
-            return Hold(int(cursor.lastrowid or 0), user_id, amount, request_id)
+            return Hold(user_id, amount, request_id)
 
         self.open_holds += 1
         try:
-            hold: Hold = await self.put(run, sync=False)
+            hold: Hold = self.at_once(run) or await self.put(run, sync=False)
         except sqlite3.Error as error:
             raise cannot_write(error) from None
         return hold
@@ -6524,23 +6592,25 @@ class Store:
 
     def answered(self, hold: Hold, floor: int) -> None:
         """The upstream has begun to answer: from now on a crash charges `floor`."""
-        note = "update holds set floor_microusd = ? where id = ?"
-        self.queue.put(Write(lambda db: db.execute(note, (floor, hold.id)), sync=False))
+        note = "update holds set floor_microusd = ? where request_id = ?"
 
-    def settle(self, hold: Hold | None, done: Settlement) -> asyncio.Future[None]:
+        def run(db: sqlite3.Connection) -> bool:
+            db.execute(note, (floor, hold.request_id))
+            return True
+
+        if not self.at_once(run):
+            self.queue.put(Write(run, sync=False))
+
+    def settle(self, done: Settlement) -> asyncio.Future[None]:
         """Queues the one settlement of a request, without waiting. It is kept until it can be written."""
-        hold_id = hold.id if hold else None
         self.open_holds -= 1
         moment = iso(self.now())
-        return self.put(lambda db: self.write_settlement(db, hold_id, done, "charge", moment), keep=True)
+        return self.put(lambda db: self.write_settlement(db, done, "charge", moment), keep=True)
 
-    def write_settlement(
-        self, db: sqlite3.Connection, hold_id: int | None, done: Settlement, kind: str, moment: str = ""
-    ) -> None:
+    def write_settlement(self, db: sqlite3.Connection, done: Settlement, kind: str, moment: str = "") -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
         moment = moment or iso(self.now())
-        # By request as well: where the client left before its hold was written, nobody knows the hold's id.
-        db.execute("delete from holds where id = ? or request_id = ?", (hold_id, done.request_id))
+        db.execute("delete from holds where request_id = ?", (done.request_id,))
         new = db.execute(INSERT_REQUEST, settlement_row(done, moment)).rowcount
         if new and (done.charge or kind == "interrupted"):
             key = f"request:{done.request_id}"
@@ -6558,11 +6628,16 @@ class Store:
         return user_of(row) if row else None
 
     def local_user(self) -> User:
-        """The user of those who need no key, made at first use."""
+        """The user of those who need no key, made at first use, and read anew once a second."""
+        known, until = self.local_known
+        if known is not None and time.monotonic() < until:
+            return known
         try:
-            return self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
+            user = self.user(LOCAL_USER) or self.do(lambda db: self.make_user(db, LOCAL_USER, {}, ""))
         except sqlite3.Error as error:
             raise cannot_write(error) from None
+        self.local_known = (user, time.monotonic() + 1)
+        return user
 
     def make_user(
         self, db: sqlite3.Connection, name: str, budgets: Mapping[str, int | None], note: str
@@ -8824,7 +8899,7 @@ class Exchange:
             trail=trail_of(call.route),
         )
         self.done = done
-        self.settled = self.state.store.settle(self.hold, done)
+        self.settled = self.state.store.settle(done)
         self.tell(done)
 
     async def durable(self) -> None:

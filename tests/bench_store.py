@@ -44,9 +44,9 @@ async def pairs(
             count += 1
             id = f"{at_once}-{number}-{count}"
             began = time.perf_counter()
-            hold = await store.hold(user.id, id, 100, enforce=True, max_concurrent=10_000)
+            await store.hold(user.id, id, 100, enforce=True, max_concurrent=10_000)
             holds.append(time.perf_counter() - began)
-            await store.settle(hold, settled(id, user.name))
+            await store.settle(settled(id, user.name))
             whole.append(time.perf_counter() - began)
 
     await asyncio.gather(*(worker(n) for n in range(at_once)))
@@ -64,7 +64,7 @@ async def run(folder: Path, args: argparse.Namespace) -> None:
     store.open_server()
     user, _ = store.add_user("bench", 10**15)
     for start in range(0, args.rows, 500):
-        await asyncio.gather(*(store.settle(None, settled(f"old-{start + n}", "bench")) for n in range(500)))
+        await asyncio.gather(*(store.settle(settled(f"old-{start + n}", "bench")) for n in range(500)))
     holds, whole = await pairs(store, user, 1, args.seconds)
     show("a lone hold", holds)
     show("a lone hold and settlement", whole)

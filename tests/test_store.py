@@ -12,6 +12,8 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,11 +140,11 @@ def test_a_credit_with_a_key_is_entered_once() -> None:
 async def test_a_hold_then_a_settlement(tmp_path: Path) -> None:
     async with server_store(tmp_path / "a.db") as store:
         user, _ = store.add_user("ann", 1000)
-        hold = await place(store, user, "r1", 300)
+        await place(store, user, "r1", 300)
         assert (store.known("ann").held, store.known("ann").balance) == (300, 1000)
-        await store.settle(hold, settlement("r1", 250))
+        await store.settle(settlement("r1", 250))
         assert (store.known("ann").held, store.known("ann").balance) == (0, 750)
-        await store.settle(hold, settlement("r1", 250))  # twice changes nothing
+        await store.settle(settlement("r1", 250))  # twice changes nothing
         assert store.known("ann").balance == 750
         assert len(store.requests("ann")) == 1
         assert store.sums_problem() == ""
@@ -194,7 +196,8 @@ async def test_budgets(budget: str, spent_at: str, asked_at: str, refused: bool,
     clock = Clock(datetime.fromisoformat(spent_at).replace(tzinfo=UTC))
     async with server_store(":memory:", now=clock) as store:
         user, _ = store.add_user("ann", 10_000, {f"{budget}_microusd": 100})
-        await store.settle(await place(store, user, "r1", 50), settlement("r1", 100))
+        await place(store, user, "r1", 50)
+        await store.settle(settlement("r1", 100))
         clock.now = datetime.fromisoformat(asked_at).replace(tzinfo=UTC)
         if not refused:
             await place(store, user, "r2", 50)
@@ -210,8 +213,8 @@ async def test_budgets(budget: str, spent_at: str, asked_at: str, refused: bool,
 async def test_nothing_is_refused_without_enforcing() -> None:
     async with server_store(":memory:") as store:
         user, _ = store.add_user("ann", 0, {"day_microusd": 0})
-        hold = await place(store, user, "r1", 500, enforce=False)
-        await store.settle(hold, settlement("r1", 400))
+        await place(store, user, "r1", 500, enforce=False)
+        await store.settle(settlement("r1", 400))
         assert store.known("ann").balance == -400
 
 
@@ -221,11 +224,11 @@ async def test_five_hundred_debits_at_once(tmp_path: Path) -> None:
 
         async def one(number: int) -> bool:
             try:
-                hold = await place(store, user, f"r{number}", 1500)
+                await place(store, user, f"r{number}", 1500)
             except ccmux.ApiError as error:
                 assert error.status == 402
                 return False
-            await store.settle(hold, settlement(f"r{number}", 1000))
+            await store.settle(settlement(f"r{number}", 1000))
             return True
 
         answered = sum(await asyncio.gather(*(one(n) for n in range(500))))
@@ -250,7 +253,7 @@ async def test_what_moves_money_is_synced_to_the_disk_and_a_hold_is_not(tmp_path
         store.db.set_trace_callback(note)
         hold = await store.hold(user.id, "r1", 100, enforce=True, max_concurrent=8)
         store.answered(hold, 5)
-        await store.settle(hold, settlement("r1"))
+        await store.settle(settlement("r1"))
         store.credit("ann", 5)
         store.db.set_trace_callback(None)
         assert (modes[0], modes[-2:]) == (1, [2, 2])
@@ -288,8 +291,8 @@ async def test_three_processes_on_one_database(tmp_path: Path) -> None:
             await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(n)) for n in range(2)
         ]
         for number in range(100):
-            hold = await place(store, user, f"r{number}", 10)
-            await store.settle(hold, settlement(f"r{number}", 7))
+            await place(store, user, f"r{number}", 10)
+            await store.settle(settlement(f"r{number}", 7))
         assert [await w.wait() for w in workers] == [0, 0]
         assert store.known("ann").balance == 10**6 + 120 - 700
         assert store.sums_problem() == ""
@@ -376,7 +379,7 @@ def test_a_newer_or_foreign_file_is_refused_in_one_line(tmp_path: Path) -> None:
 async def test_disk_full_refuses_holds_and_keeps_settlements(tmp_path: Path) -> None:
     async with server_store(tmp_path / "a.db") as store:
         user, _ = store.add_user("ann", 10**9)
-        hold = await place(store, user, "r0", 10)
+        await place(store, user, "r0", 10)
         pages = store.reader.execute("pragma page_count").fetchone()[0]
         store.do(lambda db: None)
         store.db.execute(f"pragma max_page_count = {pages + 3}")
@@ -389,7 +392,7 @@ async def test_disk_full_refuses_holds_and_keeps_settlements(tmp_path: Path) -> 
                 break
         assert error is not None
         assert (error.status, error.cause) == (529, "store")
-        kept = store.settle(hold, settlement("r0", 5, trail=[["x" * 9000, "y"]]))
+        kept = store.settle(settlement("r0", 5, trail=[["x" * 9000, "y"]]))
         await asyncio.wait([kept], timeout=0.2)
         assert not kept.done()
         store.db.execute("pragma max_page_count = 1000000")
@@ -410,7 +413,7 @@ async def test_reports_and_exports_equal_the_ledger(tmp_path: Path) -> None:
             name = rand.choice(["ann", "ben"])
             cost = None if number % 10 == 0 else rand.randrange(1000)
             more = {"model": rand.choice(["m1", "m2"]), "session": rand.choice(["s1", "s2"]), "cost": cost}
-            await store.settle(None, settlement(f"r{number}", cost or 0, name, **more))
+            await store.settle(settlement(f"r{number}", cost or 0, name, **more))
         charged = -sum(e["amount_microusd"] for e in ledger(tmp_path / "a.db") if e["kind"] == "charge")
         for by in ccmux.REPORT_KEYS:
             rows = store.report(by)
@@ -435,7 +438,7 @@ async def test_report_periods_and_users() -> None:
         store.add_user("ann", 10**6)
         for day in (1, 2, 3):
             clock.now = datetime(2026, 11, day, 8, tzinfo=UTC)
-            await store.settle(None, settlement(f"r{day}", day))
+            await store.settle(settlement(f"r{day}", day))
         rows = store.report("day", "2026-11-02", "2026-11-03")
         assert [(r["key"], r["charge_microusd"]) for r in rows] == [("2026-11-02", 2)]
         assert store.report("day", user="nobody") == []
@@ -502,7 +505,7 @@ async def run_steps(steps: list[tuple[str, int, int]], path: Path) -> None:
             elif kind.startswith("settle") and at in holds:
                 hold = holds.pop(at)
                 for _ in range(2 if kind == "settle twice" else 1):
-                    await store.settle(hold, settlement(hold.request_id, abs(amount)))
+                    await store.settle(settlement(hold.request_id, abs(amount)))
                 expected -= abs(amount)
             elif kind == "credit":
                 store.credit("ann", amount)
@@ -537,7 +540,7 @@ async def one(store, user, number):
     id = f"{{sys.argv[1]}}-{{number}}"
     hold = await store.hold(user.id, id, 50, enforce=True, max_concurrent=1000)
     store.answered(hold, 3)
-    await store.settle(hold, settlement(id, 7))
+    await store.settle(settlement(id, 7))
     os.write(1, (id + "\\n").encode())
 
 async def main():
@@ -639,7 +642,7 @@ async def test_a_second_settlement_with_another_charge_changes_nothing(charges: 
     async with server_store(":memory:") as store:
         store.add_user("ann", 1000)
         for charge in charges:
-            await store.settle(None, settlement("r1", charge))
+            await store.settle(settlement("r1", charge))
         assert store.known("ann").balance == 1000 - charges[0]
         assert store.report("user")[0]["charge_microusd"] == charges[0]
 
@@ -648,8 +651,8 @@ async def test_a_second_settlement_with_another_charge_changes_nothing(charges: 
 async def test_an_odd_stop_reason_does_not_keep_a_settlement_from_the_ledger(odd: Any) -> None:
     async with server_store(":memory:") as store:
         user, _ = store.add_user("ann", 1000)
-        hold = await place(store, user, "r1")
-        await asyncio.wait_for(store.settle(hold, settlement("r1", 50, stop_reason=odd)), 5)
+        await place(store, user, "r1")
+        await asyncio.wait_for(store.settle(settlement("r1", 50, stop_reason=odd)), 5)
         assert (store.known("ann").balance, store.known("ann").held) == (950, 0)
         assert [r["charge_microusd"] for r in store.requests("ann")] == [50]
 
@@ -659,8 +662,8 @@ async def test_what_can_never_be_written_is_told_and_holds_up_nobody(
 ) -> None:
     async with server_store(":memory:") as store:
         store.add_user("ann", 1000)
-        broken = store.settle(None, settlement("r1", 50, duration_ms=None))
-        good = store.settle(None, settlement("r2", 50))
+        broken = store.settle(settlement("r1", 50, duration_ms=None))
+        good = store.settle(settlement("r2", 50))
         with pytest.raises(sqlite3.IntegrityError):
             await asyncio.wait_for(broken, 5)
         await asyncio.wait_for(good, 5)
@@ -694,14 +697,14 @@ async def test_a_write_that_fails_at_the_disk_is_made_good(tmp_path: Path) -> No
     path = tmp_path / "a.db"
     async with server_store(path) as store:
         user, _ = store.add_user("ann", 1000)
-        hold = await place(store, user, "r0", 10)
+        await place(store, user, "r0", 10)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(f"{path}-wal"), hard))
             with pytest.raises(ccmux.ApiError, match="ledger"):
                 await place(store, user, "r1", 10)
-            kept = [store.settle(hold, settlement("r0", 5))]
-            kept += [store.settle(None, settlement(f"late{n}", 5)) for n in range(20)]
+            kept = [store.settle(settlement("r0", 5))]
+            kept += [store.settle(settlement(f"late{n}", 5)) for n in range(20)]
             await asyncio.wait(kept, timeout=0.1)
             assert not any(one.done() for one in kept)
         finally:
@@ -733,7 +736,7 @@ async def test_a_server_tells_of_sums_that_differ(tmp_path: Path, caplog: pytest
 async def test_day_sums_that_differ_are_told(sql: str, tmp_path: Path) -> None:
     async with server_store(tmp_path / "a.db") as store:
         store.add_user("ann", 100)
-        await store.settle(None, settlement("r1", 5))
+        await store.settle(settlement("r1", 5))
         assert store.sums_problem() == ""
         store.do(lambda db: db.execute(sql))
         assert store.sums_problem() == "spent of user ann differs from its rows"
@@ -742,7 +745,143 @@ async def test_day_sums_that_differ_are_told(sql: str, tmp_path: Path) -> None:
 async def test_a_report_in_a_thread_has_a_connection_of_its_own(tmp_path: Path) -> None:
     async with server_store(tmp_path / "a.db") as store:
         store.add_user("ann", 100)
-        await store.settle(None, settlement("r1", 5))
+        await store.settle(settlement("r1", 5))
         theirs = await asyncio.to_thread(lambda: (store.reader, store.report("user")))
         assert theirs[0] is not store.reader
         assert theirs[1] == store.report("user")
+
+
+async def test_a_hold_waits_for_no_thread_where_nobody_else_writes(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        writers = note_writers(store)
+        hold = await place(store, user, "r1", 100)
+        store.answered(hold, 5)
+        await store.settle(settlement("r1"))
+        assert writers == [threading.current_thread(), threading.current_thread(), store.thread]
+        assert store.sums_problem() == ""
+
+
+@pytest.mark.parametrize("why", ["somebody is writing", "many write", "the disk was slow"])
+async def test_a_hold_goes_to_the_writer_where_it_might_wait(tmp_path: Path, why: str) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        writers = note_writers(store)
+        if why == "many write":
+            store.open_holds = ccmux.SIBLINGS
+        elif why == "the disk was slow":
+            store.slow_until = time.monotonic() + 60
+        else:
+            store.writing.acquire()
+        placed = asyncio.create_task(place(store, user, "r1", 100))
+        await asyncio.sleep(0)
+        if why == "somebody is writing":
+            assert not placed.done()
+            store.writing.release()
+        await asyncio.wait_for(placed, 5)
+        assert writers == [store.thread]
+
+
+async def test_a_write_that_took_long_sends_the_next_ones_to_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        monkeypatch.setattr(ccmux, "SLOW_DISK", -1.0)
+        writers = note_writers(store)
+        await place(store, user, "r1", 100)
+        await place(store, user, "r2", 100)
+        assert writers == [threading.current_thread(), store.thread]
+
+
+async def test_another_process_that_writes_holds_up_no_loop(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        other = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
+        other.execute("begin immediate")
+        began = time.monotonic()
+        placed = asyncio.create_task(place(store, user, "r1", 100))
+        await asyncio.sleep(0)
+        assert time.monotonic() - began < ccmux.BUSY / 2  # it did not wait for the lock
+        assert not placed.done()
+        other.execute("commit")
+        await asyncio.wait_for(placed, 5)
+        other.close()
+        assert store.db.execute("pragma busy_timeout").fetchone()[0] == ccmux.BUSY * 1000
+
+
+def note_writers(store: ccmux.Store) -> list[threading.Thread]:
+    """The threads that begin transactions from now on, in order."""
+    writers: list[threading.Thread] = []
+
+    def note(statement: str) -> None:
+        if statement.startswith("begin"):
+            writers.append(threading.current_thread())
+
+    store.db.set_trace_callback(note)
+    return writers
+
+
+async def test_the_write_ahead_log_is_copied_back_by_the_writer(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        store.add_user("ann", 0)
+        many = ccmux.CHECKPOINT_EVERY * 3
+        largest = 0
+        for number in range(many):
+            await store.settle(settlement(f"r{number}", 1))
+            largest = max(largest, os.path.getsize(tmp_path / "a.db-wal"))
+        pages = largest / 4096
+        assert pages < ccmux.CHECKPOINT_EVERY * 2 * 14
+        with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:
+            assert db.execute("select count(*) from requests").fetchone()[0] == many
+
+
+async def test_a_hold_of_an_older_ccmux_outlives_the_new_schema(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as db:
+        for script in ccmux.MIGRATIONS[:2]:
+            db.executescript(script)
+        db.execute("pragma user_version = 2")
+        db.execute("insert into users (name, created) values ('ann', '2026-11-24T00:00:00.000Z')")
+        db.execute(
+            "insert into holds (user_id, amount_microusd, floor_microusd, request_id, time) "
+            "values (1, 500, 20, 'r1', '2026-11-24T00:00:00.000Z')"
+        )
+    async with server_store(tmp_path / "a.db") as store:
+        assert store.sums_problem() == ""
+        assert [(t["kind"], t["amount_microusd"]) for t in store.transactions("ann")] == [
+            ("interrupted", -20)
+        ]
+        user = store.known("ann")
+        assert (user.balance, user.held) == (-20, 0)
+        await place(store, user, "r2", 30, enforce=False)
+        assert store.known("ann").held == 30
+        with pytest.raises(sqlite3.IntegrityError, match="keeps its amount"):
+            store.db.execute("update holds set amount_microusd = 1")
+
+
+async def test_a_checkpoint_that_fails_does_not_end_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ccmux, "CHECKPOINT_EVERY", 1)
+    async with server_store(tmp_path / "a.db") as store:
+        store.add_user("ann", 0)
+        refuse = lambda action, name, *_: (  # noqa: E731
+            sqlite3.SQLITE_DENY
+            if (action, name) == (sqlite3.SQLITE_PRAGMA, "wal_checkpoint")
+            else sqlite3.SQLITE_OK
+        )
+        store.db.set_authorizer(refuse)
+        for number in range(3):
+            await asyncio.wait_for(store.settle(settlement(f"r{number}", 1)), 5)
+        store.db.set_authorizer(None)
+        assert store.thread is not None
+        assert store.thread.is_alive()
+        assert "could not be copied back" in caplog.text
+
+
+async def test_a_note_that_comes_after_the_end_is_nobodys_trouble(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        hold = await place(store, user, "r1", 100)
+    store.answered(hold, 5)
+    assert not store.writing.locked()
