@@ -285,7 +285,10 @@ except ImportError as error:
 import argparse
 import asyncio
 import base64
+import bisect
+import codecs
 import concurrent.futures
+import contextvars
 import csv
 import dataclasses
 import difflib
@@ -455,8 +458,7 @@ def strict_json(data: bytes, what: str = "the request body") -> Json:
     Two parsers that read a duplicate key differently are a way around a check, so duplicates are refused, as are
     NaN, Infinity, numbers that overflow, and nesting that exhausts the stack.
     """
-    if len(data) > MAX_STRUCTURE and sum(map(data.count, (b"{", b"[", b",", b":"))) > MAX_STRUCTURE:
-        raise ApiError(413, f"{what} has more than {MAX_STRUCTURE} structural characters; send less")
+    check_structure(data, what)
     try:
         value = _STRICT.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -468,6 +470,11 @@ def strict_json(data: bytes, what: str = "the request body") -> Json:
     if not isinstance(value, dict):
         raise ApiError(400, f"{what} must be a JSON object")
     return value
+
+
+def check_structure(data: bytes, what: str) -> None:
+    if len(data) > MAX_STRUCTURE and sum(map(data.count, (b"{", b"[", b",", b":"))) > MAX_STRUCTURE:
+        raise ApiError(413, f"{what} has more than {MAX_STRUCTURE} structural characters; send less")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Json:
@@ -492,6 +499,225 @@ def _finite(text: str) -> float:
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
 
 
+class Made(dict[Any, Any]):
+    """What was made of something that does not change, by keys that tell all else it depends on."""
+
+    MOST = 6
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        try:
+            return self[key]  # type: ignore[no-any-return]
+        except KeyError:
+            value = make()
+        if len(self) >= self.MOST:
+            self.clear()
+        self[key] = value
+        return value
+
+
+class Kept(dict[str, Any]):
+    """A JSON object out of a request that later requests will hold too, so it is never changed.
+
+    What is made of it (a count, a translation) is kept with it.
+    """
+
+    __slots__ = ("made",)
+
+    def __init__(self, members: Json) -> None:
+        super().__init__(members)
+        self.made = Made()
+
+
+def once(part: Any, make: Callable[[Any], T]) -> T:
+    """`make(part)`; where the part is kept, so is the result."""
+    if type(part) is not Kept:
+        return make(part)
+    try:
+        return part.made[make]  # type: ignore[no-any-return]
+    except KeyError:
+        return part.made.once(make, functools.partial(make, part))
+
+
+class MuchNewError(Exception):
+    """A request has more new elements than are worth taking apart while somebody waits for it."""
+
+
+class Element(typing.NamedTuple):
+    """One element of an array as it stood in a request: its bytes and its value."""
+
+    raw: bytes
+    value: Any
+
+    @property
+    def weight(self) -> int:
+        """Bytes of memory it takes, roughly, with what is made of it."""
+        return 3 * len(self.raw) + 256 * self.raw.count(b"{")
+
+
+class RequestReader:
+    """Reads requests as `strict_json` does, but what many of them have in common only once.
+
+    Claude Code sends the whole conversation with each turn, and its tools and system prompt. Elements of those arrays
+    are known again by their bytes. All of an array is taken out before the rest is parsed, and a mark that no client
+    can foresee put in its place: where the mark is then found as the one element of the array, the parser was at the
+    place it is at between elements, so each of them would have been read as it was before.
+    """
+
+    ARRAYS = (b'"messages"', b'"tools"', b'"system"')
+    SMALL = 4096  # bytes of a request that is not worth it
+    MOST_NEW = 2**16  # bytes of new elements that are read one by one while a client waits
+    EACH = 512  # bytes that it counts for to read an element at all
+    PREFIX = 128  # bytes by which an element is looked up; shorter ones are not kept
+    ALIKE = 32  # elements kept that begin alike
+
+    def __init__(self, most: int = 2**25) -> None:
+        self.most = most  # bytes of memory, roughly
+        self.mark = secrets.token_hex(16)
+        self.young: dict[bytes, list[Element]] = {}
+        self.old: dict[bytes, list[Element]] = {}  # not used since the young were as many as these
+        self.weight = 0  # of the young
+        self.new = 0  # bytes of new elements in the request that is being read
+        self.kept = 0  # elements that were ever kept
+        self.unread: deque[tuple[bytes, int]] = deque(maxlen=4)  # (request, tries) with much that is new
+
+    def read(self, raw: bytes) -> Json:
+        """The request; ApiError as `strict_json`. One with much that is new is read as a whole, and kept by `learn`."""
+        if len(raw) < self.SMALL:
+            return strict_json(raw)
+        check_structure(raw, "the request body")
+        try:
+            return self.read_apart(raw)
+        except MuchNewError:
+            self.unread.append((raw, 8 * len(raw) // self.MOST_NEW + 4))
+        except (ValueError, IndexError, StopIteration, RecursionError, ApiError):
+            pass
+        return strict_json(raw)  # which says what is wrong with it
+
+    def learn(self) -> bool:
+        """Reads on, element by element, in a request that was read as a whole; whether there is more to do.
+
+        It ends with the request, or with a step in which nothing was found that can be kept.
+        """
+        if not self.unread:
+            return False
+        raw, tries = self.unread.popleft()
+        before = self.kept
+        try:
+            self.read_apart(raw)
+        except MuchNewError:
+            if tries and self.kept > before:
+                self.unread.appendleft((raw, tries - 1))
+        except (ValueError, IndexError, StopIteration, RecursionError, ApiError):
+            pass
+        return bool(self.unread)
+
+    def read_apart(self, raw: bytes) -> Json:
+        self.new = 0
+        arrays: dict[str, list[Any]] = {}
+        rest = [(0, len(raw))]  # what is left of the request, as (start, end)
+        for name in self.ARRAYS:
+            for at, (begin, stop) in enumerate(rest):
+                if start := start_of_array(raw, name, begin, stop):
+                    arrays[name[1:-1].decode()], end = self.elements(raw, start)
+                    rest[at : at + 1] = [(begin, start), (end, stop)]
+                    break
+        if any(a > b for a, b in rest):
+            raise ValueError("one of the arrays is inside another")
+        body = strict_json(json.dumps(self.mark).encode().join(raw[a:b] for a, b in rest))
+        for key, values in arrays.items():
+            if body.get(key) != [self.mark]:
+                raise ValueError("not the array it seemed to be")
+            body[key] = values
+        return body
+
+    def elements(self, raw: bytes, start: int) -> tuple[list[Any], int]:
+        """The elements of the array whose inside begins at `start`, and where that ends."""
+        values: list[Any] = []
+        place = start
+        while values or not _ARRAY_END.match(raw, start):
+            for element in self.young.get(raw[place : place + self.PREFIX], ()):
+                if raw.startswith(element[0], place):
+                    break
+            else:
+                element = self.known_before(raw, place) or self.scan(raw, place)
+            known, value = element
+            values.append(value)
+            place += len(known)
+            if raw[place] != 44:  # a comma
+                break
+            place += 1
+        if not _ARRAY_END.match(raw, place):
+            raise ValueError("the array does not end here")
+        return values, place
+
+    def scan(self, raw: bytes, place: int) -> Element:
+        """Reads the element at `place`, with the blanks around it."""
+        if self.new > self.MOST_NEW:
+            raise MuchNewError
+        size = 512
+        while True:
+            text, _ = codecs.utf_8_decode(raw[place : place + size], "strict", False)
+            try:
+                value, end = _STRICT.scan_once(text, blanks_end(text, 0))  # type: ignore[attr-defined]
+                break
+            except (ValueError, StopIteration):
+                if place + size >= len(raw):
+                    raise
+                size *= 8
+        end = blanks_end(text, end)
+        known = raw[place : place + end] if text.isascii() else text[:end].encode()
+        self.new += len(known) + self.EACH
+        if not isinstance(value, dict) or len(known) < self.PREFIX:
+            return Element(known, value)
+        element = Element(known, Kept(value))
+        self.keep(known[: self.PREFIX], element)
+        return element
+
+    def known_before(self, raw: bytes, place: int) -> Element | None:
+        """An old element that begins at `place`, which makes it young again."""
+        prefix = raw[place : place + self.PREFIX]
+        for element in self.old.get(prefix, ()):
+            if raw.startswith(element.raw, place):
+                self.keep(prefix, element)
+                return element
+        return None
+
+    def keep(self, prefix: bytes, element: Element) -> None:
+        """Two generations: when the young are too many, they become the old, and the old are forgotten."""
+        weight = element.weight
+        if weight > self.most // 2:
+            return
+        if self.weight + weight > self.most // 2:
+            self.young, self.old, self.weight = {}, self.young, 0
+        alike = self.young.setdefault(prefix, [])
+        # One of them goes, any: where more of them come round in turn, none would be found without the oldest.
+        if len(alike) == self.ALIKE:
+            self.weight -= alike.pop(hash(element.raw) % self.ALIKE).weight
+        alike.insert(0, element)
+        self.weight += weight
+        self.kept += 1
+
+
+_ARRAY_START = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
+_ARRAY_END = re.compile(rb"[ \t\r\n]*\]")
+_BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+def start_of_array(raw: bytes, key: bytes, begin: int, stop: int) -> int:
+    """Where the inside of an array under `key` begins: the first one at any depth; 0 where there is none."""
+    at = raw.find(key, begin, stop)
+    while at >= 0:
+        if match := _ARRAY_START.match(raw, at + len(key), stop):
+            return match.end()
+        at = raw.find(key, at + 1, stop)
+    return 0
+
+
+def blanks_end(text: str, start: int) -> int:
+    match = _BLANKS.match(text, start)
+    return match.end() if match else start
+
+
 _COMPACT = json.JSONEncoder(separators=(",", ":"))
 _READABLE = json.JSONEncoder(ensure_ascii=False)
 
@@ -499,6 +725,16 @@ _READABLE = json.JSONEncoder(ensure_ascii=False)
 def compact(value: Any) -> bytes:
     """JSON as bytes without spaces; escapes beyond ASCII, which is what keeps lone surrogates harmless."""
     return _COMPACT.encode(value).encode()
+
+
+def request_bytes(out: Json) -> bytes:
+    """`compact` for a request; what is kept in its lists is encoded once."""
+    members = []
+    for key, value in out.items():
+        has_kept = type(value) is list and Kept in map(type, value)
+        text = b"[%b]" % b",".join([once(part, compact) for part in value]) if has_kept else compact(value)
+        members.append(b"%b:%b" % (compact(key), text))
+    return b"{%b}" % b",".join(members)
 
 
 def readable(value: Any) -> str:
@@ -658,7 +894,7 @@ ROUTE_SLOTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Quirks:
     """How a provider differs from its wire format.
 
@@ -698,6 +934,11 @@ class Quirks:
     codex: str = opt("", "models that are served by the Responses format instead (regular expression)")
     transient: str = opt("", "text of a 400 that means a passing fault")
     extra_body: dict[str, Any] = opt({}, "keys added to every request body")
+
+    @functools.cached_property
+    def token(self) -> object:
+        """What stands for these quirks in a key: of their own, and hashed at once."""
+        return object()
 
 
 PROVIDER_KEYS_HELP = (
@@ -767,7 +1008,7 @@ class Credits:
     max_concurrent: int = opt(8, "requests of one user at a time when enforcing", least=1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Config:
     """The whole configuration, swapped as one. `tables` is the file as parsed (secrets as written)."""
 
@@ -783,17 +1024,27 @@ class Config:
     warnings: tuple[str, ...] = computed(())
 
     def provider(self, name: str) -> Provider | None:
-        return next((p for p in self.providers if p.name == name), None)
+        return self._providers.get(name)
 
     def model(self, name: str) -> Model | None:
-        return next((m for m in self.models if m.name == name), None)
+        return self._models.get(name)
 
+    @functools.cached_property
+    def _providers(self) -> dict[str, Provider]:
+        return {p.name: p for p in reversed(self.providers)}
+
+    @functools.cached_property
+    def _models(self) -> dict[str, Model]:
+        return {m.name: m for m in reversed(self.models)}
+
+    @functools.cached_property
     def smallest_limit(self) -> int:
         """The fewest input tokens that a route may turn on: long_context_tokens, or a model's context."""
         contexts = {model.context for model in self.models}
         contexts |= {target.context for model in self.models for target in model.mappings}
         return min({self.router.long_context_tokens, *contexts} - {0})
 
+    @functools.cached_property
     def secrets(self) -> list[str]:
         """Every secret value in it, longest first, for scrubbing."""
         found = {
@@ -2829,7 +3080,7 @@ class Upstream:
 def openai_request(body: Json, to: Upstream) -> Json:
     """A Messages request as a Chat Completions request; ApiError 400 for what cannot be served."""
     quirks = to.quirks
-    tools = openai_tools(body, to)
+    tools = [once(tool, OPENAI_TOOLS[quirks.schema]) for tool in client_tools(body)]
     out: Json = {"model": to.model, "messages": openai_messages(body, to), "stream": True}
     if quirks.stream_options:
         out["stream_options"] = {"include_usage": True}
@@ -2864,6 +3115,7 @@ class Turn:
 
     role: str
     blocks: list[Json]
+    made: Made | None = field(default=None, compare=False)  # where it is one message, and that is kept
 
 
 MIDWAY_SYSTEM = "ccmux_system"  # the type of a block that was a system message in mid-conversation
@@ -2872,15 +3124,20 @@ MIDWAY_SYSTEM = "ccmux_system"  # the type of a block that was a system message 
 def turns_of(body: Json) -> list[Turn]:
     turns: list[Turn] = []
     for message in messages_of(body):
-        role = "assistant" if message.get("role") == "assistant" else "user"
-        blocks = blocks_of(message.get("content"))
-        if message.get("role") == "system":
-            blocks = [{"type": MIDWAY_SYSTEM, "text": text_of(blocks)}]
-        if turns and turns[-1].role == role:
-            turns[-1].blocks.extend(blocks)
+        turn = once(message, turn_of)
+        if turns and turns[-1].role == turn.role:
+            turns[-1] = Turn(turn.role, [*turns[-1].blocks, *turn.blocks])
         else:
-            turns.append(Turn(role, list(blocks)))
+            turns.append(turn)
     return turns
+
+
+def turn_of(message: Json) -> Turn:
+    blocks = blocks_of(message.get("content"))
+    if message.get("role") == "system":
+        blocks = [{"type": MIDWAY_SYSTEM, "text": text_of(blocks)}]
+    made = Made() if type(message) is Kept else None
+    return Turn("assistant" if message.get("role") == "assistant" else "user", blocks, made)
 
 
 def reminder(text: str) -> str:
@@ -2972,28 +3229,49 @@ def media_url(block: Json) -> str:
 
 def openai_messages(body: Json, to: Upstream) -> list[Json]:
     keep_cache = bool(to.quirks.cache_control and re.search(to.quirks.cache_control, to.model))
-    write = OpenAIMessages(to, tool_names(body), keep_cache)
+    write = OpenAIMessages(to, keep_cache)
     if blocks := system_blocks(body):
         write.say("system", [write.text_part(b) for b in blocks])
-    turns = turns_of(body)
-    calls: dict[str, Json] = {}
-    for turn in turns:
-        if turn.role == "user":
-            write.user(turn.blocks, calls)
-            calls = {}
+    messages, calls = write.messages, tuple[str, ...]()
+    for turn in turns_of(body):
+        # What is kept with a turn is no larger than it: results for calls that it leaves open are made anew.
+        if turn.made is None or len(calls) > turn.made.once(results_in, functools.partial(results_in, turn)):
+            messages += openai_turn(turn, calls, to, keep_cache)
+            calls = called_in(turn)
         else:
-            write.answer_all(calls)
-            write.assistant(turn.blocks)
-            calls = calls_of(turn.blocks)
-    write.answer_all(calls)
+            key = (to.quirks.token, to.model, *calls)
+            messages += turn.made.once(key, functools.partial(kept_turn, turn, calls, to, keep_cache))
+            calls = turn.made.once(called_in, functools.partial(called_in, turn))
+    return messages + openai_turn(Turn("user", []), calls, to, keep_cache)
+
+
+def openai_turn(turn: Turn, calls: tuple[str, ...], to: Upstream, keep_cache: bool) -> list[Json]:
+    """A turn as messages; `calls` are the ids of those in the turn before, which this one is to answer."""
+    write = OpenAIMessages(to, keep_cache)
+    if turn.role == "user":
+        write.user(turn.blocks, calls)
+    else:
+        write.assistant(turn.blocks)
     return write.messages
+
+
+def kept_turn(turn: Turn, calls: tuple[str, ...], to: Upstream, keep_cache: bool) -> list[Json]:
+    return [Kept(message) for message in openai_turn(turn, calls, to, keep_cache)]
+
+
+def results_in(turn: Turn) -> int:
+    return len(results_of(turn.blocks))
+
+
+def called_in(turn: Turn) -> tuple[str, ...]:
+    return tuple(calls_of(turn.blocks)) if turn.role == "assistant" else ()
 
 
 class OpenAIMessages:
     """Writes turns as Chat Completions messages."""
 
-    def __init__(self, to: Upstream, names: dict[str, str], keep_cache: bool) -> None:
-        self.to, self.names, self.keep_cache = to, names, keep_cache
+    def __init__(self, to: Upstream, keep_cache: bool) -> None:
+        self.to, self.keep_cache = to, keep_cache
         self.messages: list[Json] = []
 
     def say(self, role: str, parts: list[Json]) -> None:
@@ -3021,8 +3299,7 @@ class OpenAIMessages:
             self.messages.append(message)
 
     def call(self, block: Json) -> Json:
-        name = str(block.get("name") or "")
-        function = {"name": self.names.get(name) or upstream_name(name), "arguments": tool_arguments(block)}
+        function = {"name": upstream_name(str(block.get("name") or "")), "arguments": tool_arguments(block)}
         return {"id": self.id(block.get("id")), "type": "function", "function": function}
 
     def id(self, client_id: Any) -> str:
@@ -3041,13 +3318,11 @@ class OpenAIMessages:
         # DeepSeek and Kimi refuse a tool round whose assistant message lacks the key (seen November 2026).
         return {quirks.reasoning_key: thinking} if thinking or quirks.reasoning_replay == "tool_turns" else {}
 
-    def answer_all(self, calls: dict[str, Json]) -> None:
-        """Neutral results for calls that were never answered; upstreams refuse a call without one."""
-        for client_id in calls:
-            self.messages.append({"role": "tool", "tool_call_id": self.id(client_id), "content": NO_RESULT})
+    def user(self, blocks: list[Json], calls: Iterable[str]) -> None:
+        """Tool results in the order of their calls, then what moved out of them, then the rest of the turn.
 
-    def user(self, blocks: list[Json], calls: dict[str, Json]) -> None:
-        """Tool results in the order of their calls, then what moved out of them, then the rest of the turn."""
+        A call that was never answered gets a neutral result; upstreams refuse one without.
+        """
         results = results_of(blocks)
         moved: list[Json] = []
         for client_id in calls:
@@ -3103,6 +3378,11 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 def upstream_name(name: str) -> str:
     """A tool's name in the charset upstreams take; a hash keeps shortened ones apart."""
+    return plain_name(name) if len(name) <= 256 else plain_name.__wrapped__(name)
+
+
+@functools.lru_cache(4096)
+def plain_name(name: str) -> str:
     if _PLAIN_NAME.fullmatch(name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
@@ -3148,15 +3428,16 @@ def client_tools(body: Json) -> list[Json]:
     return [t for t in tools_of(body) if t.get("name") and t.get("type") in (None, "", "custom")]
 
 
-def openai_tools(body: Json, to: Upstream) -> list[Json]:
-    tools = []
-    for tool in client_tools(body):
-        function: Json = {"name": upstream_name(str(tool["name"]))}
-        if tool.get("description"):
-            function["description"] = str(tool["description"])
-        function["parameters"] = tool_schema(tool, to.quirks.schema)
-        tools.append({"type": "function", "function": function})
-    return tools
+def openai_tool(cleaning: str, tool: Json) -> Json:
+    function: Json = {"name": upstream_name(str(tool["name"]))}
+    if tool.get("description"):
+        function["description"] = str(tool["description"])
+    function["parameters"] = tool_schema(tool, cleaning)
+    made = {"type": "function", "function": function}
+    return Kept(made) if type(tool) is Kept else made
+
+
+OPENAI_TOOLS = {cleaning: functools.partial(openai_tool, cleaning) for cleaning in ("", "gemini")}
 
 
 def tool_schema(tool: Json, cleaning: str) -> Json:
@@ -5408,11 +5689,12 @@ class TokenCounter:
         is_long = sum(item.size for item, _ in looked.new) > SMALL
         with contextlib.suppress(OSError):  # a TimeoutError is one
             async with asyncio.timeout(self.limit), self.turn if is_long else contextlib.nullcontext():
-                if looked.encoding is ESTIMATE:
-                    await asyncio.sleep(0)
-                    return self.estimated(items, framing, place)
+                await asyncio.sleep(0)
                 work = Work(self.take_apart(looked), looked.encoding)
                 is_left = bool(work.counts)
+                while is_left and looked.encoding is ESTIMATE:
+                    await asyncio.sleep(0)
+                    is_left = work.step()
                 while is_left:
                     is_left = await asyncio.wrap_future(self.thread.submit(work.step))
                 return self.total(looked, work.counts, place)
@@ -5582,8 +5864,15 @@ def is_surely_within(raw: bytes, body: Json, limit: int) -> bool:
     a space after each; images and documents have more tokens than their bytes tell.
     """
     fits = bool(raw) and len(raw) * LARGEST_FACTOR + MOST_FRAMING <= limit
-    contents = [body.get("system"), *(message.get("content") for message in messages_of(body))]
-    return fits and not any(map(holds_media, contents))
+    return (
+        fits
+        and not holds_media(body.get("system"))
+        and not any(once(message, shows_media) for message in messages_of(body))
+    )
+
+
+def shows_media(message: Json) -> bool:
+    return holds_media(message.get("content"))
 
 
 def holds_media(content: Any, depth: int = 0) -> bool:
@@ -5605,12 +5894,26 @@ def items_of(body: Json) -> list[Item]:
         messages = [{"role": "system", "content": body["system"]}, *messages]
     # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
     joins = next((m for m in messages if m.get("role") == "system"), None) if tools else None
-    items = [Item(m, "joined" if m is joins else "", hash(p := packed(m)), len(p)) for m in messages]
+    items = [Item(m, "joined" if m is joins else "", *digest(m)) for m in messages]
     if tools:
         choice = body.get("tool_choice") or body.get("function_call")
         offer = {"tools": tools, "has_system": joins is not None, "choice": choice}
-        items.append(Item(offer, "tools", hash(p := packed(offer)), len(p)))
+        items.append(Item(offer, "tools", *digest(offer)))
     return items
+
+
+def digest(value: Json) -> tuple[int, int]:
+    """A hash of a JSON object, and its size in bytes or so. What is kept in a list of it has a digest of its own."""
+    if type(value) is Kept:
+        return value.made.once(digest, lambda: digest(dict(value)))
+    rest, parts = {}, []
+    for key, member in value.items():
+        if type(member) is list and Kept in map(type, member):
+            parts += [digest(part if isinstance(part, dict) else {"": part}) for part in member]
+            member = len(member)
+        rest[key] = member
+    whole = packed(rest)
+    return hash((whole, *parts)), len(whole) + sum(size for _, size in parts)
 
 
 def packed(value: Any) -> bytes:
@@ -7067,6 +7370,7 @@ MAX_SLEEP = 15.0  # seconds of back-off of one client request
 SHORT_WAIT = 5.0  # a retry-after up to this is waited for on the same target
 KEY_COOLING = 300.0  # seconds that a refused key rests
 MAX_ERROR_BODY = 2**20
+LARGE = 2**18  # bytes of a request between whose steps others have their turn
 MAX_ANSWER = 64 * 2**20  # bytes of an answer that the client gets as a whole
 RATE_WAIT = 1.0  # a 429 that does not say how long
 
@@ -7479,21 +7783,22 @@ class Relay:
 
     async def send(self, call: Call, slot: Slot, dialect: Dialect, watch: Watch) -> aiohttp.ClientResponse:
         """POSTs the request; the response once its status is 200, else an ApiError."""
-        request = self.request_for(call, slot, dialect)
+        request = await self.request_for(call, slot, dialect)
         provider = slot.provider
         streams = call.is_streamed(dialect)
         limit = provider.first_byte_timeout if streams else provider.response_timeout
         watch.wait(limit, "first byte")
         if call.on_raw:
             call.on_raw("upstream_request", request.data)
-        reused = Reused()
+        opened = Opened()
+        OPENED.set(opened)
         try:
-            response = await self.post(self.session, request, provider, reused)
+            response = await self.post(self.session, request, provider)
         except UPSTREAM_FAULTS() as fault:
-            if not (reused.yes and is_disconnect(fault)):
+            if opened.yes or not is_disconnect(fault):
                 raise self.fault(fault, slot) from None
             try:
-                response = await self.post(self.fresh, request, provider, reused)
+                response = await self.post(self.fresh, request, provider)
             except UPSTREAM_FAULTS() as again:
                 raise self.fault(again, slot) from None
         if response.status != 200:
@@ -7504,7 +7809,7 @@ class Relay:
         return response
 
     async def post(
-        self, session: aiohttp.ClientSession, request: UpstreamRequest, provider: Provider, reused: Reused
+        self, session: aiohttp.ClientSession, request: UpstreamRequest, provider: Provider
     ) -> aiohttp.ClientResponse:
         # aiohttp warns of a large body in one piece; from a file object it goes out in pieces.
         data: Any = request.data if len(request.data) <= 2**20 else io.BytesIO(request.data)
@@ -7514,13 +7819,10 @@ class Relay:
             headers=request.headers,
             allow_redirects=False,
             proxy=provider.proxy or environment_proxy(provider.base_url),
-            timeout=aiohttp.ClientTimeout(
-                total=None, connect=provider.connect_timeout
-            ),  # the look-up of its name too
-            trace_request_ctx=reused,
+            timeout=connect_within(provider.connect_timeout),
         )
 
-    def request_for(self, call: Call, slot: Slot, dialect: Dialect) -> UpstreamRequest:
+    async def request_for(self, call: Call, slot: Slot, dialect: Dialect) -> UpstreamRequest:
         provider, target = slot.provider, slot.target
         to = self.upstream_of(call, slot)
         url = endpoint_url(provider.base_url, dialect, model=target.actual_model)
@@ -7531,7 +7833,10 @@ class Relay:
             data = forwarded(call, to)
             url += "?beta=true" if "beta=true" in call.query else ""
         else:
-            data = compact(dialect.request(call.body, to))
+            translated = dialect.request(call.body, to)
+            if len(call.raw) > LARGE:
+                await asyncio.sleep(0)  # to translate and to encode a megabyte takes some milliseconds each
+            data = request_bytes(translated)
         return UpstreamRequest(url, headers, data)
 
     def upstream_of(self, call: Call, slot: Slot) -> Upstream:
@@ -7545,7 +7850,7 @@ class Relay:
         )
 
     def reader_for(self, call: Call, slot: Slot, dialect: Dialect) -> Reader:
-        secrets = call.config.secrets()
+        secrets = call.config.secrets
         if dialect.passes == call.format == "anthropic":
             return AnthropicTap(lambda text: scrub(text, secrets)) if call.stream else AnthropicWhole()
         if dialect.passes == call.format:
@@ -7625,7 +7930,7 @@ class Relay:
             body = b""
         if call.on_raw:
             call.on_raw("upstream_answer", body)
-        text = scrub(body.decode("utf-8", "replace"), call.config.secrets())
+        text = scrub(body.decode("utf-8", "replace"), call.config.secrets)
         try:
             payload = json.loads(text)
         except (ValueError, RecursionError):
@@ -7667,6 +7972,12 @@ class Relay:
         return ApiError(502, words, retry=Retry.SAME, cause="disconnect")
 
 
+@functools.lru_cache(256)
+def connect_within(seconds: float) -> aiohttp.ClientTimeout:
+    """Bounds the look-up of the upstream's name, and the connection; all that follows has limits of its own."""
+    return aiohttp.ClientTimeout(total=None, connect=seconds)
+
+
 @functools.cache
 def environment_proxy(url: str) -> str | None:
     """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY mean for a URL.
@@ -7705,10 +8016,14 @@ def is_disconnect(fault: BaseException) -> bool:
 
 
 @dataclass(slots=True)
-class Reused:
-    """Told by aiohttp's tracing: whether a request went out on a connection that had served before."""
+class Opened:
+    """Whether a request has a connection of its own, and not one that had served before."""
 
     yes: bool = False
+
+
+# Of the request that is on its way; where several addresses are tried at once, their tasks have the same object.
+OPENED: contextvars.ContextVar[Opened] = contextvars.ContextVar("OPENED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -7934,11 +8249,12 @@ def refused_parameter(message: str, param: str = "") -> str:
 
 def without_thinking(body: Json) -> Json:
     """The request without thinking blocks, for an upstream that refuses the signature of one."""
-    return rewritten(body, lambda block: block.get("type") not in ("thinking", "redacted_thinking"))
+    return rewritten(body, NO_THINKING)
 
 
 def without_foreign_thinking(body: Json) -> Json:
     """The request without thinking blocks that ccmux made for other models, or that carry no signature."""
+    return rewritten(body, OWN_THINKING)
 
     def is_own(block: Json) -> bool:
         if block.get("type") not in ("thinking", "redacted_thinking"):
@@ -7946,25 +8262,40 @@ def without_foreign_thinking(body: Json) -> Json:
         mark = block.get("signature" if block["type"] == "thinking" else "data")
         return bool(mark) and not str(mark).startswith(SIGNATURE_TAG)
 
-    return rewritten(body, is_own)
+def is_no_thinking(block: Json) -> bool:
+    return block.get("type") not in ("thinking", "redacted_thinking")
 
 
-def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
-    """The request with only those assistant blocks that `keeps` accepts; turns left empty are taken out.
+def is_own_thinking(block: Json) -> bool:
+    if is_no_thinking(block):
+        return True
+    mark = block.get("signature" if block["type"] == "thinking" else "data")
+    return bool(mark) and not str(mark).startswith(SIGNATURE_TAG)
+
+
+def rewritten(body: Json, left_of: Callable[[Json], list[Any] | None]) -> Json:
+    """The request with what `left_of` leaves of each message's blocks; messages left empty are taken out.
 
     The very same object where all of them stay.
     """
-    messages, given = [], messages_of(body)
-    for message in given:
-        content = message.get("content")
-        if message.get("role") == "assistant" and isinstance(content, list):
-            kept = [b for b in content if not isinstance(b, dict) or keeps(b)]
-            if content and not kept:
-                continue
-            message = message if len(kept) == len(content) else {**message, "content": kept}
-        messages.append(message)
-    same = len(messages) == len(given) and all(map(operator.is_, messages, given))
-    return body if same else {**body, "messages": messages}
+    given = [(message, once(message, left_of)) for message in messages_of(body)]
+    if all(left is None for _, left in given):
+        return body
+    messages = [m if left is None else {**m, "content": left} for m, left in given if left != []]
+    return {**body, "messages": messages}
+
+
+def blocks_left(keeps: Callable[[Json], bool], message: Json) -> list[Any] | None:
+    """What is left of an assistant message's blocks; None where nothing is taken out."""
+    content = message.get("content")
+    if message.get("role") != "assistant" or not isinstance(content, list):
+        return None
+    left = [b for b in content if not isinstance(b, dict) or keeps(b)]
+    return None if len(left) == len(content) else left
+
+
+NO_THINKING = functools.partial(blocks_left, is_no_thinking)
+OWN_THINKING = functools.partial(blocks_left, is_own_thinking)
 
 
 def forwarded(call: Call, to: Upstream) -> bytes:
@@ -8135,7 +8466,7 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
     """The error as the client is to see it: a refused provider key is ccmux's trouble, not the client's
     login.
     """
-    error.message = scrub(error.message, call.config.secrets())
+    error.message = scrub(error.message, call.config.secrets)
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
         name = slot.provider.name
         words = (
@@ -8245,6 +8576,8 @@ class State:
     failures: dict[str, deque[float]] = field(default_factory=dict)  # times of wrong tokens, by address
     listeners: set[asyncio.Queue[Json]] = field(default_factory=set)  # of the live request log
     recorder: Recorder = field(default_factory=lambda: Recorder())
+    requests: RequestReader = field(default_factory=RequestReader)
+    learning: asyncio.TimerHandle | None = None  # when `requests` is to learn on
     refused_counts: dict[str, float] = field(default_factory=dict)  # URL -> until when it is not asked
 
 
@@ -8280,7 +8613,7 @@ class Recorder:
 
     def begin(self, call: Call) -> None:
         """Starts a record and has the relay add to it."""
-        secrets_of = call.config.secrets()
+        secrets_of = call.config.secrets
         record: Json = {
             "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.asked,
             "route": call.route.reason, "client_request": json.loads(scrub(json.dumps(call.body), secrets_of)),
@@ -8387,9 +8720,16 @@ def check_site(request: web.Request) -> None:
             raise ApiError(403, "this API answers only its own pages")
 
 
+def new_request_id() -> str:
+    """An id that is not given twice. Later ones sort behind earlier ones, so that the database appends to its indexes;
+    they are no secret, so one need not cost a system call.
+    """
+    return f"req_{time.time_ns() >> 20:011x}{random.getrandbits(52):013x}"
+
+
 async def answer_errors(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
     """The middleware around everything: an id for the request, the guard, errors in Anthropic's shape."""
-    request[request_key()] = f"req_{secrets.token_hex(12)}"
+    request[request_key()] = new_request_id()
     try:
         guard(request, state_of(request).config)
         response: web.StreamResponse = await handler(request)
@@ -8443,7 +8783,7 @@ def error_headers(error: ApiError) -> dict[str, str]:
 
 async def expect_continue(request: web.Request) -> web.StreamResponse | None:
     """`Expect: 100-continue`: what the guard refuses is refused before the body is asked for."""
-    request[request_key()] = f"req_{secrets.token_hex(12)}"
+    request[request_key()] = new_request_id()
     try:
         guard(request, state_of(request).config)
         if request.headers["Expect"].lower() != "100-continue":
@@ -8538,14 +8878,30 @@ async def read_body(request: web.Request) -> bytes:
     return b"".join(chunks)
 
 
+async def read_request(request: web.Request, state: State) -> tuple[bytes, Json]:
+    """A request's bytes, and what they say. What is new in a large one is learnt while its answer is awaited."""
+    raw = await read_body(request)
+    body = state.requests.read(raw)
+    if state.requests.unread and state.learning is None:
+        state.learning = asyncio.get_running_loop().call_later(0.1, learn, state)
+    return raw, body
+
+
+def learn(state: State) -> None:
+    """A step of it, well under a millisecond; then others have their turn."""
+    state.learning = (
+        asyncio.get_running_loop().call_later(0.002, learn, state) if state.requests.learn() else None
+    )
+
+
 # Messages.
 
 
 async def post_messages(request: web.Request) -> web.StreamResponse:
     state = state_of(request)
     user, credential = client_of(request, state)
-    raw = await read_body(request)
-    call = await plan_call(request, state, strict_json(raw), raw)
+    raw, body = await read_request(request, state)
+    call = await plan_call(request, state, body, raw)
     call.credential = credential
     return await Exchange(request, state, call, user).serve()
 
@@ -8554,7 +8910,7 @@ async def post_chat_completions(request: web.Request) -> web.StreamResponse:
     """An OpenAI-format request, served by any provider through the same machinery."""
     state = state_of(request)
     user, credential = client_of(request, state)
-    given = strict_json(await read_body(request))
+    _, given = await read_request(request, state)
     body = messages_request(given)
     call = await plan_call(request, state, body, b"", format="chat")
     call.credential = credential
@@ -8570,9 +8926,9 @@ async def plan_call(
     """Routes and counts a request. The count comes first only where the request may be a long one."""
     config = state.config
     headers = {k.lower(): v for k, v in request.headers.items()}
-    may_be_long = bool(config.router.long_context) and not is_surely_within(
-        raw, body, config.smallest_limit()
-    )
+    may_be_long = bool(config.router.long_context) and not is_surely_within(raw, body, config.smallest_limit)
+    if len(raw) > LARGE:
+        await asyncio.sleep(0)
     items = items_of(body) if may_be_long else None
     early = await state.counter.count(body, "", asked_model(body), items) if items else 0
     route = choose_route(body, headers, config, early)
@@ -8993,7 +9349,7 @@ async def post_count_tokens(request: web.Request) -> web.StreamResponse:
     """The input tokens of a request: the upstream's own count where it has one, else counted here. Free."""
     state = state_of(request)
     _, credential = client_of(request, state)
-    body = strict_json(await read_body(request))
+    _, body = await read_request(request, state)
     headers = {k.lower(): v for k, v in request.headers.items()}
     try:
         route = choose_route(body, headers, state.config)
@@ -9026,7 +9382,7 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
     request = UpstreamRequest(url, {**headers, "accept": "application/json"}, compact(body))
     try:
         async with asyncio.timeout(3):
-            response = await state.relay.post(state.relay.session, request, provider, Reused())
+            response = await state.relay.post(state.relay.session, request, provider)
             answer = await response.read()
         told = json.loads(answer) if response.status == 200 else None
     except UPSTREAM_FAULTS():
@@ -9789,7 +10145,7 @@ async def test_provider(state: State, provider: Provider, model: str) -> Json:
     began = time.monotonic()
     body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
     route = Route(model, "test", (), (Target(provider.name, model),))
-    call = Call(f"req_{secrets.token_hex(12)}", body, compact(body), {}, route, state.config, False, model)
+    call = Call(new_request_id(), body, compact(body), {}, route, state.config, False, model)
     sink = WholeSink(dict)
     result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
     try:
@@ -11658,14 +12014,11 @@ async def close_state(state: State) -> None:
 
 def upstream_session(force_close: bool = False) -> aiohttp.ClientSession:
     """A client session for upstreams: no cookies, no limit but ccmux's own, the environment's proxies."""
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_reuseconn.append(note_reuse)
     connector = aiohttp.TCPConnector(limit=0, force_close=force_close, socket_factory=open_socket)
     return aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
         read_bufsize=65536,
-        trace_configs=[trace],
         skip_auto_headers=("User-Agent",),
     )
 
@@ -11675,12 +12028,9 @@ def open_socket(address: Any) -> socket.socket:
     family, kind, protocol, _, place = address
     if is_link_local(str(place[0])):
         raise OSError(errno.EACCES, "ccmux does not call link-local addresses")
+    if opened := OPENED.get(None):
+        opened.yes = True
     return socket.socket(family, kind, protocol)
-
-
-async def note_reuse(session: Any, context: Any, params: Any) -> None:
-    if isinstance(context.trace_request_ctx, Reused):
-        context.trace_request_ctx.yes = True
 
 
 # Files and start.
@@ -12767,7 +13117,7 @@ def diagnose(given: str) -> Iterator[tuple[str, str]]:
 def diagnose_files(config: Config) -> Iterator[tuple[str, str]]:
     """Files with secrets in them that others on this machine can read."""
     paths = [Path(database_path(config)), token_path(config)]
-    if config.path and any(secret in Path(config.path).read_text("utf-8") for secret in config.secrets()):
+    if config.path and any(secret in Path(config.path).read_text("utf-8") for secret in config.secrets):
         paths.append(Path(config.path))
     for path in paths:
         if os.name != "nt" and path.exists() and path.stat().st_mode & 0o077:

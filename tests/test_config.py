@@ -287,11 +287,11 @@ def test_secrets_are_in_no_repr() -> None:
         + "api_key = 'key-abcdef'\nheaders = { A = 'head-abcdef' }\n[server]\nadmin_token = 'tok-abcdefgh'\n"
     )
     assert "abcdef" not in repr((made.providers, made.server))
-    assert made.secrets() == ["tok-abcdefgh", "head-abcdef", "key-abcdef"]
+    assert made.secrets == ["tok-abcdefgh", "head-abcdef", "key-abcdef"]
 
 
 def test_a_passthrough_key_is_no_secret() -> None:
-    assert parse(PROVIDER + "api_key = 'passthrough'\n").secrets() == []
+    assert parse(PROVIDER + "api_key = 'passthrough'\n").secrets == []
 
 
 # Presets

@@ -519,7 +519,7 @@ def test_without_long_context_nothing_is_passed_over() -> None:
 )
 def test_the_fewest_tokens_that_a_route_may_turn_on(limit: int, rows: str, least: int) -> None:
     made = config(f'[router]\nlong_context = "roomy"\nlong_context_tokens = {limit}\n', ROWS + rows)
-    assert made.smallest_limit() == least
+    assert made.smallest_limit == least
 
 
 # Config of routes
