@@ -11,7 +11,8 @@ fails, counts tokens, and keeps an exact account of what every request cost.
 
 One request, from the top of its way to the bottom:
 
-1.  `guard` looks at Host, Origin, content type and size; the body is read once and parsed strictly.
+1.  `guard` looks at Host, Origin, content type and size; the body is read once and parsed strictly, and what it has
+    in common with earlier ones (most of a conversation) is known again, not parsed.
 2.  The key names the user (or the local user, where none is required).
 3.  `choose_route` walks the rules; the first that applies names the model. The trail of rules tried is kept.
 4.  Credits are held, or the request is refused before any upstream byte.
@@ -234,6 +235,12 @@ module.__file__ = sys.argv[0]
 with open(%d, "rb") as compiled:
     code = marshal.load(compiled)
 exec(code, module.__dict__)"""
+# For glibc's allocator. Its defaults give the memory of each request of 100 KB back to the kernel, and fetch it again.
+MALLOC = {
+    "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
+    "MALLOC_TOP_PAD_": str(4 * 2**20),
+}
 COUNT_TEXTS = "count-texts"  # the command of a server's counting process, which no person gives
 
 
@@ -260,7 +267,7 @@ def run_compiled(code: types.CodeType) -> None:
             os.path.abspath(__file__),
             *sys.argv[1:],
         ]
-        os.execv(command[0], command)  # noqa: S606
+        os.execve(command[0], command, MALLOC | os.environ)  # noqa: S606
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["statusline"] and not wants_help(sys.argv):
@@ -308,7 +315,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import queue
 import random
 import re
@@ -328,7 +334,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -2068,7 +2074,8 @@ class SseDecoder:
         ApiError 502 when it grows past the limit.
         """
         data = self.rest + data if self.rest else data
-        end = data.rfind(b"\n\n") + 2 if b"\r" not in data else last_blank_line(data)
+        # `in` would raise and catch an exception inside, as bytes may also be asked for a number.
+        end = data.rfind(b"\n\n") + 2 if data.find(b"\r") < 0 else last_blank_line(data)
         whole, self.rest = (data[:end], data[end:]) if end > 1 else (b"", data)
         if len(self.rest) > self.limit:
             words = f"the provider sent an event of more than {self.limit} bytes"
@@ -2353,9 +2360,10 @@ _SUBAGENT_TAG = re.compile(r"<CCM-SUBAGENT-MODEL>\s*(.*?)\s*</CCM-SUBAGENT-MODEL
 def tag_step(asked: Asked) -> Pick:
     system = asked.body.get("system")
     for index, block in enumerate(blocks_of(system)):
-        if match := _SUBAGENT_TAG.search(str(block.get("text") or "")):
+        text = str(block.get("text") or "")
+        if "<CCM-SUBAGENT-MODEL>" in text and (match := _SUBAGENT_TAG.search(text)):
             blocks: Any = blocks_of(system)
-            blocks[index] = {**block, "text": _SUBAGENT_TAG.sub("", str(block["text"]))}
+            blocks[index] = {**block, "text": _SUBAGENT_TAG.sub("", text)}
             kept = [b for b in blocks if b.get("text") != "" or b.get("type") != "text"]
             changed = {**asked.body, "system": kept if isinstance(system, list) else text_of(kept)}
             return Pick(match[1], f"tag names {match[1]}", changed)
@@ -2807,8 +2815,10 @@ class AnthropicTap:
         self.texts: list[str] = []
 
     def feed(self, data: bytes) -> bytes:
-        whole = self.decoder.cut(data)
-        out = whole if self.is_plain(whole) else b"".join(self.looked_at(whole))
+        is_whole = not self.decoder.rest and data.endswith(b"\n\n")
+        whole = data if is_whole else self.decoder.cut(data)
+        plain = self.has_content and not self.ended and data.find(b"message_") < 0 and data.find(b"error") < 0
+        out = whole if plain and is_whole else b"".join(self.looked_at(whole))
         if out:
             self.relayed.append(out)
             self.unread += len(out)
@@ -2818,7 +2828,7 @@ class AnthropicTap:
 
     def is_plain(self, data: bytes) -> bool:
         """Whether nothing in it can end or break the stream, or carry usage."""
-        return self.has_content and not self.ended and b"message_" not in data and b"error" not in data
+        return self.has_content and not self.ended and data.find(b"message_") < 0 and data.find(b"error") < 0
 
     def looked_at(self, whole: bytes) -> Iterator[bytes]:
         """What goes out of whole events: each is read, but those that are plain go out in one piece."""
@@ -5518,11 +5528,14 @@ def exact_cost(usage: Usage, price: Price) -> Decimal:
     """Micro-dollars, not rounded. A kind of token without a price of its own costs what input costs."""
     above = [tier for tier in price.tiers if usage.prompt > tier[0]]
     price = max(above, key=lambda tier: tier[0])[1] if above else price
-    kinds = (
-        (usage.input, price.input), (usage.output, price.output), (usage.cache_read, price.cache_read),
-        (usage.cache_write, price.cache_write), (usage.cache_write_1h, price.cache_write_1h),
-    )  # fmt: skip
-    return sum((n * (price.input if each is None else each) for n, each in kinds if n), Decimal(0))
+    exact = usage.input * price.input + usage.output * price.output
+    for n, each in (
+        (usage.cache_read, price.cache_read), (usage.cache_write, price.cache_write),
+        (usage.cache_write_1h, price.cache_write_1h),
+    ):  # fmt: skip
+        if n:
+            exact += n * (price.input if each is None else each)
+    return exact
 
 
 def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
@@ -7482,8 +7495,7 @@ class Call:
     started: float = 0.0
     first_content: float = 0.0
     reply_headers: dict[str, str] = field(default_factory=dict)
-    deadline: asyncio.Timeout | None = None
-    stopping: bool = False
+    watch: Watch | None = None
     retries_at: Health | None = None  # the provider in whose retry budget this request counts just now
 
     @property
@@ -7507,9 +7519,8 @@ class Call:
 
     def stop(self) -> None:
         """Ends the request now, with an error: the server shuts down."""
-        self.stopping = True
-        if self.deadline:
-            self.deadline.reschedule(asyncio.get_running_loop().time())
+        if self.watch:
+            self.watch.end(STOPPED)
 
 
 class Reader(typing.Protocol):
@@ -7537,13 +7548,13 @@ class ClientGoneError(Exception):
 
 
 class Sink(typing.Protocol):
-    """Where an answer goes; ClientGoneError when nobody is there any more.
+    """Where an answer goes. When nobody is there any more, `begin` raises ClientGoneError, `write` ConnectionError.
 
     `begin` sends the head of a 200; a sink that does not stream ignores both until the end.
     """
 
     async def begin(self, headers: Mapping[str, str]) -> None: ...
-    async def write(self, data: bytes) -> None: ...
+    def write(self, data: bytes) -> Awaitable[None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -7565,40 +7576,60 @@ def key_id(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:8] if key else "-"
 
 
-class Watch:
-    """Ends a wait that lasts too long.
+TOTAL, STOPPED = "end", "shutdown"  # what ends a request as a whole
 
-    One lazy timer looks now and then, so that a byte costs no timer of its own.
+
+class Watch:
+    """Cancels the task of a request whose wait lasts too long, or that does, as `asyncio.timeout` would.
+
+    One for all of a request, with one timer that looks now and then: a byte costs no timer, and a try no scope.
     """
 
-    def __init__(self, tick: float) -> None:
-        self.tick = tick
+    def __init__(self, tick: float, total: float) -> None:
         self.loop = asyncio.get_running_loop()
-        self.scope = asyncio.timeout(None)
+        self.task = asyncio.current_task(self.loop)
+        self.cancelling = self.task.cancelling() if self.task else 0
+        self.tick, self.until = tick, self.loop.time() + total
         self.limit, self.last, self.what = math.inf, 0.0, ""
-
-    async def __aenter__(self) -> Watch:
-        await self.scope.__aenter__()
-        self.timer = self.loop.call_later(self.tick, self.look)
-        return self
-
-    async def __aexit__(self, *error: Any) -> None:
-        self.timer.cancel()
-        await self.scope.__aexit__(*error)
+        self.over = ""  # what took too long, once it has cancelled the task for that
+        self.timer = self.loop.call_later(min(tick, total), self.look)
 
     def wait(self, limit: float, what: str) -> None:
-        """From now on, `what` may take `limit` seconds."""
-        self.limit, self.last, self.what = limit, self.loop.time(), what
+        """From now on, `what` may take `limit` seconds, or up to a tick longer: the next look takes the time."""
+        self.limit, self.what, self.last = limit, what, 0.0
         if limit < self.tick:
-            self.timer.cancel()
-            self.timer = self.loop.call_later(limit, self.look)
+            self.last = self.loop.time()
+            self.look_in(limit)
 
     def look(self) -> None:
-        left = self.last + self.limit - self.loop.time()
-        if left <= 0:
-            self.scope.reschedule(self.loop.time())
+        now = self.loop.time()
+        self.last = self.last or now
+        if now >= self.until:
+            self.end(TOTAL)
+        elif now >= self.last + self.limit:
+            self.end(self.what)
         else:
-            self.timer = self.loop.call_later(min(self.tick, max(left, 0.001)), self.look)
+            self.look_in(min(self.tick, self.last + self.limit - now, self.until - now))
+
+    def look_in(self, seconds: float) -> None:
+        self.timer.cancel()
+        self.timer = self.loop.call_later(max(seconds, 0.001), self.look)
+
+    def end(self, what: str) -> None:
+        self.over = what
+        if self.task:
+            self.task.cancel()
+
+    def take_back(self) -> str:
+        """After a CancelledError: what took too long; "" where somebody else has cancelled the task. It watches on."""
+        if not self.over or self.task is None or self.task.uncancel() > self.cancelling:
+            return ""
+        what, self.over = self.over, ""
+        self.look_in(self.tick)
+        return what
+
+    def close(self) -> None:
+        self.timer.cancel()
 
 
 class Relay:
@@ -7626,19 +7657,24 @@ class Relay:
         Raises ApiError when none did, or when the answer broke; `call` then tells how far it got.
         """
         call.started = time.monotonic()
-        total = min((p.total_timeout for p in self.providers_of(call)), default=3600.0)
+        providers = self.providers_of(call)
+        total = min((p.total_timeout for p in providers), default=3600.0)
+        waits = (4.0, call.config.server.client_stall_timeout, *(p.idle_timeout for p in providers))
+        call.watch = watch = Watch(min(waits) / 4, total)
         try:
-            async with asyncio.timeout(total) as call.deadline:
-                await self.try_targets(call, sink)
-        except TimeoutError:
-            if call.stopping:
-                raise ApiError(
-                    529, "ccmux is shutting down; try again", retry_after=2, cause="shutdown"
-                ) from None
-            raise ApiError(
-                504, f"no whole answer within {total:g} s (total_timeout)", cause="timeout"
-            ) from None
+            await self.try_targets(call, sink)
+        except asyncio.CancelledError:
+            over = watch.take_back()
+            if not over:
+                raise
+            if over == STOPPED:
+                words = "ccmux is shutting down; try again"
+                raise ApiError(529, words, retry_after=2, cause="shutdown") from None
+            words = f"no whole answer within {total:g} s (total_timeout)"
+            raise ApiError(504, words, cause="timeout") from None
         finally:
+            watch.close()
+            call.watch = None
             call.end_retry()
 
     def providers_of(self, call: Call) -> list[Provider]:
@@ -7749,13 +7785,17 @@ class Relay:
         if dialect.is_local:
             await self.demo(call, slot, sink)
             return
-        watch = Watch(min(slot.provider.idle_timeout, call.config.server.client_stall_timeout, 4.0) / 4)
+        assert call.watch is not None
+        watch = call.watch
         try:
-            async with watch:
-                response = await self.send(call, slot, dialect, watch)
-                await self.receive(call, slot, dialect, response, sink, watch)
-        except TimeoutError:
+            response = await self.send(call, slot, dialect, watch)
+            await self.receive(call, slot, dialect, response, sink, watch)
+        except asyncio.CancelledError:
+            if watch.over in (TOTAL, STOPPED) or not watch.take_back():
+                raise
             raise self.overdue(watch, slot) from None
+        finally:
+            watch.wait(math.inf, "")
 
     async def receive(
         self,
@@ -7872,34 +7912,62 @@ class Relay:
         watch: Watch,
     ) -> None:
         """Relays an answer. Until its first content nothing goes out, and another try may mend a fault."""
-        idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
-        held, size = b"", 0
-        while not reader.ended and reader.error is None:
+        drain_whole(response.content)
+        idle, held, size = slot.provider.idle_timeout, b"", 0
+        data = b"-"
+        while data and not call.first_content and not reader.ended and reader.error is None:
             data = await response.content.readany()
+            watch.wait(idle, "next byte")
             size += len(data)
             if size > MAX_ANSWER and not call.stream:
                 raise too_large(slot)
-            out = reader.feed(data) if data else reader.finish()
-            if call.on_raw:
-                call.on_raw("upstream_answer", data)
-                call.on_raw("events", out + reader.ending)
-            if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
+            held += read_on(call, reader, data)
+            if (reader.has_content or reader.ended) and reader.error is None:
                 call.first_content = time.monotonic()
                 call.end_retry()
                 if call.stream and call.raw:
                     call.body = {}  # takes five times its bytes, and there will be no other try
                 await sink.begin(call.reply_headers)
-                out, held = held + out, b""
-            if call.first_content and out:
-                watch.wait(stall, "client")
-                await sink.write(out)
-            else:
-                held = held + out
-            if not data:
-                break
-            watch.wait(idle, "next byte")
+        if call.first_content:
+            await self.relay_on(call, slot, response, reader, sink, watch, held, size)
         if reader.error is not None:
             raise reader.error
+
+    async def relay_on(
+        self,
+        call: Call,
+        slot: Slot,
+        response: aiohttp.ClientResponse,
+        reader: Reader,
+        sink: Sink,
+        watch: Watch,
+        out: bytes,
+        size: int,
+    ) -> None:
+        """Sends `out`, the first content, and what follows it. This goes round once an event, and with many streams
+        each call in it is made on cold caches and takes a microsecond: hence the watch that is set by hand.
+        """
+        idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
+        most = math.inf if call.stream else MAX_ANSWER
+        read = response.content.readany
+        feed = reader.feed if call.on_raw is None else functools.partial(read_on, call, reader)
+        write = sink.write
+        data = b"-"
+        while True:
+            if out:
+                watch.limit, watch.what, watch.last = stall, "client", 0.0
+                try:
+                    await write(out)
+                except ConnectionError:
+                    raise ClientGoneError from None
+            if not data or reader.ended or reader.error is not None:
+                return
+            watch.limit, watch.what, watch.last = idle, "next byte", 0.0
+            data = await read()
+            size += len(data)
+            if size > most:
+                raise too_large(slot)
+            out = feed(data) if data else read_on(call, reader, b"")
 
     def count_for(self, model: str, text: str) -> int:
         return self.count_output(text, model)
@@ -7914,7 +7982,8 @@ class Relay:
         call.first_content = time.monotonic()
         await sink.begin({})
         for event in events:
-            await sink.write(reader.feed(encode_event(event)))
+            if data := reader.feed(encode_event(event)):
+                await sink.write(data)
             await asyncio.sleep(0.01 if call.stream else 0)
 
     async def refusal(
@@ -7997,6 +8066,24 @@ def UPSTREAM_FAULTS() -> tuple[type[Exception], ...]:  # noqa: N802
     A TimeoutError is an OSError. A function, because --help works before aiohttp is installed.
     """
     return (aiohttp.ClientError, OSError, ssl.SSLError, ValueError, RecursionError)
+
+
+def drain_whole(content: aiohttp.StreamReader) -> None:
+    """Has aiohttp (3.14) resume a paused connection once its buffer is empty, not once for each chunk taken from it.
+
+    With 300 events in the buffer that is half of what a request costs.
+    """
+    with contextlib.suppress(AttributeError):  # where it has no such mark, all works, but slower
+        content._low_water = 1
+
+
+def read_on(call: Call, reader: Reader, data: bytes) -> bytes:
+    """What the client gets for the next of the upstream's bytes, or for their end; the inspect recorder is told."""
+    out = reader.feed(data) if data else reader.finish()
+    if call.on_raw:
+        call.on_raw("upstream_answer", data)
+        call.on_raw("events", out + reader.ending)
+    return out
 
 
 def too_large(slot: Slot) -> ApiError:
@@ -8256,11 +8343,6 @@ def without_foreign_thinking(body: Json) -> Json:
     """The request without thinking blocks that ccmux made for other models, or that carry no signature."""
     return rewritten(body, OWN_THINKING)
 
-    def is_own(block: Json) -> bool:
-        if block.get("type") not in ("thinking", "redacted_thinking"):
-            return True
-        mark = block.get("signature" if block["type"] == "thinking" else "data")
-        return bool(mark) and not str(mark).startswith(SIGNATURE_TAG)
 
 def is_no_thinking(block: Json) -> bool:
     return block.get("type") not in ("thinking", "redacted_thinking")
@@ -8379,7 +8461,8 @@ def with_model(raw: bytes, old: str, new: str) -> bytes:
         match = top_level_model(raw)
     if match is None or match[1] != old.encode("utf-8", "backslashreplace"):
         return compact({**json.loads(raw), "model": new})
-    return raw[: match.start(1)] + json.dumps(new)[1:-1].encode() + raw[match.end(1) :]
+    view = memoryview(raw)  # so that the body is copied once
+    return b"".join((view[: match.start(1)], json.dumps(new)[1:-1].encode(), view[match.end(1) :]))
 
 
 def top_level_model(raw: bytes) -> re.Match[bytes] | None:
@@ -8440,9 +8523,21 @@ def answer_headers(headers: Mapping[str, str], dialect: Dialect) -> dict[str, st
 
 def allowed_headers(headers: Mapping[str, str], allowed: re.Pattern[str]) -> dict[str, str]:
     """The headers that an allow-list names, but for those that Connection says are for one hop."""
-    lower = {k.lower(): v for k, v in headers.items()}
-    hop = {name.strip().lower() for name in lower.get("connection", "").split(",")}
-    return {k: v for k, v in lower.items() if allowed.fullmatch(k) and k not in hop and v.isascii()}
+    passed, hop = {}, {""}
+    for key, value in headers.items():
+        name = (allowed_name if len(key) < 64 else allowed_name.__wrapped__)(key, allowed)
+        if name == "connection":
+            hop.update(part.strip() for part in value.lower().split(","))
+        elif name:
+            passed[name] = value
+    return {k: v for k, v in passed.items() if k not in hop and v.isascii()}
+
+
+@functools.lru_cache(1024)
+def allowed_name(name: str, allowed: re.Pattern[str]) -> str:
+    """A header's name in lower case where the allow-list, or Connection, is meant; else ""."""
+    lower = name.lower()
+    return lower if allowed.fullmatch(lower) or lower == "connection" else ""
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -8499,21 +8594,24 @@ class Metrics:
     def __init__(self) -> None:
         self.counts: dict[MetricKey, float] = {}
 
-    def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
-        key = (name, tuple(labels.items()))
-        if key in self.counts or len(self.counts) < MOST_KEPT:
-            self.counts[key] = self.counts.get(key, 0) + amount
+    def add(self, name: str, labels: Labels, amount: float = 1) -> None:
+        key = (name, labels)
+        if key in self.counts:
+            self.counts[key] += amount
+        elif len(self.counts) < MOST_KEPT:
+            self.counts[key] = amount
 
     def attempt(self, provider: str, model: str, error: str) -> None:
-        self.add("ccmux_upstream_attempts_total", provider=provider, model=model)
+        self.add("ccmux_upstream_attempts_total", (("provider", provider), ("model", model)))
         if error:
-            self.add("ccmux_upstream_errors_total", provider=provider, error=error)
+            self.add("ccmux_upstream_errors_total", (("provider", provider), ("error", error)))
 
-    def observe(self, name: str, seconds: float, **labels: str) -> None:
+    def observe(self, name: str, labels: Labels, seconds: float) -> None:
         """Into the one bucket that it falls in; `render` adds up those below, as the format wants."""
-        at = next((bound for bound in self.BUCKETS if seconds <= bound), math.inf)
-        self.add(f"{name}_bucket", 1, **labels, le=f"{at:g}")
-        self.add(f"{name}_sum", seconds, **labels)
+        at = bisect.bisect_left(self.BUCKETS, seconds)
+        bound = self.BUCKETS[at] if at < len(self.BUCKETS) else math.inf
+        self.add(f"{name}_bucket", (*labels, ("le", f"{bound:g}")))
+        self.add(f"{name}_sum", labels, seconds)
 
     def render(self, gauges: Mapping[str, float]) -> str:
         """Every family under its TYPE; gauges come with their labels in their names."""
@@ -8859,6 +8957,12 @@ def require_admin(request: web.Request) -> State:
 
 async def read_body(request: web.Request) -> bytes:
     """The whole body; ApiError 408 when it stalls for 30 s or takes too long, 413 when it grows too large."""
+    if (
+        request.content.is_eof()
+        and request.content.exception() is None
+        and (request.content_length or 0) <= MAX_BODY
+    ):
+        return await request.content.read()  # it is all there: nothing to wait for
     loop = asyncio.get_running_loop()
     end = loop.time() + state_of(request).config.server.body_timeout
     chunks: list[bytes] = []
@@ -9020,30 +9124,28 @@ class StreamSink:
         if self.request.transport and (client := self.request.transport.get_extra_info("socket")):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CLIENT_BUFFER)
 
-    async def write(self, data: bytes) -> None:
-        if not data:
-            return
-        self.last = time.monotonic()
-        try:
-            await self.response.write(data)
-        except ConnectionError:
-            raise ClientGoneError from None
+    def write(self, data: bytes) -> Awaitable[None]:
+        self.last = 0.0  # since the last look: the next one takes the time
+        return self.response.write(data)
 
     def look(self) -> None:
         """Pings after each interval of silence. What is written elsewhere is whole events, so a ping always fits."""
-        left = self.last + self.interval - time.monotonic()
-        if left <= 0 and (self.pinging is None or self.pinging.done()):
-            self.pinging = asyncio.create_task(self.send_ping())
-        self.timer = asyncio.get_running_loop().call_later(left if left > 0 else self.interval, self.look)
+        now, pause = time.monotonic(), self.interval / 4
+        self.last = self.last or now - pause
+        left = self.last + self.interval - now
+        if left <= 0:
+            self.last = now
+            if self.pinging is None or self.pinging.done():
+                self.pinging = asyncio.create_task(self.send_ping())
+        self.timer = asyncio.get_running_loop().call_later(min(left, pause) if left > 0 else pause, self.look)
 
     async def send_ping(self) -> None:
-        with contextlib.suppress(ClientGoneError):  # the exchange itself will notice
+        with contextlib.suppress(ClientGoneError, ConnectionError):  # the exchange itself will notice
             await self.begin({})
-            await self.write(self.ping)
+            await self.response.write(self.ping)
 
     async def finish(self, ending: bytes) -> web.StreamResponse:
-        await self.write(ending)
-        await self.response.write_eof()
+        await self.response.write_eof(ending)
         return self.response
 
     def close(self) -> None:
@@ -9063,7 +9165,7 @@ class WholeSink:
         self.reply = dict(headers)
 
     async def write(self, data: bytes) -> None:
-        return
+        return  # `ending` is all there is
 
     async def finish(self, ending: bytes) -> web.StreamResponse:
         return web.Response(
@@ -9144,10 +9246,10 @@ class Exchange:
                 self.request.transport.abort()
             return sink.response
         reader = self.call.reader
-        if not (reader and reader.error_relayed and reader.error is error):
-            event = encode_error(error, self.call)
-            await sink.write(event)
-        await sink.response.write_eof()
+        with contextlib.suppress(ConnectionError):  # the client has left meanwhile
+            if not (reader and reader.error_relayed and reader.error is error):
+                await sink.write(encode_error(error, self.call))
+            await sink.response.write_eof()
         return sink.response
 
     def on_answer(self) -> None:
@@ -9155,9 +9257,16 @@ class Exchange:
         if self.floor_note:
             self.floor_note.cancel()
         if self.hold:
-            note = functools.partial(self.state.store.answered, self.hold, self.floor())
-            self.floor_note = asyncio.get_running_loop().call_later(NOTE_AFTER, note)
+            target = self.call.target or self.call.route.targets[0]
+            self.floor_note = asyncio.get_running_loop().call_later(NOTE_AFTER, self.note_floor, target)
         self.answered = True
+
+    def note_floor(self, target: Target) -> None:
+        """The input's cost, with markup: what a request costs once its upstream has begun to answer."""
+        price = self.price_of(target)
+        markup = self.call.config.credits.markup_percent
+        assert self.hold is not None
+        self.state.store.answered(self.hold, input_floor(self.call.tokens, price, markup) if price else 0)
 
     # Money.
 
@@ -9189,12 +9298,6 @@ class Exchange:
         credits = self.call.config.credits
         known = price_of(self.call.config, target, self.call.route.model)
         return known or (credits.default_price if credits.enforce else None)
-
-    def floor(self) -> int:
-        """The input's cost, with markup: what a request costs once its upstream has begun to answer."""
-        target = self.call.target or self.call.route.targets[0]
-        price = self.price_of(target)
-        return input_floor(self.call.tokens, price, self.call.config.credits.markup_percent) if price else 0
 
     def usage(self, error: ApiError | None) -> Usage:
         """The true usage where the upstream told it, else counted here and marked; none for what cost
@@ -9265,7 +9368,7 @@ class Exchange:
         assert self.settled is not None
         try:
             async with asyncio.timeout(5):
-                await asyncio.shield(self.settled)
+                await self.settled  # where the wait is cut short, it is written nevertheless
         except (TimeoutError, sqlite3.Error, OSError) as fault:
             log.error(
                 "settlement of %s is not on disk yet (%s); it will be tried again",
@@ -9276,18 +9379,16 @@ class Exchange:
     def tell(self, done: Settlement) -> None:
         """One log line, the metrics, the live log, and the counter's lesson."""
         usage, call = done.usage, self.call
-        self.state.metrics.add(
-            "ccmux_requests_total", provider=done.provider, model=done.model, status=str(done.status)
-        )
+        metrics, model = self.state.metrics, ("model", done.model)
+        provider = ("provider", done.provider)
+        metrics.add("ccmux_requests_total", (provider, model, ("status", str(done.status))))
         for kind in ("input", "output", "cache_read", "cache_write", "cache_write_1h"):
             if amount := getattr(usage, kind):
-                self.state.metrics.add("ccmux_tokens_total", amount, kind=kind, model=done.model)
+                metrics.add("ccmux_tokens_total", (("kind", kind), model), amount)
         if done.cost:
-            self.state.metrics.add("ccmux_cost_microusd_total", done.cost, model=done.model)
+            metrics.add("ccmux_cost_microusd_total", (model,), done.cost)
         if done.first_token_ms is not None:
-            self.state.metrics.observe(
-                "ccmux_first_token_seconds", done.first_token_ms / 1000, provider=done.provider
-            )
+            metrics.observe("ccmux_first_token_seconds", (provider,), done.first_token_ms / 1000)
         if done.status == 200 and not usage.estimated and call.is_counted:
             self.state.counter.observe(done.provider, done.model, call.tokens, usage.prompt)
         if log.isEnabledFor(logging.INFO):

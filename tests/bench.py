@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -32,6 +33,7 @@ CCMUX = Path(__file__).resolve().parent.parent / "ccmux.py"
 EVENTS = 300  # text events of a burst stream
 PACED = 200  # text events of a paced stream, one each PACE seconds
 PACE = 0.02
+TURN = b"turn 00000000"  # in the last message: another number in each request, as each turn of a conversation is new
 STAMP = re.compile(rb"@(\d{16})@")
 WORDS = [
     "the",
@@ -74,7 +76,7 @@ def tool(rand: random.Random, number: int) -> dict[str, Any]:
 
 
 def body_of(model: str, stream: bool, size: int = 113_000) -> bytes:
-    """A request of about `size` bytes: system prompt, 20 tools, then rounds of tool calls and results."""
+    """A request of about `size` bytes: system prompt, 20 tools, rounds of tool calls and results, and what is new."""
     rand = random.Random(7)
     system = [{"type": "text", "text": prose(rand, 14_000), "cache_control": {"type": "ephemeral"}}]
     messages: list[dict[str, Any]] = [
@@ -92,6 +94,10 @@ def body_of(model: str, stream: bool, size: int = 113_000) -> bytes:
         messages += [{"role": "assistant", "content": [{"type": "text", "text": prose(rand, 300)}, call]}]
         messages += [{"role": "user", "content": [result]}]
         length += 3200
+    messages += [{"role": "assistant", "content": [{"type": "text", "text": prose(rand, 300)}]}]
+    messages += [
+        {"role": "user", "content": [{"type": "text", "text": f"{prose(rand, 1000)} {TURN.decode()}"}]}
+    ]
     return json.dumps(body, separators=(",", ":")).encode()
 
 
@@ -358,10 +364,13 @@ class Gateway:
         return int((re.search(rf"{key}:\s+(\d+)", status) or [0, 0])[1]) / 1024
 
 
+turns = itertools.count(1)
+
+
 async def load(
     gateway: Gateway, data: bytes, workers: int, limit: int, seconds: float, stagger: float = 0.0
 ) -> list[Record]:
-    """A closed loop: each worker sends its next request when the last is answered."""
+    """A closed loop: each worker sends its next request when the last is answered. No two requests are the same."""
     records: list[Record] = []
     left = limit
     deadline = time.perf_counter() + seconds
@@ -372,7 +381,7 @@ async def load(
         connection = await gateway.connect()
         while left > 0 and (time.perf_counter() < deadline or stagger):
             left -= 1
-            record = await connection.send(data)
+            record = await connection.send(data.replace(TURN, b"turn %08d" % next(turns)))
             assert record.status == 200, record.pieces[-1][1][:300]
             records.append(record)
         connection.transport.close()

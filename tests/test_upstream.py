@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+from multidict import CIMultiDict
 from proxy_harness import config_text, message_body
 
 import ccmux
@@ -263,10 +267,11 @@ def test_auth_styles(style: str, expected: dict[str, str]) -> None:
 
 def test_metrics_are_prometheus_text() -> None:
     metrics = ccmux.Metrics()
-    metrics.add("ccmux_requests_total", provider='a"b\n\\', status="200")
-    metrics.add("ccmux_requests_total", 123_456_789, provider='a"b\n\\', status="200")
+    odd = (("provider", 'a"b\n\\'), ("status", "200"))
+    metrics.add("ccmux_requests_total", odd)
+    metrics.add("ccmux_requests_total", odd, 123_456_789)
     for seconds, provider in ((0.3, "a"), (7, "a"), (500, "a"), (0.1, "b")):
-        metrics.observe("ccmux_first_token_seconds", seconds, provider=provider)
+        metrics.observe("ccmux_first_token_seconds", (("provider", provider),), seconds)
     gauges = {
         "ccmux_requests_in_flight": 1,
         'ccmux_breaker_state{key="a"}': 0,
@@ -367,5 +372,78 @@ def test_what_clients_name_is_remembered_within_bounds() -> None:
     assert 0 not in kept
     metrics = ccmux.Metrics()
     for number in range(ccmux.MOST_KEPT + 5):
-        metrics.add("ccmux_requests_total", model=str(number))
+        metrics.add("ccmux_requests_total", (("model", str(number)),))
     assert len(metrics.counts) == ccmux.MOST_KEPT
+
+
+async def watched(watch_of: Callable[[], ccmux.Watch], then: Callable[[ccmux.Watch], None]) -> str:
+    """What a watch says that cancelled a task; "" where it was not the watch."""
+    watch = watch_of()
+    then(watch)
+    try:
+        await asyncio.sleep(30)
+    except asyncio.CancelledError:
+        return watch.take_back()
+    finally:
+        watch.close()
+    return "never"
+
+
+@pytest.mark.parametrize(
+    ("total", "then", "over"),
+    [
+        pytest.param(30, lambda w: w.wait(0.02, "first byte"), "first byte", id="shorter than a tick"),
+        pytest.param(30, lambda w: w.wait(0.2, "next byte"), "next byte", id="longer than a tick"),
+        pytest.param(0.02, lambda w: w.wait(20, "next byte"), ccmux.TOTAL, id="all of it"),
+        pytest.param(30, lambda w: w.end(ccmux.STOPPED), ccmux.STOPPED, id="the server stops"),
+        pytest.param(30, lambda w: w.task.cancel(), "", id="somebody else"),
+        pytest.param(30, lambda w: (w.end("client"), w.task.cancel()), "", id="somebody else as well"),
+    ],
+)
+async def test_a_watch_ends_a_task_and_says_why(total: float, then: Any, over: str) -> None:
+    task = asyncio.create_task(watched(lambda: ccmux.Watch(0.05, total), then))
+    assert await asyncio.wait_for(task, 10) == over
+    assert task.cancelling() == (0 if over else 1)
+
+
+async def test_a_watch_watches_on_after_it_was_taken_back() -> None:
+    async def tries() -> list[str]:
+        watch, seen = ccmux.Watch(0.02, 30), []
+        for what in ("first", "second"):
+            try:
+                watch.wait(0.03, what)
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                seen.append(watch.take_back())
+                watch.wait(math.inf, "")
+                await asyncio.sleep(0.06)  # nothing to end
+        watch.close()
+        return seen
+
+    assert await asyncio.wait_for(asyncio.create_task(tries()), 10) == ["first", "second"]
+
+
+async def test_progress_keeps_a_watch_quiet() -> None:
+    async def steps() -> str:
+        watch = ccmux.Watch(0.02, 30)
+        for _ in range(20):
+            watch.limit, watch.what, watch.last = 0.08, "next byte", 0.0
+            await asyncio.sleep(0.02)
+        watch.close()
+        return "done"
+
+    assert await asyncio.wait_for(asyncio.create_task(steps()), 10) == "done"
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        pytest.param([("Retry-After", "3"), ("X-Other", "1")], {"retry-after": "3"}, id="only what is allowed"),
+        pytest.param([("Retry-After", "3"), ("Connection", "close, Retry-After")], {}, id="named by Connection"),
+        pytest.param([("Connection", "retry-after"), ("Connection", "x"), ("retry-after", "3")], {}, id="twice"),
+        pytest.param([("retry-after", "é")], {}, id="not ASCII"),
+        pytest.param([("anthropic-ratelimit-" + "x" * 90, "1")], {"anthropic-ratelimit-" + "x" * 90: "1"}, id="long"),
+    ],
+)  # fmt: skip
+def test_headers_that_pass_down(given: list[tuple[str, str]], passed: dict[str, str]) -> None:
+    assert ccmux.answer_headers(CIMultiDict(given), ccmux.DIALECTS["anthropic"]) == passed
