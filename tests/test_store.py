@@ -885,3 +885,18 @@ async def test_a_note_that_comes_after_the_end_is_nobodys_trouble(tmp_path: Path
         hold = await place(store, user, "r1", 100)
     store.answered(hold, 5)
     assert not store.writing.locked()
+
+
+def test_a_report_on_some_days_reads_only_their_rows(tmp_path: Path) -> None:
+    with contextlib.closing(ccmux.Store(str(tmp_path / "a.db"))) as store:
+        where, values = ccmux.within("2026-11-24", "2026-11-25", "ann")
+        plan = store.reader.execute(
+            f"explain query plan select * from requests where {where}", values
+        ).fetchall()
+        assert "requests_by_time" in plan[0]["detail"] or "requests_by_user" in plan[0]["detail"]
+        where, values = ccmux.within("2026-11-24", "")
+        plan = store.reader.execute(
+            f"explain query plan select * from requests where {where}", values
+        ).fetchall()
+        assert "requests_by_time" in plan[0]["detail"]
+        assert ccmux.within("", "") == ("true", [])
