@@ -627,8 +627,6 @@ class RequestReader:
                     arrays[name[1:-1].decode()], end = self.elements(raw, start)
                     rest[at : at + 1] = [(begin, start), (end, stop)]
                     break
-        if any(a > b for a, b in rest):
-            raise ValueError("one of the arrays is inside another")
         body = strict_json(json.dumps(self.mark).encode().join(raw[a:b] for a, b in rest))
         for key, values in arrays.items():
             if body.get(key) != [self.mark]:
@@ -637,7 +635,9 @@ class RequestReader:
         return body
 
     def elements(self, raw: bytes, start: int) -> tuple[list[Any], int]:
-        """The elements of the array whose inside begins at `start`, and where that ends."""
+        """The elements of the array whose inside begins at `start`, and the place behind them: the parser will see
+        whether the array ends there.
+        """
         values: list[Any] = []
         place = start
         while values or not _ARRAY_END.match(raw, start):
@@ -652,8 +652,6 @@ class RequestReader:
             if raw[place] != 44:  # a comma
                 break
             place += 1
-        if not _ARRAY_END.match(raw, place):
-            raise ValueError("the array does not end here")
         return values, place
 
     def scan(self, raw: bytes, place: int) -> Element:
@@ -7580,7 +7578,7 @@ def key_id(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:8] if key else "-"
 
 
-TOTAL, STOPPED = "end", "shutdown"  # what ends a request as a whole
+TOTAL, STOPPED = "total", "shutdown"  # what ends a request as a whole
 
 
 class Watch:
@@ -7793,7 +7791,7 @@ class Relay:
         watch = call.watch
         try:
             response = await self.send(call, slot, dialect, watch)
-            await self.receive(call, slot, dialect, response, sink, watch)
+            await self.receive(call, slot, dialect, response, sink)
         except asyncio.CancelledError:
             if watch.over in (TOTAL, STOPPED) or not watch.take_back():
                 raise
@@ -7802,20 +7800,14 @@ class Relay:
             watch.wait(math.inf, "")
 
     async def receive(
-        self,
-        call: Call,
-        slot: Slot,
-        dialect: Dialect,
-        response: aiohttp.ClientResponse,
-        sink: Sink,
-        watch: Watch,
+        self, call: Call, slot: Slot, dialect: Dialect, response: aiohttp.ClientResponse, sink: Sink
     ) -> None:
         done = False
         try:
             call.on_answer()
-            call.reader = reader = self.reader_for(call, slot, dialect)
+            call.reader = self.reader_for(call, slot, dialect)
             call.reply_headers = answer_headers(response.headers, dialect)
-            await self.pump(call, slot, response, reader, sink, watch)
+            await self.pump(call, slot, response, sink)
             done = True
         except UPSTREAM_FAULTS() as fault:
             raise self.fault(fault, slot) from None
@@ -7906,16 +7898,11 @@ class Relay:
         names = {upstream: client for client, upstream in tool_names(call.body).items()}
         return Translation(dialect.stream(out, names, to), out, client_format(call))
 
-    async def pump(
-        self,
-        call: Call,
-        slot: Slot,
-        response: aiohttp.ClientResponse,
-        reader: Reader,
-        sink: Sink,
-        watch: Watch,
-    ) -> None:
+    async def pump(self, call: Call, slot: Slot, response: aiohttp.ClientResponse, sink: Sink) -> None:
         """Relays an answer. Until its first content nothing goes out, and another try may mend a fault."""
+        reader, watch = call.reader, call.watch
+        assert reader is not None
+        assert watch is not None
         drain_whole(response.content)
         idle, held, size = slot.provider.idle_timeout, b"", 0
         data = b"-"
@@ -7933,24 +7920,21 @@ class Relay:
                     call.body = {}  # takes five times its bytes, and there will be no other try
                 await sink.begin(call.reply_headers)
         if call.first_content:
-            await self.relay_on(call, slot, response, reader, sink, watch, held, size)
+            await self.relay_on(call, slot, response, sink, held, size)
         if reader.error is not None:
             raise reader.error
 
     async def relay_on(
-        self,
-        call: Call,
-        slot: Slot,
-        response: aiohttp.ClientResponse,
-        reader: Reader,
-        sink: Sink,
-        watch: Watch,
-        out: bytes,
-        size: int,
+        self, call: Call, slot: Slot, response: aiohttp.ClientResponse, sink: Sink, out: bytes, size: int
     ) -> None:
-        """Sends `out`, the first content, and what follows it. This goes round once an event, and with many streams
-        each call in it is made on cold caches and takes a microsecond: hence the watch that is set by hand.
+        """Sends `out`, the first content, and what follows it; `size` is what has been read of it so far.
+
+        This goes round once an event, and with many streams each call in it is made on cold caches and takes a
+        microsecond: hence the watch that is set by hand.
         """
+        reader, watch = call.reader, call.watch
+        assert reader is not None
+        assert watch is not None
         idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
         most = math.inf if call.stream else MAX_ANSWER
         read = response.content.readany
@@ -8996,7 +8980,7 @@ async def read_request(request: web.Request, state: State) -> tuple[bytes, Json]
 
 
 def learn(state: State) -> None:
-    """A step of it, well under a millisecond; then others have their turn."""
+    """A step of it, under a millisecond but for what one very large message takes; then others have their turn."""
     state.learning = (
         asyncio.get_running_loop().call_later(0.002, learn, state) if state.requests.learn() else None
     )
