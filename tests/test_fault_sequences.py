@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import email.utils
 import json
 import random
@@ -1081,7 +1082,12 @@ FAULTS = [
 def mixed_faults(share: float, seed: int) -> list[fs.Behaviour]:
     """A script for many calls: a share of them fails, each in its own way. No connection serves twice."""
     chance = random.Random(seed)
-    return [chance.choice(FAULTS) if chance.random() < share else fs.answer(last=True) for _ in range(1000)]
+
+    def closing(fault: fs.Behaviour) -> fs.Behaviour:
+        return dataclasses.replace(fault, steps=lambda call: [*fault.steps(call), fs.End()])
+
+    faults = [closing(fault) for fault in FAULTS]
+    return [chance.choice(faults) if chance.random() < share else fs.answer(last=True) for _ in range(1000)]
 
 
 @BOTH
