@@ -9314,6 +9314,12 @@ class Exchange:
             return
         if self.floor_note:
             self.floor_note.cancel()
+        self.done = self.settlement(error)
+        self.settled = self.state.store.settle(self.done)
+        self.settled.add_done_callback(self.show)
+        self.tell(self.done)
+
+    def settlement(self, error: ApiError | None) -> Settlement:
         call, config = self.call, self.call.config
         usage = self.usage(error)
         target = call.target or call.route.targets[0]
@@ -9322,7 +9328,7 @@ class Exchange:
         charge = charge_of(usage, price, config.credits.markup_percent) if price else Charge(0, 0, 0)
         now = time.monotonic()
         status = error.status if error else 200 if call.reader and call.reader.ended else 499
-        done = Settlement(
+        return Settlement(
             request_id=call.request_id,
             user=self.user.name,
             session=call.session,
@@ -9345,9 +9351,6 @@ class Exchange:
             stop_reason=call.reader.stop_reason if call.reader else "",
             trail=trail_of(call.route),
         )
-        self.done = done
-        self.settled = self.state.store.settle(done)
-        self.tell(done)
 
     async def durable(self) -> None:
         """Waits until the settlement is on disk; an answer that was made is not held back by a disk that is
@@ -9365,7 +9368,7 @@ class Exchange:
             )
 
     def tell(self, done: Settlement) -> None:
-        """One log line, the metrics, the live log, and the counter's lesson."""
+        """One log line, the metrics, the recorder, and the counter's lesson."""
         usage, call = done.usage, self.call
         metrics, model = self.state.metrics, ("model", done.model)
         provider = ("provider", done.provider)
@@ -9382,7 +9385,10 @@ class Exchange:
         if log.isEnabledFor(logging.INFO):
             log.info("%s", log_line(done))
         self.state.recorder.end(call, done.status)
-        row = settlement_row(done) if self.state.listeners else {}
+
+    def show(self, settled: asyncio.Future[None]) -> None:
+        """The row for the live log, once it is on disk: who begins to listen now finds it there."""
+        row = settlement_row(self.done) if self.done and self.state.listeners else {}
         for listener in self.state.listeners:
             if not listener.full():
                 listener.put_nowait(row)

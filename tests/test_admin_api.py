@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import sqlite3
 import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from fakes import Answer, AnthropicFake, OpenAIFake, Turn
-from proxy_harness import ADMIN_TOKEN, in_process
+from proxy_harness import ADMIN_TOKEN, in_process, until
 
 import ccmux
 
@@ -598,6 +600,30 @@ async def test_the_live_log(tmp_path: Path) -> None:
             assert (row["asked"], row["status"]) == ("claude-x", 200)
             [logged] = (await admin.get("/admin/api/requests"))["requests"]
             assert (row["trail"], row["price"]) == (logged["trail"], logged["price"])
+
+
+async def test_no_row_is_lost_between_the_log_and_the_live_log(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        disk = sqlite3.connect(tmp_path / "ccmux.db", isolation_level=None)
+
+        def answer_while_the_disk_is_slow(turn: Turn) -> Answer:
+            disk.execute("begin immediate")
+            return hi(turn)
+
+        fake.script = answer_while_the_disk_is_slow
+        asked = asyncio.create_task(admin.call("POST", "/v1/messages", message(), token="x"))
+        known = admin.state.metrics.counts
+        await until(lambda: any("ccmux_requests_total" in key for key in known), "the answer is over")
+        headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+        async with admin.session.get(admin.proxy.url + "/admin/api/events", headers=headers) as events:
+            assert (await events.content.readline()).startswith(b":")
+            assert (await admin.get("/admin/api/requests"))["requests"] == []
+            disk.execute("rollback")
+            disk.close()
+            async with asyncio.timeout(10):
+                assert b"claude-x" in await events.content.readuntil(b"}\n\n")
+            assert len((await admin.get("/admin/api/requests"))["requests"]) == 1
+        await asked
 
 
 async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -> None:
