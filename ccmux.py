@@ -6454,7 +6454,9 @@ SUMS = {  # what must be equal: users whose figure differs from its rows
 SUMS_EVERY = 3600.0  # seconds
 SIBLINGS = 8  # requests in flight from which on a commit waits for company, as PostgreSQL's commit_siblings
 LINGER = 0.002  # seconds that it waits
-CHECKPOINT_EVERY = 400  # writes, of about ten pages each
+CHECKPOINT_EVERY = (
+    100  # commits: once written from its start again, the log grows no more, which saves 0.15 ms each
+)
 SLOW_DISK = 0.005  # seconds from which on a write would hold up the event loop
 BUSY = 10.0  # seconds that a write waits for another process
 
@@ -6607,7 +6609,7 @@ class Store:
         self.queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
         self.local_known: tuple[User | None, float] = (None, 0.0)  # and until when
         self.slow_until = 0.0
-        self.unchecked = 0  # writes since the last checkpoint
+        self.unchecked = 0  # commits since the last checkpoint
         self.open_holds = 0  # requests that have not settled yet
         try:
             if path != ":memory:" and not os.path.exists(path):
@@ -6694,6 +6696,7 @@ class Store:
     @contextlib.contextmanager
     def transaction(self, sync: bool = True) -> Iterator[None]:
         with self.writing, transaction(self.db, sync):
+            self.unchecked += 1
             yield
 
     def write_forever(self) -> None:
@@ -6709,18 +6712,17 @@ class Store:
                 time.sleep(LINGER)  # others are about to write: one commit for all of them
             batch, open_end = self.take_waiting(first)
             kept = self.retry(kept) + self.write_batch(batch)
-            self.checkpoint(len(batch))
+            self.checkpoint()
             if not open_end:
                 self.retry(kept)
                 return
 
-    def checkpoint(self, written: int) -> None:
+    def checkpoint(self) -> None:
         """Copies the write-ahead log back now and then; what readers or a full disk hinder is done the next time."""
-        self.unchecked += written
         if self.unchecked >= CHECKPOINT_EVERY:
-            self.unchecked = 0
             try:
                 with self.writing:
+                    self.unchecked = 0
                     self.db.execute("pragma wal_checkpoint(passive)")
             except sqlite3.Error as error:
                 log.warning("the write-ahead log of %s could not be copied back: %s", self.path, error)
@@ -6794,27 +6796,34 @@ class Store:
         self.queue.put(Write(run, future, keep, sync))
         return future
 
-    def at_once(self, run: Callable[[sqlite3.Connection], T]) -> T | None:
-        """A write that need not be synced, on the event loop's thread: to wake the other takes longer than to write.
+    def at_once(self, run: Callable[[sqlite3.Connection], T], sync: bool = False) -> T | None:
+        """A write on the event loop's thread: to wake the other takes longer than to write.
 
-        None where the queue is the better place: many write, somebody is writing just now, the disk was slow within
-        the last minute, or it cannot be written.
+        None where the queue is the better place: others would write too (or wait for the sync), somebody is writing
+        just now, the disk was slow within the last minute, or it cannot be written.
         """
         began = time.monotonic()
-        if self.open_holds >= SIBLINGS or began < self.slow_until or not self.writing.acquire(blocking=False):
+        if self.open_holds >= (1 if sync else SIBLINGS) or began < self.slow_until:
+            return None
+        if not self.writing.acquire(blocking=False):
             return None
         try:
             self.db.execute("pragma busy_timeout = 0")
-            with transaction(self.db, sync=False):
+            with transaction(self.db, sync):
                 return run(self.db)
-        except sqlite3.Error:
+        except ApiError:
+            raise
+        except Exception:  # the queue tries again, and tells
             return None
         finally:
             with contextlib.suppress(sqlite3.Error):  # it is closed
                 self.db.execute(f"pragma busy_timeout = {BUSY * 1000:.0f}")
+            self.unchecked += 1
             self.writing.release()
             if time.monotonic() - began > SLOW_DISK:
                 self.slow_until = began + 60
+            if self.unchecked % CHECKPOINT_EVERY == 0:
+                self.queue.put(Write(lambda db: None, sync=False))  # wakes the writer, who looks
 
     def do(self, run: Callable[[sqlite3.Connection], Any]) -> Any:
         """An operation of the command line or the admin page: done when this returns."""
@@ -6916,10 +6925,22 @@ class Store:
             self.queue.put(Write(run, sync=False))
 
     def settle(self, done: Settlement) -> asyncio.Future[None]:
-        """Queues the one settlement of a request, without waiting. It is kept until it can be written."""
+        """The one settlement of a request: written where no other is open, else queued without waiting.
+
+        What cannot be written is kept until it can.
+        """
         self.open_holds -= 1
         moment = iso(self.now())
-        return self.put(lambda db: self.write_settlement(db, done, "charge", moment), keep=True)
+
+        def run(db: sqlite3.Connection) -> bool:
+            self.write_settlement(db, done, "charge", moment)
+            return True
+
+        if not self.at_once(run, sync=True):
+            return self.put(run, keep=True)
+        settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        settled.set_result(None)
+        return settled
 
     def write_settlement(self, db: sqlite3.Connection, done: Settlement, kind: str, moment: str = "") -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
@@ -9357,6 +9378,8 @@ class Exchange:
         not.
         """
         assert self.settled is not None
+        if self.settled.done():
+            return
         try:
             async with asyncio.timeout(5):
                 await self.settled  # where the wait is cut short, it is written nevertheless

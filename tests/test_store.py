@@ -751,15 +751,49 @@ async def test_a_report_in_a_thread_has_a_connection_of_its_own(tmp_path: Path) 
         assert theirs[1] == store.report("user")
 
 
-async def test_a_hold_waits_for_no_thread_where_nobody_else_writes(tmp_path: Path) -> None:
+async def test_a_request_waits_for_no_thread_where_it_is_the_only_one(tmp_path: Path) -> None:
     async with server_store(tmp_path / "a.db") as store:
         user, _ = store.add_user("ann", 10_000)
         writers = note_writers(store)
         hold = await place(store, user, "r1", 100)
         store.answered(hold, 5)
-        await store.settle(settlement("r1"))
-        assert writers == [threading.current_thread(), threading.current_thread(), store.thread]
+        assert store.settle(settlement("r1", 40)).done()
+        here = threading.current_thread()
+        assert writers == [(here, False), (here, False), (here, True)]
+        assert (store.known("ann").balance, store.known("ann").held) == (10_000 - 40, 0)
         assert store.sums_problem() == ""
+
+
+@pytest.mark.parametrize("why", ["another is open", "somebody is writing", "the disk was slow"])
+async def test_a_settlement_goes_to_the_writer_where_others_would_wait(tmp_path: Path, why: str) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        await place(store, user, "r1", 100)
+        if why == "another is open":
+            await place(store, user, "r2", 100)
+        elif why == "the disk was slow":
+            store.slow_until = time.monotonic() + 60
+        else:
+            store.writing.acquire()
+        writers = note_writers(store)
+        settled = store.settle(settlement("r1", 40))
+        if why == "somebody is writing":
+            assert not settled.done()
+            store.writing.release()
+        await asyncio.wait_for(settled, 5)
+        assert writers == [(store.thread, True)]
+        assert store.known("ann").balance == 10_000 - 40
+
+
+async def test_a_settlement_that_sqlite_cannot_hold_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        store.add_user("ann", 0)
+        with pytest.raises(OverflowError):
+            await asyncio.wait_for(store.settle(settlement("r1", 2**70)), 5)
+        assert "cannot be written" in caplog.text
+        await asyncio.wait_for(store.settle(settlement("r2", 1)), 5)
 
 
 @pytest.mark.parametrize("why", ["somebody is writing", "many write", "the disk was slow"])
@@ -779,7 +813,7 @@ async def test_a_hold_goes_to_the_writer_where_it_might_wait(tmp_path: Path, why
             assert not placed.done()
             store.writing.release()
         await asyncio.wait_for(placed, 5)
-        assert writers == [store.thread]
+        assert writers == [(store.thread, False)]
 
 
 async def test_a_write_that_took_long_sends_the_next_ones_to_the_writer(
@@ -791,7 +825,7 @@ async def test_a_write_that_took_long_sends_the_next_ones_to_the_writer(
         writers = note_writers(store)
         await place(store, user, "r1", 100)
         await place(store, user, "r2", 100)
-        assert writers == [threading.current_thread(), store.thread]
+        assert writers == [(threading.current_thread(), False), (store.thread, False)]
 
 
 async def test_another_process_that_writes_holds_up_no_loop(tmp_path: Path) -> None:
@@ -810,13 +844,16 @@ async def test_another_process_that_writes_holds_up_no_loop(tmp_path: Path) -> N
         assert store.db.execute("pragma busy_timeout").fetchone()[0] == ccmux.BUSY * 1000
 
 
-def note_writers(store: ccmux.Store) -> list[threading.Thread]:
-    """The threads that begin transactions from now on, in order."""
-    writers: list[threading.Thread] = []
+def note_writers(store: ccmux.Store) -> list[tuple[threading.Thread | None, bool]]:
+    """The threads that begin transactions from now on, in order, and whether those are synced."""
+    writers: list[tuple[threading.Thread | None, bool]] = []
+    synced = [True]
 
     def note(statement: str) -> None:
+        if statement.startswith("pragma synchronous"):
+            synced[0] = statement.endswith("full")
         if statement.startswith("begin"):
-            writers.append(threading.current_thread())
+            writers.append((threading.current_thread(), synced[0]))
 
     store.db.set_trace_callback(note)
     return writers
