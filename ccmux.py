@@ -544,6 +544,41 @@ def once(part: Any, make: Callable[[Any], T]) -> T:
         return part.made.once(make, functools.partial(make, part))
 
 
+class Run:
+    """Objects that stand together in an array of many requests; what is made of them all is kept with them."""
+
+    __slots__ = ("made", "values")
+
+    def __init__(self, values: Iterable[Json]) -> None:
+        self.values = [value if type(value) is Kept else Kept(value) for value in values]
+        self.made = Made()
+
+
+class Elements(list[Json]):
+    """A list of objects with a run in it, from `at` on."""
+
+    __slots__ = ("at", "run")
+
+    def __init__(self, values: Iterable[Json], run: Run, at: int = 0) -> None:
+        super().__init__(values)
+        self.run, self.at = run, at
+
+    @property
+    def apart(self) -> tuple[list[Json], list[Json]]:
+        """What stands before the run, and what behind it."""
+        return self[: self.at], self[self.at + len(self.run.values) :]
+
+
+def each(values: Sequence[Json], make: Callable[[Any], T]) -> list[T]:
+    """`make` of each, as `once`; of a run of them at once."""
+    if type(values) is not Elements:
+        return [once(value, make) for value in values]
+    run = values.run
+    before, behind = values.apart
+    known = run.made.once(make, lambda: [once(value, make) for value in run.values])
+    return [*(once(value, make) for value in before), *known, *(once(value, make) for value in behind)]
+
+
 class MuchNewError(Exception):
     """A request has more new elements than are worth taking apart while somebody waits for it."""
 
@@ -575,13 +610,15 @@ class RequestReader:
     EACH = 512  # bytes that it counts for to read an element at all
     PREFIX = 128  # bytes by which an element is looked up; shorter ones are not kept
     ALIKE = 32  # elements kept that begin alike
+    RUN = 8  # elements that are worth a run
 
     def __init__(self, most: int = 2**25) -> None:
         self.most = most  # bytes of memory, roughly
         self.mark = secrets.token_hex(16)
         self.young: dict[bytes, list[Element]] = {}
         self.old: dict[bytes, list[Element]] = {}  # not used since the young were as many as these
-        self.weight = 0  # of the young
+        self.runs: dict[bytes, list[Element]] = {}  # of the young
+        self.weight = 0  # of both
         self.new = 0  # bytes of new elements in the request that is being read
         self.kept = 0  # elements that were ever kept
         self.unread: deque[tuple[bytes, int]] = deque(maxlen=4)  # (request, tries) with much that is new
@@ -640,19 +677,41 @@ class RequestReader:
         """
         values: list[Any] = []
         place = start
-        while values or not _ARRAY_END.match(raw, start):
-            for element in self.young.get(raw[place : place + self.PREFIX], ()):
-                if raw.startswith(element[0], place):
-                    break
-            else:
-                element = self.known_before(raw, place) or self.scan(raw, place)
-            known, value = element
+        if run := self.find(self.runs, raw, start):
+            values += run.value.values
+            place += len(run.raw)
+        seen = len(values), place  # how many were there before, and how far
+        is_more = raw[place] == COMMA if run else not _ARRAY_END.match(raw, start)
+        place += bool(run) and is_more
+        while is_more:
+            element = self.find(self.young, raw, place)
+            known, value = element or self.find_old(raw, place) or self.scan(raw, place)
             values.append(value)
             place += len(known)
-            if raw[place] != 44:  # a comma
-                break
-            place += 1
-        return values, place
+            if element:
+                seen = len(values), place
+            is_more = raw[place] == COMMA
+            place += is_more
+        return self.with_run(run, values, seen[0], raw, start, seen[1]), place
+
+    def with_run(
+        self, run: Element | None, values: list[Any], seen: int, raw: bytes, start: int, end: int
+    ) -> list[Any]:
+        """The values with the run they begin with: a longer one where more of them, `seen`, were there before."""
+        known = len(run.value.values) if run else 0
+        if not all(isinstance(value, dict) for value in values[known:]):
+            return values
+        if seen - known >= self.RUN:
+            longer = Element(raw[start:end], Run(values[:seen]))
+            self.keep_run(longer, run)
+            run = longer
+        return Elements(values, run.value) if run else values
+
+    def find(self, kept: dict[bytes, list[Element]], raw: bytes, place: int) -> Element | None:
+        for element in kept.get(raw[place : place + self.PREFIX], ()):
+            if raw.startswith(element.raw, place):
+                return element
+        return None
 
     def scan(self, raw: bytes, place: int) -> Element:
         """Reads the element at `place`, with the blanks around it."""
@@ -674,34 +733,47 @@ class RequestReader:
         if not isinstance(value, dict) or len(known) < self.PREFIX:
             return Element(known, value)
         element = Element(known, Kept(value))
-        self.keep(known[: self.PREFIX], element)
+        self.keep(element)
         return element
 
-    def known_before(self, raw: bytes, place: int) -> Element | None:
+    def find_old(self, raw: bytes, place: int) -> Element | None:
         """An old element that begins at `place`, which makes it young again."""
-        prefix = raw[place : place + self.PREFIX]
-        for element in self.old.get(prefix, ()):
-            if raw.startswith(element.raw, place):
-                self.keep(prefix, element)
-                return element
-        return None
+        if element := self.find(self.old, raw, place):
+            self.keep(element)
+        return element
 
-    def keep(self, prefix: bytes, element: Element) -> None:
+    def keep(self, element: Element) -> None:
+        if self.make_room(element.weight):
+            self.kept += 1
+            self.add(self.young, element)
+
+    def keep_run(self, run: Element, shorter: Element | None) -> None:
+        """Keeps a run in place of the shorter one that it begins with. The longest are found first."""
+        if self.make_room(run.weight):
+            alike = self.runs.setdefault(run.raw[: self.PREFIX], [])
+            if at := next((n for n, other in enumerate(alike, 1) if other is shorter), 0):
+                self.weight -= alike.pop(at - 1).weight
+            self.add(self.runs, run)
+            alike.sort(key=lambda other: -len(other.raw))
+
+    def make_room(self, weight: int) -> bool:
         """Two generations: when the young are too many, they become the old, and the old are forgotten."""
-        weight = element.weight
         if weight > self.most // 2:
-            return
+            return False
         if self.weight + weight > self.most // 2:
-            self.young, self.old, self.weight = {}, self.young, 0
-        alike = self.young.setdefault(prefix, [])
+            self.young, self.old, self.runs, self.weight = {}, self.young, {}, 0
+        return True
+
+    def add(self, kept: dict[bytes, list[Element]], element: Element) -> None:
+        alike = kept.setdefault(element.raw[: self.PREFIX], [])
         # One of them goes, any: where more of them come round in turn, none would be found without the oldest.
         if len(alike) == self.ALIKE:
             self.weight -= alike.pop(hash(element.raw) % self.ALIKE).weight
         alike.insert(0, element)
-        self.weight += weight
-        self.kept += 1
+        self.weight += element.weight
 
 
+COMMA = ord(",")
 _ARRAY_START = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
 _ARRAY_END = re.compile(rb"[ \t\r\n]*\]")
 _BLANKS = re.compile(r"[ \t\r\n]*")
@@ -735,10 +807,19 @@ def request_bytes(out: Json) -> bytes:
     """`compact` for a request; what is kept in its lists is encoded once."""
     members = []
     for key, value in out.items():
-        has_kept = type(value) is list and Kept in map(type, value)
-        text = b"[%b]" % b",".join([once(part, compact) for part in value]) if has_kept else compact(value)
+        has_kept = isinstance(value, list) and Kept in map(type, value)
+        text = b"[%b]" % joined(value) if has_kept else compact(value)
         members.append(b"%b:%b" % (compact(key), text))
     return b"{%b}" % b",".join(members)
+
+
+def joined(values: Sequence[Json]) -> bytes:
+    """The inside of an array as JSON."""
+    if type(values) is not Elements or not values.run.values:
+        return b",".join([once(value, compact) for value in values])
+    before, behind = values.apart
+    known = values.run.made.once(joined, functools.partial(joined, values.run.values))
+    return b",".join([*(once(v, compact) for v in before), known, *(once(v, compact) for v in behind)])
 
 
 def readable(value: Any) -> str:
@@ -778,11 +859,15 @@ def text_of(content: Any) -> str:
 
 def messages_of(body: Json) -> list[Json]:
     """The messages of a request that are objects; their shape is the upstream's to judge."""
-    return [m for m in as_list(body.get("messages")) if isinstance(m, dict)]
+    return objects_of(body.get("messages"))
 
 
 def tools_of(body: Json) -> list[Json]:
-    return [t for t in as_list(body.get("tools")) if isinstance(t, dict)]
+    return objects_of(body.get("tools"))
+
+
+def objects_of(values: Any) -> list[Json]:
+    return values if type(values) is Elements else [v for v in as_list(values) if isinstance(v, dict)]
 
 
 def scrub(text: str, secrets: Iterable[str] = ()) -> str:
@@ -2382,7 +2467,7 @@ def slot_step(slot: str, applies: Callable[[Asked], str]) -> Callable[[Asked], P
 
 
 def offers_web_search(asked: Asked) -> str:
-    return "web_search is offered" if any(is_web_search(t) for t in tools_of(asked.body)) else ""
+    return "web_search is offered" if any(each(tools_of(asked.body), is_web_search)) else ""
 
 
 def is_web_search(tool: Json) -> bool:
@@ -3088,7 +3173,7 @@ class Upstream:
 def openai_request(body: Json, to: Upstream) -> Json:
     """A Messages request as a Chat Completions request; ApiError 400 for what cannot be served."""
     quirks = to.quirks
-    tools = [once(tool, OPENAI_TOOLS[quirks.schema]) for tool in client_tools(body)]
+    tools = each(client_tools(body), OPENAI_TOOLS[quirks.schema])
     out: Json = {"model": to.model, "messages": openai_messages(body, to), "stream": True}
     if quirks.stream_options:
         out["stream_options"] = {"include_usage": True}
@@ -3129,10 +3214,10 @@ class Turn:
 MIDWAY_SYSTEM = "ccmux_system"  # the type of a block that was a system message in mid-conversation
 
 
-def turns_of(body: Json) -> list[Turn]:
-    turns: list[Turn] = []
-    for message in messages_of(body):
-        turn = once(message, turn_of)
+def turns_of(messages: Sequence[Json], before: Iterable[Turn] = ()) -> list[Turn]:
+    """The messages as turns, the first of them joined to the last one `before`."""
+    turns = list(before)
+    for turn in each(messages, turn_of):
         if turns and turns[-1].role == turn.role:
             turns[-1] = Turn(turn.role, [*turns[-1].blocks, *turn.blocks])
         else:
@@ -3240,8 +3325,30 @@ def openai_messages(body: Json, to: Upstream) -> list[Json]:
     write = OpenAIMessages(to, keep_cache)
     if blocks := system_blocks(body):
         write.say("system", [write.text_part(b) for b in blocks])
-    messages, calls = write.messages, tuple[str, ...]()
-    for turn in turns_of(body):
+    given, before = messages_of(body), write.messages
+    run, behind = (given.run, given.apart[1]) if type(given) is Elements else (Run(()), given)
+    make = functools.partial(OpenAIRun, run, to, keep_cache)
+    known = run.made.once((OpenAIRun, to.quirks.token, to.model), make)
+    rest, calls = openai_turns(turns_of(behind, known.last), known.calls, to, keep_cache)
+    rest += openai_turn(Turn("user", []), calls, to, keep_cache)
+    return Elements([*before, *known.messages.values, *rest], known.messages, len(before))
+
+
+class OpenAIRun:
+    """A run of messages as Chat Completions messages, but for its last turn, which may go on behind it."""
+
+    def __init__(self, run: Run, to: Upstream, keep_cache: bool) -> None:
+        turns = turns_of(run.values)
+        messages, self.calls = openai_turns(turns[:-1], (), to, keep_cache)
+        self.messages, self.last = Run(messages), turns[-1:]
+
+
+def openai_turns(
+    turns: list[Turn], calls: tuple[str, ...], to: Upstream, keep_cache: bool
+) -> tuple[list[Json], tuple[str, ...]]:
+    """Turns as messages; `calls` are the ids of those that the first of them answers, then of those left open."""
+    messages: list[Json] = []
+    for turn in turns:
         # What is kept with a turn is no larger than it: results for calls that it leaves open are made anew.
         if turn.made is None or len(calls) > turn.made.once(results_in, functools.partial(results_in, turn)):
             messages += openai_turn(turn, calls, to, keep_cache)
@@ -3250,7 +3357,7 @@ def openai_messages(body: Json, to: Upstream) -> list[Json]:
             key = (to.quirks.token, to.model, *calls)
             messages += turn.made.once(key, functools.partial(kept_turn, turn, calls, to, keep_cache))
             calls = turn.made.once(called_in, functools.partial(called_in, turn))
-    return messages + openai_turn(Turn("user", []), calls, to, keep_cache)
+    return messages, calls
 
 
 def openai_turn(turn: Turn, calls: tuple[str, ...], to: Upstream, keep_cache: bool) -> list[Json]:
@@ -3433,7 +3540,12 @@ def client_tools(body: Json) -> list[Json]:
     """The tools that the client itself runs; server tools (web search and such) have a dated type and no
     schema.
     """
-    return [t for t in tools_of(body) if t.get("name") and t.get("type") in (None, "", "custom")]
+    tools = tools_of(body)
+    return tools if all(each(tools, is_client_tool)) else [t for t in tools if is_client_tool(t)]
+
+
+def is_client_tool(tool: Json) -> bool:
+    return bool(tool.get("name")) and tool.get("type") in (None, "", "custom")
 
 
 def openai_tool(cleaning: str, tool: Json) -> Json:
@@ -3597,7 +3709,8 @@ def json_schema_of(body: Json) -> Json | None:
 
 
 def web_search_of(body: Json) -> Json | None:
-    return next((t for t in tools_of(body) if is_web_search(t)), None)
+    tools = tools_of(body)
+    return next(itertools.compress(tools, each(tools, is_web_search)), None)
 
 
 def web_search_keys(body: Json, quirks: Quirks) -> Json:
@@ -4054,7 +4167,7 @@ def responses_tool_choice(body: Json, to: Upstream) -> Json:
 def responses_input(body: Json, to: Upstream) -> list[Json]:
     items: list[Json] = []
     calls: dict[str, Json] = {}
-    for turn in turns_of(body):
+    for turn in turns_of(messages_of(body)):
         results = results_of(turn.blocks) if turn.role == "user" else {}
         items += [responses_result(id, results.get(id), to) for id in calls]
         calls = {} if turn.role == "user" else calls_of(turn.blocks)
@@ -4433,7 +4546,7 @@ def gemini_contents(body: Json, to: Upstream) -> list[Json]:
             contents.append({"role": role, "parts": parts})
 
     calls: dict[str, Json] = {}
-    for turn in turns_of(body):
+    for turn in turns_of(messages_of(body)):
         if turn.role == "user":
             say("user", gemini_user(turn.blocks, calls, to))
         else:
@@ -5323,7 +5436,7 @@ def chat_passed_on(given: Json, to: Upstream) -> Json:
 def demo_events(body: Json, message_id: str) -> list[Json]:
     """The answer of the demo provider: a tool call where the prompt names one of the tools, else some words."""
     out = AnthropicStream(message_id, str(body.get("model")), Usage(input=len(str(body)) // 4))
-    turns = turns_of(body)
+    turns = turns_of(messages_of(body))
     last = turns[-1].blocks if turns else []
     words = " ".join(_REMINDER.sub("", text) for _, text in newest_words(messages_of(body))).strip()
     tool = demo_tool(body, words)
@@ -5875,11 +5988,7 @@ def is_surely_within(raw: bytes, body: Json, limit: int) -> bool:
     a space after each; images and documents have more tokens than their bytes tell.
     """
     fits = bool(raw) and len(raw) * LARGEST_FACTOR + MOST_FRAMING <= limit
-    return (
-        fits
-        and not holds_media(body.get("system"))
-        and not any(once(message, shows_media) for message in messages_of(body))
-    )
+    return fits and not holds_media(body.get("system")) and not any(each(messages_of(body), shows_media))
 
 
 def shows_media(message: Json) -> bool:
@@ -5901,11 +6010,13 @@ def items_of(body: Json) -> list[Item]:
     """What a request is counted by. The system prompt is a message, as it is to OpenAI's models."""
     tools = offered_tools(body)
     messages = messages_of(body)
+    digests = each(messages, digest)
     if body.get("system"):
-        messages = [{"role": "system", "content": body["system"]}, *messages]
+        system = {"role": "system", "content": body["system"]}
+        messages, digests = [system, *messages], [digest(system), *digests]
     # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
     joins = next((m for m in messages if m.get("role") == "system"), None) if tools else None
-    items = [Item(m, "joined" if m is joins else "", *digest(m)) for m in messages]
+    items = [Item(m, "joined" if m is joins else "", *d) for m, d in zip(messages, digests, strict=True)]
     if tools:
         choice = body.get("tool_choice") or body.get("function_call")
         offer = {"tools": tools, "has_system": joins is not None, "choice": choice}
@@ -5919,7 +6030,7 @@ def digest(value: Json) -> tuple[int, int]:
         return value.made.once(digest, lambda: digest(dict(value)))
     rest, parts = {}, []
     for key, member in value.items():
-        if type(member) is list and Kept in map(type, member):
+        if isinstance(member, list) and Kept in map(type, member):
             parts += [digest(part if isinstance(part, dict) else {"": part}) for part in member]
             member = len(member)
         rest[key] = member
@@ -6071,7 +6182,7 @@ def offered_tools(body: Json) -> list[Json]:
         for f in map(as_object, functions)
         if f
     ]
-    return client_tools(body) + openai
+    return [*client_tools(body), *openai] if openai else client_tools(body)
 
 
 def claude_tools(tools: list[Json]) -> str:
@@ -8369,11 +8480,12 @@ def rewritten(body: Json, left_of: Callable[[Json], list[Any] | None]) -> Json:
 
     The very same object where all of them stay.
     """
-    given = [(message, once(message, left_of)) for message in messages_of(body)]
-    if all(left is None for _, left in given):
+    given = messages_of(body)
+    all_left = each(given, left_of)
+    if all_left.count(None) == len(given):
         return body
-    messages = [m if left is None else {**m, "content": left} for m, left in given if left != []]
-    return {**body, "messages": messages}
+    changed = ((m, left) for m, left in zip(given, all_left, strict=True) if left != [])
+    return {**body, "messages": [m if left is None else {**m, "content": left} for m, left in changed]}
 
 
 def blocks_left(keeps: Callable[[Json], bool], message: Json) -> list[Any] | None:

@@ -21,6 +21,7 @@ class Reader(ccmux.RequestReader):
 
     SMALL = 0
     PREFIX = 12
+    RUN = 1
 
 
 def outcome(read: Any, *given: Any) -> Any:
@@ -201,8 +202,90 @@ def test_what_is_kept_is_bounded_and_what_is_used_stays() -> None:
     for number in range(400):
         reader.read(ccmux.compact({"messages": [message(f"{number} of many " * 400)]}))
         assert reader.read(used)["messages"][0] is first
-        kept = [e for by_prefix in (reader.young, reader.old) for alike in by_prefix.values() for e in alike]
+        kept = [
+            e
+            for by_prefix in (reader.young, reader.old, reader.runs)
+            for alike in by_prefix.values()
+            for e in alike
+        ]
         assert sum(e.weight for e in kept) <= reader.most
+
+
+def read_often(reader: ccmux.RequestReader, body: Json, times: int = 3) -> Json:
+    raw = ccmux.compact(body)
+    for _ in range(times):
+        given = reader.read(raw)
+        while reader.learn():
+            pass
+        assert given == body
+    return given
+
+
+def run_of(body: Json, key: str = "messages") -> list[Json]:
+    """The values of the run that an array begins with."""
+    values = body[key]
+    return values.run.values if type(values) is ccmux.Elements else []
+
+
+def test_a_run_grows_with_the_conversation_and_is_found_as_one() -> None:
+    reader = ccmux.RequestReader()
+    body = conversation(20)
+    body["messages"].insert(5, message("Short."))  # not kept by itself
+    assert run_of(reader.read(ccmux.compact(body))) == []
+    first = reader.read(ccmux.compact(body))
+    assert run_of(first) == body["messages"]
+    for length in range(1, 2 * reader.RUN):
+        body["messages"].append(message(f"more {length} " * 30, "assistant" if length % 2 else "user"))
+        given = reader.read(ccmux.compact(body))
+        assert given == body
+        assert given["messages"][5] is run_of(first)[5]
+    assert len(run_of(given)) == 21 + reader.RUN
+    assert sum(map(len, reader.runs.values())) == 1  # the longer one in place of the shorter
+    weights = [e.weight for kept in (reader.young, reader.runs) for alike in kept.values() for e in alike]
+    assert sum(weights) == reader.weight
+
+
+def test_a_run_ends_where_the_request_is_another() -> None:
+    reader = ccmux.RequestReader()
+    body = conversation(20)
+    read_often(reader, body)
+    for messages in (
+        body["messages"][:19],
+        body["messages"][1:],
+        body["messages"][:10] * 2,
+        body["messages"][:3],
+    ):
+        given = read_often(reader, {**body, "messages": messages}, 1)
+        assert run_of(given) == (messages if len(messages) >= reader.RUN else [])
+    for messages in ([], [1, "x"]):
+        assert type(read_often(reader, {**body, "messages": messages}, 1)["messages"]) is list
+    grown = {**body, "messages": [*body["messages"], 1, None, message("x" * 200)]}
+    assert type(read_often(reader, grown)["messages"]) is list  # not all of them are objects
+    assert len(run_of(read_often(reader, body, 1))) == 20
+
+
+def test_runs_of_conversations_that_begin_alike_are_bounded() -> None:
+    reader = ccmux.RequestReader(most=2**20)
+    body = conversation(20, 1000)
+    for number in range(100):
+        body["messages"][-1] = message(f"{number} " * 300)
+        body["messages"].insert(1, body["messages"].pop(number % 17 + 2))
+        read_often(reader, body, 2)
+        kept = [e for k in (reader.young, reader.runs) for alike in k.values() for e in alike]
+        assert sum(e.weight for e in kept) == reader.weight <= reader.most // 2
+        assert all(len(alike) <= reader.ALIKE for alike in reader.runs.values())
+
+
+@given(st.lists(PARTS, max_size=8), st.data())
+def test_each_of_a_list_with_a_run_is_as_each_of_any_list(values: list[Json], data: Any) -> None:
+    at = data.draw(st.integers(0, len(values)))
+    end = data.draw(st.integers(at, len(values)))
+    run = ccmux.Run(values[at:end])
+    elements = ccmux.Elements([*values[:at], *run.values, *values[end:]], run, at)
+    for _ in range(2):
+        assert ccmux.each(elements, len) == [len(value) for value in values]
+        assert json.loads(b"[%b]" % ccmux.joined(elements)) == json.loads(ccmux.compact(values))
+    assert elements.apart == (values[:at], values[end:])
 
 
 def test_of_elements_that_begin_alike_some_are_kept_and_weighed() -> None:
@@ -306,12 +389,16 @@ def test_a_translation_is_made_and_encoded_once() -> None:
     raw = ccmux.compact(conversation(20))
     first = ccmux.openai_request(reader.read(raw), to)
     second = ccmux.openai_request(reader.read(raw), to)
+    third = ccmux.openai_request(reader.read(raw), to)
     for key in ("messages", "tools"):
-        same = [a is b for a, b in zip(first[key], second[key], strict=True)]
+        same = [a is b is c for a, b, c in zip(first[key], second[key], third[key], strict=True)]
         assert all(same[1:] if key == "messages" else same)  # the system message is put together each time
+    assert second["messages"].run is third["messages"].run
+    assert len(third["messages"].run.values) == 19  # the last turn may go on
     other = ccmux.openai_request(reader.read(raw), upstream("gpt-5", tool_id="[a-z]{9}"))
     assert not any(a is b for a, b in zip(first["messages"], other["messages"], strict=True))
-    assert ccmux.request_bytes(first) == ccmux.request_bytes(second)
+    encoded = [ccmux.request_bytes(out) for out in (first, second, third, third)]
+    assert len(set(encoded)) == 1
 
 
 def test_results_of_one_call_are_not_taken_for_those_of_another() -> None:
@@ -331,7 +418,8 @@ def test_counting_knows_kept_parts_again_and_tells_changed_ones_apart() -> None:
     reader = ccmux.RequestReader()
     body = conversation(20)
     hashes = [item.hash for item in ccmux.items_of(reader.read(ccmux.compact(body)))]
-    assert hashes == [item.hash for item in ccmux.items_of(reader.read(ccmux.compact(body)))]
+    for _ in range(3):
+        assert hashes == [item.hash for item in ccmux.items_of(reader.read(ccmux.compact(body)))]
     body["messages"][3]["content"][0]["number"] = 1
     body["tools"][1]["input_schema"]["minProperties"] = 1
     changed = [item.hash for item in ccmux.items_of(reader.read(ccmux.compact(body)))]
