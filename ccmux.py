@@ -9228,6 +9228,7 @@ class StreamSink:
                 "Server": "ccmux",
             }
         )
+        self.response._send_headers_immediately = False  # aiohttp 3.14: with the first event, in one piece
         self.began = False
         self.last = time.monotonic()
         self.pinging: asyncio.Task[None] | None = None
