@@ -55,10 +55,7 @@ if sys.version_info < (3, 11):
 import contextlib
 import marshal
 import os
-import subprocess
 import types
-from pathlib import Path
-from typing import NoReturn
 
 __version__ = "0.1.0"
 
@@ -270,12 +267,16 @@ def run_compiled(code: types.CodeType) -> None:
         os.execve(command[0], command, MALLOC | os.environ)  # noqa: S606
 
 
+if __name__ == "__main__" and runs_long(sys.argv[1:]):
+    run_compiled(sys._getframe().f_code)
+
+import subprocess
+from pathlib import Path
+from typing import NoReturn
+
 if __name__ == "__main__" and sys.argv[1:2] == ["statusline"] and not wants_help(sys.argv):
     print(statusline(sys.argv[3] if sys.argv[2:3] == ["--config"] and len(sys.argv) > 3 else ""))
     sys.exit(0)
-
-if __name__ == "__main__" and runs_long(sys.argv[1:]):
-    run_compiled(sys._getframe().f_code)
 
 try:
     import aiohttp
@@ -12381,7 +12382,7 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
         server = await listen(runner, config)
         port = server.sockets[0].getsockname()[1]
         print(start_text(config, port, state.admin_token), flush=True)
-        calm_collector()
+        asyncio.get_running_loop().call_later(1, calm_collector)  # not while the first request waits
         await until_stopped(state, args, server, stop)
     finally:
         await runner.cleanup()
