@@ -6105,7 +6105,8 @@ class Piece:
             self.add(hash(text), lambda: text)
 
     def add_value(self, value: Any, render: Callable[[Any], str]) -> None:
-        self.add((render, hash(packed(value))), functools.partial(rendered, render, value))
+        key, _ = digest(value if isinstance(value, dict) else {"": value})
+        self.add((render, key), functools.partial(rendered, render, value))
 
     def add_message(self, message: Json, ending: str) -> None:
         self.fixed += self.framing.message

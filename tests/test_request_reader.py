@@ -430,6 +430,22 @@ def test_counting_knows_kept_parts_again_and_tells_changed_ones_apart() -> None:
     assert counter.count_now(plain, "p", "gpt-5") == counter.count_now(kept, "p", "gpt-5")
 
 
+def test_kept_parts_that_differ_in_numbers_alone_are_counted_apart() -> None:
+    reader, counter = Reader(), ccmux.TokenCounter(lambda name: None)
+    for length in (1, 300):
+        numbers = {"enum": list(range(length))}
+        body = conversation(2) | {
+            "system": [{"type": "of another kind", **numbers}],
+            "tools": [{"name": "Read", "input_schema": {"properties": {"n": numbers}}}],
+        }
+        kept = reader.read(ccmux.compact(body))
+        assert {type(part) for part in (*kept["system"], *kept["tools"])} == {Kept}
+        for key in ("system", "tools"):
+            one = {k: v for k, v in kept.items() if k in ("messages", key)}
+            plain = ccmux.TokenCounter(lambda name: None).count_now(json.loads(json.dumps(one)), "p", "gpt-5")
+            assert counter.count_now(one, "p", "gpt-5") == plain
+
+
 def test_no_more_is_kept_with_a_part_than_a_dozen_things() -> None:
     made = ccmux.Made()
     for number in range(100):
