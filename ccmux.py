@@ -6015,8 +6015,10 @@ def items_of(body: Json) -> list[Item]:
         system = {"role": "system", "content": body["system"]}
         messages, digests = [system, *messages], [digest(system), *digests]
     # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
-    joins = next((m for m in messages if m.get("role") == "system"), None) if tools else None
-    items = [Item(m, "joined" if m is joins else "", *d) for m, d in zip(messages, digests, strict=True)]
+    joins = next((n for n, m in enumerate(messages) if m.get("role") == "system"), None) if tools else None
+    items = [Item(m, "", *d) for m, d in zip(messages, digests, strict=True)]
+    if joins is not None:
+        items[joins] = items[joins]._replace(kind="joined")
     if tools:
         choice = body.get("tool_choice") or body.get("function_call")
         offer = {"tools": tools, "has_system": joins is not None, "choice": choice}

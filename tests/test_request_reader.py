@@ -446,6 +446,15 @@ def test_kept_parts_that_differ_in_numbers_alone_are_counted_apart() -> None:
             assert counter.count_now(one, "p", "gpt-5") == plain
 
 
+def test_a_kept_message_that_stands_twice_is_joined_to_the_tools_once() -> None:
+    body = conversation(2)
+    del body["system"]
+    body["messages"] += 3 * [message("a reminder", "system")]
+    kept = Reader().read(ccmux.compact(body))
+    assert kept["messages"][2] is kept["messages"][4]
+    assert [item.kind for item in ccmux.items_of(kept)] == ["", "", "joined", "", "", "tools"]
+
+
 def test_no_more_is_kept_with_a_part_than_a_dozen_things() -> None:
     made = ccmux.Made()
     for number in range(100):
