@@ -625,13 +625,14 @@ class RequestReader:
 
     def read(self, raw: bytes) -> Json:
         """The request; ApiError as `strict_json`. One with much that is new is read as a whole, and kept by `learn`."""
-        if len(raw) < self.SMALL:
+        if not self.SMALL <= len(raw) <= self.most // 6:  # as the weight of all its elements
             return strict_json(raw)
         check_structure(raw, "the request body")
         try:
             return self.read_apart(raw)
         except MuchNewError:
-            self.unread.append((raw, 8 * len(raw) // self.MOST_NEW + 4))
+            if Element(raw, None).weight <= self.most // 2:  # else its end drives out its beginning
+                self.unread.append((raw, 8 * len(raw) // self.MOST_NEW + 4))
         except (ValueError, IndexError, StopIteration, RecursionError, ApiError):
             pass
         return strict_json(raw)  # which says what is wrong with it

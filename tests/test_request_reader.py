@@ -175,14 +175,18 @@ def test_a_large_new_request_is_read_as_a_whole_and_learnt_in_steps() -> None:
     assert not reader.unread
 
 
-def test_learning_ends_where_a_request_is_larger_than_all_that_is_kept() -> None:
-    reader = ccmux.RequestReader(most=2**17)
-    raw = ccmux.compact(conversation(200, 3000))
-    assert reader.read(raw) == strict_json(raw)
-    steps = 0
-    while reader.learn():
-        steps += 1
-    assert steps <= 8 * len(raw) // reader.MOST_NEW + 4
+def test_a_request_larger_than_what_is_kept_is_not_learnt() -> None:
+    """Its end would drive out its beginning, in each of hundreds of steps."""
+    for messages, most in (
+        (conversation(200, 3000)["messages"], 2**21),
+        ([{"content": [{}] * 60}] * 999, 2**22),
+    ):
+        reader = ccmux.RequestReader(most)
+        raw = ccmux.compact({"messages": messages})
+        for _ in range(2):
+            assert reader.read(raw) == strict_json(raw)
+            assert not reader.learn()
+        assert bool(reader.kept) is (len(raw) <= most // 6)
 
 
 def test_learning_forgets_a_request_that_turns_out_broken() -> None:
