@@ -521,6 +521,12 @@ class Made(dict[Any, Any]):
         return value
 
 
+class MadeOfTurn(Made):
+    """The same of a turn: `results_in`, `called_in` and one translation. Of several, each takes more memory than it."""
+
+    MOST = 3
+
+
 class Kept(dict[str, Any]):
     """A JSON object out of a request that later requests will hold too, so it is never changed.
 
@@ -3230,7 +3236,7 @@ def turn_of(message: Json) -> Turn:
     blocks = blocks_of(message.get("content"))
     if message.get("role") == "system":
         blocks = [{"type": MIDWAY_SYSTEM, "text": text_of(blocks)}]
-    made = Made() if type(message) is Kept else None
+    made = MadeOfTurn() if type(message) is Kept else None
     return Turn("assistant" if message.get("role") == "assistant" else "user", blocks, made)
 
 

@@ -360,6 +360,14 @@ def test_what_is_kept_with_a_turn_is_no_larger_than_it() -> None:
         assert [len(value) for value in lists] == ([50] if content == results else [])
 
 
+def test_one_translation_is_kept_with_a_turn() -> None:
+    kept = Reader().read(ccmux.compact(conversation(3)))
+    for model in "abcd":
+        ccmux.openai_request(kept, upstream(model))
+    made = [ccmux.once(message, ccmux.turn_of).made for message in kept["messages"]]
+    assert [sum(isinstance(value, list) for value in (m or {}).values()) for m in made] == [1, 1, 1]
+
+
 def test_long_names_are_not_remembered() -> None:
     before = ccmux.plain_name.cache_info().currsize
     for number in range(3):
