@@ -598,7 +598,7 @@ class Element(typing.NamedTuple):
     @property
     def weight(self) -> int:
         """Bytes of memory it takes, roughly, with what is made of it."""
-        return 3 * len(self.raw) + 256 * self.raw.count(b"{")
+        return 1024 + 3 * len(self.raw) + 256 * self.raw.count(b"{")
 
 
 class RequestReader:

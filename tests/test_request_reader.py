@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -290,6 +291,30 @@ def test_each_of_a_list_with_a_run_is_as_each_of_any_list(values: list[Json], da
         assert ccmux.each(elements, len) == [len(value) for value in values]
         assert json.loads(b"[%b]" % ccmux.joined(elements)) == json.loads(ccmux.compact(values))
     assert elements.apart == (values[:at], values[end:])
+
+
+def test_small_messages_take_no_more_memory_than_they_weigh_but_half() -> None:
+    reader, to = ccmux.RequestReader(most=2**21), upstream("gpt-5")
+    tracemalloc.start()
+    try:
+        before, most = tracemalloc.get_traced_memory()[0], 0
+        for number in range(25):
+            texts = [f"{number} {n} " + "x" * 100 for n in range(100)]
+            body = {
+                "messages": [
+                    {"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)
+                ]
+            }
+            for _ in range(3):
+                given = read_often(reader, body, 1)
+                ccmux.request_bytes(ccmux.openai_request(given, to))
+                ccmux.items_of(given)
+            del body, texts, given
+            most = max(most, tracemalloc.get_traced_memory()[0] - before)
+    finally:
+        tracemalloc.stop()
+    assert reader.kept > 2000
+    assert most <= 1.5 * reader.most
 
 
 def test_of_elements_that_begin_alike_some_are_kept_and_weighed() -> None:
