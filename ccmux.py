@@ -3255,6 +3255,14 @@ def calls_of(blocks: list[Json]) -> dict[str, Json]:
     return {str(b.get("id") or ""): b for b in blocks if b.get("type") == "tool_use"}
 
 
+def without_repeated_calls(blocks: list[Json]) -> list[Json]:
+    """The blocks, with the last call alone of those that have an id in common: told by place, as one may stand twice."""
+    last = {str(b.get("id") or ""): n for n, b in enumerate(blocks) if b.get("type") == "tool_use"}
+    return [
+        b for n, b in enumerate(blocks) if b.get("type") != "tool_use" or last[str(b.get("id") or "")] == n
+    ]
+
+
 def results_of(blocks: list[Json]) -> dict[str, Json]:
     """The tool results of a user turn by the id they answer; of a repeated id the last one."""
     return {str(b.get("tool_use_id") or ""): b for b in blocks if b.get("type") == "tool_result"}
@@ -4227,8 +4235,8 @@ def responses_result(client_id: str, block: Json | None, to: Upstream) -> Json:
 def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
     """An assistant turn: messages, calls, and the reasoning items that this very model made."""
     items: list[Json] = []
-    calls, phase = calls_of(blocks), None
-    for block in blocks:
+    phase = None
+    for block in without_repeated_calls(blocks):
         if block.get("type") in ("thinking", "redacted_thinking"):
             kept = signed_payload(block) or {}
             is_own = kept.get("dialect") == "responses" and kept.get("model") == to.model
@@ -4236,8 +4244,7 @@ def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
             if is_own and as_object(kept.get("item")).get("type") == "reasoning":
                 items.append(kept["item"])
         elif block.get("type") == "tool_use":
-            if calls.get(str(block.get("id") or "")) is block:
-                items.append(responses_call(block, to))
+            items.append(responses_call(block, to))
         elif says_something(block) and (text := block_text(block)):
             message = {"type": "message", "role": "assistant", "content": text}
             items.append({**message, "phase": phase} if phase in ("commentary", "final_answer") else message)
@@ -4605,13 +4612,12 @@ def gemini_turn(blocks: list[Json], to: Upstream) -> list[Json]:
     """An assistant turn. Of parallel calls only the first has a signature, and must have one."""
     kept = [p for b in blocks if (p := signed_payload(b)) and p.get("dialect") == "gemini"]
     signatures = {str(p.get("call")): p.get("signature") for p in kept if p.get("model") == to.model}
-    calls = calls_of(blocks)
-    first = next(iter(calls), "")
+    first = next(iter(calls_of(blocks)), "")
     needs = not _NEVER_THINKS.search(to.model) and not _THINKS_BY_BUDGET.search(to.model)
     parts: list[Json] = []
-    for block in blocks:
+    for block in without_repeated_calls(blocks):
         id = str(block.get("id") or "")
-        if block.get("type") == "tool_use" and calls.get(id) is block:
+        if block.get("type") == "tool_use":
             signature = signatures.get(id) or (NO_SIGNATURE if needs and id == first else "")
             signed = {"thoughtSignature": str(signature)} if signature else {}
             parts.append({"functionCall": gemini_call(block), **signed})

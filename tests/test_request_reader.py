@@ -385,6 +385,15 @@ def test_what_is_kept_with_a_turn_is_no_larger_than_it() -> None:
         assert [len(value) for value in lists] == ([50] if content == results else [])
 
 
+def test_a_kept_message_that_stands_twice_calls_its_tool_once() -> None:
+    call = {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"path": "a file"}}
+    body = {"messages": [message("go"), *2 * [{"role": "assistant", "content": [call]}]]}
+    plain, kept = strict_json(ccmux.compact(body)), Reader().read(ccmux.compact(body))
+    assert kept["messages"][1] is kept["messages"][2]
+    for translate in (ccmux.openai_request, ccmux.responses_request, ccmux.gemini_request):
+        assert translate(kept, upstream("gpt-5")) == translate(plain, upstream("gpt-5"))
+
+
 def test_one_translation_is_kept_with_a_turn() -> None:
     kept = Reader().read(ccmux.compact(conversation(3)))
     for model in "abcd":
