@@ -522,6 +522,12 @@ class Made(dict[Any, Any]):
         return value
 
 
+class MadeOfTurn(Made):
+    """The same of a turn: `results_in`, `called_in` and one translation. Of several, each takes more memory than it."""
+
+    MOST = 3
+
+
 class Kept(dict[str, Any]):
     """A JSON object out of a request that later requests will hold too, so it is never changed.
 
@@ -593,7 +599,7 @@ class Element(typing.NamedTuple):
     @property
     def weight(self) -> int:
         """Bytes of memory it takes, roughly, with what is made of it."""
-        return 3 * len(self.raw) + 256 * self.raw.count(b"{")
+        return 1024 + 3 * len(self.raw) + 256 * self.raw.count(b"{")
 
 
 class RequestReader:
@@ -626,13 +632,14 @@ class RequestReader:
 
     def read(self, raw: bytes) -> Json:
         """The request; ApiError as `strict_json`. One with much that is new is read as a whole, and kept by `learn`."""
-        if len(raw) < self.SMALL:
+        if not self.SMALL <= len(raw) <= self.most // 6:  # as the weight of all its elements
             return strict_json(raw)
         check_structure(raw, "the request body")
         try:
             return self.read_apart(raw)
         except MuchNewError:
-            self.unread.append((raw, 8 * len(raw) // self.MOST_NEW + 4))
+            if Element(raw, None).weight <= self.most // 2:  # else its end drives out its beginning
+                self.unread.append((raw, 8 * len(raw) // self.MOST_NEW + 4))
         except (ValueError, IndexError, StopIteration, RecursionError, ApiError):
             pass
         return strict_json(raw)  # which says what is wrong with it
@@ -3230,7 +3237,7 @@ def turn_of(message: Json) -> Turn:
     blocks = blocks_of(message.get("content"))
     if message.get("role") == "system":
         blocks = [{"type": MIDWAY_SYSTEM, "text": text_of(blocks)}]
-    made = Made() if type(message) is Kept else None
+    made = MadeOfTurn() if type(message) is Kept else None
     return Turn("assistant" if message.get("role") == "assistant" else "user", blocks, made)
 
 
@@ -3247,6 +3254,14 @@ def system_blocks(body: Json) -> list[Json]:
 def calls_of(blocks: list[Json]) -> dict[str, Json]:
     """The tool calls of an assistant turn by id, in order; of a repeated id the last one."""
     return {str(b.get("id") or ""): b for b in blocks if b.get("type") == "tool_use"}
+
+
+def without_repeated_calls(blocks: list[Json]) -> list[Json]:
+    """The blocks, with the last call alone of those that have an id in common: told by place, as one may stand twice."""
+    last = {str(b.get("id") or ""): n for n, b in enumerate(blocks) if b.get("type") == "tool_use"}
+    return [
+        b for n, b in enumerate(blocks) if b.get("type") != "tool_use" or last[str(b.get("id") or "")] == n
+    ]
 
 
 def results_of(blocks: list[Json]) -> dict[str, Json]:
@@ -4221,8 +4236,8 @@ def responses_result(client_id: str, block: Json | None, to: Upstream) -> Json:
 def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
     """An assistant turn: messages, calls, and the reasoning items that this very model made."""
     items: list[Json] = []
-    calls, phase = calls_of(blocks), None
-    for block in blocks:
+    phase = None
+    for block in without_repeated_calls(blocks):
         if block.get("type") in ("thinking", "redacted_thinking"):
             kept = signed_payload(block) or {}
             is_own = kept.get("dialect") == "responses" and kept.get("model") == to.model
@@ -4230,8 +4245,7 @@ def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
             if is_own and as_object(kept.get("item")).get("type") == "reasoning":
                 items.append(kept["item"])
         elif block.get("type") == "tool_use":
-            if calls.get(str(block.get("id") or "")) is block:
-                items.append(responses_call(block, to))
+            items.append(responses_call(block, to))
         elif says_something(block) and (text := block_text(block)):
             message = {"type": "message", "role": "assistant", "content": text}
             items.append({**message, "phase": phase} if phase in ("commentary", "final_answer") else message)
@@ -4599,13 +4613,12 @@ def gemini_turn(blocks: list[Json], to: Upstream) -> list[Json]:
     """An assistant turn. Of parallel calls only the first has a signature, and must have one."""
     kept = [p for b in blocks if (p := signed_payload(b)) and p.get("dialect") == "gemini"]
     signatures = {str(p.get("call")): p.get("signature") for p in kept if p.get("model") == to.model}
-    calls = calls_of(blocks)
-    first = next(iter(calls), "")
+    first = next(iter(calls_of(blocks)), "")
     needs = not _NEVER_THINKS.search(to.model) and not _THINKS_BY_BUDGET.search(to.model)
     parts: list[Json] = []
-    for block in blocks:
+    for block in without_repeated_calls(blocks):
         id = str(block.get("id") or "")
-        if block.get("type") == "tool_use" and calls.get(id) is block:
+        if block.get("type") == "tool_use":
             signature = signatures.get(id) or (NO_SIGNATURE if needs and id == first else "")
             signed = {"thoughtSignature": str(signature)} if signature else {}
             parts.append({"functionCall": gemini_call(block), **signed})
@@ -6016,8 +6029,10 @@ def items_of(body: Json) -> list[Item]:
         system = {"role": "system", "content": body["system"]}
         messages, digests = [system, *messages], [digest(system), *digests]
     # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
-    joins = next((m for m in messages if m.get("role") == "system"), None) if tools else None
-    items = [Item(m, "joined" if m is joins else "", *d) for m, d in zip(messages, digests, strict=True)]
+    joins = next((n for n, m in enumerate(messages) if m.get("role") == "system"), None) if tools else None
+    items = [Item(m, "", *d) for m, d in zip(messages, digests, strict=True)]
+    if joins is not None:
+        items[joins] = items[joins]._replace(kind="joined")
     if tools:
         choice = body.get("tool_choice") or body.get("function_call")
         offer = {"tools": tools, "has_system": joins is not None, "choice": choice}
@@ -6106,7 +6121,8 @@ class Piece:
             self.add(hash(text), lambda: text)
 
     def add_value(self, value: Any, render: Callable[[Any], str]) -> None:
-        self.add((render, hash(packed(value))), functools.partial(rendered, render, value))
+        key, _ = digest(value if isinstance(value, dict) else {"": value})
+        self.add((render, key), functools.partial(rendered, render, value))
 
     def add_message(self, message: Json, ending: str) -> None:
         self.fixed += self.framing.message

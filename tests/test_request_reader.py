@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -175,14 +176,18 @@ def test_a_large_new_request_is_read_as_a_whole_and_learnt_in_steps() -> None:
     assert not reader.unread
 
 
-def test_learning_ends_where_a_request_is_larger_than_all_that_is_kept() -> None:
-    reader = ccmux.RequestReader(most=2**17)
-    raw = ccmux.compact(conversation(200, 3000))
-    assert reader.read(raw) == strict_json(raw)
-    steps = 0
-    while reader.learn():
-        steps += 1
-    assert steps <= 8 * len(raw) // reader.MOST_NEW + 4
+def test_a_request_larger_than_what_is_kept_is_not_learnt() -> None:
+    """Its end would drive out its beginning, in each of hundreds of steps."""
+    for messages, most in (
+        (conversation(200, 3000)["messages"], 2**21),
+        ([{"content": [{}] * 60}] * 999, 2**22),
+    ):
+        reader = ccmux.RequestReader(most)
+        raw = ccmux.compact({"messages": messages})
+        for _ in range(2):
+            assert reader.read(raw) == strict_json(raw)
+            assert not reader.learn()
+        assert bool(reader.kept) is (len(raw) <= most // 6)
 
 
 def test_learning_forgets_a_request_that_turns_out_broken() -> None:
@@ -288,6 +293,30 @@ def test_each_of_a_list_with_a_run_is_as_each_of_any_list(values: list[Json], da
     assert elements.apart == (values[:at], values[end:])
 
 
+def test_small_messages_take_no_more_memory_than_they_weigh_but_half() -> None:
+    reader, to = ccmux.RequestReader(most=2**21), upstream("gpt-5")
+    tracemalloc.start()
+    try:
+        before, most = tracemalloc.get_traced_memory()[0], 0
+        for number in range(25):
+            texts = [f"{number} {n} " + "x" * 100 for n in range(100)]
+            body = {
+                "messages": [
+                    {"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)
+                ]
+            }
+            for _ in range(3):
+                given = read_often(reader, body, 1)
+                ccmux.request_bytes(ccmux.openai_request(given, to))
+                ccmux.items_of(given)
+            del body, texts, given
+            most = max(most, tracemalloc.get_traced_memory()[0] - before)
+    finally:
+        tracemalloc.stop()
+    assert reader.kept > 2000
+    assert most <= 1.5 * reader.most
+
+
 def test_of_elements_that_begin_alike_some_are_kept_and_weighed() -> None:
     reader = ccmux.RequestReader()
     body = {"messages": [message("the same beginning " * 40 + str(n)) for n in range(200)]}
@@ -354,6 +383,23 @@ def test_what_is_kept_with_a_turn_is_no_larger_than_it() -> None:
         assert made is not None
         lists = [value for value in made.values() if isinstance(value, list)]
         assert [len(value) for value in lists] == ([50] if content == results else [])
+
+
+def test_a_kept_message_that_stands_twice_calls_its_tool_once() -> None:
+    call = {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"path": "a file"}}
+    body = {"messages": [message("go"), *2 * [{"role": "assistant", "content": [call]}]]}
+    plain, kept = strict_json(ccmux.compact(body)), Reader().read(ccmux.compact(body))
+    assert kept["messages"][1] is kept["messages"][2]
+    for translate in (ccmux.openai_request, ccmux.responses_request, ccmux.gemini_request):
+        assert translate(kept, upstream("gpt-5")) == translate(plain, upstream("gpt-5"))
+
+
+def test_one_translation_is_kept_with_a_turn() -> None:
+    kept = Reader().read(ccmux.compact(conversation(3)))
+    for model in "abcd":
+        ccmux.openai_request(kept, upstream(model))
+    made = [ccmux.once(message, ccmux.turn_of).made for message in kept["messages"]]
+    assert [sum(isinstance(value, list) for value in (m or {}).values()) for m in made] == [1, 1, 1]
 
 
 def test_long_names_are_not_remembered() -> None:
@@ -428,6 +474,31 @@ def test_counting_knows_kept_parts_again_and_tells_changed_ones_apart() -> None:
     plain, kept = strict_json(ccmux.compact(body)), reader.read(ccmux.compact(body))
     counter = ccmux.TokenCounter(lambda name: None)
     assert counter.count_now(plain, "p", "gpt-5") == counter.count_now(kept, "p", "gpt-5")
+
+
+def test_kept_parts_that_differ_in_numbers_alone_are_counted_apart() -> None:
+    reader, counter = Reader(), ccmux.TokenCounter(lambda name: None)
+    for length in (1, 300):
+        numbers = {"enum": list(range(length))}
+        body = conversation(2) | {
+            "system": [{"type": "of another kind", **numbers}],
+            "tools": [{"name": "Read", "input_schema": {"properties": {"n": numbers}}}],
+        }
+        kept = reader.read(ccmux.compact(body))
+        assert {type(part) for part in (*kept["system"], *kept["tools"])} == {Kept}
+        for key in ("system", "tools"):
+            one = {k: v for k, v in kept.items() if k in ("messages", key)}
+            plain = ccmux.TokenCounter(lambda name: None).count_now(json.loads(json.dumps(one)), "p", "gpt-5")
+            assert counter.count_now(one, "p", "gpt-5") == plain
+
+
+def test_a_kept_message_that_stands_twice_is_joined_to_the_tools_once() -> None:
+    body = conversation(2)
+    del body["system"]
+    body["messages"] += 3 * [message("a reminder", "system")]
+    kept = Reader().read(ccmux.compact(body))
+    assert kept["messages"][2] is kept["messages"][4]
+    assert [item.kind for item in ccmux.items_of(kept)] == ["", "", "joined", "", "", "tools"]
 
 
 def test_no_more_is_kept_with_a_part_than_a_dozen_things() -> None:
