@@ -6977,8 +6977,11 @@ class Store:
 
         ApiError 402 without funds, 429 for a budget or too many at once.
         """
+        is_given_up = False
 
         def run(db: sqlite3.Connection) -> Hold:
+            if is_given_up:  # its settlement was not queued behind it, perhaps, but written already
+                return Hold(user_id, 0, request_id)
             if enforce:
                 self.check_funds(db, user_id, amount, max_concurrent)
             db.execute(
@@ -6992,6 +6995,9 @@ class Store:
             hold: Hold = self.at_once(run) or await self.put(run, sync=False)
         except sqlite3.Error as error:
             raise cannot_write(error) from None
+        except asyncio.CancelledError:
+            is_given_up = True
+            raise
         return hold
 
     def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
