@@ -9488,7 +9488,7 @@ class Exchange:
             price=price_json(price) if price else None,
             first_token_ms=round((call.first_content - call.started) * 1000) if call.first_content else None,
             duration_ms=round((now - self.began) * 1000),
-            stop_reason=call.reader.stop_reason if call.reader else "",
+            stop_reason=str(call.reader.stop_reason or "")[:64] if call.reader else "",
             trail=trail_of(call.route),
         )
 

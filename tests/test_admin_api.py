@@ -602,6 +602,15 @@ async def test_the_live_log(tmp_path: Path) -> None:
             assert (row["trail"], row["price"]) == (logged["trail"], logged["price"])
 
 
+async def test_an_upstreams_endless_stop_reason_does_not_fill_the_log(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        fake.script = lambda _: Answer(text="hi", stop="x" * 100_000)
+        status, _ = await admin.call("POST", "/v1/chat/completions", message(), token="x")
+        assert status == 200
+        (row,) = (await admin.get("/admin/api/requests"))["requests"]
+        assert row["stop_reason"] == "x" * 64
+
+
 @pytest.mark.parametrize("client", ["waits", "leaves"])
 async def test_no_row_is_lost_between_the_log_and_the_live_log(client: str, tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, fake):
