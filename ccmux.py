@@ -6993,7 +6993,7 @@ class Store:
         self.open_holds += 1
         try:
             hold: Hold = self.at_once(run) or await self.put(run, sync=False)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError) as error:  # the latter: no price is too high for a config
             raise cannot_write(error) from None
         except asyncio.CancelledError:
             is_given_up = True
@@ -7362,7 +7362,7 @@ class Waiter:
         self.event = done
 
 
-def cannot_write(error: sqlite3.Error) -> ApiError:
+def cannot_write(error: Exception) -> ApiError:
     """For a request that must not go on, as its cost could not be written down."""
     log.error("the ledger could not be written: %s", error)
     text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"

@@ -796,6 +796,15 @@ async def test_a_settlement_that_sqlite_cannot_hold_is_told(
         await asyncio.wait_for(store.settle(settlement("r2", 1)), 5)
 
 
+async def test_a_hold_that_sqlite_cannot_hold_is_refused(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        with pytest.raises(ccmux.ApiError, match="ledger"):
+            await place(store, user, "r1", 2**70, enforce=False)
+        assert store.settle(settlement("r1", 0)).done()
+        assert store.open_holds == 0
+
+
 async def test_a_hold_given_up_on_its_way_is_not_placed_after_its_settlement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
