@@ -6994,8 +6994,11 @@ class Store:
 
         ApiError 402 without funds, 429 for a budget or too many at once.
         """
+        is_given_up = False
 
         def run(db: sqlite3.Connection) -> Hold:
+            if is_given_up:  # its settlement was not queued behind it, perhaps, but written already
+                return Hold(user_id, 0, request_id)
             if enforce:
                 self.check_funds(db, user_id, amount, max_concurrent)
             db.execute(
@@ -7007,8 +7010,11 @@ class Store:
         self.open_holds += 1
         try:
             hold: Hold = self.at_once(run) or await self.put(run, sync=False)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError) as error:  # the latter: no price is too high for a config
             raise cannot_write(error) from None
+        except asyncio.CancelledError:
+            is_given_up = True
+            raise
         return hold
 
     def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
@@ -7373,7 +7379,7 @@ class Waiter:
         self.event = done
 
 
-def cannot_write(error: sqlite3.Error) -> ApiError:
+def cannot_write(error: Exception) -> ApiError:
     """For a request that must not go on, as its cost could not be written down."""
     log.error("the ledger could not be written: %s", error)
     text = "ccmux cannot write its ledger (is the disk full?); nothing was sent to a provider"
@@ -9499,7 +9505,7 @@ class Exchange:
             price=price_json(price) if price else None,
             first_token_ms=round((call.first_content - call.started) * 1000) if call.first_content else None,
             duration_ms=round((now - self.began) * 1000),
-            stop_reason=call.reader.stop_reason if call.reader else "",
+            stop_reason=str(call.reader.stop_reason or "")[:64] if call.reader else "",
             trail=trail_of(call.route),
         )
 
@@ -9508,17 +9514,10 @@ class Exchange:
         not.
         """
         assert self.settled is not None
-        if self.settled.done():
-            return
-        try:
-            async with asyncio.timeout(5):
-                await self.settled  # where the wait is cut short, it is written nevertheless
-        except (TimeoutError, sqlite3.Error, OSError) as fault:
-            log.error(
-                "settlement of %s is not on disk yet (%s); it will be tried again",
-                self.call.request_id,
-                fault,
-            )
+        if not self.settled.done():
+            await asyncio.wait([self.settled], timeout=5)  # cancels nothing: it is written nevertheless
+        if not self.settled.done():
+            log.error("settlement of %s is not on disk yet; it will be tried again", self.call.request_id)
 
     def tell(self, done: Settlement) -> None:
         """One log line, the metrics, the recorder, and the counter's lesson."""

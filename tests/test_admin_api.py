@@ -602,7 +602,17 @@ async def test_the_live_log(tmp_path: Path) -> None:
             assert (row["trail"], row["price"]) == (logged["trail"], logged["price"])
 
 
-async def test_no_row_is_lost_between_the_log_and_the_live_log(tmp_path: Path) -> None:
+async def test_an_upstreams_endless_stop_reason_does_not_fill_the_log(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        fake.script = lambda _: Answer(text="hi", stop="x" * 100_000)
+        status, _ = await admin.call("POST", "/v1/chat/completions", message(), token="x")
+        assert status == 200
+        (row,) = (await admin.get("/admin/api/requests"))["requests"]
+        assert row["stop_reason"] == "x" * 64
+
+
+@pytest.mark.parametrize("client", ["waits", "leaves"])
+async def test_no_row_is_lost_between_the_log_and_the_live_log(client: str, tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, fake):
         disk = sqlite3.connect(tmp_path / "ccmux.db", isolation_level=None)
 
@@ -614,6 +624,9 @@ async def test_no_row_is_lost_between_the_log_and_the_live_log(tmp_path: Path) -
         asked = asyncio.create_task(admin.call("POST", "/v1/messages", message(), token="x"))
         known = admin.state.metrics.counts
         await until(lambda: any("ccmux_requests_total" in key for key in known), "the answer is over")
+        if client == "leaves":
+            asked.cancel()
+            await until(lambda: not admin.state.calls, "the server has noticed")
         headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
         async with admin.session.get(admin.proxy.url + "/admin/api/events", headers=headers) as events:
             assert (await events.content.readline()).startswith(b":")
@@ -623,7 +636,8 @@ async def test_no_row_is_lost_between_the_log_and_the_live_log(tmp_path: Path) -
             async with asyncio.timeout(10):
                 assert b"claude-x" in await events.content.readuntil(b"}\n\n")
             assert len((await admin.get("/admin/api/requests"))["requests"]) == 1
-        await asked
+        if client == "waits":
+            await asked
 
 
 async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -> None:

@@ -796,6 +796,41 @@ async def test_a_settlement_that_sqlite_cannot_hold_is_told(
         await asyncio.wait_for(store.settle(settlement("r2", 1)), 5)
 
 
+async def test_a_hold_that_sqlite_cannot_hold_is_refused(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        with pytest.raises(ccmux.ApiError, match="ledger"):
+            await place(store, user, "r1", 2**70, enforce=False)
+        assert store.settle(settlement("r1", 0)).done()
+        assert store.open_holds == 0
+
+
+async def test_a_hold_given_up_on_its_way_is_not_placed_after_its_settlement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        take, may_go = store.take_waiting, threading.Event()
+
+        def take_late(first: ccmux.Write | None) -> tuple[list[ccmux.Write], bool]:
+            may_go.wait(10)
+            return take(first)
+
+        monkeypatch.setattr(store, "take_waiting", take_late)
+        store.slow_until = time.monotonic() + 60  # the hold goes to the writer
+        placed = asyncio.create_task(place(store, user, "r1", 100))
+        await asyncio.sleep(0)
+        placed.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await placed
+        store.slow_until = 0.0  # the settlement does not
+        assert store.settle(settlement("r1", 0)).done()
+        may_go.set()
+        store.do(lambda db: None)
+        assert store.known("ann").held == 0
+        assert store.sums_problem() == ""
+
+
 @pytest.mark.parametrize("why", ["somebody is writing", "many write", "the disk was slow"])
 async def test_a_hold_goes_to_the_writer_where_it_might_wait(tmp_path: Path, why: str) -> None:
     async with server_store(tmp_path / "a.db") as store:
