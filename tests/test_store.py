@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -759,7 +759,10 @@ async def test_a_request_waits_for_no_thread_where_it_is_the_only_one(tmp_path: 
         store.answered(hold, 5)
         assert store.settle(settlement("r1", 40)).done()
         here = threading.current_thread()
-        assert writers == [(here, False), (here, False), (here, True)]
+        with pytest.raises(ccmux.ApiError, match="credits used up"):
+            await place(store, user, "r2", 10_000)
+        assert store.settle(settlement("r2", 0)).done()
+        assert writers == [(here, False), (here, False), (here, True), (here, False), (here, True)]
         assert (store.known("ann").balance, store.known("ann").held) == (10_000 - 40, 0)
         assert store.sums_problem() == ""
 
@@ -783,6 +786,18 @@ async def test_a_settlement_goes_to_the_writer_where_others_would_wait(tmp_path:
         await asyncio.wait_for(settled, 5)
         assert writers == [(store.thread, True)]
         assert store.known("ann").balance == 10_000 - 40
+
+
+async def test_a_settlement_is_entered_at_the_time_it_was_made(tmp_path: Path) -> None:
+    clock = Clock()
+    async with server_store(tmp_path / "a.db", now=clock) as store:
+        store.add_user("ann", 1000)
+        store.writing.acquire()
+        settled = store.settle(settlement("r1", 40))
+        clock.now += timedelta(days=1)
+        store.writing.release()
+        await asyncio.wait_for(settled, 5)
+        assert store.requests("ann")[0]["time"] == store.transactions("ann")[0]["time"] == ccmux.iso(NOON)
 
 
 async def test_a_settlement_that_sqlite_cannot_hold_is_told(
@@ -894,16 +909,29 @@ def note_writers(store: ccmux.Store) -> list[tuple[threading.Thread | None, bool
     return writers
 
 
-async def test_the_write_ahead_log_is_copied_back_by_the_writer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["on the event loop", "by the writer"])
+async def test_the_write_ahead_log_is_copied_back_by_the_writer(where: str, tmp_path: Path) -> None:
     async with server_store(tmp_path / "a.db") as store:
         store.add_user("ann", 0)
+        if where == "by the writer":
+            store.slow_until = time.monotonic() + 600
+        copiers: list[threading.Thread] = []
+
+        def note(statement: str) -> None:
+            if statement.startswith("pragma wal_checkpoint"):
+                copiers.append(threading.current_thread())
+
+        store.db.set_trace_callback(note)
         many = ccmux.CHECKPOINT_EVERY * 3
         largest = 0
         for number in range(many):
             await store.settle(settlement(f"r{number}", 1))
             largest = max(largest, os.path.getsize(tmp_path / "a.db-wal"))
+        store.do(lambda db: None)  # the writer has done what it was woken for
         pages = largest / 4096
         assert pages < ccmux.CHECKPOINT_EVERY * 2 * 14
+        assert len(copiers) in (2, 3)
+        assert set(copiers) == {store.thread}
         with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:
             assert db.execute("select count(*) from requests").fetchone()[0] == many
 
