@@ -598,7 +598,9 @@ class Element(typing.NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Bytes of memory it takes, roughly, with what is made of it."""
+        """Bytes of memory it takes, roughly, with what is made of it. The values of a run are those of elements."""
+        if type(self.value) is Run:
+            return 1024 + 2 * len(self.raw)
         return 1024 + 3 * len(self.raw) + 256 * self.raw.count(b"{")
 
 
@@ -751,26 +753,26 @@ class RequestReader:
         return element
 
     def keep(self, element: Element) -> None:
-        if self.make_room(element.weight):
-            self.kept += 1
-            self.add(self.young, element)
+        """Two generations: when the young are too many, they become the old, and the old are forgotten."""
+        if element.weight > self.most // 2:
+            return
+        if self.weight + element.weight > self.most // 2:
+            self.young, self.old, self.runs, self.weight = {}, self.young, {}, 0
+        self.kept += 1
+        self.add(self.young, element)
 
     def keep_run(self, run: Element, shorter: Element | None) -> None:
-        """Keeps a run in place of the shorter one that it begins with. The longest are found first."""
-        if self.make_room(run.weight):
-            alike = self.runs.setdefault(run.raw[: self.PREFIX], [])
-            if at := next((n for n, other in enumerate(alike, 1) if other is shorter), 0):
-                self.weight -= alike.pop(at - 1).weight
+        """Keeps a run in place of the shorter one that it begins with, but only where there is room: it must not drive
+        out what it is made of. The longest come first.
+        """
+        prefix = run.raw[: self.PREFIX]
+        alike = self.runs.get(prefix, [])
+        freed = sum(other.weight for other in alike if other is shorter)
+        if self.weight - freed + run.weight <= self.most // 2:
+            self.weight -= freed
+            self.runs[prefix] = [other for other in alike if other is not shorter]
             self.add(self.runs, run)
-            alike.sort(key=lambda other: -len(other.raw))
-
-    def make_room(self, weight: int) -> bool:
-        """Two generations: when the young are too many, they become the old, and the old are forgotten."""
-        if weight > self.most // 2:
-            return False
-        if self.weight + weight > self.most // 2:
-            self.young, self.old, self.runs, self.weight = {}, self.young, {}, 0
-        return True
+            self.runs[prefix].sort(key=lambda other: -len(other.raw))
 
     def add(self, kept: dict[bytes, list[Element]], element: Element) -> None:
         alike = kept.setdefault(element.raw[: self.PREFIX], [])

@@ -25,6 +25,14 @@ class Reader(ccmux.RequestReader):
     RUN = 1
 
 
+class CountingReader(ccmux.RequestReader):
+    scans = 0
+
+    def scan(self, raw: bytes, place: int) -> ccmux.Element:
+        self.scans += 1
+        return super().scan(raw, place)
+
+
 def outcome(read: Any, *given: Any) -> Any:
     try:
         return read(*given)
@@ -281,6 +289,28 @@ def test_runs_of_conversations_that_begin_alike_are_bounded() -> None:
         assert all(len(alike) <= reader.ALIKE for alike in reader.runs.values())
 
 
+def test_a_run_drives_out_nothing_that_it_is_made_of() -> None:
+    reader = CountingReader(most=2**20)
+    body = conversation(20, 4000)
+    read_often(reader, body)
+    for number in range(80):
+        body["messages"].append(message(f"{number} " * 60, "assistant" if number % 2 else "user"))
+        reader.scans = 0
+        read_often(reader, body, 2)
+        assert reader.scans <= 1
+
+
+def test_a_run_may_grow_into_the_room_of_the_shorter_one() -> None:
+    reader = ccmux.RequestReader(most=1_400_000)
+    body = conversation(20, 4900)
+    assert len(run_of(read_often(reader, body))) >= 15
+    assert reader.weight > reader.most // 2 - 250_000  # no room for two of them
+    for number in range(24):
+        body["messages"].append(message(f"{number} " * 60, "assistant" if number % 2 else "user"))
+        given = read_often(reader, body, 2)
+    assert len(run_of(given)) >= 36
+
+
 @given(st.lists(PARTS, max_size=8), st.data())
 def test_each_of_a_list_with_a_run_is_as_each_of_any_list(values: list[Json], data: Any) -> None:
     at = data.draw(st.integers(0, len(values)))
@@ -349,14 +379,7 @@ def test_an_element_larger_than_all_that_is_kept_is_not() -> None:
     ids=["numbers", "empty objects", "small objects"],
 )  # fmt: skip
 def test_many_elements_too_small_to_keep_are_soon_given_up(elements: bytes) -> None:
-    class Counting(ccmux.RequestReader):
-        scans = 0
-
-        def scan(self, raw: bytes, place: int) -> ccmux.Element:
-            self.scans += 1
-            return super().scan(raw, place)
-
-    reader = Counting()
+    reader = CountingReader()
     raw = b'{"messages":[' + elements + b'],"x":"' + b"y" * 2**20 + b'"}'
     assert reader.read(raw) == strict_json(raw)
     assert reader.scans <= reader.MOST_NEW // reader.EACH + 2
