@@ -6641,6 +6641,7 @@ class Settlement:
     duration_ms: int
     stop_reason: str
     trail: list[list[str]]
+    time: str = ""  # when it was settled
 
 
 USAGE_COLUMNS = (
@@ -6658,11 +6659,11 @@ MAX_ID = 2**63 - 1  # SQLite's own
 TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
 
 
-def settlement_row(done: Settlement, time: str = "") -> Json:
+def settlement_row(done: Settlement) -> Json:
     """A settlement as the row of the request log, in the column names of DESIGN's usage row."""
     usage = done.usage
     row = {
-        "time": time or iso(datetime.now(UTC)), "request_id": done.request_id, "user": done.user,
+        "time": done.time, "request_id": done.request_id, "user": done.user,
         "session": done.session, "agent": done.agent, "asked": done.asked, "route": done.route,
         "provider": done.provider, "model": done.model, "stream": int(done.stream), "status": done.status,
         "error": done.error, "attempts": done.attempts, "input_tokens": usage.input, "output_tokens": usage.output,
@@ -7066,10 +7067,10 @@ class Store:
         What cannot be written is kept until it can.
         """
         self.open_holds -= 1
-        moment = iso(self.now())
+        done.time = iso(self.now())
 
         def run(db: sqlite3.Connection) -> bool:
-            self.write_settlement(db, done, "charge", moment)
+            self.write_settlement(db, done, "charge")
             return True
 
         if not self.at_once(run, sync=True):
@@ -7078,14 +7079,14 @@ class Store:
         settled.set_result(None)
         return settled
 
-    def write_settlement(self, db: sqlite3.Connection, done: Settlement, kind: str, moment: str = "") -> None:
+    def write_settlement(self, db: sqlite3.Connection, done: Settlement, kind: str) -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
-        moment = moment or iso(self.now())
+        done.time = done.time or iso(self.now())
         db.execute("delete from holds where request_id = ?", (done.request_id,))
-        new = db.execute(INSERT_REQUEST, settlement_row(done, moment)).rowcount
+        new = db.execute(INSERT_REQUEST, settlement_row(done)).rowcount
         if new and (done.charge or kind == "interrupted"):
             key = f"request:{done.request_id}"
-            enter(db, done.user, kind, -done.charge, moment, key, request_id=done.request_id)
+            enter(db, done.user, kind, -done.charge, done.time, key, request_id=done.request_id)
 
     # Users.
 

@@ -199,7 +199,7 @@ def test_closed_pipe_is_no_error(tmp_path: Path) -> None:
     with store.transaction():
         for n in range(3000):
             done = settlement(f"req_{n:024}", "local", charge=1)
-            store.write_settlement(store.db, done, "charge", "2026-11-24T00:00:00.000Z")
+            store.write_settlement(store.db, done, "charge")
     store.close()
     write_config(tmp_path)
     done = subprocess.run(
@@ -480,7 +480,8 @@ def enter(path: Path, *rows: tuple[str, ccmux.Settlement]) -> None:
     store.local_user()
     with store.transaction():
         for moment, done in rows:
-            store.write_settlement(store.db, done, "charge", moment)
+            done.time = moment
+            store.write_settlement(store.db, done, "charge")
     store.close()
 
 
