@@ -7543,6 +7543,7 @@ MAX_SLEEP = 15.0  # seconds of back-off of one client request
 SHORT_WAIT = 5.0  # a retry-after up to this is waited for on the same target
 KEY_COOLING = 300.0  # seconds that a refused key rests
 MAX_ERROR_BODY = 2**20
+LAST_BYTES = 1.0  # seconds after an answer's last event for what ends it, else its connection serves no other
 LARGE = 2**18  # bytes of a request between whose steps others have their turn
 MAX_ANSWER = 64 * 2**20  # bytes of an answer that the client gets as a whole
 RATE_WAIT = 1.0  # a 429 that does not say how long
@@ -7970,10 +7971,12 @@ class Relay:
         except UPSTREAM_FAULTS() as fault:
             raise self.fault(fault, slot) from None
         finally:
-            if done:
+            if not done:
+                response.close()
+            elif response.content.is_eof():
                 response.release()
             else:
-                response.close()
+                asyncio.get_running_loop().call_later(LAST_BYTES, response.release)
 
     async def send(self, call: Call, slot: Slot, dialect: Dialect, watch: Watch) -> aiohttp.ClientResponse:
         """POSTs the request; the response once its status is 200, else an ApiError."""

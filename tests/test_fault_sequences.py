@@ -942,6 +942,34 @@ async def test_a_client_that_leaves_during_back_off_ends_the_retries(wire: str, 
     check_ledger(proxy, "0")
 
 
+@BOTH
+async def test_a_connection_is_used_again_where_an_answers_end_comes_late(wire: str, tmp_path: Path) -> None:
+    """As servers send it that write the last chunk apart."""
+    async with stage(tmp_path, (fs.slow_answer(0, 0.01),), formats=wire) as (proxy, (a,)):
+        for _ in range(3):
+            full()(await ask(proxy))
+            await until(lambda: not busy_connections(proxy), "the answer's end has come")
+        assert a.connections == 1
+
+
+@BOTH
+async def test_a_connection_whose_answer_does_not_end_is_closed(
+    wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ccmux, "LAST_BYTES", 0.2)
+    async with stage(tmp_path, (fs.cut_after(99, fs.Stall(), gate=False),), formats=wire) as (proxy, (a,)):
+        full()(await ask(proxy))
+        await a.cancelled(1)
+        assert not busy_connections(proxy)
+
+
+def busy_connections(proxy: Proxy) -> int:
+    """Connections to upstreams that are not free for the next request."""
+    connector = proxy.state.relay.session.connector
+    assert connector is not None
+    return len(connector._acquired)
+
+
 # Clients that dawdle.
 
 
