@@ -30,6 +30,7 @@ from proxy_harness import (
     config_text,
     in_process,
     message_body,
+    opens_gates,
     soon_enough,
     until,
 )
@@ -1068,6 +1069,78 @@ async def test_a_whole_answer_above_64_mb_is_refused(wire: str, tmp_path: Path) 
     (tmp_path / "again").mkdir()
     async with stage(tmp_path / "again", (large,), (fs.answer(),), formats=wire) as (proxy, _):
         full("B")(await ask(proxy, stream=False))
+
+
+@pytest.fixture
+def shortcuts(monkeypatch: pytest.MonkeyPatch) -> list[ccmux.Shortcut]:
+    """An entry each time that a request's task leaves its answer to a shortcut."""
+    runs: list[ccmux.Shortcut] = []
+    run = ccmux.Shortcut.run
+
+    def noted(self: ccmux.Shortcut) -> Any:
+        runs.append(self)
+        return run(self)
+
+    monkeypatch.setattr(ccmux.Shortcut, "run", noted)
+    return runs
+
+
+@BOTH
+async def test_events_wake_no_task(wire: str, shortcuts: list[ccmux.Shortcut], tmp_path: Path) -> None:
+    script = (fs.slow_answer(0, 0.002, ["x "] * 40),)
+    async with stage(tmp_path, script, formats=wire) as (proxy, (a,)):
+        for number in range(1, 4):
+            assert (await ask(proxy)).text == "x " * 40
+            assert len(shortcuts) == number
+            await until(lambda: not busy_connections(proxy), "the answer's end has come")
+            assert not isinstance(shortcuts[-1].transport.get_protocol(), ccmux.Shortcut)
+        assert a.connections == 1
+
+
+@BOTH
+async def test_connections_go_from_answer_to_answer(wire: str, tmp_path: Path) -> None:
+    """The next answer's shortcut may be there before the last one's task has woken up."""
+    script = (fs.slow_answer(0, 0, ["x "] * 9),)
+    async with stage(tmp_path, script, formats=wire) as (proxy, (a,)):
+        replies = [reply for _ in range(20) for reply in await ask_many(proxy, 6)]
+        assert {reply.text for reply in replies} == {"x " * 9}
+        assert a.connections <= 6
+
+
+@pytest.mark.parametrize("seed", range(4))
+@BOTH
+async def test_a_client_that_reads_by_fits_and_starts_gets_all(wire: str, seed: int, tmp_path: Path) -> None:
+    rand = random.Random(seed)
+    pieces = [chr(97 + n % 26) * rand.choice([1, 1, 1, 1, 5_000, 40_000, 300_000]) for n in range(120)]
+    async with stage(tmp_path, (fs.slow_answer(pieces=pieces),), formats=wire) as (proxy, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=2**14)
+        writer.write(plain_request(proxy))
+        await reader.readuntil(b"\r\n\r\n")
+        body = b""
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            body += (await reader.readexactly(size + 2))[:-2]
+            await asyncio.sleep(rand.choice([0, 0, 0.001, 0.02]))
+        writer.close()
+    assert Reply(200, {"content-type": "text/event-stream"}, body).text == "".join(pieces)
+
+
+@BOTH
+async def test_crumbs_pass(wire: str, tmp_path: Path) -> None:
+    """So many HTTP chunks at once that aiohttp stops to read until they are taken."""
+    pieces = ["y" * 100] * 500
+
+    def steps(call: fs.UpstreamCall) -> Any:
+        blocks = fs.events_for(call, pieces=pieces)
+        begin, rest = b"".join(map(fs.chunked, blocks[:5])), b"".join(blocks[5:])
+        yield fs.Send(fs.head(200, fs.STREAM_HEAD) + begin)
+        yield fs.Gate()
+        crumbs = b"".join(fs.chunked(rest[at : at + 1]) for at in range(len(rest)))
+        yield fs.Send(crumbs + fs.LAST_CHUNK)
+
+    script, limits = (fs.Behaviour(steps),), {"providers": {"A": {"idle_timeout": 5}}}
+    async with stage(tmp_path, script, formats=wire, **limits) as (proxy, servers):
+        reply = await ask(proxy, on_data=opens_gates(servers))
+    assert reply.text == "y" * 50_000 and reply.kinds[-1] == "message_stop"
 
 
 async def test_slow_readers_cost_little_memory(tmp_path: Path) -> None:
