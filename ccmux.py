@@ -6695,11 +6695,12 @@ def key_hash(key: str) -> bytes:
 
 
 @contextlib.contextmanager
-def transaction(db: sqlite3.Connection, sync: bool) -> Iterator[None]:
+def transaction(db: sqlite3.Connection, sync: bool, patience: float) -> Iterator[None]:
+    """All or nothing; waits up to `patience` seconds for another process that writes."""
     if not sync:
         db.execute("pragma synchronous = normal")
     try:
-        db.execute("begin immediate")
+        patiently(lambda: db.execute("begin immediate"), patience)
         yield
         db.execute("commit")
     except BaseException:
@@ -6740,7 +6741,7 @@ class Store:
         self.readers: list[sqlite3.Connection] = []
         self.queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
         self.local_known: tuple[User | None, float] = (None, 0.0)  # and until when
-        self.slow_until = 0.0
+        self.slow_until, self.slow_for = 0.0, 0.0  # the event loop writes nothing until then; seconds
         self.unchecked = 0  # commits since the last checkpoint
         self.open_holds = 0  # requests that have not settled yet
         try:
@@ -6804,8 +6805,9 @@ class Store:
             raise ConfigError(f"database {self.path} cannot be written: {error}") from None
         if self.watcher:
             self.watcher.start()
-        # The writer does it: by itself it would hold up the event loop.
+        # The writer does both: by themselves they would hold up the event loop.
         self.db.execute("pragma wal_autocheckpoint = 0")
+        self.db.execute("pragma busy_timeout = 0")
         self.thread = threading.Thread(target=self.write_forever, name="ccmux-store", daemon=True)
         self.thread.start()
 
@@ -6826,7 +6828,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self, sync: bool = True) -> Iterator[None]:
-        with self.writing, transaction(self.db, sync):
+        with self.writing, transaction(self.db, sync, BUSY):
             self.unchecked += 1
             yield
 
@@ -6931,7 +6933,7 @@ class Store:
         """A write on the event loop's thread: to wake the other takes longer than to write.
 
         None where the queue is the better place: others would write too (or wait for the sync), somebody is writing
-        just now, the disk was slow within the last minute, or it cannot be written.
+        just now, the disk was slow, or it cannot be written.
         """
         began = time.monotonic()
         if self.open_holds >= (1 if sync else SIBLINGS) or began < self.slow_until:
@@ -6939,22 +6941,26 @@ class Store:
         if not self.writing.acquire(blocking=False):
             return None
         try:
-            self.db.execute("pragma busy_timeout = 0")
-            with transaction(self.db, sync):
+            with transaction(self.db, sync, patience=0):
                 return run(self.db)
         except ApiError:
             raise
         except Exception:  # the queue tries again, and tells
             return None
         finally:
-            with contextlib.suppress(sqlite3.Error):  # it is closed
-                self.db.execute(f"pragma busy_timeout = {BUSY * 1000:.0f}")
             self.unchecked += 1
             self.writing.release()
-            if time.monotonic() - began > SLOW_DISK:
-                self.slow_until = began + 60
+            self.note_pace(time.monotonic() - began)
             if self.unchecked % CHECKPOINT_EVERY == 0:
                 self.queue.put(Write(lambda db: None, sync=False))  # wakes the writer, who looks
+
+    def note_pace(self, seconds: float) -> None:
+        """After a slow write on the event loop none for a second, after another one for two, and up to a minute."""
+        if seconds < SLOW_DISK:
+            self.slow_for = 0.0
+        else:
+            self.slow_for = min(2 * self.slow_for or 1.0, 60.0)
+            self.slow_until = time.monotonic() + self.slow_for
 
     def do(self, run: Callable[[sqlite3.Connection], Any]) -> Any:
         """An operation of the command line or the admin page: done when this returns."""
@@ -7364,15 +7370,20 @@ REPORT_KEYS = {
 
 def use_wal(db: sqlite3.Connection) -> None:
     """Write-ahead logging. SQLite itself does not wait where another process is switching a new file to it."""
-    end = time.monotonic() + 10
+    patiently(lambda: db.execute("pragma journal_mode = wal"), BUSY)
+
+
+def patiently(run: Callable[[], object], seconds: float) -> None:
+    """Tries again for so many seconds while another process has the database."""
+    end = time.monotonic() + seconds
     while True:
         try:
-            db.execute("pragma journal_mode = wal")
+            run()
             return
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= end:
                 raise
-        time.sleep(0.01)
+        time.sleep(0.005)
 
 
 class Waiter:
