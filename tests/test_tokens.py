@@ -1082,7 +1082,7 @@ def test_ctok_is_used_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.
     assert TokenCounter(found.load).count_now(user("hello"), "p", "claude-sonnet-4-5") == 12
     assert TokenCounter(found.load).count_now(user("hello"), "p", "claude-opus-4-7") == 17
     assert vocabulary_state()["ctok"] == str(tmp_path / "ctok.py")
-    monkeypatch.delitem(sys.modules, "ctok")
+    del sys.modules["ctok"]  # which monkeypatch would put back
 
 
 DOWNLOADS = {
