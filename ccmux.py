@@ -7653,6 +7653,10 @@ class Call:
     session: str = ""
     tokens: int = 0  # input, counted or (is_counted false) told from the request's size
     is_counted: bool = False
+    count: Callable[[], Coroutine[Any, Any, int]] | None = (
+        None  # of the input, where only the answer needs it
+    )
+    counting: asyncio.Task[int] | None = None
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
     chat: Json = field(default_factory=dict)  # what an OpenAI-format client sent
@@ -7688,6 +7692,15 @@ class Call:
         if self.retries_at:
             self.retries_at.retrying -= 1
             self.retries_at = None
+
+    def begin_count(self) -> None:
+        """Counts the input while its answer is awaited."""
+        if self.count and not self.counting:
+            self.counting = asyncio.create_task(self.count())
+
+    async def end_count(self) -> None:
+        if self.counting and not self.is_counted:
+            self.tokens, self.is_counted = await self.counting, True
 
     def stop(self) -> None:
         """Ends the request now, with an error: the server shuts down."""
@@ -7929,8 +7942,10 @@ class Relay:
             raise ApiError(504, words, cause="timeout") from None
         finally:
             watch.close()
-            call.watch = None
+            call.watch = call.count = None
             call.end_retry()
+            if call.counting:
+                call.counting.cancel()
 
     def providers_of(self, call: Call) -> list[Provider]:
         found = (call.config.provider(t.provider) for t in call.route.targets)
@@ -8058,6 +8073,7 @@ class Relay:
         done = False
         try:
             call.on_answer()
+            await call.end_count()
             call.reader = self.reader_for(call, slot, dialect)
             call.reply_headers = answer_headers(response.headers, dialect)
             await self.pump(call, slot, response, sink)
@@ -8081,6 +8097,7 @@ class Relay:
         watch.wait(limit, "first byte")
         if call.on_raw:
             call.on_raw("upstream_request", request.data)
+        asyncio.get_running_loop().call_soon(call.begin_count)  # once the request is on its way
         opened = Opened()
         OPENED.set(opened)
         try:
@@ -8248,7 +8265,11 @@ class Relay:
         except (ValueError, RecursionError):
             payload = text.strip() if not text.lstrip().startswith("<") else ""
         to = self.upstream_of(call, slot)
-        error = upstream_error(response.status, payload, tokens=call.tokens, context=to.facts.context)
+        told = functools.partial(upstream_error, response.status, payload, context=to.facts.context)
+        error = told(tokens=call.tokens)
+        if error.cause == "overflow":
+            await call.end_count()
+            error = told(tokens=call.tokens)
         error.retry_after = retry_after(response.headers)
         should = response.headers.get("x-should-retry", "").lower()
         error.should_retry = {"true": True, "false": False}.get(should)
@@ -9271,7 +9292,9 @@ async def post_chat_completions(request: web.Request) -> web.StreamResponse:
 async def plan_call(
     request: web.Request, state: State, body: Json, raw: bytes, format: str = "anthropic"
 ) -> Call:
-    """Routes and counts a request. The count comes first only where the request may be a long one."""
+    """Routes a request, and counts it: before that where it may be a long one, before its hold where credits are
+    enforced, else (where its answer begins with the count) while that is awaited.
+    """
     config = state.config
     headers = {k.lower(): v for k, v in request.headers.items()}
     may_be_long = bool(config.router.long_context) and not is_surely_within(raw, body, config.smallest_limit)
@@ -9295,22 +9318,23 @@ async def plan_call(
         query=request.query_string,
     )
     first = route.targets[0]
-    if may_be_long or needs_count(config, route):
-        same = None if route.body else items
-        call.tokens = await state.counter.count(call.body, first.provider, first.actual_model, same)
-        call.is_counted = True
+    same = None if route.body else items
+    count = functools.partial(state.counter.count, call.body, first.provider, first.actual_model, same)
+    if may_be_long or config.credits.enforce:
+        call.tokens, call.is_counted = await count(), True
     else:
         call.tokens = max(1, (request.content_length or len(raw)) // 4)
+        call.count = count if is_translated(config, route) else None
     return call
 
 
-def needs_count(config: Config, route: Route) -> bool:
-    """Whether something needs the input counted: enforced credits, or a translated answer's first usage.
+def is_translated(config: Config, route: Route) -> bool:
+    """Whether an answer may need the input counted: a translated one begins with its usage.
 
     A server that only forwards starts no process to count (115 MB): its holds go by the request's size.
     """
     formats = [p.format for t in route.targets if (p := config.provider(t.provider))]
-    return config.credits.enforce or any(DIALECTS[f].request for f in formats)
+    return any(DIALECTS[f].request for f in formats)
 
 
 def refuse_safeguards(body: Json, config: Config, route: Route) -> None:

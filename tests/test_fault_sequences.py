@@ -838,6 +838,81 @@ async def test_usage_that_is_none_is_counted_here_and_marked(
     assert len(proxy.books.ledger()) == 1
 
 
+class SlowCounter:
+    """In place of a server's counter: a count of 777 that ends when the test says so."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.begun = self.ended = 0
+        self.may_end = asyncio.Event()
+        proxy.state.counter.count = self.count
+
+    async def count(self, *asked: Any) -> int:
+        self.begun += 1
+        try:
+            await self.may_end.wait()
+        finally:
+            self.ended += 1
+        return 777
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_translated_request_is_counted_while_its_answer_is_awaited(
+    stream: bool, tmp_path: Path
+) -> None:
+    script = (fs.status(500), fs.answer(usage="none"))
+    async with stage(tmp_path, script, formats="openai") as (proxy, (a,)):
+        counter = SlowCounter(proxy)
+        asked = asyncio.create_task(ask(proxy, stream=stream))
+        await a.called(2)
+        assert counter.begun == 1 and not counter.ended
+        counter.may_end.set()
+        reply = await asked
+        await proxy.idle()
+    message = reply.events[0]["message"] if stream else reply.json
+    assert message["usage"]["input_tokens"] == 777
+    assert proxy.books.requests()[0]["input_tokens"] == 777 and counter.begun == 1
+
+
+async def test_a_refusal_for_length_tells_the_count(tmp_path: Path) -> None:
+    refusal = fs.status(400, message="This model's maximum context length is 500 tokens")
+    async with stage(tmp_path, (refusal,), formats="openai") as (proxy, (a,)):
+        counter = SlowCounter(proxy)
+        asked = asyncio.create_task(ask(proxy))
+        await a.called(1)
+        counter.may_end.set()
+        reply = await asked
+    assert "777 tokens > " in reply.error["message"]
+
+
+async def test_a_count_ends_with_its_request(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.stall(),), formats="openai") as (proxy, (a,)):
+        counter = SlowCounter(proxy)
+        asked = asyncio.create_task(ask(proxy))
+        await a.called(1)
+        await until(lambda: counter.begun, "it is counted")
+        asked.cancel()
+        await until(lambda: counter.ended, "no more")
+
+
+async def test_what_is_only_forwarded_is_not_counted(tmp_path: Path) -> None:
+    async with stage(tmp_path, OK) as (proxy, _):
+        counter = SlowCounter(proxy)
+        full()(await ask(proxy))
+        full()(await ask(proxy, stream=False))
+    assert counter.begun == 0
+
+
+@BOTH
+async def test_where_credits_are_enforced_the_count_comes_first(wire: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, OK, formats=wire, credits={"enforce": True}) as (proxy, (a,)):
+        counter = SlowCounter(proxy)
+        asked = asyncio.create_task(ask(proxy))
+        await until(lambda: counter.begun, "it is counted")
+        assert a.count == 0
+        counter.may_end.set()
+        full()(await asked)
+
+
 # Clients that leave.
 
 
