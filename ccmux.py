@@ -7871,27 +7871,27 @@ class Shortcut(asyncio.Protocol):
                 self.protocol.resume_reading()
         except Exception as fault:
             self.leave()
-            if not self.over.done():
-                self.over.set_exception(fault)
+            self.over.set_exception(fault)
             return
         reader = self.reader
         if left or reader.ended or reader.error is not None or self.content.is_eof():
             self.leave()
-            if not self.over.done():
-                self.over.set_result(left)
+            self.over.set_result(left)
 
     # What the connection has to tell:
 
     def data_received(self, data: bytes) -> None:
         self.protocol.data_received(data)
-        self.pass_on()
+        if not self.over.done():  # else the task has been cancelled, and will find it
+            self.pass_on()
 
     def eof_received(self) -> None:
         self.protocol.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.protocol.connection_lost(exc)
-        self.pass_on()
+        if not self.over.done():
+            self.pass_on()
 
     def pause_writing(self) -> None:
         self.protocol.pause_writing()
