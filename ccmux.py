@@ -907,9 +907,10 @@ def opt(
     secret: bool = False,
     choices: tuple[str, ...] = (),
     least: float | None = None,
+    most: float | None = None,
 ) -> Any:
     """A config key: its default, what it means, whether it is write-only, what it may be."""
-    metadata = {"help": help, "secret": secret, "choices": choices, "least": least}
+    metadata = {"help": help, "secret": secret, "choices": choices, "least": least, "most": most}
     return keyed(default, not secret, metadata)
 
 
@@ -1100,11 +1101,11 @@ class Model:
 @dataclass(frozen=True, slots=True)
 class Credits:
     enforce: bool = opt(False, "true: no balance, no request")
-    markup_percent: Decimal = opt(Decimal(0), "added to the provider's cost", least=0)
+    markup_percent: Decimal = opt(Decimal(0), "added to the provider's cost", least=0, most=100_000)
     default_price: Price = opt(
         Price(Decimal(5), Decimal(25)), "for models with no known price, when enforcing"
     )
-    starting_credit: Decimal = opt(Decimal(0), "dollars a new user gets", least=0)
+    starting_credit: Decimal = opt(Decimal(0), "dollars a new user gets", least=0, most=10**9)
     max_concurrent: int = opt(8, "requests of one user at a time when enforcing", least=1)
 
 
@@ -1253,9 +1254,11 @@ class Loader:
         return cls(**values)
 
     def check(self, value: Any, rule: Mapping[str, Any], at: str) -> None:
-        least, choices = rule.get("least"), rule.get("choices") or ()
+        least, most, choices = rule.get("least"), rule.get("most"), rule.get("choices") or ()
         if least is not None and isinstance(value, (int, float, Decimal)) and value < least:
             raise ConfigError(f"{at} must be at least {least:g}")
+        if most is not None and value > most:
+            raise ConfigError(f"{at} must be at most {most}")
         for item in value if isinstance(value, tuple) else [value]:
             if choices and item not in choices:
                 raise ConfigError(f"{at} is {item!r}: {known_names(str(item), choices)}")
@@ -1357,6 +1360,11 @@ def json_value(value: Any, at: str) -> Any:
     return value
 
 
+HIGHEST_PRICE = (
+    100_000  # dollars for a million tokens; what costs more is a slip, and SQLite could not add it up
+)
+
+
 def parse_price(value: Any, at: str) -> Price:
     """`{ input = 3.0, output = 15.0, ... }` in dollars per million tokens; `tiers` as a list with `above`."""
     if not isinstance(value, dict):
@@ -1371,6 +1379,10 @@ def parse_price(value: Any, at: str) -> Price:
             amounts[key] = tuple(price_tier(tier, value, f"{at}, tiers") for tier in tiers)
         elif not is_amount(amount):
             raise ConfigError(f"{at}: {key!r} must be a number of dollars, not below 0")
+        elif amount > HIGHEST_PRICE:
+            raise ConfigError(
+                f"{at}: {key!r} is {amount} dollars for a million tokens; {HIGHEST_PRICE} at most"
+            )
         else:
             amounts[key] = Decimal(str(amount))
     for key in {"input", "output"} - amounts.keys():
@@ -7019,7 +7031,7 @@ class Store:
         self.open_holds += 1
         try:
             hold: Hold = self.at_once(run) or await self.put(run, sync=False)
-        except (sqlite3.Error, OverflowError) as error:  # the latter: no price is too high for a config
+        except (sqlite3.Error, OverflowError) as error:  # the latter: an amount beyond SQLite's integers
             raise cannot_write(error) from None
         except asyncio.CancelledError:
             is_given_up = True
