@@ -7653,10 +7653,8 @@ class Call:
     session: str = ""
     tokens: int = 0  # input, counted or (is_counted false) told from the request's size
     is_counted: bool = False
-    count: Callable[[], Coroutine[Any, Any, int]] | None = (
-        None  # of the input, where only the answer needs it
-    )
-    counting: asyncio.Task[int] | None = None
+    count: Callable[[], Coroutine[Any, Any, int]] | None = None  # of the input, until it begins
+    counting: asyncio.Task[int] | None = None  # where only the answer needs the count
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
     chat: Json = field(default_factory=dict)  # what an OpenAI-format client sent
@@ -7695,12 +7693,17 @@ class Call:
 
     def begin_count(self) -> None:
         """Counts the input while its answer is awaited."""
-        if self.count and not self.counting:
+        if self.count:
             self.counting = asyncio.create_task(self.count())
+            self.count = None  # it holds the body
 
     async def end_count(self) -> None:
-        if self.counting and not self.is_counted:
+        """Waits for the count; no provider is blamed for what that takes."""
+        if self.counting and not self.is_counted and self.watch:
+            limit, what = self.watch.limit, self.watch.what
+            self.watch.wait(math.inf, "")
             self.tokens, self.is_counted = await self.counting, True
+            self.watch.wait(limit, what)
 
     def stop(self) -> None:
         """Ends the request now, with an error: the server shuts down."""
@@ -8073,7 +8076,9 @@ class Relay:
         done = False
         try:
             call.on_answer()
-            await call.end_count()
+            if call.counting:
+                await call.end_count()
+                call.on_answer()  # its floor is by the count now
             call.reader = self.reader_for(call, slot, dialect)
             call.reply_headers = answer_headers(response.headers, dialect)
             await self.pump(call, slot, response, sink)
@@ -9271,6 +9276,7 @@ async def post_messages(request: web.Request) -> web.StreamResponse:
     user, credential = client_of(request, state)
     raw, body = await read_request(request, state)
     call = await plan_call(request, state, body, raw)
+    del body  # else it would be here for as long as its answer streams
     call.credential = credential
     return await Exchange(request, state, call, user).serve()
 

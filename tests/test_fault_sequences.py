@@ -10,6 +10,7 @@ import json
 import random
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -900,6 +901,47 @@ async def test_what_is_only_forwarded_is_not_counted(tmp_path: Path) -> None:
         full()(await ask(proxy))
         full()(await ask(proxy, stream=False))
     assert counter.begun == 0
+
+
+async def test_no_provider_is_blamed_for_a_count_that_takes_long(tmp_path: Path) -> None:
+    limits = {"A": {"first_byte_timeout": 1}}
+    async with stage(tmp_path, OK, OK, formats="openai", providers=limits) as (proxy, (a, b)):
+        counter = SlowCounter(proxy)
+        asyncio.get_running_loop().call_later(2.5, counter.may_end.set)
+        full()(await ask(proxy))
+    assert (a.count, b.count) == (1, 0)
+
+
+async def test_a_crash_charges_the_count_however_long_it_took(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.gated_answer(),), formats="openai") as (proxy, (a,)):
+        counter = SlowCounter(proxy)
+        asked = asyncio.create_task(ask(proxy))
+        await until(lambda: any(h["floor_microusd"] for h in proxy.books.holds()), "a floor is noted")
+        counter.may_end.set()
+        await until(lambda: [h["floor_microusd"] for h in proxy.books.holds()] == [777], "the count's price")
+        a.open_gate()
+        full()(await asked)
+
+
+class Body(dict[str, Any]):
+    """A request as it was read, of which can be told how long it is kept."""
+
+
+@BOTH
+async def test_of_a_request_that_streams_its_bytes_alone_are_kept(wire: str, tmp_path: Path) -> None:
+    """What they say takes five times as much memory."""
+    bodies: list[weakref.ref[Body]] = []
+
+    def read(raw: bytes) -> Body:
+        bodies.append(weakref.ref(body := Body(json.loads(raw))))
+        return body
+
+    async with stage(tmp_path, (fs.gated_answer(),), formats=wire) as (proxy, (a,)):
+        proxy.state.requests.read = read
+        asked = asyncio.create_task(ask(proxy))
+        await until(lambda: bodies and bodies[0]() is None, "its answer has content")
+        a.open_gate()
+        full()(await asked)
 
 
 @BOTH
