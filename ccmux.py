@@ -9597,19 +9597,24 @@ class Exchange:
         call, reader = self.call, self.call.reader
         if reader is None or not call.first_content:
             gone = error is None and self.answered and not call.first_content
-            return Usage(input=call.tokens, estimated=True) if gone else Usage()
+            return Usage(input=self.input_tokens(), estimated=True) if gone else Usage()
         told = reader.usage
         model = call.target.actual_model if call.target else ""
         if reader.ended and told and not getattr(reader, "usage_broken", False):
             return told
         counted = self.state.relay.count_output(reader.output_text(), model)
         if told is None:
-            target = call.target or call.route.targets[0]
-            if not call.is_counted:
-                body = call.body or strict_json(call.raw)
-                call.tokens = self.state.counter.count_now(body, target.provider, target.actual_model)
-            return Usage(input=call.tokens, output=counted, estimated=True)
+            return Usage(input=self.input_tokens(), output=counted, estimated=True)
         return dataclasses.replace(told, output=max(told.output, counted), estimated=True)
+
+    def input_tokens(self) -> int:
+        """As counted; now, where nothing needed the count so far."""
+        call = self.call
+        if not call.is_counted:
+            target = call.target or call.route.targets[0]
+            body = call.body or strict_json(call.raw)
+            return self.state.counter.count_now(body, target.provider, target.actual_model)
+        return call.tokens
 
     def settle(self, error: ApiError | None) -> None:
         """Puts the settlement on the store's queue, once, without waiting: a cancelled handler may not wait."""
