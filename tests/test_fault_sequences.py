@@ -959,7 +959,7 @@ async def test_where_credits_are_enforced_the_count_comes_first(wire: str, tmp_p
 async def test_who_leaves_before_content_pays_for_the_count_not_the_size(wire: str, tmp_path: Path) -> None:
     image = {"type": "base64", "media_type": "image/png", "data": "A" * 100_000}
     content = [{"type": "image", "source": image}]
-    async with stage(tmp_path, (fs.stall_after_headers(),), formats=wire) as (proxy, (a,)):
+    async with stage(tmp_path, (fs.stall_after_headers(),), formats=wire) as (proxy, _):
         SlowCounter(proxy)
         body = message_body(messages=[{"role": "user", "content": content}])
         asked = asyncio.create_task(ask(proxy, body=body))
