@@ -10068,7 +10068,7 @@ async def post_purchase(request: web.Request) -> web.StreamResponse:
     )
 
 
-# For the admin.
+# For the admin. Writes wait in threads: another process may have the database for seconds.
 
 
 async def get_users(request: web.Request) -> web.StreamResponse:
@@ -10085,7 +10085,8 @@ async def post_user(request: web.Request) -> web.StreamResponse:
     if credit is not None and credit < 0:
         raise ApiError(400, "credit_microusd: must not be below 0")
     with operator_errors():
-        user, key = state.store.add_user(
+        user, key = await asyncio.to_thread(
+            state.store.add_user,
             text_in(body, "name", 64),
             start if credit is None else credit,
             budgets_in(body),
@@ -10115,9 +10116,9 @@ async def patch_user(request: web.Request) -> web.StreamResponse:
         if "disabled" in body:
             if not isinstance(body["disabled"], bool):
                 raise ApiError(400, "disabled: must be true or false")
-            user = store.set_disabled(name, body["disabled"])
+            user = await asyncio.to_thread(store.set_disabled, name, body["disabled"])
         if "budgets" in body:
-            user = store.set_budgets(name, budgets_in(body))
+            user = await asyncio.to_thread(store.set_budgets, name, budgets_in(body))
     return web.json_response(store.user_json(user))
 
 
@@ -10127,9 +10128,8 @@ async def post_credit(request: web.Request) -> web.StreamResponse:
     amount = number_in(body, "amount_microusd")
     assert amount is not None
     with operator_errors():
-        user = store.credit(
-            request.match_info["name"], amount, text_in(body, "note"), text_in(body, "key", 100)
-        )
+        note, key = text_in(body, "note"), text_in(body, "key", 100)
+        user = await asyncio.to_thread(store.credit, request.match_info["name"], amount, note, key)
     return web.json_response(store.user_json(user))
 
 
@@ -10137,7 +10137,8 @@ async def post_key(request: web.Request) -> web.StreamResponse:
     store = require_admin(request).store
     await body_of(request, ())
     with operator_errors():
-        return web.json_response({"key": store.rotate_key(request.match_info["name"])})
+        key = await asyncio.to_thread(store.rotate_key, request.match_info["name"])
+    return web.json_response({"key": key})
 
 
 async def get_user_transactions(request: web.Request) -> web.StreamResponse:
