@@ -6971,7 +6971,9 @@ class Store:
         write = Write(lambda db: run(db))
         write.future = typing.cast("asyncio.Future[Any]", Waiter(done))
         self.queue.put(write)
-        done.wait()
+        while not done.wait(1):
+            if not self.thread.is_alive():
+                raise sqlite3.OperationalError("the database is closed")
         if write.error:
             raise write.error
         return write.result
