@@ -895,6 +895,24 @@ async def test_a_count_ends_with_its_request(tmp_path: Path) -> None:
         await until(lambda: counter.ended, "no more")
 
 
+async def test_the_count_is_there_for_a_translated_target_behind_a_forwarded_one(tmp_path: Path) -> None:
+    script, mixed = (fs.status(500),), {"A": {"max_retries": 0}, "B": {"type": "openai"}}
+    async with stage(tmp_path, script, OK, providers=mixed) as (proxy, _):
+        SlowCounter(proxy).may_end.set()
+        reply = await ask(proxy)
+    full("B")(reply)
+    assert reply.events[0]["message"]["usage"]["input_tokens"] == 777
+
+
+async def test_no_count_begins_behind_its_request(tmp_path: Path) -> None:
+    """Which has failed before anything was awaited: that is no name of a host."""
+    nowhere = {"A": {"base_url": f"http://{chr(228) * 70}/v1", "max_retries": 0}}
+    async with stage(tmp_path, OK, formats="openai", providers=nowhere) as (proxy, _):
+        counter = SlowCounter(proxy)
+        fails(502)(await ask(proxy))
+    assert counter.begun == 0
+
+
 async def test_what_is_only_forwarded_is_not_counted(tmp_path: Path) -> None:
     async with stage(tmp_path, OK) as (proxy, _):
         counter = SlowCounter(proxy)
