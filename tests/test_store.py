@@ -943,10 +943,21 @@ async def test_another_process_that_writes_holds_up_no_loop(tmp_path: Path) -> N
         placed = asyncio.create_task(place(store, user, "r1", 100))
         await asyncio.sleep(0)
         assert time.monotonic() - began < ccmux.BUSY / 2  # it did not wait for the lock
+        await asyncio.wait([placed], timeout=0.2)
         assert not placed.done()
         other.execute("commit")
         await asyncio.wait_for(placed, 5)
         other.close()
+
+
+def test_a_new_file_that_another_process_has_just_now_is_opened(tmp_path: Path) -> None:
+    """SQLite's own patience does not cover the switch to write-ahead logging."""
+    other = sqlite3.connect(tmp_path / "a.db", isolation_level=None, check_same_thread=False)
+    other.execute("begin immediate")
+    threading.Timer(0.3, other.execute, ["commit"]).start()
+    with contextlib.closing(ccmux.Store(str(tmp_path / "a.db"))) as store:
+        assert store.users() == []
+    other.close()
 
 
 def note_writers(store: ccmux.Store) -> list[tuple[threading.Thread | None, bool]]:
