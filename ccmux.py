@@ -6983,7 +6983,9 @@ class Store:
         write = Write(lambda db: run(db))
         write.future = typing.cast("asyncio.Future[Any]", Waiter(done))
         self.queue.put(write)
-        done.wait()
+        while not done.wait(1):
+            if not self.thread.is_alive():
+                raise sqlite3.OperationalError("the database is closed")
         if write.error:
             raise write.error
         return write.result
@@ -7665,10 +7667,8 @@ class Call:
     session: str = ""
     tokens: int = 0  # input, counted or (is_counted false) told from the request's size
     is_counted: bool = False
-    count: Callable[[], Coroutine[Any, Any, int]] | None = (
-        None  # of the input, where only the answer needs it
-    )
-    counting: asyncio.Task[int] | None = None
+    count: Callable[[], Coroutine[Any, Any, int]] | None = None  # of the input, until it begins
+    counting: asyncio.Task[int] | None = None  # where only the answer needs the count
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
     chat: Json = field(default_factory=dict)  # what an OpenAI-format client sent
@@ -7707,12 +7707,17 @@ class Call:
 
     def begin_count(self) -> None:
         """Counts the input while its answer is awaited."""
-        if self.count and not self.counting:
+        if self.count:
             self.counting = asyncio.create_task(self.count())
+            self.count = None  # it holds the body
 
     async def end_count(self) -> None:
-        if self.counting and not self.is_counted:
+        """Waits for the count; no provider is blamed for what that takes."""
+        if self.counting and not self.is_counted and self.watch:
+            limit, what = self.watch.limit, self.watch.what
+            self.watch.wait(math.inf, "")
             self.tokens, self.is_counted = await self.counting, True
+            self.watch.wait(limit, what)
 
     def stop(self) -> None:
         """Ends the request now, with an error: the server shuts down."""
@@ -8085,7 +8090,9 @@ class Relay:
         done = False
         try:
             call.on_answer()
-            await call.end_count()
+            if call.counting:
+                await call.end_count()
+                call.on_answer()  # its floor is by the count now
             call.reader = self.reader_for(call, slot, dialect)
             call.reply_headers = answer_headers(response.headers, dialect)
             await self.pump(call, slot, response, sink)
@@ -9283,6 +9290,7 @@ async def post_messages(request: web.Request) -> web.StreamResponse:
     user, credential = client_of(request, state)
     raw, body = await read_request(request, state)
     call = await plan_call(request, state, body, raw)
+    del body  # else it would be here for as long as its answer streams
     call.credential = credential
     return await Exchange(request, state, call, user).serve()
 
@@ -9603,19 +9611,24 @@ class Exchange:
         call, reader = self.call, self.call.reader
         if reader is None or not call.first_content:
             gone = error is None and self.answered and not call.first_content
-            return Usage(input=call.tokens, estimated=True) if gone else Usage()
+            return Usage(input=self.input_tokens(), estimated=True) if gone else Usage()
         told = reader.usage
         model = call.target.actual_model if call.target else ""
         if reader.ended and told and not getattr(reader, "usage_broken", False):
             return told
         counted = self.state.relay.count_output(reader.output_text(), model)
         if told is None:
-            target = call.target or call.route.targets[0]
-            if not call.is_counted:
-                body = call.body or strict_json(call.raw)
-                call.tokens = self.state.counter.count_now(body, target.provider, target.actual_model)
-            return Usage(input=call.tokens, output=counted, estimated=True)
+            return Usage(input=self.input_tokens(), output=counted, estimated=True)
         return dataclasses.replace(told, output=max(told.output, counted), estimated=True)
+
+    def input_tokens(self) -> int:
+        """As counted; now, where nothing needed the count so far."""
+        call = self.call
+        if not call.is_counted:
+            target = call.target or call.route.targets[0]
+            body = call.body or strict_json(call.raw)
+            return self.state.counter.count_now(body, target.provider, target.actual_model)
+        return call.tokens
 
     def settle(self, error: ApiError | None) -> None:
         """Puts the settlement on the store's queue, once, without waiting: a cancelled handler may not wait."""
@@ -10069,7 +10082,7 @@ async def post_purchase(request: web.Request) -> web.StreamResponse:
     )
 
 
-# For the admin.
+# For the admin. Writes wait in threads: another process may have the database for seconds.
 
 
 async def get_users(request: web.Request) -> web.StreamResponse:
@@ -10086,7 +10099,8 @@ async def post_user(request: web.Request) -> web.StreamResponse:
     if credit is not None and credit < 0:
         raise ApiError(400, "credit_microusd: must not be below 0")
     with operator_errors():
-        user, key = state.store.add_user(
+        user, key = await asyncio.to_thread(
+            state.store.add_user,
             text_in(body, "name", 64),
             start if credit is None else credit,
             budgets_in(body),
@@ -10116,9 +10130,9 @@ async def patch_user(request: web.Request) -> web.StreamResponse:
         if "disabled" in body:
             if not isinstance(body["disabled"], bool):
                 raise ApiError(400, "disabled: must be true or false")
-            user = store.set_disabled(name, body["disabled"])
+            user = await asyncio.to_thread(store.set_disabled, name, body["disabled"])
         if "budgets" in body:
-            user = store.set_budgets(name, budgets_in(body))
+            user = await asyncio.to_thread(store.set_budgets, name, budgets_in(body))
     return web.json_response(store.user_json(user))
 
 
@@ -10128,9 +10142,8 @@ async def post_credit(request: web.Request) -> web.StreamResponse:
     amount = number_in(body, "amount_microusd")
     assert amount is not None
     with operator_errors():
-        user = store.credit(
-            request.match_info["name"], amount, text_in(body, "note"), text_in(body, "key", 100)
-        )
+        note, key = text_in(body, "note"), text_in(body, "key", 100)
+        user = await asyncio.to_thread(store.credit, request.match_info["name"], amount, note, key)
     return web.json_response(store.user_json(user))
 
 
@@ -10138,7 +10151,8 @@ async def post_key(request: web.Request) -> web.StreamResponse:
     store = require_admin(request).store
     await body_of(request, ())
     with operator_errors():
-        return web.json_response({"key": store.rotate_key(request.match_info["name"])})
+        key = await asyncio.to_thread(store.rotate_key, request.match_info["name"])
+    return web.json_response({"key": key})
 
 
 async def get_user_transactions(request: web.Request) -> web.StreamResponse:

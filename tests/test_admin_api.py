@@ -494,6 +494,32 @@ async def test_a_friend_gets_a_key_and_five_dollars(tmp_path: Path) -> None:
         assert (status, refused["error"]["type"]) == (403, "permission_error")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/users", {"name": "bob"}),
+        ("PATCH", "/users/ann", {"disabled": True}),
+        ("PATCH", "/users/ann", {"budgets": {"day_microusd": 1}}),
+        ("POST", "/users/ann/credit", {"amount_microusd": 1}),
+        ("POST", "/users/ann/key", {}),
+    ],
+)
+async def test_a_write_that_waits_for_another_process_holds_up_nothing_else(
+    method: str, path: str, body: Any, tmp_path: Path
+) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        admin.state.store.add_user("ann")
+        with contextlib.closing(sqlite3.connect(admin.state.store.path, isolation_level=None)) as other:
+            other.execute("begin immediate")
+            asked = asyncio.create_task(admin.call(method, f"/admin/api{path}", body))
+            await until(admin.state.store.writing.locked, "the writer waits")
+            await admin.get("/health")
+            assert not asked.done()
+            other.execute("commit")
+        status, _ = await asked
+        assert status in (200, 201)
+
+
 async def test_credit_given_twice_with_one_key_counts_once(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         await admin.call("POST", "/admin/api/users", {"name": "u"})

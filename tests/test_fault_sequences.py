@@ -10,6 +10,7 @@ import json
 import random
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -894,12 +895,71 @@ async def test_a_count_ends_with_its_request(tmp_path: Path) -> None:
         await until(lambda: counter.ended, "no more")
 
 
+async def test_the_count_is_there_for_a_translated_target_behind_a_forwarded_one(tmp_path: Path) -> None:
+    script, mixed = (fs.status(500),), {"A": {"max_retries": 0}, "B": {"type": "openai"}}
+    async with stage(tmp_path, script, OK, providers=mixed) as (proxy, _):
+        SlowCounter(proxy).may_end.set()
+        reply = await ask(proxy)
+    full("B")(reply)
+    assert reply.events[0]["message"]["usage"]["input_tokens"] == 777
+
+
+async def test_no_count_begins_behind_its_request(tmp_path: Path) -> None:
+    """Which has failed before anything was awaited: that is no name of a host."""
+    nowhere = {"A": {"base_url": f"http://{chr(228) * 70}/v1", "max_retries": 0}}
+    async with stage(tmp_path, OK, formats="openai", providers=nowhere) as (proxy, _):
+        counter = SlowCounter(proxy)
+        fails(502)(await ask(proxy))
+    assert counter.begun == 0
+
+
 async def test_what_is_only_forwarded_is_not_counted(tmp_path: Path) -> None:
     async with stage(tmp_path, OK) as (proxy, _):
         counter = SlowCounter(proxy)
         full()(await ask(proxy))
         full()(await ask(proxy, stream=False))
     assert counter.begun == 0
+
+
+async def test_no_provider_is_blamed_for_a_count_that_takes_long(tmp_path: Path) -> None:
+    limits = {"A": {"first_byte_timeout": 1}}
+    async with stage(tmp_path, OK, OK, formats="openai", providers=limits) as (proxy, (a, b)):
+        counter = SlowCounter(proxy)
+        asyncio.get_running_loop().call_later(2.5, counter.may_end.set)
+        full()(await ask(proxy))
+    assert (a.count, b.count) == (1, 0)
+
+
+async def test_a_crash_charges_the_count_however_long_it_took(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.gated_answer(),), formats="openai") as (proxy, (a,)):
+        counter = SlowCounter(proxy)
+        asked = asyncio.create_task(ask(proxy))
+        await until(lambda: any(h["floor_microusd"] for h in proxy.books.holds()), "a floor is noted")
+        counter.may_end.set()
+        await until(lambda: [h["floor_microusd"] for h in proxy.books.holds()] == [777], "the count's price")
+        a.open_gate()
+        full()(await asked)
+
+
+class Body(dict[str, Any]):
+    """A request as it was read, of which can be told how long it is kept."""
+
+
+@BOTH
+async def test_of_a_request_that_streams_its_bytes_alone_are_kept(wire: str, tmp_path: Path) -> None:
+    """What they say takes five times as much memory."""
+    bodies: list[weakref.ref[Body]] = []
+
+    def read(raw: bytes) -> Body:
+        bodies.append(weakref.ref(body := Body(json.loads(raw))))
+        return body
+
+    async with stage(tmp_path, (fs.gated_answer(),), formats=wire) as (proxy, (a,)):
+        proxy.state.requests.read = read
+        asked = asyncio.create_task(ask(proxy))
+        await until(lambda: bodies and bodies[0]() is None, "its answer has content")
+        a.open_gate()
+        full()(await asked)
 
 
 @BOTH
@@ -911,6 +971,21 @@ async def test_where_credits_are_enforced_the_count_comes_first(wire: str, tmp_p
         assert a.count == 0
         counter.may_end.set()
         full()(await asked)
+
+
+@BOTH
+async def test_who_leaves_before_content_pays_for_the_count_not_the_size(wire: str, tmp_path: Path) -> None:
+    image = {"type": "base64", "media_type": "image/png", "data": "A" * 100_000}
+    content = [{"type": "image", "source": image}]
+    async with stage(tmp_path, (fs.stall_after_headers(),), formats=wire) as (proxy, _):
+        SlowCounter(proxy)
+        body = message_body(messages=[{"role": "user", "content": content}])
+        asked = asyncio.create_task(ask(proxy, body=body))
+        await until(lambda: any(h["floor_microusd"] for h in proxy.books.holds()), "A has answered")
+        asked.cancel()
+        await proxy.idle()
+    (row,) = proxy.books.requests()
+    assert row["error"] == "client_gone" and 1000 < row["input_tokens"] < 3000
 
 
 # Clients that leave.

@@ -888,6 +888,52 @@ async def test_a_disk_that_stays_slow_is_tried_less_and_less(tmp_path: Path) -> 
     assert paces == [1, 2, 4, 8, 16, 32, 60, 60, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("code", "seconds", "tries"),
+    [
+        (sqlite3.SQLITE_BUSY, 10.0, 3),
+        (sqlite3.SQLITE_BUSY_SNAPSHOT, 10.0, 3),  # another process has committed in the same moment
+        (sqlite3.SQLITE_BUSY_RECOVERY, 10.0, 3),
+        (sqlite3.SQLITE_BUSY, 0.0, 1),
+        (sqlite3.SQLITE_FULL, 10.0, 1),
+    ],
+)
+def test_only_for_another_process_is_waited(code: int, seconds: float, tries: int) -> None:
+    tried = 0
+
+    def run() -> None:
+        nonlocal tried
+        tried += 1
+        if tried < 3:
+            error = sqlite3.OperationalError("no")
+            error.sqlite_errorcode = code
+            raise error
+
+    with pytest.raises(sqlite3.OperationalError) if tries < 3 else contextlib.nullcontext():
+        ccmux.patiently(run, seconds)
+    assert tried == tries
+
+
+async def test_a_write_that_comes_after_the_last_one_ends(tmp_path: Path) -> None:
+    """In a thread that waits for ever the server would never exit."""
+    async with server_store(tmp_path / "a.db") as store:
+        assert store.thread
+        store.queue.put(None)
+        store.thread.join()
+        told: list[sqlite3.Error] = []
+
+        def write() -> None:
+            try:
+                store.do(lambda db: None)
+            except sqlite3.Error as error:
+                told.append(error)
+
+        late = threading.Thread(target=write, daemon=True)
+        late.start()
+        late.join(10)
+        assert told
+
+
 async def test_another_process_that_writes_holds_up_no_loop(tmp_path: Path) -> None:
     async with server_store(tmp_path / "a.db") as store:
         user, _ = store.add_user("ann", 10_000)
@@ -897,10 +943,21 @@ async def test_another_process_that_writes_holds_up_no_loop(tmp_path: Path) -> N
         placed = asyncio.create_task(place(store, user, "r1", 100))
         await asyncio.sleep(0)
         assert time.monotonic() - began < ccmux.BUSY / 2  # it did not wait for the lock
+        await asyncio.wait([placed], timeout=0.2)
         assert not placed.done()
         other.execute("commit")
         await asyncio.wait_for(placed, 5)
         other.close()
+
+
+def test_a_new_file_that_another_process_has_just_now_is_opened(tmp_path: Path) -> None:
+    """SQLite's own patience does not cover the switch to write-ahead logging."""
+    other = sqlite3.connect(tmp_path / "a.db", isolation_level=None, check_same_thread=False)
+    other.execute("begin immediate")
+    threading.Timer(0.3, other.execute, ["commit"]).start()
+    with contextlib.closing(ccmux.Store(str(tmp_path / "a.db"))) as store:
+        assert store.users() == []
+    other.close()
 
 
 def note_writers(store: ccmux.Store) -> list[tuple[threading.Thread | None, bool]]:
