@@ -9511,6 +9511,13 @@ class Exchange:
             return await self.fail(sink, error)
         except (ClientGoneError, ConnectionError):
             raise asyncio.CancelledError from None  # as if aiohttp had noticed first
+        except Exception:
+            if isinstance(sink, WholeSink) or not sink.began:
+                raise
+            log.exception("request %s failed inside ccmux", call.request_id)
+            error = ApiError(500, "ccmux failed at this request; its log says why")
+            self.settle(error)
+            return await self.fail(sink, error)
         finally:
             sink.close()
             state.calls.pop(call.request_id, None)

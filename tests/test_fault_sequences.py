@@ -1231,6 +1231,27 @@ async def test_crumbs_pass(wire: str, tmp_path: Path) -> None:
     assert reply.text == "y" * 50_000 and reply.kinds[-1] == "message_stop"
 
 
+@BOTH
+async def test_a_fault_of_ccmux_itself_ends_a_stream(
+    wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reader: Any = ccmux.AnthropicTap if wire == "anthropic" else ccmux.Translation
+    feed, script = reader.feed, fs.cut_after(5, fs.Stall(), extra=lambda call: b": broken\n\n")
+
+    def breaks(self: Any, data: bytes) -> bytes:
+        if b"broken" in data:
+            raise KeyError("a mistake")
+        return feed(self, data)
+
+    monkeypatch.setattr(reader, "feed", breaks)
+    async with stage(tmp_path, (script,), formats=wire) as (proxy, servers), asyncio.timeout(20):
+        breaks_off("api_error")(await ask(proxy, on_data=opens_gates(servers)))
+        await servers[0].cancelled(1)
+        await proxy.idle()
+    check_ledger(proxy, PART)
+    assert proxy.books.requests()[0]["status"] == 500
+
+
 @contextlib.asynccontextmanager
 async def tls_stage(
     folder: Path, script: fs.Behaviour, wire: str
