@@ -7860,9 +7860,11 @@ class Shortcut(asyncio.Protocol):
         connection = self.response.connection
         if connection is None or connection.transport is None or connection.protocol is None:
             return b""  # all of it has arrived
-        self.transport, self.protocol = connection.transport, connection.protocol
+        if connection.transport.get_protocol() is not connection.protocol:
+            return b""  # it is lost: TLS forgets its protocol a moment before it tells it
+        self.protocol = connection.protocol
         self.over: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self.transport.set_protocol(self)
+        connection.transport.set_protocol(self)
         resume_below(self.content, 0)  # `pass_on` does it
         try:
             self.pass_on()
@@ -7872,8 +7874,9 @@ class Shortcut(asyncio.Protocol):
 
     def leave(self) -> None:
         """At once, as the connection may serve another answer in the next moment."""
-        if self.transport.get_protocol() is self:
-            self.transport.set_protocol(self.protocol)
+        transport = self.protocol.transport  # None once closed, when that of TLS cannot even be asked
+        if transport is not None and transport.get_protocol() is self:
+            transport.set_protocol(self.protocol)
             resume_below(self.content, 1)
 
     def pass_on(self) -> None:
@@ -7883,7 +7886,7 @@ class Shortcut(asyncio.Protocol):
                 self.watch.last = 0.0
                 out = self.feed(data)
                 left = b"" if not out or self.sink.write_now(out) else out
-                if self.transport.is_reading():
+                if self.protocol.transport is None or self.protocol.transport.is_reading():
                     break  # that was all
                 self.protocol.resume_reading()
         except Exception as fault:
@@ -9528,6 +9531,13 @@ class Exchange:
             return await self.fail(sink, error)
         except (ClientGoneError, ConnectionError):
             raise asyncio.CancelledError from None  # as if aiohttp had noticed first
+        except Exception:
+            if isinstance(sink, WholeSink) or not sink.began:
+                raise
+            log.exception("request %s failed inside ccmux", call.request_id)
+            error = ApiError(500, "ccmux failed at this request; its log says why")
+            self.settle(error)
+            return await self.fail(sink, error)
         finally:
             sink.close()
             state.calls.pop(call.request_id, None)

@@ -11,12 +11,17 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+CERTIFICATE = (
+    Path(__file__).parent / "fixtures" / "loopback.pem"
+)  # of 127.0.0.1, with its key; signed by itself
 WAIT = 30.0  # seconds until an event that a test waits for counts as never coming
 
 
@@ -128,8 +133,11 @@ class _Connection(asyncio.StreamReaderProtocol):
 class FaultServer:
     """`async with FaultServer(answer()) as server:` listens on a free port of loopback."""
 
-    def __init__(self, *script: Behaviour) -> None:
+    def __init__(self, *script: Behaviour, tls: bool = False) -> None:
         self.script: Sequence[Behaviour] = script or (answer(),)
+        self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) if tls else None
+        if self.tls:
+            self.tls.load_cert_chain(CERTIFICATE)
         self.calls: list[UpstreamCall] = []
         self.connections = 0
         self.changed = asyncio.Condition()
@@ -140,7 +148,9 @@ class FaultServer:
     async def __aenter__(self) -> FaultServer:
         loop = asyncio.get_running_loop()
         self.tasks: set[asyncio.Task[Any]] = set()
-        self.server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, backlog=1024)
+        self.server = await loop.create_server(
+            lambda: _Connection(self), "127.0.0.1", 0, backlog=1024, ssl=self.tls
+        )
         self.port = self.server.sockets[0].getsockname()[1]
         return self
 
@@ -152,7 +162,7 @@ class FaultServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def count(self) -> int:
@@ -557,6 +567,19 @@ def html() -> Behaviour:
 
 def truncated_json() -> Behaviour:
     return raw(200, [JSON_TYPE], anthropic_message()[:80])
+
+
+def until_closed(*ending: Step, events: int = 99) -> Behaviour:
+    """So many events in a stream without a length, whose end is that of its connection."""
+
+    def steps(call: UpstreamCall) -> Iterable[Step]:
+        blocks = events_for(call)[:events]
+        yield Send(head(200, [("Content-Type", "text/event-stream")]) + b"".join(blocks[:4]))
+        yield Gate()
+        yield Send(b"".join(blocks[4:]))
+        yield from ending
+
+    return Behaviour(steps)
 
 
 def truncated_body() -> Behaviour:

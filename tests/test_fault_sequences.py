@@ -9,6 +9,7 @@ import email.utils
 import json
 import random
 import socket
+import ssl
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -35,7 +36,7 @@ from proxy_harness import (
     soon_enough,
     until,
 )
-from test_faults import HELLO, LIMITED_30, PART, TOO_LONG, check_ledger, fails, full, stage
+from test_faults import HELLO, LIMITED_30, PART, TOO_LONG, breaks_off, check_ledger, fails, full, stage
 
 import ccmux
 
@@ -1243,7 +1244,7 @@ async def test_events_wake_no_task(wire: str, shortcuts: list[ccmux.Shortcut], t
             assert (await ask(proxy)).text == "x " * 40
             assert len(shortcuts) == number
             await until(lambda: not busy_connections(proxy), "the answer's end has come")
-            assert not isinstance(shortcuts[-1].transport.get_protocol(), ccmux.Shortcut)
+            assert not isinstance(shortcuts[-1].protocol.transport.get_protocol(), ccmux.Shortcut)
         assert a.connections == 1
 
 
@@ -1258,7 +1259,8 @@ async def test_a_connection_is_left_before_it_may_serve_another_answer(
     def noted(self: ccmux.Shortcut, data: bytes) -> None:
         take(self, data)
         if self.over.done():
-            left.append(self.transport.get_protocol() is self.protocol)
+            transport = self.protocol.transport
+            left.append(transport is None or transport.get_protocol() is self.protocol)
 
     monkeypatch.setattr(ccmux.Shortcut, "data_received", noted)
     script = (fs.slow_answer(), fs.error_midway(), fs.slow_answer())
@@ -1302,6 +1304,85 @@ async def test_crumbs_pass(wire: str, tmp_path: Path) -> None:
     async with stage(tmp_path, script, formats=wire, **limits) as (proxy, servers):
         reply = await ask(proxy, on_data=opens_gates(servers))
     assert reply.text == "y" * 50_000 and reply.kinds[-1] == "message_stop"
+
+
+@BOTH
+async def test_a_fault_of_ccmux_itself_ends_a_stream(
+    wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reader: Any = ccmux.AnthropicTap if wire == "anthropic" else ccmux.Translation
+    feed, script = reader.feed, fs.cut_after(5, fs.Stall(), extra=lambda call: b": broken\n\n")
+
+    def breaks(self: Any, data: bytes) -> bytes:
+        if b"broken" in data:
+            raise KeyError("a mistake")
+        return feed(self, data)
+
+    monkeypatch.setattr(reader, "feed", breaks)
+    async with stage(tmp_path, (script,), formats=wire) as (proxy, servers), asyncio.timeout(20):
+        breaks_off("api_error")(await ask(proxy, on_data=opens_gates(servers)))
+        await servers[0].cancelled(1)
+        await proxy.idle()
+    check_ledger(proxy, PART)
+    assert proxy.books.requests()[0]["status"] == 500
+
+
+@contextlib.asynccontextmanager
+async def tls_stage(
+    folder: Path, script: fs.Behaviour, wire: str
+) -> AsyncIterator[tuple[Proxy, FaultServer]]:
+    """A ccmux whose target speaks TLS, with a certificate that it trusts."""
+    async with FaultServer(script, tls=True) as server:
+        limits = {"A": {"idle_timeout": 5}}
+        async with in_process(
+            folder, config_text({"A": server.url}, formats=wire, providers=limits)
+        ) as proxy:
+            connector: Any = proxy.state.relay.session.connector
+            connector._ssl = ssl.create_default_context(cafile=fs.CERTIFICATE)
+            yield proxy, server
+
+
+TLS_STREAMS = {
+    "chunked": (fs.gated_answer(), full()),
+    "reset": (fs.cut_after(5, fs.Reset()), breaks_off("api_error")),
+    "end": (fs.cut_after(5, fs.End()), breaks_off("api_error")),
+    "until-closed": (fs.until_closed(fs.End()), full()),
+    "until-closed-midway": (fs.until_closed(fs.End(), events=5), breaks_off("api_error")),
+    "until-reset-midway": (fs.until_closed(fs.Reset(), events=5), breaks_off("api_error")),
+}
+
+
+@pytest.mark.parametrize("stream", TLS_STREAMS)
+@BOTH
+async def test_streams_over_tls(wire: str, stream: str, tmp_path: Path) -> None:
+    """asyncio's transport of TLS forgets its protocol, and then all, before aiohttp's is done with it."""
+    script, sees = TLS_STREAMS[stream]
+    async with tls_stage(tmp_path, script, wire) as (proxy, server):
+        async with asyncio.timeout(20):
+            sees(await ask(proxy, on_data=opens_gates([server], 1)))
+        await proxy.idle()
+        assert len(proxy.books.ledger()) == 1
+
+
+@BOTH
+async def test_a_tls_connection_that_is_just_lost_takes_no_shortcut(
+    wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Between asyncio's noticing and aiohttp's being told, which goes by the protocol of before."""
+    run, windows = ccmux.Shortcut.run, []
+
+    async def late(self: ccmux.Shortcut) -> bytes:
+        connection = self.response.connection
+        while connection and connection.transport and connection.transport.get_protocol() is not None:
+            await asyncio.sleep(0)
+        windows.append(bool(connection and connection.transport))
+        return await run(self)
+
+    monkeypatch.setattr(ccmux.Shortcut, "run", late)
+    async with tls_stage(tmp_path, fs.cut_after(5, fs.End(), gate=False), wire) as (proxy, _):
+        async with asyncio.timeout(4):  # its silence would end it after five
+            breaks_off("api_error")(await ask(proxy))
+    assert windows[0]
 
 
 async def test_slow_readers_cost_little_memory(tmp_path: Path) -> None:
