@@ -1270,6 +1270,23 @@ async def test_a_connection_is_left_before_it_may_serve_another_answer(
     assert left and all(left)
 
 
+def all_but(events: int) -> Callable[[fs.UpstreamCall], bytes]:
+    return lambda call: b"".join(fs.events_for(call)[events:])
+
+
+@pytest.mark.parametrize(
+    ("rest", "sees"),
+    [(all_but(5), full()), (fs.error_event, breaks_off("overloaded_error"))],
+    ids=["its end", "an error"],
+)
+@BOTH
+async def test_an_answer_is_over_where_it_says_so(wire: str, rest: Any, sees: Any, tmp_path: Path) -> None:
+    """And not when its connection, which the upstream keeps open, would have been silent for too long."""
+    script = (fs.cut_after(5, fs.Stall(), extra=rest),)
+    async with stage(tmp_path, script, formats=wire) as (proxy, servers), asyncio.timeout(20):
+        sees(await ask(proxy, on_data=opens_gates(servers)))
+
+
 @pytest.mark.parametrize("seed", range(4))
 @BOTH
 async def test_a_client_that_reads_by_fits_and_starts_gets_all(wire: str, seed: int, tmp_path: Path) -> None:
