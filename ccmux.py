@@ -7929,6 +7929,7 @@ class Relay:
         self.session = session
         self.fresh = fresh  # never reuses a connection: for the one retry after a stale one
         self.metrics = metrics
+        self.ending: set[aiohttp.ClientResponse] = set()  # whose last bytes are still to come
         self.health: dict[str, Health] = {}
         self.breakers: dict[tuple[str, str, str], Breaker] = {}
         # Until when; model "" means every model of the key.
@@ -8108,7 +8109,19 @@ class Relay:
             elif response.content.is_eof():
                 response.release()
             else:
-                asyncio.get_running_loop().call_later(LAST_BYTES, response.release)
+                self.ending.add(response)
+                asyncio.get_running_loop().call_later(LAST_BYTES, self.release, response)
+
+    def release(self, response: aiohttp.ClientResponse) -> None:
+        self.ending.discard(response)
+        response.release()
+
+    async def close(self) -> None:
+        """Ends all connections to upstreams."""
+        for response in list(self.ending):
+            self.release(response)
+        await self.session.close()
+        await self.fresh.close()
 
     async def send(self, call: Call, slot: Slot, dialect: Dialect, watch: Watch) -> aiohttp.ClientResponse:
         """POSTs the request; the response once its status is 200, else an ApiError."""
@@ -12431,8 +12444,7 @@ async def make_state(
 
 async def close_state(state: State) -> None:
     state.vocabulary.close()
-    await state.relay.session.close()
-    await state.relay.fresh.close()
+    await state.relay.close()
 
 
 def upstream_session(force_close: bool = False) -> aiohttp.ClientSession:
