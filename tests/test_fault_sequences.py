@@ -1350,7 +1350,7 @@ async def tls_stage(
 ) -> AsyncIterator[tuple[Proxy, FaultServer]]:
     """A ccmux whose target speaks TLS, with a certificate that it trusts."""
     async with FaultServer(script, tls=True) as server:
-        limits = {"A": {"idle_timeout": 5}}
+        limits = {"A": {"idle_timeout": 20}}
         async with in_process(
             folder, config_text({"A": server.url}, formats=wire, providers=limits)
         ) as proxy:
@@ -1375,7 +1375,7 @@ async def test_streams_over_tls(wire: str, stream: str, tmp_path: Path) -> None:
     """asyncio's transport of TLS forgets its protocol, and then all, before aiohttp's is done with it."""
     script, sees = TLS_STREAMS[stream]
     async with tls_stage(tmp_path, script, wire) as (proxy, server):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(15):
             sees(await ask(proxy, on_data=opens_gates([server], 1)))
         await proxy.idle()
         assert len(proxy.books.ledger()) == 1
@@ -1397,7 +1397,7 @@ async def test_a_tls_connection_that_is_just_lost_takes_no_shortcut(
 
     monkeypatch.setattr(ccmux.Shortcut, "run", late)
     async with tls_stage(tmp_path, fs.cut_after(5, fs.End(), gate=False), wire) as (proxy, _):
-        async with asyncio.timeout(4):  # its silence would end it after five
+        async with asyncio.timeout(15):  # its silence would end it after twenty
             breaks_off("api_error")(await ask(proxy))
     assert windows[0]
 
