@@ -2331,12 +2331,13 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
         if targets:
             roomy = long_context_instead(asked, pick, targets, trail)
             return roomy or Route(pick.model, reason, tuple(trail), targets, pick.body)
+    raise no_such_model(config, asked.name)
+
+
+def no_such_model(config: Config, name: str) -> ApiError:
     known = model_names(config)
-    raise ApiError(
-        404,
-        f"model: {asked.name!r} is served by no provider; {known_names(asked.name, known)}",
-        should_retry=False,
-    )
+    hint = known_names(name, known) if known else "the config names none (`ccmux.py init` writes one)"
+    return ApiError(404, f"model: {name!r} is served by no provider; {hint}", should_retry=False)
 
 
 def asked_model(body: Json) -> str:
@@ -9863,9 +9864,7 @@ async def get_model(request: web.Request) -> web.StreamResponse:
     client_of(request, state)
     name = request.match_info["id"]
     if not resolve(state.config, re.sub(r"(?i)\[1m\]$", "", name)):
-        raise ApiError(
-            404, f"model: {name!r} is served by no provider; {known_names(name, model_names(state.config))}"
-        )
+        raise no_such_model(state.config, name)
     return web.json_response(model_entry(name, name))
 
 

@@ -460,6 +460,11 @@ def test_a_name_nobody_serves_is_a_404_that_names_the_nearest(name: str, nearest
     assert caught.value.should_retry is False
 
 
+def test_where_no_name_is_known_the_404_says_how_to_get_one() -> None:
+    with pytest.raises(ApiError, match=r"the config names none .*ccmux\.py init"):
+        route(ask("glm-6"), config=Config())
+
+
 @pytest.mark.parametrize("model", [None, "", 3, ["claude"]], ids=repr)
 def test_a_request_without_a_model_is_a_400(model: object) -> None:
     with pytest.raises(ApiError) as caught:
