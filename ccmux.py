@@ -7890,7 +7890,7 @@ class Shortcut(asyncio.Protocol):
                 if self.protocol.transport is None or self.protocol.transport.is_reading():
                     break  # that was all
                 self.protocol.resume_reading()
-        except Exception as fault:
+        except Exception as fault:  # whatever it is, it is the task's, as if it had read
             self.leave()
             self.over.set_exception(fault)
             return
@@ -9136,14 +9136,19 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
         response = error_response(request, error)
     except web.HTTPException as error:
         response = error_response(request, http_error(request, error))
-    except Exception:
-        log.exception("request %s failed inside ccmux", request[request_key()])
-        response = error_response(request, ApiError(500, "ccmux failed at this request; its log says why"))
+    except Exception:  # the client is to hear of a mistake, and the log why
+        response = error_response(request, own_fault(request[request_key()]))
     if not response.prepared:
         response.headers.setdefault("request-id", request[request_key()])
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
         response.headers["Server"] = "ccmux"
     return response
+
+
+def own_fault(request_id: str) -> ApiError:
+    """For an exception that is a mistake of ccmux's: it goes into the log, and none of it to the client."""
+    log.exception("request %s failed inside ccmux", request_id)
+    return ApiError(500, "ccmux failed at this request; its log says why", cause="internal")
 
 
 async def no_such_route(request: web.Request) -> web.StreamResponse:
@@ -9536,21 +9541,14 @@ class Exchange:
             await self.durable()
             assert call.reader is not None
             return await sink.finish(call.reader.ending + self.epilogue())
-        except ApiError as caught:
-            error = caught
+        except (ClientGoneError, ConnectionError):
+            raise asyncio.CancelledError from None  # as if aiohttp had noticed first
+        except Exception as fault:  # a mistake of ccmux's, too, is settled, and ends the answer
+            error = fault if isinstance(fault, ApiError) else own_fault(call.request_id)
             self.settle(error)
             if isinstance(sink, WholeSink) or not sink.began:
                 error.headers = {**self.headers(), **error.headers}
-                raise
-            return await self.fail(sink, error)
-        except (ClientGoneError, ConnectionError):
-            raise asyncio.CancelledError from None  # as if aiohttp had noticed first
-        except Exception:
-            if isinstance(sink, WholeSink) or not sink.began:
-                raise
-            log.exception("request %s failed inside ccmux", call.request_id)
-            error = ApiError(500, "ccmux failed at this request; its log says why")
-            self.settle(error)
+                raise error from None
             return await self.fail(sink, error)
         finally:
             sink.close()

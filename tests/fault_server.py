@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CERTIFICATE = (
-    Path(__file__).parent / "fixtures" / "loopback.pem"
-)  # of 127.0.0.1, with its key; signed by itself
+# Of 127.0.0.1, signed by itself, with a key that is nobody's secret.
+CERTIFICATE = Path(__file__).parent / "fixtures" / "loopback.pem"
 WAIT = 30.0  # seconds until an event that a test waits for counts as never coming
 
 

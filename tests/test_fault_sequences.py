@@ -1341,7 +1341,25 @@ async def test_a_fault_of_ccmux_itself_ends_a_stream(
         await servers[0].cancelled(1)
         await proxy.idle()
     check_ledger(proxy, PART)
-    assert proxy.books.requests()[0]["status"] == 500
+    (row,) = proxy.books.requests()
+    assert (row["status"], row["error"]) == (500, "internal")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@BOTH
+async def test_a_fault_of_ccmux_before_an_answer_is_no_client_that_left(
+    wire: str, stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def breaks(*given: Any) -> Any:
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(ccmux.Relay, "reader_for", breaks)
+    async with stage(tmp_path, OK, formats=wire) as (proxy, _):
+        fails(500, "api_error", says="its log says why")(await ask(proxy, stream=stream))
+    assert caplog.text.count("failed inside ccmux") == caplog.text.count("KeyError: 'a mistake'") == 1
+    (row,) = proxy.books.requests()
+    assert (row["status"], row["error"], row["charge_microusd"]) == (500, "internal", 0)
+    assert proxy.books.holds() == []
 
 
 @contextlib.asynccontextmanager
