@@ -6716,7 +6716,7 @@ def transaction(db: sqlite3.Connection, sync: bool, patience: float) -> Iterator
         patiently(lambda: db.execute("begin immediate"), patience)
         yield
         db.execute("commit")
-    except BaseException:
+    except BaseException:  # a KeyboardInterrupt leaves nothing half done either
         if db.in_transaction:
             db.execute("rollback")
         raise
@@ -6924,7 +6924,7 @@ class Store:
             try:
                 with self.transaction(write.sync):
                     write.result, write.error = write.run(self.db), None
-            except Exception as error:
+            except Exception as error:  # whatever it is, those behind it are written, and `error` is told
                 write.error = error
                 if write.keep and isinstance(error, sqlite3.OperationalError):  # full, locked, read-only
                     kept.append(write)
@@ -6985,7 +6985,7 @@ class Store:
         write.future = typing.cast("asyncio.Future[Any]", Waiter(done))
         self.queue.put(write)
         while not done.wait(1):
-            if not self.thread.is_alive():
+            if not self.thread.is_alive() and not done.is_set():
                 raise sqlite3.OperationalError("the database is closed")
         if write.error:
             raise write.error
