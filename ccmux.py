@@ -3851,7 +3851,7 @@ class OpenAIStream:
         except (ValueError, RecursionError):
             raise not_a_stream(data, "OpenAI stream") from None
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        if not isinstance(choices, list):
+        if not isinstance(choices, list) or chunk.get("error"):  # OpenRouter sends both
             choices = self.other(name, chunk)
         if chunk.get("usage") or chunk.get("x_groq"):
             self.note_usage(chunk)

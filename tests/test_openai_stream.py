@@ -326,6 +326,14 @@ def test_usage_that_nobody_told_is_counted() -> None:
         pytest.param(data({"error": "text"}), 502, Retry.SAME, "text", id="error as text"),
         pytest.param(data({"detail": "nope"}), 502, Retry.SAME, "nope", id="detail"),
         pytest.param(
+            data(chunk({"content": ""}, "error", error={"message": "slow down", "code": 429})),
+            429, Retry.KEY, "slow down", id="OpenRouter's, with a choice beside it",
+        ),
+        pytest.param(
+            data(text("a"), {"choices": [], "error": {"message": "gone", "code": "server_error"}}),
+            500, Retry.SAME, "gone", id="with no choices",
+        ),
+        pytest.param(
             data({"error": {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000"}}),
             400, Retry.LARGER, "prompt is too long: 9000 tokens > 8192 maximum", id="overflow in a 200",
         ),
