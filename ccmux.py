@@ -4025,7 +4025,7 @@ class OpenAIStream:
 
     def end_message(self) -> None:
         reason = "refusal" if self.refused else OPENAI_STOP.get(self.finish_reason, "end_turn")
-        if not self.out.has_content and not self.out.kind and reason == "end_turn":
+        if not self.out.has_content and not self.out.kind and reason in ("end_turn", "tool_use"):
             raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
         if self.usage:
             self.out.usage = self.usage

@@ -340,6 +340,7 @@ def test_usage_that_nobody_told_is_counted() -> None:
         pytest.param(data(text("a"), "{broken"), 502, Retry.SAME, "not an OpenAI stream", id="broken JSON"),
         pytest.param(data(text("a")), 502, Retry.SAME, "ended before", id="no finish_reason"),
         pytest.param(data(*end()), 502, Retry.SAME, "empty", id="empty answer"),
+        pytest.param(data(*end("tool_calls")), 502, Retry.SAME, "empty", id="tool calls that never came"),
         pytest.param(
             data(calls(call(0, "c", "Bash", '{"comm')), *end("tool_calls")), 502, Retry.SAME, "not a JSON object",
             id="arguments that cannot be parsed",
