@@ -3802,7 +3802,11 @@ def openai_usage(usage: Any) -> Usage | None:
 OPENAI_STOP = {
     "stop": "end_turn", "length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use",
     "function_call": "tool_use", "max_tokens": "max_tokens", "eos": "end_turn", "end_turn": "end_turn",
+    "model_length": "max_tokens",  # Mistral
+    "sensitive": "refusal", "model_context_window_exceeded": "model_context_window_exceeded",  # Z.ai
 }  # fmt: skip
+# What OpenRouter and Mistral, DeepSeek, Z.ai, and vLLM and SGLang say of an answer that broke off.
+GAVE_UP = {"error", "insufficient_system_resource", "network_error", "abort"}
 
 
 @dataclass(slots=True)
@@ -3879,10 +3883,9 @@ class OpenAIStream:
         reason = choice.get("finish_reason")
         if isinstance(reason, str) and reason:
             self.finish_reason = reason
-            if reason == "error":
-                raise error_of_event(
-                    choice if choice.get("error") else {"error": {"message": "the provider gave up"}}
-                )
+            if reason in GAVE_UP:
+                words = f"the provider gave up (finish_reason {reason})"
+                raise error_of_event(choice if choice.get("error") else {"error": {"message": words}})
 
     def delta(self, delta: Json) -> None:
         """Thinking, then text, then tools, whatever order the keys of a mixed chunk have."""
@@ -4025,7 +4028,11 @@ class OpenAIStream:
 
     def end_message(self) -> None:
         reason = "refusal" if self.refused else OPENAI_STOP.get(self.finish_reason, "end_turn")
-        if not self.out.has_content and not self.out.kind and reason in ("end_turn", "tool_use"):
+        is_empty = not self.out.has_content and not self.out.kind
+        if is_empty and reason == "model_context_window_exceeded":
+            tokens, context = self.out.usage.input, self.to.facts.context
+            raise upstream_error(400, reason, tokens=tokens, context=context)
+        if is_empty and reason in ("end_turn", "tool_use"):
             raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
         if self.usage:
             self.out.usage = self.usage

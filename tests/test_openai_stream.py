@@ -250,6 +250,10 @@ def test_think_tags_by_quirk(pieces: list[str], expected: Any) -> None:
         ([text("a"), *end("tool_calls")], "end_turn"),
         ([calls(call(0, "c", "Bash", "{}")), *end("length")], "max_tokens"),
         ([chunk({"refusal": "I will not"}), *end("stop")], "refusal"),
+        ([text("a"), *end("model_length")], "max_tokens"),
+        ([text("a"), *end("sensitive")], "refusal"),
+        ([text("a"), *end("model_context_window_exceeded")], "model_context_window_exceeded"),
+        ([text("a"), *end("of a kind of its own")], "end_turn"),
     ],
 )
 def test_stop_reason(events: list[Any], stop: str) -> None:
@@ -340,6 +344,14 @@ def test_usage_that_nobody_told_is_counted() -> None:
         pytest.param(data(text("a"), "{broken"), 502, Retry.SAME, "not an OpenAI stream", id="broken JSON"),
         pytest.param(data(text("a")), 502, Retry.SAME, "ended before", id="no finish_reason"),
         pytest.param(data(*end()), 502, Retry.SAME, "empty", id="empty answer"),
+        *(
+            pytest.param(data(text("a"), *end(reason)), 502, Retry.SAME, reason, id=f"broke off: {reason}")
+            for reason in ("error", "insufficient_system_resource", "network_error", "abort")
+        ),
+        pytest.param(
+            data(*end("model_context_window_exceeded")), 400, Retry.LARGER, "prompt is too long: 7 tokens > 6 maximum",
+            id="overflow told by the finish_reason",
+        ),
         pytest.param(data(*end("tool_calls")), 502, Retry.SAME, "empty", id="tool calls that never came"),
         pytest.param(
             data(calls(call(0, "c", "Bash", '{"comm')), *end("tool_calls")), 502, Retry.SAME, "not a JSON object",
