@@ -3962,17 +3962,12 @@ class OpenAIStream:
 
     def call_of(self, piece: Json) -> ToolCall:
         """The call a piece belongs to: by index; without one by id, else the last open."""
-        index, given = piece.get("index"), piece.get("id")
-        if isinstance(index, (int, str)):
-            call = self.calls.setdefault(index, ToolCall())
-            # Some servers number every call 0; another id with a name is another call.
-            if call.id and given not in (None, "", call.id) and as_object(piece.get("function")).get("name"):
-                self.calls[f"{index} {call.id}"] = call
-                call = self.calls[index] = ToolCall()
-            return call
-        if given:
-            return self.calls.setdefault(f"id {given}", ToolCall())
-        return next(reversed(self.calls.values()), None) or self.calls.setdefault(0, ToolCall())
+        key: Any = piece.get("index")
+        if not isinstance(key, (int, str)):
+            key = f"id {piece['id']}" if piece.get("id") else next(reversed(self.calls), 0)
+        if key in self.calls and begins_another(self.calls[key], piece):
+            self.calls[object()] = self.calls.pop(key)  # some servers number every call 0
+        return self.calls.setdefault(key, ToolCall())
 
     def stream_call(self, call: ToolCall) -> None:
         """Lets the open call's arguments out as they come; the others wait for their turn."""
@@ -4037,6 +4032,19 @@ class OpenAIStream:
         if self.usage:
             self.out.usage = self.usage
         self.out.finish(reason)
+
+
+def begins_another(call: ToolCall, piece: Json) -> bool:
+    """Whether a named piece under a call's key is no part of it: it has another id, or no id and arguments of its
+    own beside whole ones.
+    """
+    function, id = as_object(piece.get("function")), str(piece.get("id") or "")
+    if not function.get("name") or (id and call.id):
+        return bool(function.get("name")) and id != call.id
+    arguments, known = function.get("arguments"), "".join(call.pieces)
+    said = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    is_own = said.lstrip()[:1] == "{" and said != known and known.strip() not in ("", "{}")
+    return is_own and known.rstrip()[-1] == "}" and bool(whole_arguments([known]))
 
 
 def is_doubtful(call: ToolCall, waiting: str) -> bool:

@@ -183,6 +183,21 @@ BASH = used("Bash", command="ls")
             id="every call numbered 0",
         ),
         pytest.param(
+            [calls(call(0, "a", "A", '{"x": 1}')), calls(call(0, "b", "B", '{"y": 2}')), calls(call(0, "c", "C", "{}")),
+             *end()],
+            [used("A", x=1), used("B", y=2), used("C")],
+            id="every call numbered 0: three keep their order",
+        ),
+        *(
+            pytest.param(
+                [calls(call(index, id, "A", '{"x": 1}'), call(index, id, "A", '{"x": 2}')),
+                 calls(call(index, id, "B", {"y": 3})), calls(call(index, id, "B", {"y": 3})), *end()],
+                [used("A", x=1), used("A", x=2), used("B", y=3)],
+                id=f"whole calls without ids, index {index}, id {id!r}",
+            )
+            for index, id in ((0, None), (None, ""), (None, None))
+        ),
+        pytest.param(
             [chunk({"function_call": {"name": "Bash", "arguments": '{"command"'}}),
              chunk({"function_call": {"arguments": ': "ls"}'}}), *end("function_call")],
             [BASH],
