@@ -4063,7 +4063,8 @@ def is_doubtful(call: ToolCall, waiting: str) -> bool:
 def whole_arguments(pieces: list[str]) -> str | None:
     """All pieces as the text of one JSON object; None where no reading of them is one."""
     text = "".join(pieces)
-    for reading in (text, pieces[-1] if pieces else ""):
+    # Bedrock's endpoint begins the arguments it sends in pieces with an empty object.
+    for reading in (text, pieces[-1] if pieces else "", text.removeprefix("{}")):
         value = parsed(reading) if reading.strip() else {}
         if isinstance(value, str):  # encoded twice
             reading, value = value, parsed(value)

@@ -144,6 +144,12 @@ BASH = used("Bash", command="ls")
         pytest.param(
             [calls(call(0, "c", "Bash", "{}")), calls(call(0, arguments=LS)), *end()], [BASH], id="an empty object first"
         ),
+        pytest.param(
+            [calls(call(0, "c", "Bash", "{}")), calls(call(0, arguments='{"comm')), calls(call(0, arguments='and": "ls"}')),
+             *end()],
+            [BASH],
+            id="an empty object first, then pieces",
+        ),
         pytest.param([calls(call(0, "c", "Bash", "")), *end()], [used("Bash")], id="no arguments are {}"),
         pytest.param([calls(call(0, "c", "Bash", "null")), *end()], [used("Bash")], id="null arguments are {}"),
         pytest.param(
