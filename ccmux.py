@@ -3861,6 +3861,8 @@ class OpenAIStream:
             self.note_usage(chunk)
         for choice in choices:
             if isinstance(choice, dict) and not choice.get("index"):
+                if choice.get("usage"):  # Moonshot's
+                    self.note_usage(choice)
                 self.choice(choice)
 
     def other(self, name: str, chunk: Any) -> list[Json]:

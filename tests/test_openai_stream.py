@@ -321,6 +321,10 @@ def test_usage(usage: Any, expected: Usage | None) -> None:
         pytest.param([chunk({"content": "a"}, usage=USAGE), *end()], id="any chunk"),
         pytest.param([text("a"), chunk({}, "stop", x_groq={"usage": USAGE}), "[DONE]"], id="x_groq"),
         pytest.param(
+            [text("a"), {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "usage": USAGE}]}, "[DONE]"],
+            id="in the choice",
+        ),
+        pytest.param(
             [chunk({"content": "a"}, usage={"prompt_tokens": 1, "completion_tokens": 1}), chunk({}, "stop", usage=USAGE),
              {"choices": [], "usage": None}, "[DONE]"],
             id="overwritten, null ignored",
