@@ -3896,7 +3896,7 @@ class OpenAIStream:
             self.reasoning(delta)
         content = delta.get("content")
         if content:
-            self.content(content if isinstance(content, str) else text_of(content))
+            self.content(content) if isinstance(content, str) else self.content_parts(content)
         if is_mixed:
             self.beside_text(delta)
 
@@ -3929,6 +3929,15 @@ class OpenAIStream:
             self.show(text)
         else:
             self.show_parts(self.think.feed(text))
+
+    def content_parts(self, content: Any) -> None:
+        """Content as parts: texts, and Mistral's thinking, which is a list of texts itself."""
+        for part in blocks_of(content):
+            if part.get("type") == "thinking":
+                texts = (str(t.get("text") or "") for t in blocks_of(part.get("thinking")))
+                self.reasoning({"reasoning": "".join(texts)})
+            elif part.get("type") == "text":
+                self.content(str(part.get("text") or ""))
 
     def show_parts(self, parts: list[tuple[str, str]]) -> None:
         for kind, part in parts:

@@ -234,6 +234,18 @@ BASH = used("Bash", command="ls")
         pytest.param([text("a"), chunk({}, "stop")], [said("a")], id="end without [DONE] after a finish_reason"),
         pytest.param([text("a"), *end(), text("late")], [said("a")], id="nothing after [DONE]"),
         pytest.param([chunk({"content": [{"type": "text", "text": "a"}]}), *end()], [said("a")], id="content parts"),
+        pytest.param(
+            [chunk({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}), text("c"), *end()],
+            [said("abc")],
+            id="content parts are pieces of one text",
+        ),
+        pytest.param(
+            [chunk({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "why"}]}]}),
+             chunk({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "?"}]}, {"type": "text", "text": "a"}]}),
+             text("b"), *end()],
+            [thought("why?"), said("ab")],
+            id="Mistral's thinking among the content parts",
+        ),
         pytest.param([chunk({"content": "ü 😀"}), *end()], [said("ü 😀")], id="beyond ASCII"),
     ],
 )  # fmt: skip
