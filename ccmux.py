@@ -3113,6 +3113,10 @@ def upstream_error(
     words = error_words(payload)
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
+        if parts := output_overflow(words, tokens):
+            message = (
+                f"input length and `max_tokens` exceed context limit: {parts[0]} + {parts[1]} > {parts[2]}"
+            )
         return ApiError(400, message, retry=Retry.LARGER, headers=headers, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
     if not 400 <= status < 600:
@@ -3161,6 +3165,30 @@ def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, 
         sent, allowed = sent or numbers[0], allowed or numbers[1]
     limit = allowed or (numbers[0] if numbers else 0) or context or max(tokens - 1, 1)
     return max(sent or tokens, limit + 1), limit
+
+
+_WANTED_OUTPUT = re.compile(
+    r"requested (\d+) output tokens|(\d+) (?:in the completion|in the output|tokens for the completion)|"
+    r"is too large: (\d+)"
+)
+_OTHER_INPUT = re.compile(r"(\d+) input tokens|requested (?:about |a total of )?(\d+) tokens")
+LEAST_OUTPUT = 4096  # Claude Code gives up where it cannot have 3,000 and the 1,000 that it leaves free
+
+
+def output_overflow(words: str, tokens: int) -> tuple[int, int, int] | None:
+    """(input, max_tokens, context) where the prompt fits and only max_tokens is too much; else None.
+
+    Claude Code asks again for less, once it is told in Anthropic's words.
+    """
+    limit, wanted = _LIMIT.search(words), _WANTED_OUTPUT.search(words)
+    given = _OTHER_INPUT.search(words)
+    if not (limit and wanted and given):
+        return None
+    context, output = int(limit[1].replace(",", "")), int(next(filter(None, wanted.groups())))
+    input = int(given[1]) if given[1] else int(given[2]) - output
+    if "at least" in words:  # vLLM stops counting where it is too much
+        input = max(input, tokens)
+    return (input, output, context) if 0 < input <= context - LEAST_OUTPUT else None
 
 
 def not_a_stream(text: str, what: str) -> ApiError:

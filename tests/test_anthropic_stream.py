@@ -563,6 +563,55 @@ def test_every_vendors_overflow_becomes_anthropics(words: str, numbers: tuple[in
 
 
 @pytest.mark.parametrize(
+    ("words", "numbers"),
+    [
+        pytest.param(
+            "'max_tokens' or 'max_completion_tokens' is too large: 32000. This model's maximum context length is "
+            "32768 tokens and your request has 17459 input tokens (32000 > 32768 - 17459).",
+            "17459 + 32000 > 32768", id="vLLM",
+        ),
+        pytest.param(
+            "This model's maximum context length is 32768 tokens. However, you requested 49459 tokens (17459 in the "
+            "messages, 32000 in the completion). Please reduce the length of the messages or completion.",
+            "17459 + 32000 > 32768", id="vLLM, older, and DeepSeek",
+        ),
+        pytest.param(
+            "This model's maximum context length is 32768 tokens. However, you requested 32000 output tokens and your "
+            "prompt contains at least 769 input tokens, for a total of at least 32769 tokens.",
+            "18000 + 32000 > 32768", id="vLLM, newer: the input is only a least one, the count is nearer",
+        ),
+        pytest.param(
+            "This endpoint's maximum context length is 131072 tokens. However, you requested about 148700 tokens "
+            "(18000 of text input, 2700 of tool input, 128000 in the output). Please reduce the length of either one.",
+            "20700 + 128000 > 131072", id="OpenRouter",
+        ),
+        pytest.param(
+            "Requested token count exceeds the model's maximum context length of 32768 tokens. You requested a "
+            "total of 49459 tokens: 17459 tokens from the input messages and 32000 tokens for the completion.",
+            "17459 + 32000 > 32768", id="SGLang",
+        ),
+        pytest.param(
+            "This model's maximum context length is 32768 tokens. However, you requested 62000 tokens (30000 in the "
+            "messages, 32000 in the completion).", None, id="too little room left for an answer",
+        ),
+        pytest.param(
+            "This model's maximum context length is 32768 tokens. However, you requested 0 output tokens and your "
+            "prompt contains at least 32769 input tokens.", None, id="the prompt alone is too long",
+        ),
+    ],
+)  # fmt: skip
+def test_too_much_output_asked_for_is_told_so_that_the_client_asks_for_less(
+    words: str, numbers: str | None
+) -> None:
+    error = upstream_error(400, {"error": {"message": words}}, tokens=18_000, context=100_000)
+    assert (error.status, error.retry) == (400, Retry.LARGER)
+    start = (
+        "prompt is too long: " if numbers is None else "input length and `max_tokens` exceed context limit: "
+    )
+    assert error.message.startswith(start + (numbers or ""))
+
+
+@pytest.mark.parametrize(
     "payload",
     [
         {"error": {"message": "Too much.", "code": "context_length_exceeded"}},
