@@ -3118,6 +3118,10 @@ def upstream_error(
                 f"input length and `max_tokens` exceed context limit: {parts[0]} + {parts[1]} > {parts[2]}"
             )
         return ApiError(400, message, retry=Retry.LARGER, headers=headers, cause="overflow")
+    if status in (400, 422) and (most := _MOST_OUTPUT.search(words)):
+        asked = max(int(n) for n in (most[1] or 0, most[2] or 0, int(most[3]) + 1))
+        message = f"max_tokens: {asked} > {most[3]}, which is the maximum allowed number of output tokens for this model"
+        return ApiError(400, message, retry=Retry.NO, headers=headers, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
     if not 400 <= status < 600:
         message = f"the provider answered with status {status}, which is no answer to this request"
@@ -3172,6 +3176,10 @@ _WANTED_OUTPUT = re.compile(
     r"is too large: (\d+)"
 )
 _OTHER_INPUT = re.compile(r"(\d+) input tokens|requested (?:about |a total of )?(\d+) tokens")
+_MOST_OUTPUT = re.compile(  # OpenAI, vLLM, Groq, DeepSeek
+    r"max_(?:completion_)?tokens(?:=(\d+) ?|\W.{0,40}?(?: (\d+)\W.{0,30}?)?)(?:at most|cannot be greater than|"
+    r"less than or equal to|range of max_tokens is \[1,)[ `a-z_=]*(\d+)"
+)
 LEAST_OUTPUT = 4096  # Claude Code gives up where it cannot have 3,000 and the 1,000 that it leaves free
 
 

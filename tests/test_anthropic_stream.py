@@ -612,6 +612,36 @@ def test_too_much_output_asked_for_is_told_so_that_the_client_asks_for_less(
 
 
 @pytest.mark.parametrize(
+    ("words", "numbers"),
+    [
+        pytest.param(
+            "max_tokens is too large: 32000. This model supports at most 16384 completion tokens, whereas you "
+            "provided 32000.", "32000 > 16384", id="OpenAI",
+        ),
+        pytest.param(
+            "max_tokens=128000 cannot be greater than max_model_len=max_total_tokens=32768. Please request fewer "
+            "output tokens.", "128000 > 32768", id="vLLM",
+        ),
+        pytest.param(
+            "max_completion_tokens=128000cannot be greater than max_model_len=32768. Please request fewer output "
+            "tokens.", "128000 > 32768", id="vLLM, another",
+        ),
+        pytest.param(
+            "`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is less than the "
+            "`context_window` for this model", "8193 > 8192", id="Groq",
+        ),
+        pytest.param(
+            "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", "8193 > 8192", id="DeepSeek"
+        ),
+    ],
+)  # fmt: skip
+def test_a_max_tokens_above_the_models_is_told_in_anthropics_words(words: str, numbers: str) -> None:
+    error = upstream_error(400, {"error": {"message": words, "param": "max_tokens"}}, tokens=5, context=5)
+    told = f"max_tokens: {numbers}, which is the maximum allowed number of output tokens for this model"
+    assert (error.status, error.message, error.retry) == (400, told, Retry.NO)
+
+
+@pytest.mark.parametrize(
     "payload",
     [
         {"error": {"message": "Too much.", "code": "context_length_exceeded"}},
