@@ -3479,13 +3479,19 @@ class OpenAIMessages:
         text = "\n\n".join(block_text(b) for b in blocks if says_something(b))
         message: Json = {"role": "assistant", "content": text or None, **self.thoughts(blocks, bool(calls))}
         if calls:
-            message["tool_calls"] = [self.call(block) for block in calls.values()]
+            extras = {k: v for p in self.payloads(blocks) for k, v in as_object(p.get("extra")).items()}
+            message["tool_calls"] = [self.call(block, extras.get(id)) for id, block in calls.items()]
         if text or calls:
             self.messages.append(message)
 
-    def call(self, block: Json) -> Json:
+    def call(self, block: Json, extra: Any) -> Json:
         function = {"name": upstream_name(str(block.get("name") or "")), "arguments": tool_arguments(block)}
-        return {"id": self.id(block.get("id")), "type": "function", "function": function}
+        call = {"id": self.id(block.get("id")), "type": "function", "function": function}
+        return {**call, "extra_content": extra} if extra else call
+
+    def payloads(self, blocks: list[Json]) -> list[Json]:
+        """What this very model's answers left in the signatures of thinking blocks."""
+        return [p for b in blocks if (p := signed_payload(b)) and p.get("model") == self.to.model]
 
     def id(self, client_id: Any) -> str:
         return upstream_tool_id(str(client_id or ""), self.to.quirks.tool_id)
@@ -3494,8 +3500,7 @@ class OpenAIMessages:
         """Earlier thinking, where this upstream wants it back."""
         quirks = self.to.quirks
         if quirks.reasoning_key == "reasoning_details":
-            payloads = [p for b in blocks if (p := signed_payload(b)) and p.get("model") == self.to.model]
-            details = [d for p in payloads for d in p.get("details") or []]
+            details = [d for p in self.payloads(blocks) for d in p.get("details") or []]
             return {"reasoning_details": details} if details else {}
         if quirks.reasoning_replay == "none" or (quirks.reasoning_replay == "tool_turns" and not has_calls):
             return {}
@@ -3854,6 +3859,9 @@ class ToolCall:
     pieces: list[str] = field(default_factory=list)
     sent: int = 0  # how many of the pieces went out already
     guarded: bool = False  # the pieces may be snapshots or encoded twice: decided at the end
+    extra: Json = field(
+        default_factory=dict
+    )  # Google's thought signature, which must come back with the call
 
 
 BESIDE_TEXT = frozenset((  # what a delta may hold besides its text; most do not
@@ -3999,6 +4007,7 @@ class OpenAIStream:
         call = self.call_of(piece)
         call.id = call.id or str(piece.get("id") or "")
         call.name = call.name or str(function.get("name") or "")
+        call.extra = call.extra or as_object(piece.get("extra_content"))
         arguments = function.get("arguments")
         if isinstance(arguments, (dict, list)):
             call.guarded = True
@@ -4032,7 +4041,10 @@ class OpenAIStream:
         self.live = call
         made_up = f"{self.out.message_id} {self.out.index} {len(self.calls)}"
         id = call.id or f"toolu_{hashlib.sha256(made_up.encode()).hexdigest()[:24]}"
-        self.out.tool(client_tool_id(id), self.names.get(call.name, call.name))
+        id = client_tool_id(id)
+        if call.extra:
+            self.out.keep({"extra": {id: call.extra}, "model": self.to.model})
+        self.out.tool(id, self.names.get(call.name, call.name))
 
     def end_call(self, call: ToolCall) -> None:
         """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object."""

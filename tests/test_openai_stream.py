@@ -20,6 +20,7 @@ from ccmux import (
     Usage,
     WholeMessage,
     collect,
+    openai_request,
     openai_usage,
     signed_payload,
 )
@@ -429,6 +430,19 @@ def test_openrouters_reasoning_details_ride_in_the_signature() -> None:
     assert payload is not None
     merged = {"type": "reasoning.text", "text": "why", "index": 0, "format": "f", "signature": "s"}
     assert (payload["details"], payload["model"]) == ([merged, details[2]], "gpt-x")
+
+
+def test_googles_thought_signatures_go_back_with_their_calls_to_their_own_model() -> None:
+    extras = [{"google": {"thought_signature": s}} for s in ("s1", "s2")]
+    pieces = [{**call(0, f"c{n}", "Bash", LS), "extra_content": extra} for n, extra in enumerate(extras)]
+    message, error = outcome(*map(calls, pieces), *end("tool_calls"))
+    assert error is None
+    assert [b["type"] for b in message["content"]] == ["thinking", "tool_use"] * 2
+    body = {"model": "m", "messages": [{"role": "assistant", "content": message["content"]}]}
+    back = openai_request(body, TO)["messages"][0]["tool_calls"]
+    assert [(c["id"], c["extra_content"]) for c in back] == [("c0", extras[0]), ("c1", extras[1])]
+    others = openai_request(body, upstream("other"))["messages"][0]["tool_calls"]
+    assert not any("extra_content" in c for c in others)
 
 
 # Through `Translation`: bytes to bytes.
