@@ -3956,9 +3956,9 @@ class OpenAIStream:
             self.tool_piece({"index": "function_call", "function": delta["function_call"]})
 
     def reasoning(self, delta: Json) -> None:
-        if self.live:
-            return  # the thought belongs to a block that has ended
         details = delta.get("reasoning_details")
+        if self.live and not (details and self.end_if_whole(self.live)):
+            return  # the thought belongs to a block that has ended; the details must come back all the same
         text = delta.get("reasoning_content") or delta.get("reasoning")
         if isinstance(details, list) and details:
             known = [d for d in details if isinstance(d, dict)]

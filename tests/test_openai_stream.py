@@ -432,6 +432,21 @@ def test_openrouters_reasoning_details_ride_in_the_signature() -> None:
     assert (payload["details"], payload["model"]) == ([merged, details[2]], "gpt-x")
 
 
+def test_reasoning_details_behind_a_call_are_kept() -> None:
+    details = [{"type": "reasoning.encrypted", "data": d, "id": d, "index": 0} for d in ("c0", "c1")]
+    pieces = (
+        piece
+        for n, detail in enumerate(details)
+        for piece in (calls(call(n, f"c{n}", "Bash", LS)), chunk({"reasoning_details": [detail]}))
+    )
+    message, error = outcome(*pieces, *end("tool_calls"))
+    assert error is None
+    body = {"model": "m", "messages": [{"role": "assistant", "content": message["content"]}]}
+    back = openai_request(body, upstream("gpt-x", reasoning_key="reasoning_details"))["messages"][0]
+    assert [c["id"] for c in back["tool_calls"]] == ["c0", "c1"]
+    assert back["reasoning_details"] == details
+
+
 def test_googles_thought_signatures_go_back_with_their_calls_to_their_own_model() -> None:
     extras = [{"google": {"thought_signature": s}} for s in ("s1", "s2")]
     pieces = [{**call(0, f"c{n}", "Bash", LS), "extra_content": extra} for n, extra in enumerate(extras)]
