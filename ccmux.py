@@ -3919,8 +3919,10 @@ class OpenAIStream:
         return []
 
     def note_usage(self, chunk: Json) -> None:
-        given = chunk.get("usage") or as_object(chunk.get("x_groq")).get("usage")
-        self.usage = openai_usage(given) or self.usage
+        groq = as_object(chunk.get("x_groq"))
+        self.usage = openai_usage(chunk.get("usage") or groq.get("usage")) or self.usage
+        if groq.get("error"):  # why Groq stopped the stream early
+            raise error_of_event(groq)
 
     def choice(self, choice: Json) -> None:
         delta = choice.get("delta") or choice.get("message")

@@ -365,6 +365,10 @@ def test_usage_that_nobody_told_is_counted() -> None:
         pytest.param(data({"error": {"message": "slow down", "code": 429}}), 429, Retry.KEY, "slow down", id="code"),
         pytest.param(data({"error": {"message": "x", "type": "overloaded_error"}}), 529, Retry.NEXT, "x", id="type"),
         pytest.param(data({"error": {"message": "bad"}}), 502, Retry.SAME, "bad", id="no status of its own"),
+        pytest.param(
+            data(text("a"), chunk({}, "stop", x_groq={"id": "r", "error": "over capacity"})), 502, Retry.SAME,
+            "over capacity", id="Groq's",
+        ),
         pytest.param(data({"error": "text"}), 502, Retry.SAME, "text", id="error as text"),
         pytest.param(data({"detail": "nope"}), 502, Retry.SAME, "nope", id="detail"),
         pytest.param(
