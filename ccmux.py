@@ -3117,6 +3117,7 @@ def upstream_error(
             message = (
                 f"input length and `max_tokens` exceed context limit: {parts[0]} + {parts[1]} > {parts[2]}"
             )
+            message += ", decrease input length or `max_tokens` and try again"
         return ApiError(400, message, retry=Retry.LARGER, headers=headers, cause="overflow")
     if status in (400, 422) and (most := _MOST_OUTPUT.search(words)):
         asked = max(int(n) for n in (most[1] or 0, most[2] or 0, int(most[3]) + 1))

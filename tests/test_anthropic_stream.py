@@ -609,6 +609,7 @@ def test_too_much_output_asked_for_is_told_so_that_the_client_asks_for_less(
         "prompt is too long: " if numbers is None else "input length and `max_tokens` exceed context limit: "
     )
     assert error.message.startswith(start + (numbers or ""))
+    assert error.message.endswith("try again" if numbers else "maximum")
 
 
 @pytest.mark.parametrize(
