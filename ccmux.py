@@ -2896,7 +2896,8 @@ def close_block(block: Json, text: str) -> None:
     if block["type"] in ("text", "thinking"):
         block[block["type"]] += text
     elif text:
-        block["input"] = json.loads(text)
+        with contextlib.suppress(ValueError):  # max_tokens cut it off: the input stays {}
+            block["input"] = json.loads(text)
 
 
 class AnthropicTap:
@@ -3860,9 +3861,7 @@ class ToolCall:
     pieces: list[str] = field(default_factory=list)
     sent: int = 0  # how many of the pieces went out already
     guarded: bool = False  # the pieces may be snapshots or encoded twice: decided at the end
-    extra: Json = field(
-        default_factory=dict
-    )  # Google's thought signature, which must come back with the call
+    extra: Json = field(default_factory=dict)  # Google's thought signature, to come back with the call
 
 
 BESIDE_TEXT = frozenset((  # what a delta may hold besides its text; most do not
@@ -4050,8 +4049,12 @@ class OpenAIStream:
         self.out.tool(id, self.names.get(call.name, call.name))
 
     def end_call(self, call: ToolCall) -> None:
-        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object."""
+        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object, but for those
+        that max_tokens cut off.
+        """
         text, sent = whole_arguments(call.pieces), "".join(call.pieces[: call.sent])
+        if text is None and OPENAI_STOP.get(self.finish_reason) == "max_tokens":
+            text = "".join(call.pieces)  # Anthropic's own end like this; the client asks the model to go on
         if text is None or not text.startswith(sent):
             message = f"the provider sent arguments of tool {call.name!r} that are not a JSON object"
             raise ApiError(502, message, retry=Retry.SAME, cause="stream")

@@ -415,6 +415,15 @@ def test_errors(raw: bytes, status: int, retry: Retry, words: str) -> None:
     assert words in error.message
 
 
+def test_a_call_that_max_tokens_cut_off_is_sent_as_far_as_it_came() -> None:
+    events = [text("a"), calls(call(0, "c", "Bash", '{"comm')), *end("length")]
+    found, error = read(stream_of(OpenAIStream, TO), data(*events))
+    assert error is None
+    assert [e["delta"]["partial_json"] for e in found if "partial_json" in e.get("delta", {})] == ['{"comm']
+    message, error = outcome(*events)
+    assert (message["stop_reason"], message["content"][1]["input"]) == ("max_tokens", {})
+
+
 def test_lax_finish_by_quirk() -> None:
     assert content_of(text("a"), lax_finish=True) == [said("a")]
 
