@@ -5151,6 +5151,8 @@ class AnthropicEvents:
         self.out.has_content |= kind in ("content_block_delta", "content_block_stop", "message_delta")
         self.out.stop_reason = as_object(event.get("delta")).get("stop_reason") or self.out.stop_reason
         self.out.ended = kind == "message_stop"
+        delta = as_object(event.get("delta"))
+        self.out.text_parts += [str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k)]
         self.out.events.append(event)
 
     def finish(self) -> None:

@@ -20,6 +20,7 @@ from test_responses import drain
 from translation import FIXTURES, IDS, SCALARS, TEXTS, expect_400, read, stream_of, upstream
 
 from ccmux import (
+    AnthropicEvents,
     AnthropicStream,
     ApiError,
     ChatCompletion,
@@ -27,6 +28,7 @@ from ccmux import (
     GeminiStream,
     ResponsesStream,
     Retry,
+    Translation,
     Usage,
     chat_error,
     messages_request,
@@ -442,3 +444,39 @@ def test_errors(error: ApiError, type: str, code: str | None) -> None:
         "error": {"message": error.message, "type": type, "param": None, "code": code},
         "request_id": "req_1",
     }
+
+
+# From an Anthropic-format upstream
+
+
+def relayed(client: Any, *events: Any) -> tuple[Translation, bytes]:
+    """What an OpenAI client gets of an Anthropic stream."""
+    out = AnthropicStream("msg_1", "m", Usage())
+    translation = Translation(AnthropicEvents(out, {}, upstream("m")), out, client)
+    said = translation.feed(b"".join(b"data: %s\n\n" % json.dumps(e).encode() for e in (START, *events)))
+    return translation, said + translation.ending
+
+
+def block(content: Any, *deltas: Any) -> list[Any]:
+    pieces = [{"type": "content_block_delta", "index": 0, "delta": d} for d in deltas]
+    start = {"type": "content_block_start", "index": 0, "content_block": content}
+    return [start, *pieces, {"type": "content_block_stop", "index": 0}]
+
+
+def ended(stop: str, **usage: Any) -> list[Any]:
+    delta = {"type": "message_delta", "delta": {"stop_reason": stop}, "usage": {"output_tokens": 3, **usage}}
+    return [delta, {"type": "message_stop"}]
+
+
+START = {
+    "type": "message_start",
+    "message": {"id": "msg_1", "usage": {"input_tokens": 9, "output_tokens": 1}},
+}
+TOOL = {"type": "tool_use", "id": "t", "name": "Bash", "input": {}}
+
+
+def test_an_answer_that_is_broken_off_can_be_counted() -> None:
+    words = {"type": "text_delta", "text": "some words"}
+    pieces = {"type": "input_json_delta", "partial_json": '{"a'}
+    translation, _ = relayed(ChatWriter("m", 1), *block(text(""), words), *block(TOOL, pieces))
+    assert translation.output_text() == 'some words{"a'
