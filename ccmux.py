@@ -2896,8 +2896,8 @@ def close_block(block: Json, text: str) -> None:
     if block["type"] in ("text", "thinking"):
         block[block["type"]] += text
     elif text:
-        with contextlib.suppress(ValueError):  # max_tokens cut it off: the input stays {}
-            block["input"] = json.loads(text)
+        given = parsed(text)
+        block["input"] = text if given is None else given  # a text where the answer's limit has cut it off
 
 
 class AnthropicTap:
@@ -5008,6 +5008,7 @@ class ChatWriter:
         self.usage: Json = {}
         self.calls = -1  # index of the newest tool call
         self.in_call = self.has_arguments = False
+        self.input = "{}"  # of the newest call, where no pieces of it come
 
     def feed(self, events: list[Json]) -> bytes:
         return b"".join(self.encode(chunk) for event in events for chunk in self.chunks(event))
@@ -5041,12 +5042,12 @@ class ChatWriter:
         block, delta = as_object(event.get("content_block")), as_object(event.get("delta"))
         if kind == "content_block_start" and block.get("type") == "tool_use":
             self.calls += 1
-            self.in_call, self.has_arguments = True, False
+            self.in_call, self.has_arguments, self.input = True, False, tool_arguments(block)
             function = {"name": block.get("name"), "arguments": ""}
             return self.call(function, id=block.get("id"), type="function")
         if kind == "content_block_stop":
             is_bare, self.in_call = self.in_call and not self.has_arguments, False
-            return self.call({"arguments": "{}"}) if is_bare else {}
+            return self.call({"arguments": self.input}) if is_bare else {}
         if delta.get("type") == "text_delta":
             return {"content": delta["text"]}
         if delta.get("type") == "thinking_delta":
@@ -5085,14 +5086,20 @@ def chat_message(answer: Json) -> Json:
     blocks = blocks_of(answer.get("content"))
     text = "".join(b["text"] for b in blocks if b.get("type") == "text")
     thinking = "".join(b["thinking"] for b in blocks if b.get("type") == "thinking")
-    calls = [
-        {"id": b["id"], "type": "function", "function": {"name": b["name"], "arguments": tool_arguments(b)}}
-        for b in blocks
-        if b.get("type") == "tool_use"
-    ]
+    calls = [whole_call(b) for b in blocks if b.get("type") == "tool_use"]
     optional = {"reasoning_content": thinking, "tool_calls": calls}
     out = {"role": "assistant", "content": text or None, "refusal": None}
     return out | {key: value for key, value in optional.items() if value}
+
+
+def whole_call(block: Json) -> Json:
+    given = block["input"]
+    arguments = given if isinstance(given, str) else tool_arguments(block)
+    return {
+        "id": block["id"],
+        "type": "function",
+        "function": {"name": block["name"], "arguments": arguments},
+    }
 
 
 CHAT_CODES = {
@@ -5145,6 +5152,8 @@ class AnthropicEvents:
             raise error_of_event(event)
         if kind == "ping" or self.out.ended:
             return
+        if isinstance(event.get("usage"), dict):  # null is for counts that stay as they were told before
+            event["usage"] = {k: v for k, v in event["usage"].items() if v is not None}
         given = event.get("usage") or as_object(event.get("message")).get("usage")
         self.usage = anthropic_usage(given, self.usage)
         self.out.usage = self.usage or self.out.usage
@@ -5352,7 +5361,11 @@ class WholeMessage:
         return b""
 
     def end(self, events: list[Json]) -> bytes:
-        return compact(collect([*self.events, *events]))
+        message = collect([*self.events, *events])
+        for block in as_list(message.get("content")):
+            if isinstance(block.get("input"), str):  # cut off: a client that does not stream takes no part of it
+                block["input"] = {}
+        return compact(message)
 
 
 class Translation:

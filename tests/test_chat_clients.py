@@ -480,3 +480,35 @@ def test_an_answer_that_is_broken_off_can_be_counted() -> None:
     pieces = {"type": "input_json_delta", "partial_json": '{"a'}
     translation, _ = relayed(ChatWriter("m", 1), *block(text(""), words), *block(TOOL, pieces))
     assert translation.output_text() == 'some words{"a'
+
+
+@pytest.mark.parametrize(
+    ("content", "deltas", "expected"),
+    [
+        (TOOL, ['{"command": "ec'], '{"command": "ec'),
+        (TOOL, ['{"command": ', '"ls"}'], '{"command": "ls"}'),
+        ({**TOOL, "input": {"command": "ls"}}, [], '{"command": "ls"}'),
+        (TOOL, [], "{}"),
+    ],
+    ids=["cut off by the limit", "in pieces", "whole in the block's start", "none"],
+)
+def test_arguments_of_a_call(content: Any, deltas: list[str], expected: str) -> None:
+    pieces = [{"type": "input_json_delta", "partial_json": d} for d in deltas]
+    events = [*block(content, *pieces), *ended("max_tokens")]
+    _, streamed = relayed(ChatWriter("m", 1), *events)
+    told = [p for c in chunks_of(streamed) for p in c.choices[0].delta.tool_calls or []]
+    assert "".join(p.function.arguments or "" for p in told if p.function) == expected
+    _, whole = relayed(ChatCompletion("m", 1), *events)
+    [choice] = Completion.model_validate_json(whole).choices
+    assert choice.finish_reason == "length"
+    assert [c.function.arguments for c in choice.message.tool_calls or [] if c.type == "function"] == [
+        expected
+    ]
+
+
+def test_a_null_count_stays_as_it_was() -> None:
+    _, whole = relayed(ChatCompletion("m", 1), *block(text(""), {"type": "text_delta", "text": "a"}),
+                       *ended("end_turn", input_tokens=None))  # fmt: skip
+    usage = Completion.model_validate_json(whole).usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (9, 3)

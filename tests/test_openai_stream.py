@@ -420,7 +420,7 @@ def test_a_call_that_max_tokens_cut_off_is_sent_as_far_as_it_came() -> None:
     found, error = read(stream_of(OpenAIStream, TO), data(*events))
     assert error is None
     assert [e["delta"]["partial_json"] for e in found if "partial_json" in e.get("delta", {})] == ['{"comm']
-    message, error = outcome(*events)
+    message = json.loads(WholeMessage().end(found))
     assert (message["stop_reason"], message["content"][1]["input"]) == ("max_tokens", {})
 
 
