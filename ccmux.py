@@ -5492,8 +5492,9 @@ class ChatWhole(AnthropicWhole):
 class ChatTap:
     """An OpenAI-format upstream's stream, relayed to a client of the same format. Same face as `AnthropicTap`."""
 
-    def __init__(self, wants_usage: bool) -> None:
+    def __init__(self, wants_usage: bool, lax_finish: bool = False) -> None:
         self.wants_usage = wants_usage  # false: the chunk of usage that ccmux asked for is not the client's
+        self.lax_finish = lax_finish
         self.decoder = SseDecoder()
         self.usage: Usage | None = None
         self.stop_reason = ""
@@ -5509,8 +5510,8 @@ class ChatTap:
         if self.ended or self.error is not None:
             return b""
         name, data = event_of(block)
-        if data == "[DONE]" and self.stop_reason:
-            self.ended, self.ending = True, block
+        if data == "[DONE]":
+            self.end(block)
             return b""
         try:
             chunk = event_json(data or "{}")
@@ -5540,12 +5541,16 @@ class ChatTap:
             self.error = not_a_stream(rest.decode("utf-8", "replace"), "OpenAI stream")
             return b""
         out = self.relay(rest) if rest else b""
-        if self.stop_reason and not self.ended:
-            self.ended, self.ending = True, b"data: [DONE]\n\n"
         if not self.ended and self.error is None:
-            words = "the provider's stream ended before the answer did"
-            self.error = ApiError(502, words, retry=Retry.SAME, cause="stream")
+            self.end(b"data: [DONE]\n\n")
         return out
+
+    def end(self, mark: bytes) -> None:
+        """The end of the stream: of the answer too, where it had said so."""
+        if self.stop_reason or (self.lax_finish and self.has_content):
+            self.ended, self.ending = True, mark
+        else:
+            self.error = broken_stream("the provider's stream ended before the answer did")
 
     def output_text(self) -> str:
         return "".join(self.texts)
@@ -8296,7 +8301,8 @@ class Relay:
         if dialect.passes == call.format == "anthropic":
             return AnthropicTap(lambda text: scrub(text, secrets)) if call.stream else AnthropicWhole()
         if dialect.passes == call.format:
-            return ChatTap(call.wants_usage) if call.stream else ChatWhole()
+            lax_finish = slot.provider.quirks.lax_finish
+            return ChatTap(call.wants_usage, lax_finish) if call.stream else ChatWhole()
         to = self.upstream_of(call, slot)
         count = functools.partial(self.count_for, to.model)
         usage = Usage(input=call.tokens, estimated=True)

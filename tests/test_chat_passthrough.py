@@ -61,6 +61,17 @@ def test_what_is_no_whole_stream_is_an_error(data: bytes, status: int, content: 
     assert (tap.error.status, tap.has_content, tap.ending) == (status, content, b"")
 
 
+@pytest.mark.parametrize("mark", [DONE, b""])
+def test_an_end_without_a_reason(mark: bytes) -> None:
+    strict, lax, empty = ChatTap(False), ChatTap(False, lax_finish=True), ChatTap(False, lax_finish=True)
+    for tap, data in ((strict, chunk({"content": "a"})), (lax, chunk({"content": "a"})), (empty, b"")):
+        assert tap.feed(data + mark) + tap.finish() == data
+    assert (lax.ended, lax.ending, lax.error) == (True, DONE, None)
+    for tap in (strict, empty):
+        assert tap.error is not None
+        assert (tap.error.message, tap.ended) == ("the provider's stream ended before the answer did", False)
+
+
 def test_a_whole_answer_is_relayed_byte_for_byte() -> None:
     body = (
         b'{ "choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": %s }'
