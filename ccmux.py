@@ -7797,7 +7797,11 @@ class Call:
 
     def is_streamed(self, dialect: Dialect) -> bool:
         """Whether the upstream streams: all do, but for a whole answer in the client's own format."""
-        return self.stream or dialect.passes != self.format
+        return self.stream or not self.passes(dialect)
+
+    def passes(self, dialect: Dialect) -> bool:
+        """Whether the upstream speaks the client's own format; what routing changed for OpenAI's is translated."""
+        return dialect.passes == self.format and not (self.format == "chat" and self.route.body)
 
     def begin_retry(self, health: Health) -> None:
         self.retries_at = health
@@ -8274,7 +8278,7 @@ class Relay:
         to = self.upstream_of(call, slot)
         url = endpoint_url(provider.base_url, dialect, model=target.actual_model)
         headers = upstream_headers(call, slot, dialect)
-        if dialect.passes == call.format == "chat":
+        if call.format == "chat" and call.passes(dialect):
             data = compact(chat_passed_on(call.chat, to))
         elif dialect.request is None:
             data = forwarded(call, to)
@@ -8300,7 +8304,7 @@ class Relay:
         secrets = call.config.secrets
         if dialect.passes == call.format == "anthropic":
             return AnthropicTap(lambda text: scrub(text, secrets)) if call.stream else AnthropicWhole()
-        if dialect.passes == call.format:
+        if call.passes(dialect):
             lax_finish = slot.provider.quirks.lax_finish
             return ChatTap(call.wants_usage, lax_finish) if call.stream else ChatWhole()
         to = self.upstream_of(call, slot)

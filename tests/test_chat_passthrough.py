@@ -129,3 +129,32 @@ async def test_the_openai_sdk_through_ccmux(tmp_path: Path) -> None:
                 rows = (await reply.json())["requests"]
             assert len(rows) == 3
             assert all(r["output_tokens"] == 40 and not r["estimated"] for r in rows)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_what_a_rule_takes_out_does_not_go_on(streamed: bool, tmp_path: Path) -> None:
+    async with OpenAIFake(lambda turn: Answer(text="hello")) as fake:
+        text = f"""[[router.rules]]
+pattern = "^use up:"
+model = "up"
+strip = true
+[[providers]]
+name = "o"
+type = "openai"
+base_url = "{fake.base_url}"
+api_key = "sk-x-012345678"
+models = ["up", "other"]
+"""
+        async with (
+            in_process(tmp_path, text) as proxy,
+            AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="x") as client,
+        ):
+            asked: Any = {"model": "other", "messages": [{"role": "user", "content": "use up: say hello"}]}
+            if streamed:
+                stream = await client.chat.completions.create(**asked, stream=True)
+                said = "".join([part.choices[0].delta.content or "" async for part in stream])
+            else:
+                said = (await client.chat.completions.create(**asked)).choices[0].message.content or ""
+    assert said == "hello"
+    [sent] = fake.asked
+    assert (sent.body["model"], sent.body["messages"]) == ("up", [{"role": "user", "content": "say hello"}])
