@@ -3112,6 +3112,8 @@ def upstream_error(
     status.
     """
     words = error_words(payload)
+    if status == 400 and _KEY_REFUSED.search(words):
+        status = 401
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         if parts := output_overflow(words, tokens):
@@ -3132,6 +3134,8 @@ def upstream_error(
     error.param = str(error_detail(payload).get("param") or "")
     return error
 
+
+_KEY_REFUSED = re.compile(r"API key (?:not valid|expired)")  # Gemini's, with a 400
 
 _OVERFLOW = re.compile(
     r"(?i)prompt is too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"

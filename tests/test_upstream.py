@@ -232,11 +232,21 @@ def test_retry_class(status: int, retry: ccmux.Retry) -> None:
     assert ccmux.retry_class(status) is retry
 
 
-def test_client_sees_a_refused_provider_key_as_ccmux_trouble() -> None:
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, "bad key"),
+        (400, "API key not valid. Please pass a valid API key."),
+        (400, "API key expired. Please renew the API key."),
+    ],
+)
+def test_client_sees_a_refused_provider_key_as_ccmux_trouble(status: int, words: str) -> None:
     provider = ccmux.Provider(name="p", api_key=("sk-secret-value",))
     slot = ccmux.Slot(ccmux.Target("p", "m"), provider, "sk-secret-value")
     call = ccmux.Call("req_1", {}, b"", {}, ccmux.Route("m", "default", (), ()), ccmux.Config(), stream=False)
-    seen = ccmux.client_error(ccmux.upstream_error(401, {"error": {"message": "bad key"}}), slot, call)
+    refusal = ccmux.upstream_error(status, {"error": {"message": words}})
+    assert refusal.retry is ccmux.Retry.KEY
+    seen = ccmux.client_error(refusal, slot, call)
     assert (seen.status, seen.type, seen.should_retry) == (500, "api_error", False)
     assert "sk-secret" not in seen.message
     assert "'p'" in seen.message
