@@ -4387,6 +4387,7 @@ class ResponsesStream:
         self.live: Json | None = None  # the call that is open
         self.live_key: Any = None
         self.done: set[Any] = set()
+        self.behind: set[Any] = set()  # items of which a delta was passed over, so that they are taken whole
         self.waiting: list[tuple[Any, Json]] = []
         self.cited: dict[str, str] = {}  # URL -> title
 
@@ -4402,10 +4403,15 @@ class ResponsesStream:
         if not isinstance(event, dict):
             raise not_a_stream(data, "OpenAI Responses stream")
         kind = str(event.get("type") or name)
-        item, key = as_object(event.get("item")), event.get("output_index")
-        key = key if isinstance(key, int) else str(event.get("item_id") or item.get("id") or "")
         if kind == "error" or (event.get("error") and "response" not in event):
             raise responses_error(event)
+        self.read(kind, event)
+
+    def read(self, kind: str, event: Json) -> None:
+        item, key = as_object(event.get("item")), event.get("output_index")
+        key = key if isinstance(key, int) else str(event.get("item_id") or item.get("id") or "")
+        if self.live and key == self.live_key and "arguments" in event:
+            self.live = {**self.live, "arguments": event["arguments"]}  # some tell them only here
         if kind == "response.output_item.added":
             self.item_added(key, item)
         elif kind == "response.output_item.done":
@@ -4435,8 +4441,8 @@ class ResponsesStream:
             # What does not begin as an object may be null, or encoded twice: it is taken whole at the end.
             if self.live and key == self.live_key and (self.sent.get(key) or delta.lstrip()[:1] == "{"):
                 self.show(self.out.tool_input, key, delta)
-        elif self.live:
-            return
+        elif self.live or key in self.behind:
+            self.behind.add(key)
         elif kind in ("response.output_text.delta", "response.refusal.delta"):
             self.refused |= kind == "response.refusal.delta"
             self.show(self.out.text, key, delta)
@@ -4452,7 +4458,7 @@ class ResponsesStream:
             self.cited.setdefault(str(annotation["url"]), str(annotation.get("title") or ""))
 
     def begin(self, key: Any, item: Json) -> None:
-        self.live, self.live_key = item, key
+        self.live, self.live_key = {**item, "arguments": ""}, key
         id = client_tool_id(str(item.get("call_id") or made_up_id("call_", self.out, key)))
         self.out.tool(id, self.names.get(str(item["name"]), str(item["name"])))
 
@@ -4496,7 +4502,8 @@ class ResponsesStream:
             if not item.get("name"):
                 raise broken_stream("the provider sent a tool call without a name")
             self.begin(key, item)
-        given, sent = item.get("arguments"), "".join(self.sent.get(key, ()))
+        given = item.get("arguments") or (self.live or {}).get("arguments")
+        sent = "".join(self.sent.get(key, ()))
         text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
         if text is None or not text.startswith(sent):
             name = item.get("name")
@@ -4522,7 +4529,7 @@ class ResponsesStream:
         if status == "failed" or response.get("error"):
             raise responses_error(response)
         if self.live:
-            self.item_done(self.live_key, {**self.live, "arguments": ""})
+            self.item_done(self.live_key, self.live)
         if not self.done:  # some servers tell all of it only here
             for key, item in enumerate(as_list(response.get("output"))):
                 self.item_done(key, as_object(item))

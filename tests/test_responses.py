@@ -34,7 +34,7 @@ from translation import (
     user,
 )
 
-from ccmux import ResponsesStream, Retry, Usage, responses_request, responses_usage
+from ccmux import ResponsesStream, Retry, Usage, collect, responses_request, responses_usage
 
 CODEX = upstream("gpt-5.3-codex", effort=("low", "medium", "high"))
 LONG = "mcp__server__a_long_tool_name_that_does_not_fit_into_64_characters_at_all"
@@ -141,6 +141,34 @@ def test_answers(events: list[Any], kinds: list[str]) -> None:
     assert error is None
     check_grammar(found, ended=True)
     assert [e["content_block"]["type"] for e in found if e["type"] == "content_block_start"] == kinds
+
+
+def added(item: Any, index: int) -> Any:
+    return {"type": "response.output_item.added", "output_index": index, "item": item}
+
+
+def text_delta(text: str, index: int = 0) -> Any:
+    return {"type": "response.output_text.delta", "output_index": index, "delta": text}
+
+
+def test_a_text_that_goes_on_beside_a_call() -> None:
+    whole = {"type": "message", "content": [{"type": "output_text", "text": "abcdefg"}]}
+    data = sse(
+        *(text_delta("abc"), added({**CALL, "arguments": ""}, 1), text_delta("de"), done(CALL, 1)),
+        *(text_delta("fg"), done(whole), completed()),
+    )
+    found, error = read(stream_of(ResponsesStream, CODEX), data)
+    assert error is None
+    texts = [e["delta"]["text"] for e in found if e.get("delta", {}).get("type") == "text_delta"]
+    assert "".join(texts) == "abcdefg"
+
+
+def test_arguments_told_only_in_the_event_that_ends_them() -> None:
+    told = {"type": "response.function_call_arguments.done", "output_index": 0, "arguments": '{"a":1}'}
+    data = sse(added({**CALL, "arguments": ""}, 0), told, completed())
+    found, error = read(stream_of(ResponsesStream, CODEX), data)
+    assert error is None
+    assert collect(found)["content"][0]["input"] == {"a": 1}
 
 
 @pytest.mark.parametrize(
