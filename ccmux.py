@@ -3658,8 +3658,8 @@ def tool_schema(tool: Json, cleaning: str) -> Json:
 
 
 GEMINI_SCHEMA_KEYS = {
-    "type", "description", "enum", "properties", "required", "items", "anyOf", "nullable", "minItems", "maxItems",
-    "minimum", "maximum", "title", "minLength", "maxLength", "pattern",
+    "type", "description", "nullable", "minItems", "maxItems", "minimum", "maximum", "title", "minLength", "maxLength",
+    "pattern",
 }  # fmt: skip
 GEMINI_FORMATS = {"enum", "date-time", "int32", "int64", "float", "double"}
 
@@ -3691,18 +3691,34 @@ def gemini_schema(
         out["format"] = schema["format"]
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
-        out.update(type="string", enum=[str(v) for v in values])
+        out |= gemini_enum(values, str(schema.get("description") or ""))
     for key in ("anyOf", "oneOf", "allOf"):
         if isinstance(schema.get(key), list):
             out["anyOf"] = [inner(s) for s in schema[key]]
-    if isinstance(schema.get("properties"), dict):
-        out["properties"] = {k: inner(v) for k, v in schema["properties"].items()}
-    known = as_object(out.get("properties"))
-    named = [r for r in as_list(schema.get("required")) if isinstance(r, str) and r in known]
-    out = {k: v for k, v in out.items() if k != "required"} | ({"required": named} if named else {})
-    if out.get("type") == "array":
-        out["items"] = inner(schema.get("items") or {"type": "string"})
-    return out
+    return out | gemini_inside(schema, out.get("type"), inner)
+
+
+def gemini_enum(values: list[Any], description: str) -> Json:
+    """An enum where it is of strings, the only kind there is; of other values their type, and the values in words."""
+    known = [v for v in values if v is not None and v != ""]
+    out: Json = {"nullable": True} if None in values else {}
+    if not known or any(isinstance(v, str) for v in known):
+        return {**out, "type": "string", **({"enum": [str(v) for v in known]} if known else {})}
+    kinds = {bool: "boolean", int: "integer"}
+    words = f"{description} One of {', '.join(map(json.dumps, known))}.".strip()
+    return {**out, "type": kinds.get(type(known[0]), "number"), "description": words}
+
+
+def gemini_inside(schema: Json, kind: Any, inner: Callable[[Any], Json]) -> Json:
+    """What an object or an array holds; it is refused where the type does not say that it is one."""
+    given = schema.get("properties")
+    if isinstance(given, dict) and kind in (None, "object"):
+        names = [r for r in as_list(schema.get("required")) if isinstance(r, str) and r in given]
+        required = {"required": names} if names else {}
+        return {"type": "object", "properties": {k: inner(v) for k, v in given.items()}, **required}
+    if kind == "array" or (kind is None and schema.get("items")):
+        return {"type": "array", "items": inner(schema.get("items")) or {"type": "string"}}
+    return {}
 
 
 def gemini_type(kind: Any) -> Json:

@@ -455,6 +455,40 @@ def test_models_that_refuse_forced_calls() -> None:
             {"type": "object", "properties": {"a": {}}, "required": ["a"]},
             id="required names what is there",
         ),
+        pytest.param(
+            {"type": "string", "enum": ["", "a", None]},
+            {"type": "string", "enum": ["a"], "nullable": True},
+            id="no empty value",
+        ),
+        pytest.param({"enum": [""]}, {"type": "string"}, id="no empty enum"),
+        pytest.param(
+            {"type": "integer", "enum": [1, 2], "description": "How many."},
+            {"type": "integer", "description": "How many. One of 1, 2."},
+            id="an enum of numbers",
+        ),
+        pytest.param(
+            {"const": True}, {"type": "boolean", "description": "One of true."}, id="a const of no string"
+        ),
+        pytest.param(
+            {"properties": {"a": {"type": "string"}}, "required": ["a"]},
+            {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]},
+            id="an object without a type",
+        ),
+        pytest.param(
+            {"type": "string", "properties": {"a": {}}, "required": ["a"], "items": {"$id": "x"}},
+            {"type": "string"},
+            id="a string with properties",
+        ),
+        pytest.param(
+            {"items": {"type": "string", "$id": "x"}},
+            {"type": "array", "items": {"type": "string"}},
+            id="an array without a type",
+        ),
+        pytest.param(
+            {"type": "array", "items": {"additionalProperties": True}},
+            {"type": "array", "items": {"type": "string"}},
+            id="items of nothing known",
+        ),
     ],
 )
 def test_schema_cleaning_for_gemini(schema: Any, expected: Any) -> None:
