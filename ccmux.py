@@ -2896,8 +2896,10 @@ def close_block(block: Json, text: str) -> None:
     if block["type"] in ("text", "thinking"):
         block[block["type"]] += text
     elif text:
-        given = parsed(text)
-        block["input"] = text if given is None else given  # a text where the answer's limit has cut it off
+        try:
+            block["input"] = json.loads(text)
+        except ValueError:
+            block["input"] = text  # cut off by the answer's limit
 
 
 class AnthropicTap:
@@ -4937,6 +4939,9 @@ def messages_tools(body: Json) -> Json:
     if isinstance(body.get("web_search_options"), dict):
         tools.append({"type": "web_search_20250305", "name": "web_search"})
     given = body.get("tool_choice") or body.get("function_call") or ""
+    if allowed := as_object(as_object(given).get("allowed_tools")):
+        names = [as_object(as_object(t).get("function")).get("name") for t in as_list(allowed.get("tools"))]
+        tools, given = [t for t in tools if t["name"] in names], allowed.get("mode")
     choice: Json = {"type": {"required": "any", "any": "any", "none": "none"}.get(str(given), "auto")}
     if isinstance(given, dict):
         choice = {"type": "tool", "name": str((as_object(given.get("function")) or given).get("name") or "")}
@@ -4949,7 +4954,9 @@ def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
     """(system blocks, messages). What the system says later is a reminder; neighbours of a role merge."""
     system: list[Json] = []
     messages: list[Json] = []
+    calls = 0  # in the old form, which has only names: an id must not come twice
     for message in given:
+        calls += bool(message.get("function_call"))
         role, blocks = str(message.get("role")), chat_blocks(message.get("content"))
         if role in ("system", "developer", "assistant"):
             blocks = [b for b in blocks if b["type"] == "text"]
@@ -4959,23 +4966,28 @@ def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
                 continue
             blocks = [{"type": "text", "text": reminder(text_of(blocks))}] if blocks else []
         elif role in ("tool", "function"):
-            id = client_tool_id(str(message.get("tool_call_id") or message.get("name") or ""))
+            id = client_tool_id(str(message.get("tool_call_id") or f"{message.get('name')}_{calls}"))
             blocks = [{"type": "tool_result", "tool_use_id": id, "content": blocks}]
         elif role == "assistant":
-            blocks += chat_calls(message)
+            blocks += chat_calls(message, calls)
         role = "assistant" if role == "assistant" else "user"
         if blocks and messages and messages[-1]["role"] == role:
             messages[-1]["content"] += blocks
         elif blocks:
             messages.append({"role": role, "content": blocks})
+    if given and (not messages or messages[0]["role"] == "assistant"):  # it must begin with the user
+        messages.insert(0, {"role": "user", "content": [{"type": "text", "text": "Begin."}]})
     return system, messages
 
 
-def chat_calls(message: Json) -> list[Json]:
-    """An assistant message's tool calls; arguments that are no JSON object survive as text."""
+def chat_calls(message: Json, number: int) -> list[Json]:
+    """An assistant message's tool calls, one of the old form by its number.
+
+    Arguments that are no JSON object survive as text.
+    """
     calls = [c for c in as_list(message.get("tool_calls")) if isinstance(c, dict)]
     if legacy := as_object(message.get("function_call")):
-        calls.append({"id": legacy.get("name"), "function": legacy})
+        calls.append({"id": f"{legacy.get('name')}_{number}", "function": legacy})
     blocks = []
     for call in calls:
         function = as_object(call.get("function"))
@@ -4991,9 +5003,9 @@ _DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.S)
 
 
 def chat_blocks(content: Any) -> list[Json]:
-    """Content parts as Anthropic blocks, empty texts left out; ApiError 400 for audio and the like."""
+    """Content parts as Anthropic blocks; ApiError 400 for audio and the like. Blank texts, a 400 there, are left out."""
     blocks = [chat_block(part) for part in blocks_of(content)]
-    return [block for block in blocks if block.get("text") != ""]
+    return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
 
 def chat_block(part: Json) -> Json:
@@ -5006,7 +5018,8 @@ def chat_block(part: Json) -> Json:
     url = str(given.get("url") or given.get("file_data") or "")
     source: Json = {"type": "url", "url": url}
     if data := _DATA_URL.fullmatch(url):
-        source = {"type": "base64", "media_type": data[1], "data": data[2]}
+        kind_of_data = "image/jpeg" if data[1] == "image/jpg" else data[1]
+        source = {"type": "base64", "media_type": kind_of_data, "data": data[2]}
     elif not url.startswith(("http://", "https://")):
         raise ApiError(400, f"messages: {kind} needs a base64 data: URL or an http(s) URL")
     return {"type": "image" if kind == "image_url" else "document", "source": source}
@@ -8823,6 +8836,8 @@ def forwarded(call: Call, to: Upstream) -> bytes:
     body, raw = call.body, call.raw
     if call.format != "anthropic" and not to.facts.sampling:
         body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
+    elif call.format != "anthropic" and "claude" in to.model and "temperature" in body:
+        body = {k: v for k, v in body.items() if k != "top_p"}  # Claude 4.5 and 4.6 refuse the two together
     lighter = without_dropped(without_foreign_thinking(body), to)
     if lighter is not body:
         body, raw = lighter, b""

@@ -197,6 +197,23 @@ def test_conversation() -> None:
             id="none",
         ),
         pytest.param(
+            {
+                "tools": [BASH, {"type": "function", "function": {"name": "Read"}}],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {
+                        "mode": "required",
+                        "tools": [{"type": "function", "function": {"name": "Read"}}],
+                    },
+                },
+            },
+            {
+                "tools": [{"name": "Read", "input_schema": {"type": "object", "properties": {}}}],
+                "tool_choice": {"type": "any"},
+            },
+            id="some of them",
+        ),
+        pytest.param(
             {"functions": [BASH["function"]], "function_call": {"name": "Bash"}},
             {"tool_choice": {"type": "tool", "name": "Bash"}},
             id="the old form",
@@ -211,6 +228,33 @@ def test_conversation() -> None:
 def test_parameters(body: Any, expected: Any) -> None:
     out = request_of({"role": "user", "content": "hi"}, **body)
     assert {k: out.get(k) for k in expected} == expected
+
+
+def test_what_anthropic_refuses_is_not_sent() -> None:
+    begin = {"role": "user", "content": [text("Begin.")]}
+    out = request_of({"role": "system", "content": "Say hi."})
+    assert (out["system"], out["messages"]) == ([text("Say hi.")], [begin])
+    jpg = {"type": "image_url", "image_url": {"url": "data:image/jpg;base64,aGk="}}
+    out = request_of(
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": [text("\n"), jpg]},
+        {"role": "assistant", "content": "\n\n", "tool_calls": [{**CALL, "id": "c"}]},
+        {"role": "tool", "tool_call_id": "c", "content": " "},
+    )
+    assert [m["role"] for m in out["messages"]] == ["user", "assistant"] * 2 + ["user"]
+    assert out["messages"][0] == begin
+    [image] = out["messages"][2]["content"]
+    assert image["source"]["media_type"] == "image/jpeg"
+    assert [b["type"] for b in out["messages"][3]["content"]] == ["tool_use"]
+    assert out["messages"][4]["content"][0]["content"] == []
+
+
+def test_calls_of_the_old_form_have_an_id_each() -> None:
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    result = {"role": "function", "name": "f", "content": "1"}
+    out = request_of({"role": "user", "content": "hi"}, call, result, call, result)
+    blocks = [m["content"][0] for m in out["messages"][1:]]
+    assert [b.get("id") or b["tool_use_id"] for b in blocks] == ["f_1", "f_1", "f_2", "f_2"]
 
 
 @pytest.mark.parametrize(
@@ -273,7 +317,7 @@ ANY_MESSAGE = st.fixed_dictionaries(
 @pytest.mark.parametrize("role", ["system", "assistant"])
 def test_only_users_have_pictures(role: str) -> None:
     out = valid(messages_request({"model": "m", "messages": [{"role": role, "content": [PNG, text("hi")]}]}))
-    assert (out.get("system") or out["messages"][0]["content"]) == [text("hi")]
+    assert (out.get("system") or out["messages"][-1]["content"]) == [text("hi")]
 
 
 @given(st.lists(st.one_of(ANY_MESSAGE, st.none()), max_size=6))

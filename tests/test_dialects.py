@@ -141,6 +141,25 @@ def test_the_clients_own_bytes_go_on_where_nothing_must_change() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "format", "kept"),
+    [
+        ("claude-sonnet-4-6", "chat", {"temperature"}),
+        ("claude-sonnet-4-6", "anthropic", {"temperature", "top_p"}),
+        ("glm-5.3", "chat", {"temperature", "top_p"}),
+    ],
+)
+def test_claude_gets_one_sampling_parameter_of_an_openai_client(
+    model: str, format: str, kept: set[str]
+) -> None:
+    body = {"model": "m", "messages": [], "temperature": 0.2, "top_p": 1}
+    assert (
+        json.loads(ccmux.forwarded(call_of(body, format=format), upstream(model))).keys()
+        - {"model", "messages"}
+        == kept
+    )
+
+
+@pytest.mark.parametrize(
     ("block", "stays"),
     [
         (thinking("made by ccmux"), False),
