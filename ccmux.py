@@ -5403,7 +5403,9 @@ class WholeMessage:
     def end(self, events: list[Json]) -> bytes:
         message = collect([*self.events, *events])
         for block in as_list(message.get("content")):
-            if isinstance(block.get("input"), str):  # cut off: a client that does not stream takes no part of it
+            if isinstance(
+                block.get("input"), str
+            ):  # cut off: a client that does not stream takes no part of it
                 block["input"] = {}
         return compact(message)
 
