@@ -4515,7 +4515,9 @@ class ResponsesStream:
             self.out.keep(self.kept(item=kept))
 
     def call_done(self, key: Any, item: Json) -> None:
-        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object."""
+        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object, but for those
+        that the output's limit cut off.
+        """
         if not self.live:
             if not item.get("name"):
                 raise broken_stream("the provider sent a tool call without a name")
@@ -4523,6 +4525,8 @@ class ResponsesStream:
         given = item.get("arguments") or (self.live or {}).get("arguments")
         sent = "".join(self.sent.get(key, ()))
         text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
+        if text is None and item.get("status") == "incomplete":
+            text = str(given or sent)
         if text is None or not text.startswith(sent):
             name = item.get("name")
             raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
@@ -4547,7 +4551,7 @@ class ResponsesStream:
         if status == "failed" or response.get("error"):
             raise responses_error(response)
         if self.live:
-            self.item_done(self.live_key, self.live)
+            self.item_done(self.live_key, {**self.live, "status": status})
         if not self.done:  # some servers tell all of it only here
             for key, item in enumerate(as_list(response.get("output"))):
                 self.item_done(key, as_object(item))

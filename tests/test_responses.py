@@ -171,6 +171,19 @@ def test_arguments_told_only_in_the_event_that_ends_them() -> None:
     assert collect(found)["content"][0]["input"] == {"a": 1}
 
 
+@pytest.mark.parametrize("is_told", [True, False], ids=["told done", "never told done"])
+def test_a_call_that_the_outputs_limit_cut_off_is_sent_as_far_as_it_came(is_told: bool) -> None:
+    cut = {**CALL, "arguments": '{"a":', "status": "incomplete"}
+    piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": '{"a":'}
+    end = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}, "output": [cut]}
+    events = [added({**CALL, "arguments": ""}, 0), piece, *([done(cut)] if is_told else [])]
+    data = sse(*events, {"type": "response.incomplete", "response": end})
+    found, error = read(stream_of(ResponsesStream, CODEX), data)
+    assert error is None
+    message = collect(found)
+    assert (message["stop_reason"], message["content"][0]["input"]) == ("max_tokens", '{"a":')
+
+
 @pytest.mark.parametrize(
     ("data", "status", "retry", "cause"),
     [
