@@ -13196,11 +13196,7 @@ def client_environment(config: Config, url: str) -> dict[str, str]:
 
     The key is $CCMUX_KEY, where one is set. A passthrough provider needs Claude Code's own login, so no key is set then.
     """
-    name = default_model(config, "")
-    targets = resolve(config, name)
-    context = context_of(config, name, targets) or (
-        facts_of(targets[0].actual_model).context if targets else 0
-    )
+    context = client_window(config)
     key = os.environ.get("CCMUX_KEY") or ("YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local")
     own = any(p.passthrough for p in config.providers if p.usable) and "CCMUX_KEY" not in os.environ
     return {
@@ -13209,7 +13205,24 @@ def client_environment(config: Config, url: str) -> dict[str, str]:
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "claude-haiku-4-5",
         "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
         **({"CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context)} if context else {}),
+        **({"CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(context)} if context >= LEAST_WINDOW else {}),
     }
+
+
+# Claude Code takes MAX_CONTEXT_TOKENS for names it does not know alone, and its own names for 1M; the window it
+# compacts by it takes for all, but not below this.
+LEAST_WINDOW = 100_000
+
+
+def client_window(config: Config) -> int:
+    """How many tokens a conversation may have before Claude Code is to compact it; 0: not known."""
+    names = filter(None, (default_model(config, ""), config.router.long_context))
+    windows = []
+    for name in names:
+        targets = resolve(config, name)
+        known = facts_of(targets[0].actual_model).context if targets else 0
+        windows.append(context_of(config, name, targets) or known)
+    return max(windows) if windows and all(windows) else 0
 
 
 SHELLS = {
@@ -13408,7 +13421,7 @@ def settings_with(old: bytes | None, variables: Mapping[str, str], shell: str) -
 # ones.
 MANAGED = (
     "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
-    "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
+    "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_AUTO_COMPACT_WINDOW",
 )  # fmt: skip
 
 

@@ -361,15 +361,21 @@ def test_env_as_json(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        pytest.param('[router]\ndefault = "openai/gpt-4o"\n', {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "128000"}, id="known"),
+        pytest.param('[router]\ndefault = "openai/gpt-4o"\n', 
+                     {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "128000", "CLAUDE_CODE_AUTO_COMPACT_WINDOW": "128000"}, id="known"),
         pytest.param('[[models]]\nname = "m"\ncontext = 5\n[[models.mappings]]\nprovider = "openai"\nactual_model = "x"\n',
-                     {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "5"}, id="row"),
+                     {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "5", "CLAUDE_CODE_AUTO_COMPACT_WINDOW": None}, id="row"),
+        pytest.param('[router]\ndefault = "openai/gpt-4o"\nlong_context = "openai/gpt-4.1"\n',
+                     {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "1047576", "CLAUDE_CODE_AUTO_COMPACT_WINDOW": "1047576"}, id="long"),
+        pytest.param('[router]\ndefault = "openai/gpt-4o"\nlong_context = "openai/unheard-of"\n',
+                     {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": None, "CLAUDE_CODE_AUTO_COMPACT_WINDOW": None}, id="long-unknown"),
         pytest.param('[server]\nrequire_key = true\n', {"ANTHROPIC_AUTH_TOKEN": "YOUR-CCMUX-KEY"}, id="key-needed"),
     ],
 )  # fmt: skip
-def test_client_environment(cli: Cli, text: str, expected: dict[str, str]) -> None:
+def test_client_environment(cli: Cli, text: str, expected: dict[str, str | None]) -> None:
     config = ccmux.load_config(text + '[[providers]]\nname = "openai"\ntype = "openai"\n', {})
-    assert expected.items() <= ccmux.client_environment(config, "u").items()
+    variables = ccmux.client_environment(config, "u")
+    assert {name: variables.get(name) for name in expected} == expected
 
 
 def test_passthrough_leaves_claudes_own_login(cli: Cli) -> None:
