@@ -361,7 +361,7 @@ def test_env_as_json(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        pytest.param('[router]\ndefault = "openai/gpt-4o"\n', 
+        pytest.param('[router]\ndefault = "openai/gpt-4o"\n',
                      {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "128000", "CLAUDE_CODE_AUTO_COMPACT_WINDOW": "128000"}, id="known"),
         pytest.param('[[models]]\nname = "m"\ncontext = 5\n[[models.mappings]]\nprovider = "openai"\nactual_model = "x"\n',
                      {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "5", "CLAUDE_CODE_AUTO_COMPACT_WINDOW": None}, id="row"),
