@@ -3757,7 +3757,9 @@ def openai_limits(body: Json, to: Upstream) -> Json:
         if key == "auto":
             is_new = _NEW_LIMIT_KEY.match(to.model.rsplit("/", 1)[-1])
             key = "max_completion_tokens" if is_new else "max_tokens"
-        out[key] = limit
+        # A reasoning model answers 400 where it cannot begin a message within the limit; Claude Code tries a model
+        # named in /model with a single token.
+        out[key] = max(limit, 16) if key == "max_completion_tokens" else limit
     if texts := [s for s in as_list(body.get("stop_sequences")) if isinstance(s, str) and s]:
         out["stop"] = texts[:4]
     return out

@@ -529,7 +529,13 @@ def test_schemas_are_cleaned_only_where_needed() -> None:
     ],
 )
 def test_name_of_the_output_limit(model: str, key: str) -> None:
-    assert request_of(user("hi"), max_tokens=10, to=upstream(model))[key] == 10
+    assert request_of(user("hi"), max_tokens=20, to=upstream(model))[key] == 20
+
+
+@pytest.mark.parametrize(("model", "limit"), [("gpt-4o", 1), ("gpt-5", 16), ("openai/o3", 16)])
+def test_a_reasoning_model_gets_room_to_begin(model: str, limit: int) -> None:
+    sent = request_of(user("Hi"), max_tokens=1, to=upstream(model))
+    assert limit in (sent.get("max_tokens"), sent.get("max_completion_tokens"))
 
 
 def test_output_limit_is_clamped_to_what_the_model_can_make() -> None:
