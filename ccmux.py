@@ -3701,14 +3701,18 @@ def gemini_schema(
 
 
 def gemini_enum(values: list[Any], description: str) -> Json:
-    """An enum where it is of strings, the only kind there is; of other values their type, and the values in words."""
-    known = [v for v in values if v is not None and v != ""]
-    out: Json = {"nullable": True} if None in values else {}
-    if not known or any(isinstance(v, str) for v in known):
-        return {**out, "type": "string", **({"enum": [str(v) for v in known]} if known else {})}
-    kinds = {bool: "boolean", int: "integer"}
-    words = f"{description} One of {', '.join(map(json.dumps, known))}.".strip()
-    return {**out, "type": kinds.get(type(known[0]), "number"), "description": words}
+    """An enum where it is of texts, the only kind there is, none of them empty; of numbers and booleans their type, and
+    the values in words.
+    """
+    given = [v for v in values if v is not None]
+    nullable = {"nullable": True} if len(given) < len(values) else {}
+    kinds = {type(v) for v in given}
+    if kinds and kinds <= {bool, int, float}:
+        kind = {frozenset({bool}): "boolean", frozenset({int}): "integer"}.get(frozenset(kinds), "number")
+        words = f"{description} One of {', '.join(map(json.dumps, given))}.".strip()
+        return {"type": kind, "description": words, **nullable}
+    texts = [v if isinstance(v, str) else json.dumps(v) for v in given if v != ""]
+    return {"type": "string", **({"enum": texts} if texts else {}), **nullable}
 
 
 def gemini_inside(schema: Json, kind: Any, inner: Callable[[Any], Json]) -> Json:

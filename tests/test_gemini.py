@@ -474,6 +474,25 @@ def test_tools() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"type": "integer", "enum": [1, 2]}, {"type": "integer", "description": "One of 1, 2."}),
+        ({"enum": [1, 2.5]}, {"type": "number", "description": "One of 1, 2.5."}),
+        ({"const": True}, {"type": "boolean", "description": "One of true."}),
+        ({"enum": [True, None]}, {"type": "boolean", "description": "One of true.", "nullable": True}),
+        ({"type": ["string", "null"], "enum": ["a", None]}, {"type": "string", "nullable": True, "enum": ["a"]}),
+        ({"type": "string", "enum": ["", "a"]}, {"type": "string", "enum": ["a"]}),
+        ({"enum": [""]}, {"type": "string"}),
+        ({"enum": ["a", 1, True]}, {"type": "string", "enum": ["a", "1", "true"]}),
+    ],
+)  # fmt: skip
+def test_gemini_takes_no_enum_but_of_texts(given: Any, sent: Any) -> None:
+    schema = {"type": "object", "properties": {"p": given}}
+    out = request_of(user("hi"), tools=[{"name": "T", "input_schema": schema}])
+    assert out["tools"][0]["functionDeclarations"][0]["parameters"]["properties"]["p"] == sent
+
+
 def test_web_search() -> None:
     assert request_of(user("hi"), tools=[SEARCH], tool_choice={"type": "tool", "name": "web_search"})[
         "tools"
