@@ -12608,13 +12608,30 @@ async def close_state(state: State) -> None:
 
 def upstream_session(force_close: bool = False) -> aiohttp.ClientSession:
     """A client session for upstreams: no cookies, no limit but ccmux's own, the environment's proxies."""
-    connector = aiohttp.TCPConnector(limit=0, force_close=force_close, socket_factory=open_socket)
+    connector = upstream_connector()(limit=0, force_close=force_close, socket_factory=open_socket)
     return aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
         read_bufsize=65536,
         skip_auto_headers=("User-Agent",),
     )
+
+
+@functools.cache
+def upstream_connector() -> type[aiohttp.TCPConnector]:
+    """A connector that hands out no connection on which the upstream has said something unasked: aiohttp (3.14) would
+    take that for the answer to the next request. A function, because --help works before aiohttp is installed.
+    """
+
+    class Connector(aiohttp.TCPConnector):
+        async def connect(self, req: Any, traces: Any, timeout: Any) -> aiohttp.connector.Connection:  # noqa: ASYNC109
+            connection = await super().connect(req, traces, timeout)
+            if connection.protocol and connection.protocol.should_close:
+                connection.close()
+                raise aiohttp.ServerDisconnectedError
+            return connection
+
+    return Connector
 
 
 def open_socket(address: Any) -> socket.socket:

@@ -460,6 +460,25 @@ async def test_the_retry_after_a_stale_connection_does_not_take_another_stale_on
         assert (a.count, reply.headers["x-ccmux-attempts"]) == (4, "1")
 
 
+@BOTH
+async def test_what_an_upstream_says_unasked_is_no_answer(wire: str, tmp_path: Path) -> None:
+    """On a connection that is kept for the next request."""
+
+    def steps(call: fs.UpstreamCall) -> Any:
+        yield from fs.stream_of(fs.events_for(call))
+        yield fs.Gate()
+        yield from fs.stream_of(fs.events_for(call, pieces=("another's words",)))
+
+    async with stage(tmp_path, (fs.Behaviour(steps), fs.answer()), formats=wire) as (proxy, (a,)):
+        full()(await ask(proxy))
+        a.open_gate()
+        kept = proxy.state.relay.session.connector._conns
+        await until(lambda: any(c.should_close for c, _ in next(iter(kept.values()))), "it has come")
+        reply = await ask(proxy)
+        full()(reply)
+        assert (a.count, a.connections, reply.headers["x-ccmux-attempts"]) == (2, 2, "1")
+
+
 async def test_a_failing_provider_costs_little_time(tmp_path: Path) -> None:
     """Connection refused, then an open breaker: less than 50 ms more than the healthy one alone."""
     async with stage(tmp_path, fs.refusing_address, OK) as (proxy, _):
