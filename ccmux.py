@@ -8493,6 +8493,12 @@ class Relay:
         if isinstance(fault, aiohttp.ServerTimeoutError):
             words = f"provider {name} could not be reached within {slot.provider.connect_timeout:g} s"
             return ApiError(502, words, retry=Retry.SAME, cause="connect")
+        if isinstance(fault, (aiohttp.ClientHttpProxyError, aiohttp.ClientProxyConnectionError)):
+            status = getattr(fault, "status", None)  # of its answer to CONNECT
+            said = f"answered {status}" if status else "could not be reached"
+            where = f"check proxy of [[providers]] {name!r}, or HTTPS_PROXY in the environment"
+            words = f"the proxy on the way to provider {name} {said}; {where}"
+            return ApiError(502, words, retry=Retry.SAME, cause="connect")
         if isinstance(fault, aiohttp.ClientConnectorError):
             reason = fault.os_error.strerror or type(fault.os_error).__name__
             words = f"provider {name} could not be reached: {reason}; check its base_url and that it runs"

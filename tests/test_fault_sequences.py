@@ -426,6 +426,33 @@ async def test_a_provider_has_a_proxy_of_its_own(wire: str, tmp_path: Path) -> N
     assert (way.count, b.count) == (2, 0)
 
 
+@pytest.mark.parametrize(
+    ("base", "behaviour", "words"),
+    [
+        (
+            "https://a.invalid",
+            fs.status(407),
+            "the proxy on the way to provider A answered 407; check proxy of",
+        ),
+        (
+            "https://a.invalid",
+            None,
+            "the proxy on the way to provider A could not be reached; check proxy of",
+        ),
+        ("http://a.invalid", None, "the proxy on the way to provider A could not be reached; check proxy of"),
+    ],
+    ids=["refuses", "is not there", "is not there, without TLS"],
+)
+async def test_a_proxy_that_fails_is_named(
+    base: str, behaviour: fs.Behaviour | None, words: str, tmp_path: Path
+) -> None:
+    async with FaultServer(behaviour or fs.answer()) as way:
+        with fs.refusing_address() as nowhere:
+            limits = {"A": {"proxy": way.url if behaviour else nowhere}}
+            async with in_process(tmp_path, config_text({"A": base}, providers=limits)) as proxy:
+                fails(502, says=words)(await ask(proxy))
+
+
 @BOTH
 async def test_a_stale_connection_is_replaced_at_once_and_uncounted(wire: str, tmp_path: Path) -> None:
     async def go(folder: Path) -> float:
