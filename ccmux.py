@@ -1232,6 +1232,7 @@ class Loader:
         if not provider.base_url and wire_format != "demo":
             raise ConfigError(f"{where}: key 'base_url' is needed for type {kind!r}")
         check_url(provider.base_url, f"{where}: key 'base_url'")
+        check_url(provider.proxy, f"{where}: key 'proxy'")
         if problem and provider.enabled:
             self.warnings.append(f"provider {name}: {problem}; it is disabled until then")
         return dataclasses.replace(provider, format=wire_format, default_model=default_model, problem=problem)
@@ -8522,7 +8523,8 @@ def environment_proxy(url: str) -> str | None:
     parts = urllib.parse.urlsplit(url)
     if urllib.request.proxy_bypass(parts.hostname or ""):
         return None
-    return urllib.request.getproxies().get(parts.scheme)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy  # as curl takes it
 
 
 @functools.cache

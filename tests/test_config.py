@@ -373,10 +373,13 @@ def test_addresses_that_are_taken(url: str) -> None:
         pytest.param("http://169.254.169.254./", "link-local", id="with a dot at the end"),
     ],
 )
-def test_addresses_that_are_refused(url: str, words: str) -> None:
-    text = f'[[providers]]\nname = "p"\ntype = "openai"\nbase_url = "{url}"\n'
-    told = error_of(text)
-    assert told.startswith("[[providers]] 'p': key 'base_url' ")
+@pytest.mark.parametrize("key", ["base_url", "proxy"])
+def test_addresses_that_are_refused(key: str, url: str, words: str) -> None:
+    address = {"base_url": "http://p.test", key: url}
+    told = error_of(
+        '[[providers]]\nname = "p"\ntype = "openai"\n' + "".join(f'{k} = "{v}"\n' for k, v in address.items())
+    )
+    assert told.startswith(f"[[providers]] 'p': key '{key}' ")
     assert words in told
 
 

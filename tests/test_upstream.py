@@ -366,8 +366,9 @@ def test_drop_list(drop: tuple[str, ...], body: ccmux.Json, expected: ccmux.Json
     assert ccmux.without_dropped(body, to) == expected
 
 
-def test_environment_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("https_proxy", "http://proxy.test:3128")
+@pytest.mark.parametrize("named", ["http://proxy.test:3128", "proxy.test:3128"])
+def test_environment_proxy(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", named)
     monkeypatch.setenv("no_proxy", "inside.test")
     ccmux.environment_proxy.cache_clear()
     assert ccmux.environment_proxy("https://api.test/v1") == "http://proxy.test:3128"
