@@ -9710,7 +9710,7 @@ class Exchange:
             self.settle(None)
             await self.durable()
             assert call.reader is not None
-            return await sink.finish(call.reader.ending + self.epilogue())
+            return await self.taken(sink.finish(call.reader.ending + self.epilogue()))
         except (ClientGoneError, ConnectionError):
             raise asyncio.CancelledError from None  # as if aiohttp had noticed first
         except Exception as fault:  # a mistake of ccmux's, too, is settled, and ends the answer
@@ -9719,12 +9719,22 @@ class Exchange:
             if isinstance(sink, WholeSink) or not sink.began:
                 error.headers = {**self.headers(), **error.headers}
                 raise error from None
-            return await self.fail(sink, error)
+            return await self.taken(self.fail(sink, error))
         finally:
             sink.close()
             state.calls.pop(call.request_id, None)
             self.settle(error)
             del call.on_answer, call.on_raw  # they lead back here: the request would wait for the collector
+
+    async def taken(self, ending: Awaitable[web.StreamResponse]) -> web.StreamResponse:
+        """The answer, once its end is out; a client that does not take that is cut off."""
+        try:
+            async with asyncio.timeout(self.call.config.server.client_stall_timeout):
+                return await ending
+        except TimeoutError:
+            if self.request.transport:
+                self.request.transport.abort()
+            raise asyncio.CancelledError from None
 
     def epilogue(self) -> bytes:
         """What follows an answer's ending: nothing, but for the admin page's own requests."""

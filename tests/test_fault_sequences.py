@@ -1183,6 +1183,31 @@ async def dawdler(proxy: Proxy) -> AsyncIterator[None]:
         yield
 
 
+@pytest.mark.parametrize(
+    "script", [fs.answer(), fs.cut_after(5, fs.End(), gate=False)], ids=["good", "broken"]
+)
+async def test_a_client_that_stalls_at_the_end_is_aborted_at_the_limit(
+    script: fs.Behaviour, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settle = ccmux.Exchange.settle
+
+    def behind(self: ccmux.Exchange, error: ccmux.ApiError | None) -> None:
+        """From here on the client has more to read than all buffers take."""
+        if self.settled is None:
+            self.request.transport.write(b" " * 16_000_000)
+        settle(self, error)
+
+    monkeypatch.setattr(ccmux.Exchange, "settle", behind)
+    async with (
+        stage(tmp_path, (script,), server={"client_stall_timeout": 0.5}) as (proxy, (a,)),
+        dawdler(proxy),
+    ):
+        await a.called(1)
+        await proxy.idle()
+        await until(lambda: not proxy.connections, "the client was cut off")
+    assert len(proxy.books.requests()) == 1
+
+
 @BOTH
 async def test_a_client_that_stalls_is_aborted_at_the_limit(wire: str, tmp_path: Path) -> None:
     async with stage(tmp_path, (fs.endless(),), formats=wire, server={"client_stall_timeout": 1}) as (
