@@ -2196,9 +2196,11 @@ class SseDecoder:
         return split_blocks(self.cut(data))
 
     def finish(self) -> bytes:
-        """A last block whose blank line never came."""
+        """A last block whose blank line never came, with one."""
         rest, self.rest = self.rest, b""
-        return rest if rest.strip() else b""
+        if not rest.strip() or rest.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):
+            return rest if rest.strip() else b""
+        return rest + b"\n\n"
 
 
 _BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)")
@@ -2966,9 +2968,8 @@ class AnthropicTap:
         rest = self.decoder.finish()
         if rest and not self.seen_event and rest.lstrip()[:1] in (b"{", b"[", b"<"):
             return self.fail(not_a_stream(rest.decode("utf-8", "replace"), "event stream"))
-        out = self.relay(rest) if rest else b""
-        if out and not out.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):
-            out += b"\n\n"
+        is_cut_off = self.has_content and not self.ended and not has_object(rest)
+        out = self.relay(rest) if rest and not is_cut_off else b""
         if not self.ended and self.error is None:
             self.error = ApiError(
                 502, "the provider's stream ended before the answer did", retry=Retry.SAME, cause="stream"
@@ -3040,6 +3041,14 @@ class AnthropicTap:
             self.texts.extend(str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k))
         self.relayed.clear()
         self.unread = 0
+
+
+def has_object(block: bytes) -> bool:
+    """Whether the data of an event is a whole JSON object."""
+    try:
+        return isinstance(event_json(event_of(block)[1]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 # What upstreams answer when something is wrong. The words are for a person, the retry class is for the Relay.

@@ -22,6 +22,7 @@ from ccmux import (
     collect,
     encode_event,
     error_of_event,
+    events_of,
     overflow,
     retry_class,
     scrub,
@@ -306,6 +307,19 @@ def test_the_tap_cut_at_every_byte_relays_the_very_bytes(end: bytes) -> None:
         assert out + t.ending == stream, f"cut at {at}"
         assert t.usage == Usage(input=9, output=33, cache_read=4)
         assert (t.stop_reason, t.ended, t.has_content, t.error) == ("tool_use", True, True, None)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CR LF", "CR"])
+def test_an_event_that_is_cut_off_is_not_relayed(end: bytes) -> None:
+    """A client would fail at its JSON, and not hear of the error behind it."""
+    stream = upstream_bytes(end=end)
+    for at in range(len(stream)):
+        t = tap()
+        out = drained(t, stream[:at])
+        assert (t.error is None) == t.ended
+        if t.has_content:  # else nothing goes out
+            assert all(json.loads(data or "{}") is not None for _, data in events_of(out))
+            assert out.endswith((end * 2, b"\n\n"))
 
 
 def test_the_tap_fed_byte_by_byte() -> None:

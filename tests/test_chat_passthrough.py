@@ -42,6 +42,12 @@ def test_a_stream_is_relayed_byte_for_byte_cut_anywhere(wants_usage: bool) -> No
         assert tap.output_text() == "a"
 
 
+def test_a_last_chunk_without_its_blank_line_is_apart_from_what_follows() -> None:
+    tap = ChatTap(True)
+    assert tap.feed(STREAM[:-2]) + tap.finish() == STREAM
+    assert (tap.ending, tap.error) == (DONE, None)
+
+
 @pytest.mark.parametrize(
     ("data", "status", "content"),
     [
