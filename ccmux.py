@@ -9598,6 +9598,8 @@ class StreamSink:
             }
         )
         self.response._send_headers_immediately = False  # aiohttp 3.14: with the first event, in one piece
+        if request.version < aiohttp.HttpVersion11:
+            self.response.force_close()  # without chunks it is the connection's end that ends a stream
         self.began = False
         self.last = time.monotonic()
         self.pinging: asyncio.Task[None] | None = None

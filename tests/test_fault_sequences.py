@@ -1168,6 +1168,16 @@ def busy_connections(proxy: Proxy) -> int:
     return len(connector._acquired)
 
 
+async def test_a_stream_of_http_1_0_ends_with_its_connection(tmp_path: Path) -> None:
+    """Also where the client asks to keep that: without chunks there is no other end."""
+    async with stage(tmp_path, OK) as (proxy, _), asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(plain_request(proxy).replace(b" HTTP/1.1", b" HTTP/1.0\r\nConnection: keep-alive", 1))
+        _, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    full()(Reply(200, {"content-type": "text/event-stream", "x-ccmux-provider": "A"}, body))
+
+
 # Clients that dawdle.
 
 
