@@ -9650,6 +9650,7 @@ class StreamSink:
             await self.response.write(self.ping)
 
     async def finish(self, ending: bytes) -> web.StreamResponse:
+        self.close()  # while the end waits for a client that is behind, a ping would go out behind it
         await self.response.write_eof(ending)
         return self.response
 
@@ -9767,7 +9768,7 @@ class Exchange:
         with contextlib.suppress(ConnectionError):  # the client has left meanwhile
             if not (reader and reader.error_relayed and reader.error is error):
                 await sink.write(encode_error(error, self.call))
-            await sink.response.write_eof()
+            await sink.finish(b"")
         return sink.response
 
     def on_answer(self) -> None:

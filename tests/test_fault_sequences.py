@@ -1193,21 +1193,28 @@ async def dawdler(proxy: Proxy) -> AsyncIterator[None]:
         yield
 
 
-@pytest.mark.parametrize(
-    "script", [fs.answer(), fs.cut_after(5, fs.End(), gate=False)], ids=["good", "broken"]
-)
-async def test_a_client_that_stalls_at_the_end_is_aborted_at_the_limit(
-    script: fs.Behaviour, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def behind_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its settlement on, a client has more to read than all buffers take."""
     settle = ccmux.Exchange.settle
 
     def behind(self: ccmux.Exchange, error: ccmux.ApiError | None) -> None:
-        """From here on the client has more to read than all buffers take."""
         if self.settled is None:
             self.request.transport.write(b" " * 16_000_000)
         settle(self, error)
 
     monkeypatch.setattr(ccmux.Exchange, "settle", behind)
+
+
+ENDINGS = pytest.mark.parametrize(
+    "script", [fs.answer(), fs.cut_after(5, fs.End(), gate=False)], ids=["good", "broken"]
+)
+
+
+@ENDINGS
+async def test_a_client_that_stalls_at_the_end_is_aborted_at_the_limit(
+    script: fs.Behaviour, behind_at_the_end: None, tmp_path: Path
+) -> None:
     async with (
         stage(tmp_path, (script,), server={"client_stall_timeout": 0.5}) as (proxy, (a,)),
         dawdler(proxy),
@@ -1216,6 +1223,19 @@ async def test_a_client_that_stalls_at_the_end_is_aborted_at_the_limit(
         await proxy.idle()
         await until(lambda: not proxy.connections, "the client was cut off")
     assert len(proxy.books.requests()) == 1
+
+
+@ENDINGS
+async def test_no_ping_follows_the_end(script: fs.Behaviour, behind_at_the_end: None, tmp_path: Path) -> None:
+    """It would stand before the next answer on that connection."""
+    async with stage(tmp_path, (script,)) as (proxy, _):
+        proxy.state.relay.ping_interval = 0.02
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        writer.write(plain_request(proxy).replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+        await until(lambda: len(proxy.books.requests()) == 1, "it is settled")
+        await asyncio.sleep(0.3)  # the time of some pings
+        assert (await reader.read()).endswith(b"\r\n0\r\n\r\n")
+        writer.close()
 
 
 @BOTH
