@@ -11716,7 +11716,8 @@ const CONTROLS = {
       el("div", { class: "prices" },
       boxes.map((box, n) => labelled(PRICES[n][1], box))), el("span", { class: "help" }, field.help));
     const pairs = () => boxes.flatMap((b, n) => (b.value === "" ? [] : [[PRICES[n][0], Number(b.value)]]));
-    return { node, get: () => (pairs().length ? { ...given, ...Object.fromEntries(pairs()) } : undefined) };
+    const others = Object.entries(given).filter(([name]) => !PRICES.some(([kind]) => kind === name)); /* tiers */
+    return { node, get: () => (pairs().length ? Object.fromEntries([...others, ...pairs()]) : undefined) };
   },
   table(field, value) {
     const input = el("textarea", { rows: 3, spellcheck: "false", value: value ? JSON.stringify(value, null,

@@ -601,3 +601,19 @@ async def test_a_model_in_use_is_not_deleted_and_targets_move(
     assert re.findall(r"# .*", (tmp_path / "config.toml").read_text()) == [
         "# a comment that stays", "# dear", "# 2", "# B", "# A", "# r", "# R",
     ]  # fmt: skip
+
+
+@needs_browser
+async def test_one_kind_of_a_price_is_taken_away(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    above = "tiers = [{ above = 200000, input = 6.0 }]"
+    text = config_of(provider).replace("output = 15.0", f"output = 15.0, cache_read = 0.3, {above}")
+    async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "models")
+        await page.get_by_label("Edit tiny").click()
+        await page.locator("dialog h3:text-is('Facts') + div").get_by_label("Cache read").fill("")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("#status")).to_contain_text("saved")
+    written = tomllib.loads((tmp_path / "config.toml").read_text())["models"][0]["price"]
+    assert written == {"input": 3, "output": 15, "tiers": [{"above": 200000, "input": 6}]}
