@@ -12016,6 +12016,13 @@ async function liveLog(place) {
 
 /* Providers */
 const rowsOf = (root) => S.config[root] || [];
+/* A save under another row's name would take that row's place. */
+function checkName(root, name, old) {
+  if (!name) throw new Failure(400, "name: give it a name");
+  if (name !== (old || {}).name && rowsOf(root).some((row) => row.name === name)) {
+    throw new Failure(400, `name: there is ${name} already; edit that one, or choose another name`);
+  }
+}
 const usersOf = (name) => rowsOf("models").filter((m) => (m.mappings
   || []).some((t) => t.provider === name)).map((m) => m.name);
 const hostOf = (url) => { try { return new URL(url).host; } catch { return url || "–"; } };
@@ -12072,8 +12079,8 @@ function providerDialog(old) {
     const own = quirks.read(), { provider_type: _, quirks: __, ...table } = rest.read(first.read());
     table.type = type.value;
     if (Object.keys(own).length) table.quirks = own;
-    if (!table.name || !table.type) throw new Failure(400, table.type ? "name: give it a name"
-      : "Choose a type first.");
+    if (!table.type) throw new Failure(400, "Choose a type first.");
+    checkName("providers", table.name, old);
     await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
     close();
     await saved(`Provider ${table.name} is saved.${old ? "" : " Test it, then give it a model."}`);
@@ -12174,7 +12181,7 @@ function modelDialog(old) {
     "Add a target", () => ({}));
   const save = async () => {
     const table = { ...made.read(), mappings: targets.read().map((t, n) => ({ ...t, priority: n + 1 })) };
-    if (!table.name) throw new Failure(400, "name: give it a name");
+    checkName("models", table.name, old);
     if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs an upstream model.");
     await ask(path("models", old ? old.name : table.name), "PUT", { hash, table });
     close();

@@ -617,3 +617,28 @@ async def test_one_kind_of_a_price_is_taken_away(
         await expect(page.locator("#status")).to_contain_text("saved")
     written = tomllib.loads((tmp_path / "config.toml").read_text())["models"][0]["price"]
     assert written == {"input": 3, "output": 15, "tiers": [{"above": 200000, "input": 6}]}
+
+
+@needs_browser
+async def test_what_is_added_takes_no_other_ones_place(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    text = config_of(provider)
+    async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.click("text=Add a provider")
+        await page.get_by_label("Type", exact=True).select_option("demo")
+        await page.get_by_label("Name", exact=True).fill("up")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("dialog .field [role=alert]")).to_contain_text("there is up already")
+        await page.get_by_label("Name", exact=True).fill("down")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("#status")).to_contain_text("Provider down is saved")
+        await tab(page, "models")
+        await page.click("text=Add a model")
+        await page.get_by_label("Name", exact=True).fill("tiny")
+        await page.get_by_label("Upstream model").fill("other")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("dialog .field [role=alert]")).to_contain_text("there is tiny already")
+        await page.click("dialog button:text-is('Close')")
+    assert (tmp_path / "config.toml").read_text().startswith(text)
