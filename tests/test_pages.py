@@ -641,4 +641,37 @@ async def test_what_is_added_takes_no_other_ones_place(
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("dialog .field [role=alert]")).to_contain_text("there is tiny already")
         await page.click("dialog button:text-is('Close')")
-    assert (tmp_path / "config.toml").read_text().startswith(text)
+    now, before = tomllib.loads((tmp_path / "config.toml").read_text()), tomllib.loads(text)
+    assert now["providers"][0] == before["providers"][0] and now["models"] == before["models"]
+
+
+@needs_browser
+async def test_what_is_no_number_is_not_taken_for_an_empty_box(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy:
+        proxy.state.store.add_user("ann", 0, {"day_microusd": 5_000_000}, "")
+        async with opened(browser, admin_url(proxy)) as page:
+            await tab(page, "users")
+            await page.get_by_label("Open ann").click()
+            await no_number(page, page.get_by_label("Budget a day"), "Save budgets")
+            await expect(page.locator("dialog")).to_contain_text("Budget a day, dollars: must be a number")
+            await page.get_by_label("Budget a day").fill("6.5")
+            await page.click("dialog button:text-is('Save budgets')")
+            await expect(page.locator("main")).to_contain_text("$6.50 a day")
+            await page.click("text=Add a user")
+            await page.get_by_label("Name", exact=True).fill("bob")
+            await no_number(page, page.get_by_label("Credit, dollars"), "Add")
+            await page.click("dialog button:text-is('Close')")
+            await tab(page, "models")
+            await page.get_by_label("Edit tiny").click()
+            price = page.locator("dialog h3:text-is('Facts') + div").get_by_label("Output", exact=True)
+            await no_number(page, price, "Save")
+    assert "output = 15.0" in (tmp_path / "config.toml").read_text()
+
+
+async def no_number(page: Page, box: Any, save: str) -> None:
+    await box.fill("")
+    await box.press_sequentially("1e")
+    await page.click(f"dialog button:text-is('{save}')")
+    await expect(page.locator("dialog [role=alert]", has_text="must be a number")).to_be_visible()
