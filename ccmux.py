@@ -11654,6 +11654,11 @@ function selectBox(options, value) {
   node.value = value ?? options[0]?.[0] ?? "";
   return node;
 }
+/* What a number box says, undefined where it is empty. Browsers give what is no number as "" too. */
+function numberIn(input, name = input.labels[0].textContent) {
+  if (input.validity.badInput) throw new Failure(400, `${name}: must be a number`);
+  return input.value === "" ? undefined : Number(input.value);
+}
 const PRICES = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"],
   ["cache_write", "Cache write"], ["cache_write_1h", "1 h write"]];
 
@@ -11671,11 +11676,7 @@ const CONTROLS = {
   },
   number(field, value) {
     const input = numberBox(value ?? field.default);
-    const get = () => {
-      if (input.validity.badInput) throw new Failure(400, `${field.name}: must be a number`);
-      return input.value === "" ? undefined : Number(input.value);
-    };
-    return { input, get };
+    return { input, get: () => numberIn(input, field.name) };
   },
   bool(field, value) {
     if (field.maybe) {
@@ -11715,7 +11716,8 @@ const CONTROLS = {
     const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
       el("div", { class: "prices" },
       boxes.map((box, n) => labelled(PRICES[n][1], box))), el("span", { class: "help" }, field.help));
-    const pairs = () => boxes.flatMap((b, n) => (b.value === "" ? [] : [[PRICES[n][0], Number(b.value)]]));
+    const pairs = () => boxes.map((b, n) => [PRICES[n][0], numberIn(b, field.name)])
+      .filter(([, dollars]) => dollars !== undefined);
     const others = Object.entries(given).filter(([name]) => !PRICES.some(([kind]) => kind === name)); /* tiers */
     return { node, get: () => (pairs().length ? Object.fromEntries([...others, ...pairs()]) : undefined) };
   },
@@ -12288,7 +12290,10 @@ async function explainCard() {
 }
 
 /* Users */
-const dollarsIn = (input) => (input.value === "" ? null : Math.round(Number(input.value) * 1e6));
+function dollarsIn(input) {
+  const dollars = numberIn(input);
+  return dollars === undefined ? null : Math.round(dollars * 1e6);
+}
 const PERIODS = ["day", "week", "month"];
 function budgetBoxes(budgets) {
   const shown = (n) => (n === null || n === undefined ? "" : n / 1e6);
@@ -12311,8 +12316,8 @@ async function usersView() {
 function addUserDialog() {
   const name = textBox(""), credit = numberBox("", { min: 0 }), note = textBox(""), budgets = budgetBoxes({});
   const save = async () => {
-    const user = { name: name.value.trim(), budgets: budgets.read(), note: note.value };
-    if (credit.value !== "") user.credit_microusd = dollarsIn(credit);
+    const user = { name: name.value.trim(), budgets: budgets.read(), note: note.value,
+      credit_microusd: dollarsIn(credit) };
     const told = await ask(`${ROOT}/users`, "POST", user);
     close();
     await saved(`User ${told.name} is made.`);
