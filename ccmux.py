@@ -12505,9 +12505,10 @@ async function configView() {
     await ask(`${ROOT}/config`, "PUT", { text: text.value, hash: config.hash });
     await saved("The config is saved and in use.");
   };
+  const read = { hash: S.config_hash };
   return [S.config_error && card("The file is broken; the config before it is in use", null,
     el("pre", {}, S.config_error)),
-    settingsCard("credits", "Credits"), settingsCard("server", "Server"),
+    settingsCard("credits", "Credits", read), settingsCard("server", "Server", read),
     card("The whole file", el("span", { class: "muted" }, S.path || "not written yet"),
       formOf(labelled("config.toml", text,
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
@@ -12530,10 +12531,11 @@ async function backupDialog(name, hash) {
     formOf(el("p", { class: "muted" }, "The config as it is now becomes the newest backup."), restore,
       { label: "Restore", keeps: false }));
 }
-function settingsCard(root, title) {
-  const hash = S.config_hash, made = controls(S.fields[root], S.config[root] || {});
+/* Both tables were read as of read.hash, and a save of one leaves the other as it was read. */
+function settingsCard(root, title, read) {
+  const made = controls(S.fields[root], S.config[root] || {});
   const save = async () => {
-    await ask(`${ROOT}/${root}`, "PUT", { hash, table: made.read() });
+    read.hash = (await ask(`${ROOT}/${root}`, "PUT", { hash: read.hash, table: made.read() })).hash;
     await saved(`${title}: saved.`);
   };
   const note = root === "server" && el("p", { class: "muted" },

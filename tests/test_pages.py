@@ -675,3 +675,20 @@ async def no_number(page: Page, box: Any, save: str) -> None:
     await box.press_sequentially("1e")
     await page.click(f"dialog button:text-is('{save}')")
     await expect(page.locator("dialog [role=alert]", has_text="must be a number")).to_be_visible()
+
+
+@needs_browser
+async def test_one_settings_save_leaves_the_other_form_good(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "config")
+        for label in ("Markup percent", "Body timeout"):
+            await page.get_by_label(label).fill("77")
+        for name in ("Credits", "Server"):
+            form = page.locator("section.card", has=page.locator(f"h2:text-is('{name}')"))
+            await form.locator("button:text-is('Save')").click()
+            await expect(page.locator("#status")).to_contain_text(f"{name}: saved")
+        written = tomllib.loads((tmp_path / "config.toml").read_text())
+        assert written["credits"] == {"markup_percent": 77}
+        assert written["server"]["body_timeout"] == 77
