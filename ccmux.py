@@ -11667,7 +11667,8 @@ const AS_IT_IS = "as the preset or format has it";
 const CONTROLS = {
   text(field, value) {
     const input = textBox(value ?? field.default, { list: field.list });
-    return { input, get: () => input.value.trim() };
+    const isPattern = /pattern|regex/.test(field.name); /* where a space at an end counts */
+    return { input, get: () => (isPattern ? input.value : input.value.trim()) };
   },
   choice(field, value) {
     const input = selectBox([...(field.default ? [] : [["", field.maybe ? AS_IT_IS : "–"]]), ...field.choices.map((c) => [c])],

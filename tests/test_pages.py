@@ -692,3 +692,19 @@ async def test_one_settings_save_leaves_the_other_form_good(
         written = tomllib.loads((tmp_path / "config.toml").read_text())
         assert written["credits"] == {"markup_percent": 77}
         assert written["server"]["body_timeout"] == 77
+
+
+@needs_browser
+async def test_a_patterns_space_at_its_end_stays(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    rule = '[[router.rules]]\npattern = "^ultra "\nmodel = "tiny"\n'
+    async with (
+        in_process(tmp_path, config_of(provider, extra=rule)) as proxy,
+        opened(browser, admin_url(proxy)) as page,
+    ):
+        await tab(page, "router")
+        await page.get_by_label("Background", exact=True).fill("tiny")
+        await page.click("form button:text-is('Save') >> nth=0")
+        await expect(page.locator("#status")).to_contain_text("saved")
+    assert rule in (tmp_path / "config.toml").read_text()
