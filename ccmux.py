@@ -11965,7 +11965,7 @@ async function overview() {
   const draw = async () => {
     const [before, today, { users }] = await Promise.all([past, ask(`${ROOT}/report?by=provider&since=${since}`),
       (S.config.credits || {}).enforce ? ask(`${ROOT}/users`) : { users: [] }]);
-    const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled);
+    const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled && !isFree(user));
     const of = (name) => [sum(today.report, name), sum([...before.report, ...today.report], name)];
     const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
     redraw(top, problemCard(broke), el("div", { class: "tiles" },

@@ -352,8 +352,10 @@ async def test_adding_a_user_shows_the_key_once_and_who_has_no_credit(
     text = "[credits]\nenforce = true\n"
     async with in_process(tmp_path, text) as proxy:
         proxy.state.store.add_user("bob", 0, {}, "")
+        proxy.state.store.local_user()  # never refused for lack of credit
         async with opened(browser, admin_url(proxy)) as page:
             await expect(page.locator(".problems")).to_contain_text("bob has no credit left")
+            await expect(page.locator(".problems")).not_to_contain_text("local")
             await tab(page, "users")
             await page.click("text=Add a user")
             await page.get_by_label("Name", exact=True).fill("not a name")
