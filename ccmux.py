@@ -11960,9 +11960,12 @@ function healthCard() {
 }
 async function overview() {
   const top = el("div", {}), log = el("div", { class: "log" });
-  const since = new Date().toISOString().slice(0, 10);
-  const past = ask(`${ROOT}/report?by=provider&until=${since}`); /* once: a long log takes its time */
+  let since = "", past = null;
   const draw = async () => {
+    const day = new Date().toISOString().slice(0, 10);
+    if (since !== day) past = ask(`${ROOT}/report?by=provider&until=${day}`); /* once a day: a long log takes its time */
+    since = day;
+    past.catch(() => { since = ""; });
     const [before, today, { users }] = await Promise.all([past, ask(`${ROOT}/report?by=provider&since=${since}`),
       (S.config.credits || {}).enforce ? ask(`${ROOT}/users`) : { users: [] }]);
     const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled && !isFree(user));

@@ -8,6 +8,7 @@ import os
 import re
 import tomllib
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -710,3 +711,19 @@ async def test_a_patterns_space_at_its_end_stays(
         await page.click("form button:text-is('Save') >> nth=0")
         await expect(page.locator("#status")).to_contain_text("saved")
     assert rule in (tmp_path / "config.toml").read_text()
+
+
+@needs_browser
+async def test_an_overview_left_open_over_midnight_begins_a_new_day(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, "about:blank") as page:
+        assert await ask(proxy, "tiny") == 200
+        await proxy.idle()
+        await page.clock.install()
+        await page.goto(admin_url(proxy))
+        today = page.locator(".tiles .card", has_text="Requests today")
+        await expect(today).to_contain_text("Requests today11 in all")
+        await page.clock.set_system_time(datetime.now(UTC) + timedelta(days=1))
+        await page.clock.run_for(6_000)
+        await expect(today).to_contain_text("Requests today01 in all")
