@@ -11843,7 +11843,7 @@ function sequence(rows, make, addLabel, fresh) {
 }
 
 /* Admin: one view a tab. S is the server's last state; a form keeps the hash it was opened with. */
-let S = null, stopView = () => {}, shownTab = "";
+let S = null, stopView = () => {}, shownTab = "", visit = 0;
 const ROOT = "/admin/api";
 const path = (...parts) => [ROOT, ...parts.map(encodeURIComponent)].join("/");
 const TABS = [["overview", "Overview", overview], ["providers", "Providers", providersView],
@@ -11876,6 +11876,8 @@ async function showTab(isFresh = false) {
   stopView();
   stopView = () => {};
   shownTab = key;
+  /* What a view began must end with it, also where it is left before it is drawn. */
+  const mine = ++visit, whenLeft = (stop) => { if (mine === visit) stopView = stop; else stop(); };
   if (!$("tabs").children.length) fill($("tabs"), TABS.map(([name, label]) => el("a", { href: `#${name}` }, label)));
   for (const link of $("tabs").children) {
     if (link.hash === `#${key}`) link.setAttribute("aria-current", "page");
@@ -11883,9 +11885,10 @@ async function showTab(isFresh = false) {
   }
   try {
     if (!isFresh) await reload();
-    const nodes = await view();
-    if (shownTab === key) refill($("main"), nodes);
+    const nodes = mine === visit && await view(whenLeft);
+    if (mine === visit) refill($("main"), nodes);
   } catch (error) {
+    if (mine !== visit) return;
     if (error.status === 401) admin();
     else refill($("main"), card("That did not work", button("Try again", () => showTab()),
       el("p", {}, error.message)));
@@ -11958,7 +11961,7 @@ function healthCard() {
     ["Average", ([, h]) => (h.latency_ms === null ? "–" : seconds(h.latency_ms)), "num"]], rows,
   "No providers yet. Add one under Providers: with a preset, a key is enough."));
 }
-async function overview() {
+async function overview(whenLeft) {
   const top = el("div", {}), log = el("div", { class: "log" });
   let since = "", past = null;
   const draw = async () => {
@@ -11980,7 +11983,7 @@ async function overview() {
   await draw();
   const live = await liveLog(log);
   const stopPoll = poll(async () => { await reload(); await draw(); }, 5000);
-  stopView = () => { stopPoll(); live.stop(); };
+  whenLeft(() => { stopPoll(); live.stop(); });
   return [top, card("Requests", live.tools, log)];
 }
 const duration = (s) => (s < 3600 ? `${Math.floor(s / 60)} min` : s < 172800 ? `${(s / 3600).toFixed(1)} h`
@@ -12411,7 +12414,7 @@ async function billingView() {
 }
 
 /* Try */
-function tryView() {
+function tryView(whenLeft) {
   const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }), limit = numberBox(512, { min: 1 });
   const prompt = el("textarea", { rows: 4, value: "Say hello in one sentence." });
   const output = el("pre", { tabindex: 0, "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
@@ -12447,7 +12450,7 @@ function tryView() {
       refill(end, el("p", {}, "Stopped."));
     }
   };
-  stopView = () => { if (running) running.abort(); };
+  whenLeft(() => { if (running) running.abort(); });
   const form = formOf([namesList(), el("div", { class: "row" }, labelled("Model asked for", model),
     labelled("Most output tokens", limit)),
     labelled("Prompt", prompt)], send, { label: "Send", keeps: false,
@@ -12458,7 +12461,7 @@ function tryView() {
 }
 
 /* Inspect */
-async function inspectView() {
+async function inspectView(whenLeft) {
   const list = el("div", {}), detail = el("div", {}), state = el("div", { class: "row" });
   const put = (minutes) => ask(`${ROOT}/inspect`, "PUT", { minutes }).then(draw).catch(tellError);
   const pretty = (value) => {
@@ -12495,7 +12498,7 @@ async function inspectView() {
     draw(told);
   };
   await refresh();
-  stopView = poll(refresh, 3000);
+  whenLeft(poll(refresh, 3000));
   return [card("Inspect", state,
     el("p", { class: "muted" }, "Keeps the last 20 requests whole, in memory only: what the client sent, ",
     "what went upstream, the raw answer and the events made of it. Keys are never in it."), list), detail];

@@ -727,3 +727,33 @@ async def test_an_overview_left_open_over_midnight_begins_a_new_day(
         await page.clock.set_system_time(datetime.now(UTC) + timedelta(days=1))
         await page.clock.run_for(6_000)
         await expect(today).to_contain_text("Requests today01 in all")
+
+
+@needs_browser
+async def test_a_view_that_is_left_early_leaves_nothing_behind(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await page.wait_for_selector(".log")
+        held: list[Any] = []
+
+        async def hold(route: Any) -> None:
+            held.append(route)
+
+        await page.route("**/report?*", hold)
+        await page.route("**/users", hold)
+        await tab(page, "models")
+        for name in ("overview", "users", "router"):
+            async with page.expect_request("**/admin/api/state"):
+                await page.click(f'nav a[href="#{name}"]')
+            if name != "router":
+                count = 2 if name == "overview" else 3
+                while len(held) < count:
+                    await page.wait_for_timeout(10)
+        await page.get_by_label("Background", exact=True).fill("typed")
+        for route in held[:2]:
+            await route.continue_()
+        await held[2].fulfill(status=500, json={})
+        await page.wait_for_timeout(500)
+        await expect(page.get_by_label("Background", exact=True)).to_have_value("typed")
+        assert not proxy.state.listeners
