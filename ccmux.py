@@ -11423,7 +11423,8 @@ async function signedIn(load, label, help) {
     return await load();
   } catch (error) {
     if (![401, 403, 429].includes(error.status)) {
-      refill($("main"), card("ccmux did not answer", button("Try again", start), el("p", {}, error.message)));
+      if (document.querySelector(".tiles")) tellError(error); /* what is shown stays, and is asked for again */
+      else refill($("main"), card("ccmux did not answer", button("Try again", start), el("p", {}, error.message)));
       return null;
     }
     signIn(label, help, sessionStorage.getItem(SECRET) ? error.message : "");

@@ -757,3 +757,22 @@ async def test_a_view_that_is_left_early_leaves_nothing_behind(
         await page.wait_for_timeout(500)
         await expect(page.get_by_label("Background", exact=True)).to_have_value("typed")
         assert not proxy.state.listeners
+
+
+@needs_browser
+async def test_a_dashboard_outlives_a_restart(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, "about:blank") as page:
+        await page.clock.install()
+        await page.goto(proxy.url)
+        await page.wait_for_selector("main .tiles")
+        await page.route("**/api/*", lambda route: route.abort())
+        await page.clock.run_for(31_000)
+        await expect(page.locator("#status")).to_contain_text("does not answer")
+        await expect(page.locator("main .tiles")).to_be_visible()
+        await page.unroute("**/api/*")
+        assert await ask(proxy, "tiny") == 200
+        await proxy.idle()
+        await page.clock.run_for(31_000)
+        await expect(page.locator(".tiles")).to_contain_text("Spent in all$0.0045")
