@@ -11525,6 +11525,12 @@ function openDialog(title, ...body) {
   node.addEventListener("cancel", (event) => { if (!mayLeave()) event.preventDefault(); });
   node.addEventListener("close", gone);
   const leave = button("Close", () => { if (mayLeave()) close(); });
+  /* Browsers let a page refuse `cancel` once, not to a second Escape. */
+  node.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.isComposing) return;
+    event.preventDefault();
+    leave.click();
+  });
   fill(node, el("div", { class: "head" }, el("h2", {}, title), leave), ...body);
   document.body.append(node);
   node.showModal();
@@ -12390,7 +12396,8 @@ async function billingView() {
   const query = () => new URLSearchParams({ by: by.value, since: since.value, until: until.value,
     as_if: other.value.trim() });
   const draw = async () => {
-    const { report } = await ask(`${ROOT}/report?${query()}`);
+    const asked = String(query()), { report } = await ask(`${ROOT}/report?${asked}`);
+    if (asked !== String(query())) return; /* the answer to what the form says now comes, too */
     const title = by.value[0].toUpperCase() + by.value.slice(1);
     const columns = [...usageColumns(title).slice(0, -1),
       ["Unpriced", (r) => whole(r.unpriced), "num"], ["Cost", (r) => usd(r.cost_microusd), "num"],

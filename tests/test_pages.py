@@ -776,3 +776,43 @@ async def test_a_dashboard_outlives_a_restart(
         await proxy.idle()
         await page.clock.run_for(31_000)
         await expect(page.locator(".tiles")).to_contain_text("Spent in all$0.0045")
+
+
+@needs_browser
+async def test_escape_never_closes_a_changed_form_unasked(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.get_by_label("Edit up").click()
+        asked = "window.confirm = () => { window.asked = (window.asked || 0) + 1; return false; }"
+        await page.evaluate(asked)
+        await page.get_by_label("Models", exact=True).fill("one, two")
+        for _ in range(4):
+            await page.keyboard.press("Escape")
+        await expect(page.get_by_label("Models", exact=True)).to_have_value("one, two")
+        assert await page.evaluate("window.asked") == 4
+        await page.evaluate("window.confirm = () => true")
+        await page.keyboard.press("Escape")
+        await expect(page.locator("dialog")).to_have_count(0)
+
+
+@needs_browser
+async def test_a_late_report_is_not_shown_as_another(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        assert await ask(proxy, "tiny") == 200
+        await proxy.idle()
+        await tab(page, "billing")
+        held: asyncio.Queue[Any] = asyncio.Queue()
+        await page.route("**/report?by=model*", held.put)
+        await page.get_by_label("By", exact=True).select_option("model")
+        late = await held.get()
+        await page.get_by_label("By", exact=True).select_option("provider")
+        await expect(page.locator("tbody")).to_contain_text("up")
+        async with page.expect_response("**/report?by=model*") as answered:
+            await late.continue_()
+        await (await answered.value).finished()
+        await page.wait_for_timeout(100)
+        await expect(page.locator("tbody")).to_contain_text("up")
