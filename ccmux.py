@@ -11746,9 +11746,10 @@ function headerControl(field, value) {
     placeholder: "Name: value, one a line" });
   const pair = (line) => {
     const [name, ...rest] = line.split(":"), text = rest.join(":").trim();
+    if (!rest.length) throw new Failure(400, `${field.name}: ${line.trim()} lacks a colon; write Name: value`);
     return [name.trim(), text === "[kept]" ? null : text];
   };
-  const get = () => Object.fromEntries(input.value.split("\n").filter((l) => l.includes(":")).map(pair));
+  const get = () => Object.fromEntries(input.value.split("\n").filter((l) => l.trim()).map(pair));
   return { input, wide: true, get: () => (value || input.value.trim() ? get() : undefined) };
 }
 const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ")

@@ -816,3 +816,20 @@ async def test_a_late_report_is_not_shown_as_another(
         await (await answered.value).finished()
         await page.wait_for_timeout(100)
         await expect(page.locator("tbody")).to_contain_text("up")
+
+
+@needs_browser
+async def test_a_header_line_without_a_colon_is_told(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.get_by_label("Edit up").click()
+        await page.click("text=More settings")
+        await page.get_by_label("Headers").fill("X-Title=mine")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("dialog .field [role=alert]")).to_contain_text("X-Title=mine lacks a colon")
+        await page.get_by_label("Headers").fill("X-Title: mine\n\n")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("#status")).to_contain_text("saved")
+    assert 'X-Title = "mine"' in (tmp_path / "config.toml").read_text()
