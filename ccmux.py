@@ -12140,7 +12140,13 @@ function testDialog(name) {
     refill(found, models.map((m) => el("option", { value: m })));
     refill(result, el("p", {}, count(models.length, "model")), el("pre", { tabindex: 0 }, models.join("\n")));
   };
-  const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
+  let busy = false;
+  const run = (work) => async () => {
+    if (busy) return; /* a double click: each costs */
+    busy = true;
+    await work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
+    busy = false;
+  };
   openDialog(`Test ${name}`, el("p", { class: "muted" },
     "Sends one tiny real request over the way all requests go."),
     labelled("Model", model, "empty: one that the config uses, or the preset's"), found,

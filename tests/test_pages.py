@@ -833,3 +833,16 @@ async def test_a_header_line_without_a_colon_is_told(
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("#status")).to_contain_text("saved")
     assert 'X-Title = "mine"' in (tmp_path / "config.toml").read_text()
+
+
+@needs_browser
+async def test_a_double_click_tests_a_provider_once(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.get_by_label("Test up").click()
+        for times in (1, 2):
+            await page.dblclick("dialog button:text-is('Test')")
+            await expect(page.locator("dialog")).to_contain_text("Hello from upstream.")
+            assert len(provider.asked) == times
