@@ -785,14 +785,15 @@ async def test_escape_never_closes_a_changed_form_unasked(
     async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
         await tab(page, "providers")
         await page.get_by_label("Edit up").click()
-        asked = "window.confirm = () => { window.asked = (window.asked || 0) + 1; return false; }"
-        await page.evaluate(asked)
+        await page.evaluate(
+            "window.asked = 0; window.confirm = () => { window.asked += 1; return false; }; 0"
+        )
         await page.get_by_label("Models", exact=True).fill("one, two")
         for _ in range(4):
             await page.keyboard.press("Escape")
         await expect(page.get_by_label("Models", exact=True)).to_have_value("one, two")
         assert await page.evaluate("window.asked") == 4
-        await page.evaluate("window.confirm = () => true")
+        await page.evaluate("window.confirm = () => true; 0")
         await page.keyboard.press("Escape")
         await expect(page.locator("dialog")).to_have_count(0)
 
