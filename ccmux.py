@@ -12000,6 +12000,7 @@ async function liveLog(place) {
   const newest = async () => (await ask(`${ROOT}/requests?limit=100`)).requests;
   let rows = await newest(), paused = false;
   const ended = new AbortController();
+  let stream = ended;
   const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
     type: "search" });
   const isWanted = (row) => JSON.stringify(row).toLowerCase().includes(filter.value.toLowerCase());
@@ -12010,10 +12011,13 @@ async function liveLog(place) {
     pause.textContent = paused ? "Go on" : "Pause";
     if (!paused) draw();
   });
+  /* A browser has six connections to a server, for all its tabs: a hidden page gives its own back. */
+  document.addEventListener("visibilitychange", () => { if (document.hidden) stream.abort(); }, { signal: ended.signal });
   const follow = async () => {
     while (!ended.signal.aborted) {
-      try {
-        const answer = await call(`${ROOT}/events`, "GET", undefined, ended.signal);
+      if (!document.hidden) try {
+        stream = new AbortController();
+        const answer = await call(`${ROOT}/events`, "GET", undefined, stream.signal);
         rows = await newest(); /* what ended before the stream began, or while it was broken */
         if (!paused) draw();
         for await (const [, data] of eventsOf(answer)) {
@@ -12028,7 +12032,7 @@ async function liveLog(place) {
   filter.addEventListener("input", draw);
   draw();
   follow();
-  return { tools: [filter, pause], stop: () => ended.abort() };
+  return { tools: [filter, pause], stop: () => { ended.abort(); stream.abort(); } };
 }
 
 /* Providers */

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from fakes import Answer, AnthropicFake, Tokens
-from proxy_harness import ADMIN_TOKEN, Proxy, in_process
+from proxy_harness import ADMIN_TOKEN, Proxy, in_process, until
 
 import ccmux
 
@@ -847,3 +847,20 @@ async def test_a_double_click_tests_a_provider_once(
             await page.dblclick("dialog button:text-is('Test')")
             await expect(page.locator("dialog")).to_contain_text("Hello from upstream.")
             assert len(provider.asked) == times
+
+
+@needs_browser
+async def test_a_hidden_page_holds_no_connection(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    hide = """(hidden) => { Object.defineProperty(document, "hidden", { get: () => hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange")); }"""
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await expect(page.locator(".log")).to_contain_text("No requests yet")
+        await until(lambda: bool(proxy.state.listeners), "the page listens")
+        await page.evaluate(hide, True)
+        await until(lambda: not proxy.state.listeners, "the stream was closed")
+        assert await ask(proxy, "tiny") == 200
+        await page.evaluate(hide, False)
+        await expect(page.locator(".log")).to_contain_text("up/tiny")
+        await until(lambda: bool(proxy.state.listeners), "the page listens again")
