@@ -11798,6 +11798,7 @@ function formOf(nodes, save, { label = "Save", extra = [], made = [], keeps = tr
       showFailure(failure, error, made);
     }
     send.disabled = false;
+    if (document.activeElement === document.body) send.focus(); /* what is disabled loses it */
   });
   return form;
 }

@@ -864,3 +864,15 @@ async def test_a_hidden_page_holds_no_connection(
         await page.evaluate(hide, False)
         await expect(page.locator(".log")).to_contain_text("up/tiny")
         await until(lambda: bool(proxy.state.listeners), "the page listens again")
+
+
+@needs_browser
+async def test_the_focus_stays_on_a_button_that_was_pressed(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "try")
+        await page.get_by_role("button", name="Send").focus()
+        await page.keyboard.press("Enter")
+        await expect(page.locator("main")).to_contain_text("first token after")
+        await expect(page.get_by_role("button", name="Send")).to_be_focused()
