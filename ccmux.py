@@ -12001,7 +12001,7 @@ async function liveLog(place) {
   const newest = async () => (await ask(`${ROOT}/requests?limit=100`)).requests;
   let rows = await newest(), paused = false;
   const ended = new AbortController();
-  let stream = ended;
+  let stream = new AbortController();
   const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
     type: "search" });
   const isWanted = (row) => JSON.stringify(row).toLowerCase().includes(filter.value.toLowerCase());
@@ -12364,20 +12364,33 @@ async function userDialog(user) {
     budgets = budgetBoxes(user.budgets);
   const key = crypto.randomUUID ? crypto.randomUUID() : String(Math.random());
   const after = async (words) => { close(); await saved(words); };
+  /* The dialog closes with a save, and with it the other form. */
+  const leaveOther = () => {
+    const isKept = isDirty() && !confirm("Leave without saving what you changed in the other form?");
+    if (isKept) throw new Failure(0, "Nothing is saved.");
+  };
   const credit = async () => {
     if (!Number(amount.value)) throw new Failure(400, "Give an amount of dollars; below zero takes back.");
+    leaveOther();
     await ask(`${place}/credit`, "POST", { amount_microusd: dollarsIn(amount), note: note.value, key });
     await after(`Credit of ${user.name} is changed.`);
   };
   const setBudgets = async () => {
+    leaveOther();
     await ask(place, "PATCH", { budgets: budgets.read() });
     await after(`Budgets of ${user.name} are saved.`);
   };
-  const toggle = () => ask(place, "PATCH",
-    { disabled: !user.disabled }).then(() => after(`${user.name} is changed.`)).catch(tellError);
+  const toggle = async () => {
+    try {
+      leaveOther();
+      await ask(place, "PATCH", { disabled: !user.disabled });
+      await after(`${user.name} is changed.`);
+    } catch (error) { tellError(error); }
+  };
   const rotate = async () => {
     if (!confirm(`Make a new key for ${user.name}? The old one stops working at once.`)) return;
     try {
+      leaveOther();
       const told = await ask(`${place}/key`, "POST");
       await after("The key is new.");
       keyDialog(user.name, told.key);

@@ -876,3 +876,29 @@ async def test_the_focus_stays_on_a_button_that_was_pressed(
         await page.keyboard.press("Enter")
         await expect(page.locator("main")).to_contain_text("first token after")
         await expect(page.get_by_role("button", name="Send")).to_be_focused()
+
+
+@needs_browser
+async def test_a_save_asks_before_the_dialogs_other_form_is_lost(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy:
+        proxy.state.store.add_user("ann", 0, {}, "")
+        async with opened(browser, admin_url(proxy)) as page:
+            await tab(page, "users")
+            await page.get_by_label("Open ann").click()
+            await page.get_by_label("Amount, dollars").fill("10")
+            await page.get_by_label("Budget a day").fill("3")
+            await page.evaluate("window.confirm = () => false; 0")
+            for name in ("Change credit", "Save budgets"):
+                await page.click(f"dialog button:text-is('{name}')")
+                form = page.locator("dialog form", has=page.get_by_role("button", name=name))
+                await expect(form.locator("[role=alert]")).to_contain_text("Nothing is saved")
+            await page.click("dialog button:text-is('Disable')")
+            await expect(page.locator("#status")).to_contain_text("Nothing is saved")
+            await expect(page.get_by_label("Amount, dollars")).to_have_value("10")
+            ann = proxy.state.store.known("ann")
+            assert (ann.balance, ann.day_budget, ann.disabled) == (0, None, False)
+            await page.evaluate("window.confirm = () => true; 0")
+            await page.click("dialog button:text-is('Change credit')")
+            await expect(page.locator("main")).to_contain_text("$10.00")
