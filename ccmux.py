@@ -13112,7 +13112,7 @@ def start_text(config: Config, port: int, token: str) -> str:
         f"ccmux {__version__} at {url}",
         f"  config     {config.path or what_was_found(config)}",
         f"  dashboard  {url}/",
-        f"  admin      {url}/admin#token={token}",
+        f"  admin      {url}/admin#token={urllib.parse.quote(token, safe='')}",
         "  Claude Code, in another terminal:",
         f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key}",
         "    claude",

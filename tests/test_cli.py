@@ -294,8 +294,8 @@ def test_ollama_that_answers_is_used_where_it_is(cli: Cli, monkeypatch: pytest.M
 
 def test_start_text_says_all(cli: Cli) -> None:
     config = ccmux.load_config('[server]\nhost = "0.0.0.0"\nrequire_key = true\n', {})
-    text = ccmux.start_text(config, 9, "tok")
-    assert "http://127.0.0.1:9/admin#token=tok" in text
+    text = ccmux.start_text(config, 9, "t%k")
+    assert "http://127.0.0.1:9/admin#token=t%25k" in text  # the page decodes it
     assert "export ANTHROPIC_BASE_URL=http://127.0.0.1:9 ANTHROPIC_AUTH_TOKEN=YOUR-CCMUX-KEY" in text
     assert "demo answers" in ccmux.start_text(ccmux.read_config(""), 9, "tok")
 
