@@ -11152,7 +11152,6 @@ td.act { position: sticky; right: 0; background: var(--card); text-align: right;
 td.act button + button { margin-left: 6px; }
 td.text { max-width: 26em; overflow-wrap: anywhere; min-width: 8em; }
 tbody tr:last-child td { border-bottom: 0; }
-.status { white-space: nowrap; }
 .status::before {
   content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px;
   background: var(--muted);

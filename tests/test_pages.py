@@ -277,8 +277,9 @@ async def tab_to(page: Page, words: str) -> None:
 async def test_360_pixels_wide_without_sideways_scrolling(
     browser: Browser, provider: AnthropicFake, tmp_path: Path
 ) -> None:
+    extra = f'[[providers]]\nname = "{"long_" * 12}"\ntype = "openrouter"\napi_key = "$NO_SUCH_KEY"\n'
     async with in_process(
-        tmp_path, config_of(provider, "a-model-with-a-rather-" + "long-" * 12 + "name")
+        tmp_path, config_of(provider, "a-model-with-a-rather-" + "long-" * 12 + "name", extra)
     ) as proxy:
         assert await ask(proxy, "a-model-with-a-rather-" + "long-" * 12 + "name") == 200
         await proxy.idle()
