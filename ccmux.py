@@ -11833,7 +11833,7 @@ function sequence(rows, make, addLabel, fresh) {
   };
   const add = (row) => {
     const item = make(row);
-    const remove = () => { items.splice(items.indexOf(item), 1); draw(); touched(); };
+    const remove = () => { items.splice(items.indexOf(item), 1); draw(); touched(); more.focus(); };
     item.node = el("div", { class: "item" }, item.node, el("div", { class: "row" },
       button("Up", () => move(item, -1), { class: "small", "data-up": true }),
       button("Down", () => move(item, 1), { class: "small", "data-down": true }),
@@ -11881,6 +11881,7 @@ async function showTab(isFresh = false) {
     history.replaceState(null, "", `#${shownTab}`);
     return;
   }
+  if (shownTab !== key) document.querySelectorAll("dialog").forEach((dialog) => dialog.close()); /* by Back */
   stopView();
   stopView = () => {};
   shownTab = key;

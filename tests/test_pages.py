@@ -903,3 +903,20 @@ async def test_a_save_asks_before_the_dialogs_other_form_is_lost(
             await page.evaluate("window.confirm = () => true; 0")
             await page.click("dialog button:text-is('Change credit')")
             await expect(page.locator("main")).to_contain_text("$10.00")
+
+
+@needs_browser
+async def test_a_removed_target_leaves_the_focus_near_and_back_closes_a_dialog(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await tab(page, "models")
+        await page.get_by_label("Edit tiny").click()
+        await page.get_by_role("button", name="Remove").focus()
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_role("button", name="Add a target")).to_be_focused()
+        await page.go_back()  # asked, and left
+        await expect(page.locator('nav a[href="#providers"]')).to_have_attribute("aria-current", "page")
+        await expect(page.locator("dialog")).to_have_count(0)
+        assert await page.locator("[role=status]").count() == 1
