@@ -12434,7 +12434,7 @@ async function billingView() {
         `${usd(sum(report, "cost_microusd"))}, charged ${usd(sum(report, "charge_microusd"))}.`));
   };
   const form = formOf([namesList(), el("div", { class: "fields" }, labelled("By", by),
-    labelled("From", since), labelled("Until", until, "that day not included"),
+    labelled("From", since), labelled("Until", until, "that day not included; days are UTC"),
     labelled("As if on model", other, "what the same tokens would have cost there"))], draw,
       { label: "Show", keeps: false,
     extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`,
