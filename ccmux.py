@@ -935,7 +935,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 @dataclass(frozen=True, slots=True)
 class Server:
     host: str = opt("127.0.0.1", "address to listen on; anything but loopback needs require_key = true")
-    port: int = opt(13456, "port to listen on", least=0)
+    port: int = opt(13456, "port to listen on", least=0, most=65535)
     log_level: str = opt("info", "how much is logged", choices=LOG_LEVELS)
     database: str = opt("ccmux.db", 'SQLite file, beside this one if relative; ":memory:" keeps nothing')
     admin_token: str = opt(
@@ -1165,8 +1165,9 @@ def parse_config(
     """
     try:
         tables = tomllib.loads(text, parse_float=Decimal)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path or 'config'}: not valid TOML: {error}") from None
+    except (ValueError, RecursionError, InvalidOperation) as error:
+        words = "a number is too large" if isinstance(error, InvalidOperation) else error
+        raise ConfigError(f"{path or 'config'}: not valid TOML: {words}") from None
     warnings: list[str] = []
     wanted = import_mux(tables, warnings)
     loader = Loader(env, warnings)
@@ -1346,7 +1347,7 @@ def known_names(name: str, known: Iterable[str]) -> str:
 def compile_regex(text: str, at: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"{at} is not a regular expression: {error}") from None
 
 
@@ -10601,7 +10602,7 @@ def config_tables(state: State) -> Json:
     """The file as parsed; ApiError 409 where it is broken, as a form cannot save into it."""
     try:
         return tomllib.loads(config_text(state)[0])
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         words = f"the config file is broken, mend it under Config first: {error}"
         raise ApiError(409, words) from None
 
@@ -10865,7 +10866,7 @@ def secret_marks(text: str) -> dict[str, str]:
     try:
         secret = set(literal_secrets(tomllib.loads(text)))
         found = {raw for raw, value in string_values(text) if value in secret}
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         # Where keys stand cannot be known in a broken file. Marks lose nothing, so any long word is one.
         found = {w for w in re.findall(r"[^\s\"',=\[\]{}]{8,}", text) if not re.fullmatch(r"[a-z_.:/#-]+", w)}
         found = {w for w in found if not w.startswith("$")}
@@ -10922,14 +10923,14 @@ async def put_config(request: web.Request) -> web.StreamResponse:
         if mark in text:
             after = after.replace(mark, secret)
             kept.add(secret)
-    with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):
+    with contextlib.suppress(ValueError, RecursionError):
         old = tomllib.loads(current)
         kept = {value for raw, value in string_values(current) if raw in kept}
     try:  # before anything else reads it: an error about a misplaced secret would quote it
         check_kept(state, old, tomllib.loads(after), kept)
     except ConfigError as error:
         raise ApiError(400, str(error)) from None
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         pass  # told below, with its place
     return web.json_response({"hash": store_text(state, after, body.get("hash"))})
 

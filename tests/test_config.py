@@ -82,6 +82,7 @@ TYPE_ERRORS = [
     ("[server]\nport = 80.5", "[server]: key 'port' must be a whole number"),
     ("[server]\nport = true", "[server]: key 'port' must be a whole number"),
     ("[server]\nport = -1", "[server]: key 'port' must be at least 0"),
+    ("[server]\nport = 70000", "[server]: key 'port' must be at most 65535"),
     ("[server]\nhost = 5", "[server]: key 'host' must be text in quotes"),
     ("[server]\nrequire_key = 1", "[server]: key 'require_key' must be true or false"),
     ("[server]\nrequire_key = 'true'", "[server]: key 'require_key' must be true or false"),
@@ -99,6 +100,8 @@ TYPE_ERRORS = [
     ("[[server]]\nport = 1", "[[server]]: must be a table"),
     ("[router]\nthink_on = ['plan', 'xhihg']", "[router]: key 'think_on' is 'xhihg': did you mean 'xhigh'?"),
     ("[router]\nauto_map_regex = '('", "[router]: key 'auto_map_regex' is not a regular expression"),
+    ("[router]\nauto_map_regex = 'a{99999999999}'", "is not a regular expression: the repetition number is too large"),
+    (f"[router]\nauto_map_regex = '{'(' * 3000}{')' * 3000}'", "is not a regular expression: maximum recursion depth"),
     ("[router]\nauto_map_regex = 3", "[router]: key 'auto_map_regex' must be text in quotes"),
     ("[router]\nlong_context_tokens = 0", "[router]: key 'long_context_tokens' must be at least 1"),
     ("[[router.rules]]\npattern = '['", "key 'pattern' is not a regular expression"),
@@ -165,6 +168,8 @@ TYPE_ERRORS = [
     (PROVIDER + PROVIDER, "[[providers]] 'p': the name is used twice"),
     (MODEL + MODEL, "[[models]] 'm': the name is used twice"),
     ("this is not TOML", "not valid TOML"),
+    (f"[server]\nport = {'1' * 5000}", "not valid TOML: Exceeds the limit"),
+    ("[credits]\nmarkup_percent = 1e99999999999999999999", "not valid TOML: a number is too large"),
     ("a = 1\na = 2", "not valid TOML"),
 ]  # fmt: skip
 
