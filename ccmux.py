@@ -2148,10 +2148,14 @@ def admin_token_of(config: Config) -> str:
     return token
 
 
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def check_binding(config: Config) -> None:
     """Off loopback only with keys for clients and a token for the admin page."""
     host = config.server.host
-    if host in ("localhost", "127.0.0.1", "::1") or host.startswith("127."):
+    if is_loopback(host):
         return
     if not config.server.require_key:
         raise ConfigError(
@@ -10629,9 +10633,20 @@ def store_text(state: State, text: str, given_hash: Any) -> str:
     return config.text_hash
 
 
+AT_START = ("host", "port", "database", "max_connections")  # keys of [server] that only a start can change
+
+
 def adopt_config(state: State, config: Config) -> None:
     """Swaps a config in; what only a start can change keeps its old value until then."""
-    state.config, state.config_error = config, ""
+    old = state.config
+    kept = {key: getattr(old.server, key) for key in AT_START}
+    if not is_loopback(old.server.host):  # where others still reach it
+        kept["require_key"] = old.server.require_key
+    levels = [as_object(c.tables.get("server")).get("log_level") for c in (old, config)]
+    if levels[0] != levels[1]:  # else --log-level holds on
+        logging.getLogger().setLevel(config.server.log_level.upper())
+    state.config = dataclasses.replace(config, server=dataclasses.replace(config.server, **kept))
+    state.config_error = ""
     if config.server.admin_token:
         state.admin_token = config.server.admin_token
 
@@ -13082,11 +13097,12 @@ def stamp_of(path: Path) -> tuple[int, int, int]:
 
 
 def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
-    """Reads the config file again. What only a start can change (address, database) is said to need one."""
+    """Reads the config file again. What only a start can change is said to need one."""
     old = state.config
     try:
         config = read_config(old.path)
         config = with_overrides(config, args) if args else config
+        check_binding(config)
     except ConfigError as error:
         state.config_error = str(error)
         log.error("config not reloaded: %s", error)
@@ -13094,10 +13110,8 @@ def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
     state.config_error = ""
     if config.text_hash == old.text_hash:
         return
-    state.config = config
-    if config.server.admin_token:
-        state.admin_token = config.server.admin_token
-    for key in ("host", "port", "database"):
+    adopt_config(state, config)
+    for key in AT_START:
         if getattr(config.server, key) != getattr(old.server, key):
             log.warning("[server] %s has changed; it takes effect at the next start", key)
     for warning in config.warnings:

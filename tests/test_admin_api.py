@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import sqlite3
 import tomllib
 from collections.abc import AsyncIterator
@@ -315,6 +316,41 @@ async def test_wrong_tables_change_nothing(path: str, table: Any, words: str, tm
         assert (status, body["error"]["type"]) == (400, "invalid_request_error")
         assert words in body["error"]["message"]
         assert admin.text == before
+
+
+OPEN = f'[server]\nhost = "0.0.0.0"\nadmin_token = "{ADMIN_TOKEN}"\n'
+DEMO = '[[providers]]\nname = "d"\ntype = "demo"\n'
+
+
+async def test_what_others_reach_needs_keys_until_the_next_start(tmp_path: Path) -> None:
+    async with admin_of(tmp_path, f"{OPEN}require_key = true\n{DEMO}") as (admin, _):
+        admin.file.write_text(OPEN + DEMO)
+        ccmux.reload_config(admin.state)
+        assert "require_key = true" in admin.state.config_error
+        assert (await admin.call("POST", "/v1/messages", message(), token="x"))[0] == 401
+        admin.file.write_text(DEMO)  # as for a start on loopback
+        ccmux.reload_config(admin.state)
+        assert (admin.state.config_error, admin.state.config.server.host) == ("", "0.0.0.0")
+        assert (await admin.call("POST", "/v1/messages", message(), token="x"))[0] == 401
+        await admin.put("/admin/api/server", {"require_key": False})
+        assert (await admin.call("POST", "/v1/messages", message(), token="x"))[0] == 401
+
+
+async def test_a_new_log_level_holds_at_once(tmp_path: Path) -> None:
+    root = logging.getLogger()
+    before = root.level
+    try:
+        async with admin_of(tmp_path, DEMO) as (admin, _):
+            await admin.put("/admin/api/server", {"log_level": "error"})
+            assert root.level == logging.ERROR
+            root.setLevel(logging.DEBUG)  # as --log-level does
+            await admin.put("/admin/api/credits", {"enforce": False})
+            assert root.level == logging.DEBUG
+            admin.file.write_text(admin.text.replace('"error"', '"warning"'))
+            ccmux.reload_config(admin.state)
+            assert root.level == logging.WARNING
+    finally:
+        root.setLevel(before)
 
 
 async def test_a_stale_save_is_a_conflict(tmp_path: Path) -> None:
