@@ -10604,9 +10604,10 @@ def config_text(state: State) -> tuple[str, Path]:
 
 def config_tables(state: State) -> Json:
     """The file as parsed; ApiError 409 where it is broken, as a form cannot save into it."""
+    text, path = config_text(state)
     try:
-        return tomllib.loads(config_text(state)[0])
-    except (ValueError, RecursionError) as error:
+        return load_config(text, os.environ, str(path)).tables
+    except ConfigError as error:
         words = f"the config file is broken, mend it under Config first: {error}"
         raise ApiError(409, words) from None
 
@@ -10890,25 +10891,23 @@ def secret_marks(text: str) -> dict[str, str]:
 
 def literal_secrets(tables: Json) -> Iterator[str]:
     """The secrets of parsed tables that are written out, not named by a variable."""
-    yield from filter(is_literal, [as_object(tables.get("server")).get("admin_token")])
-    for row in as_list(tables.get("providers")):
-        yield from filter(is_literal, row_secrets(row))
+    return filter(is_literal, secret_texts(tables))
 
 
-def row_secrets(row: Any) -> set[str]:
-    """The key and header texts of a provider's table, which may not be a checked one."""
-    keys = as_object(row).get("api_key")
-    texts = [
-        *(keys if isinstance(keys, list) else [keys]),
-        *as_object(as_object(row).get("headers")).values(),
-    ]
-    return {text for text in texts if isinstance(text, str)}
+def secret_texts(value: Any, is_secret: bool = False) -> Iterator[str]:
+    """The texts that `masked_table` masks, in tables that may not be checked ones."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from secret_texts(item, is_secret or key in (*SECRET_KEYS, "headers"))
+    elif isinstance(value, list):
+        for item in value:
+            yield from secret_texts(item, is_secret)
+    elif is_secret and isinstance(value, str):
+        yield value
 
 
-def is_literal(secret: Any) -> bool:
-    return (
-        isinstance(secret, str) and bool(secret) and not secret.startswith("$") and secret != "passthrough"  # noqa: S105
-    )
+def is_literal(secret: str) -> bool:
+    return bool(secret) and not secret.startswith("$") and secret != "passthrough"  # noqa: S105
 
 
 def string_values(text: str) -> Iterator[tuple[str, str]]:
@@ -10959,12 +10958,14 @@ def check_kept(state: State, old: Json, new: Json, kept: set[str]) -> None:
     tokens = [str(as_object(tables.get("server")).get("admin_token")) for tables in (old, new)]
     if tokens[0] != tokens[1] and tokens[1] in secret:
         raise ConfigError("[server]: key 'admin_token' may not be another's [kept-...] mark")
-    rows = {str(row.get("name")): row for row in map(as_object, as_list(old.get("providers")))}
+    # `[providers]` is a slip for `[[providers]]`, and one row.
+    given = old.get("providers")
+    rows = {str(row.get("name")): row for row in map(as_object, as_list(given) or [given])}
     for row in map(as_object, as_list(new.get("providers"))):
         name = str(row.get("name"))
         was = rows.get(name, {})
         moved = address_of(state, row, name) != address_of(state, was, name)
-        if (secret & row_secrets(row)) - (set() if moved else row_secrets(was)):
+        if secret.intersection(secret_texts(row)).difference([] if moved else secret_texts(was)):
             raise ConfigError(f"provider {name!r} has a new address: type its key again, or use $NAME")
 
 

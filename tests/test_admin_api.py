@@ -462,16 +462,24 @@ async def test_a_secret_is_not_shown_however_it_is_spelled(spelled: str, tmp_pat
         assert admin.text == text + "# more\n"
 
 
-async def test_a_broken_file_is_mended_from_the_page(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param('name = "p"', 'name = "p', id="no TOML"),
+        pytest.param('name = "p"', 'name = "p"\ncolour = "red"', id="an unknown key"),
+        pytest.param("[[providers]]", "[providers]", id="a table for a row"),
+    ],
+)
+async def test_a_broken_file_is_mended_from_the_page(old: str, new: str, tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         whole, stale = admin.text, await admin.hash()
-        admin.file.write_text(whole.replace('name = "p"', 'name = "p'))
+        admin.file.write_text(whole.replace(old, new))
         for path in ("router", "providers/p", "models/m"):
             status, body = await admin.call("PUT", f"/admin/api/{path}", {"table": {}, "hash": stale})
             assert (status, "mend it under Config" in body["error"]["message"]) == (409, True), path
         given = await admin.get("/admin/api/config")
-        assert "[kept-" in given["text"] and 'name = "p\n' in given["text"]
-        text = given["text"].replace('name = "p\n', 'name = "p"\n')
+        assert new in given["text"]
+        text = given["text"].replace(new, old)
         assert (await admin.call("PUT", "/admin/api/config", {"text": text, "hash": stale}))[0] == 409
         status, body = await admin.call("PUT", "/admin/api/config", {"text": text, "hash": given["hash"]})
         assert (status, admin.text) == (200, whole), body
