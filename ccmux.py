@@ -10476,7 +10476,7 @@ def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit:
 
 # The config, seen and edited.
 
-SECRET_KEYS = ("api_key", "admin_token")
+SECRET_KEYS = ("api_key", "admin_token")  # claude-code-mux has an api_key in [server]
 
 
 def masked(secret: Any) -> Any:
@@ -10768,9 +10768,8 @@ def put_single(root: str) -> Callable[[web.Request], Any]:
         state = require_admin(request)
         table, hash = await table_of(request)
         old = as_object(config_tables(state).get(root))
-        token = table.get("admin_token")
-        if "admin_token" in old and (token is None or is_mask(token)):
-            table["admin_token"] = old["admin_token"]
+        kept = {k: old[k] for k in SECRET_KEYS if k in old and (table.get(k) is None or is_mask(table[k]))}
+        table |= kept
         return await save_table(request, root, None, without_nulls(table), hash)
 
     return put

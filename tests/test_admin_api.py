@@ -353,6 +353,15 @@ async def test_a_new_log_level_holds_at_once(tmp_path: Path) -> None:
         root.setLevel(before)
 
 
+async def test_a_mux_servers_key_is_not_shown_and_stays(tmp_path: Path) -> None:
+    text = f'[server]\napi_key = "{SECRET}" # mux\n{DEMO}'
+    async with admin_of(tmp_path, text) as (admin, _):
+        assert "[kept-" in (await admin.get("/admin/api/config"))["text"]
+        server = (await admin.get("/admin/api/state"))["config"]["server"]
+        await admin.put("/admin/api/server", {**server, "drain_timeout": 5})  # as the page's settings do
+        assert admin.text == text.replace("# mux\n", "# mux\ndrain_timeout = 5\n")
+
+
 async def test_a_stale_save_is_a_conflict(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         first = await admin.hash()
