@@ -10703,16 +10703,18 @@ def kept_secrets(old: Json, new: Json) -> Json:
     kept: Json = {}
     if "api_key" in old and (new.get("api_key") is None or is_mask(new["api_key"])):
         kept["api_key"] = old["api_key"]
-    if "headers" in old and "headers" in new:
-        given = as_object(new["headers"])
-        headers = {k: old["headers"].get(k, "") if v is None or is_mask(v) else v for k, v in given.items()}
+    if "headers" in old:
+        before, given = old["headers"], new.get("headers")
+        items = as_object(before if given is None else given).items()
+        headers = {k: before.get(k, "") if v is None or is_mask(v) else v for k, v in items}
         if headers != given:
             kept["headers"] = headers
     return kept
 
 
 def is_mask(value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict) for v in value))
+    """Whether it is what state shows for a secret; a pool with a new key among its masks is none."""
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and all(map(is_mask, value)))
 
 
 def address_of(state: State, row: Json, name: str) -> str:

@@ -162,6 +162,30 @@ async def test_a_key_left_out_stays_but_never_goes_to_another_address(tmp_path: 
         assert admin.state.config.provider("p").api_key != (SECRET,)
 
 
+async def test_headers_left_out_stay_but_never_go_to_another_address(tmp_path: Path) -> None:
+    row = '[[providers]]\nname = "p"\ntype = "anthropic"\nheaders = { x-a = "canary-1", x-b = "canary-2" }\n'
+    async with admin_of(tmp_path, row) as (admin, _):
+        for given in ({}, {"headers": None}, {"headers": {"x-a": None, "x-b": {"set": True}}}):
+            await admin.put("/admin/api/providers/p", {"type": "anthropic", **given})
+            assert admin.text == row
+        await admin.put("/admin/api/providers/p", {"type": "anthropic", "headers": {"x-b": None}})
+        assert "canary-1" not in admin.text and "canary-2" in admin.text
+        await admin.put("/admin/api/providers/p", {"type": "anthropic", "base_url": "https://elsewhere.test"})
+        assert "canary" not in admin.text
+
+
+async def test_a_new_key_among_masks_is_no_silent_loss(tmp_path: Path) -> None:
+    row = '[[providers]]\nname = "p"\ntype = "anthropic"\napi_key = ["canary-1", "$KEY_2"]\n'
+    async with admin_of(tmp_path, row) as (admin, _):
+        masks = (await admin.get("/admin/api/state"))["config"]["providers"][0]["api_key"]
+        table = {"type": "anthropic", "api_key": masks}
+        await admin.put("/admin/api/providers/p", table)
+        body = {"table": {**table, "api_key": [*masks, "new"]}, "hash": await admin.hash()}
+        status, told = await admin.call("PUT", "/admin/api/providers/p", body)
+        assert (status, "item 1 must be text" in told["error"]["message"]) == (400, True)
+        assert admin.text == row
+
+
 async def test_an_empty_key_clears_it(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, fake):
         await admin.put(
