@@ -10485,7 +10485,7 @@ def masked(secret: Any) -> Any:
         return [masked(s) for s in secret]
     if not isinstance(secret, str) or not secret:
         return {"set": False, "last4": "", "reference": ""}
-    if secret.startswith("$") or secret == "passthrough":  # noqa: S105
+    if not is_literal(secret):
         return {"set": True, "last4": "", "reference": secret}
     return {"set": True, "last4": secret[-4:] if len(secret) >= 12 else "", "reference": ""}
 
@@ -10908,7 +10908,8 @@ def secret_texts(value: Any, is_secret: bool = False) -> Iterator[str]:
 
 
 def is_literal(secret: str) -> bool:
-    return bool(secret) and not secret.startswith("$") and secret != "passthrough"  # noqa: S105
+    """Whether a key is in the text itself, be it as the default of a variable."""
+    return not re.fullmatch(r"|passthrough|\$(?:[A-Za-z_]\w*|\{\w+(?::-)?\})", secret)
 
 
 def string_values(text: str) -> Iterator[tuple[str, str]]:

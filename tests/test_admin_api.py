@@ -483,13 +483,14 @@ async def test_a_kept_header_never_goes_to_another_address(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "spelled",
-    ['"sk\\u002dcanary-abcdefgh-1234"', "'sk-canary-abcdefgh-1234'", '["sk-canary-\\u0061bcdefgh-1234", "$OTHER"]', '"""sk-canary-abcdefgh-1234"""'],
+    ['"sk\\u002dcanary-abcdefgh-1234"', '"${NOT_SET:-sk-canary-abcdefgh-1234}"', "'sk-canary-abcdefgh-1234'", '["sk-canary-\\u0061bcdefgh-1234", "$OTHER"]', '"""sk-canary-abcdefgh-1234"""'],
 )  # fmt: skip
 async def test_a_secret_is_not_shown_however_it_is_spelled(spelled: str, tmp_path: Path) -> None:
     text = f'# it\'s "mine"\n[[providers]]\nname = "p"\ntype = "anthropic"\napi_key = {spelled} # "\n'
     async with admin_of(tmp_path, text) as (admin, _):
         given = await admin.get("/admin/api/config")
         assert "bcdefgh-1234" not in given["text"]
+        assert "bcdefgh-1234" not in json.dumps(await admin.get("/admin/api/state"))
         body = {"text": given["text"] + "# more\n", "hash": given["hash"]}
         assert (await admin.call("PUT", "/admin/api/config", body))[0] == 200
         assert admin.text == text + "# more\n"
