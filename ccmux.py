@@ -10881,7 +10881,10 @@ def without_secrets(text: str, marks: Mapping[str, str]) -> str:
 def secret_marks(text: str) -> dict[str, str]:
     """Each literal secret as a config text spells it, longest first, with the mark that stands for it."""
     try:
-        secret = set(literal_secrets(tomllib.loads(text)))
+        tables = tomllib.loads(text)
+        shown = [*texts_of(masked_table(tables))]
+        # A short one that stands in the open as well ("ollama", "none") is no secret, and marks would hide names.
+        secret = {s for s in literal_secrets(tables) if len(s) >= 12 or not any(s in t for t in shown)}
         found = {raw for raw, value in string_values(text) if value in secret}
     except (ValueError, RecursionError):
         # Where keys stand cannot be known in a broken file. Marks lose nothing, so any long word is one.
@@ -10935,8 +10938,8 @@ async def put_config(request: web.Request) -> web.StreamResponse:
     text = text_in(body, "text", 2**20)
     after, old, kept = text, state.config.tables, set()
     current = config_text(state)[0]
-    for secret, mark in secret_marks(current).items():
-        if mark in text:
+    for secret, mark in reversed(secret_marks(current).items()):  # a short one may be part of another's mark
+        if mark in after:
             after = after.replace(mark, secret)
             kept.add(secret)
     with contextlib.suppress(ValueError, RecursionError):

@@ -483,7 +483,8 @@ async def test_a_kept_header_never_goes_to_another_address(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "spelled",
-    ['"sk\\u002dcanary-abcdefgh-1234"', '"${NOT_SET:-sk-canary-abcdefgh-1234}"', "'sk-canary-abcdefgh-1234'", '["sk-canary-\\u0061bcdefgh-1234", "$OTHER"]', '"""sk-canary-abcdefgh-1234"""'],
+    ['"sk\\u002dcanary-abcdefgh-1234"', '"${NOT_SET:-sk-canary-abcdefgh-1234}"',
+     "'sk-canary-abcdefgh-1234'", '["sk-canary-\\u0061bcdefgh-1234", "$OTHER"]', '"""sk-canary-abcdefgh-1234"""'],
 )  # fmt: skip
 async def test_a_secret_is_not_shown_however_it_is_spelled(spelled: str, tmp_path: Path) -> None:
     text = f'# it\'s "mine"\n[[providers]]\nname = "p"\ntype = "anthropic"\napi_key = {spelled} # "\n'
@@ -494,6 +495,19 @@ async def test_a_secret_is_not_shown_however_it_is_spelled(spelled: str, tmp_pat
         body = {"text": given["text"] + "# more\n", "hash": given["hash"]}
         assert (await admin.call("PUT", "/admin/api/config", body))[0] == 200
         assert admin.text == text + "# more\n"
+
+
+async def test_a_short_key_hides_no_names_and_breaks_no_mark(tmp_path: Path) -> None:
+    [mark] = ccmux.secret_marks(f'[[providers]]\napi_key = "{SECRET}"').values()
+    rows = [("ollama", "ollama"), ("q", SECRET), ("r", mark[-3:-1])]
+    row = '[[providers]]\nname = "{}"\ntype = "anthropic"\napi_key = "{}" # ollama\n'
+    text = "".join(row.format(*names) for names in rows)
+    async with admin_of(tmp_path, text) as (admin, _):
+        given = await admin.get("/admin/api/config")
+        assert 'name = "ollama"' in given["text"] and "# ollama" in given["text"]
+        body = {"text": given["text"] + "# more\n", "hash": given["hash"]}
+        status, told = await admin.call("PUT", "/admin/api/config", body)
+        assert (status, admin.text) == (200, text + "# more\n"), told
 
 
 @pytest.mark.parametrize(
