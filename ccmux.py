@@ -2334,10 +2334,10 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
     trail: list[tuple[str, str]] = []
     for reason, step in ROUTE_STEPS:
         pick = step(asked)
-        trail.append((reason, pick.note or pick.model))
+        trail.append((reason, (pick.note or pick.model)[:200]))  # a name may be out of the prompt
         targets = resolve(config, pick.model) if pick.model else ()
         if pick.model and not targets:
-            trail[-1] = (reason, f"names {pick.model}, which nobody serves")
+            trail[-1] = (reason, f"names {pick.model[:100]}, which nobody serves")
         if targets:
             roomy = long_context_instead(asked, pick, targets, trail)
             return roomy or Route(pick.model, reason, tuple(trail), targets, pick.body)
@@ -2405,7 +2405,7 @@ def rule_step(asked: Asked) -> Pick:
             if words := search_words(rule.pattern, text):
                 name = fill_groups(rule.model, words.match)
                 changed = without_words(asked.body, index, words) if rule.strip else None
-                return Pick(name, f"rule {number} matches {words.match[0]!r}: {name}", changed)
+                return Pick(name, f"rule {number} matches: {name}", changed)
     return Pick(note="no rule matches")
 
 

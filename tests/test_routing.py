@@ -310,6 +310,13 @@ def test_a_rule_that_names_nothing_served_is_told_in_the_trail() -> None:
     )
 
 
+@pytest.mark.parametrize("model", ["small", "$1"])
+def test_the_trail_keeps_no_prompt(model: str) -> None:
+    rules = f"[[router.rules]]\npattern = '(?s)(.*)'\nmodel = '{model}'\n"
+    [(_, note), *_] = route(ask(messages=[says("my words " * 100)]), config=config(rules)).trail
+    assert len(note) < 150 and ("my words" in note) == (model == "$1")
+
+
 @pytest.mark.parametrize(
     ("text", "left"),
     [
