@@ -2471,7 +2471,7 @@ def without_words(body: Json, at: tuple[int, int], words: Words) -> Json:
     return {**body, "messages": messages}
 
 
-_SUBAGENT_TAG = re.compile(r"<CCM-SUBAGENT-MODEL>\s*(.*?)\s*</CCM-SUBAGENT-MODEL>", re.S)
+_SUBAGENT_TAG = re.compile(r"<CCM-SUBAGENT-MODEL>(.*?)</CCM-SUBAGENT-MODEL>", re.S)
 
 
 def tag_step(asked: Asked) -> Pick:
@@ -2483,7 +2483,8 @@ def tag_step(asked: Asked) -> Pick:
             blocks[index] = {**block, "text": _SUBAGENT_TAG.sub("", text)}
             kept = [b for b in blocks if b.get("text") != "" or b.get("type") != "text"]
             changed = {**asked.body, "system": kept if isinstance(system, list) else text_of(kept)}
-            return Pick(match[1], f"tag names {match[1]}", changed)
+            name = match[1].strip()
+            return Pick(name, f"tag names {name}", changed)
     return Pick(note="no <CCM-SUBAGENT-MODEL> tag in the system prompt")
 
 

@@ -360,6 +360,11 @@ def test_the_tag_is_taken_out(system: object, left: object) -> None:
     assert route(ask(system=system)).body == ask(system=left)
 
 
+def test_a_tag_that_never_ends_costs_no_time() -> None:
+    system = "<CCM-SUBAGENT-MODEL>" + " " * 100_000  # cubic where blanks match in three ways
+    assert route(ask(system=system)).reason == "default"
+
+
 def test_a_tag_that_names_nothing_served_is_passed_over() -> None:
     body = ask(system="<CCM-SUBAGENT-MODEL>nobody</CCM-SUBAGENT-MODEL>")
     found = route(body)
