@@ -2460,13 +2460,19 @@ def search_words(pattern: re.Pattern[str], text: str) -> Words | None:
 
 
 def without_words(body: Json, at: tuple[int, int], words: Words) -> Json:
-    """The request without the words a rule matched."""
+    """The request without the words a rule matched; as it is where they are all of a text.
+
+    Anthropic refuses an empty text block.
+    """
     number, index = at
     messages = list(messages_of(body))
     blocks = list(blocks_of(messages[number].get("content")))
     text = str(blocks[index]["text"])
     start, end = (words.offset + n for n in words.match.span())
-    blocks[index] = {**blocks[index], "text": text[:start] + text[end:].lstrip()}
+    rest = text[:start] + text[end:].lstrip()
+    if not rest.strip():
+        return body
+    blocks[index] = {**blocks[index], "text": rest}
     messages[number] = {**messages[number], "content": blocks}
     return {**body, "messages": messages}
 

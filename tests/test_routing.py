@@ -322,6 +322,7 @@ def test_the_trail_keeps_no_prompt(model: str) -> None:
     [
         pytest.param("use small: go on", "go on", id="the match and the space after it go"),
         pytest.param(REMIND + "use small: go", REMIND + "go", id="reminders stay"),
+        pytest.param("use small: ", "use small: ", id="a text that is nothing else stays"),
     ],
 )
 def test_strip_takes_the_matched_words_out(text: str, left: str) -> None:
