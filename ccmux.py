@@ -1785,21 +1785,20 @@ class TomlEditor:
         places = iter(kept)
         gone = [i for i in range(len(old)) if i not in kept]
         found = [edit for i in gone for edit in self.removal((*path, i))]
-        end = self.slot((*path, kept[0] if kept else len(old) - 1))[0 if kept else 1]
+        start, place = self.slot((*path, kept[0] if kept else len(old) - 1))[0 if kept else 1], -1
         for row, i in zip(new, source, strict=True):
             if i is None:
+                end = start if place < 0 else self.slot((*path, place))[1]
                 text = emit_rows(dotted(path), [row])
                 found.append((end, end, f"\n{text}" if len(path) == 1 else text))
                 continue
             place = next(places)
-            inside = self.edits((*path, i), old[i], row) or []
-            slot, end = self.slot((*path, i)), self.slot((*path, place))[1]
+            inside = [] if same_value(old[i], row) else self.edits((*path, i), old[i], row) or []
             if place == i:
                 found += inside
             elif self.is_whole((*path, i)) and self.is_whole((*path, place)):
-                found.append(
-                    (*self.slot((*path, place)), edited_part(self.text, slot, inside).rstrip("\n") + "\n")
-                )
+                part = edited_part(self.text, self.slot((*path, i)), inside).rstrip("\n") + "\n"
+                found.append((*self.slot((*path, place)), part))
             else:
                 return None
         return found
@@ -1838,8 +1837,13 @@ def matched(old: list[Any], new: list[Any]) -> list[int | None]:
     """Which old item each new one is: the most alike ones are paired first; None for one of which there was
     nothing.
     """
-    alike = [(likeness(a, b), -abs(i - j), i, j) for i, a in enumerate(old) for j, b in enumerate(new)]
-    source: list[int | None] = [None] * len(new)
+    # Those before and behind all changes pair by themselves: a thousand rows would take a million comparisons.
+    least = min(len(old), len(new))
+    head = next((n for n in range(least) if not same_value(old[n], new[n])), least)
+    tail = next((n for n in range(least - head) if not same_value(old[-1 - n], new[-1 - n])), least - head)
+    ours, theirs = range(head, len(old) - tail), range(head, len(new) - tail)
+    alike = [(likeness(old[i], new[j]), -abs(i - j), i, j) for i in ours for j in theirs]
+    source: list[int | None] = [*range(head), *[None] * len(theirs), *range(len(old) - tail, len(old))]
     for score, _, i, j in sorted(alike, key=lambda pair: pair[:2], reverse=True):
         if score and i not in source and source[j] is None:
             source[j] = i

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,20 @@ def test_rows_take_their_comments_along(
     whole = {"name": name, **table} if name else table
     assert edited(root, name, whole, text) == wanted
     assert edited(root, name, whole, text.replace("\n", "\r\n")) == wanted.replace("\n", "\r\n")
+
+
+@pytest.mark.parametrize("table", [None, {"name": "m500", "context": 5}], ids=["gone", "changed"])
+def test_one_row_among_a_thousand_is_not_compared_with_all(table: Any) -> None:
+    text = "".join(f"[[models]]\nname = 'm{n}'\nx = 1 # {n}\n" for n in range(1000))
+    called: list[str] = []
+    sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        after = edit_toml(text, "models", "m500", table)
+    finally:
+        sys.setprofile(None)
+    assert called.count("likeness") <= 1 and called.count("slot") <= 2
+    row = "name = 'm500'\ncontext = 5\n" if table else ""
+    assert after == text.replace("[[models]]\nname = 'm500'\nx = 1 # 500\n", f"[[models]]\n{row}" * bool(row))
 
 
 @pytest.mark.parametrize(
