@@ -2103,11 +2103,16 @@ def backup_paths(path: Path) -> list[Path]:
 
 
 def keep_backups(path: Path, text: str) -> None:
-    places = backup_paths(path)
-    for older, newer in zip(reversed(places), reversed(places[:-1]), strict=False):
-        if newer.exists():
-            os.replace(newer, older)
-    write_private(places[0], text)
+    """Makes the text the newest backup; OSError, with the old ones as they were, where the disk is full."""
+    places, part = backup_paths(path), path.with_name(f".{path.name}.{os.getpid()}.bak.part")
+    try:
+        write_private(part, text)
+        for older, newer in zip(reversed(places), reversed(places[:-1]), strict=False):
+            if newer.exists():
+                os.replace(newer, older)
+        os.replace(part, places[0])
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # Files beside the config.

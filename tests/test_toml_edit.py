@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -519,6 +520,22 @@ def test_saving_keeps_three_backups_and_the_mode(tmp_path: Path) -> None:
         "config.toml.bak3": "x = 1\n",
     }
     assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {0o600}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
+def test_a_backup_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    for number in range(4):
+        save_config(path, f"x = {number}\n", ccmux.hash_text(path.read_text()) if path.exists() else "")
+    path.write_text("# " + "x" * 5000)  # larger than what the limit lets a backup be, unlike the new text
+    before = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); import ccmux, pathlib; "
+    code += f"p = pathlib.Path({str(path)!r}); ccmux.save_config(p, 'x = 5', ccmux.hash_text(p.read_text()))"
+    run = [sys.executable, "-B", "-c", code]
+    ended = subprocess.run(run, cwd=Path(ccmux.__file__).parent, capture_output=True, text=True)
+    assert "File too large" in ended.stderr
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == before
 
 
 def test_a_file_changed_on_disk_is_never_overwritten(tmp_path: Path) -> None:
