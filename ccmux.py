@@ -141,7 +141,7 @@ def database_of(config: Path | None) -> str:
 
     if config is None:
         return str(ccmux_home() / "ccmux.db")
-    name = tomllib.loads(config.read_text("utf-8")).get("server", {}).get("database", "ccmux.db")
+    name = tomllib.loads(config.read_text("utf-8-sig")).get("server", {}).get("database", "ccmux.db")
     return str(config.resolve().parent / Path(name).expanduser())
 
 
@@ -2054,6 +2054,11 @@ def emit_text(text: str) -> str:
     return readable(text).replace("\x7f", "\\u007f")
 
 
+def toml_text(path: Path) -> str:
+    """A config file's text, without the byte order mark that Windows puts before it; OSError, UnicodeDecodeError."""
+    return path.read_bytes().decode("utf-8-sig")
+
+
 class StaleError(ConfigError):
     """The file has changed since it was read: saving would lose that change."""
 
@@ -2064,7 +2069,7 @@ def save_config(path: Path, text: str, expected_hash: str) -> None:
     Mode 0600; a symlink stays one; what is on disk is read back before it takes the old one's place.
     """
     path = Path(os.path.realpath(path))
-    current = path.read_bytes().decode("utf-8") if path.exists() else ""
+    current = toml_text(path) if path.exists() else ""
     if path.exists() and hash_text(current) != expected_hash:
         raise StaleError(f"{path.name} has changed on disk since this page was loaded; load it again")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -10611,7 +10616,7 @@ def config_text(state: State) -> tuple[str, Path]:
     if not state.config.path:
         return state.config.text, path
     try:
-        return path.read_bytes().decode("utf-8"), path
+        return toml_text(path), path
     except FileNotFoundError:
         return state.config.text, path
     except (OSError, UnicodeDecodeError) as error:
@@ -11018,7 +11023,7 @@ def backup_text(request: web.Request) -> str:
     _, path = config_text(require_admin(request))
     name = request.match_info["name"]
     try:
-        return next(p for p in backup_paths(path.resolve()) if p.name == name).read_bytes().decode("utf-8")
+        return toml_text(next(p for p in backup_paths(path.resolve()) if p.name == name))
     except (StopIteration, FileNotFoundError):
         raise ApiError(404, f"there is no backup {name[:100]!r}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -12776,7 +12781,7 @@ def read_config(given: str) -> Config:
     if path is None:
         return load_config(config_of_environment(os.environ, ollama_models()), os.environ)
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = toml_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:

@@ -386,6 +386,16 @@ async def test_a_mux_servers_key_is_not_shown_and_stays(tmp_path: Path) -> None:
         assert admin.text == text.replace("# mux\n", "# mux\ndrain_timeout = 5\n")
 
 
+async def test_a_file_with_a_byte_order_mark_is_a_config(tmp_path: Path) -> None:
+    async with admin_of(tmp_path, DEMO) as (admin, _):
+        admin.file.write_bytes(b"\xef\xbb\xbf" + DEMO.encode() + b"models = ['x']\n")  # PowerShell's Out-File
+        ccmux.reload_config(admin.state)
+        assert (admin.state.config_error, admin.state.config.providers[0].models) == ("", ("x",))
+        assert ccmux.database_of(admin.file) == str(tmp_path / "ccmux.db")
+        await admin.put("/admin/api/router", {"default": "d/y"})
+        assert "default" in admin.text and "[kept-" not in (await admin.get("/admin/api/config"))["text"]
+
+
 async def test_a_stale_save_is_a_conflict(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         first = await admin.hash()
