@@ -11054,7 +11054,7 @@ async def post_try(request: web.Request) -> web.StreamResponse:
     cost.
     """
     state = require_admin(request)
-    given = await body_of(request, ("body", "headers"))
+    given = await body_of(request, ("body",))
     body = {"max_tokens": 1024, **as_object(given.get("body")), "stream": True}
     call = await plan_call(request, state, body, b"")
     call.body = {**call.body, "stream": True}

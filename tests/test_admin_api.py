@@ -665,6 +665,7 @@ async def test_credit_given_twice_with_one_key_counts_once(tmp_path: Path) -> No
         ("PUT", "/admin/api/inspect", {"minutes": 16}, 400),
         ("POST", "/admin/api/explain", {"body": []}, 400),
         ("POST", "/admin/api/try", {"body": {"messages": []}}, 400),
+        ("POST", "/admin/api/try", {"body": message(), "headers": {"x-a": "not heeded"}}, 400),
         ("GET", "/admin/api/nothing", None, 404),
     ],
 )
