@@ -13109,6 +13109,9 @@ async def watch_config(state: State, args: argparse.Namespace) -> None:
     path, seen = state.config.path, stamp_of(Path(state.config.path))
     while True:
         await asyncio.sleep(0.5)
+        made = ccmux_home() / "config.toml"
+        if not state.config.path and made.exists():  # by `init`, since the start
+            state.config = dataclasses.replace(state.config, path=str(made))
         now = stamp_of(Path(state.config.path))
         if state.config.path and (now != seen or path != state.config.path):
             path, seen = state.config.path, now

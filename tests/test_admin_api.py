@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -394,6 +395,20 @@ async def test_a_file_with_a_byte_order_mark_is_a_config(tmp_path: Path) -> None
         assert ccmux.database_of(admin.file) == str(tmp_path / "ccmux.db")
         await admin.put("/admin/api/router", {"default": "d/y"})
         assert "default" in admin.text and "[kept-" not in (await admin.get("/admin/api/config"))["text"]
+
+
+async def test_a_config_made_after_the_start_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "home" / ".ccmux" / "config.toml"
+    made.parent.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    async with admin_of(tmp_path, DEMO) as (admin, _):
+        admin.state.config = ccmux.load_config(DEMO, {})  # as where no file was found
+        watcher = asyncio.create_task(ccmux.watch_config(admin.state, argparse.Namespace()))
+        made.write_text('[router]\ndefault = "d/x" # mine\n' + DEMO)  # as `init` does
+        await until(lambda: admin.state.config.router.default == "d/x", "the config is in use")
+        await admin.put("/admin/api/router", {"default": "d/y"})
+        assert made.read_text() == '[router]\ndefault = "d/y" # mine\n' + DEMO
+        watcher.cancel()
 
 
 async def test_a_stale_save_is_a_conflict(tmp_path: Path) -> None:
