@@ -7343,11 +7343,13 @@ class Store:
             raise ConfigError(
                 f"user name {name!r}: use 1 to 64 letters, digits or . _ @ - (and not {LOCAL_USER!r})"
             )
-        if self.user(name):
-            raise ConfigError(f"user {name!r} is there already")
         key = new_key()
 
         def run(db: sqlite3.Connection) -> None:
+            if db.execute(
+                "select 1 from users where name = ?", (name,)
+            ).fetchone():  # here, as two may ask at once
+                raise ConfigError(f"user {name!r} is there already")
             user = self.make_user(db, name, budgets or {}, note)
             db.execute("insert into keys values (?, ?)", (key_hash(key), user.id))
             if credit:

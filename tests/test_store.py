@@ -122,6 +122,15 @@ def test_a_taken_or_unknown_name_is_an_error_that_names_the_nearest() -> None:
     store.close()
 
 
+async def test_a_user_added_twice_at_once_is_added_once(tmp_path: Path) -> None:
+    """A double click on the admin page: one key, one first credit."""
+    async with server_store(tmp_path / "a.db") as store:
+        clicks = [asyncio.to_thread(store.add_user, "ann", 700) for _ in range(4)]
+        told = await asyncio.gather(*clicks, return_exceptions=True)
+        assert sum(isinstance(t, ccmux.ConfigError) for t in told) == 3
+        assert (store.known("ann").balance, len(ledger(tmp_path / "a.db"))) == (700, 1)
+
+
 def test_a_credit_with_a_key_is_entered_once() -> None:
     store = ccmux.Store(":memory:")
     store.add_user("ann")
