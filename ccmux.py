@@ -7031,8 +7031,8 @@ class Store:
                 self.write_settlement(self.db, done, "interrupted")
 
     @contextlib.contextmanager
-    def transaction(self, sync: bool = True) -> Iterator[None]:
-        with self.writing, transaction(self.db, sync, BUSY):
+    def transaction(self, sync: bool = True, patience: float | None = None) -> Iterator[None]:
+        with self.writing, transaction(self.db, sync, BUSY if patience is None else patience):
             self.unchecked += 1
             yield
 
@@ -7067,7 +7067,7 @@ class Store:
     def retry(self, kept: list[Write]) -> list[Write]:
         """Tries again what could not be written; the first that still cannot keeps those behind it waiting."""
         for at, write in enumerate(kept):
-            if self.write_each([write]):
+            if self.write_each([write], BUSY):
                 return kept[at:]
         return []
 
@@ -7094,8 +7094,10 @@ class Store:
             with self.transaction(sync=any(write.sync for write in batch)):
                 for write in batch:
                     self.attempt(write)
-        except Exception:  # whatever it is, the writer must live on
-            return self.write_each(batch)
+        except Exception as error:  # whatever it is, the writer must live on
+            return self.write_each(
+                batch, 0.0 if is_busy(error) else BUSY
+            )  # all have waited, and not in turn again
         tell(batch)
         return []
 
@@ -7108,12 +7110,12 @@ class Store:
                 raise  # never to be lost in silence: write_each tells
             write.error = error
 
-    def write_each(self, batch: list[Write]) -> list[Write]:
+    def write_each(self, batch: list[Write], patience: float) -> list[Write]:
         """Writes operations one by one; returns those that cannot be written now and must not be lost."""
         kept = []
         for write in batch:
             try:
-                with self.transaction(write.sync):
+                with self.transaction(write.sync, patience):
                     write.result, write.error = write.run(self.db), None
             except Exception as error:  # whatever it is, those behind it are written, and `error` is told
                 write.error = error
@@ -7589,9 +7591,15 @@ def patiently(run: Callable[[], object], seconds: float) -> None:
             run()
             return
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= end:
+            if not is_busy(error) or time.monotonic() >= end:
                 raise
         time.sleep(0.005)
+
+
+def is_busy(error: Exception) -> bool:
+    """Whether another process has the database."""
+    is_sqlite = isinstance(error, sqlite3.OperationalError)
+    return is_sqlite and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 class Waiter:

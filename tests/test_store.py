@@ -959,6 +959,24 @@ async def test_another_process_that_writes_holds_up_no_loop(tmp_path: Path) -> N
         other.close()
 
 
+async def test_for_a_process_that_keeps_the_database_many_wait_no_longer_than_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ccmux, "BUSY", 0.5)
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        other = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
+        other.execute("begin immediate")
+        began = time.monotonic()
+        told = await asyncio.gather(
+            *(place(store, user, f"r{n}", 1) for n in range(40)), return_exceptions=True
+        )
+        assert [t.status for t in told if isinstance(t, ccmux.ApiError)] == [529] * 40
+        assert time.monotonic() - began < 10  # in turn it would be 20
+        other.close()
+        await place(store, user, "r", 1)
+
+
 def test_a_new_file_that_another_process_has_just_now_is_opened(tmp_path: Path) -> None:
     """SQLite's own patience does not cover the switch to write-ahead logging."""
     other = sqlite3.connect(tmp_path / "a.db", isolation_level=None, check_same_thread=False)
