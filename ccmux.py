@@ -5824,26 +5824,32 @@ def price_of_columns(*columns: str) -> Price:
     return Price(Decimal(columns[0]), Decimal(columns[1]), read, write, write_1h)
 
 
+FREE = Price(Decimal(0), Decimal(0))
 _MODEL_SUFFIX = re.compile(r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|:[a-z]+$|\[1m\]$")
 
 
 @functools.lru_cache(4096)
 def facts_of(model: str) -> Facts:
-    """What the built-in table knows of a model: by its name, then without vendor prefix, date or tag."""
+    """What the built-in table knows of a model: by its name, then without vendor prefix, date or tag.
+
+    OpenRouter's `:free` variant of any model costs nothing.
+    """
     table, name = price_table(), model.lower()
+    found = Facts()
     for candidate in (name, name.rsplit("/", 1)[-1]):
         while candidate not in table and (shorter := _MODEL_SUFFIX.sub("", candidate)) != candidate:
             candidate = shorter
         if candidate in table:
-            return table[candidate]
-    return Facts()
+            found = table[candidate]
+            break
+    return dataclasses.replace(found, price=FREE) if name.endswith(":free") else found
 
 
 def price_of(config: Config, target: Target, model_name: str) -> Price | None:
     """A target's price: its own, else its model's, else the built-in one; None where nobody knows it."""
     provider, row = config.provider(target.provider), config.model(model_name)
     if provider and provider.format == "demo":
-        return Price(Decimal(0), Decimal(0))
+        return FREE
     configured = target.price or (row.price if row else None)
     return configured or facts_of(target.actual_model).price or facts_of(model_name).price
 
