@@ -2853,6 +2853,10 @@ def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
     """
     if not isinstance(usage, dict):
         return before
+    prompt = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    if before and usage.get("input_tokens") == 0 and not any(map(usage.get, prompt)):
+        # No prompt is empty: what message_start told is not told again (seen: github.com/envoyproxy/ai-gateway/pull/1631).
+        usage = {"output_tokens": usage.get("output_tokens")}
     known = before or Usage()
     counts = {
         k: token_number(usage.get(k)) for k in ("input_tokens", "output_tokens", "cache_read_input_tokens")
