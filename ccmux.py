@@ -2949,6 +2949,7 @@ class AnthropicTap:
         self.scrub_text = scrub_text
         self.usage: Usage | None = None
         self.usage_broken = False
+        self.output_told = False  # message_start's own figure is that of a beginning
         self.stop_reason = ""
         self.has_content = self.ended = False
         self.seen_event = False
@@ -3034,9 +3035,11 @@ class AnthropicTap:
         elif kind == "message_delta":
             self.has_content = True
             self.note_usage(event.get("usage"))
+            self.output_told |= as_object(event.get("usage")).get("output_tokens") is not None
             self.stop_reason = str(as_object(event.get("delta")).get("stop_reason") or "")
         elif kind == "message_stop":
             self.ended, self.ending = True, block
+            self.usage_broken |= not self.output_told
             return b""
         elif kind == "error":
             return self.fail(error_of_event(event), self.scrubbed(block))

@@ -356,8 +356,9 @@ def test_the_tap_knows_where_content_begins() -> None:
                       "cache_creation_input_tokens": 0}, Usage(9, 5, 4), False, id="no prompt told"),
         pytest.param({"output_tokens": 5, "input_tokens": 0, "cache_read_input_tokens": 13}, Usage(0, 5, 13),
                      False, id="all of it cached"),
-        pytest.param({"output_tokens": None, "input_tokens": 20}, Usage(20, 1, 4), False,
-                     id="null is ignored"),
+        pytest.param({"output_tokens": None, "input_tokens": 20}, Usage(20, 1, 4), True,
+                     id="no output told"),
+        pytest.param({"input_tokens": None, "output_tokens": 5}, Usage(9, 5, 4), False, id="null is ignored"),
         pytest.param({"output_tokens": 5, "cache_creation_input_tokens": 8}, Usage(9, 5, 4, 8), False,
                      id="writes"),
         pytest.param({"output_tokens": 5, "cache_creation_input_tokens": 8, "cache_creation":
