@@ -3910,6 +3910,9 @@ def openai_usage(usage: Any) -> Usage | None:
         or 0
     )
     rest = prompt - cached - written if cached <= prompt else prompt
+    thought = token_number(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens")) or 0
+    # xAI counts thinking apart, where OpenAI has it inside (docs.x.ai, "consumption and rate limits").
+    output += thought if usage.get("total_tokens") == prompt + output + thought else 0
     return Usage(input=max(rest, 0), output=output, cache_read=cached, cache_write=written)
 
 

@@ -316,6 +316,26 @@ def test_stop_reason(events: list[Any], stop: str) -> None:
             id="cache writes",
         ),
         pytest.param({"prompt_tokens": 0, "completion_tokens": 0}, Usage(), id="a reported 0 stands"),
+        pytest.param(
+            {
+                "prompt_tokens": 12,
+                "completion_tokens": 1,
+                "total_tokens": 399,
+                "completion_tokens_details": {"reasoning_tokens": 386},
+            },
+            Usage(input=12, output=387),
+            id="xAI's thinking beside the output",
+        ),
+        pytest.param(
+            {
+                "prompt_tokens": 12,
+                "completion_tokens": 387,
+                "total_tokens": 399,
+                "completion_tokens_details": {"reasoning_tokens": 386},
+            },
+            Usage(input=12, output=387),
+            id="OpenAI's thinking inside the output",
+        ),
         pytest.param({"prompt_tokens": -1, "completion_tokens": 7}, None, id="negative"),
         pytest.param({"prompt_tokens": 1.5, "completion_tokens": 7}, None, id="no integer"),
         pytest.param({"prompt_tokens": 10**8 + 1, "completion_tokens": 7}, None, id="absurd"),
