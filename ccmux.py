@@ -9755,7 +9755,7 @@ class Exchange:
         self.settled: asyncio.Future[None] | None = None
         self.done: Settlement | None = None
         self.began = time.monotonic()
-        self.answered = False
+        self.answered = 0  # the last try that an upstream began to answer
         self.floor_note: asyncio.TimerHandle | None = None
         call.on_answer = self.on_answer
 
@@ -9830,7 +9830,7 @@ class Exchange:
         if self.hold:
             target = self.call.target or self.call.route.targets[0]
             self.floor_note = asyncio.get_running_loop().call_later(NOTE_AFTER, self.note_floor, target)
-        self.answered = True
+        self.answered = self.call.tries
 
     def note_floor(self, target: Target) -> None:
         """The input's cost, with markup: what a request costs once its upstream has begun to answer."""
@@ -9876,7 +9876,8 @@ class Exchange:
         """
         call, reader = self.call, self.call.reader
         if reader is None or not call.first_content:
-            gone = error is None and self.answered and not call.first_content
+            has_failed = bool(call.attempts) and call.attempts[-1]["error"]
+            gone = error is None and self.answered == call.tries > 0 and not has_failed
             return Usage(input=self.input_tokens(), estimated=True) if gone else Usage()
         told = reader.usage
         model = call.target.actual_model if call.target else ""

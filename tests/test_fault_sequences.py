@@ -1140,6 +1140,24 @@ async def test_a_client_that_leaves_during_back_off_ends_the_retries(wire: str, 
     check_ledger(proxy, "0")
 
 
+async def test_who_leaves_after_an_answer_that_failed_pays_nothing(tmp_path: Path) -> None:
+    """Nor for the next target, which has not answered yet."""
+    async with stage(tmp_path, (fs.error_first(),), (fs.stall(),)) as (proxy, (_, b)):
+        await hang_up(proxy, b.called(1))
+        await proxy.idle()
+    check_ledger(proxy, "0")
+
+
+async def test_who_leaves_during_back_off_after_an_answer_that_failed_pays_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ccmux.random, "uniform", lambda least, most: most)
+    async with stage(tmp_path, (fs.error_first(), fs.stall())) as (proxy, _):
+        await hang_up(proxy, until(lambda: proxy.state.relay.health_of("A").retrying == 1, "ccmux waits"))
+        await proxy.idle()
+    check_ledger(proxy, "0")
+
+
 @BOTH
 async def test_a_connection_is_used_again_where_an_answers_end_comes_late(wire: str, tmp_path: Path) -> None:
     """As servers send it that write the last chunk apart."""
