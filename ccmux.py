@@ -6772,7 +6772,7 @@ MIGRATIONS = (
     create trigger holds_fixed before update of user_id, amount_microusd on holds
         begin select raise(abort, 'a hold keeps its amount'); end;
     """,
-    "create index requests_by_session on requests (session);",
+    "create index if not exists requests_by_session on requests (session);",  # the first schema had it for some days
     """
     alter table holds rename to holds_before;
     create table holds (

@@ -631,14 +631,16 @@ def test_many_processes_may_make_the_database_at_once(tmp_path: Path) -> None:
     assert [(m.returncode, p) for m, p in zip(makers, problems, strict=True)] == [(0, "")] * 4
 
 
+@pytest.mark.parametrize("more", ["", "create index requests_by_session on requests (session)"])
 def test_a_database_of_the_first_schema_keeps_its_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "a.db")
     with monkeypatch.context() as patch:
         patch.setattr(ccmux, "MIGRATIONS", ccmux.MIGRATIONS[:1])
         old = ccmux.Store(path)
         old.add_user("ann", 700)
+        old.db.execute(more)
         old.close()
     new = ccmux.Store(path)
     assert new.known("ann").balance == 700
