@@ -7573,11 +7573,18 @@ class Store:
     def backup(self, path: str) -> None:
         """A consistent copy while the server runs; mode 0600."""
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600))
-        with contextlib.closing(sqlite3.connect(path)) as copy:
-            self.reader.backup(copy)
-            verdict = copy.execute("pragma integrity_check").fetchone()[0]
-        if verdict != "ok":
-            raise ConfigError(f"the backup {path} is not sound: {verdict}")
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as copy:
+                self.reader.backup(copy)
+                verdict = copy.execute("pragma integrity_check").fetchone()[0]
+            if verdict != "ok":
+                raise ConfigError(f"the backup {path} is not sound: {verdict}")
+        except BaseException as error:
+            for left in (path, f"{path}-journal"):  # half a copy looks like one, and is in the next one's way
+                Path(left).unlink(missing_ok=True)
+            if isinstance(error, sqlite3.Error):
+                raise ConfigError(f"the backup {path} could not be written: {error}") from None
+            raise
 
     def load_calibration(self) -> list[tuple[str, str, float, int]]:
         rows = self.reader.execute("select provider, model, factor, samples from calibration")

@@ -725,6 +725,24 @@ async def test_a_write_that_fails_at_the_disk_is_made_good(tmp_path: Path) -> No
         assert store.sums_problem() == ""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_a_backup_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    import resource
+
+    with contextlib.closing(ccmux.Store(str(tmp_path / "a.db"))) as store:
+        store.add_user("ann", 1000)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = sorted(os.listdir(tmp_path))
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(tmp_path / "a.db") // 2, hard))
+            with pytest.raises(ccmux.ConfigError, match="the backup .*copy.db could not be written"):
+                store.backup(str(tmp_path / "copy.db"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert sorted(os.listdir(tmp_path)) == before
+        store.backup(str(tmp_path / "copy.db"))
+
+
 async def test_a_server_tells_of_sums_that_differ(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = ccmux.Store(str(tmp_path / "a.db"))
     store.add_user("ann", 100)
