@@ -735,7 +735,7 @@ def test_a_backup_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> Non
         before = sorted(os.listdir(tmp_path))
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(tmp_path / "a.db") // 2, hard))
-            with pytest.raises(ccmux.ConfigError, match="the backup .*copy.db could not be written"):
+            with pytest.raises(ccmux.ConfigError, match="could not be written"):
                 store.backup(str(tmp_path / "copy.db"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
