@@ -7518,13 +7518,13 @@ class Store:
         return [dict(row) for row in rows]
 
     def repriced(
-        self, by: str, since: str, until: str, price: Price, markup_percent: Decimal
+        self, by: str, since: str, until: str, price: Price, markup_percent: Decimal, user: str | None = None
     ) -> dict[str, int]:
         """What the same requests would have cost on a model of that price: charge by report key,
         micro-dollars.
         """
         columns = ", ".join(TOKEN_COLUMNS)
-        where, values = within(since, until)
+        where, values = within(since, until, user)
         rows = self.reader.execute(
             f"select {REPORT_KEYS[by]} as key, {columns} from requests where {where}",  # noqa: S608
             values,
@@ -13805,14 +13805,15 @@ def report_command(args: argparse.Namespace) -> int:
     month.
     """
     config = read_config(args.config)
+    user, markup = args.user or None, config.credits.markup_percent
     with open_store(config) as store:
-        rows = store.report(args.by, args.since, args.until, args.user or None)
+        rows = store.report(args.by, args.since, args.until, user)
         if args.as_if:
             try:
                 price = as_if_price(config, args.as_if)
             except ApiError as error:
                 raise ConfigError(f"--{error.message.replace('_', '-', 1)}") from None
-            as_if = store.repriced(args.by, args.since, args.until, price, config.credits.markup_percent)
+            as_if = store.repriced(args.by, args.since, args.until, price, markup, user)
             rows = [{**row, "as_if_microusd": as_if.get(row["key"], 0)} for row in rows]
     columns = (args.by, *REPORT_COLUMNS, *(("as_if_microusd",) if args.as_if else ()))
     rows = [{args.by: row["key"], **{c: row[c] for c in columns[1:]}} for row in rows]

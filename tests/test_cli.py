@@ -570,6 +570,14 @@ def test_report_and_its_formats(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(cli("report", "--user", "nobody", "--format", "json").out) == []
 
 
+def test_a_report_on_one_user_reprices_that_user_alone(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")), (TODAY, settlement("r2", "anna")))
+    asked = ("report", "--by", "model", "--user", "anna", "--as-if", "claude-sonnet-5-5", "--format", "json")
+    (row,) = json.loads(cli(*asked).out)
+    assert (row["requests"], row["as_if_microusd"]) == (1, 47_500)
+
+
 def test_export(cli: Cli, tmp_path: Path) -> None:
     write_config(tmp_path)
     enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local", asked="=evil()")))
