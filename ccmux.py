@@ -2853,6 +2853,7 @@ def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
     """
     if not isinstance(usage, dict):
         return before
+    usage = with_compactions(usage) if "iterations" in usage else usage
     prompt = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
     if before and usage.get("input_tokens") == 0 and not any(map(usage.get, prompt)):
         # No prompt is empty: what message_start told is not told again (seen: github.com/envoyproxy/ai-gateway/pull/1631).
@@ -2877,6 +2878,18 @@ def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
         cache_write=write,
         cache_write_1h=write_1h,
     )
+
+
+def with_compactions(usage: Json) -> Json:
+    """Usage with what compacting on the way took, which is billed but not in the totals.
+
+    https://platform.claude.com/docs/en/build-with-claude/compaction#understanding-usage
+    """
+    rounds = [i for i in map(as_object, as_list(usage["iterations"])) if i.get("type") == "compaction"]
+    kinds = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    more = {kind: sum(token_number(i.get(kind)) or 0 for i in rounds) for kind in kinds}
+    told = {kind: token_number(usage.get(kind)) for kind in kinds}
+    return usage | {kind: n + more[kind] for kind, n in told.items() if n is not None}
 
 
 def cache_writes(usage: Json, known: Usage) -> tuple[int, int]:

@@ -364,6 +364,11 @@ def test_the_tap_knows_where_content_begins() -> None:
         pytest.param({"output_tokens": 5, "cache_creation_input_tokens": 8, "cache_creation":
                       {"ephemeral_5m_input_tokens": 3, "ephemeral_1h_input_tokens": 5}}, Usage(9, 5, 4, 3, 5),
                      False, id="one-hour writes"),
+        pytest.param({"input_tokens": 23, "output_tokens": 5, "cache_creation_input_tokens": 0, "iterations": [
+                      {"type": "compaction", "input_tokens": 180, "output_tokens": 3, "cache_creation_input_tokens": 7},
+                      {"type": "message", "input_tokens": 23, "output_tokens": 5}, None]}, Usage(203, 8, 4, 7), False,
+                     id="compaction on the way"),
+        pytest.param({"output_tokens": 5, "iterations": "x"}, Usage(9, 5, 4), False, id="iterations that are none"),
         pytest.param({"output_tokens": -1}, Usage(9, 1, 4), True, id="negative"),
         pytest.param({"output_tokens": 1.5}, Usage(9, 1, 4), True, id="not whole"),
         pytest.param({"output_tokens": 10**9}, Usage(9, 1, 4), True, id="absurd"),
