@@ -7126,7 +7126,7 @@ class Store:
         except Exception as error:  # whatever it is, the writer must live on
             return self.write_each(
                 batch, 0.0 if is_busy(error) else BUSY
-            )  # all have waited, and not in turn again
+            )  # they have waited, and not in turn again
         tell(batch)
         return []
 
@@ -7377,9 +7377,8 @@ class Store:
         key = new_key()
 
         def run(db: sqlite3.Connection) -> None:
-            if db.execute(
-                "select 1 from users where name = ?", (name,)
-            ).fetchone():  # here, as two may ask at once
+            # Here, as two may ask at once.
+            if db.execute("select 1 from users where name = ?", (name,)).fetchone():
                 raise ConfigError(f"user {name!r} is there already")
             user = self.make_user(db, name, budgets or {}, note)
             db.execute("insert into keys values (?, ?)", (key_hash(key), user.id))
@@ -9904,8 +9903,8 @@ class Exchange:
         if reader.ended and told and not getattr(reader, "usage_broken", False):
             return told
         counted = self.state.relay.count_output(reader.output_text(), model)
-        if told is None:
-            return Usage(input=self.input_tokens(), output=counted, estimated=True)
+        if told is None or not told.prompt:  # 0 at an answer's beginning is not known yet
+            told = Usage(input=self.input_tokens(), output=told.output if told else 0)
         return dataclasses.replace(told, output=max(told.output, counted), estimated=True)
 
     def input_tokens(self) -> int:

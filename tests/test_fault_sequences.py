@@ -886,6 +886,18 @@ async def test_usage_that_is_none_is_counted_here_and_marked(
     assert len(proxy.books.ledger()) == 1
 
 
+async def test_who_leaves_pays_for_an_input_that_message_start_tells_as_0(tmp_path: Path) -> None:
+    def steps(call: fs.UpstreamCall) -> list[fs.Step]:
+        blocks = fs.anthropic_events(start_usage={"input_tokens": 0, "output_tokens": 0})[:5]
+        return [fs.Send(fs.head(200, fs.STREAM_HEAD) + b"".join(map(fs.chunked, blocks))), fs.Stall()]
+
+    async with stage(tmp_path, (fs.Behaviour(steps),)) as (proxy, _):
+        await hang_up(proxy, after_text(3))
+        await proxy.idle()
+    (row,) = proxy.books.requests()
+    assert row["estimated"] and row["input_tokens"] > 0 and row["output_tokens"] > 0
+
+
 class SlowCounter:
     """In place of a server's counter: a count of 777 that ends when the test says so."""
 
