@@ -7124,9 +7124,8 @@ class Store:
                 for write in batch:
                     self.attempt(write)
         except Exception as error:  # whatever it is, the writer must live on
-            return self.write_each(
-                batch, 0.0 if is_busy(error) else BUSY
-            )  # they have waited, and not in turn again
+            patience = 0.0 if is_busy(error) else BUSY  # all of them have waited already
+            return self.write_each(batch, patience)
         tell(batch)
         return []
 
