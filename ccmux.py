@@ -156,21 +156,46 @@ def bootstrap(problem: str) -> None:
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     ready = venv / "ccmux-ready"  # written last, so that an interrupted installation is begun again
     recipe = "\n".join([*PACKAGES, f"Python {sys.version_info[0]}.{sys.version_info[1]}"])
+
+    def is_ready() -> bool:
+        return python.exists() and ready.exists() and ready.read_text() == recipe
+
     if os.environ.get("CCMUX_NO_BOOTSTRAP"):
         bootstrap_failed(f"{problem}, and CCMUX_NO_BOOTSTRAP is set")
     try:
         if Path(sys.prefix).resolve() == venv.resolve():
             ready.unlink(missing_ok=True)
             bootstrap_failed(f"{problem} in {venv} any more; start again to set it up anew")
-        if not (python.exists() and ready.exists() and ready.read_text() == recipe):
+        if not is_ready():
             print(f"ccmux: {problem}; setting up {venv} once (about 20 s)", file=sys.stderr, flush=True)
-            install_packages(venv, python)
-            ready.write_text(recipe)
+            venv.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with one_at_a_time(venv.parent):
+                if not is_ready():  # by another start, meanwhile
+                    install_packages(venv, python)
+                    ready.write_text(recipe)
         start_again([str(python), os.path.abspath(__file__), *sys.argv[1:]])
     except OSError as error:
         bootstrap_failed(f"{problem}, and {venv} cannot be set up: {error.strerror} ({error.filename})")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits while another start installs in this folder; it would clear away what the other has begun."""
+    try:
+        import fcntl
+
+        lock = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows has no such locks
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # nor have some network file systems
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def start_again(command: list[str]) -> NoReturn:
@@ -193,7 +218,6 @@ def install_packages(venv: Path, python: Path) -> None:
     """
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
-    venv.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     steps = (
         [sys.executable, "-m", "venv", "--clear", str(venv)],
         [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES],

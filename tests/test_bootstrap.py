@@ -122,6 +122,20 @@ def test_interrupted_installation_is_begun_again(bare: Path, tmp_path: Path) -> 
     assert not (tmp_path / ".ccmux").exists()
 
 
+def test_two_starts_at_once_make_it_once(bare: Path, tmp_path: Path) -> None:
+    """Each would clear away what the other has begun."""
+    command = [bare / "python" / PYTHON, bare / "ccmux.py", "model"]
+    started = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment(bare, tmp_path),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+
+
 @pytest.mark.parametrize("args", [("--help",), ("--version",), ("user", "add", "--help"), ("code", "-h")])
 def test_help_needs_nothing(bare: Path, tmp_path: Path, args: tuple[str, ...]) -> None:
     done = start(bare, tmp_path, *args)
