@@ -13464,7 +13464,8 @@ def quoted_for(shell: str, value: str) -> str:
 def env_command(args: argparse.Namespace) -> int:
     """Prints the variables that point Claude Code here, as commands of a shell or as JSON."""
     config = with_overrides(read_config(args.config), args)
-    variables = client_environment(config, client_url(config))
+    url = client_url(config)
+    variables = client_environment(config, url) | (no_proxy_for(url) if has_proxy() else {})
     if args.shell == "json":
         print(json.dumps(variables, indent=2))
     else:
@@ -13490,10 +13491,24 @@ def code_command(args: argparse.Namespace) -> int:
     if config.server.require_key and not os.environ.get("CCMUX_KEY"):
         raise ConfigError(NEEDS_KEY)
     with running_server(config) as url:
-        variables = {**os.environ, **client_environment(config, url)}
+        variables = {**os.environ, **client_environment(config, url), **no_proxy_for(url)}
         if "ANTHROPIC_AUTH_TOKEN" in client_environment(config, url):
             variables.pop("ANTHROPIC_API_KEY", None)  # two credentials make Claude Code ask which
         return run_child([claude, *args.rest], variables)
+
+
+def has_proxy() -> bool:
+    return any(os.environ.get(name) for name in ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"))
+
+
+def no_proxy_for(url: str) -> dict[str, str]:
+    """The variables with which Claude Code does not look for this address through HTTPS_PROXY, as it does for
+    any.
+    """
+    known = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    host = urllib.parse.urlsplit(url).hostname
+    listed = known if known == "*" else ",".join(filter(None, [known, host]))
+    return {"NO_PROXY": listed, "no_proxy": listed}
 
 
 def run_child(command: list[str], variables: dict[str, str]) -> int:
@@ -14002,11 +14017,11 @@ def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
     for name in ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"):
         if asked := env.get(name):
             yield "note", f"{name} is set: Claude Code asks for {asked} whatever /model says"
-    proxy = env.get("HTTPS_PROXY") or env.get("HTTP_PROXY") or env.get("https_proxy") or env.get("http_proxy")
-    if proxy and "127.0.0.1" not in env.get("NO_PROXY", env.get("no_proxy", "")):
+    if has_proxy() and "127.0.0.1" not in env.get("NO_PROXY", env.get("no_proxy", "")):
         yield (
             "note",
-            "a proxy is set and NO_PROXY lacks 127.0.0.1: Claude Code may look for ccmux through the proxy",
+            "a proxy is set and NO_PROXY lacks 127.0.0.1: Claude Code looks for ccmux through the proxy; "
+            "export NO_PROXY=127.0.0.1",
         )
 
 

@@ -351,6 +351,17 @@ def test_env_of_each_shell(cli: Cli, monkeypatch: pytest.MonkeyPatch, shell: str
     assert line in cli("env", "--shell", shell).out.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("known", "listed"), [("", "127.0.0.1"), ("a.example", "a.example,127.0.0.1"), ("*", "*")]
+)
+def test_env_beside_a_proxy(cli: Cli, monkeypatch: pytest.MonkeyPatch, known: str, listed: str) -> None:
+    """Claude Code looks even for 127.0.0.1 through HTTPS_PROXY, and waits for a minute or more."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example")
+    monkeypatch.setenv("NO_PROXY", known)
+    variables = json.loads(cli("env", "--shell", "json").out)
+    assert variables["NO_PROXY"] == variables["no_proxy"] == listed
+
+
 def test_env_as_json(cli: Cli) -> None:
     assert json.loads(cli("env", "--shell", "json", "--port", "7").out) == {
         "ANTHROPIC_BASE_URL": "http://127.0.0.1:7", "ANTHROPIC_AUTH_TOKEN": "ccmux-local",
@@ -821,15 +832,18 @@ def answers(port: int) -> bool:
 
 def test_code_starts_runs_and_stops(tmp_path: Path) -> None:
     path = fake_claude(
-        tmp_path, 'env | grep -E "^(ANTHROPIC|CLAUDE)" | sort; for a in "$@"; do echo "<$a>"; done; exit 7'
+        tmp_path,
+        'env | grep -E "^(ANTHROPIC|CLAUDE|NO_PROXY)" | sort; for a in "$@"; do echo "<$a>"; done; exit 7',
     )
     port = closed_port()
     write_config(tmp_path, port=port)
-    ran = process(tmp_path, "code", "-p", "say hi", "--version", "", PATH=path, ANTHROPIC_API_KEY="sk-real")
+    more = {"ANTHROPIC_API_KEY": "sk-real", "NO_PROXY": "corp.example"}
+    ran = process(tmp_path, "code", "-p", "say hi", "--version", "", PATH=path, **more)
     assert ran.status == 7
     assert ran.out.splitlines() == [
         "ANTHROPIC_AUTH_TOKEN=ccmux-local", f"ANTHROPIC_BASE_URL=http://127.0.0.1:{port}",
         "ANTHROPIC_DEFAULT_HAIKU_MODEL=claude-haiku-4-5", "CLAUDE_CODE_GATEWAY_HINT_HEADERS=1",
+        "NO_PROXY=corp.example,127.0.0.1",
         "<-p>", "<say hi>", "<--version>", "<>",
     ]  # fmt: skip
     assert ran.err == f"ccmux: starting at http://127.0.0.1:{port}, its log is {tmp_path / 'ccmux.log'}\n"
