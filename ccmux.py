@@ -12864,7 +12864,7 @@ def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
     demo.
 
     The first key in the presets' order takes the requests: Anthropic by the names Claude Code asks for, others by the
-    model their preset names.
+    model their preset names, if it names one.
     """
     found = {str(row["api_key"]): name for name, row in reversed(PRESETS.items()) if row["api_key"]}
     names = [
@@ -12875,7 +12875,8 @@ def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
         for name in names
     ]
     first = names[0] if names else ""
-    default = f"{first}/{PRESETS[first]['default']}" if first not in ("", "anthropic") else ""
+    model = PRESETS[first]["default"] if first not in ("", "anthropic") else ""
+    default = f"{first}/{model}" if model else ""
     if ollama:
         base = ollama_url(env)
         lines.append(

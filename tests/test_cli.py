@@ -249,6 +249,7 @@ def test_colours_only_for_people_who_want_them(tmp_path: Path) -> None:
             id="preset-order",
         ),
         pytest.param({"OPENROUTER_API_KEY": ""}, [], ["demo"], "demo/M", id="empty-key"),
+        pytest.param({"LITELLM_API_KEY": "k"}, [], ["litellm"], "litellm/M", id="no-model-of-its-own"),
         pytest.param({}, ["q:7b", "r"], ["ollama"], "ollama/q:7b", id="ollama"),
         pytest.param({"GROQ_API_KEY": "k"}, ["q"], ["groq", "ollama"], "groq/openai/gpt-oss-120b", id="both"),
         pytest.param({"ANTHROPIC_API_KEY": "k"}, ["q"], ["anthropic", "ollama"], "anthropic/M", id="both-anthropic"),
