@@ -13626,6 +13626,8 @@ def setup_command(args: argparse.Namespace) -> int:
         new = undone(old, before, ours)
     else:
         config = with_overrides(read_config(args.config), args)
+        if config.server.require_key and not os.environ.get("CCMUX_KEY"):
+            raise ConfigError(NEEDS_KEY)
         new = settings_with(old, client_environment(config, client_url(config)), statusline_shell(config))
     show_change(path, old, new)
     if new is None:

@@ -469,6 +469,13 @@ def test_setup_writes_through_a_link(cli: Cli, tmp_path: Path) -> None:
     assert link.is_symlink() and real.read_text() == "{}"
 
 
+def test_setup_writes_no_key_that_is_none(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path, "require_key = true")
+    ran = cli("setup")
+    assert (ran.status, ran.out) == (2, "") and "set CCMUX_KEY to one" in ran.err
+    assert not (tmp_path / ".claude").exists()
+
+
 def test_setup_touches_no_broken_settings(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / ".claude/settings.json"
     path.parent.mkdir()
