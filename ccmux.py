@@ -14007,7 +14007,7 @@ def diagnose_database(config: Config) -> tuple[str, str]:
 def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
     """What in this shell's environment keeps Claude Code from coming here."""
     env, url = os.environ, client_url(config)
-    if (base := env.get("ANTHROPIC_BASE_URL", url).rstrip("/")) != url:
+    if not is_same_place(base := env.get("ANTHROPIC_BASE_URL", url), url):
         yield "FAILED", f"ANTHROPIC_BASE_URL is {base}, and ccmux is at {url}: see `ccmux.py env`"
     if env.get("ANTHROPIC_API_KEY") and env.get("ANTHROPIC_AUTH_TOKEN"):
         yield (
@@ -14028,6 +14028,12 @@ def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
         )
 
 
+def is_same_place(base: str, url: str) -> bool:
+    """Whether a base URL leads to this address, as `http://localhost:13456/` does to 127.0.0.1."""
+    one, other = (text.rstrip("/").replace("//localhost", "//127.0.0.1") for text in (base, url))
+    return one == other
+
+
 def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
     """What Claude Code's own settings, the user's and this folder's, say about where it goes."""
     url = client_url(config)
@@ -14042,9 +14048,9 @@ def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
         except (OSError, ConfigError) as error:
             yield "FAILED", f"{path}: {error}"
             continue
-        base = str(as_object(settings.get("env")).get("ANTHROPIC_BASE_URL") or "").rstrip("/")
+        base = str(as_object(settings.get("env")).get("ANTHROPIC_BASE_URL") or "")
         if base:
-            yield ("ok" if base == url else "FAILED"), f"{path} sends Claude Code to {base}"
+            yield ("ok" if is_same_place(base, url) else "FAILED"), f"{path} sends Claude Code to {base}"
         if "apiKeyHelper" in settings:
             yield "note", f"{path} has an apiKeyHelper: its key is sent to ccmux in place of yours"
 

@@ -677,8 +677,10 @@ def words_of(ran: Ran, word: str) -> list[str]:
     return [line.removeprefix(word).strip() for line in ran.out.splitlines() if line.startswith(word)]
 
 
-def test_doctor_finds_nothing_wrong(cli: Cli, tmp_path: Path) -> None:
-    write_config(tmp_path)
+def test_doctor_finds_nothing_wrong(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = closed_port()
+    write_config(tmp_path, port=port)
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", f"http://localhost:{port}/")
     enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")))
     ran = cli("doctor")
     assert (ran.status, words_of(ran, "FAILED")) == (0, [])
