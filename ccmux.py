@@ -14379,7 +14379,16 @@ class Command:
     examples: str = ""
 
 
-ADDRESS = (flag("--host", help="address to listen on"), flag("--port", type=int, help="port to listen on"))
+def port_number(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
+    return int(text)
+
+
+ADDRESS = (
+    flag("--host", help="address to listen on"),
+    flag("--port", type=port_number, help="port to listen on"),
+)
 AMOUNT = {"metavar": "D", "type": budget, "default": argparse.SUPPRESS}
 BUDGETS = tuple(flag(f"--{name}", help=f"dollars a {name}, or none", **AMOUNT) for name in PERIODS)
 NAME = flag("name", metavar="NAME", help="the user's name")

@@ -157,6 +157,7 @@ def test_top_help_names_every_command(cli: Cli) -> None:
         pytest.param(("explain", "nothing.json"), "nothing.json: No such file or directory", id="no-file"),
         pytest.param(("check", "--config", "nothing.toml"), "nothing.toml: cannot be read", id="no-config"),
         pytest.param(("serve", "--host", "0.0.0.0"), "set require_key = true", id="open-to-all"),
+        pytest.param(("--port", "65536"), "'65536' is not a port: 0 to 65535", id="port"),
         pytest.param(("setup", "--undo"), "there is nothing to undo", id="undo"),
         pytest.param(("code",), "there is no `claude` here", id="no-claude"),
     ],
