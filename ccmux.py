@@ -13696,12 +13696,17 @@ def undone(old: bytes | None, before: Path, ours: Path) -> bytes | None:
 
 
 def statusline_shell(config: Config) -> str:
-    """The status line's command. `-m` uses the compiled file, which `python3 ccmux.py` cannot."""
+    """The status line's command. `-m` uses the compiled file, which `python3 ccmux.py` cannot; it needs the
+    file's own name, where this was started by a link such as ~/bin/ccmux.
+    """
     flag = ["--config", os.path.abspath(config.path)] if config.path else []
-    if os.name == "nt":
-        return subprocess.list2cmdline([sys.executable, os.path.abspath(__file__), "statusline", *flag])
-    folder = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
-    return f"PYTHONPATH={folder} {shlex.join([sys.executable, '-m', 'ccmux', 'statusline', *flag])}"
+    files = [Path(os.path.abspath(__file__)), Path(os.path.realpath(__file__))]
+    module = next((f for f in files if f.suffix == ".py" and "." not in f.stem), None)
+    if os.name == "nt" or module is None:
+        join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+        return join([sys.executable, str(files[0]), "statusline", *flag])
+    command = shlex.join([sys.executable, "-m", module.stem, "statusline", *flag])
+    return f"PYTHONPATH={shlex.quote(str(module.parent))} {command}"
 
 
 def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:

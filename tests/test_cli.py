@@ -790,6 +790,23 @@ def test_statusline(tmp_path: Path) -> None:
     assert process(tmp_path, "statusline", stdin="no json").out == "today $0.0570\n"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+@pytest.mark.parametrize("name", ["ccmux.py", "ccmux", "cc.mux", "my-proxy.py"])
+@pytest.mark.parametrize("is_link", [True, False], ids=["link", "copy"])
+def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_link: bool) -> None:
+    """Whatever the file is called, and where only a link to it is on the PATH."""
+    (tmp_path / "my bin").mkdir()
+    started = tmp_path / "my bin" / name
+    started.symlink_to(CCMUX) if is_link else shutil.copy(CCMUX, started)
+    write_config(tmp_path)
+    enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")))
+    environment = process_environment(tmp_path, PYTHONDONTWRITEBYTECODE="1")
+    subprocess.run([sys.executable, started, "setup"], cwd=tmp_path, env=environment, check=True)
+    command = json.loads((tmp_path / ".claude/settings.json").read_bytes())["statusLine"]["command"]
+    ran = subprocess.run(["sh", "-c", command], env=environment, input="{}", capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr, ran.stdout) == (0, "", "today $0.0570\n")
+
+
 def test_statusline_never_fails(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("not TOML")
     ran = process(tmp_path, "statusline")
