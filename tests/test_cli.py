@@ -803,7 +803,9 @@ def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_li
     environment = process_environment(tmp_path, PYTHONDONTWRITEBYTECODE="1")
     subprocess.run([sys.executable, started, "setup"], cwd=tmp_path, env=environment, check=True)
     command = json.loads((tmp_path / ".claude/settings.json").read_bytes())["statusLine"]["command"]
-    ran = subprocess.run(["sh", "-c", command], env=environment, input="{}", capture_output=True, text=True)
+    ran = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=environment, input="{}", capture_output=True, text=True
+    )
     assert (ran.returncode, ran.stderr, ran.stdout) == (0, "", "today $0.0000\n")
 
 
