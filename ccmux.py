@@ -100,11 +100,11 @@ def statusline(given: str = "") -> str:
     try:
         told = json.loads("" if sys.stdin.isatty() else sys.stdin.buffer.read())
         model, session = str(told["model"]["display_name"]), str(told["session_id"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # a closed stdin is None
         model, session = "", ""
     try:
         figures = session_figures(database_of(config_path(given)), session)
-    except (OSError, ValueError, AttributeError, sqlite3.Error) as error:
+    except (OSError, ValueError, AttributeError, TypeError, sqlite3.Error) as error:
         figures = [f"ccmux: no figures ({error})"]
     return " | ".join(filter(None, [model, *figures]))
 
@@ -300,8 +300,12 @@ import subprocess
 from pathlib import Path
 from typing import NoReturn
 
-if __name__ == "__main__" and sys.argv[1:2] == ["statusline"] and not wants_help(sys.argv):
-    print(statusline(sys.argv[3] if sys.argv[2:3] == ["--config"] and len(sys.argv) > 3 else ""))
+if (
+    __name__ == "__main__"
+    and sys.argv[1:3] in (["statusline"], ["statusline", "--config"])
+    and len(sys.argv) in (2, 4)
+):
+    print(statusline("".join(sys.argv[3:4])))
     sys.exit(0)
 
 try:
@@ -14573,6 +14577,9 @@ def failed(why: str) -> int:
 def parsed_arguments(given: list[str]) -> argparse.Namespace:
     """The command line; without a command it is `serve`, and --config may stand before the command."""
     names = {command.name.split()[0] for command in COMMANDS} | ALIASES.keys()
+    place = 1 if given[:1] == ["code"] else 0
+    if given[place:] and given[place].startswith("--config="):
+        given = [*given[:place], *given[place].split("=", 1), *given[place + 1 :]]
     if given[:1] == ["--config"] and len(given) > 2 and given[2] in names:
         given = [given[2], *given[:2], *given[3:]]
     given = [ALIASES.get(word, word) if n == 0 else word for n, word in enumerate(given)]

@@ -175,7 +175,19 @@ def test_operator_errors_are_one_line(
 def test_config_may_stand_before_the_command(cli: Cli, tmp_path: Path) -> None:
     path = write_config(tmp_path).rename(tmp_path / "other.toml")
     assert str(path) in cli("--config", str(path), "check").out
+    assert str(path) in cli(f"--config={path}", "check").out
     assert str(path) in cli("check", "--config", str(path)).out
+
+
+def test_an_equals_sign_before_the_config(tmp_path: Path) -> None:
+    """As other programs take it; after `code`, where all else is claude's, as well."""
+    write_config(tmp_path)
+    other = tmp_path / "other.toml"
+    other.write_text("not TOML")
+    for command, said in (("code", f"ccmux: {other}: "), ("statusline", "ccmux: no figures (Expected '='")):
+        path = fake_claude(tmp_path / command, "echo never")
+        ran = process(tmp_path, command, f"--config={other}", PATH=path)
+        assert said in ran.out + ran.err and "never" not in ran.out
 
 
 def test_models_is_model(cli: Cli) -> None:
@@ -809,8 +821,17 @@ def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_li
     assert (ran.returncode, ran.stderr, ran.stdout) == (0, "", "today $0.0000\n")
 
 
-def test_statusline_never_fails(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text("not TOML")
+def test_statusline_with_a_closed_input(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        ["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, CCMUX, "statusline"], cwd=tmp_path,
+        env=process_environment(tmp_path), capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("text", ["not TOML", "[server]\ndatabase = 5"])
+def test_statusline_never_fails(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.toml").write_text(text)
     ran = process(tmp_path, "statusline")
     assert (ran.status, ran.err) == (0, "") and ran.out.startswith("ccmux: no figures (")
 
@@ -846,7 +867,7 @@ def test_statusline_is_fast(tmp_path: Path) -> None:
 
 def fake_claude(folder: Path, script: str) -> str:
     """A PATH on which `claude` is this shell script."""
-    (folder / "bin").mkdir()
+    (folder / "bin").mkdir(parents=True)
     (folder / "bin/claude").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "bin/claude").chmod(0o755)
     return f"{folder / 'bin'}:{os.environ['PATH']}"
