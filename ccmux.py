@@ -14551,6 +14551,8 @@ def add_command(group: Any, name: str, command: Command) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; 0 good, 1 a check found something, 2 the operator's error in one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that its encoding lacks is no fault
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = parsed_arguments(sys.argv[1:] if argv is None else argv)
         status = int(args.run(args))

@@ -190,6 +190,14 @@ def test_an_equals_sign_before_the_config(tmp_path: Path) -> None:
         assert said in ran.out + ran.err and "never" not in ran.out
 
 
+def test_names_that_the_output_cannot_show(tmp_path: Path) -> None:
+    """As on Windows, where what is piped is not UTF-8."""
+    write_config(tmp_path)
+    for args in (("add", "eleni", "--note", "Ελένη"), ("list",)):
+        ran = process(tmp_path, "user", *args, PYTHONIOENCODING="cp1252")
+        assert (ran.status, ran.err) == (0, "") and "\\u0395" in ran.out
+
+
 def test_models_is_model(cli: Cli) -> None:
     assert cli("models") == cli("model")
 
