@@ -14210,7 +14210,8 @@ class LiteLLMImport:
         """The name of the provider row for a deployment, made if it is a new one; "" where ccmux has none for
         it.
         """
-        base = self.expanded(params.get("api_base") or params.get("base_url"), name)
+        unsaid = "os.environ/AZURE_API_BASE" if prefix == "azure" else ""
+        base = self.expanded(params.get("api_base") or params.get("base_url") or unsaid, name)
         preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
         if base is None or not preset:
             if base is not None:
@@ -14219,7 +14220,7 @@ class LiteLLMImport:
                 )
             return ""
         if prefix == "azure":
-            base = base.rstrip("/").removesuffix("/openai/v1") + "/openai/v1"
+            base = re.sub(r"(?<!/)/openai(/.*)?$", "", base.partition("?")[0].rstrip("/")) + "/openai/v1"
             self.approximated(f"model {name}: Azure through its v1 address, {base}, without an api_version")
         elif base and prefix not in LITELLM_PRESETS:
             self.approximated(f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format")
