@@ -14112,8 +14112,11 @@ LITELLM_PRESETS = {
     "together_ai": "together", "fireworks_ai": "fireworks", "nvidia_nim": "nvidia", "deepseek": "deepseek-openai",
     "moonshot": "moonshot-openai", "zai": "zai-openai", "dashscope": "qwen-openai", "ollama_chat": "ollama",
     "litellm_proxy": "litellm", "codestral": "mistral", "azure": "openai", "hosted_vllm": "openai",
-    "lm_studio": "openai", "openai_like": "openai", "custom_openai": "openai", "text-completion-openai": "openai",
+    "openai/responses": "responses", "azure/responses": "responses", "lm_studio": "openai", "openai_like": "openai", "custom_openai": "openai", "text-completion-openai": "openai",
 }  # fmt: skip
+LITELLM_BASES = {
+    "openai/responses": "https://api.openai.com/v1"
+}  # of a format, which has no address of its own
 LITELLM_NAMES = ((r"gpt-|chatgpt-|o\d|codex", "openai"), ("claude", "anthropic"))
 LITELLM_PRICES = {
     "input_cost_per_token": "input", "output_cost_per_token": "output", "cache_read_input_token_cost": "cache_read",
@@ -14151,7 +14154,8 @@ class LiteLLMImport:
         self.fallbacks(litellm, router)
         self.aliases(aliases)
         self.limits({**litellm, **router})
-        self.master_key(general)
+        for table in (litellm, general):  # LiteLLM's page about Claude Code has the key in the first
+            self.master_key(table)
         for name, rest in zip(names, (litellm, router, general), strict=True):
             if unread := sorted(
                 str(key) for key in rest.keys() - LITELLM_LIMITS.keys() - {"routing_strategy"}
@@ -14175,6 +14179,8 @@ class LiteLLMImport:
         if (mode := info.get("mode") or "chat") not in ("chat", "completion", "responses"):
             return self.dropped(f"model {name}: mode {mode}; ccmux serves chat models")
         prefix, upstream = self.split(params)
+        if prefix in ("openai", "azure") and (mode == "responses" or upstream.startswith("responses/")):
+            prefix, upstream = f"{prefix}/responses", upstream.removeprefix("responses/")
         provider = self.provider(prefix, params, name)
         if not provider:
             return None
@@ -14210,7 +14216,8 @@ class LiteLLMImport:
         """The name of the provider row for a deployment, made if it is a new one; "" where ccmux has none for
         it.
         """
-        unsaid = "os.environ/AZURE_API_BASE" if prefix == "azure" else ""
+        is_azure = prefix.split("/")[0] == "azure"
+        unsaid = "os.environ/AZURE_API_BASE" if is_azure else LITELLM_BASES.get(prefix)
         base = self.expanded(params.get("api_base") or params.get("base_url") or unsaid, name)
         preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
         if base is None or not preset:
@@ -14219,7 +14226,7 @@ class LiteLLMImport:
                     f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}"
                 )
             return ""
-        if prefix == "azure":
+        if is_azure:
             base = re.sub(r"(?<!/)/openai(/.*)?$", "", base.partition("?")[0].rstrip("/")) + "/openai/v1"
             self.approximated(f"model {name}: Azure through its v1 address, {base}, without an api_version")
         elif base and prefix not in LITELLM_PRESETS:
@@ -14227,6 +14234,8 @@ class LiteLLMImport:
         row: Json = {"type": preset, **({"base_url": base} if base else {})}
         if params.get("api_key") or base:
             row["api_key"] = self.secret(params.get("api_key"), f"model {name}")
+            if base == LITELLM_BASES.get(prefix) and not row["api_key"]:
+                row["api_key"] = "$OPENAI_API_KEY"
         if headers := as_object(params.get("extra_headers")):
             row["headers"] = {str(k): self.secret(v, f"model {name}, header {k}") for k, v in headers.items()}
         for known in self.providers:
@@ -14338,13 +14347,10 @@ class LiteLLMImport:
         if strategy := settings.get("routing_strategy"):
             self.approximated(f"routing_strategy {strategy}: ccmux goes by priority, then file order")
 
-    def master_key(self, general: Json) -> None:
-        if key := general.pop("master_key", None):
+    def master_key(self, settings: Json) -> None:
+        if key := settings.pop("master_key", None):
             self.literals.setdefault(str(key), "CCMUX_ADMIN_TOKEN")
-            self.server = {
-                "require_key": True,
-                "admin_token": self.secret(key, "general_settings.master_key"),
-            }
+            self.server = {"require_key": True, "admin_token": self.secret(key, "master_key")}
             self.approximated(
                 "master_key -> admin_token and require_key: each user gets a key of ccmux's own"
             )

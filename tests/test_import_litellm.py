@@ -66,6 +66,12 @@ def model_list(*rows: str, more: str = "") -> str:
                      ("azure", "openai", "https://x.example/openai/v1", "dep"), id="azure"),
         pytest.param({"model": "azure/d", "api_base": "'https://openai/openai/deployments/d?api-version=1'"},
                      ("azure", "openai", "https://openai/openai/v1", "d"), id="azure-deployment"),
+        pytest.param({"model": "openai/responses/gpt-5.5"},
+                     ("openai-responses", "responses", "https://api.openai.com/v1", "gpt-5.5"), id="responses"),
+        pytest.param({"model": "o3-pro", "info": "mode: responses"},
+                     ("openai-responses", "responses", "https://api.openai.com/v1", "o3-pro"), id="responses-by-mode"),
+        pytest.param({"model": "azure/responses/d", "api_base": "https://x.example"},
+                     ("azure-responses", "responses", "https://x.example/openai/v1", "d"), id="azure-responses"),
         pytest.param({"model": "hosted_vllm/org/m", "api_base": "http://h:8000/v1"},
                      ("hosted_vllm", "openai", "http://h:8000/v1", "org/m"), id="vllm"),
         pytest.param({"model": "somebody/Org/M", "api_base": "https://s.example/v1"},
@@ -121,6 +127,12 @@ def test_no_key_goes_to_an_address_of_ones_own() -> None:
         model_list(row("openai/x", api_base="http://localhost:1/v1")), OPENAI_API_KEY="sk-real"
     )
     assert config.providers[0].api_key == ()
+
+
+def test_the_key_of_openais_responses() -> None:
+    text = model_list(row("openai/responses/x"), row("openai/responses/y", api_key="os.environ/MINE"))
+    text += row("openai/responses/z", api_base="http://localhost:1/v1")
+    assert [p.get("api_key") for p in imported(text).providers] == ["$OPENAI_API_KEY", "$MINE", ""]
 
 
 def test_prices_and_context() -> None:
@@ -185,6 +197,12 @@ def test_wildcards() -> None:
     assert ccmux.choose_route(body, {}, config).targets == (ccmux.Target("groq", "llama-4"),)
     body = {"model": "whatever", "messages": []}
     assert ccmux.choose_route(body, {}, config).targets == (ccmux.Target("openai", "whatever"),)
+
+
+def test_master_key_where_the_page_about_claude_code_has_it() -> None:
+    text = model_list(row("openai/a")) + "litellm_settings: {master_key: os.environ/LITELLM_MASTER_KEY}\n"
+    server = config_of(text, LITELLM_MASTER_KEY="t").server
+    assert (server.require_key, server.admin_token) == (True, "t")
 
 
 def test_order_limits_and_master_key() -> None:
