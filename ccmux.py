@@ -14112,7 +14112,8 @@ LITELLM_PRESETS = {
     "together_ai": "together", "fireworks_ai": "fireworks", "nvidia_nim": "nvidia", "deepseek": "deepseek-openai",
     "moonshot": "moonshot-openai", "zai": "zai-openai", "dashscope": "qwen-openai", "ollama_chat": "ollama",
     "litellm_proxy": "litellm", "codestral": "mistral", "azure": "openai", "hosted_vllm": "openai",
-    "openai/responses": "responses", "azure/responses": "responses", "lm_studio": "openai", "openai_like": "openai", "custom_openai": "openai", "text-completion-openai": "openai",
+    "openai/responses": "responses", "azure/responses": "responses",
+    "lm_studio": "openai", "openai_like": "openai", "custom_openai": "openai", "text-completion-openai": "openai",
 }  # fmt: skip
 LITELLM_BASES = {
     "openai/responses": "https://api.openai.com/v1"
