@@ -216,7 +216,8 @@ def install_packages(venv: Path, python: Path) -> None:
     """Makes the virtual environment and pip-installs PACKAGES there; exits 2 with pip's last words on
     failure.
     """
-    if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
+    is_own = venv == ccmux_home().absolute() / "venv"  # may be one that was half cleared away, then
+    if not is_own and venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
     steps = (
         [sys.executable, "-m", "venv", "--clear", str(venv)],

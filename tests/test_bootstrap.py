@@ -122,6 +122,13 @@ def test_interrupted_installation_is_begun_again(bare: Path, tmp_path: Path) -> 
     assert not (tmp_path / ".ccmux").exists()
 
 
+def test_half_cleared_installation_is_begun_again(bare: Path, tmp_path: Path) -> None:
+    """As Ctrl-C leaves it while an upgrade clears the old one away."""
+    (tmp_path / ".ccmux/venv/lib").mkdir(parents=True)
+    done = start(bare, tmp_path, "model")
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_starts_at_once_make_it_once(bare: Path, tmp_path: Path) -> None:
     """Each would clear away what the other has begun."""
     command = [bare / "python" / PYTHON, bare / "ccmux.py", "model"]
