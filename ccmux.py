@@ -13633,7 +13633,10 @@ def setup_command(args: argparse.Namespace) -> int:
         config = with_overrides(read_config(args.config), args)
         if config.server.require_key and not os.environ.get("CCMUX_KEY"):
             raise ConfigError(NEEDS_KEY)
-        new = settings_with(old, client_environment(config, client_url(config)), statusline_shell(config))
+        first, made = (settings_of(p.read_bytes() if p.exists() else None) for p in (before, ours))
+        new = settings_with(
+            old, client_environment(config, client_url(config)), statusline_shell(config), first, made
+        )
     show_change(path, old, new)
     if new is None:
         path.unlink(missing_ok=True)
@@ -13650,9 +13653,15 @@ def setup_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def settings_with(old: bytes | None, variables: Mapping[str, str], shell: str) -> bytes:
-    """Claude Code's settings with these variables in their `env`, and a status line where there is none."""
+def settings_with(
+    old: bytes | None, variables: Mapping[str, str], shell: str, first: Json, made: Json
+) -> bytes:
+    """Claude Code's settings with these variables in their `env`, and a status line where there is none but
+    one of an earlier setup, which may lead to where ccmux.py was then.
+    """
     settings = settings_of(old)
+    if has_our_statusline(settings, first, made):
+        del settings["statusLine"]
     kept = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
     settings["env"] = {**kept, **variables}
     settings.setdefault("statusLine", {"type": "command", "command": shell})
@@ -13680,6 +13689,11 @@ def settings_of(data: bytes | None) -> Json:
     return settings
 
 
+def has_our_statusline(now: Json, first: Json, made: Json) -> bool:
+    """Whether it is the one that setup `made`, not the one that was there at `first`."""
+    return bool(now.get("statusLine") == made.get("statusLine") != first.get("statusLine"))
+
+
 def undone(old: bytes | None, before: Path, ours: Path) -> bytes | None:
     """The settings as they were (None: there were none); where they were changed since, only what setup did
     goes.
@@ -13695,7 +13709,7 @@ def undone(old: bytes | None, before: Path, ours: Path) -> bytes | None:
     now |= {"env": environment}
     if not environment and "env" not in first:
         del now["env"]
-    if now.get("statusLine") == made.get("statusLine") != first.get("statusLine"):
+    if has_our_statusline(now, first, made):
         del now["statusLine"]
     return (json.dumps(now, indent=2, ensure_ascii=False) + "\n").encode()
 

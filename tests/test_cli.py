@@ -490,6 +490,18 @@ def test_setup_writes_through_a_link(cli: Cli, tmp_path: Path) -> None:
     assert link.is_symlink() and real.read_text() == "{}"
 
 
+def test_setup_again_renews_its_own_status_line(cli: Cli, tmp_path: Path) -> None:
+    """ccmux.py or its config may stand elsewhere by now."""
+    path = tmp_path / ".claude/settings.json"
+    write_config(tmp_path).rename(tmp_path / "old.toml")
+    write_config(tmp_path).rename(tmp_path / "new.toml")
+    cli("setup", "--config", "old.toml")
+    cli("setup", "--config", "new.toml")
+    assert json.loads(path.read_bytes())["statusLine"]["command"].endswith("new.toml")
+    cli("setup", "--undo")
+    assert not path.exists()
+
+
 def test_setup_writes_no_key_that_is_none(cli: Cli, tmp_path: Path) -> None:
     write_config(tmp_path, "require_key = true")
     ran = cli("setup")
