@@ -12908,7 +12908,8 @@ def ollama_url(env: Mapping[str, str]) -> str:
     host = env.get("OLLAMA_HOST") or "127.0.0.1"
     parts = urllib.parse.urlsplit(host if "://" in host else f"http://{host}")
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1"}.get(parts.hostname or "", parts.hostname)  # noqa: S104
-    return f"{parts.scheme}://{f'[{name}]' if ':' in str(name) else name}:{parts.port or 11434}"
+    port = parts.port or ({"http": 80, "https": 443}.get(parts.scheme) if "://" in host else 11434)
+    return f"{parts.scheme}://{f'[{name}]' if ':' in str(name) else name}:{port}{parts.path.rstrip('/')}"
 
 
 def ollama_models() -> list[str]:

@@ -296,7 +296,11 @@ def test_config_of_the_environment(
         pytest.param("", "http://127.0.0.1:11434", id="unset"),
         pytest.param("0.0.0.0", "http://127.0.0.1:11434", id="every-address"),
         pytest.param("box:8080", "http://box:8080", id="port"),
-        pytest.param("https://box.example", "https://box.example:11434", id="scheme"),
+        pytest.param("box.example", "http://box.example:11434", id="name"),
+        pytest.param(
+            "https://box.example", "https://box.example:443", id="scheme"
+        ),  # as ollama 0.6 from PyPI does
+        pytest.param("http://box.example/ollama/", "http://box.example:80/ollama", id="path"),
         pytest.param("[::1]:7", "http://[::1]:7", id="ipv6"),
     ],
 )
