@@ -14131,9 +14131,7 @@ LITELLM_PRESETS = {
     "openai/responses": "responses", "azure/responses": "responses",
     "lm_studio": "openai", "openai_like": "openai", "custom_openai": "openai", "text-completion-openai": "openai",
 }  # fmt: skip
-LITELLM_BASES = {
-    "openai/responses": "https://api.openai.com/v1"
-}  # of a format, which has no address of its own
+LITELLM_BASES = {"openai/responses": "https://api.openai.com/v1"}  # a format has no address of its own
 LITELLM_NAMES = ((r"gpt-|chatgpt-|o\d|codex", "openai"), ("claude", "anthropic"))
 LITELLM_PRICES = {
     "input_cost_per_token": "input", "output_cost_per_token": "output", "cache_read_input_token_cost": "cache_read",
