@@ -13552,14 +13552,14 @@ def running_server(config: Config) -> Iterator[str]:
     """The address of a ccmux with this config: one that runs, else one that is started here and stopped at
     the end.
     """
-    port = config.server.port or free_port()
-    url = client_url(config, port)
-    if is_ccmux(url):
+    url = client_url(config)
+    if config.server.port and is_ccmux(url):
         yield url
         return
     path = home_of(config) / "ccmux.log"
-    command = [sys.executable, os.path.abspath(__file__), "serve", "--port", str(port)]
+    command = [sys.executable, os.path.abspath(__file__), "serve"]
     command += ["--config", config.path] if config.path else []
+    print(f"ccmux: starting at {url}, its log is {path}", file=sys.stderr, flush=True)
     # A session (on Windows, a process group) of its own: Ctrl-C in the terminal is for claude.
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log_file:
@@ -13568,15 +13568,9 @@ def running_server(config: Config) -> Iterator[str]:
             start_new_session=True, creationflags=group,
         )  # fmt: skip
     try:
-        wait_for_server(server, url, path)
-        yield url
+        yield wait_for_server(server, path)
     finally:
         stop_server(server)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def is_ccmux(url: str) -> bool:
@@ -13597,12 +13591,12 @@ def is_ccmux(url: str) -> bool:
     return True
 
 
-def wait_for_server(server: subprocess.Popen[bytes], url: str, path: Path) -> None:
-    print(f"ccmux: starting at {url}, its log is {path}", file=sys.stderr, flush=True)
+def wait_for_server(server: subprocess.Popen[bytes], path: Path) -> str:
+    """The address that the server's start text in its log tells; ConfigError with its last words where there is none."""
     end = time.monotonic() + 30
     while server.poll() is None and time.monotonic() < end:
-        if is_ccmux(url):
-            return
+        if told := re.search(r"(?m)^ccmux \S+ at (\S+)\n", path.read_text("utf-8", "replace")):
+            return told[1]
         time.sleep(0.05)
     words = path.read_text("utf-8", "replace").strip().splitlines()
     raise ConfigError(
