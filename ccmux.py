@@ -257,10 +257,8 @@ module.__file__ = sys.argv[0]
 with open(%d, "rb") as compiled:
     code = marshal.load(compiled)
 exec(code, module.__dict__)"""
-# For glibc's allocator. Its defaults give the memory of each request of 100 KB back to the kernel, and fetch it again;
-# in huge pages, addresses are found sooner (5 % of a forwarded request's CPU, for 5 MB; glibc 2.35, else ignored).
+# For glibc's allocator. Its defaults give the memory of each request of 100 KB back to the kernel, and fetch it again.
 MALLOC = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
     "MALLOC_TOP_PAD_": str(4 * 2**20),

@@ -230,7 +230,6 @@ async def test_a_server_runs_from_its_compiled_code(start_ccmux: Start) -> None:
         process = Path(f"/proc/{running.process.pid}")
         assert "marshal.load" in (process / "cmdline").read_text()
         assert not [file for file in process.glob("fd/*") if "memfd" in os.readlink(file)]  # a megabyte
-        assert "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in (process / "environ").read_text().split("\0")
 
 
 def in_shell(setting: str, *args: str) -> list[str]:
