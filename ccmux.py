@@ -182,7 +182,7 @@ def bootstrap(problem: str) -> None:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Waits while another start installs in this folder; it would clear away what the other has begun."""
+    """Waits while another ccmux installs or starts in this folder; it would clear away what the other has begun."""
     try:
         import fcntl
 
@@ -13550,10 +13550,18 @@ def running_server(config: Config) -> Iterator[str]:
     """The address of a ccmux with this config: one that runs, else one that is started here and stopped at
     the end.
     """
-    url = client_url(config)
-    if config.server.port and is_ccmux(url):
+    with contextlib.ExitStack() as at_end:
+        with one_at_a_time(
+            home_of(config)
+        ):  # two at once would start one each, with one log and one database
+            url = client_url(config)
+            if not config.server.port or not is_ccmux(url):
+                url = started_server(config, url, at_end)
         yield url
-        return
+
+
+def started_server(config: Config, url: str, at_end: contextlib.ExitStack) -> str:
+    """The address of a ccmux that is started here."""
     path = home_of(config) / "ccmux.log"
     command = [sys.executable, os.path.abspath(__file__), "serve"]
     command += ["--config", config.path] if config.path else []
@@ -13565,10 +13573,8 @@ def running_server(config: Config) -> Iterator[str]:
             command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
             start_new_session=True, creationflags=group,
         )  # fmt: skip
-    try:
-        yield wait_for_server(server, path)
-    finally:
-        stop_server(server)
+    at_end.callback(stop_server, server)
+    return wait_for_server(server, path)
 
 
 def is_ccmux(url: str) -> bool:

@@ -929,6 +929,15 @@ async def test_code_leaves_a_running_server(tmp_path: Path, start_ccmux: Any) ->
         assert answers(port)
 
 
+async def test_two_codes_at_once_share_a_server(tmp_path: Path) -> None:
+    both = 'echo here >> both; for i in $(seq 200); do [ "$(wc -l < both)" = 2 ] && exit; sleep 0.1; done; exit 1'
+    path = fake_claude(tmp_path, f"cd {tmp_path}; {both}")
+    write_config(tmp_path, port=closed_port())
+    ran = await asyncio.gather(*(asyncio.to_thread(process, tmp_path, "code", PATH=path) for _ in range(2)))
+    assert [r.status for r in ran] == [0, 0]
+    assert sum("starting at" in r.err for r in ran) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
