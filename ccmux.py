@@ -14129,7 +14129,18 @@ LITELLM_PRESETS = {
     "openai/responses": "responses", "azure/responses": "responses",
     "lm_studio": "openai", "openai_like": "openai", "custom_openai": "openai", "text-completion-openai": "openai",
 }  # fmt: skip
-LITELLM_BASES = {"openai/responses": "https://api.openai.com/v1"}  # a format has no address of its own
+# Where a row without an address or a key is sent, and the variable its key is in, as far as our presets differ.
+LITELLM_BASES = {
+    "openai/responses": "https://api.openai.com/v1",
+    "codestral": "https://codestral.mistral.ai/v1",
+}
+LITELLM_KEYS = {
+    name: f"os.environ/{variable}_API_KEY"
+    for name, variable in {
+        "openai/responses": "OPENAI", "azure": "AZURE", "azure/responses": "AZURE", "nvidia_nim": "NVIDIA_NIM",
+        "github": "GITHUB", "codestral": "CODESTRAL",
+    }.items()
+}  # fmt: skip
 LITELLM_NAMES = ((r"gpt-|chatgpt-|o\d|codex", "openai"), ("claude", "anthropic"))
 LITELLM_PRICES = {
     "input_cost_per_token": "input", "output_cost_per_token": "output", "cache_read_input_token_cost": "cache_read",
@@ -14187,7 +14198,9 @@ class LiteLLMImport:
 
     def deployment(self, row: Json) -> None:
         """One row of model_list: a provider, and a target of the model."""
-        name = str(row.get("model_name"))
+        name = str(row.get("model_name") or "")
+        if not name:
+            return self.dropped("a row of model_list without a model_name")
         params, info = as_object(row.get("litellm_params")), as_object(row.get("model_info"))
         if (mode := info.get("mode") or "chat") not in ("chat", "completion", "responses"):
             return self.dropped(f"model {name}: mode {mode}; ccmux serves chat models")
@@ -14245,10 +14258,12 @@ class LiteLLMImport:
         elif base and prefix not in LITELLM_PRESETS:
             self.approximated(f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format")
         row: Json = {"type": preset, **({"base_url": base} if base else {})}
-        if params.get("api_key") or base:
-            row["api_key"] = self.secret(params.get("api_key"), f"model {name}")
-            if base == LITELLM_BASES.get(prefix) and not row["api_key"]:
-                row["api_key"] = "$OPENAI_API_KEY"
+        is_own = is_azure or base in (
+            "",
+            LITELLM_BASES.get(prefix),
+        )  # who serves at other addresses may want no key
+        if (key := params.get("api_key") or (LITELLM_KEYS.get(prefix) if is_own else "")) or base:
+            row["api_key"] = self.secret(key, f"model {name}")
         if headers := as_object(params.get("extra_headers")):
             row["headers"] = {str(k): self.secret(v, f"model {name}, header {k}") for k, v in headers.items()}
         for known in self.providers:

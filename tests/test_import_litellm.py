@@ -98,6 +98,7 @@ def test_deployment(params: dict[str, str], provider: tuple[str, ...]) -> None:
         pytest.param(row("openai/x", rpm=6, tpm=7), "model m: rpm, tpm", id="limits"),
         pytest.param(row("openai/x", info="input_cost_per_token: 1"), "needs both", id="half-a-price"),
         pytest.param(row("openai/x", name="claude-*"), "write the names into `models`", id="odd-wildcard"),
+        pytest.param("  - litellm_params: {model: openai/x}", "a row of model_list without", id="no-name"),
         pytest.param("guardrails: [1]", "guardrails: ccmux has nothing like it", id="other-table"),
         pytest.param("router_settings: {timeout: soon}", "timeout = 'soon': not a number", id="no-number"),
         pytest.param("litellm_settings: {callbacks: [otel], cache: true}", "litellm_settings: cache, callbacks", id="settings"),
@@ -133,6 +134,21 @@ def test_the_key_of_openais_responses() -> None:
     text = model_list(row("openai/responses/x"), row("openai/responses/y", api_key="os.environ/MINE"))
     text += row("openai/responses/z", api_base="http://localhost:1/v1")
     assert [p.get("api_key") for p in imported(text).providers] == ["$OPENAI_API_KEY", "$MINE", ""]
+
+
+@pytest.mark.parametrize(
+    ("model", "address", "variable"),
+    [
+        ("nvidia_nim/meta/llama3", "", "$NVIDIA_NIM_API_KEY"),
+        ("github/gpt-4o", "", "$GITHUB_API_KEY"),
+        ("codestral/x", "https://codestral.mistral.ai/v1", "$CODESTRAL_API_KEY"),
+        ("azure/d", "https://x.example/openai/v1", "$AZURE_API_KEY"),
+        ("azure/responses/d", "https://x.example/openai/v1", "$AZURE_API_KEY"),
+    ],
+)
+def test_the_key_of_a_row_without_one(model: str, address: str, variable: str) -> None:
+    made = imported(model_list(row(model)), AZURE_API_BASE="https://x.example").providers[0]
+    assert (made.get("base_url", ""), made["api_key"]) == (address, variable)
 
 
 def test_prices_and_context() -> None:
