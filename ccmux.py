@@ -66,7 +66,17 @@ PACKAGES = ("aiohttp>=3.14,<4", "tiktoken>=0.8,<1")
 
 def ccmux_home() -> Path:
     """Where ccmux keeps what has no other place: ~/.ccmux."""
-    return Path.home() / ".ccmux"
+    return expanded("~/.ccmux")
+
+
+def expanded(path: str) -> Path:
+    """A path with its ~ read; OSError where no home folder is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(
+            2, "no home folder is known for this; set HOME, or write the path out", path
+        ) from None
 
 
 def config_path(given: str) -> Path | None:
@@ -74,7 +84,7 @@ def config_path(given: str) -> Path | None:
     is none.
     """
     if given or os.environ.get("CCMUX_CONFIG"):
-        return Path(given or os.environ["CCMUX_CONFIG"]).expanduser()
+        return expanded(given or os.environ["CCMUX_CONFIG"])
     places = (Path("config.toml"), ccmux_home() / "config.toml")
     return next((p for p in places if p.exists()), None)
 
@@ -142,7 +152,7 @@ def database_of(config: Path | None) -> str:
     if config is None:
         return str(ccmux_home() / "ccmux.db")
     name = tomllib.loads(config.read_text("utf-8-sig")).get("server", {}).get("database", "ccmux.db")
-    return str(config.resolve().parent / Path(name).expanduser())
+    return str(config.resolve().parent / expanded(name))
 
 
 def bootstrap(problem: str) -> None:
@@ -2155,7 +2165,7 @@ def database_path(config: Config) -> str:
     name = config.server.database
     if name == ":memory:":
         return name
-    return str(home_of(config) / Path(name).expanduser())
+    return str(home_of(config) / expanded(name))
 
 
 def home_of(config: Config) -> Path:
@@ -2196,6 +2206,8 @@ def is_loopback(host: str) -> bool:
 def check_binding(config: Config) -> None:
     """Off loopback only with keys for clients and a token for the admin page."""
     host = config.server.host
+    if host.startswith("["):
+        raise ConfigError(f"[server]: key 'host' is {host!r}: write it without the brackets")
     if is_loopback(host):
         return
     if not config.server.require_key:
@@ -13338,7 +13350,7 @@ async def check_live(config: Config) -> int:
 def explain_command(args: argparse.Namespace) -> int:
     """Shows which model a request would go to, rule by rule, with its token count and the most it can cost."""
     config = read_config(args.config)
-    raw = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
+    raw = stdin_bytes() if args.file == "-" else Path(args.file).read_bytes()
     try:
         counter = TokenCounter(Vocabulary().load)
         told = asyncio.run(explain(config, strict_json(raw, args.file), {}, counter))
@@ -13352,6 +13364,11 @@ def explain_command(args: argparse.Namespace) -> int:
         print(f"target    {target['provider']}/{target['model']}, {cost}")
     print(f"tokens    {told['tokens']} counted")
     return 0
+
+
+def stdin_bytes() -> bytes:
+    """What stands on stdin; nothing where it is closed."""
+    return sys.stdin.buffer.read() if sys.stdin else b""
 
 
 def token_command(args: argparse.Namespace) -> int:
@@ -13368,7 +13385,7 @@ def statusline_command(args: argparse.Namespace) -> int:
 
 def init_command(args: argparse.Namespace) -> int:
     """Writes a commented config.toml from the keys found in the environment; never over one that is there."""
-    path = Path(args.config or os.environ.get("CCMUX_CONFIG") or ccmux_home() / "config.toml").expanduser()
+    path = expanded(args.config or os.environ.get("CCMUX_CONFIG") or "~/.ccmux/config.toml")
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or name another file with --config")
     found = config_of_environment(os.environ, ollama_models())

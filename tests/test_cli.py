@@ -157,6 +157,8 @@ def test_top_help_names_every_command(cli: Cli) -> None:
         pytest.param(("explain", "nothing.json"), "nothing.json: No such file or directory", id="no-file"),
         pytest.param(("check", "--config", "nothing.toml"), "nothing.toml: cannot be read", id="no-config"),
         pytest.param(("serve", "--host", "0.0.0.0"), "set require_key = true", id="open-to-all"),
+        pytest.param(("--host", "[::1]"), "'[::1]': write it without the brackets", id="brackets"),
+        pytest.param(("check", "--config", "~no-such-user/x"), "no home folder is known", id="no-home"),
         pytest.param(("--port", "65536"), "'65536' is not a port: 0 to 65535", id="port"),
         pytest.param(("setup", "--undo"), "there is nothing to undo", id="undo"),
         pytest.param(("code",), "there is no `claude` here", id="no-claude"),
@@ -170,6 +172,14 @@ def test_operator_errors_are_one_line(
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith("ccmux: ") and ran.err.count("\n") == 1
     assert said in ran.err
+
+
+def test_explain_without_a_stdin(tmp_path: Path) -> None:
+    shell = f'"{sys.executable}" "{CCMUX}" explain - <&-'
+    ran = subprocess.run(
+        ["sh", "-c", shell], cwd=tmp_path, env=process_environment(tmp_path), capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
 
 
 def test_config_may_stand_before_the_command(cli: Cli, tmp_path: Path) -> None:
