@@ -14060,7 +14060,8 @@ def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
     for name in ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"):
         if asked := env.get(name):
             yield "note", f"{name} is set: Claude Code asks for {asked} whatever /model says"
-    if has_proxy() and "127.0.0.1" not in env.get("NO_PROXY", env.get("no_proxy", "")):
+    known = env.get("NO_PROXY") or env.get("no_proxy") or ""
+    if has_proxy() and known != "*" and "127.0.0.1" not in known:
         yield (
             "note",
             "a proxy is set and NO_PROXY lacks 127.0.0.1: Claude Code looks for ccmux through the proxy; "

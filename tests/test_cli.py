@@ -815,6 +815,13 @@ def test_doctor_notes(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, 
     assert (ran.status, said in "\n".join(words_of(ran, "note"))) == (0, True)
 
 
+@pytest.mark.parametrize("env", [{"NO_PROXY": "*"}, {"NO_PROXY": "", "no_proxy": "127.0.0.1"}])
+def test_doctor_knows_a_good_no_proxy(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
+    for name, value in {"HTTPS_PROXY": "http://proxy.example", **env}.items():
+        monkeypatch.setenv(name, value)
+    assert "NO_PROXY" not in cli("doctor").out
+
+
 # The status line.
 
 
