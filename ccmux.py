@@ -13568,9 +13568,7 @@ def running_server(config: Config) -> Iterator[str]:
     the end.
     """
     with contextlib.ExitStack() as at_end:
-        with one_at_a_time(
-            home_of(config)
-        ):  # two at once would start one each, with one log and one database
+        with one_at_a_time(home_of(config)):  # two would start one each, with one log and one database
             url = client_url(config)
             if not config.server.port or not is_ccmux(url):
                 url = started_server(config, url, at_end)
@@ -14276,10 +14274,7 @@ class LiteLLMImport:
         elif base and prefix not in LITELLM_PRESETS:
             self.approximated(f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format")
         row: Json = {"type": preset, **({"base_url": base} if base else {})}
-        is_own = is_azure or base in (
-            "",
-            LITELLM_BASES.get(prefix),
-        )  # who serves at other addresses may want no key
+        is_own = is_azure or base in ("", LITELLM_BASES.get(prefix))  # at other addresses none may be wanted
         if (key := params.get("api_key") or (LITELLM_KEYS.get(prefix) if is_own else "")) or base:
             row["api_key"] = self.secret(key, f"model {name}")
         if headers := as_object(params.get("extra_headers")):
