@@ -8862,6 +8862,9 @@ class Plan:
         if _SIGNATURE_REFUSED.search(error.message) and self.once("signature"):
             self.call.body, self.call.raw = without_thinking(self.call.body), b""
             return True
+        if _THOUGHT_MISSED.search(error.message) and self.once("thought"):
+            self.call.body, self.call.raw = unthinking(self.call.body), b""
+            return True
         if dialect_of(slot.provider, slot.target.actual_model).request is None:
             return False
         name = refused_parameter(error.message, error.param)
@@ -8905,6 +8908,13 @@ _SIGNATURE_REFUSED = re.compile(
 )
 
 
+# What Anthropic and DeepSeek say of a call whose thought does not come back: another model's, or one that the client's
+# format has no place for.
+_THOUGHT_MISSED = re.compile(
+    r"Expected `thinking` or `redacted_thinking`|`content\[\]\.thinking`.{0,40}passed back"
+)
+
+
 def refused_parameter(message: str, param: str = "") -> str:
     """The parameter that a 400 says the upstream does not know; "" where it says another thing.
 
@@ -8923,6 +8933,12 @@ def refused_parameter(message: str, param: str = "") -> str:
 def without_thinking(body: Json) -> Json:
     """The request without thinking blocks, for an upstream that refuses the signature of one."""
     return rewritten(body, NO_THINKING)
+
+
+def unthinking(body: Json) -> Json:
+    """The request with thinking turned off, and its editing, for an upstream that misses the thought behind a call."""
+    rest = {k: v for k, v in without_thinking(body).items() if k != "context_management"}
+    return {**rest, "thinking": {"type": "disabled"}}
 
 
 def without_foreign_thinking(body: Json) -> Json:

@@ -795,6 +795,28 @@ async def test_thinking_whose_signature_is_refused_is_left_out_once(mended: bool
     assert b.count == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but found `tool_use`.",
+        "The `content[].thinking` in the thinking mode must be passed back to the API.",
+    ],
+    ids=["anthropic", "deepseek"],
+)
+async def test_a_call_of_another_model_goes_on_without_thinking(words: str, tmp_path: Path) -> None:
+    body = message_body(
+        messages=THOUGHTS,
+        thinking={"type": "enabled", "budget_tokens": 2000},
+        context_management={"edits": []},
+    )
+    async with stage(tmp_path, (fs.status(400, message=words), *OK), OK) as (proxy, (a, b)):
+        full("A")(await ask(proxy, body=body))
+    assert [call.json["thinking"]["type"] for call in a.calls] == ["enabled", "disabled"]
+    assert ["context_management" in call.json for call in a.calls] == [True, False]
+    assert ["hm" in json.dumps(call.json) for call in a.calls] == [True, False]
+    assert b.count == 0
+
+
 @pytest.mark.parametrize("passes", [True, False])
 @BOTH
 async def test_a_400_that_means_a_passing_fault_is_tried_once_more(
