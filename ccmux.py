@@ -8853,8 +8853,8 @@ class Plan:
         return breaker is None or breaker.allows(time.monotonic()) or len(self.slots()) == 1
 
     def mends(self, slot: Slot, error: ApiError) -> bool:
-        """Whether a 400 names something that this request can do without: a parameter, a thinking signature."""
-        if error.status != 400:
+        """Whether a 400, or Mistral's 422, names what this request can do without: a parameter, a thinking signature."""
+        if error.status not in (400, 422):
             return False
         transient = slot.provider.quirks.transient
         if transient and transient in error.message:

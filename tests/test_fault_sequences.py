@@ -754,8 +754,16 @@ async def test_an_overflow_without_a_larger_target_is_told_in_the_clients_words(
 # A 400 that names what this request can do without is tried again, and not counted.
 
 
-async def test_a_parameter_that_is_refused_is_left_out(tmp_path: Path) -> None:
-    refusal = fs.status(400, message="Unsupported parameter: 'temperature' is not supported with this model.")
+MISTRAL = '{"detail": [{"type": "extra_forbidden", "loc": ["body", "temperature"], "msg": "Extra inputs are not permitted"}]}'
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(400, "Unsupported parameter: 'temperature' is not supported with this model."), (422, MISTRAL)],
+    ids=["openai", "mistral"],
+)
+async def test_a_parameter_that_is_refused_is_left_out(status: int, words: str, tmp_path: Path) -> None:
+    refusal = fs.status(status, message=words)
     script = (refusal, fs.status(500), fs.answer())
     async with stage(tmp_path, script, formats="openai") as (proxy, (a,)):
         for _ in range(2):
