@@ -1167,7 +1167,8 @@ class Config:
         return self._providers.get(name)
 
     def model(self, name: str) -> Model | None:
-        return self._models.get(name)
+        """The row of that name, or of its alias `anthropic/name`."""
+        return self._models.get(name) or self._models.get(name.removeprefix("anthropic/"))
 
     @functools.cached_property
     def _providers(self) -> dict[str, Provider]:
@@ -2433,8 +2434,6 @@ def resolve(config: Config, name: str) -> tuple[Target, ...]:
         return tuple(sorted(model.mappings, key=lambda t: t.priority))
     head, slash, rest = name.partition("/")
     if slash and rest:
-        if head == "anthropic" and config.model(rest):
-            return resolve(config, rest)
         if config.provider(head):
             return (Target(head, rest),)
         if head == "anthropic":

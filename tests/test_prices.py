@@ -89,6 +89,7 @@ OWN, ROW = price("7", "8"), price("5", "6")
 CHOICES = {
     "own-price-first": (Target("p", "gpt-5", 1, OWN), "mine", OWN),
     "then-the-row's": (Target("p", "gpt-5"), "mine", ROW),
+    "the-row's-by-its-alias": (Target("p", "gpt-5"), "anthropic/mine", ROW),
     "then-built-in-by-upstream-name": (Target("p", "gpt-5"), "other", facts_of("gpt-5").price),
     "then-built-in-by-name": (Target("p", "deployment-7"), "gpt-5", facts_of("gpt-5").price),
     "unknown": (Target("p", "deployment-7"), "other", None),

@@ -507,6 +507,13 @@ def test_a_model_too_small_for_the_count_is_passed_over(tokens: int, model: str,
         assert [(t.provider, t.actual_model) for t in found.targets] == [("or", "up-roomy")]
 
 
+def test_a_model_asked_for_by_its_alias_is_passed_over_too() -> None:
+    assert [route(ask("anthropic/tight"), tokens=n, config=SMALL).model for n in (500, 501)] == [
+        "anthropic/tight",
+        "roomy",
+    ]
+
+
 def test_passing_a_model_over_keeps_what_routing_took_out() -> None:
     rules = "[[router.rules]]\npattern = '^use tight: '\nmodel = 'tight'\nstrip = true\n"
     made = config(
