@@ -1251,9 +1251,9 @@ class Loader:
         """A provider row over its preset's; a missing variable disables it, which is never fatal."""
         name = row.get("name")
         where = f"[[providers]] {name!r}" if isinstance(name, str) and name else where
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.@:+-]{1,64}", name):
+        if not isinstance(name, str) or not re.fullmatch(r"(?! )[\w.@:+ -]{1,64}(?<! )", name):
             raise ConfigError(
-                f"{where}: key 'name' must be 1 to 64 letters, digits or . _ - @ : + (no slash)"
+                f"{where}: key 'name' must be 1 to 64 letters, digits, spaces or . _ - @ : + (no slash)"
             )
         kind = str(row.get("type") or "")
         if kind not in formats and kind not in presets:
@@ -1507,6 +1507,7 @@ MUX_KEYS = {
     "": {"presets", "cli"},
 }
 MUX_TYPES = {"z.ai": "zai"}
+MUX_LEVELS = {"warn": "warning", "trace": "debug"}
 
 
 def import_mux(tables: Json, warnings: list[str]) -> Json:
@@ -1516,6 +1517,8 @@ def import_mux(tables: Json, warnings: list[str]) -> Json:
     if isinstance(tables.get("server"), dict):
         keep = {k: v for k, v in tables["server"].items() if k != "timeouts"}
         wanted["server"] = {k: v for k, v in keep.items() if not mux_skips("server", k, "[server]", warnings)}
+        if (level := keep.get("log_level")) in list(MUX_LEVELS):
+            wanted["server"]["log_level"] = MUX_LEVELS[str(level)]
     if isinstance(tables.get("router"), dict):
         wanted["router"] = mux_router(tables["router"], warnings)
     if isinstance(tables.get("providers"), list):
@@ -1526,7 +1529,22 @@ def import_mux(tables: Json, warnings: list[str]) -> Json:
         kept = [r.get("name") for r in as_list(wanted.get("providers")) if isinstance(r, dict)]
         lost = [name for name in lost if name not in kept]
         wanted["models"] = [mux_model(row, lost, warnings) for row in tables["models"]]
+        mux_drop_models(wanted, as_list(tables["models"]), warnings)
     return wanted
+
+
+def mux_drop_models(wanted: Json, given: list[Any], warnings: list[str]) -> None:
+    """Takes out the models that only skipped providers served, and the routes to them."""
+    pairs = [(row, was) for row, was in zip(wanted["models"], given, strict=True) if isinstance(row, dict)]
+    gone = [row for row, was in pairs if was.get("mappings") and row["mappings"] == []]
+    names = [row.get("name") for row in gone]
+    warnings += [
+        f"[[models]] {n!r}: every provider of it is skipped; so is it, and routes to it" for n in names
+    ]
+    wanted["models"] = [row for row in wanted["models"] if row not in gone]
+    if isinstance(router := wanted.get("router"), dict):
+        slots = [key for key in ROUTE_SLOTS if key in router and router[key] in names]
+        wanted["router"] = {k: v for k, v in router.items() if k not in slots}
 
 
 def mux_skips(table: str, key: str, where: str, warnings: list[str]) -> bool:
@@ -10810,11 +10828,11 @@ async def put_provider(request: web.Request) -> web.StreamResponse:
     table = {"name": name, **table}
     old = old_row(state, "providers", name)
     kept = kept_secrets(old, table)
-    table = {
-        k: v for k, v in table.items() if v is not None and k not in kept and not (k == "api_key" and v == "")
-    }
-    if kept and address_of(state, table, name) == address_of(state, old, name):
-        table |= kept
+    if kept and address_of(state, table, name) != address_of(state, old, name):
+        typed = {k: v for k, v in as_object(table.get("headers")).items() if v is not None and not is_mask(v)}
+        kept = {**dict.fromkeys(kept), **({"headers": typed} if typed else {})}
+    table |= kept
+    table = {k: v for k, v in table.items() if v is not None and not (k == "api_key" and v == "")}
     return await save_table(request, "providers", name, table, hash)
 
 

@@ -171,8 +171,10 @@ async def test_headers_left_out_stay_but_never_go_to_another_address(tmp_path: P
             assert admin.text == row
         await admin.put("/admin/api/providers/p", {"type": "anthropic", "headers": {"x-b": None}})
         assert "canary-1" not in admin.text and "canary-2" in admin.text
-        await admin.put("/admin/api/providers/p", {"type": "anthropic", "base_url": "https://elsewhere.test"})
+        moved = {"type": "anthropic", "base_url": "https://elsewhere.test"}
+        await admin.put("/admin/api/providers/p", {**moved, "headers": {"x-b": {"set": True}, "x-c": "new"}})
         assert "canary" not in admin.text
+        assert admin.state.config.provider("p").headers == {"x-c": "new"}
 
 
 async def test_a_new_key_among_masks_is_no_silent_loss(tmp_path: Path) -> None:

@@ -510,6 +510,39 @@ def test_a_claude_code_mux_file_loads_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param('"acme"', '"acme coding plan"', id="a provider's name with spaces, as in its example"),
+        pytest.param('"info"', '"warn"', id="its log level warn"),
+        pytest.param('"info"', '"trace"', id="its log level trace"),
+    ],
+)
+def test_what_else_a_claude_code_mux_file_may_say(old: str, new: str) -> None:
+    text = MUX.replace('provider_type = "acme"', "provider_type = 'acme'").replace(old, new)
+    assert text != MUX and len(parse(text).warnings) == 5
+
+
+def test_a_model_of_skipped_providers_alone_is_skipped_with_its_routes() -> None:
+    text = MUX.replace('think = "main"', 'think = "plan"').replace("[[models]]", OAUTH_ONLY + "[[models]]", 1)
+    made = parse(text)
+    assert [m.name for m in made.models] == ["main"]
+    assert (made.router.default, made.router.think) == ("main", "")
+    assert len([w for w in made.warnings if "[[models]] 'plan'" in w]) == 1
+
+
+OAUTH_ONLY = """
+[[models]]
+name = "plan"
+
+[[models.mappings]]
+priority = 1
+provider = "max"
+actual_model = "claude-x"
+
+"""
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "provider max: signing in by OAuth is not something ccmux does; it is skipped",
