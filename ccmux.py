@@ -7349,7 +7349,7 @@ class Store:
             )
 
     def answered(self, hold: Hold, floor: int) -> None:
-        """The upstream has begun to answer: from now on a crash charges `floor`."""
+        """The upstream has begun to answer, or (floor 0) failed to: from now on a crash charges `floor`."""
         note = "update holds set floor_microusd = ? where request_id = ?"
 
         def run(db: sqlite3.Connection) -> bool:
@@ -7966,6 +7966,7 @@ class Call:
     chat: Json = field(default_factory=dict)  # what an OpenAI-format client sent
     wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
     on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
+    on_failure: Callable[[], None] = lambda: None  # and has answered nothing that the client got
     on_raw: Callable[[str, bytes], None] | None = None  # the inspect recorder
     # What became of it:
     target: Target | None = None
@@ -8279,6 +8280,8 @@ class Relay:
                 return
             except ApiError as error:
                 call.end_retry()
+                if not call.has_answered:
+                    call.on_failure()
                 if call.has_answered or not await plan.goes_on(slot, error):
                     raise client_error(error, slot, call) from None
 
@@ -9846,8 +9849,9 @@ class Exchange:
         self.done: Settlement | None = None
         self.began = time.monotonic()
         self.answered = 0  # the last try that an upstream began to answer
+        self.floor = 0  # as noted for a crash
         self.floor_note: asyncio.TimerHandle | None = None
-        call.on_answer = self.on_answer
+        call.on_answer, call.on_failure = self.on_answer, self.on_failure
 
     async def serve(self) -> web.StreamResponse:
         call, state = self.call, self.state
@@ -9878,7 +9882,8 @@ class Exchange:
             sink.close()
             state.calls.pop(call.request_id, None)
             self.settle(error)
-            del call.on_answer, call.on_raw  # they lead back here: the request would wait for the collector
+            # They lead back here: the request would wait for the collector.
+            del call.on_answer, call.on_failure, call.on_raw
 
     async def taken(self, ending: Awaitable[web.StreamResponse]) -> web.StreamResponse:
         """The answer, once its end is out; a client that does not take that is cut off."""
@@ -9922,12 +9927,21 @@ class Exchange:
             self.floor_note = asyncio.get_running_loop().call_later(NOTE_AFTER, self.note_floor, target)
         self.answered = self.call.tries
 
+    def on_failure(self) -> None:
+        """A crash before the next try is answered charges nothing."""
+        if self.floor_note:
+            self.floor_note.cancel()
+        if self.hold and self.floor:
+            self.floor = 0
+            self.state.store.answered(self.hold, 0)
+
     def note_floor(self, target: Target) -> None:
         """The input's cost, with markup: what a request costs once its upstream has begun to answer."""
         price = self.price_of(target)
         markup = self.call.config.credits.markup_percent
         assert self.hold is not None
-        self.state.store.answered(self.hold, input_floor(self.call.tokens, price, markup) if price else 0)
+        self.floor = input_floor(self.call.tokens, price, markup) if price else 0
+        self.state.store.answered(self.hold, self.floor)
 
     # Money.
 

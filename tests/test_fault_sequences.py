@@ -1373,6 +1373,18 @@ async def test_the_floor_is_at_the_price_of_the_target_that_answers(tmp_path: Pa
         await asyncio.gather(asked, return_exceptions=True)
 
 
+async def test_a_try_that_failed_leaves_no_floor_to_a_crash(tmp_path: Path) -> None:
+    calls = fs.cut_after(1, fs.Send(fs.LAST_CHUNK)), fs.stall()  # the second is not answered
+    async with stage(tmp_path, calls) as (proxy, (a,)):
+        asked = asyncio.create_task(ask(proxy))
+        await until(lambda: [h["floor_microusd"] > 0 for h in proxy.books.holds()] == [True], "it was noted")
+        a.open_gate()
+        await a.called(2)
+        await until(lambda: proxy.books.holds()[0]["floor_microusd"] == 0, "it was taken back")
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+
+
 @BOTH
 async def test_a_whole_answer_above_64_mb_is_refused(wire: str, tmp_path: Path) -> None:
     large = fs.answer(pieces=["x" * 2**20] * 65)
