@@ -5306,6 +5306,7 @@ class AnthropicEvents:
     def __init__(self, out: AnthropicStream, names: dict[str, str], to: Upstream) -> None:
         self.out = out
         self.usage: Usage | None = None
+        self.output_told = False  # message_start's own figure is that of a beginning
 
     def feed(self, name: str, data: str) -> None:
         try:
@@ -5321,6 +5322,9 @@ class AnthropicEvents:
             event["usage"] = {k: v for k, v in event["usage"].items() if v is not None}
         given = event.get("usage") or as_object(event.get("message")).get("usage")
         self.usage = anthropic_usage(given, self.usage)
+        self.output_told |= kind == "message_delta" and "output_tokens" in as_object(given)
+        if self.usage and kind == "message_stop" and not self.output_told:
+            self.usage = dataclasses.replace(self.usage, estimated=True)
         self.out.usage = self.usage or self.out.usage
         self.out.has_content |= kind in ("content_block_delta", "content_block_stop", "message_delta")
         self.out.stop_reason = as_object(event.get("delta")).get("stop_reason") or self.out.stop_reason
@@ -9985,7 +9989,7 @@ class Exchange:
             return Usage(input=self.input_tokens(), estimated=True) if gone else Usage()
         told = reader.usage
         model = call.target.actual_model if call.target else ""
-        if reader.ended and told and not getattr(reader, "usage_broken", False):
+        if reader.ended and told and not told.estimated and not getattr(reader, "usage_broken", False):
             return told
         counted = self.state.relay.count_output(reader.output_text(), model)
         if told is None or not told.prompt:  # 0 at an answer's beginning is not known yet

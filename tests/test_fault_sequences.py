@@ -928,6 +928,21 @@ async def test_who_leaves_pays_for_an_input_that_message_start_tells_as_0(tmp_pa
     assert row["estimated"] and row["input_tokens"] > 0 and row["output_tokens"] > 0
 
 
+@pytest.mark.parametrize("path", ["messages", "chat/completions"])
+async def test_an_output_that_only_message_start_tells_is_counted_here(path: str, tmp_path: Path) -> None:
+    """Of an answer that ended well: the 1 there is that of a beginning."""
+    blocks = fs.anthropic_events(end_usage={"input_tokens": 100})
+    script = (fs.Behaviour(lambda call: fs.stream_of(blocks)),)
+    async with stage(tmp_path, script) as (proxy, _), aiohttp.ClientSession() as session:
+        async with session.post(f"{proxy.url}/v1/{path}", json=message_body()) as reply:
+            assert reply.status == 200
+            await reply.read()
+        await proxy.idle()
+    (row,) = proxy.books.requests()
+    assert (row["status"], row["input_tokens"], row["estimated"]) == (200, 100, 1)
+    assert row["output_tokens"] > 1
+
+
 class SlowCounter:
     """In place of a server's counter: a count of 777 that ends when the test says so."""
 
