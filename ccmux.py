@@ -4218,7 +4218,7 @@ class OpenAIStream:
             self.show_parts(self.think.finish())
         if self.live:
             self.end_call(self.live)
-        for call in [c for c in self.calls.values() if c.name or c.pieces]:
+        for call in [c for c in self.calls.values() if c.name or "".join(c.pieces).strip()]:
             if not call.name:
                 raise ApiError(
                     502, "the provider sent a tool call without a name", retry=Retry.SAME, cause="stream"

@@ -152,6 +152,11 @@ BASH = used("Bash", command="ls")
             id="an empty object first, then pieces",
         ),
         pytest.param([calls(call(0, "c", "Bash", "")), *end()], [used("Bash")], id="no arguments are {}"),
+        pytest.param(
+            [calls(call(0, "c", "Bash", LS)), text("a"), calls(call(0, arguments=" ")), *end("tool_calls")],
+            [BASH, said("a")],
+            id="a blank piece behind a call that has ended",
+        ),
         pytest.param([calls(call(0, "c", "Bash", "null")), *end()], [used("Bash")], id="null arguments are {}"),
         pytest.param(
             [calls(call(0, "c", "Bash", '{"command"')), calls(call(0, "c", "Bash", ': "ls"}')), *end()],
