@@ -3297,8 +3297,8 @@ _WANTED_OUTPUT = re.compile(
 )
 _OTHER_INPUT = re.compile(r"(\d+) input tokens|requested (?:about |a total of )?(\d+) tokens")
 _MOST_OUTPUT = re.compile(  # OpenAI, vLLM, Groq, DeepSeek
-    r"max_(?:completion_)?tokens(?:=(\d+) ?|\W.{0,40}?(?: (\d+)\W.{0,30}?)?)(?:at most|cannot be greater than|"
-    r"less than or equal to|range of max_tokens is \[1,)[ `a-z_=]*(\d+)"
+    r"max_(?:completion_)?tokens(?:=(\d+) ?|\W(?:for `[^`]*`)?.{0,40}?(?: (\d+)\W.{0,30}?)?)(?:at most|cannot be greater than|"
+    r"less than or equal to|Expected a value <=|range of max_tokens is \[1,)[ `a-z_=]*(\d+)"
 )
 LEAST_OUTPUT = 4096  # Claude Code gives up where it cannot have 3,000 and the 1,000 that it leaves free
 

@@ -656,6 +656,14 @@ def test_too_much_output_asked_for_is_told_so_that_the_client_asks_for_less(
             "`context_window` for this model", "8193 > 8192", id="Groq",
         ),
         pytest.param(
+            "max_tokens for `meta-llama/llama-4-maverick-17b-128e-instruct` must be less than or equal to 8192",
+            "8193 > 8192", id="Groq, with the model's name",
+        ),
+        pytest.param(
+            "Invalid 'max_tokens': integer above maximum value. Expected a value <= 16384, but got 32000 instead.",
+            "16385 > 16384", id="OpenAI, another",
+        ),
+        pytest.param(
             "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", "8193 > 8192", id="DeepSeek"
         ),
     ],
