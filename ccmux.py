@@ -7483,11 +7483,17 @@ class Store:
         return self.known(name)
 
     def credit(self, name: str, amount: int, note: str = "", key: str = "") -> User:
-        """Adds credit, or takes it back where negative. The same key twice is one entry."""
+        """Adds credit, or takes it back where negative. The same key twice is one entry; ConfigError where the
+        entry there is of another amount.
+        """
         self.known(name)
         kind = "topup" if amount >= 0 else "adjust"
         once = f"credit:{name}:{key or secrets.token_hex(16)}"
         self.do(lambda db: enter(db, name, kind, amount, iso(self.now()), once, note=note))
+        query = "select amount_microusd from ledger where key = ?"
+        (entered,) = self.reader.execute(query, (once,)).fetchone()
+        if entered != amount:
+            raise ConfigError(f"{entered / 1e6:.2f} dollars were entered already by this form; nothing more is changed")
         return self.known(name)
 
     def user(self, name: str) -> User | None:

@@ -29,7 +29,7 @@ TABS = ("overview", "providers", "models", "router", "users", "billing", "try", 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
 
 try:
-    from playwright.async_api import Browser, Page, async_playwright, expect
+    from playwright.async_api import Browser, Page, Route, async_playwright, expect
 except ImportError:
     async_playwright = None  # type: ignore[assignment]
 
@@ -920,3 +920,35 @@ async def test_a_removed_target_leaves_the_focus_near_and_back_closes_a_dialog(
         await expect(page.locator('nav a[href="#providers"]')).to_have_attribute("aria-current", "page")
         await expect(page.locator("dialog")).to_have_count(0)
         assert await page.locator("[role=status]").count() == 1
+
+
+@needs_browser
+async def test_another_amount_is_not_taken_for_the_one_whose_answer_was_lost(
+    browser: Browser, tmp_path: Path
+) -> None:
+    lost: list[bool] = []
+
+    async def lose_the_first_answer(route: Route) -> None:
+        if lost:
+            await route.continue_()
+            return
+        lost.append(True)
+        await route.fetch()
+        await route.abort()
+
+    async with in_process(tmp_path, "") as proxy:
+        proxy.state.store.add_user("ann", 0, {}, "")
+        async with opened(browser, admin_url(proxy)) as page:
+            await tab(page, "users")
+            await page.get_by_label("Open ann").click()
+            await page.route("**/credit", lose_the_first_answer)
+            error = page.locator("dialog [role=alert]").first
+            for dollars, words in (("5", "does not answer"), ("-5", "5.00 dollars were entered already")):
+                await page.get_by_label("Amount, dollars").fill(dollars)
+                await page.click("dialog button:text-is('Change credit')")
+                await expect(error).to_contain_text(words)
+            assert proxy.state.store.known("ann").balance == 5_000_000
+            await page.get_by_label("Amount, dollars").fill("5")
+            await page.click("dialog button:text-is('Change credit')")
+            await expect(page.locator("main")).to_contain_text("$5.00")
+            assert proxy.state.store.known("ann").balance == 5_000_000
