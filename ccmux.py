@@ -12191,6 +12191,8 @@ async function liveLog(place) {
   const isWanted = (row) => JSON.stringify(row).toLowerCase().includes(filter.value.toLowerCase());
   const draw = () => redraw(place, table("Requests", requestColumns(true), rows.filter(isWanted),
     rows.length ? "Nothing fits the filter." : "No requests yet. They appear here as they end."));
+  let timer = 0; /* many requests at once are drawn once */
+  const drawSoon = () => { timer = timer || setTimeout(() => { timer = 0; if (!paused) draw(); }, 300); };
   const pause = button("Pause", () => {
     paused = !paused;
     pause.textContent = paused ? "Go on" : "Pause";
@@ -12208,7 +12210,7 @@ async function liveLog(place) {
         for await (const [, data] of eventsOf(answer)) {
           const row = JSON.parse(data);
           rows = [row, ...rows.filter((r) => r.request_id !== row.request_id)].slice(0, 300);
-          if (!paused) draw();
+          drawSoon();
         }
       } catch { /* the server restarts, or the view is left */ }
       await new Promise((resolve) => setTimeout(resolve, 2000));

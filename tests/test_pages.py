@@ -952,3 +952,18 @@ async def test_another_amount_is_not_taken_for_the_one_whose_answer_was_lost(
             await page.click("dialog button:text-is('Change credit')")
             await expect(page.locator("main")).to_contain_text("$5.00")
             assert proxy.state.store.known("ann").balance == 5_000_000
+
+
+@needs_browser
+async def test_many_requests_at_once_are_drawn_once(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await ask(proxy, "tiny")
+        await page.wait_for_selector(".log tbody tr")
+        await page.evaluate("""() => { window.draws = 0; new MutationObserver(() => { draws += 1; })
+          .observe(document.querySelector(".log"), { childList: true }); }""")
+        for _ in range(4):
+            await asyncio.gather(*(ask(proxy, "tiny") for _ in range(10)))
+        await expect(page.locator(".log tbody tr")).to_have_count(41)
+        assert await page.evaluate("draws") < 20
