@@ -12068,6 +12068,7 @@ async function showTab(isFresh = false) {
   if (shownTab !== key) document.querySelectorAll("dialog").forEach((dialog) => dialog.close()); /* by Back */
   stopView();
   stopView = () => {};
+  const isAgain = shownTab === key;
   shownTab = key;
   /* What a view began must end with it, also where it is left before it is drawn. */
   const mine = ++visit, whenLeft = (stop) => { if (mine === visit) stopView = stop; else stop(); };
@@ -12079,7 +12080,7 @@ async function showTab(isFresh = false) {
   try {
     if (!isFresh) await reload();
     const nodes = mine === visit && await view(whenLeft);
-    if (mine === visit) refill($("main"), nodes);
+    if (mine === visit && !(isAgain && isDirty())) refill($("main"), nodes); /* what was typed meanwhile stays */
   } catch (error) {
     if (mine !== visit) return;
     if (error.status === 401) admin();
@@ -12426,7 +12427,8 @@ function ruleItem(row) {
   return { node: el("div", { class: "fields" }, made.nodes), read: made.read };
 }
 async function routerView() {
-  const row = S.config.router || {}, hash = S.config_hash;
+  const row = S.config.router || {};
+  let hash = S.config_hash;
   const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (f.name in S.routes
     ? { ...f, list: "names" } : f));
   const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "Add a rule", () => ({}));
@@ -12441,7 +12443,7 @@ async function routerView() {
   };
   const save = async () => {
     const { rules: _, ...table } = made.read(), kept = rules.read();
-    await ask(`${ROOT}/router`, "PUT", { hash, table: kept.length ? { ...table, rules: kept } : table });
+    ({ hash } = await ask(`${ROOT}/router`, "PUT", { hash, table: kept.length ? { ...table, rules: kept } : table }));
     await saved("The router is saved.");
   };
   const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes),
@@ -12728,7 +12730,7 @@ async function configView() {
   const [config, { backups }] = await Promise.all([ask(`${ROOT}/config`), ask(`${ROOT}/backups`)]);
   const text = el("textarea", { rows: 24, spellcheck: "false", value: config.text });
   const save = async () => {
-    await ask(`${ROOT}/config`, "PUT", { text: text.value, hash: config.hash });
+    config.hash = (await ask(`${ROOT}/config`, "PUT", { text: text.value, hash: config.hash })).hash;
     await saved("The config is saved and in use.");
   };
   const read = { hash: S.config_hash };

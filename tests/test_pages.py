@@ -981,3 +981,35 @@ async def test_a_tried_answer_is_added_piece_by_piece(
         pre = page.get_by_label("Answer")
         await expect(pre).to_have_text("Hello from upstream.")
         assert await pre.evaluate("(node) => node.childNodes.length") > 1
+
+
+@needs_browser
+async def test_what_is_typed_while_a_save_draws_the_view_anew_stays(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    held = asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        await held.wait()
+        await route.continue_()
+
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        for name, label, send in (("router", "Think", "Save"), ("config", "config.toml", "Check and save")):
+            await tab(page, name)
+            box, save = page.get_by_label(label, exact=True), page.locator("form", has_text=label).last
+            before = await box.input_value()
+            held.clear()
+            await page.route("**/admin/api/state", hold)
+            async with page.expect_request("**/admin/api/state"):
+                await save.get_by_role("button", name=send).click()
+            more = before + "\n# more" if before else "tiny"
+            await box.fill(more)
+            held.set()
+            await expect(page.locator("#status")).to_contain_text("saved")
+            await page.unroute("**/admin/api/state")
+            await expect(box).to_have_value(more)
+            await page.evaluate("document.querySelector('#status').textContent = ''")
+            await save.get_by_role("button", name=send).click()  # and no other one's change is in its way
+            await expect(page.locator("#status")).to_contain_text("saved")
+        written = (tmp_path / "config.toml").read_text()
+        assert 'think = "tiny"' in written and "# more" in written
