@@ -12763,7 +12763,9 @@ async function backupDialog(name, hash) {
 function settingsCard(root, title, read) {
   const made = controls(S.fields[root], S.config[root] || {});
   const save = async () => {
-    read.hash = (await ask(`${ROOT}/${root}`, "PUT", { hash: read.hash, table: made.read() })).hash;
+    const table = made.read(), token = table.admin_token;
+    read.hash = (await ask(`${ROOT}/${root}`, "PUT", { hash: read.hash, table })).hash;
+    if (token && !token.includes("$")) sessionStorage.setItem(SECRET, token); /* this tab stays signed in */
     await saved(`${title}: saved.`);
   };
   const note = root === "server" && el("p", { class: "muted" },

@@ -1013,3 +1013,16 @@ async def test_what_is_typed_while_a_save_draws_the_view_anew_stays(
             await expect(page.locator("#status")).to_contain_text("saved")
         written = (tmp_path / "config.toml").read_text()
         assert 'think = "tiny"' in written and "# more" in written
+
+
+@needs_browser
+async def test_who_changes_the_admin_token_stays_signed_in(browser: Browser, tmp_path: Path) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "config")
+        await page.get_by_label("Admin token").fill("another-token-of-the-admin-0123456789")
+        await page.locator("section", has_text="Host, port").get_by_role("button", name="Save").click()
+        await expect(page.locator("#status")).to_contain_text("Server: saved")
+        await expect(page.get_by_label("Admin token")).to_have_attribute(
+            "placeholder", re.compile("ends in 6789")
+        )
+        assert proxy.state.admin_token == "another-token-of-the-admin-0123456789"
