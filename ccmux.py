@@ -7493,7 +7493,9 @@ class Store:
         query = "select amount_microusd from ledger where key = ?"
         (entered,) = self.reader.execute(query, (once,)).fetchone()
         if entered != amount:
-            raise ConfigError(f"{entered / 1e6:.2f} dollars were entered already by this form; nothing more is changed")
+            raise ConfigError(
+                f"{entered / 1e6:.2f} dollars were entered already by this form; nothing more is changed"
+            )
         return self.known(name)
 
     def user(self, name: str) -> User | None:
