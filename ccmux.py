@@ -11287,11 +11287,11 @@ STYLE = r"""
   --accent: #2a56cf; --on-accent: #fff; --soft: #eaeffc; --ok: #17733f; --warn: #8a5700; --bad: #b62a24;
   --shadow: 0 1px 2px rgb(20 30 50 / 7%), 0 4px 14px rgb(20 30 50 / 4%);
 }
-:root[data-theme="dark"] {
+@media screen { :root[data-theme="dark"] {
   color-scheme: dark; --bg: #11141a; --card: #191e27; --text: #e5e9f0; --muted: #9fa9b9; --line: #2d3542;
   --accent: #91b2ff; --on-accent: #0f1726; --soft: #232c3f; --ok: #5ccb8e; --warn: #e3b552; --bad: #ff8f86;
   --shadow: none;
-}
+} } /* paper is white */
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--bg); color: var(--text); font: 15px/1.5 system-ui, sans-serif;

@@ -1026,3 +1026,13 @@ async def test_who_changes_the_admin_token_stays_signed_in(browser: Browser, tmp
             "placeholder", re.compile("ends in 6789")
         )
         assert proxy.state.admin_token == "another-token-of-the-admin-0123456789"
+
+
+@needs_browser
+async def test_a_dark_page_prints_dark_on_white(browser: Browser, tmp_path: Path) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, proxy.url, color_scheme="dark") as page:
+        await page.wait_for_selector(".tiles")
+        colour = "getComputedStyle(document.body).color"
+        assert await page.evaluate(colour) == "rgb(229, 233, 240)"
+        await page.emulate_media(media="print")
+        assert await page.evaluate(colour) == "rgb(27, 34, 48)"
