@@ -453,6 +453,8 @@ async def test_progress_keeps_a_watch_quiet() -> None:
         pytest.param([("Retry-After", "3"), ("Connection", "close, Retry-After")], {}, id="named by Connection"),
         pytest.param([("Connection", "retry-after"), ("Connection", "x"), ("retry-after", "3")], {}, id="twice"),
         pytest.param([("retry-after", "é")], {}, id="not ASCII"),
+        pytest.param([("retry-after", "3\x0b"), ("request-id", "a\x1bb")], {}, id="not printable"),
+        pytest.param([("request-id", "a\tb ~")], {"request-id": "a\tb ~"}, id="a tab"),
         pytest.param([("anthropic-ratelimit-" + "x" * 90, "1")], {"anthropic-ratelimit-" + "x" * 90: "1"}, id="long"),
     ],
 )  # fmt: skip
