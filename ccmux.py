@@ -8395,7 +8395,7 @@ class Relay:
         except asyncio.CancelledError:
             if watch.over in (TOTAL, STOPPED) or not watch.take_back():
                 raise
-            raise self.overdue(watch, slot) from None
+            await self.end_broken(call, slot, sink, self.overdue(watch, slot))
         finally:
             watch.wait(math.inf, "")
 
@@ -8413,7 +8413,7 @@ class Relay:
             await self.pump(call, slot, response, sink)
             done = True
         except UPSTREAM_FAULTS() as fault:
-            raise self.fault(fault, slot) from None
+            await self.end_broken(call, slot, sink, self.fault(fault, slot))
         finally:
             if not done:
                 response.close()
@@ -8422,6 +8422,22 @@ class Relay:
             else:
                 self.ending.add(response)
                 asyncio.get_running_loop().call_later(LAST_BYTES, self.release, response)
+
+    async def end_broken(self, call: Call, slot: Slot, sink: Sink, error: ApiError) -> None:
+        """Raises the error that broke an answer off, but where all that lacks is what ends the bytes: a format whose
+        answers say that they are over before that has its message ended.
+        """
+        reader = call.reader
+        can_end = error.cause in ("disconnect", "timeout") and not slot.provider.quirks.lax_finish
+        if reader is None or not call.first_content or reader.ended or reader.error or not can_end:
+            raise error from None
+        out = read_on(call, reader, b"")
+        if not reader.ended:
+            raise error from None
+        try:
+            await sink.write(out)
+        except ConnectionError:
+            raise ClientGoneError from None
 
     def release(self, response: aiohttp.ClientResponse) -> None:
         self.ending.discard(response)
@@ -9118,6 +9134,7 @@ def top_level_model(raw: bytes) -> re.Match[bytes] | None:
 # Headers. Allow-lists both ways: what is not named does not pass.
 
 _PASS_UP = re.compile(r"(?:anthropic|x-claude-code|x-stainless)-[a-z0-9-]+|user-agent|x-app")
+_HEADER_VALUE = re.compile(r"[\t -~]*")  # aiohttp (3.14) reads more than it sends: a client got no answer at all
 _PASS_DOWN = re.compile(r"retry-after(?:-ms)?|x-should-retry|anthropic-ratelimit-[a-z0-9-]+|request-id")
 
 
@@ -9167,7 +9184,7 @@ def allowed_headers(headers: Mapping[str, str], allowed: re.Pattern[str]) -> dic
             hop.update(part.strip() for part in value.lower().split(","))
         elif name:
             passed[name] = value
-    return {k: v for k, v in passed.items() if k not in hop and v.isascii()}
+    return {k: v for k, v in passed.items() if k not in hop and _HEADER_VALUE.fullmatch(v)}
 
 
 @functools.lru_cache(1024)

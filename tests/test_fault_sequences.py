@@ -1475,6 +1475,22 @@ async def test_an_answer_is_over_where_it_says_so(wire: str, rest: Any, sees: An
         sees(await ask(proxy, on_data=opens_gates(servers)))
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("ending", [fs.End(), fs.Stall()], ids=["closed", "silent"])
+@pytest.mark.parametrize("events", [7, 8])  # with and without its usage
+async def test_an_answer_that_breaks_off_after_its_finish_reason_is_whole(
+    events: int, ending: fs.Step, stream: bool, tmp_path: Path
+) -> None:
+    script, limits = (
+        (fs.cut_after(events, ending, gate=False),),
+        {"A": {"idle_timeout": 0.5, "max_retries": 0}},
+    )
+    async with stage(tmp_path, script, formats="openai", providers=limits) as (proxy, _), asyncio.timeout(20):
+        full()(await ask(proxy, stream=stream))
+        await proxy.idle()
+        assert [outcome["ok"] for outcome in proxy.state.relay.health_of("A").outcomes] == [True]
+
+
 @pytest.mark.parametrize("seed", range(4))
 @BOTH
 async def test_a_client_that_reads_by_fits_and_starts_gets_all(wire: str, seed: int, tmp_path: Path) -> None:
