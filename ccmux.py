@@ -9134,7 +9134,7 @@ def top_level_model(raw: bytes) -> re.Match[bytes] | None:
 # Headers. Allow-lists both ways: what is not named does not pass.
 
 _PASS_UP = re.compile(r"(?:anthropic|x-claude-code|x-stainless)-[a-z0-9-]+|user-agent|x-app")
-_HEADER_VALUE = re.compile(r"[\t -~]*")  # aiohttp (3.14) reads more than it sends: a client got no answer at all
+_HEADER_VALUE = re.compile(r"[\t -~]*")  # aiohttp (3.14) reads more than this, but does not send it
 _PASS_DOWN = re.compile(r"retry-after(?:-ms)?|x-should-retry|anthropic-ratelimit-[a-z0-9-]+|request-id")
 
 
