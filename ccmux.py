@@ -3298,7 +3298,7 @@ _WANTED_OUTPUT = re.compile(
 _OTHER_INPUT = re.compile(r"(\d+) input tokens|requested (?:about |a total of )?(\d+) tokens")
 _MOST_OUTPUT = re.compile(  # OpenAI, vLLM, Groq, DeepSeek
     r"max_(?:completion_)?tokens(?:=(\d+) ?|\W(?:for `[^`]*`)?.{0,40}?(?: (\d+)\W.{0,30}?)?)(?:at most|cannot be greater than|"
-    r"less than or equal to|Expected a value <=|range of max_tokens is \[1,)[ `a-z_=]*(\d+)"
+    r"less than or equal to|Expected a value <=|range of max_tokens is \[1,)[ `a-z_=]*(\d{3,})"
 )
 LEAST_OUTPUT = 4096  # Claude Code gives up where it cannot have 3,000 and the 1,000 that it leaves free
 
@@ -5277,7 +5277,9 @@ CHAT_CODES = {
 
 def chat_error(error: ApiError, request_id: str) -> Json:
     """An error in OpenAI's shape, with the codes its clients look for."""
-    code = "context_length_exceeded" if error.cause == "overflow" else CHAT_CODES.get(error.status)
+    # A max_tokens above the model's is an overflow, too, but no conversation to be cut down.
+    is_too_long = error.cause == "overflow" and error.retry is Retry.LARGER
+    code = "context_length_exceeded" if is_too_long else CHAT_CODES.get(error.status)
     detail = {"message": error.message, "type": error.type, "param": None, "code": code}
     return {"error": detail, "request_id": request_id}
 

@@ -478,6 +478,7 @@ def test_finish_reasons(stop: str, finish: str) -> None:
             "invalid_request_error",
             "context_length_exceeded",
         ),
+        (ApiError(400, "max_tokens: 9 > 8", cause="overflow"), "invalid_request_error", None),
         (ApiError(401, "no"), "authentication_error", "invalid_api_key"),
         (ApiError(429, "slow"), "rate_limit_error", "rate_limit_exceeded"),
         (ApiError(502, "broken"), "api_error", None),
