@@ -9336,25 +9336,31 @@ class State:
 
 
 class Recorder:
-    """Keeps the last requests whole while it is switched on: in memory only, and without keys."""
+    """Keeps the last requests whole while it is switched on: in memory only, and shown without keys."""
 
     MOST = 20
     LARGEST = 2**20  # bytes of each part that is kept
+    PIECEWISE = ("upstream_request", "upstream_answer", "events")
 
     def __init__(self) -> None:
         self.until = 0.0
         self.held: OrderedDict[str, Json] = OrderedDict()
+        self.secrets: dict[str, list[str]] = {}  # of the config that each request had
 
     def switch(self, seconds: float) -> None:
         self.until = time.monotonic() + seconds
         if not seconds:
-            self.held.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        self.held.clear()
+        self.secrets.clear()
 
     @property
     def is_on(self) -> bool:
         if self.until and time.monotonic() > self.until:
             self.until = 0.0
-            self.held.clear()
+            self.forget()
         return self.until > 0
 
     def summary(self) -> Json:
@@ -9372,18 +9378,26 @@ class Recorder:
             "id": call.request_id, "time": iso(datetime.now(UTC)), "asked": call.asked,
             "route": call.route.reason, "client_request": json.loads(scrub(json.dumps(call.body), secrets_of)),
             "client_headers": json.loads(scrub(json.dumps(allowed_headers(call.headers, _PASS_UP)), secrets_of)),
-            "upstream_request": "", "upstream_answer": "",
-            "events": "",
+            **{part: bytearray() for part in self.PIECEWISE},
         }  # fmt: skip
         self.held[call.request_id] = record
+        self.secrets[call.request_id] = secrets_of
         while len(self.held) > self.MOST:
-            self.held.popitem(last=False)
+            id, _ = self.held.popitem(last=False)
+            del self.secrets[id]
 
         def note(part: str, data: bytes) -> None:
             if len(record[part]) < self.LARGEST:
-                record[part] += scrub(data.decode("utf-8", "replace"), secrets_of)
+                record[part] += data
 
         call.on_raw = note
+
+    def shown(self, id: str) -> Json | None:
+        """A record without keys, taken out of the whole: one may have come in two pieces."""
+        if id not in self.held:
+            return None
+        record, secrets_of = self.held[id], self.secrets[id]
+        return record | {p: scrub(record[p].decode("utf-8", "replace"), secrets_of) for p in self.PIECEWISE}
 
     def end(self, call: Call, status: int) -> None:
         if record := self.held.get(call.request_id):
@@ -11248,7 +11262,7 @@ async def put_inspect(request: web.Request) -> web.StreamResponse:
 
 
 async def get_inspected(request: web.Request) -> web.StreamResponse:
-    found = require_admin(request).recorder.held.get(request.match_info["id"])
+    found = require_admin(request).recorder.shown(request.match_info["id"])
     if found is None:
         raise ApiError(404, "that request is not held; the recorder keeps the last 20 while it is on")
     return web.json_response(found)

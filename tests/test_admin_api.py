@@ -11,6 +11,7 @@ import sqlite3
 import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -785,6 +786,24 @@ async def test_no_row_is_lost_between_the_log_and_the_live_log(client: str, tmp_
             assert len((await admin.get("/admin/api/requests"))["requests"]) == 1
         if client == "waits":
             await asked
+
+
+def test_the_recorder_shows_no_key_that_came_in_two_pieces() -> None:
+    recorder, config = ccmux.Recorder(), SimpleNamespace(secrets=[SECRET])
+    route = SimpleNamespace(reason="default")
+    call: Any = SimpleNamespace(
+        request_id="req_1", body={}, headers={}, asked="m", route=route, config=config
+    )
+    recorder.begin(call)
+    said = f"é {SECRET} é".encode()
+    for piece in (said[:1], said[1:12], said[12:]):
+        call.on_raw("upstream_answer", piece)
+    shown = recorder.shown("req_1")
+    assert shown and shown["upstream_answer"] == "é [key] é"
+    for number in range(recorder.MOST):
+        call.request_id = f"req_new{number}"
+        recorder.begin(call)
+    assert recorder.shown("req_1") is None and len(recorder.secrets) == recorder.MOST
 
 
 async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -> None:
