@@ -1402,9 +1402,8 @@ def json_value(value: Any, at: str) -> Any:
     return value
 
 
-HIGHEST_PRICE = (
-    100_000  # dollars for a million tokens; what costs more is a slip, and SQLite could not add it up
-)
+# Dollars for a million tokens; what costs more is a slip, and SQLite could not add it up.
+HIGHEST_PRICE = 100_000
 
 
 def parse_price(value: Any, at: str) -> Price:
@@ -2547,7 +2546,7 @@ def without_words(body: Json, at: tuple[int, int], words: Words) -> Json:
     return {**body, "messages": messages}
 
 
-_SUBAGENT_TAG = re.compile(r"<CCM-SUBAGENT-MODEL>(.*?)</CCM-SUBAGENT-MODEL>", re.S)
+_SUBAGENT_TAG = re.compile(r"<CCM-SUBAGENT-MODEL>([^<]*)</CCM-SUBAGENT-MODEL>")
 
 
 def tag_step(asked: Asked) -> Pick:
@@ -7660,8 +7659,10 @@ class Store:
                 verdict = copy.execute("pragma integrity_check").fetchone()[0]
             if verdict != "ok":
                 raise ConfigError(f"the backup {path} is not sound: {verdict}")
-        except BaseException as error:
-            for left in (path, f"{path}-journal"):  # half a copy looks like one, and is in the next one's way
+        except (
+            BaseException
+        ) as error:  # an interrupt, too: half a copy looks like one, and is in the next one's way
+            for left in (path, f"{path}-journal"):
                 Path(left).unlink(missing_ok=True)
             if isinstance(error, sqlite3.Error):
                 raise ConfigError(f"the backup {path} could not be written: {error}") from None

@@ -361,8 +361,15 @@ def test_the_tag_is_taken_out(system: object, left: object) -> None:
     assert route(ask(system=system)).body == ask(system=left)
 
 
-def test_a_tag_that_never_ends_costs_no_time() -> None:
-    system = "<CCM-SUBAGENT-MODEL>" + " " * 100_000  # cubic where blanks match in three ways
+@pytest.mark.parametrize(
+    "system",
+    [
+        "<CCM-SUBAGENT-MODEL>" + " " * 100_000,  # cubic where blanks match in three ways
+        "<CCM-SUBAGENT-MODEL>" * 50_000,  # square where each is looked for an end behind the next
+    ],
+    ids=["blanks", "tags"],
+)
+def test_a_tag_that_never_ends_costs_no_time(system: str) -> None:
     assert route(ask(system=system)).reason == "default"
 
 
