@@ -7659,10 +7659,8 @@ class Store:
                 verdict = copy.execute("pragma integrity_check").fetchone()[0]
             if verdict != "ok":
                 raise ConfigError(f"the backup {path} is not sound: {verdict}")
-        except (
-            BaseException
-        ) as error:  # an interrupt, too: half a copy looks like one, and is in the next one's way
-            for left in (path, f"{path}-journal"):
+        except BaseException as error:  # an interrupt leaves half a copy, too
+            for left in (path, f"{path}-journal"):  # it looks whole, and is in the next one's way
                 Path(left).unlink(missing_ok=True)
             if isinstance(error, sqlite3.Error):
                 raise ConfigError(f"the backup {path} could not be written: {error}") from None
