@@ -5938,6 +5938,18 @@ def price_of(config: Config, target: Target, model_name: str) -> Price | None:
     return configured or facts_of(target.actual_model).price or facts_of(model_name).price
 
 
+def charged_price(config: Config, target: Target, model_name: str) -> Price | None:
+    """The price that users are charged by, before markup: where nobody knows one and credits are enforced, the default."""
+    default = config.credits.default_price if config.credits.enforce else None
+    return price_of(config, target, model_name) or default
+
+
+def with_markup(price: Price, percent: Decimal) -> Price:
+    """What a user pays for a million tokens, where a provider takes `price`."""
+    kinds = {k: v * (100 + percent) / 100 for k in PRICE_KINDS if (v := getattr(price, k)) is not None}
+    return Price(**kinds, tiers=tuple((above, with_markup(tier, percent)) for above, tier in price.tiers))
+
+
 @dataclass(frozen=True, slots=True)
 class Charge:
     """Micro-dollars: what a provider takes, what is added, and their sum, which the user pays."""
@@ -10014,9 +10026,7 @@ class Exchange:
         return [self.price_of(target) for target in self.call.route.targets] if config else []
 
     def price_of(self, target: Target) -> Price | None:
-        credits = self.call.config.credits
-        known = price_of(self.call.config, target, self.call.route.model)
-        return known or (credits.default_price if credits.enforce else None)
+        return charged_price(self.call.config, target, self.call.route.model)
 
     def usage(self, error: ApiError | None) -> Usage:
         """The true usage where the upstream told it, else counted here and marked; none for what cost
@@ -10429,7 +10439,7 @@ async def get_me(request: web.Request) -> web.StreamResponse:
 
 
 async def get_my_models(request: web.Request) -> web.StreamResponse:
-    """What may be asked for, and what it costs (dollars per million tokens, with markup)."""
+    """What may be asked for, and what users pay for it (dollars per million tokens, with markup)."""
     state = state_of(request)
     client_of(request, state)
     return web.json_response(
@@ -10440,15 +10450,20 @@ async def get_my_models(request: web.Request) -> web.StreamResponse:
 def model_json(config: Config, name: str) -> Json:
     targets = resolve(config, name)
     first = targets[0] if targets else None
-    price = price_of(config, first, name) if first else None
+    price = charged_price(config, first, name) if first else None
     context = context_of(config, name, targets) or (facts_of(first.actual_model).context if first else 0)
     shown = [f"{t.provider}/{t.actual_model}" for t in targets]
     return {
         "name": name,
         "targets": shown,
         "context": context or None,
-        "price": price_json(price) if price else None,
+        "price": price_json(with_markup(price, config.credits.markup_percent)) if price else None,
     }
+
+
+def is_unpriced(config: Config, name: str) -> bool:
+    targets = resolve(config, name)
+    return not targets or price_of(config, targets[0], name) is None
 
 
 async def get_my_usage(request: web.Request) -> web.StreamResponse:
@@ -10664,7 +10679,7 @@ async def explain(config: Config, body: Json, headers: Mapping[str, str], counte
 
 def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit: int) -> Json:
     """A target with the most that a request can cost there, in micro-dollars; null where no price is known."""
-    price = price_of(config, target, route.model)
+    price = charged_price(config, target, route.model)
     usage = Usage(input=tokens, output=limit)
     charge = charge_of(usage, price, config.credits.markup_percent).charge if price else None
     return {"provider": target.provider, "model": target.actual_model, "ceiling_microusd": charge}
@@ -10758,7 +10773,7 @@ async def get_state(request: web.Request) -> web.StreamResponse:
         "fields": form_fields(),
         "routes": {slot: getattr(config.router, slot) or "" for slot in ROUTE_SLOTS},
         "names": model_names(config),
-        "unpriced": [name for name in model_names(config) if model_json(config, name)["price"] is None],
+        "unpriced": [name for name in model_names(config) if is_unpriced(config, name)],
         "calibration": [
             {"provider": p, "model": m, "factor": round(f, 4), "samples": n} for p, m, f, n in state.counter.export()
         ],

@@ -614,6 +614,23 @@ async def test_a_friend_gets_a_key_and_five_dollars(tmp_path: Path) -> None:
         assert (status, refused["error"]["type"]) == (403, "permission_error")
 
 
+async def test_users_see_the_prices_they_pay(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        await admin.put("/admin/api/models/odd", {"mappings": [{"provider": "p", "actual_model": "odd-1"}]})
+        credits = {"markup_percent": 20, "default_price": {"input": 5, "output": 25}, "enforce": False}
+        for enforce, odd in ((False, None), (True, {"input": "6", "output": "30"})):
+            await admin.put("/admin/api/credits", credits | {"enforce": enforce})
+            _, told = await admin.call("GET", "/api/models")
+            prices = {m["name"]: m["price"] for m in told["models"]}
+            assert prices == {"m": {"input": "1.2", "output": "2.4"}, "odd": odd}
+            _, state = await admin.call("GET", "/admin/api/state")
+            assert state["unpriced"] == ["odd"]
+            asked = {"body": message(model="odd", max_tokens=1000)}
+            _, plan = await admin.call("POST", "/admin/api/explain", asked)
+            ceiling = plan["targets"][0]["ceiling_microusd"]
+            assert ceiling is None if odd is None else ceiling == 30_000 + 6 * plan["tokens"]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [

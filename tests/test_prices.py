@@ -15,6 +15,7 @@ from ccmux import (
     PRICE_KINDS,
     Charge,
     Config,
+    Credits,
     Facts,
     Json,
     Model,
@@ -23,12 +24,15 @@ from ccmux import (
     Target,
     Usage,
     charge_of,
+    charged_price,
+    exact_cost,
     facts_of,
     hold_of,
     input_floor,
     price_json,
     price_of,
     price_table,
+    with_markup,
 )
 
 
@@ -105,8 +109,27 @@ def test_price_of(target: Target, model: str, expected: Price | None) -> None:
     assert price_of(config, target, model) == expected
 
 
+def test_charged_price_is_the_default_where_nobody_knows_one_and_credits_are_enforced() -> None:
+    known, unknown = Target("p", "gpt-5"), Target("p", "deployment-7")
+    providers = (Provider(name="p", format="openai"),)
+    for credits, expected in ((Credits(enforce=True), Credits().default_price), (Credits(), None)):
+        config = Config(providers=providers, credits=credits)
+        assert charged_price(config, unknown, "other") == expected
+        assert charged_price(config, known, "other") == facts_of("gpt-5").price
+
+
 FULL = price("3", "15", "0.3", "3.75", "6")
 TIERED = price("2", "10", tiers=((100, price("4", "15", "0.4")), (200, price("6", "60"))))
+
+
+def test_with_markup_is_what_a_user_pays() -> None:
+    for plain in (FULL, TIERED):
+        marked = with_markup(plain, Decimal("12.5"))
+        for usage in (Usage(80, 20, 8), Usage(150, 20), Usage(1000, 10)):
+            assert exact_cost(usage, marked) == exact_cost(usage, plain) * Decimal("1.125")
+    assert with_markup(FULL, Decimal(0)) == FULL
+
+
 CHARGES = {
     "nothing": (Usage(), FULL, "0", Charge(0, 0, 0)),
     "each-kind-apart": (Usage(100, 10, 1000, 100, 10), FULL, "0", Charge(1185, 0, 1185)),
