@@ -7053,21 +7053,27 @@ class Store:
         try:
             if path != ":memory:" and not os.path.exists(path):
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self.db = self.connect()
-            self.migrate()
+            self.db = self.connect(self.migrate)
             if max_page_count:
                 self.db.execute(f"pragma max_page_count = {int(max_page_count)}")
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
 
-    def connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
-        use_wal(db)
-        db.execute("pragma synchronous = full")
-        db.execute("pragma wal_autocheckpoint = 4000")  # pages: one written often is copied back once
-        db.execute("pragma foreign_keys = on")
-        db.execute("pragma recursive_triggers = on")  # else `replace` removes ledger rows past their trigger
+    def connect(self, prepare: Callable[[sqlite3.Connection], None] = lambda db: None) -> sqlite3.Connection:
+        """A connection of ours, once it is set up and prepared; where that fails it is closed."""
+        with contextlib.ExitStack() as on_failure:
+            db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+            on_failure.callback(db.close)
+            db.row_factory = sqlite3.Row
+            use_wal(db)
+            db.execute("pragma synchronous = full")
+            db.execute("pragma wal_autocheckpoint = 4000")  # pages: one written often is copied back once
+            db.execute("pragma foreign_keys = on")
+            db.execute(
+                "pragma recursive_triggers = on"
+            )  # else `replace` removes ledger rows past their trigger
+            prepare(db)
+            on_failure.pop_all()
         return db
 
     @property
@@ -7081,18 +7087,18 @@ class Store:
         db: sqlite3.Connection = self.local.db
         return db
 
-    def migrate(self) -> None:
+    def migrate(self, db: sqlite3.Connection) -> None:
         """Brings the schema up to date; several processes may be at it at once."""
-        while (version := self.db.execute("pragma user_version").fetchone()[0]) != len(MIGRATIONS):
+        while (version := db.execute("pragma user_version").fetchone()[0]) != len(MIGRATIONS):
             if version > len(MIGRATIONS):
                 raise ConfigError(f"database {self.path} was written by a newer ccmux; use that one")
             script = f"begin immediate; {MIGRATIONS[version]}; pragma user_version = {version + 1}; commit;"
             try:
-                self.db.executescript(script)
+                db.executescript(script)
             except sqlite3.Error:
-                if self.db.in_transaction:
-                    self.db.execute("rollback")
-                if self.db.execute("pragma user_version").fetchone()[0] == version:
+                if db.in_transaction:
+                    db.execute("rollback")
+                if db.execute("pragma user_version").fetchone()[0] == version:
                     raise  # no other process has done it meanwhile
 
     # The server's side: one writer, and what a crash left behind.

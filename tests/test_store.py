@@ -19,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -375,11 +376,14 @@ def test_a_newer_or_foreign_file_is_refused_in_one_line(tmp_path: Path) -> None:
     ccmux.Store(str(path)).close()
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("pragma user_version = 99")
-    with pytest.raises(ccmux.ConfigError, match="newer ccmux"):
+    with pytest.raises(ccmux.ConfigError, match="newer ccmux") as newer:
         ccmux.Store(str(path))
     (tmp_path / "b.db").write_bytes(b"this is no database at all" * 100)
-    with pytest.raises(ccmux.ConfigError, match=r"b\.db"):
+    with pytest.raises(ccmux.ConfigError, match=r"b\.db") as foreign:
         ccmux.Store(str(tmp_path / "b.db"))
+    assert newer.tb and foreign.tb  # they hold the stores that were not made, which hold no file
+    opened = {Path(file.path).name for file in psutil.Process().open_files()}
+    assert not opened & {"a.db", "b.db"}
 
 
 # Disk full.
