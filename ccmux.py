@@ -2775,6 +2775,7 @@ class AnthropicStream:
         self.index = -1
         self.has_content = False  # a delta went out, or a block ended
         self.has_tool = False
+        self.cut_off = False  # in the midst of a tool call
         self.started = self.ended = False
         self.stop_reason = ""
         self.signature: Json = {}  # payload for the open thinking block's signature
@@ -2860,10 +2861,10 @@ class AnthropicStream:
         self.close()
 
     def finish(self, stop_reason: str, stop_sequence: str | None = None) -> None:
-        """Ends the message. stop_reason is tool_use if and only if a tool block went out."""
+        """Ends the message. stop_reason is tool_use if and only if a tool block went out, whole and not refused."""
         self.close()
         self.start()
-        tool_ended = self.has_tool and stop_reason in ("end_turn", "tool_use")
+        tool_ended = self.has_tool and not self.cut_off and stop_reason != "refusal"
         self.stop_reason = (
             "tool_use" if tool_ended else "end_turn" if stop_reason == "tool_use" else stop_reason
         )
@@ -4195,8 +4196,9 @@ class OpenAIStream:
         that max_tokens cut off.
         """
         text, sent = whole_arguments(call.pieces), "".join(call.pieces[: call.sent])
-        if text is None and OPENAI_STOP.get(self.finish_reason) == "max_tokens":
+        if not (text and text.strip()) and OPENAI_STOP.get(self.finish_reason) == "max_tokens":
             text = "".join(call.pieces)  # Anthropic's own end like this; the client asks the model to go on
+            self.out.cut_off = True
         if text is None or not text.startswith(sent):
             message = f"the provider sent arguments of tool {call.name!r} that are not a JSON object"
             raise ApiError(502, message, retry=Retry.SAME, cause="stream")
@@ -4645,8 +4647,9 @@ class ResponsesStream:
         given = item.get("arguments") or (self.live or {}).get("arguments")
         sent = "".join(self.sent.get(key, ()))
         text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
-        if text is None and item.get("status") == "incomplete":
+        if not text and item.get("status") == "incomplete":
             text = str(given or sent)
+            self.out.cut_off = True
         if text is None or not text.startswith(sent):
             name = item.get("name")
             raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")

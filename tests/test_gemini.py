@@ -109,6 +109,12 @@ def test_finish_reasons(finish: str, stop: str) -> None:
     assert events[-2]["delta"]["stop_reason"] == stop
 
 
+def test_a_whole_call_before_the_limit_is_one_to_run() -> None:
+    call = said({"functionCall": {"name": "Bash", "args": {"command": "ls"}}}, finish="MAX_TOKENS")
+    events, _ = read(stream_of(GeminiStream, FLASH), sse(call))
+    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+
+
 @pytest.mark.parametrize(
     ("data", "status", "retry", "cause"),
     [

@@ -184,6 +184,19 @@ def test_a_call_that_the_outputs_limit_cut_off_is_sent_as_far_as_it_came(is_told
     assert (message["stop_reason"], message["content"][0]["input"]) == ("max_tokens", '{"a":')
 
 
+@pytest.mark.parametrize(("arguments", "stop"), [('{"a":1}', "tool_use"), ("", "max_tokens")])
+def test_a_call_of_an_answer_that_the_outputs_limit_cut_off(arguments: str, stop: str) -> None:
+    call = {**CALL, "arguments": arguments, "status": "completed" if arguments else "incomplete"}
+    end = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}, "output": [call]}
+    events = [
+        added({**CALL, "arguments": ""}, 0),
+        done(call),
+        {"type": "response.incomplete", "response": end},
+    ]
+    found, _ = read(stream_of(ResponsesStream, CODEX), sse(*events))
+    assert collect(found)["stop_reason"] == stop
+
+
 @pytest.mark.parametrize(
     ("data", "status", "retry", "cause"),
     [
