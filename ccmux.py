@@ -3392,6 +3392,13 @@ class Turn:
     blocks: list[Json]
     made: Made | None = field(default=None, compare=False)  # where it is one message, and that is kept
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it is an answer of nothing but thoughts, of which no format leaves anything."""
+        return self.role == "assistant" and not any(
+            b.get("type") == "tool_use" or says_something(b) for b in self.blocks
+        )
+
 
 MIDWAY_SYSTEM = "ccmux_system"  # the type of a block that was a system message in mid-conversation
 
@@ -3400,6 +3407,8 @@ def turns_of(messages: Sequence[Json], before: Iterable[Turn] = ()) -> list[Turn
     """The messages as turns, the first of them joined to the last one `before`."""
     turns = list(before)
     for turn in each(messages, turn_of):
+        if turns and turn.role == "user" and turns[-1].is_silent:
+            turns.pop()
         if turns and turns[-1].role == turn.role:
             turns[-1] = Turn(turn.role, [*turns[-1].blocks, *turn.blocks])
         else:
@@ -3525,12 +3534,15 @@ def openai_messages(body: Json, to: Upstream) -> list[Json]:
 
 
 class OpenAIRun:
-    """A run of messages as Chat Completions messages, but for its last turn, which may go on behind it."""
+    """A run of messages as Chat Completions messages, but for its last turn, which may go on behind it, and the one
+    before where that turn may come to nothing.
+    """
 
     def __init__(self, run: Run, to: Upstream, keep_cache: bool) -> None:
         turns = turns_of(run.values)
-        messages, self.calls = openai_turns(turns[:-1], (), to, keep_cache)
-        self.messages, self.last = Run(messages), turns[-1:]
+        end = len(turns) - (2 if turns and turns[-1].is_silent else 1)
+        messages, self.calls = openai_turns(turns[:end], (), to, keep_cache)
+        self.messages, self.last = Run(messages), turns[end:]
 
 
 def openai_turns(

@@ -28,8 +28,10 @@ from translation import (
 
 from ccmux import (
     ApiError,
+    Elements,
     Facts,
     Quirks,
+    Run,
     Upstream,
     client_tool_id,
     gemini_schema,
@@ -191,6 +193,11 @@ def test_cache_control_stays_for_models_that_take_it() -> None:
             [user("a"), user("b")], [{"role": "user", "content": "a\n\nb"}], id="turns of one role are merged"
         ),
         pytest.param(
+            [user("a"), assistant(thinking("hm")), user("b")],
+            [{"role": "user", "content": "a\n\nb"}],
+            id="turns around one of nothing but thinking are merged",
+        ),
+        pytest.param(
             [user("a"), {"role": "system", "content": "mode on"}],
             [{"role": "user", "content": "a\n\n<system-reminder>\nmode on\n</system-reminder>"}],
             id="system in mid-conversation",
@@ -199,6 +206,29 @@ def test_cache_control_stays_for_models_that_take_it() -> None:
 )
 def test_user_content(messages: list[Any], expected: Any) -> None:
     assert messages_of(*messages) == expected
+
+
+def test_what_is_kept_of_a_conversation_may_end_anywhere_in_it() -> None:
+    silent = assistant(thinking("hm"))
+    results = user(tool_result("t1", "out"))
+    turns = [
+        user("a"),
+        silent,
+        user("b"),
+        CALLED,
+        results,
+        silent,
+        user("c"),
+        silent,
+        silent,
+        user("d"),
+        silent,
+    ]
+    expected = openai_request({"messages": turns}, PLAIN)["messages"]
+    assert [m["role"] for m in expected] == ["user", "assistant", "tool", "user"]
+    for end in range(len(turns) + 1):
+        elements = Elements(turns, Run(turns[:end]))
+        assert openai_request({"messages": elements}, PLAIN)["messages"] == expected
 
 
 def test_files_and_vision_by_quirk() -> None:
