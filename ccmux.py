@@ -1063,6 +1063,7 @@ class Quirks:
     web_search: str = opt("", "how it searches the web", choices=("", "options", "plugin", "native"))
     schema: str = opt("", "tool schema cleaning", choices=("", "gemini"))
     midway_system: bool = opt(False, "takes system messages in mid-conversation")
+    user_after_tool: bool = opt(True, "takes a user message directly behind the results of tools")
     stream_options: bool = opt(True, "takes stream_options, which asks for usage")
     lax_finish: bool = opt(False, "may end a stream without a finish_reason")
     think_tags: bool = opt(False, "puts thinking into <think> tags in the text")
@@ -3351,6 +3352,10 @@ class Upstream:
     session: str = ""
     skip: frozenset[str] = frozenset()  # parameters that a 400 has named as unknown there
 
+    @property
+    def user_after_tool(self) -> bool:
+        return self.quirks.user_after_tool and "user_after_tool" not in self.skip
+
 
 def openai_request(body: Json, to: Upstream) -> Json:
     """A Messages request as a Chat Completions request; ApiError 400 for what cannot be served."""
@@ -3527,7 +3532,7 @@ def openai_messages(body: Json, to: Upstream) -> list[Json]:
     given, before = messages_of(body), write.messages
     run, behind = (given.run, given.apart[1]) if type(given) is Elements else (Run(()), given)
     make = functools.partial(OpenAIRun, run, to, keep_cache)
-    known = run.made.once((OpenAIRun, to.quirks.token, to.model), make)
+    known = run.made.once((OpenAIRun, to.quirks.token, to.model, to.user_after_tool), make)
     rest, calls = openai_turns(turns_of(behind, known.last), known.calls, to, keep_cache)
     rest += openai_turn(Turn("user", []), calls, to, keep_cache)
     return Elements([*before, *known.messages.values, *rest], known.messages, len(before))
@@ -3556,7 +3561,7 @@ def openai_turns(
             messages += openai_turn(turn, calls, to, keep_cache)
             calls = called_in(turn)
         else:
-            key = (to.quirks.token, to.model, *calls)
+            key = (to.quirks.token, to.model, to.user_after_tool, *calls)
             messages += turn.made.once(key, functools.partial(kept_turn, turn, calls, to, keep_cache))
             calls = turn.made.once(called_in, functools.partial(called_in, turn))
     return messages, calls
@@ -3595,10 +3600,17 @@ class OpenAIMessages:
         """A message of parts; a plain string where they are only text."""
         if not parts:
             return
+        content: Any = parts
         if all(p.keys() == {"type", "text"} for p in parts):
-            self.messages.append({"role": role, "content": "\n\n".join(p["text"] for p in parts)})
-        else:
-            self.messages.append({"role": role, "content": parts})
+            content = "\n\n".join(p["text"] for p in parts)
+        before = self.messages[-1] if self.messages else {}
+        if role == "user" and before.get("role") == "tool" and not self.to.user_after_tool:
+            if isinstance(content, str) and isinstance(before["content"], str):
+                # An answer made up in each round would be one for the model to copy.
+                before["content"] = "\n\n".join(filter(None, (before["content"], content)))
+                return
+            self.messages.append({"role": "assistant", "content": "I have the results."})
+        self.messages.append({"role": role, "content": content})
 
     def text_part(self, block: Json) -> Json:
         part = {"type": "text", "text": block_text(block)}
@@ -5456,7 +5468,7 @@ PRESET_QUIRKS: dict[str, Json] = {
     "groq": {"effort": EFFORTS_3},
     "deepinfra": {"forced_tool": False},
     "cerebras": {"lax_finish": True},
-    "mistral": {"tool_id": "[A-Za-z0-9]{9}"},
+    "mistral": {"tool_id": "[A-Za-z0-9]{9}", "user_after_tool": False},
     "xai": {"effort": ["low", "high"]},
     "litellm": {"auth": "bearer"},
 }
@@ -8997,6 +9009,10 @@ _THOUGHT_MISSED = re.compile(
 )
 
 
+# "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
+_ROLES_REFUSED = re.compile(r"'user' after role 'tool'|roles must alternate")
+
+
 def refused_parameter(message: str, param: str = "") -> str:
     """The parameter that a 400 says the upstream does not know; "" where it says another thing.
 
@@ -9004,6 +9020,8 @@ def refused_parameter(message: str, param: str = "") -> str:
     """
     if "reasoning summaries" in message:  # OpenAI, to organisations that are not verified
         return "reasoning.summary"
+    if _ROLES_REFUSED.search(message):
+        return "user_after_tool"
     if not _REFUSES.search(message):
         return ""
     named_in = r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)|^(\w+): "

@@ -197,6 +197,10 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
         ("stop: Extra inputs are not permitted", "", "stop"),
         ("Encrypted content is not supported with this model.", "include", "include"),
         ("Your organization must be verified to generate reasoning summaries.", "", "reasoning.summary"),
+        ("Unexpected role 'user' after role 'tool'", "", "user_after_tool"),
+        ("After the optional system message, conversation roles must alternate user and assistant roles except for tool calls "
+         "and results.", "", "user_after_tool"),
+        ("Provider returned error: {\"message\":\"Unexpected role 'user' after role 'tool'\"}", "", "user_after_tool"),
         ("Invalid 'messages[3].content': expected a string", "messages[3].content", ""),
         ("the weather parameter is nice", "", ""),
         ("Rate limit reached", "", ""),

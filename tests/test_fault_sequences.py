@@ -771,6 +771,22 @@ async def test_a_parameter_that_is_refused_is_left_out(status: int, words: str, 
     assert ["temperature" in call.json for call in a.calls] == [True, False, False, False]
 
 
+async def test_a_user_message_behind_a_tools_that_is_refused_joins_it(tmp_path: Path) -> None:
+    """As it is said by Mistral's own models wherever they are served."""
+    call = {"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "out"}
+    messages = [
+        {"role": "user", "content": "Say hello."},
+        {"role": "assistant", "content": [call]},
+        {"role": "user", "content": [result, {"type": "text", "text": "And now?"}]},
+    ]
+    refusal = fs.status(400, message="Unexpected role 'user' after role 'tool'")
+    async with stage(tmp_path, (refusal, fs.answer()), formats="openai") as (proxy, (a,)):
+        for _ in range(2):
+            full("A")(await ask(proxy, body=message_body(messages=messages)))
+    assert [len(call.json["messages"]) for call in a.calls] == [4, 3, 3]
+
+
 async def test_a_parameter_is_left_out_once(tmp_path: Path) -> None:
     refusal = fs.status(400, message="Unsupported parameter: 'temperature'")
     async with stage(tmp_path, (refusal,), OK, formats="openai") as (proxy, (a, b)):

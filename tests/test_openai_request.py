@@ -246,6 +246,46 @@ def test_midway_system_by_quirk() -> None:
     assert [(m["role"], m["content"]) for m in out] == [("user", "a"), ("system", "s"), ("user", "b")]
 
 
+RESULTS_READ = {"role": "assistant", "content": "I have the results."}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        pytest.param(
+            [tool_result("t1", "out"), {"type": "text", "text": "and"}],
+            [{"role": "tool", "tool_call_id": "t1", "content": "out\n\nand"}],
+            id="text joins the result",
+        ),
+        pytest.param(
+            [tool_result("t1", ""), {"type": "text", "text": "and"}],
+            [{"role": "tool", "tool_call_id": "t1", "content": "and"}],
+            id="text joins an empty result",
+        ),
+        pytest.param(
+            [tool_result("t1", [PNG])],
+            [
+                {"role": "tool", "tool_call_id": "t1", "content": "[image: in the next user message]"},
+                RESULTS_READ,
+                {"role": "user", "content": [IMAGE_PART]},
+            ],
+            id="an image cannot",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "to",
+    [upstream("m", user_after_tool=False), upstream("m", skip=frozenset({"user_after_tool"}))],
+    ids=["by quirk", "learnt"],
+)
+def test_no_user_message_behind_a_tools(to: Upstream, blocks: list[Any], expected: Any) -> None:
+    turns = [user("hi"), CALLED, user(*blocks)]
+    assert messages_of(*turns, to=to)[2:] == expected
+    kept = Elements(turns, Run(turns))
+    assert openai_request({"messages": kept}, PLAIN)["messages"][2:] != expected
+    assert openai_request({"messages": kept}, to)["messages"][2:] == expected
+
+
 def tool(id: str, content: str) -> Any:
     return {"role": "tool", "tool_call_id": id, "content": content}
 
