@@ -3253,16 +3253,19 @@ def upstream_error(
 _KEY_REFUSED = re.compile(r"API key (?:not valid|expired)")  # Gemini's, with a 400
 
 _OVERFLOW = re.compile(
-    r"(?i)prompt is too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
-    r"(?:maximum |available )?context|context window|prompt token count of|input token count|input is too long|"
+    r"(?i)prompt (?:is )?too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
+    r"(?:maximum |available )?context|context ?window|prompt token count of|input token count|input is too long|"
     r"maximum prompt length|longer than the (?:maximum )?model(?:'s context)? length|too large for model with|"
     r"exceeded model token limit|model_context_window_exceeded|greater than the context length|"
     r"prompt exceeds max length|exceeds the available context size|exceed_context_size|input length exceeds|"
     r"model'?s context length is only|context length of only|exceeded max context length|reduce the length of the "
-    r"(?:messages|prompt|input)|too many (?:input )?tokens(?: in|:)|tokens? exceeds? the (?:model|maximum|limit)|"
-    r"range of input length"
+    r"(?:messages|prompt|input)|too many (?:input )?tokens(?: in|:)|range of input length|Prompt 超长|max_seq_len|"
+    r"(?<!max_)(?<!output_)(?<!completion_)tokens? exceeds? (?:the )?(?:model|max|limit|configured)|token length too long|"
+    r"exceed max message tokens|maximum allowed input length|configured context size|tokens_limit_reached|"
+    r".inputs. (?:tokens \+|must have less than)"
 )
-_LIMIT = re.compile(r"(?i)maximum context length (?:is|of) (\d[\d,]*)")
+_LIMIT = re.compile(r"(?i)(?:maximum context length (?:is|of)|max_new_tokens. must be <=) (\d[\d,]*)")
+LEAST_CONTEXT = 4000  # below it are years and error codes
 _LEAVE_ALONE = re.compile(
     r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
 )
@@ -3282,7 +3285,7 @@ def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, 
         return None
     sent, allowed = token_number(detail.get("n_prompt_tokens")), token_number(detail.get("n_ctx"))
     numbers = sorted({int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", words)}, reverse=True)
-    numbers = [n for n in numbers if 1000 <= n <= MAX_COUNT]
+    numbers = [n for n in numbers if LEAST_CONTEXT <= n <= MAX_COUNT]
     # Where more than two numbers stand, the others are parts of what was sent.
     if named := _LIMIT.search(words):
         allowed = allowed or token_number(int(named[1].replace(",", "")))
@@ -3294,9 +3297,9 @@ def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, 
 
 _WANTED_OUTPUT = re.compile(
     r"requested (\d+) output tokens|(\d+) (?:in the completion|in the output|tokens for the completion)|"
-    r"is too large: (\d+)"
+    r"is too large: (\d+)|(\d+) .max_new_tokens"
 )
-_OTHER_INPUT = re.compile(r"(\d+) input tokens|requested (?:about |a total of )?(\d+) tokens")
+_OTHER_INPUT = re.compile(r"(\d+) .?inputs?.? tokens|requested (?:about |a total of )?(\d+) tokens")
 _MOST_OUTPUT = re.compile(  # OpenAI, vLLM, Groq, DeepSeek
     r"max_(?:completion_)?tokens(?:=(\d+) ?|\W(?:for `[^`]*`)?.{0,40}?(?: (\d+)\W.{0,30}?)?)(?:at most|cannot be greater than|"
     r"less than or equal to|Expected a value <=|range of max_tokens is \[1,)[ `a-z_=]*(\d{3,})"

@@ -544,9 +544,28 @@ OVERFLOWS = [
      (140000, 131072)),
     ("Kimi", "Invalid request: Your request exceeded model token limit: 262144 (requested: 270001)",
      (270001, 262144)),
+    ("Kimi, another", "Input token length too long", None),
     ("Z.ai", "Prompt exceeds max length", None),
+    ("Z.ai, another", "Prompt too long", None),
+    ("Z.ai in China", "Prompt 超长", None),
+    ("SiliconFlow", "length of prompt_tokens (68957) must be less than max_seq_len (65536).", (68957, 65536)),
+    ("SiliconFlow, with the output", "max_total_tokens (70000) must be less than or equal to max_seq_len (65536)",
+     (70000, 65536)),
+    ("TGI",
+     "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 32768. Given: 82004 `inputs` tokens and "
+     "2048 `max_new_tokens`", (82004, 32768)),
+    ("TGI, input", "Input validation error: `inputs` must have less than 4096 tokens. Given: 5000", (5000, 4096)),
+    ("Poolside", "Input length 131393 exceeds the maximum allowed input length of 131040 tokens.", (131393, 131040)),
+    ("ds4", "Prompt has 256468 tokens, but the configured context size is 256000 tokens", (256468, 256000)),
+    ("OpenAI, another",
+     "Input tokens exceed the configured limit of 272000 tokens. Your messages resulted in 301234 tokens.",
+     (301234, 272000)),
+    ("Ark", "Total tokens of image and text exceed max message tokens.", None),
+    ("Amazon Nova",
+     "Input Tokens Exceeded: Number of input tokens exceeds maximum length. Please update the input to try again.", None),
+    ("LiteLLM", "litellm.ContextWindowExceededError: litellm.BadRequestError: too long", None),
     ("Qwen", "Range of input length should be [1, 129024]", None),
-    ("MiniMax", "invalid params, context window exceeds limit (2013)", None),
+    ("MiniMax", "invalid params, context window exceeds limit (2013)", (150_000, 100_000)),
     ("xAI", "This model's maximum prompt length is 131072 but the request contains 140001 tokens.",
      (140001, 131072)),
     ("Bedrock", "Input is too long for requested model.", None),
@@ -617,6 +636,10 @@ def test_every_vendors_overflow_becomes_anthropics(words: str, numbers: tuple[in
             "17459 + 32000 > 32768", id="SGLang",
         ),
         pytest.param(
+            "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 32768. Given: 17459 `inputs` tokens "
+            "and 32000 `max_new_tokens`", "17459 + 32000 > 32768", id="TGI",
+        ),
+        pytest.param(
             "This model's maximum context length is 32768 tokens. However, you requested 62000 tokens (30000 in the "
             "messages, 32000 in the completion).", None, id="too little room left for an answer",
         ),
@@ -682,6 +705,12 @@ def test_a_max_tokens_above_the_models_is_told_in_anthropics_words(words: str, n
         {"error": {"message": "Too much.", "code": "context_length_exceeded"}},
         {
             "error": {
+                "message": "Request body too large. Max size: 8192 tokens.",
+                "code": "tokens_limit_reached",
+            }
+        },
+        {
+            "error": {
                 "message": "n",
                 "type": "exceed_context_size_error",
                 "n_prompt_tokens": 9123,
@@ -689,7 +718,7 @@ def test_a_max_tokens_above_the_models_is_told_in_anthropics_words(words: str, n
             }
         },
     ],
-    ids=["OpenAI's code", "llama.cpp's fields"],
+    ids=["OpenAI's code", "GitHub's code", "llama.cpp's fields"],
 )
 def test_an_overflow_told_by_its_code(payload: Json) -> None:
     assert upstream_error(400, payload, tokens=9123, context=8192).message == (
@@ -730,6 +759,7 @@ def test_overflow_numbers(words: str, tokens: int, context: int, expected: tuple
         "Invalid `signature` in `thinking` block",
         "role 'system' is not supported on this model",
         "image exceeds 5 MB maximum",
+        "max_output_tokens exceeds the maximum of this model",
     ],
     ids=lambda w: w[:30],
 )
