@@ -2342,6 +2342,14 @@ def event_json(data: str) -> Any:
     return value if end == len(data) else json.loads(data)
 
 
+def parsed(text: str) -> Any:
+    """The value of a JSON text; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def encode_event(event: Json) -> bytes:
     """An Anthropic event as bytes. Text deltas, nearly all of a stream, are put together by hand."""
     if event["type"] == "content_block_delta" and event["delta"]["type"] == "text_delta":
@@ -3069,8 +3077,7 @@ class AnthropicTap:
         rest = self.decoder.finish()
         if rest and not self.seen_event and rest.lstrip()[:1] in (b"{", b"[", b"<"):
             return self.fail(not_a_stream(rest.decode("utf-8", "replace"), "event stream"))
-        is_cut_off = self.has_content and not self.ended and not has_object(rest)
-        out = self.relay(rest) if rest and not is_cut_off else b""
+        out = self.relay(rest) if rest and not is_cut_off(rest) else b""
         if not self.ended and self.error is None:
             self.error = ApiError(
                 502, "the provider's stream ended before the answer did", retry=Retry.SAME, cause="stream"
@@ -3146,12 +3153,10 @@ class AnthropicTap:
         self.unread = 0
 
 
-def has_object(block: bytes) -> bool:
-    """Whether the data of an event is a whole JSON object."""
-    try:
-        return isinstance(event_json(event_of(block)[1]), dict)
-    except (ValueError, RecursionError):
-        return False
+def is_cut_off(block: bytes) -> bool:
+    """Whether the data of a last event is the beginning of a JSON object alone."""
+    data = event_of(block)[1]
+    return data.startswith("{") and parsed(data) is None
 
 
 # What upstreams answer when something is wrong. The words are for a person, the retry class is for the Relay.
@@ -4309,13 +4314,6 @@ def whole_arguments(pieces: list[str]) -> str | None:
         if value is None and reading.strip() == "null":
             return ""
     return None
-
-
-def parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def merge_details(known: list[Json], new: list[Json]) -> list[Json]:
@@ -5604,7 +5602,10 @@ class Translation:
         return self.guarded(lambda: self.read(self.decoder.cut(data)))
 
     def finish(self) -> bytes:
-        return self.guarded(lambda: self.read(self.decoder.finish())) + self.guarded(self.end_of_stream)
+        rest = self.decoder.finish()
+        if is_cut_off(rest):
+            self.seen_event, rest = True, b""
+        return self.guarded(lambda: self.read(rest)) + self.guarded(self.end_of_stream)
 
     def read(self, whole: bytes) -> None:
         for name, text in events_of(whole):
@@ -5742,7 +5743,7 @@ class ChatTap:
         if rest.lstrip()[:1] in (b"{", b"[", b"<") and not self.has_content:
             self.error = not_a_stream(rest.decode("utf-8", "replace"), "OpenAI stream")
             return b""
-        out = self.relay(rest) if rest else b""
+        out = self.relay(rest) if rest and not is_cut_off(rest) else b""
         if not self.ended and self.error is None:
             self.end(b"data: [DONE]\n\n")
         return out

@@ -67,6 +67,14 @@ def test_what_is_no_whole_stream_is_an_error(data: bytes, status: int, content: 
     assert (tap.error.status, tap.has_content, tap.ending) == (status, content, b"")
 
 
+def test_a_last_event_that_is_cut_off_is_no_other_kind_of_fault() -> None:
+    tap = ChatTap(False)
+    tap.feed(chunk({"content": "a"}) + chunk({"content": "b"})[:-9])
+    assert tap.finish() == b""
+    assert tap.error is not None
+    assert tap.error.message == "the provider's stream ended before the answer did"
+
+
 @pytest.mark.parametrize("mark", [DONE, b""])
 def test_an_end_without_a_reason(mark: bytes) -> None:
     strict, lax, empty = ChatTap(False), ChatTap(False, lax_finish=True), ChatTap(False, lax_finish=True)

@@ -529,6 +529,25 @@ def test_a_200_that_is_no_stream(body: bytes, status: int, cut: int | None) -> N
     assert not translation.has_content
 
 
+@pytest.mark.parametrize("before", [[], [text("a")]], ids=["the first", "a later one"])
+@pytest.mark.parametrize("lacks", [3, 20])
+def test_a_last_event_that_is_cut_off_is_said_to_be(before: list[Any], lacks: int) -> None:
+    stream = stream_of(OpenAIStream, TO)
+    translation = Translation(stream, stream.out, EventWriter())
+    out = translation.feed(data(*before, text("b"))[:-lacks]) + translation.finish()
+    assert out.count(b"text_delta") == len(before)
+    assert translation.error is not None
+    assert translation.error.message == "the provider's stream ended before the answer did"
+
+
+def test_an_answer_that_had_ended_stands_though_its_last_event_is_cut_off() -> None:
+    stream = stream_of(OpenAIStream, TO)
+    translation = Translation(stream, stream.out, EventWriter())
+    translation.feed(data(text("a"), chunk({}, "stop"), {"choices": [], "usage": USAGE})[:-9])
+    translation.finish()
+    assert (translation.error, translation.ended) == (None, True)
+
+
 def test_what_came_before_a_fault_still_goes_out_and_no_ending_is_made_up() -> None:
     stream = stream_of(OpenAIStream, TO)
     translation = Translation(stream, stream.out, EventWriter())
