@@ -3509,7 +3509,7 @@ def block_text(block: Json) -> str:
 
 
 def document_text(block: Json) -> str:
-    """A document's text under its title; a note where it is a PDF that was left out."""
+    """A document's text under its title; a note where it is a file that was left out."""
     source = as_object(block.get("source"))
     title = str(block.get("title") or "")
     if source.get("type") == "text":
@@ -3519,8 +3519,21 @@ def document_text(block: Json) -> str:
     elif source.get("type") == "url":
         text = str(source.get("url") or "")
     else:
-        return f"[a PDF{f' named {title}' if title else ''} was left out: this model does not take files]"
+        media_type = str(source.get("media_type") or "application/pdf")
+        text = file_text(source) if media_type.startswith("text/") else ""
+        if not text:
+            kind = "a PDF" if media_type == "application/pdf" else f"a file of type {media_type}"
+            named = f" named {title}" if title else ""
+            return f"[{kind}{named} was left out: this model does not take files]"
     return f"{title}\n\n{text}" if title else text
+
+
+def file_text(source: Json) -> str:
+    """What a base64 source holds, as text; "" where it is broken."""
+    try:
+        return base64.b64decode(str(source.get("data") or "")).decode("utf-8", "replace")
+    except ValueError:
+        return ""
 
 
 def media_url(block: Json) -> str:
@@ -4485,7 +4498,7 @@ def responses_part(block: Json, to: Upstream) -> Json:
         return {"type": "input_text", "text": "[an image was left out]"}
     if kind == "document" and url.startswith("data:application/pdf"):
         return {"type": "input_file", "filename": str(block.get("title") or "document.pdf"), "file_data": url}
-    if kind == "document" and url:
+    if kind == "document" and url and not url.startswith("data:"):
         return {"type": "input_file", "file_url": url}
     return {"type": "input_text", "text": block_text(block)}
 

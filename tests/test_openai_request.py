@@ -165,6 +165,26 @@ def test_cache_control_stays_for_models_that_take_it() -> None:
             [{"role": "user", "content": "[a PDF named a.pdf was left out: this model does not take files]"}],
             id="PDF where files are not taken",
         ),
+        *(
+            pytest.param(
+                [user({**PDF, "source": {"type": "base64", "media_type": media_type, "data": data}})],
+                [{"role": "user", "content": expected}],
+                id=f"a file of {media_type}",
+            )
+            for media_type, data, expected in (
+                ("text/plain", "w7xibGU=", "a.pdf\n\nüble"),
+                (
+                    "text/csv",
+                    "broken",
+                    "[a file of type text/csv named a.pdf was left out: this model does not take files]",
+                ),
+                (
+                    "application/zip",
+                    "w7xibGU=",
+                    "[a file of type application/zip named a.pdf was left out: this model does not take files]",
+                ),
+            )
+        ),
         pytest.param(
             [
                 user(

@@ -338,6 +338,12 @@ def test_any_events_end_well_or_in_one_error(events: list[Any]) -> None:
 # Requests
 
 
+def test_a_file_of_text_is_inlined() -> None:
+    source = {"type": "base64", "media_type": "text/plain", "data": "aGk="}
+    [said] = request_of(user({"type": "document", "source": source}))["input"]
+    assert said["content"] == [{"type": "input_text", "text": "hi"}]
+
+
 def test_conversation_as_items() -> None:
     kept = {"dialect": "responses", "model": CODEX.model}
     item = {"type": "reasoning", "encrypted_content": "enc", "summary": []}
