@@ -1056,7 +1056,10 @@ class Quirks:
     reasoning_replay: str = opt(
         "none", "whether earlier thinking goes back", choices=("none", "tool_turns", "all")
     )
-    reasoning_key: str = opt("reasoning_content", "the message key earlier thinking goes back in")
+    reasoning_key: str = opt(
+        "reasoning_content",
+        "the key earlier thinking goes back in; reasoning_details and extra_content: as it came",
+    )
     cache_control: str = opt("", "models that take cache_control (regular expression)")
     files: bool = opt(False, "takes PDF files as content parts")
     vision: bool = opt(True, "takes images")
@@ -3645,6 +3648,8 @@ class OpenAIMessages:
         message: Json = {"role": "assistant", "content": text or None, **self.thoughts(blocks, bool(calls))}
         if calls:
             extras = {k: v for p in self.payloads(blocks) for k, v in as_object(p.get("extra")).items()}
+            if self.to.quirks.reasoning_key == "extra_content" and wants_signatures(self.to.model):
+                extras.setdefault(next(iter(calls)), {"google": {"thought_signature": NO_SIGNATURE}})
             message["tool_calls"] = [self.call(block, extras.get(id)) for id, block in calls.items()]
         if text or calls:
             self.messages.append(message)
@@ -3715,6 +3720,19 @@ class OpenAIMessages:
         if kind in ("thinking", "redacted_thinking", "tool_use") or not block_text(block):
             return []
         return [self.text_part(block)]
+
+
+# https://ai.google.dev/gemini-api/docs/thinking: 2.5 takes a budget, later ones a level, none takes both.
+_THINKS_BY_BUDGET = re.compile(r"gemini-2\.5|robotics-er")
+_NEVER_THINKS = re.compile(r"gemini-(?:1|2\.0)|gemma|learnlm")
+# What Google documents for calls that another model made:
+# https://ai.google.dev/gemini-api/docs/thought-signatures.
+NO_SIGNATURE = "skip_thought_signature_validator"
+
+
+def wants_signatures(model: str) -> bool:
+    """Whether a Gemini model refuses a turn whose first call lacks the thought signature it was made with."""
+    return not _NEVER_THINKS.search(model) and not _THINKS_BY_BUDGET.search(model)
 
 
 def says_something(block: Json) -> bool:
@@ -4820,9 +4838,6 @@ def gemini_config(body: Json, to: Upstream) -> Json:
     return out
 
 
-# https://ai.google.dev/gemini-api/docs/thinking: 2.5 takes a budget, later ones a level, none takes both.
-_THINKS_BY_BUDGET = re.compile(r"gemini-2\.5|robotics-er")
-_NEVER_THINKS = re.compile(r"gemini-(?:1|2\.0)|gemma|learnlm")
 GEMINI_BUDGETS = {"minimal": 512, "low": 4096, "medium": 12288, "high": 24576, "xhigh": 24576, "max": 24576}
 
 
@@ -4898,22 +4913,16 @@ def gemini_result(call: Json, block: Json | None) -> Json:
     return {"functionResponse": {**named, "response": response}}
 
 
-# What Google documents for calls that another model made:
-# https://ai.google.dev/gemini-api/docs/thought-signatures.
-NO_SIGNATURE = "skip_thought_signature_validator"
-
-
 def gemini_turn(blocks: list[Json], to: Upstream) -> list[Json]:
     """An assistant turn. Of parallel calls only the first has a signature, and must have one."""
     kept = [p for b in blocks if (p := signed_payload(b)) and p.get("dialect") == "gemini"]
     signatures = {str(p.get("call")): p.get("signature") for p in kept if p.get("model") == to.model}
-    first = next(iter(calls_of(blocks)), "")
-    needs = not _NEVER_THINKS.search(to.model) and not _THINKS_BY_BUDGET.search(to.model)
+    first = next(iter(calls_of(blocks)), "") if wants_signatures(to.model) else None
     parts: list[Json] = []
     for block in without_repeated_calls(blocks):
         id = str(block.get("id") or "")
         if block.get("type") == "tool_use":
-            signature = signatures.get(id) or (NO_SIGNATURE if needs and id == first else "")
+            signature = signatures.get(id) or (NO_SIGNATURE if id == first else "")
             signed = {"thoughtSignature": str(signature)} if signature else {}
             parts.append({"functionCall": gemini_call(block), **signed})
         elif says_something(block) and (text := block_text(block)):
@@ -5478,7 +5487,7 @@ PRESET_QUIRKS: dict[str, Json] = {
     "kimi-coding": {"count_tokens": "upstream", **FOREIGN},
     "deepseek": {"drop": ["billing_header", "tool_type", "media"]},
     "deepseek-openai": {"reasoning_replay": "tool_turns", "vision": False},
-    "gemini-openai": {"schema": "gemini", "effort": EFFORTS_3},
+    "gemini-openai": {"schema": "gemini", "effort": EFFORTS_3, "reasoning_key": "extra_content"},
     "groq": {"effort": EFFORTS_3},
     "deepinfra": {"forced_tool": False},
     "cerebras": {"lax_finish": True},

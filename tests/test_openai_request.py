@@ -427,6 +427,22 @@ def test_openrouters_details_go_back_verbatim_to_their_own_model_only() -> None:
     assert "reasoning_details" not in openai_request(body, other)["messages"][1]
 
 
+@pytest.mark.parametrize(
+    ("model", "signed"), [("gemini-3.8-flash", [True, False]), ("gemini-2.5-pro", [False, False])]
+)
+def test_gemini_is_told_of_calls_that_another_model_made(model: str, signed: list[bool]) -> None:
+    to = upstream(model, reasoning_key="extra_content")
+    calls = assistant(
+        thinking("why", {"model": "other", "extra": {"a": {"x": 1}}}), tool_use("a"), tool_use("b")
+    )
+    sent = openai_request({"messages": [user("hi"), calls]}, to)["messages"][1]["tool_calls"]
+    dummy = {"google": {"thought_signature": "skip_thought_signature_validator"}}
+    assert [c.get("extra_content") for c in sent] == [dummy if s else None for s in signed]
+    own = assistant(thinking("why", {"model": model, "extra": {"a": {"x": 1}}}), tool_use("a"))
+    sent = openai_request({"messages": [user("hi"), own]}, to)["messages"][1]["tool_calls"]
+    assert [c.get("extra_content") for c in sent] == [{"x": 1}]
+
+
 # Tools.
 
 
