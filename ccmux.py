@@ -5470,8 +5470,10 @@ FOREIGN = {
     "drop": ["billing_header"]
 }  # Claude Code's billing header changes with each prompt and spoils prompt caches
 PRESET_QUIRKS: dict[str, Json] = {
+    # From gpt-5.4 on Chat Completions refuses tools together with reasoning, from gpt-5.6 on without a word of effort too
+    # (seen September 2026: github.com/BerriAI/litellm/pull/34569).
     "openai": {"effort": ["minimal", *EFFORTS_3, "xhigh"], "prompt_cache_key": True, "files": True}
-    | {"web_search": "options", "codex": "codex"},
+    | {"web_search": "options", "codex": r"codex|gpt-(?:5\.[4-9]|[6-9]|\d\d)"},
     "openrouter": {
         "cache_control": "claude|gemini|qwen",
         "reasoning_key": "reasoning_details",
