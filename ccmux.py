@@ -3308,9 +3308,10 @@ _WANTED_OUTPUT = re.compile(
     r"is too large: (\d+)|(\d+) .max_new_tokens"
 )
 _OTHER_INPUT = re.compile(r"(\d+) .?inputs?.? tokens|requested (?:about |a total of )?(\d+) tokens")
-_MOST_OUTPUT = re.compile(  # OpenAI, vLLM, Groq, DeepSeek
-    r"max_(?:completion_)?tokens(?:=(\d+) ?|\W(?:for `[^`]*`)?.{0,40}?(?: (\d+)\W.{0,30}?)?)(?:at most|cannot be greater than|"
-    r"less than or equal to|Expected a value <=|range of max_tokens is \[1,)[ `a-z_=]*(\d{3,})"
+_MOST_OUTPUT = re.compile(  # OpenAI, vLLM, Groq, DeepSeek, Ark, Qwen, and what relays say
+    r"max_(?:completion_)?tokens(?:=(\d+) ?|\W(?:for `[^`]*`)?.{0,90}?(?: (\d+)\W.{0,30}?)?)(?:at most|cannot be greater than|"
+    r"less than or equal to|[Ee]xpected a value <=|range of max_tokens is \[1,|should be \[1,|limited to|"
+    r"exceeds model's maximum output tokens \()[ `a-z_=]*(\d{3,})"
 )
 LEAST_OUTPUT = 4096  # Claude Code gives up where it cannot have 3,000 and the 1,000 that it leaves free
 
@@ -4033,9 +4034,8 @@ def openai_usage(usage: Any) -> Usage | None:
     prompt, output = token_number(usage.get("prompt_tokens")), token_number(usage.get("completion_tokens"))
     if prompt is None or output is None:
         return None
-    cached = (
-        token_number(details.get("cached_tokens")) or token_number(usage.get("prompt_cache_hit_tokens")) or 0
-    )
+    told = (details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"))
+    cached = next(filter(None, map(token_number, told)), 0)
     written = (
         token_number(details.get("cache_write_tokens"))
         or token_number(details.get("cache_creation_tokens"))
@@ -9019,7 +9019,8 @@ DROPPABLE = (
 )  # fmt: skip
 _REFUSES = re.compile(
     r"(?i)unsupported|unknown|unrecognized|not supported|not permitted|extra inputs|does not support|unexpected|"
-    r"not allowed|no longer supported|only the default|invalid.{0,20}parameter|not (?:a )?valid"
+    r"not allowed|no longer supported|only the default|invalid.{0,20}parameter|not (?:a )?valid|must be one of|"
+    r"incompatible|is allowed for this model"
 )
 
 
@@ -9052,10 +9053,13 @@ def refused_parameter(message: str, param: str = "") -> str:
         return "user_after_tool"
     if not _REFUSES.search(message):
         return ""
-    named_in = r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?)\s+(\w+)|^(\w+): "
+    named_in = (
+        r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?|invalid|this model:)\s+(\w+)|^(\w+): "
+    )
     quoted = re.findall(named_in, message)
     named = [param, *(name for names in quoted for name in names if name)]
-    return next((top for name in named if (top := name.split(".")[0]) in DROPPABLE), "")
+    snake = (re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in named)  # xAI's are in camel case
+    return next((top for name in snake if (top := name.split(".")[0]) in DROPPABLE), "")
 
 
 def without_thinking(body: Json) -> Json:

@@ -691,6 +691,17 @@ def test_too_much_output_asked_for_is_told_so_that_the_client_asks_for_less(
         pytest.param(
             "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", "8193 > 8192", id="DeepSeek"
         ),
+        pytest.param(
+            "<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 65536]", "65537 > 65536", id="Qwen"
+        ),
+        pytest.param(
+            "The parameter `max_tokens` specified in the request are not valid: integer above maximum value, expected a "
+            "value <= 12288, but got 32000 instead.", "12289 > 12288", id="Ark",
+        ),
+        pytest.param("max_completion_tokens is limited to 16384 for glm-5.2", "16385 > 16384", id="a relay"),
+        pytest.param(
+            "max_tokens (98304) exceeds model's maximum output tokens (65536)", "65537 > 65536", id="another relay"
+        ),
     ],
 )  # fmt: skip
 def test_a_max_tokens_above_the_models_is_told_in_anthropics_words(words: str, numbers: str) -> None:

@@ -199,6 +199,11 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
         ("stop: Extra inputs are not permitted", "", "stop"),
         ("Encrypted content is not supported with this model.", "include", "include"),
         ("Your organization must be verified to generate reasoning summaries.", "", "reasoning.summary"),
+        ("Model grok-4-latest does not support parameter reasoningEffort.", "", "reasoning_effort"),
+        ("Argument not supported on this model: stop", "", "stop"),
+        ("`reasoning_effort` must be one of `none` or `default`", "", "reasoning_effort"),
+        ("invalid temperature: only 1 is allowed for this model", "", "temperature"),
+        ("tool_choice 'specified' is incompatible with thinking enabled", "", "tool_choice"),
         ("Unexpected role 'user' after role 'tool'", "", "user_after_tool"),
         ("After the optional system message, conversation roles must alternate user and assistant roles except for tool calls "
          "and results.", "", "user_after_tool"),

@@ -315,6 +315,11 @@ def test_stop_reason(events: list[Any], stop: str) -> None:
             id="DeepSeek's cache hits",
         ),
         pytest.param(
+            {"prompt_tokens": 100, "completion_tokens": 7, "cached_tokens": 30},
+            Usage(input=70, output=7, cache_read=30),
+            id="Kimi's cache hits",
+        ),
+        pytest.param(
             {"prompt_tokens": 10, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 60}},
             Usage(input=10, output=7, cache_read=60),
             id="more cached than prompted: not subtracted",
