@@ -4042,9 +4042,12 @@ def openai_usage(usage: Any) -> Usage | None:
         or 0
     )
     rest = prompt - cached - written if cached <= prompt else prompt
-    thought = token_number(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens")) or 0
-    # xAI counts thinking apart, where OpenAI has it inside (docs.x.ai, "consumption and rate limits").
-    output += thought if usage.get("total_tokens") == prompt + output + thought else 0
+    # xAI counts thinking apart, where OpenAI has it inside (docs.x.ai, "consumption and rate limits"); so does Google,
+    # which tells it in the total alone (seen September 2026 with gemini-3.8-flash).
+    apart = max((token_number(usage.get("total_tokens")) or 0) - prompt - output, 0)
+    thought = token_number(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens"))
+    is_thought = apart == thought if thought is not None else apart not in (cached, written, cached + written)
+    output += apart if is_thought else 0
     return Usage(input=max(rest, 0), output=output, cache_read=cached, cache_write=written)
 
 
@@ -4054,8 +4057,8 @@ OPENAI_STOP = {
     "model_length": "max_tokens",  # Mistral
     "sensitive": "refusal", "model_context_window_exceeded": "model_context_window_exceeded",  # Z.ai
 }  # fmt: skip
-# What OpenRouter and Mistral, DeepSeek, Z.ai, and vLLM and SGLang say of an answer that broke off.
-GAVE_UP = {"error", "insufficient_system_resource", "network_error", "abort"}
+# What OpenRouter and Mistral, DeepSeek, Z.ai, vLLM and SGLang, and Google say of an answer that broke off.
+GAVE_UP = {"error", "insufficient_system_resource", "network_error", "abort", "function_call_filter"}
 
 
 @dataclass(slots=True)
@@ -4092,6 +4095,11 @@ class OpenAIStream:
     @property
     def ended(self) -> bool:
         return self.out.ended
+
+    @property
+    def stop_reason(self) -> str:
+        """Google's finish reasons go on behind a colon."""
+        return OPENAI_STOP.get(self.finish_reason.partition(":")[0], "end_turn")
 
     def feed(self, name: str, data: str) -> None:
         """One event's data. Raises ApiError for an error it tells of, or for data that is not JSON."""
@@ -4137,7 +4145,7 @@ class OpenAIStream:
         reason = choice.get("finish_reason")
         if isinstance(reason, str) and reason:
             self.finish_reason = reason
-            if reason in GAVE_UP:
+            if reason.partition(":")[0] in GAVE_UP:
                 words = f"the provider gave up (finish_reason {reason})"
                 raise error_of_event(choice if choice.get("error") else {"error": {"message": words}})
 
@@ -4259,7 +4267,7 @@ class OpenAIStream:
         that max_tokens cut off.
         """
         text, sent = whole_arguments(call.pieces), "".join(call.pieces[: call.sent])
-        if not (text and text.strip()) and OPENAI_STOP.get(self.finish_reason) == "max_tokens":
+        if not (text and text.strip()) and self.stop_reason == "max_tokens":
             text = "".join(call.pieces)  # Anthropic's own end like this; the client asks the model to go on
             self.out.cut_off = True
         if text is None or not text.startswith(sent):
@@ -4294,13 +4302,15 @@ class OpenAIStream:
         self.end_message()
 
     def end_message(self) -> None:
-        reason = "refusal" if self.refused else OPENAI_STOP.get(self.finish_reason, "end_turn")
+        reason = "refusal" if self.refused else self.stop_reason
         is_empty = not self.out.has_content and not self.out.kind
         if is_empty and reason == "model_context_window_exceeded":
             tokens, context = self.out.usage.input, self.to.facts.context
             raise upstream_error(400, reason, tokens=tokens, context=context)
         if is_empty and reason in ("end_turn", "tool_use"):
             raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
+        if is_empty and reason == "refusal":
+            self.out.text(f"The provider refused ({self.finish_reason}).")
         if self.usage:
             self.out.usage = self.usage
         self.out.finish(reason)

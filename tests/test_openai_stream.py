@@ -295,6 +295,7 @@ def test_think_tags_by_quirk(pieces: list[str], expected: Any) -> None:
         ([chunk({"refusal": "I will not"}), *end("stop")], "refusal"),
         ([text("a"), *end("model_length")], "max_tokens"),
         ([text("a"), *end("sensitive")], "refusal"),
+        ([text("a"), *end("content_filter: PROHIBITED_CONTENT")], "refusal"),
         ([text("a"), *end("model_context_window_exceeded")], "model_context_window_exceeded"),
         ([text("a"), *end("of a kind of its own")], "end_turn"),
     ],
@@ -349,6 +350,16 @@ def test_stop_reason(events: list[Any], stop: str) -> None:
             },
             Usage(input=12, output=387),
             id="OpenAI's thinking inside the output",
+        ),
+        pytest.param(
+            {"prompt_tokens": 98, "completion_tokens": 17, "total_tokens": 155},
+            Usage(input=98, output=57),
+            id="Gemini's thinking in the total alone",
+        ),
+        pytest.param(
+            {"prompt_tokens": 98, "completion_tokens": 17, "total_tokens": 155, "cached_tokens": 40},
+            Usage(input=58, output=17, cache_read=40),
+            id="a total with the cached ones twice",
         ),
         pytest.param({"prompt_tokens": -1, "completion_tokens": 7}, None, id="negative"),
         pytest.param({"prompt_tokens": 1.5, "completion_tokens": 7}, None, id="no integer"),
@@ -422,7 +433,10 @@ def test_usage_that_nobody_told_is_counted() -> None:
         pytest.param(data(*end()), 502, Retry.SAME, "empty", id="empty answer"),
         *(
             pytest.param(data(text("a"), *end(reason)), 502, Retry.SAME, reason, id=f"broke off: {reason}")
-            for reason in ("error", "insufficient_system_resource", "network_error", "abort")
+            for reason in (
+                "error", "insufficient_system_resource", "network_error", "abort",
+                "function_call_filter: MALFORMED_FUNCTION_CALL",
+            )
         ),
         pytest.param(
             data(*end("model_context_window_exceeded")), 400, Retry.LARGER, "prompt is too long: 7 tokens > 6 maximum",
@@ -456,6 +470,11 @@ def test_a_call_that_max_tokens_cut_off_is_sent_as_far_as_it_came() -> None:
     assert [e["delta"]["partial_json"] for e in found if "partial_json" in e.get("delta", {})] == ['{"comm']
     message = json.loads(WholeMessage().end(found))
     assert (message["stop_reason"], message["content"][1]["input"]) == ("max_tokens", {})
+
+
+def test_a_refusal_without_words_gets_some() -> None:
+    refusal = chunk({}, "content_filter: PROHIBITED_CONTENT")
+    assert content_of(refusal) == [said("The provider refused (content_filter: PROHIBITED_CONTENT).")]
 
 
 def test_lax_finish_by_quirk() -> None:
