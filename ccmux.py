@@ -3185,7 +3185,7 @@ STATUS_OF_TYPE = {
 }  # fmt: skip
 
 
-def error_of_event(event: Json) -> ApiError:
+def error_of_event(event: Json | list[Any]) -> ApiError:
     """The error that an event, or a body with status 200, tells of; its own code or type gives the status."""
     return upstream_error(status_of_error(event), event)
 
@@ -3207,7 +3207,8 @@ def error_detail(payload: Any) -> Json:
         payload = payload[0] if payload else {}
     if not isinstance(payload, dict):
         return {}
-    inner = payload.get("error")
+    errors = payload.get("error") or payload.get("errors")
+    inner = errors[0] if isinstance(errors, list) and errors else errors
     return inner if isinstance(inner, dict) else payload
 
 
@@ -3220,7 +3221,7 @@ def error_words(payload: Any) -> str:
     detail = error_detail(payload)
     metadata = detail.get("metadata")
     raw = as_object(metadata).get("raw")  # OpenRouter puts the provider's own words there
-    others = (payload.get(key) for key in ("error", "detail", "message", "msg"))
+    others = (payload.get(key) for key in ("error", "errors", "detail", "message", "msg"))
     for value in (detail.get("message"), *others):
         if value:
             words = value if isinstance(value, str) else json.dumps(value)
@@ -3258,7 +3259,8 @@ def upstream_error(
     return error
 
 
-_KEY_REFUSED = re.compile(r"API key (?:not valid|expired)")  # Gemini's, with a 400
+# Gemini's, xAI's and DashScope's, with a 400.
+_KEY_REFUSED = re.compile(r"API key (?:not valid|expired)|Incorrect API key|account is in good standing")
 
 _OVERFLOW = re.compile(
     r"(?i)prompt (?:is )?too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
@@ -4129,7 +4131,7 @@ class OpenAIStream:
             chunk.get("error") or (chunk.get("detail") and "usage" not in chunk)
         )
         if is_error or name == "error" or not isinstance(chunk, dict):
-            raise error_of_event(chunk if isinstance(chunk, dict) else {"error": {"message": str(chunk)}})
+            raise error_of_event(chunk if isinstance(chunk, (dict, list)) else {"error": str(chunk)})
         return []
 
     def note_usage(self, chunk: Json) -> None:

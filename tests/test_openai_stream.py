@@ -415,6 +415,7 @@ def test_usage_that_nobody_told_is_counted() -> None:
             "over capacity", id="Groq's",
         ),
         pytest.param(data({"error": "text"}), 502, Retry.SAME, "text", id="error as text"),
+        pytest.param(data([{"error": {"message": "busy", "code": 503}}]), 503, Retry.SAME, "busy", id="Google's, in a list"),
         pytest.param(data({"detail": "nope"}), 502, Retry.SAME, "nope", id="detail"),
         pytest.param(
             data(chunk({"content": ""}, "error", error={"message": "slow down", "code": 429})),

@@ -237,6 +237,8 @@ def test_retry_class(status: int, retry: ccmux.Retry) -> None:
     [
         (401, "bad key"),
         (400, "API key not valid. Please pass a valid API key."),
+        (400, "Incorrect API key provided: sk***YA. You can obtain an API key from https://console.x.ai."),
+        (400, "Access denied, please make sure your account is in good standing."),
         (400, "API key expired. Please renew the API key."),
     ],
 )
