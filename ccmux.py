@@ -2787,6 +2787,7 @@ class AnthropicStream:
         self.index = -1
         self.has_content = False  # a delta went out, or a block ended
         self.has_tool = False
+        self.tool_ids: set[str] = set()  # that the conversation has had
         self.cut_off = False  # in the midst of a tool call
         self.started = self.ended = False
         self.stop_reason = ""
@@ -3779,6 +3780,29 @@ def client_tool_id(upstream_id: str) -> str:
     return f"ccx_{packed}" if len(packed) <= 60 else f"cch_{hashlib.sha256(data).hexdigest()[:48]}"
 
 
+def new_tool_id(upstream_id: str, out: AnthropicStream) -> str:
+    """A call's id that is new to the conversation, as some servers number the calls of each answer from 0: Claude Code
+    would lose the results of all but the first, and the model ask for ever (seen with 2.1.330).
+    """
+    id = client_tool_id(upstream_id)
+    if id in out.tool_ids:
+        id = client_tool_id(f"{upstream_id}\0{made_up_id('', out, out.index)[:8]}")
+    out.tool_ids.add(id)
+    return id
+
+
+def made_up_id(prefix: str, out: AnthropicStream, place: Any) -> str:
+    """An id for what came without one: the same for the same place in the same answer."""
+    digest = hashlib.sha256(f"{out.message_id} {place}".encode("utf-8", "surrogatepass")).hexdigest()
+    return prefix + digest[:24]
+
+
+def tool_ids(body: Json) -> set[str]:
+    """The ids of all calls in a conversation."""
+    blocks = (b for m in messages_of(body) if m.get("role") == "assistant" for b in as_list(m.get("content")))
+    return {str(b.get("id")) for b in blocks if isinstance(b, dict) and b.get("type") == "tool_use"}
+
+
 def upstream_tool_id(client_id: str, pattern: str = "") -> str:
     """The id an upstream gets: its own where the client's was made from it, one of the pattern it insists on."""
     if pattern and not re.fullmatch(pattern, client_id):
@@ -3787,9 +3811,8 @@ def upstream_tool_id(client_id: str, pattern: str = "") -> str:
     if client_id.startswith("ccx_"):
         try:
             packed = client_id[4:]
-            return base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4)).decode(
-                "utf-8", "surrogatepass"
-            )
+            data = base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4))
+            return data.decode("utf-8", "surrogatepass").partition("\0")[0]
         except ValueError:
             return client_id
     if _PLAIN_NAME.fullmatch(client_id):
@@ -4257,9 +4280,8 @@ class OpenAIStream:
     def begin(self, call: ToolCall) -> None:
         self.details = []
         self.live = call
-        made_up = f"{self.out.message_id} {self.out.index} {len(self.calls)}"
-        id = call.id or f"toolu_{hashlib.sha256(made_up.encode()).hexdigest()[:24]}"
-        id = client_tool_id(id)
+        id = call.id or made_up_id("toolu_", self.out, f"{self.out.index} {len(self.calls)}")
+        id = new_tool_id(id, self.out)
         if call.extra:
             self.out.keep({"extra": {id: call.extra}, "model": self.to.model})
         self.out.tool(id, self.names.get(call.name, call.name))
@@ -4667,7 +4689,7 @@ class ResponsesStream:
 
     def begin(self, key: Any, item: Json) -> None:
         self.live, self.live_key = {**item, "arguments": ""}, key
-        id = client_tool_id(str(item.get("call_id") or made_up_id("call_", self.out, key)))
+        id = new_tool_id(str(item.get("call_id") or made_up_id("call_", self.out, key)), self.out)
         self.out.tool(id, self.names.get(str(item["name"]), str(item["name"])))
 
     def item_done(self, key: Any, item: Json) -> None:
@@ -4789,12 +4811,6 @@ def show_search(out: AnthropicStream, query: str, found: dict[str, str]) -> None
     pages = [{**empty, "url": url, "title": title or url} for url, title in found.items()]
     out.whole({"type": "server_tool_use", "id": id, "name": "web_search", "input": {"query": query}})
     out.whole({"type": "web_search_tool_result", "tool_use_id": id, "content": pages})
-
-
-def made_up_id(prefix: str, out: AnthropicStream, place: Any) -> str:
-    """An id for what came without one: the same for the same place in the same answer."""
-    digest = hashlib.sha256(f"{out.message_id} {place}".encode("utf-8", "surrogatepass")).hexdigest()
-    return prefix + digest[:24]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5044,7 +5060,7 @@ class GeminiStream:
         name, args = str(call.get("name") or ""), call.get("args")
         if not name:
             raise broken_stream("the provider sent a tool call without a name")
-        id = client_tool_id(str(call.get("id") or made_up_id("toolu_", self.out, self.calls)))
+        id = new_tool_id(str(call.get("id") or made_up_id("toolu_", self.out, self.calls)), self.out)
         self.calls += 1
         if isinstance(signature, str) and signature:
             kept = {"dialect": "gemini", "model": self.to.model, "call": id, "signature": signature}
@@ -8616,6 +8632,7 @@ class Relay:
         count = functools.partial(self.count_for, to.model)
         usage = Usage(input=call.tokens, estimated=True)
         out = AnthropicStream(f"msg_{call.request_id[4:]}", call.asked, usage, count)
+        out.tool_ids = tool_ids(call.body)
         names = {upstream: client for client, upstream in tool_names(call.body).items()}
         return Translation(dialect.stream(out, names, to), out, client_format(call))
 

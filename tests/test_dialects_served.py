@@ -38,6 +38,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self.bodies: list[Any] = []
+        self.calls_again = False  # with the ids of the first calls
         app = web.Application()
         app.router.add_post("/v1/responses", self.answer)
         app.router.add_post("/v1beta/models/gemini-3.8-flash:streamGenerateContent", self.answer)
@@ -51,7 +52,7 @@ class Upstream:
         assert key in ("Bearer key-of-r", "key-of-g")
         assert format == "responses" or request.query_string == "alt=sse"
         is_answered = "function_call_output" in json.dumps(body) or "functionResponse" in json.dumps(body)
-        case = CASES[format]["tools" in body and not is_answered]
+        case = CASES[format]["tools" in body and (self.calls_again or not is_answered)]
         data = (FIXTURES / format / f"{case}.sse").read_bytes()
         return web.Response(body=data, content_type="text/event-stream")
 
@@ -81,9 +82,14 @@ async def test_anthropic_sdk_in_a_tool_round(upstream: Upstream, start_ccmux: St
                 last = await stream.get_final_message()
             assert last.stop_reason == "end_turn"
             assert last.model == model
+            upstream.calls_again = True
+            again = await client.messages.create(messages=history, **asked)
+            ids = {b.id for b in (*first.content, *again.content) if b.type == "tool_use"}
+            assert len(ids) == 2 * sum(b.type == "tool_use" for b in first.content)
+            upstream.calls_again = False
     sent = [json.dumps(body) for body in upstream.bodies]
     assert "gAAAAABo4Wq1-encrypted-reasoning-==" in sent[1]
-    assert "CpcBAdHtim9TaWduYXR1cmUx" in sent[3]
+    assert "CpcBAdHtim9TaWduYXR1cmUx" in sent[4]
 
 
 async def test_openai_sdk_streamed_and_whole(upstream: Upstream, start_ccmux: Start) -> None:

@@ -23,6 +23,7 @@ from ccmux import (
     openai_request,
     openai_usage,
     signed_payload,
+    upstream_tool_id,
 )
 
 TO = upstream("gpt-x")
@@ -525,6 +526,19 @@ def test_googles_thought_signatures_go_back_with_their_calls_to_their_own_model(
     assert [(c["id"], c["extra_content"]) for c in back] == [("c0", extras[0]), ("c1", extras[1])]
     others = openai_request(body, upstream("other"))["messages"][0]["tool_calls"]
     assert not any("extra_content" in c for c in others)
+
+
+def test_ids_that_the_conversation_has_had_become_new_ones_and_go_back_as_they_came() -> None:
+    stream = stream_of(OpenAIStream, TO)
+    stream.out.tool_ids = {"call_0", "call_1"}
+    found, _ = read(
+        stream,
+        data(calls(*(call(n, id, "Bash", LS) for n, id in enumerate(("call_0", "new", "new")))), *end()),
+    )
+    ids = [b["id"] for b in collect(found)["content"]]
+    assert len({*ids, "call_0", "call_1"}) == 5
+    assert ids[1] == "new"
+    assert [upstream_tool_id(id) for id in ids] == ["call_0", "new", "new"]
 
 
 # Through `Translation`: bytes to bytes.
