@@ -3679,8 +3679,10 @@ class OpenAIMessages:
         if quirks.reasoning_replay == "none" or (quirks.reasoning_replay == "tool_turns" and not has_calls):
             return {}
         thinking = "\n\n".join(str(b.get("thinking") or "") for b in blocks if b.get("type") == "thinking")
-        # DeepSeek and Kimi refuse a tool round whose assistant message lacks the key (seen November 2026).
-        return {quirks.reasoning_key: thinking} if thinking or quirks.reasoning_replay == "tool_turns" else {}
+        # DeepSeek and Kimi refuse a tool round whose assistant message lacks the key (seen November 2026), and Kimi one
+        # where it is empty (github.com/earendil-works/pi/pull/4178).
+        empty = " " if quirks.reasoning_replay == "tool_turns" else ""
+        return {quirks.reasoning_key: thinking or empty} if thinking or empty else {}
 
     def user(self, blocks: list[Json], calls: Iterable[str]) -> None:
         """Tool results in the order of their calls, then what moved out of them, then the rest of the turn.

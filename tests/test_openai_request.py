@@ -405,7 +405,7 @@ def test_assistant_turn(blocks: list[Any], expected: Any) -> None:
     [
         ("none", [thinking("why"), tool_use("t1")], None),
         ("tool_turns", [thinking("why"), tool_use("t1")], "why"),
-        ("tool_turns", [tool_use("t1")], ""),
+        ("tool_turns", [tool_use("t1")], " "),
         ("tool_turns", [thinking("why"), {"type": "text", "text": "a"}], None),
         ("all", [thinking("why"), {"type": "text", "text": "a"}], "why"),
         ("all", [{"type": "text", "text": "a"}], None),
