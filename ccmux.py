@@ -3365,11 +3365,15 @@ class Upstream:
     quirks: Quirks
     facts: Facts
     session: str = ""
-    skip: frozenset[str] = frozenset()  # parameters that a 400 has named as unknown there
+    skip: frozenset[str] = frozenset()  # what errors have said it does not take
 
     @property
     def user_after_tool(self) -> bool:
         return self.quirks.user_after_tool and "user_after_tool" not in self.skip
+
+    @property
+    def vision(self) -> bool:
+        return self.quirks.vision and "media" not in self.skip
 
 
 def openai_request(body: Json, to: Upstream) -> Json:
@@ -3560,7 +3564,7 @@ def openai_messages(body: Json, to: Upstream) -> list[Json]:
     given, before = messages_of(body), write.messages
     run, behind = (given.run, given.apart[1]) if type(given) is Elements else (Run(()), given)
     make = functools.partial(OpenAIRun, run, to, keep_cache)
-    known = run.made.once((OpenAIRun, to.quirks.token, to.model, to.user_after_tool), make)
+    known = run.made.once((OpenAIRun, to.quirks.token, to.model, to.skip), make)
     rest, calls = openai_turns(turns_of(behind, known.last), known.calls, to, keep_cache)
     rest += openai_turn(Turn("user", []), calls, to, keep_cache)
     return Elements([*before, *known.messages.values, *rest], known.messages, len(before))
@@ -3589,7 +3593,7 @@ def openai_turns(
             messages += openai_turn(turn, calls, to, keep_cache)
             calls = called_in(turn)
         else:
-            key = (to.quirks.token, to.model, to.user_after_tool, *calls)
+            key = (to.quirks.token, to.model, to.skip, *calls)
             messages += turn.made.once(key, functools.partial(kept_turn, turn, calls, to, keep_cache))
             calls = turn.made.once(called_in, functools.partial(called_in, turn))
     return messages, calls
@@ -3717,7 +3721,7 @@ class OpenAIMessages:
         if kind == "image":
             if not url:
                 return []
-            if not self.to.quirks.vision:
+            if not self.to.vision:
                 return [{"type": "text", "text": "[an image was left out: this model does not take images]"}]
             return [{"type": "image_url", "image_url": {"url": url}}]
         if kind == "document" and self.to.quirks.files and url.startswith("data:application/pdf"):
@@ -4546,7 +4550,7 @@ def responses_user(blocks: list[Json], to: Upstream) -> list[Json]:
 def responses_part(block: Json, to: Upstream) -> Json:
     """A block as an input content part."""
     kind, url = block.get("type"), media_url(block)
-    if kind == "image" and url and to.quirks.vision:
+    if kind == "image" and url and to.vision:
         return {"type": "input_image", "image_url": url, "detail": "auto"}
     if kind == "image":
         return {"type": "input_text", "text": "[an image was left out]"}
@@ -4925,7 +4929,7 @@ def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> lis
 def gemini_part(block: Json, to: Upstream) -> Json:
     """A user block as a part. Media are the only blocks it has a form of."""
     kind, source, url = block.get("type"), as_object(block.get("source")), media_url(block)
-    if kind == "image" and not (url and to.quirks.vision):
+    if kind == "image" and not (url and to.vision):
         return {"text": "[an image was left out]"}
     if kind not in ("image", "document") or not url:
         return {"text": block_text(block)}
@@ -9006,7 +9010,13 @@ class Plan:
         return breaker is None or breaker.allows(time.monotonic()) or len(self.slots()) == 1
 
     def mends(self, slot: Slot, error: ApiError) -> bool:
-        """Whether a 400, or Mistral's 422, names what this request can do without: a parameter, a thinking signature."""
+        """Whether a 400, or Mistral's 422, names what this request can do without: a parameter, a thinking signature.
+
+        Images are refused with others, too; where a next target may take them, it gets them.
+        """
+        is_elsewhere = error.retry in (Retry.SAME, Retry.NEXT) and len(self.slots()) > 1
+        if _IMAGES_REFUSED.search(error.message) and not is_elsewhere:
+            return self.learns(slot, "media")
         if error.status not in (400, 422):
             return False
         transient = slot.provider.quirks.transient
@@ -9020,7 +9030,10 @@ class Plan:
             return True
         if dialect_of(slot.provider, slot.target.actual_model).request is None:
             return False
-        name = refused_parameter(error.message, error.param)
+        return self.learns(slot, refused_parameter(error.message, error.param))
+
+    def learns(self, slot: Slot, name: str) -> bool:
+        """Keeps in mind what an upstream does not take; false where that is nothing new."""
         place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
         known = self.relay.learnt.get(place, frozenset())
         if not name or name in known:
@@ -9069,6 +9082,13 @@ _THOUGHT_MISSED = re.compile(
 )
 
 
+# OpenAI, OpenRouter, DeepSeek, vLLM, llama.cpp, Ollama, LM Studio of a model that reads only text. Without this, a
+# conversation that an image got into would end there.
+_IMAGES_REFUSED = re.compile(
+    r"(?i)(?:not|n't) supports? (?:images?|vision|multimodal)\b(?!/| format| type| url)|that support image input|"
+    r"image(?:_url|s| inputs?) (?:is|are) (?:not|only) supported|variant `image_url`|not a multimodal model|"
+    r"at most 0 image|for text-only server: image"
+)
 # "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
 _ROLES_REFUSED = re.compile(r"'user' after role 'tool'|roles must alternate")
 

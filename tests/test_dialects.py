@@ -218,6 +218,31 @@ def test_refused_parameter(message: str, param: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Invalid content type. image_url is only supported by certain models.", True),
+        ("No endpoints found that support image input", True),
+        ("this model does not support image input (ref: b8bd630e)", True),
+        ("messages[3]: unknown variant `image_url`, expected `text` at line 1 column 1234", True),
+        ("zai-org/GLM-5.3 is not a multimodal model", True),
+        ("At most 0 image(s) may be provided in one prompt.", True),
+        (
+            "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj",
+            True,
+        ),
+        ("Model does not support images. Please use a model that does.", True),
+        ("Unsupported content part type for text-only server: image_url", True),
+        ("image exceeds 5 MB maximum", False),
+        ("This API does not support image/heic", False),
+        ("The model does not support image urls, only base64", False),
+        ("Image format is not supported", False),
+    ],
+)
+def test_a_model_that_reads_only_text_says_so(message: str, expected: bool) -> None:
+    assert bool(ccmux._IMAGES_REFUSED.search(message)) == expected
+
+
+@pytest.mark.parametrize(
     ("headers", "seconds"),
     [
         ({}, None),

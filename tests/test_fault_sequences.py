@@ -787,6 +787,29 @@ async def test_a_user_message_behind_a_tools_that_is_refused_joins_it(tmp_path: 
     assert [len(call.json["messages"]) for call in a.calls] == [4, 3, 3]
 
 
+PNG = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
+
+
+@pytest.mark.parametrize("formats", ["openai", "anthropic"])
+async def test_an_image_that_a_model_cannot_see_is_left_out(formats: str, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": [PNG, {"type": "text", "text": "Say hello."}]}]
+    refusal = fs.status(404, message="No endpoints found that support image input")
+    async with stage(tmp_path, (refusal, fs.answer()), formats=formats) as (proxy, (a,)):
+        for _ in range(2):
+            full("A")(await ask(proxy, body=message_body(messages=messages)))
+    assert ["iVBORw0KGgo=" in json.dumps(call.json) for call in a.calls] == [True, False, False]
+    assert "left out" in json.dumps(a.calls[-1].json)
+
+
+async def test_an_image_goes_to_the_next_target_where_the_first_cannot_see_it(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": [PNG, {"type": "text", "text": "Say hello."}]}]
+    refusal = fs.status(404, message="No endpoints found that support image input")
+    async with stage(tmp_path, (refusal,), OK, formats="openai") as (proxy, (a, b)):
+        full("B")(await ask(proxy, body=message_body(messages=messages)))
+    assert (a.count, b.count) == (1, 1)
+    assert "iVBORw0KGgo=" in json.dumps(b.calls[0].json)
+
+
 async def test_a_parameter_is_left_out_once(tmp_path: Path) -> None:
     refusal = fs.status(400, message="Unsupported parameter: 'temperature'")
     async with stage(tmp_path, (refusal,), OK, formats="openai") as (proxy, (a, b)):
