@@ -3855,7 +3855,7 @@ def tool_schema(tool: Json, cleaning: str) -> Json:
     """A tool's input schema as an object schema, cleaned where the upstream needs that."""
     schema = as_object(tool.get("input_schema"))
     if cleaning == "gemini":
-        schema = gemini_schema(schema)
+        schema = gemini_schema({**schema, "type": "object"})
     if schema.get("type") != "object" or not isinstance(schema.get("properties"), dict):
         properties = schema.get("properties")
         schema = {
@@ -3867,7 +3867,7 @@ def tool_schema(tool: Json, cleaning: str) -> Json:
 
 
 GEMINI_SCHEMA_KEYS = {
-    "type", "description", "nullable", "minItems", "maxItems", "minimum", "maximum", "title", "minLength", "maxLength",
+    "description", "nullable", "minItems", "maxItems", "minimum", "maximum", "title", "minLength", "maxLength",
     "pattern",
 }  # fmt: skip
 GEMINI_FORMATS = {"enum", "date-time", "int32", "int64", "float", "double"}
@@ -3876,35 +3876,85 @@ GEMINI_FORMATS = {"enum", "date-time", "int32", "int64", "float", "double"}
 MAX_SCHEMA_PARTS = 10_000
 
 
-def gemini_schema(
-    schema: Any, definitions: Json | None = None, depth: int = 0, parts: Iterator[int] | None = None
-) -> Json:
+def gemini_schema(schema: Any) -> Json:
     """A JSON schema in the subset that Gemini takes: references inlined, unknown keywords left out.
 
     https://ai.google.dev/api/caching#Schema. A const becomes an enum of one, oneOf an anyOf, a list of types with
     null a nullable. A reference to what it stands in is cut off, and so is what references multiply without end.
     """
-    parts = parts or itertools.count()
+    return gemini_node(gemini_keywords(schema, None, 0, itertools.count()))
+
+
+def gemini_keywords(schema: Any, definitions: Json | None, depth: int, parts: Iterator[int]) -> Json:
+    """A node's keywords, with those of what else it must match: allOf, and what it refers to."""
     if not isinstance(schema, dict) or depth > 24 or next(parts) > MAX_SCHEMA_PARTS:
         return {}
     definitions = definitions or {**as_object(schema.get("$defs")), **as_object(schema.get("definitions"))}
+    keywords = functools.partial(gemini_keywords, definitions=definitions, depth=depth + 1, parts=parts)
+    out = gemini_own(schema, lambda inner: gemini_node(keywords(inner)))
+    for key in ("anyOf", "oneOf"):
+        if isinstance(schema.get(key), list):
+            given = [s for s in schema[key] if as_object(s).get("type") != "null"]
+            out["anyOf"] = [keywords(s) for s in given]
+            out |= {"nullable": True} if len(given) < len(schema[key]) else {}
+    for member in as_list(schema.get("allOf")):
+        out = all_of(out, keywords(member))
     if isinstance(schema.get("$ref"), str):
         name = schema["$ref"].rsplit("/", 1)[-1]
-        found = as_object(definitions.get(name))
         others = {k: v for k, v in definitions.items() if k != name}
-        rest = {k: v for k, v in schema.items() if k != "$ref"}
-        return gemini_schema({**found, **rest}, others, depth + 1, parts)
-    inner = functools.partial(gemini_schema, definitions=definitions, depth=depth + 1, parts=parts)
+        out = all_of(out, keywords(definitions.get(name), definitions=others))
+    return out
+
+
+def gemini_own(schema: Json, inner: Callable[[Any], Json]) -> Json:
     out = {k: v for k, v in schema.items() if k in GEMINI_SCHEMA_KEYS} | gemini_type(schema.get("type"))
     if isinstance(schema.get("format"), str) and schema["format"] in GEMINI_FORMATS:
         out["format"] = schema["format"]
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
         out |= gemini_enum(values, str(schema.get("description") or ""))
-    for key in ("anyOf", "oneOf", "allOf"):
-        if isinstance(schema.get(key), list):
-            out["anyOf"] = [inner(s) for s in schema[key]]
-    return out | gemini_inside(schema, out.get("type"), inner)
+    if isinstance(schema.get("properties"), dict):
+        out["properties"] = {k: inner(v) for k, v in schema["properties"].items()}
+    if schema.get("items"):
+        out["items"] = inner(schema["items"])
+    if isinstance(schema.get("required"), list):
+        out["required"] = [name for name in schema["required"] if isinstance(name, str)]
+    return out
+
+
+def all_of(first: Json, second: Json) -> Json:
+    """The keywords of what must match both; where they differ, the first has the word."""
+    out = {**second, **first}
+    if "properties" in out:
+        out["properties"] = {**second.get("properties", {}), **first.get("properties", {})}
+    if "required" in out:
+        out["required"] = [*dict.fromkeys(first.get("required", []) + second.get("required", []))]
+    return out
+
+
+GEMINI_ONLY_OF = {"properties": "object", "required": "object", "items": "array", "enum": "string"}
+
+
+def gemini_node(out: Json) -> Json:
+    """A node's keywords as Gemini insists on them, or it refuses all tools: a type, or an anyOf with nothing beside it;
+    `required` of known properties alone.
+    """
+    choices: list[Json] = out.pop("anyOf", [])
+    kind = out.get("type") or ("object" if "properties" in out else "array" if "items" in out else "")
+    if choices and not kind:
+        nodes = [gemini_node(c) for c in (all_of(out, choices[0]), *choices[1:])]
+        return nodes[0] if len(nodes) == 1 else {"anyOf": nodes}
+    if kind == "object":
+        for choice in choices:
+            out = all_of(out, {k: v for k, v in choice.items() if k == "properties"})
+        known = out.get("properties", {})
+        out["required"] = [name for name in out.get("required", []) if name in known]
+        if not out["required"]:
+            del out["required"]
+    if kind == "array":
+        out.setdefault("items", {"type": "string"})
+    out["type"] = kind = kind or "string"
+    return {k: v for k, v in out.items() if GEMINI_ONLY_OF.get(k, kind) == kind}
 
 
 def gemini_enum(values: list[Any], description: str) -> Json:
@@ -3922,22 +3972,12 @@ def gemini_enum(values: list[Any], description: str) -> Json:
     return {"type": "string", **({"enum": texts} if texts else {}), **nullable}
 
 
-def gemini_inside(schema: Json, kind: Any, inner: Callable[[Any], Json]) -> Json:
-    """What an object or an array holds; it is refused where the type does not say that it is one."""
-    given = schema.get("properties")
-    if isinstance(given, dict) and kind in (None, "object"):
-        names = [r for r in as_list(schema.get("required")) if isinstance(r, str) and r in given]
-        required = {"required": names} if names else {}
-        return {"type": "object", "properties": {k: inner(v) for k, v in given.items()}, **required}
-    if kind == "array" or (kind is None and schema.get("items")):
-        return {"type": "array", "items": inner(schema.get("items")) or {"type": "string"}}
-    return {}
-
-
 def gemini_type(kind: Any) -> Json:
-    if not isinstance(kind, list):
-        return {"type": kind} if isinstance(kind, str) else {}
-    kinds = [k for k in kind if k != "null"]
+    if isinstance(kind, str) and kind != "null":
+        return {"type": kind}
+    if not isinstance(kind, (str, list)):
+        return {}
+    kinds = [k for k in as_list(kind) if isinstance(k, str) and k != "null"]
     nullable = {"nullable": True} if "null" in kind else {}
     return {"type": kinds[0] if kinds else "string", **nullable}
 

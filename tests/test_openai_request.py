@@ -555,10 +555,14 @@ def test_models_that_refuse_forced_calls() -> None:
             {"type": "object", "properties": {"p": {"type": "integer"}}},
             id="$ref inlined",
         ),
-        pytest.param({"oneOf": [{"type": "string"}]}, {"anyOf": [{"type": "string"}]}, id="oneOf"),
+        pytest.param(
+            {"oneOf": [{"type": "string"}, {"type": "integer"}]},
+            {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+            id="oneOf",
+        ),
         pytest.param(
             {"type": "object", "properties": {"a": {}}, "required": ["a", "gone"], "propertyNames": {}},
-            {"type": "object", "properties": {"a": {}}, "required": ["a"]},
+            {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]},
             id="required names what is there",
         ),
         pytest.param(
