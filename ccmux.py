@@ -3897,13 +3897,12 @@ def gemini_keywords(schema: Any, definitions: Json | None, depth: int, parts: It
             given = [s for s in schema[key] if as_object(s).get("type") != "null"]
             out["anyOf"] = [keywords(s) for s in given]
             out |= {"nullable": True} if len(given) < len(schema[key]) else {}
-    for member in as_list(schema.get("allOf")):
-        out = all_of(out, keywords(member))
+    others = [keywords(member) for member in as_list(schema.get("allOf"))]
     if isinstance(schema.get("$ref"), str):
         name = schema["$ref"].rsplit("/", 1)[-1]
-        others = {k: v for k, v in definitions.items() if k != name}
-        out = all_of(out, keywords(definitions.get(name), definitions=others))
-    return out
+        outside = {k: v for k, v in definitions.items() if k != name}
+        others.append(keywords(definitions.get(name), definitions=outside))
+    return all_of(out, *others)
 
 
 def gemini_own(schema: Json, inner: Callable[[Any], Json]) -> Json:
@@ -3922,14 +3921,16 @@ def gemini_own(schema: Json, inner: Callable[[Any], Json]) -> Json:
     return out
 
 
-def all_of(first: Json, second: Json) -> Json:
-    """The keywords of what must match both; where they differ, the first has the word."""
-    out = {**second, **first}
-    if "properties" in out:
-        out["properties"] = {**second.get("properties", {}), **first.get("properties", {})}
-    if "required" in out:
-        out["required"] = [*dict.fromkeys(first.get("required", []) + second.get("required", []))]
-    return out
+def all_of(*nodes: Json) -> Json:
+    """The keywords of what must match all of the nodes; where they differ, the first has the word."""
+    out: Json = {}
+    properties: Json = {}
+    for node in reversed(nodes):
+        out |= node
+        properties |= node.get("properties", {})
+    out |= {"properties": properties} if "properties" in out else {}
+    required = dict.fromkeys(name for node in nodes for name in node.get("required", ()))
+    return {**out, "required": [*required]} if required else out
 
 
 GEMINI_ONLY_OF = {"properties": "object", "required": "object", "items": "array", "enum": "string"}
@@ -3945,8 +3946,7 @@ def gemini_node(out: Json) -> Json:
         nodes = [gemini_node(c) for c in (all_of(out, choices[0]), *choices[1:])]
         return nodes[0] if len(nodes) == 1 else {"anyOf": nodes}
     if kind == "object":
-        for choice in choices:
-            out = all_of(out, {k: v for k, v in choice.items() if k == "properties"})
+        out = all_of(out, *({"properties": c["properties"]} for c in choices if "properties" in c))
         known = out.get("properties", {})
         out["required"] = [name for name in out.get("required", []) if name in known]
         if not out["required"]:
