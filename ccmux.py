@@ -4663,6 +4663,7 @@ class ResponsesStream:
         self.live: Json | None = None  # the call that is open
         self.live_key: Any = None
         self.done: set[Any] = set()
+        self.told: set[str] = set()  # which calls are out, and which other kinds of items
         self.behind: set[Any] = set()  # items of which a delta was passed over, so that they are taken whole
         self.waiting: list[tuple[Any, Json]] = []
         self.cited: dict[str, str] = {}  # URL -> title
@@ -4721,6 +4722,7 @@ class ResponsesStream:
             self.behind.add(key)
         elif kind in ("response.output_text.delta", "response.refusal.delta"):
             self.refused |= kind == "response.refusal.delta"
+            self.told.add("message")
             self.show(self.out.text, key, delta)
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
             self.show(self.out.thinking, key, delta)
@@ -4746,6 +4748,7 @@ class ResponsesStream:
             self.waiting.append((key, item))
             return
         self.done.add(key)
+        self.told.add(told_as(item))
         write = {
             "message": self.message_done, "reasoning": self.reasoning_done, "function_call": self.call_done,
             "web_search_call": self.search_done,
@@ -4811,18 +4814,30 @@ class ResponsesStream:
             raise responses_error(response)
         if self.live:
             self.item_done(self.live_key, {**self.live, "status": status})
-        if not self.done:  # some servers tell all of it only here
-            for key, item in enumerate(as_list(response.get("output"))):
-                self.item_done(key, as_object(item))
+        self.told_late([as_object(item) for item in as_list(response.get("output"))])
         reason = as_object(response.get("incomplete_details")).get("reason")
         cut_short = "refusal" if reason == "content_filter" else "max_tokens"
         stop = "refusal" if self.refused else cut_short if status == "incomplete" else "end_turn"
         end_answer(self.out, stop, self.usage, self.cited)
 
+    def told_late(self, output: list[Json]) -> None:
+        """Some servers tell items only in the last event, all or some, and may count them otherwise than before."""
+        if not self.done:
+            for key, item in enumerate(output):
+                self.item_done(key, item)
+            return
+        for key, item in enumerate([item for item in output if told_as(item) not in self.told]):
+            if item.get("type") in ("message", "function_call"):
+                self.item_done(("late", key), item)
+
     def finish(self) -> None:
         """The end of the bytes, which is an error unless the answer has ended."""
         if not self.ended:
             raise broken_stream("the provider's stream ended before the answer did")
+
+
+def told_as(item: Json) -> str:
+    return str(item.get("call_id") or item.get("type"))
 
 
 def broken_stream(message: str) -> ApiError:

@@ -104,8 +104,14 @@ def completed(*output: Any, **more: Any) -> Any:
     return {"type": "response.completed", "response": {"status": "completed", "output": list(output), **more}}
 
 
+def text_delta(text: str, index: int = 0) -> Any:
+    return {"type": "response.output_text.delta", "output_index": index, "delta": text}
+
+
 MESSAGE = {"type": "message", "content": [{"type": "output_text", "text": "hi"}]}
 CALL = {"type": "function_call", "call_id": "c1", "name": "Bash", "arguments": '{"a":1}'}
+
+REASONING = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}
 
 
 @pytest.mark.parametrize(
@@ -113,6 +119,21 @@ CALL = {"type": "function_call", "call_id": "c1", "name": "Bash", "arguments": '
     [
         pytest.param([done(MESSAGE), completed()], ["text"], id="no deltas: text from the whole item"),
         pytest.param([completed(MESSAGE, CALL)], ["text", "tool_use"], id="all of it in the last event"),
+        pytest.param(
+            [done(CALL), completed(CALL, {**CALL, "call_id": "c2"})],
+            ["tool_use", "tool_use"],
+            id="a second call in the last event",
+        ),
+        pytest.param(
+            [done(REASONING), completed(REASONING, MESSAGE, CALL)],
+            ["thinking", "text", "tool_use"],
+            id="all but the thinking in the last event",
+        ),
+        pytest.param(
+            [text_delta("hi"), done(CALL, 1), completed({**REASONING, "summary": []}, MESSAGE, CALL)],
+            ["text", "tool_use"],
+            id="the last event counts otherwise",
+        ),
         pytest.param([done({**CALL, "arguments": ""}), completed()], ["tool_use"], id="no arguments are {}"),
         pytest.param(
             [done({**CALL, "arguments": {"a": 1}}), completed()], ["tool_use"], id="arguments as an object"
@@ -145,10 +166,6 @@ def test_answers(events: list[Any], kinds: list[str]) -> None:
 
 def added(item: Any, index: int) -> Any:
     return {"type": "response.output_item.added", "output_index": index, "item": item}
-
-
-def text_delta(text: str, index: int = 0) -> Any:
-    return {"type": "response.output_text.delta", "output_index": index, "delta": text}
 
 
 def test_a_text_that_goes_on_beside_a_call() -> None:
