@@ -5190,6 +5190,11 @@ def messages_thinking(body: Json) -> Json:
     return {"output_config": config or None, "thinking": thinking}
 
 
+def is_old_form(body: Json) -> bool:
+    """Whether a client asks with `functions`: it looks for a function_call in the answer, of which there is one."""
+    return bool(body.get("functions")) and not body.get("tools")
+
+
 def messages_tools(body: Json) -> Json:
     """Functions in today's form and the old one, web search, and the choice among them."""
     functions = [as_object(t).get("function") for t in as_list(body.get("tools"))]
@@ -5208,7 +5213,8 @@ def messages_tools(body: Json) -> Json:
     choice: Json = {"type": {"required": "any", "any": "any", "none": "none"}.get(str(given), "auto")}
     if isinstance(given, dict):
         choice = {"type": "tool", "name": str((as_object(given.get("function")) or given).get("name") or "")}
-    if body.get("parallel_tool_calls") is False and choice["type"] != "none":
+    is_single = body.get("parallel_tool_calls") is False or is_old_form(body)
+    if is_single and choice["type"] != "none":
         choice["disable_parallel_tool_use"] = True
     return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
 
@@ -5294,6 +5300,11 @@ CHAT_FINISH = {
 }  # fmt: skip
 
 
+def chat_finish(message: Json, old_form: bool) -> str:
+    reason = CHAT_FINISH.get(str(message.get("stop_reason")), "stop")
+    return "function_call" if old_form and reason == "tool_calls" else reason
+
+
 def chat_usage(given: Any) -> Json:
     """Usage of the Messages API as OpenAI counts it: cached tokens within the prompt."""
     usage = anthropic_usage(given, Usage()) or Usage()
@@ -5305,9 +5316,9 @@ def chat_usage(given: Any) -> Json:
 class ChatWriter:
     """Anthropic events as Chat Completions chunks. `created`: seconds since 1970."""
 
-    def __init__(self, model: str, created: int, include_usage: bool = False) -> None:
+    def __init__(self, model: str, created: int, include_usage: bool = False, old_form: bool = False) -> None:
         self.head: Json = {"id": "", "object": "chat.completion.chunk", "created": created, "model": model}
-        self.include_usage = include_usage
+        self.include_usage, self.old_form = include_usage, old_form
         self.usage: Json = {}
         self.calls = -1  # index of the newest tool call
         self.in_call = self.has_arguments = False
@@ -5333,7 +5344,7 @@ class ChatWriter:
             delta: Json = {"role": "assistant", "content": ""}
         elif kind == "message_delta":
             self.usage = {**self.usage, **as_object(event.get("usage"))}
-            delta, reason = {}, CHAT_FINISH.get(str(event["delta"].get("stop_reason")), "stop")
+            delta, reason = {}, chat_finish(event["delta"], self.old_form)
         else:
             delta = self.delta(event)
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
@@ -5361,14 +5372,16 @@ class ChatWriter:
         return {}
 
     def call(self, function: Json, **more: Any) -> Json:
+        if self.old_form:
+            return {} if self.calls else {"function_call": function}
         return {"tool_calls": [{"index": self.calls, **more, "function": function}]}
 
 
 class ChatCompletion:
     """Anthropic events as one chat.completion, for a client that does not stream."""
 
-    def __init__(self, model: str, created: int) -> None:
-        self.model, self.created = model, created
+    def __init__(self, model: str, created: int, old_form: bool = False) -> None:
+        self.model, self.created, self.old_form = model, created, old_form
         self.events: list[Json] = []
 
     def feed(self, events: list[Json]) -> bytes:
@@ -5378,8 +5391,11 @@ class ChatCompletion:
     def end(self, events: list[Json]) -> bytes:
         answer = collect([*self.events, *events])
         id = f"chatcmpl-{str(answer.get('id') or '').removeprefix('msg_')}"
-        reason = CHAT_FINISH.get(str(answer.get("stop_reason")), "stop")
-        choice = {"index": 0, "message": chat_message(answer), "finish_reason": reason, "logprobs": None}
+        message = chat_message(answer)
+        if self.old_form and (calls := message.pop("tool_calls", None)):
+            message["function_call"] = calls[0]["function"]
+        reason = chat_finish(answer, self.old_form)
+        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
         head = {"id": id, "object": "chat.completion", "created": self.created, "model": self.model}
         return compact({**head, "choices": [choice], "usage": chat_usage(answer.get("usage"))})
 
@@ -9421,8 +9437,10 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
 
 def client_format(call: Call) -> ClientFormat:
     if call.format == "chat":
-        model, now = call.asked, int(time.time())
-        return ChatWriter(model, now, call.wants_usage) if call.stream else ChatCompletion(model, now)
+        model, now, old_form = call.asked, int(time.time()), is_old_form(call.chat)
+        if call.stream:
+            return ChatWriter(model, now, call.wants_usage, old_form)
+        return ChatCompletion(model, now, old_form)
     return EventWriter() if call.stream else WholeMessage()
 
 

@@ -215,7 +215,7 @@ def test_conversation() -> None:
         ),
         pytest.param(
             {"functions": [BASH["function"]], "function_call": {"name": "Bash"}},
-            {"tool_choice": {"type": "tool", "name": "Bash"}},
+            {"tool_choice": {"type": "tool", "name": "Bash", "disable_parallel_tool_use": True}},
             id="the old form",
         ),
         pytest.param(
@@ -447,6 +447,28 @@ def test_chunks_of_an_answer() -> None:
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (17, 3, 20)
     assert usage.prompt_tokens_details is not None
     assert usage.prompt_tokens_details.cached_tokens == 5
+
+
+def test_who_asks_in_the_old_form_is_answered_in_it() -> None:
+    out = AnthropicStream("msg_1", "m", Usage())
+    out.tool("t1", "Bash")
+    out.tool_input('{"a":1}')
+    out.tool("t2", "Bash")  # not asked for, and there is no place for it
+    out.finish("tool_use")
+    events = out.take()
+    writer = ChatWriter("sonnet", 7, old_form=True)
+    chunks = chunks_of(writer.feed(events[:-1]) + writer.end(events[-1:]))
+    assert [c.choices[0].delta.model_dump(exclude_unset=True) for c in chunks] == [
+        {"role": "assistant", "content": ""},
+        {"function_call": {"name": "Bash", "arguments": ""}},
+        {"function_call": {"arguments": '{"a":1}'}},
+        {},
+    ]
+    [choice] = Completion.model_validate_json(ChatCompletion("sonnet", 7, old_form=True).end(events)).choices
+    assert choice.message.function_call is not None
+    assert choice.message.function_call.model_dump() == {"name": "Bash", "arguments": '{"a": 1}'}
+    assert choice.message.tool_calls is None
+    assert choice.finish_reason == chunks[-1].choices[0].finish_reason == "function_call"
 
 
 @pytest.mark.parametrize(
