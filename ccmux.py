@@ -5171,6 +5171,7 @@ def messages_request(body: Json) -> Json:
         "metadata": {"user_id": user} if user else None,
         **messages_thinking(body),
         **messages_tools(body),
+        **cache_mark(body),
     }
     out = {"model": body.get("model"), "messages": messages, "max_tokens": limit}
     out["stream"] = body.get("stream") is True
@@ -5197,13 +5198,14 @@ def is_old_form(body: Json) -> bool:
 
 def messages_tools(body: Json) -> Json:
     """Functions in today's form and the old one, web search, and the choice among them."""
-    functions = [as_object(t).get("function") for t in as_list(body.get("tools"))]
+    given_tools = [*as_list(body.get("tools")), *({"function": f} for f in as_list(body.get("functions")))]
     tools: list[Json] = []
-    for function in (as_object(f) for f in [*functions, *as_list(body.get("functions"))]):
+    for tool in map(as_object, given_tools):
+        function = as_object(tool.get("function"))
         if name := function.get("name"):
             described = {"description": d} if (d := function.get("description")) else {}
             schema = function.get("parameters") or {"type": "object", "properties": {}}
-            tools.append({"name": str(name), **described, "input_schema": schema})
+            tools.append({"name": str(name), **described, "input_schema": schema, **cache_mark(tool)})
     if isinstance(body.get("web_search_options"), dict):
         tools.append({"type": "web_search_20250305", "name": "web_search"})
     given = body.get("tool_choice") or body.get("function_call") or ""
@@ -5226,20 +5228,13 @@ def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
     calls = 0  # in the old form, which has only names: an id must not come twice
     for message in given:
         calls += bool(message.get("function_call"))
-        role, blocks = str(message.get("role")), chat_blocks(message.get("content"))
-        if role in ("system", "developer", "assistant"):
-            blocks = [b for b in blocks if b["type"] == "text"]
-        if role in ("system", "developer"):
+        blocks = chat_turn(message, calls)
+        if message.get("role") in ("system", "developer"):
             if not messages:
                 system += blocks
                 continue
             blocks = [{"type": "text", "text": reminder(text_of(blocks))}] if blocks else []
-        elif role in ("tool", "function"):
-            id = client_tool_id(str(message.get("tool_call_id") or f"{message.get('name')}_{calls}"))
-            blocks = [{"type": "tool_result", "tool_use_id": id, "content": blocks}]
-        elif role == "assistant":
-            blocks += chat_calls(message, calls)
-        role = "assistant" if role == "assistant" else "user"
+        role = "assistant" if message.get("role") == "assistant" else "user"
         if blocks and messages and messages[-1]["role"] == role:
             messages[-1]["content"] += blocks
         elif blocks:
@@ -5247,6 +5242,19 @@ def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
     if given and (not messages or messages[0]["role"] == "assistant"):  # it must begin with the user
         messages.insert(0, {"role": "user", "content": [{"type": "text", "text": "Begin."}]})
     return system, messages
+
+
+def chat_turn(message: Json, calls: int) -> list[Json]:
+    """A message's blocks; `calls` counts those of the old form so far."""
+    role, blocks, mark = str(message.get("role")), chat_blocks(message.get("content")), cache_mark(message)
+    if role in ("tool", "function"):
+        id = client_tool_id(str(message.get("tool_call_id") or f"{message.get('name')}_{calls}"))
+        return [{"type": "tool_result", "tool_use_id": id, "content": blocks, **mark}]
+    if role in ("system", "developer", "assistant"):
+        blocks = [b for b in blocks if b["type"] == "text"]
+    if role == "assistant":
+        blocks += chat_calls(message, calls)
+    return [*blocks[:-1], {**blocks[-1], **mark}] if blocks else []
 
 
 def chat_calls(message: Json, number: int) -> list[Json]:
@@ -5271,9 +5279,14 @@ def chat_calls(message: Json, number: int) -> list[Json]:
 _DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.S)
 
 
+def cache_mark(given: Json) -> Json:
+    """The cache_control that clients set for Claude models in OpenAI's format, too."""
+    return {"cache_control": mark} if isinstance(mark := given.get("cache_control"), dict) else {}
+
+
 def chat_blocks(content: Any) -> list[Json]:
     """Content parts as Anthropic blocks; ApiError 400 for audio and the like. Blank texts, a 400 there, are left out."""
-    blocks = [chat_block(part) for part in blocks_of(content)]
+    blocks = [{**chat_block(part), **cache_mark(part)} for part in blocks_of(content)]
     return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
 

@@ -230,6 +230,27 @@ def test_parameters(body: Any, expected: Any) -> None:
     assert {k: out.get(k) for k in expected} == expected
 
 
+def test_cache_control_goes_on() -> None:
+    mark = {"cache_control": {"type": "ephemeral"}}
+    asked = {
+        "model": "m",
+        "messages": [
+            {"role": "system", "content": "Be good.", **mark},
+            {"role": "user", "content": [{**text("look"), **mark}, {**PNG, **mark}, text("hi")]},
+        ],
+        "tools": [{**BASH, **mark}],
+        **mark,
+    }
+    out = valid(messages_request(asked))
+    assert out["system"] == [{**text("Be good."), **mark}]
+    assert [b.get("cache_control") for b in out["messages"][0]["content"]] == [
+        *mark.values(),
+        *mark.values(),
+        None,
+    ]
+    assert out["tools"][0]["cache_control"] == out["cache_control"] == mark["cache_control"]
+
+
 def test_what_anthropic_refuses_is_not_sent() -> None:
     begin = {"role": "user", "content": [text("Begin.")]}
     out = request_of({"role": "system", "content": "Say hi."})
