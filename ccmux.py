@@ -5197,14 +5197,18 @@ def is_old_form(body: Json) -> bool:
 
 
 def messages_tools(body: Json) -> Json:
-    """Functions in today's form and the old one, web search, and the choice among them."""
+    """Functions in today's form, the old one and Anthropic's own (Cursor's, where the model's name has "claude" in it),
+    web search, and the choice among them.
+    """
     given_tools = [*as_list(body.get("tools")), *({"function": f} for f in as_list(body.get("functions")))]
     tools: list[Json] = []
     for tool in map(as_object, given_tools):
-        function = as_object(tool.get("function"))
+        is_flat = tool.get("type") == "function" or "input_schema" in tool
+        function = as_object(tool.get("function")) or (tool if is_flat else {})
         if name := function.get("name"):
             described = {"description": d} if (d := function.get("description")) else {}
-            schema = function.get("parameters") or {"type": "object", "properties": {}}
+            schema = function.get("parameters") or function.get("input_schema")
+            schema = {"type": "object", "properties": {}, **as_object(schema)}
             tools.append({"name": str(name), **described, "input_schema": schema, **cache_mark(tool)})
     if isinstance(body.get("web_search_options"), dict):
         tools.append({"type": "web_search_20250305", "name": "web_search"})
@@ -5212,9 +5216,12 @@ def messages_tools(body: Json) -> Json:
     if allowed := as_object(as_object(given).get("allowed_tools")):
         names = [as_object(as_object(t).get("function")).get("name") for t in as_list(allowed.get("tools"))]
         tools, given = [t for t in tools if t["name"] in names], allowed.get("mode")
-    choice: Json = {"type": {"required": "any", "any": "any", "none": "none"}.get(str(given), "auto")}
-    if isinstance(given, dict):
-        choice = {"type": "tool", "name": str((as_object(given.get("function")) or given).get("name") or "")}
+    named = as_object(given)
+    name = (as_object(named.get("function")) or named).get("name")
+    kind = str(named.get("type") if named else given)
+    choice: Json = {"type": {"required": "any", "any": "any", "none": "none"}.get(kind, "auto")}
+    if name:
+        choice = {"type": "tool", "name": str(name)}
     is_single = body.get("parallel_tool_calls") is False or is_old_form(body)
     if is_single and choice["type"] != "none":
         choice["disable_parallel_tool_use"] = True
@@ -5251,7 +5258,7 @@ def chat_turn(message: Json, calls: int) -> list[Json]:
         id = client_tool_id(str(message.get("tool_call_id") or f"{message.get('name')}_{calls}"))
         return [{"type": "tool_result", "tool_use_id": id, "content": blocks, **mark}]
     if role in ("system", "developer", "assistant"):
-        blocks = [b for b in blocks if b["type"] == "text"]
+        blocks = [b for b in blocks if b["type"] in ("text", "tool_use")]
     if role == "assistant":
         blocks += chat_calls(message, calls)
     return [*blocks[:-1], {**blocks[-1], **mark}] if blocks else []
@@ -5285,13 +5292,19 @@ def cache_mark(given: Json) -> Json:
 
 
 def chat_blocks(content: Any) -> list[Json]:
-    """Content parts as Anthropic blocks; ApiError 400 for audio and the like. Blank texts, a 400 there, are left out."""
+    """Content parts as Anthropic blocks, which Cursor sends as such; ApiError 400 for audio and the like. Blank texts, a
+    400 there, are left out.
+    """
     blocks = [{**chat_block(part), **cache_mark(part)} for part in blocks_of(content)]
     return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
 
 def chat_block(part: Json) -> Json:
     kind = str(part.get("type"))
+    if kind == "tool_result":
+        return {**part, "content": chat_blocks(part.get("content"))}
+    if kind == "tool_use" or (kind in ("image", "document") and isinstance(part.get("source"), dict)):
+        return part
     if kind in ("text", "refusal", "input_text", "output_text"):
         return {"type": "text", "text": str(part.get("text") or part.get("refusal") or "")}
     if kind not in ("image_url", "file"):

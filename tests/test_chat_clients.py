@@ -230,6 +230,30 @@ def test_parameters(body: Any, expected: Any) -> None:
     assert {k: out.get(k) for k in expected} == expected
 
 
+def test_anthropic_blocks_and_tools_in_a_chat_request() -> None:
+    tool = {"name": "Read", "description": "Reads", "input_schema": {"type": "object", "properties": {}}}
+    image = {"type": "image", "source": {"type": "url", "url": "https://a.org/b.png"}}
+    call = {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"path": "a"}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [text("b"), image]}
+    asked = {
+        "model": "claude-x",
+        "tools": [tool, {"type": "function", "name": "flat"}, {"type": "custom", "name": "grammar"}],
+        "tool_choice": {"type": "any"},
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": [text("I read."), call]},
+            {"role": "user", "content": [result]},
+        ],
+    }
+    out = valid(messages_request(asked))
+    assert out["messages"][1:] == [
+        {"role": "assistant", "content": [text("I read."), call]},
+        {"role": "user", "content": [result]},
+    ]
+    assert out["tools"] == [tool, {"name": "flat", "input_schema": {"type": "object", "properties": {}}}]
+    assert out["tool_choice"] == {"type": "any"}
+
+
 def test_cache_control_goes_on() -> None:
     mark = {"cache_control": {"type": "ephemeral"}}
     asked = {
