@@ -5157,18 +5157,22 @@ def messages_request(body: Json) -> Json:
     if body.get("n") not in (None, 1):
         raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
     system, messages = chat_conversation(messages_of(body))
-    limit = body.get("max_completion_tokens") or body.get("max_tokens") or CHAT_MAX_TOKENS
+    limits = (body.get("max_completion_tokens"), body.get("max_tokens"))
+    limit = next(
+        (n for n in limits if n and n != -1), CHAT_MAX_TOKENS
+    )  # -1 is llama.cpp's and LM Studio's "no limit"
     if as_object(body.get("response_format")).get("type") == "json_object":
         system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
     temperature, stop = body.get("temperature"), body.get("stop")
+    stops = [s for s in (stop if isinstance(stop, list) else [stop]) if str(s or "").strip()]
     user = body.get("safety_identifier") or body.get("user")
     optional = {
         "system": system or None,
         # OpenAI's goes to 2.
         "temperature": min(temperature, 1) if isinstance(temperature, (int, float)) else None,
         "top_p": body.get("top_p"),
-        "stop_sequences": [stop] if isinstance(stop, str) and stop else stop or None,
-        "metadata": {"user_id": user} if user else None,
+        "stop_sequences": stops or None,  # one of blanks alone is a 400 there
+        "metadata": {"user_id": opaque_id(user)} if user else None,
         **messages_thinking(body),
         **messages_tools(body),
         **cache_mark(body),
@@ -5176,6 +5180,13 @@ def messages_request(body: Json) -> Json:
     out = {"model": body.get("model"), "messages": messages, "max_tokens": limit}
     out["stream"] = body.get("stream") is True
     return out | {k: v for k, v in optional.items() if v is not None}
+
+
+def opaque_id(user: Any) -> str:
+    """A user's id as it is, but for what Anthropic may take for a mail address or a telephone number: a 400."""
+    text = str(user)
+    is_plain = re.fullmatch(r"[A-Za-z_][\w-]{0,255}", text, re.ASCII)
+    return text if is_plain else hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def messages_thinking(body: Json) -> Json:
@@ -5246,6 +5257,8 @@ def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
             messages[-1]["content"] += blocks
         elif blocks:
             messages.append({"role": role, "content": blocks})
+    for turn in messages:
+        turn["content"].sort(key=lambda b: b["type"] != "tool_result")  # stable; they must stand first
     if given and (not messages or messages[0]["role"] == "assistant"):  # it must begin with the user
         messages.insert(0, {"role": "user", "content": [{"type": "text", "text": "Begin."}]})
     return system, messages

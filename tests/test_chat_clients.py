@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 from typing import Any
@@ -151,6 +152,15 @@ def test_conversation() -> None:
             {"stop_sequences": ["a", "b"], "seed": None},
             id="dropped",
         ),
+        pytest.param({"stop": ["\n\n", "", "x"]}, {"stop_sequences": ["x"]}, id="stops of blanks"),
+        pytest.param(
+            {"stop": "\n", "max_tokens": -1}, {"stop_sequences": None, "max_tokens": 16384}, id="no limit"
+        ),
+        pytest.param(
+            {"user": "me@example.org"},
+            {"metadata": {"user_id": hashlib.sha256(b"me@example.org").hexdigest()}},
+            id="a mail address",
+        ),
         pytest.param({"reasoning_effort": "minimal"}, {"output_config": {"effort": "low"}}, id="effort"),
         pytest.param(
             {"reasoning_effort": "none"},
@@ -292,6 +302,13 @@ def test_what_anthropic_refuses_is_not_sent() -> None:
     assert image["source"]["media_type"] == "image/jpeg"
     assert [b["type"] for b in out["messages"][3]["content"]] == ["tool_use"]
     assert out["messages"][4]["content"][0]["content"] == []
+
+
+def test_results_stand_first_in_their_turn() -> None:
+    wait = {"role": "user", "content": "wait"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{**CALL, "id": "c"}]}
+    out = request_of(wait, call, wait, {"role": "tool", "tool_call_id": "c", "content": "1"})
+    assert [b["type"] for b in out["messages"][2]["content"]] == ["tool_result", "text"]
 
 
 def test_calls_of_the_old_form_have_an_id_each() -> None:
