@@ -5296,7 +5296,7 @@ def chat_calls(message: Json, number: int) -> list[Json]:
     return blocks
 
 
-_DATA_URL = re.compile(r"data:([\w.+/-]+);base64,(.*)", re.S)
+_DATA_URL = re.compile(r"data:([\w.+/-]+)(?:;[^;,]*)*;base64,(.*)", re.S)
 
 
 def cache_mark(given: Json) -> Json:
@@ -5326,11 +5326,24 @@ def chat_block(part: Json) -> Json:
     url = str(given.get("url") or given.get("file_data") or "")
     source: Json = {"type": "url", "url": url}
     if data := _DATA_URL.fullmatch(url):
-        kind_of_data = "image/jpeg" if data[1] == "image/jpg" else data[1]
-        source = {"type": "base64", "media_type": kind_of_data, "data": data[2]}
+        source = data_source(data[1], data[2])
     elif not url.startswith(("http://", "https://")):
         raise ApiError(400, f"messages: {kind} needs a base64 data: URL or an http(s) URL")
-    return {"type": "image" if kind == "image_url" else "document", "source": source}
+    if kind == "image_url":
+        return {"type": "image", "source": source}
+    named = {"title": str(given["filename"])} if given.get("filename") else {}
+    return {"type": "document", "source": source, **named}
+
+
+def data_source(kind: str, data: str) -> Json:
+    """Base64 data as a source; texts go as texts, the only form there is of them."""
+    if not kind.startswith("text/"):
+        return {"type": "base64", "media_type": kind.replace("image/jpg", "image/jpeg"), "data": data}
+    try:
+        text = base64.b64decode(data).decode("utf-8", "replace")
+    except ValueError:
+        raise ApiError(400, "messages: the data: URL of a file is not base64") from None
+    return {"type": "text", "media_type": "text/plain", "data": text}
 
 
 CHAT_FINISH = {

@@ -109,6 +109,7 @@ def test_conversation() -> None:
                 },
                 {
                     "type": "document",
+                    "title": "a.pdf",
                     "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="},
                 },
             ],
@@ -264,6 +265,23 @@ def test_anthropic_blocks_and_tools_in_a_chat_request() -> None:
     assert out["tool_choice"] == {"type": "any"}
 
 
+@pytest.mark.parametrize(
+    ("data", "source"),
+    [
+        ("text/csv;base64,YSxi", {"type": "text", "media_type": "text/plain", "data": "a,b"}),
+        (
+            "application/pdf;name=a%20b.pdf;base64,JVBERi0=",
+            {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="},
+        ),
+    ],
+    ids=["text", "named"],
+)
+def test_files(data: str, source: Any) -> None:
+    part = {"type": "file", "file": {"filename": "a", "file_data": f"data:{data}"}}
+    [block] = request_of({"role": "user", "content": [part]})["messages"][0]["content"]
+    assert block == {"type": "document", "title": "a", "source": source}
+
+
 def test_cache_control_goes_on() -> None:
     mark = {"cache_control": {"type": "ephemeral"}}
     asked = {
@@ -336,6 +354,11 @@ def test_calls_of_the_old_form_have_an_id_each() -> None:
             {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}]},
             "data: URL",
             id="a stored file",
+        ),
+        pytest.param(
+            {"messages": [{"content": [{"type": "file", "file": {"file_data": "data:text/csv;base64,a"}}]}]},
+            "not base64",
+            id="no base64",
         ),
     ],
 )
