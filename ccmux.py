@@ -5681,6 +5681,7 @@ def dialect_of(provider: Provider, model: str) -> Dialect:
     return DIALECTS["responses" if codex and re.search(codex, model) else provider.format]
 
 
+_ENDPOINT = re.compile(r"/(?:messages|chat/completions|responses|models(?:/[^/]+:\w+)?)$")
 _VERSION_SEGMENT = re.compile(r"/v\d+(?:alpha|beta)?\d*(?=/|$)")
 
 
@@ -5696,12 +5697,11 @@ def endpoint_url(base_url: str, dialect: Dialect, endpoint: str = "", model: str
 def joined_url(base_url: str, version: str, endpoint: str, model: str) -> str:
     """`version` goes in where there is none; one that ends with `?` only where the base has no path at all."""
     parts = urllib.parse.urlsplit(base_url.strip())
-    path = parts.path.rstrip("/")
-    for known in ("/messages", "/chat/completions", "/responses"):
-        path = path.removesuffix(known)
+    path = _ENDPOINT.sub("", parts.path.rstrip("/"))
     if not _VERSION_SEGMENT.search(path) and not (path and version.endswith("?")):
         path += version.rstrip("?")
-    path += endpoint.format(model=urllib.parse.quote(model, safe="/@:.-"))
+    # Google lists its models as models/...
+    path += endpoint.format(model=urllib.parse.quote(model.removeprefix("models/"), safe="/@:.-"))
     path, _, query = path.partition("?")
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, query or parts.query, ""))
 

@@ -37,10 +37,17 @@ from ccmux import DIALECTS, PRESETS, AnthropicStream, Call, Config, Route, Usage
         ("responses", "https://a.test/v1/chat/completions", "https://a.test/v1/responses"),
         ("gemini", "https://a.test", "https://a.test/v1beta/models/m:streamGenerateContent?alt=sse"),
         ("gemini", "https://a.test/v1beta", "https://a.test/v1beta/models/m:streamGenerateContent?alt=sse"),
+        ("gemini", "https://a.test/v1/models", "https://a.test/v1/models/m:streamGenerateContent?alt=sse"),
+        (
+            "gemini",
+            "https://a.test/v1/models/x:generateContent",
+            "https://a.test/v1/models/m:streamGenerateContent?alt=sse",
+        ),
     ],
 )
 def test_endpoint_url(format: str, base_url: str, url: str) -> None:
     assert endpoint_url(base_url, DIALECTS[format], model="m") == url
+    assert endpoint_url(base_url, DIALECTS[format], model="models/m") == url
 
 
 def test_a_models_name_cannot_leave_its_place_in_the_url() -> None:
