@@ -5112,10 +5112,10 @@ class GeminiStream:
 
     def part(self, part: Json) -> None:
         call, text = part.get("functionCall"), part.get("text")
+        if isinstance(text, str):
+            self.out.thinking(text) if part.get("thought") else self.out.text(text)
         if isinstance(call, dict):
             self.call(call, part.get("thoughtSignature"))
-        elif isinstance(text, str):
-            self.out.thinking(text) if part.get("thought") else self.out.text(text)
 
     def call(self, call: Json, signature: Any) -> None:
         name, args = str(call.get("name") or ""), call.get("args")
@@ -5126,8 +5126,11 @@ class GeminiStream:
         if isinstance(signature, str) and signature:
             kept = {"dialect": "gemini", "model": self.to.model, "call": id, "signature": signature}
             self.out.keep(kept)
+        text = json.dumps(args) if isinstance(args, dict) else whole_arguments([str(args or "{}")])
+        if text is None:
+            raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
         self.out.tool(id, self.names.get(name, name))
-        self.out.tool_input(json.dumps(args if isinstance(args, dict) else {}))
+        self.out.tool_input(text)
         self.out.close()
 
     def finish(self) -> None:

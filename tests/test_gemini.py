@@ -31,7 +31,7 @@ from translation import (
     user,
 )
 
-from ccmux import GeminiStream, Retry, Usage, gemini_request, gemini_usage
+from ccmux import GeminiStream, Retry, Usage, collect, gemini_request, gemini_usage
 
 FLASH = upstream("gemini-3.8-flash")
 CASES = sorted(p.stem for p in (FIXTURES / "gemini").glob("*.sse"))
@@ -115,6 +115,14 @@ def test_a_whole_call_before_the_limit_is_one_to_run() -> None:
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+def test_a_part_that_is_text_and_a_call_whose_arguments_are_text() -> None:
+    part = {"text": "I look.", "functionCall": {"name": "Bash", "args": '{"command": "ls"}'}}
+    events, error = read(stream_of(GeminiStream, FLASH), sse(said(part)))
+    assert error is None
+    text, call = collect(events)["content"]
+    assert (text["text"], call["input"]) == ("I look.", {"command": "ls"})
+
+
 @pytest.mark.parametrize(
     ("data", "status", "retry", "cause"),
     [
@@ -128,6 +136,13 @@ def test_a_whole_call_before_the_limit_is_one_to_run() -> None:
         ),
         pytest.param(
             sse(said({"functionCall": {"args": {}}})), 502, Retry.SAME, "stream", id="a call without a name"
+        ),
+        pytest.param(
+            sse(said({"functionCall": {"name": "Bash", "args": "ls"}})),
+            502,
+            Retry.SAME,
+            "stream",
+            id="arguments of no form",
         ),
         pytest.param(b"data: <html>\n\n", 502, Retry.SAME, "stream", id="not JSON"),
         pytest.param(
