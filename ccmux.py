@@ -5200,9 +5200,44 @@ def messages_thinking(body: Json) -> Json:
         config["effort"] = "low" if effort == "minimal" else effort
     schema = as_object(as_object(body.get("response_format")).get("json_schema")).get("schema")
     if isinstance(schema, dict):
-        config["format"] = {"type": "json_schema", "schema": schema}
+        config["format"] = {"type": "json_schema", "schema": claude_schema(schema)}
     thinking = {"type": "disabled"} if effort == "none" else body.get("thinking")
     return {"output_config": config or None, "thinking": thinking}
+
+
+CLAUDE_SCHEMA_KEYS = {"$ref", "type", "enum", "const", "title", "description", "required"}
+CLAUDE_VALUES: dict[str, Sequence[Any]] = {
+    "format": ("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid"),
+    "minItems": (0, 1),
+}
+
+
+def claude_schema(schema: Any, depth: int = 0) -> Json:
+    """A JSON schema in the subset that Claude's structured output takes, as Anthropic's own client makes it: closed
+    objects, and in words what has no keyword there.
+
+    https://platform.claude.com/docs/en/build-with-claude/structured-outputs
+    """
+    if depth > 50:
+        raise ApiError(400, "response_format: the schema is nested too deeply")
+    given, inner = as_object(schema), functools.partial(claude_schema, depth=depth + 1)
+    told = {k: v for k, v in given.items() if k in CLAUDE_SCHEMA_KEYS}
+    out = {k: v for k, v in told.items() if k != "type" or not {"enum", "const"} & told.keys()}
+    for key in ("anyOf", "oneOf", "allOf"):
+        if isinstance(given.get(key), list):
+            out["allOf" if key == "allOf" else "anyOf"] = [inner(s) for s in given[key]]
+    for key in ("$defs", "definitions", "properties"):
+        if isinstance(given.get(key), dict):
+            out[key] = {name: inner(s) for name, s in given[key].items()}
+    if "items" in given:
+        out["items"] = inner(given["items"])
+    if given.get("type") == "object":
+        out |= {"properties": out.get("properties", {}), "additionalProperties": False}
+    out |= {k: given[k] for k, known in CLAUDE_VALUES.items() if given.get(k) in known}
+    unsaid = given.keys() - {*out, *told, "oneOf", "additionalProperties"}
+    if words := ", ".join(f"{k}: {v}" for k, v in given.items() if k in unsaid):
+        out["description"] = f"{given.get('description') or ''}\n\n{{{words}}}".strip()
+    return out
 
 
 def is_old_form(body: Json) -> bool:

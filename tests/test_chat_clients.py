@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import datetime
+import functools
 import hashlib
 import itertools
 import json
-from typing import Any
+from typing import Any, Literal
 
+import anthropic
 import anthropic.types
+import pydantic
 import pytest
 from anthropic.types.message_create_params import MessageCreateParamsStreaming
 from hypothesis import given, settings
@@ -32,6 +36,7 @@ from ccmux import (
     Translation,
     Usage,
     chat_error,
+    claude_schema,
     messages_request,
 )
 
@@ -65,6 +70,28 @@ def text(words: str) -> Any:
 
 
 # Requests
+
+CLOSED = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class Point(pydantic.BaseModel):
+    x: float
+    y: Literal[1, 2]
+
+
+class Answer(pydantic.BaseModel):
+    """What a client of OpenAI's may ask for."""
+
+    count: int = pydantic.Field(ge=0, le=9, description="How many.")
+    name: str | None = pydantic.Field(default=None, pattern="^a")
+    kinds: list[Literal["a", "b"]] = pydantic.Field(min_length=1, max_length=3)
+    points: list[Point | None] = []
+    when: datetime.date
+    more: dict[str, int]
+
+
+def test_a_schema_is_as_anthropics_own_client_makes_it() -> None:
+    assert claude_schema(Answer.model_json_schema()) == anthropic.transform_schema(Answer)
 
 
 def test_conversation() -> None:
@@ -175,7 +202,7 @@ def test_conversation() -> None:
                     "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
                 }
             },
-            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+            {"output_config": {"format": {"type": "json_schema", "schema": CLOSED}}},
             id="schema",
         ),
         pytest.param(
@@ -359,6 +386,16 @@ def test_calls_of_the_old_form_have_an_id_each() -> None:
             {"messages": [{"content": [{"type": "file", "file": {"file_data": "data:text/csv;base64,a"}}]}]},
             "not base64",
             id="no base64",
+        ),
+        pytest.param(
+            {
+                "messages": [],
+                "response_format": {
+                    "json_schema": {"schema": functools.reduce(lambda s, _: {"items": s}, range(99), {})}
+                },
+            },
+            "nested too deeply",
+            id="a deep schema",
         ),
     ],
 )
