@@ -5299,6 +5299,8 @@ def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
         turn["content"].sort(key=lambda b: b["type"] != "tool_result")  # stable; they must stand first
     if given and (not messages or messages[0]["role"] == "assistant"):  # it must begin with the user
         messages.insert(0, {"role": "user", "content": [{"type": "text", "text": "Begin."}]})
+    if messages and messages[-1]["role"] == "assistant":  # and, from Claude 4.6 on, end with the user
+        messages.append({"role": "user", "content": [{"type": "text", "text": "Continue."}]})
     return system, messages
 
 
