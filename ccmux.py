@@ -5240,6 +5240,10 @@ def claude_schema(schema: Any, depth: int = 0) -> Json:
     return out
 
 
+def has_anthropic_tools(body: Json) -> bool:
+    return any("input_schema" in as_object(tool) for tool in as_list(body.get("tools")))
+
+
 def is_old_form(body: Json) -> bool:
     """Whether a client asks with `functions`: it looks for a function_call in the answer, of which there is one."""
     return bool(body.get("functions")) and not body.get("tools")
@@ -8272,8 +8276,12 @@ class Call:
         return self.stream or not self.passes(dialect)
 
     def passes(self, dialect: Dialect) -> bool:
-        """Whether the upstream speaks the client's own format; what routing changed for OpenAI's is translated."""
-        return dialect.passes == self.format and not (self.format == "chat" and self.route.body)
+        """Whether the upstream speaks the client's own format; what routing changed for OpenAI's is translated, and what
+        is half Anthropic's.
+        """
+        if self.format == "chat" and (self.route.body or has_anthropic_tools(self.chat)):
+            return False
+        return dialect.passes == self.format
 
     def begin_retry(self, health: Health) -> None:
         self.retries_at = health

@@ -145,6 +145,24 @@ async def test_the_openai_sdk_through_ccmux(tmp_path: Path) -> None:
             assert all(r["output_tokens"] == 40 and not r["estimated"] for r in rows)
 
 
+TOOL = {"name": "Bash", "description": "Runs", "input_schema": {"type": "object", "properties": {}}}
+
+
+async def test_cursors_tools_are_translated_even_where_the_upstream_speaks_openais_format(
+    tmp_path: Path,
+) -> None:
+    async with OpenAIFake(lambda turn: Answer(text="hello")) as fake:
+        text = f'[[providers]]\nname = "o"\ntype = "openai"\nbase_url = "{fake.base_url}"\napi_key = "sk-x-012345678"\nmodels = ["up"]\n'
+        async with (
+            in_process(tmp_path, text) as proxy,
+            AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="x") as client,
+        ):
+            asked: Any = {"model": "up", "messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]}
+            assert (await client.chat.completions.create(**asked)).choices[0].message.content == "hello"
+    [sent] = fake.asked
+    assert [tool["function"]["name"] for tool in sent.body["tools"]] == ["Bash"]
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_what_a_rule_takes_out_does_not_go_on(streamed: bool, tmp_path: Path) -> None:
     async with OpenAIFake(lambda turn: Answer(text="hello")) as fake:
