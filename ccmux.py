@@ -5153,6 +5153,29 @@ class GeminiStream:
 CHAT_MAX_TOKENS = 16384  # Messages needs a limit where Chat Completions does not
 
 
+def chat_request(body: Json) -> tuple[Json, ApiError | None]:
+    """A Chat Completions request as a Messages request to route and count by, and why no Messages request can say it all:
+    an upstream of the client's own format may serve it.
+    """
+    try:
+        return messages_request(body), None
+    except ApiError as error:
+        if not isinstance(body.get("messages"), list):
+            raise
+        messages = [servable(message) for message in messages_of(body)]
+        return messages_request({**body, "n": 1, "response_format": None, "messages": messages}), error
+
+
+def servable(message: Json) -> Json:
+    """A message without the content parts that have no form in the Messages API."""
+    kept = []
+    for part in blocks_of(message.get("content")):
+        with contextlib.suppress(ApiError):
+            chat_block(part)
+            kept.append(part)
+    return {**message, "content": kept}
+
+
 def messages_request(body: Json) -> Json:
     """A Chat Completions request as a Messages request; ApiError 400 for what has no form there."""
     if not isinstance(body.get("messages"), list):
@@ -8251,6 +8274,7 @@ class Call:
     query: str = ""
     credential: str = ""  # the client's own, for passthrough providers
     chat: Json = field(default_factory=dict)  # what an OpenAI-format client sent
+    unserved: ApiError | None = None  # why that can only go to an upstream of the same format
     wants_usage: bool = False  # an OpenAI-format client that asked for usage in its stream
     on_answer: Callable[[], None] = lambda: None  # the upstream has accepted the request
     on_failure: Callable[[], None] = lambda: None  # and has answered nothing that the client got
@@ -8778,6 +8802,8 @@ class Relay:
         headers = upstream_headers(call, slot, dialect)
         if call.format == "chat" and call.passes(dialect):
             data = compact(chat_passed_on(call.chat, to))
+        elif call.unserved:
+            raise call.unserved
         elif dialect.request is None:
             data = forwarded(call, to)
             url += "?beta=true" if "beta=true" in call.query else ""
@@ -9997,8 +10023,9 @@ async def post_chat_completions(request: web.Request) -> web.StreamResponse:
     state = state_of(request)
     user, credential = client_of(request, state)
     _, given = await read_request(request, state)
-    body = messages_request(given)
+    body, unserved = chat_request(given)
     call = await plan_call(request, state, body, b"", format="chat")
+    call.unserved = unserved
     call.credential = credential
     call.body = {**call.body, "stream": True}  # upstream; the client's own wish is call.stream
     call.chat = given

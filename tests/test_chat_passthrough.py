@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 from fakes import Answer, Call, OpenAIFake, Turn
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, BadRequestError
 from proxy_harness import in_process
 from translation import upstream
 
@@ -143,6 +143,31 @@ async def test_the_openai_sdk_through_ccmux(tmp_path: Path) -> None:
                 rows = (await reply.json())["requests"]
             assert len(rows) == 3
             assert all(r["output_tokens"] == 40 and not r["estimated"] for r in rows)
+
+
+async def test_what_no_messages_request_can_say_goes_to_an_upstream_of_the_clients_format(
+    tmp_path: Path,
+) -> None:
+    audio = {"type": "input_audio", "input_audio": {"data": "aGk=", "format": "wav"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}, audio]}]
+    async with OpenAIFake(lambda turn: Answer(text="hello")) as fake:
+        address = f'base_url = "{fake.base_url}"\napi_key = "sk-x-012345678"\n'
+        text = f'[[providers]]\nname = "o"\ntype = "openai"\nmodels = ["up"]\n{address}'
+        text += f'[[providers]]\nname = "r"\ntype = "responses"\nmodels = ["other"]\n{address}'
+        async with (
+            in_process(tmp_path, text) as proxy,
+            AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=0) as client,
+        ):
+            asked: Any = {"messages": messages, "n": 2}
+            assert (await client.chat.completions.create(model="up", **asked)).choices[
+                0
+            ].message.content == "hello"
+            with pytest.raises(BadRequestError, match="n: only one choice"):
+                await client.chat.completions.create(model="other", **asked)
+            with pytest.raises(BadRequestError, match="'input_audio' cannot be served"):
+                await client.chat.completions.create(model="other", messages=messages)
+    [sent] = fake.asked
+    assert (sent.body["messages"], sent.body["n"]) == (messages, 2)
 
 
 TOOL = {"name": "Bash", "description": "Runs", "input_schema": {"type": "object", "properties": {}}}
