@@ -5441,7 +5441,6 @@ class ChatWriter:
         self.usage: Json = {}
         self.calls = -1  # index of the newest tool call
         self.in_call = self.has_arguments = False
-        self.input = "{}"  # of the newest call, where no pieces of it come
 
     def feed(self, events: list[Json]) -> bytes:
         return b"".join(self.encode(chunk) for event in events for chunk in self.chunks(event))
@@ -5475,12 +5474,12 @@ class ChatWriter:
         block, delta = as_object(event.get("content_block")), as_object(event.get("delta"))
         if kind == "content_block_start" and block.get("type") == "tool_use":
             self.calls += 1
-            self.in_call, self.has_arguments, self.input = True, False, tool_arguments(block)
+            self.in_call, self.has_arguments = True, False
             function = {"name": block.get("name"), "arguments": ""}
             return self.call(function, id=block.get("id"), type="function")
         if kind == "content_block_stop":
             is_bare, self.in_call = self.in_call and not self.has_arguments, False
-            return self.call({"arguments": self.input}) if is_bare else {}
+            return self.call({"arguments": "{}"}) if is_bare else {}
         if delta.get("type") == "text_delta":
             return {"content": delta["text"]}
         if delta.get("type") == "thinking_delta":
@@ -5582,6 +5581,10 @@ class AnthropicEvents:
         self.out = out
         self.usage: Usage | None = None
         self.output_told = False  # message_start's own figure is that of a beginning
+        self.stop: Json = {}  # what message_delta says
+        self.call: Json = {}  # the call that is open
+        self.pieces: list[str] = []  # of its input
+        self.is_partial = False  # the last block is a call without a whole input
 
     def feed(self, name: str, data: str) -> None:
         try:
@@ -5591,28 +5594,60 @@ class AnthropicEvents:
             raise not_a_stream(data, "Anthropic stream") from None
         if kind == "error":
             raise error_of_event(event)
-        if kind == "ping" or self.out.ended:
+        if self.out.ended:
             return
-        if isinstance(event.get("usage"), dict):  # null is for counts that stay as they were told before
-            event["usage"] = {k: v for k, v in event["usage"].items() if v is not None}
-        given = event.get("usage") or as_object(event.get("message")).get("usage")
+        message, delta = as_object(event.get("message")), as_object(event.get("delta"))
+        self.note_usage(kind, event.get("usage") or message.get("usage"))
+        if kind == "message_start":
+            self.out.message_id = str(message.get("id") or self.out.message_id)
+            self.out.model = str(message.get("model") or self.out.model)
+            self.out.start()
+        elif kind == "content_block_start":
+            self.begin(as_object(event.get("content_block")))
+        elif kind == "content_block_delta":
+            self.piece(delta)
+        elif kind == "content_block_stop":
+            self.end_block()
+        elif kind == "message_delta":
+            self.stop |= {k: v for k, v in delta.items() if v is not None}
+        elif kind == "message_stop":
+            reason = str(self.stop.get("stop_reason") or "end_turn")
+            self.out.cut_off = self.is_partial and reason == "max_tokens"
+            self.out.finish(reason, self.stop.get("stop_sequence"))
+
+    def note_usage(self, kind: str, given: Any) -> None:
         self.usage = anthropic_usage(given, self.usage)
-        self.output_told |= kind == "message_delta" and "output_tokens" in as_object(given)
+        self.output_told |= kind == "message_delta" and as_object(given).get("output_tokens") is not None
         if self.usage and kind == "message_stop" and not self.output_told:
             self.usage = dataclasses.replace(self.usage, estimated=True)
         self.out.usage = self.usage or self.out.usage
-        self.out.has_content |= kind in ("content_block_delta", "content_block_stop", "message_delta")
-        self.out.stop_reason = as_object(event.get("delta")).get("stop_reason") or self.out.stop_reason
-        self.out.ended = kind == "message_stop"
-        delta = as_object(event.get("delta"))
-        self.out.text_parts += [str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k)]
-        self.out.events.append(event)
+
+    def begin(self, block: Json) -> None:
+        """A block; one of a kind that other formats have no form of is left out, with its deltas."""
+        self.end_block()
+        if block.get("type") == "tool_use":
+            self.call = block
+            self.out.tool(str(block.get("id") or ""), str(block.get("name") or ""))
+        self.piece({"text": block.get("text"), "thinking": block.get("thinking")})
+
+    def piece(self, delta: Json) -> None:
+        for key, write in (("text", self.out.text), ("thinking", self.out.thinking)):
+            if isinstance(delta.get(key), str):
+                write(delta[key])
+        if self.call and isinstance(delta.get("partial_json"), str):
+            self.pieces.append(delta["partial_json"])
+            self.out.tool_input(delta["partial_json"])
+
+    def end_block(self) -> None:
+        if self.call and not "".join(self.pieces) and self.call.get("input"):
+            self.piece({"partial_json": tool_arguments(self.call)})
+        self.is_partial = bool(self.call) and not whole_arguments(self.pieces)
+        self.call, self.pieces = {}, []
+        self.out.close()
 
     def finish(self) -> None:
         if not self.out.ended:
-            raise ApiError(
-                502, "the provider's stream ended before the answer did", retry=Retry.SAME, cause="stream"
-            )
+            raise broken_stream("the provider's stream ended before the answer did")
 
 
 @dataclass(frozen=True, slots=True)

@@ -663,26 +663,29 @@ START = {
     "message": {"id": "msg_1", "usage": {"input_tokens": 9, "output_tokens": 1}},
 }
 TOOL = {"type": "tool_use", "id": "t", "name": "Bash", "input": {}}
+HELLO = {"type": "text_delta", "text": "hello"}
 
 
 def test_an_answer_that_is_broken_off_can_be_counted() -> None:
     words = {"type": "text_delta", "text": "some words"}
     pieces = {"type": "input_json_delta", "partial_json": '{"a'}
     translation, _ = relayed(ChatWriter("m", 1), *block(text(""), words), *block(TOOL, pieces))
-    assert translation.output_text() == 'some words{"a'
+    assert translation.output_text() == 'some wordsBash{"a'
 
 
 @pytest.mark.parametrize(
-    ("content", "deltas", "expected"),
+    ("content", "deltas", "expected", "finish"),
     [
-        (TOOL, ['{"command": "ec'], '{"command": "ec'),
-        (TOOL, ['{"command": ', '"ls"}'], '{"command": "ls"}'),
-        ({**TOOL, "input": {"command": "ls"}}, [], '{"command": "ls"}'),
-        (TOOL, [], "{}"),
+        (TOOL, ['{"command": "ec'], '{"command": "ec', "length"),
+        (TOOL, ['{"command": ', '"ls"}'], '{"command": "ls"}', "tool_calls"),
+        ({**TOOL, "input": {"command": "ls"}}, [], '{"command": "ls"}', "tool_calls"),
+        (TOOL, [], "{}", "length"),
     ],
     ids=["cut off by the limit", "in pieces", "whole in the block's start", "none"],
 )
-def test_arguments_of_a_call(content: Any, deltas: list[str], expected: str) -> None:
+def test_arguments_of_a_call_before_the_limit(
+    content: Any, deltas: list[str], expected: str, finish: str
+) -> None:
     pieces = [{"type": "input_json_delta", "partial_json": d} for d in deltas]
     events = [*block(content, *pieces), *ended("max_tokens")]
     _, streamed = relayed(ChatWriter("m", 1), *events)
@@ -690,10 +693,39 @@ def test_arguments_of_a_call(content: Any, deltas: list[str], expected: str) -> 
     assert "".join(p.function.arguments or "" for p in told if p.function) == expected
     _, whole = relayed(ChatCompletion("m", 1), *events)
     [choice] = Completion.model_validate_json(whole).choices
-    assert choice.finish_reason == "length"
+    assert choice.finish_reason == finish
     assert [c.function.arguments for c in choice.message.tool_calls or [] if c.type == "function"] == [
         expected
     ]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        pytest.param([START, *block({"type": "text"}, HELLO), *ended("end_turn")], id="a block without its text"),
+        pytest.param([START, *block(text("hel"), {"type": "text_delta", "text": "lo"}), *ended("end_turn")],
+                     id="text in the block's start"),
+        pytest.param([{"type": "message_start", "message": {"id": "msg_1"}}, *block(text(""), HELLO), *ended("end_turn")],
+                     id="no usage in message_start"),
+        pytest.param([*block(text(""), HELLO), *ended("end_turn")], id="no message_start"),
+        pytest.param([START, *block(text(""), HELLO), {"type": "message_delta", "usage": {"output_tokens": 3}},
+                     *ended("end_turn")], id="usage in a message_delta of its own"),
+        pytest.param([START, *block(None, None, HELLO, {"type": "text_delta"}), {"type": "?"}, *ended("end_turn")], id="odd ones"),
+    ],
+)  # fmt: skip
+def test_events_of_other_servers(events: list[Any]) -> None:
+    data = b"".join(b"data: %s\n\n" % json.dumps(e).encode() for e in events)
+    for client in (ChatWriter("m", 1), ChatCompletion("m", 1)):
+        out = AnthropicStream("msg_1", "m", Usage())
+        translation = Translation(AnthropicEvents(out, {}, upstream("m")), out, client)
+        said = translation.feed(data) + translation.finish() + translation.ending
+        assert translation.error is None
+        if isinstance(client, ChatWriter):
+            choices = [c.choices[0] for c in chunks_of(said)]
+            assert "".join(c.delta.content or "" for c in choices) == "hello"
+            assert [c.finish_reason for c in choices if c.finish_reason] == ["stop"]
+        else:
+            assert Completion.model_validate_json(said).choices[0].message.content == "hello"
 
 
 def test_a_null_count_stays_as_it_was() -> None:
