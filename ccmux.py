@@ -9895,7 +9895,8 @@ async def no_such_route(request: web.Request) -> web.StreamResponse:
             raise ApiError(
                 405, f"{request.method} is not for {request.path[:200]!r}, but {', '.join(sorted(methods))}"
             )
-    raise ApiError(404, f"there is no {request.path[:200]!r} here; Claude Code talks to /v1/messages")
+    known = "Claude Code talks to /v1/messages, clients of OpenAI's API to /v1/chat/completions"
+    raise ApiError(404, f"there is no {request.path[:200]!r} here; {known}")
 
 
 def http_error(request: web.Request, error: web.HTTPException) -> ApiError:
