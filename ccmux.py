@@ -4668,13 +4668,9 @@ class ResponsesStream:
         self.waiting: list[tuple[Any, Json]] = []
         self.cited: dict[str, str] = {}  # URL -> title
 
-    @property
-    def ended(self) -> bool:
-        return self.out.ended
-
     def feed(self, name: str, data: str) -> None:
         """One event. Raises ApiError for an error it tells of, or for data that is not JSON."""
-        if self.ended or data == "[DONE]":
+        if self.out.ended or data == "[DONE]":
             return
         event = parsed(data)
         if not isinstance(event, dict):
@@ -4832,7 +4828,7 @@ class ResponsesStream:
 
     def finish(self) -> None:
         """The end of the bytes, which is an error unless the answer has ended."""
-        if not self.ended:
+        if not self.out.ended:
             raise broken_stream("the provider's stream ended before the answer did")
 
 
@@ -5065,13 +5061,9 @@ class GeminiStream:
         self.queries: list[str] = []
         self.cited: dict[str, str] = {}  # URL -> title
 
-    @property
-    def ended(self) -> bool:
-        return self.out.ended
-
     def feed(self, name: str, data: str) -> None:
         """One chunk. Raises ApiError for an error it tells of, or for data that is not JSON."""
-        if self.ended or data == "[DONE]":
+        if self.out.ended or data == "[DONE]":
             return
         chunk = parsed(data)
         if isinstance(chunk, list) and len(chunk) == 1:
@@ -5135,7 +5127,7 @@ class GeminiStream:
 
     def finish(self) -> None:
         """The end of the bytes, which is how this format ends; an error where no finishReason came before."""
-        if self.ended:
+        if self.out.ended:
             return
         if not self.stop_reason:
             raise broken_stream("the provider's stream ended before the answer did")
