@@ -3973,13 +3973,10 @@ def gemini_enum(values: list[Any], description: str) -> Json:
 
 
 def gemini_type(kind: Any) -> Json:
-    if isinstance(kind, str) and kind != "null":
-        return {"type": kind}
-    if not isinstance(kind, (str, list)):
-        return {}
-    kinds = [k for k in as_list(kind) if isinstance(k, str) and k != "null"]
-    nullable = {"nullable": True} if "null" in kind else {}
-    return {"type": kinds[0] if kinds else "string", **nullable}
+    kinds = [k for k in (kind if isinstance(kind, list) else [kind]) if isinstance(k, str)]
+    known = [k for k in kinds if k != "null"]
+    nullable = {"nullable": True} if "null" in kinds else {}
+    return {"type": known[0] if known else "string", **nullable} if kinds else {}
 
 
 def openai_tool_choice(body: Json, to: Upstream) -> Json:
@@ -5524,11 +5521,8 @@ def chat_message(answer: Json) -> Json:
 def whole_call(block: Json) -> Json:
     given = block["input"]
     arguments = given if isinstance(given, str) else tool_arguments(block)
-    return {
-        "id": block["id"],
-        "type": "function",
-        "function": {"name": block["name"], "arguments": arguments},
-    }
+    function = {"name": block["name"], "arguments": arguments}
+    return {"id": block["id"], "type": "function", "function": function}
 
 
 CHAT_CODES = {
@@ -5717,9 +5711,7 @@ litellm              anthropic http://localhost:4000                            
 demo                 demo      -                                                         -                   demo
 """
 EFFORTS_3 = ["low", "medium", "high"]
-FOREIGN = {
-    "drop": ["billing_header"]
-}  # Claude Code's billing header changes with each prompt and spoils prompt caches
+FOREIGN = {"drop": ["billing_header"]}  # it changes with each prompt and spoils prompt caches
 PRESET_QUIRKS: dict[str, Json] = {
     # From gpt-5.4 on Chat Completions refuses tools together with reasoning, from gpt-5.6 on without a word of effort too
     # (seen September 2026: github.com/BerriAI/litellm/pull/34569).
