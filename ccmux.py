@@ -979,7 +979,9 @@ class Server:
         "", "token of the admin page; left out: made at first start and kept beside the database", secret=True
     )
     require_key: bool = opt(False, "true: every client needs a user's key")
-    allowed_hosts: tuple[str, ...] = opt((), "Host names accepted besides localhost, 127.0.0.1 and [::1]")
+    allowed_hosts: tuple[str, ...] = opt(
+        (), "Host names accepted besides localhost, 127.0.0.1, [::1] and `host`"
+    )
     max_connections: int = opt(512, "client connections at once", least=1)
     body_timeout: float = opt(
         120.0, "seconds for a whole request body; 30 s without a byte ends it too", least=0.1
@@ -2219,6 +2221,10 @@ def admin_token_of(config: Config) -> str:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(token + "\n")
     return token
+
+
+def is_any_address(host: str) -> bool:
+    return host in ("", "0.0.0.0", "::")  # noqa: S104
 
 
 def is_loopback(host: str) -> bool:
@@ -9809,14 +9815,16 @@ def check_host(request: web.Request, config: Config) -> None:
     if "://" in request.raw_path.partition("?")[0]:  # absolute-form: that name counts as well
         names.append(urllib.parse.urlsplit(request.raw_path).netloc)
     for name in names:
-        if host_name(name) not in allowed_hosts(config.server.allowed_hosts):
+        if host_name(name) not in allowed_hosts(config.server.host, config.server.allowed_hosts):
             words = "add it to allowed_hosts in [server] if it is this server's own name"
             raise ApiError(421, f"this server is not called {name[:100]!r}; {words}")
 
 
 @functools.lru_cache(8)
-def allowed_hosts(configured: tuple[str, ...]) -> set[str]:
-    return LOOPBACK_HOSTS | {host_name(h) for h in configured}
+def allowed_hosts(listens_on: str, configured: tuple[str, ...]) -> set[str]:
+    """The names of this server: the configured ones, and the one address it listens on where that is one."""
+    own = () if is_any_address(listens_on) else (f"[{listens_on}]" if ":" in listens_on else listens_on,)
+    return LOOPBACK_HOSTS | {host_name(h) for h in (*own, *configured)} - {""}
 
 
 @functools.lru_cache(256)
@@ -13693,11 +13701,13 @@ def start_text(config: Config, port: int, token: str) -> str:
     """What a newcomer needs to know, once, at the start."""
     url = client_url(config, port)
     key = "YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local"
+    is_unnamed = is_any_address(config.server.host) and not config.server.allowed_hosts
     return "\n".join([
         f"ccmux {__version__} at {url}",
         f"  config     {config.path or what_was_found(config)}",
         f"  dashboard  {url}/",
         f"  admin      {url}/admin#token={urllib.parse.quote(token, safe='')}",
+        *["  others     put the name or address they use into allowed_hosts of [server]"] * is_unnamed,
         "  Claude Code, in another terminal:",
         f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key}",
         "    claude",
@@ -13715,7 +13725,7 @@ def what_was_found(config: Config) -> str:
 
 def client_url(config: Config, port: int = 0) -> str:
     """The address that clients on this machine use."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)  # noqa: S104
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)  # noqa: S104
     return f"http://{f'[{host}]' if ':' in host else host}:{port or config.server.port}"
 
 

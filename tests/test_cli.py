@@ -333,6 +333,7 @@ def test_start_text_says_all(cli: Cli) -> None:
     text = ccmux.start_text(config, 9, "t%k")
     assert "http://127.0.0.1:9/admin#token=t%25k" in text  # the page decodes it
     assert "export ANTHROPIC_BASE_URL=http://127.0.0.1:9 ANTHROPIC_AUTH_TOKEN=YOUR-CCMUX-KEY" in text
+    assert "allowed_hosts" in text
     assert "demo answers" in ccmux.start_text(ccmux.read_config(""), 9, "tok")
 
 

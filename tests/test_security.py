@@ -169,6 +169,25 @@ def test_other_names_are_refused(ccm: Victim, endpoint: tuple[str, str], host: s
     assert ccm.ask(*endpoint, ccm.admin, MESSAGE, host).status in (400, 421)
 
 
+@pytest.mark.parametrize(
+    ("listens_on", "configured", "more"),
+    [
+        pytest.param("192.168.1.5", (), {"192.168.1.5"}, id="the address it listens on"),
+        pytest.param("fd00::7", (), {"[fd00::7]"}, id="an IPv6 address"),
+        pytest.param(
+            "Box.lan", ("a.example:80",), {"box.lan", "a.example"}, id="a name, beside the configured"
+        ),
+        pytest.param("0.0.0.0", (), set(), id="any address is none"),
+        pytest.param("::", (), set(), id="any IPv6 address is none"),
+        pytest.param("", ("https://a.example",), set(), id="a configured name that is none"),
+    ],
+)
+def test_the_address_it_listens_on_is_a_name_of_its(
+    listens_on: str, configured: tuple[str, ...], more: set[str]
+) -> None:
+    assert ccmux.allowed_hosts(listens_on, configured) == {"localhost", "127.0.0.1", "[::1]"} | more
+
+
 @pytest.mark.parametrize("endpoint", ALL, ids=named)
 def test_a_rebound_name_reaches_no_endpoint(ccm: Victim, endpoint: tuple[str, str]) -> None:
     assert ccm.ask(*endpoint, ccm.admin, MESSAGE, "rebound.example").status == 421
