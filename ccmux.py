@@ -2439,10 +2439,15 @@ def no_such_model(config: Config, name: str) -> ApiError:
     return ApiError(404, f"model: {name!r} is served by no provider; {hint}", should_retry=False)
 
 
+LONGEST_NAME = 500  # characters of a model; in a longer one the patterns of [router] could search for minutes
+
+
 def asked_model(body: Json) -> str:
     name = body.get("model")
     if not isinstance(name, str) or not name:
         raise ApiError(400, "model: Field required (a text)")
+    if len(name) > LONGEST_NAME:
+        raise ApiError(400, f"model: at most {LONGEST_NAME} characters")
     return re.sub(r"(?i)\[1m\]$", "", name)
 
 

@@ -485,7 +485,7 @@ def test_where_no_name_is_known_the_404_says_how_to_get_one() -> None:
         route(ask("glm-6"), config=Config())
 
 
-@pytest.mark.parametrize("model", [None, "", 3, ["claude"]], ids=repr)
+@pytest.mark.parametrize("model", [None, "", 3, ["claude"], "claude-" + "claude" * 99], ids=repr)
 def test_a_request_without_a_model_is_a_400(model: object) -> None:
     with pytest.raises(ApiError) as caught:
         route({**ask(), "model": model})
