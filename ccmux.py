@@ -2494,7 +2494,13 @@ def rule_step(asked: Asked) -> Pick:
     at = newest_words(messages_of(asked.body))
     for number, rule in enumerate(rules, 1):
         for index, text in reversed(at):
-            if words := search_words(rule.pattern, text):
+            try:
+                words = search_words(rule.pattern, text)
+            except TimeoutError:  # of whoever called `choose_route`
+                return Pick(
+                    note=f"rule {number} takes too long on this prompt: it and those below are passed over"
+                )
+            if words:
                 name = fill_groups(rule.model, words.match)
                 changed = without_words(asked.body, index, words) if rule.strip else None
                 return Pick(name, f"rule {number} matches: {name}", changed)
@@ -10066,6 +10072,34 @@ async def post_chat_completions(request: web.Request) -> web.StreamResponse:
     return await Exchange(request, state, call, user).serve()
 
 
+RULE_TIME = 1.0  # seconds of CPU
+
+
+def route_of(body: Json, headers: Mapping[str, str], config: Config, tokens: int = 0) -> Route:
+    """`choose_route` with an alarm for the prompt rules: a repeat inside a repeat may search for ever, and nothing
+    else is served meanwhile. Windows has no such alarm, and only the main thread hears it.
+    """
+    is_heard = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not config.router.rules or not is_heard:
+        return choose_route(body, headers, config, tokens)
+    before = signal.signal(signal.SIGVTALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, RULE_TIME)
+        return choose_route(body, headers, config, tokens)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def ring(*_: Any) -> NoReturn:
+    log.warning(
+        "the patterns of [[router.rules]] took more than %g s on a prompt, and nothing else was served; is there a "
+        "repeat inside a repeat?",
+        RULE_TIME,
+    )
+    raise TimeoutError
+
+
 async def plan_call(
     request: web.Request, state: State, body: Json, raw: bytes, format: str = "anthropic"
 ) -> Call:
@@ -10079,7 +10113,7 @@ async def plan_call(
         await asyncio.sleep(0)
     items = items_of(body) if may_be_long else None
     early = await state.counter.count(body, "", asked_model(body), items) if items else 0
-    route = choose_route(body, headers, config, early)
+    route = route_of(body, headers, config, early)
     refuse_safeguards(body, config, route)
     call = Call(
         request_id=request[request_key()],
@@ -10544,7 +10578,7 @@ async def post_count_tokens(request: web.Request) -> web.StreamResponse:
     _, body = await read_request(request, state)
     headers = {k.lower(): v for k, v in request.headers.items()}
     try:
-        route = choose_route(body, headers, state.config)
+        route = route_of(body, headers, state.config)
     except ApiError as error:
         if error.status != 404:
             raise
@@ -11017,7 +11051,7 @@ async def post_explain(request: web.Request) -> web.StreamResponse:
 async def explain(config: Config, body: Json, headers: Mapping[str, str], counter: TokenCounter) -> Json:
     """The route of a request and what it would hold, without sending it."""
     early = await counter.count(body, "", asked_model(body)) if config.router.long_context else 0
-    route = choose_route(body, headers, config, early)
+    route = route_of(body, headers, config, early)
     first = route.targets[0]
     tokens = await counter.count(route.body or body, first.provider, first.actual_model)
     asked = body.get("max_tokens")

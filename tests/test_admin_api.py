@@ -743,6 +743,21 @@ async def test_explain_sends_nothing(tmp_path: Path) -> None:
         assert fake.asked == []
 
 
+async def test_a_rule_that_searches_for_ever_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ccmux, "RULE_TIME", 0.05)
+    rule = "[[router.rules]]\npattern = '(\\w+\\s?)+:'\nmodel = 'd/x'\n"
+    endless, short = (message(messages=[{"role": "user", "content": text}]) for text in ("a" * 60, "a:"))
+    async with admin_of(tmp_path, DEMO + rule) as (admin, _):
+        assert (await admin.call("POST", "/v1/messages", endless))[0] == 200
+        assert "repeat inside a repeat" in caplog.text
+        _, told = await admin.call("POST", "/admin/api/explain", {"body": endless})
+        assert told["reason"] == "default" and "rule 1 takes too long" in told["trail"][0][1]
+        _, told = await admin.call("POST", "/admin/api/explain", {"body": short})
+        assert told["reason"] == "rule"
+
+
 async def test_try_streams_raw_events_and_tells_the_cost(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         status, text = await admin.call("POST", "/admin/api/try", {"body": message()})
