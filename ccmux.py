@@ -11250,6 +11250,11 @@ def adopt_config(state: State, config: Config) -> None:
     state.config_error = ""
     if config.server.admin_token:
         state.admin_token = config.server.admin_token
+    elif old.server.admin_token:  # taken out: the one beside the database holds instead, as after a start
+        state.admin_token = ""
+        with contextlib.suppress(OSError):
+            state.admin_token = admin_token_of(state.config)
+        log.warning("[server] admin_token is gone: `ccmux.py token` prints the one that holds now")
 
 
 async def save_table(

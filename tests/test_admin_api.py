@@ -364,6 +364,18 @@ async def test_what_others_reach_needs_keys_until_the_next_start(tmp_path: Path)
         assert (await admin.call("POST", "/v1/messages", message(), token="x"))[0] == 401
 
 
+async def test_a_token_taken_out_of_the_config_holds_no_longer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with admin_of(tmp_path, f'[server]\nadmin_token = "{ADMIN_TOKEN}"\n{DEMO}') as (admin, _):
+        admin.file.write_text(DEMO)
+        ccmux.reload_config(admin.state)
+        assert (await admin.call("GET", "/admin/api/users"))[0] == 401
+        assert "`ccmux.py token` prints" in caplog.text
+        kept = (tmp_path / "ccmux.token").read_text().strip()
+        assert (await admin.call("GET", "/admin/api/users", token=kept))[0] == 200
+
+
 async def test_a_new_log_level_holds_at_once(tmp_path: Path) -> None:
     root = logging.getLogger()
     before = root.level
