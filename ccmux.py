@@ -2435,7 +2435,9 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
 
 def no_such_model(config: Config, name: str) -> ApiError:
     known = model_names(config)
-    hint = known_names(name, known) if known else "the config names none (`ccmux.py init` writes one)"
+    hints = [known_names(name, known)] if known else []
+    hints += [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
+    hint = "; ".join(hints) or "the config names none (`ccmux.py init` writes one)"
     return ApiError(404, f"model: {name!r} is served by no provider; {hint}", should_retry=False)
 
 

@@ -485,6 +485,14 @@ def test_where_no_name_is_known_the_404_says_how_to_get_one() -> None:
         route(ask("glm-6"), config=Config())
 
 
+def test_a_name_that_an_unset_variable_takes_away_is_a_404_that_names_it() -> None:
+    unset = (
+        '[[providers]]\nname = "a"\ntype = "anthropic"\nbase_url = "http://a.test"\napi_key = "$NOT_SET"\n'
+    )
+    with pytest.raises(ApiError, match=r"^model: 'claude-x' is .*; provider a: \$NOT_SET is not set"):
+        route(ask("claude-x"), config=config("", "", unset))
+
+
 @pytest.mark.parametrize("model", [None, "", 3, ["claude"], "claude-" + "claude" * 99], ids=repr)
 def test_a_request_without_a_model_is_a_400(model: object) -> None:
     with pytest.raises(ApiError) as caught:
