@@ -11506,15 +11506,24 @@ def literal_secrets(tables: Json) -> Iterator[str]:
 
 
 def secret_texts(value: Any, is_secret: bool = False) -> Iterator[str]:
-    """The texts that `masked_table` masks, in tables that may not be checked ones."""
+    """The texts that `masked_table` masks, in tables that may not be checked ones: at misspelt keys, too."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from secret_texts(item, is_secret or key in (*SECRET_KEYS, "headers"))
+            yield from secret_texts(item, is_secret or is_secret_key(key))
     elif isinstance(value, list):
         for item in value:
             yield from secret_texts(item, is_secret)
     elif is_secret and isinstance(value, str):
         yield value
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a secret stands at a key, which may be misspelt; what is known by that very name is no slip."""
+    secret = (*SECRET_KEYS, "headers")
+    known = {
+        f.name for cls in (Server, Router, Provider, Quirks, Model, Credits) for f in dataclasses.fields(cls)
+    }
+    return key in secret or (key not in known and bool(difflib.get_close_matches(key.lower(), secret)))
 
 
 def is_literal(secret: str) -> bool:

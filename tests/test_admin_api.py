@@ -573,6 +573,19 @@ async def test_a_broken_file_is_mended_from_the_page(old: str, new: str, tmp_pat
         assert (status, admin.text) == (200, whole), body
 
 
+@pytest.mark.parametrize("key", ["apikey", "API_KEY", "api-key", "key", "api_keys", "token", "header.x"])
+async def test_a_secret_at_a_misspelt_key_is_not_shown(key: str, tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        whole = admin.text
+        admin.file.write_text(whole.replace("api_key =", f"{key} ="))
+        ccmux.reload_config(admin.state)
+        assert "unknown key" in (await admin.get("/admin/api/state"))["config_error"]
+        given = await admin.get("/admin/api/config")  # `call` looks for the secret
+        body = {**given, "text": given["text"].replace(f"{key} =", "api_key =")}
+        assert (await admin.call("PUT", "/admin/api/config", body))[0] == 200
+        assert admin.text == whole
+
+
 async def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         whole = admin.text
