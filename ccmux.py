@@ -1525,7 +1525,10 @@ def import_mux(tables: Json, warnings: list[str]) -> Json:
         if (level := keep.get("log_level")) in list(MUX_LEVELS):
             wanted["server"]["log_level"] = MUX_LEVELS[str(level)]
     if isinstance(tables.get("router"), dict):
-        wanted["router"] = mux_router(tables["router"], warnings)
+        is_mux = any("provider_type" in row for row in map(as_object, as_list(tables.get("providers"))))
+        unset = {"auto_map_regex", "background_regex"} if is_mux else set()
+        router = {k: v for k, v in tables["router"].items() if v != "" or k not in unset}
+        wanted["router"] = mux_router(router, warnings)
     if isinstance(tables.get("providers"), list):
         rows = [mux_provider(row, timeouts, warnings) for row in tables["providers"] if isinstance(row, dict)]
         wanted["providers"] = [row for row in rows if row]
@@ -1582,15 +1585,20 @@ def mux_router(table: Json, warnings: list[str]) -> Json:
 def mux_rule(rule: Any) -> Any:
     if not isinstance(rule, dict):
         return rule
-    return {("strip" if key == "strip_match" else key): value for key, value in rule.items()}
+    wanted = {("strip" if key == "strip_match" else key): value for key, value in rule.items()}
+    if isinstance(pattern := wanted.get("pattern"), str):  # Rust may spell a named group (?<name>...)
+        wanted["pattern"] = re.sub(r"(?<!\\)\(\?<(?=\w)", "(?P<", pattern)
+    return wanted
 
 
 def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> Json:
     """The provider row in ccmux's keys; {} for a sign-in that ccmux does not do."""
     name = row.get("name")
     row = dict(row)
-    if row.pop("auth_type", "") == "oauth":
-        warnings.append(f"provider {name}: signing in by OAuth is not something ccmux does; it is skipped")
+    is_oauth = row.pop("auth_type", "") == "oauth"
+    if is_oauth or row.get("provider_type") == "vertex-ai":
+        way = "by OAuth" if is_oauth else "to Google Cloud"
+        warnings.append(f"provider {name}: signing in {way} is not something ccmux does; it is skipped")
         return {}
     where = f"[[providers]] {name!r}"
     wanted = {k: v for k, v in row.items() if not mux_skips("providers", k, where, warnings)}
@@ -2510,16 +2518,16 @@ def rule_step(asked: Asked) -> Pick:
 
 
 def fill_groups(template: str, match: re.Match[str]) -> str:
-    """`$1` and `${name}` in a rule's model, filled from the match."""
+    """`$1`, `$name` and `${name}` in a rule's model, filled from the match."""
 
     def group(reference: re.Match[str]) -> str:
         name = reference[1] or reference[2]
         try:
-            return match[int(name) if name.isdigit() else name] or ""
+            return match[int(name) if name.isdecimal() else name] or ""
         except IndexError:
             return ""
 
-    return re.sub(r"\$(?:\{(\w+)\}|(\d+))", group, template)
+    return re.sub(r"\$(?:\{(\w+)\}|(\d+|[A-Za-z_]\w*))", group, template)
 
 
 _REMINDER = re.compile(r"<system-reminder>.*?(?:</system-reminder>|\Z)", re.S)

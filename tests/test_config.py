@@ -515,11 +515,27 @@ def test_a_claude_code_mux_file_loads_unchanged() -> None:
         pytest.param('"acme"', '"acme coding plan"', id="a provider's name with spaces, as in its example"),
         pytest.param('"info"', '"warn"', id="its log level warn"),
         pytest.param('"info"', '"trace"', id="its log level trace"),
+        pytest.param('"^go"', "'(?<verb>go)'", id="a named group as Rust has it"),
     ],
 )
 def test_what_else_a_claude_code_mux_file_may_say(old: str, new: str) -> None:
     text = MUX.replace('provider_type = "acme"', "provider_type = 'acme'").replace(old, new)
     assert text != MUX and len(parse(text).warnings) == 5
+
+
+def test_what_is_empty_in_a_claude_code_mux_file_is_left_out() -> None:
+    text = MUX.replace('"^claude-"', '""').replace('"(?i)claude.*haiku"', '""')
+    made = parse(text)
+    assert (made.router.auto_map_regex, made.router.background_regex) == (
+        ccmux.Router().auto_map_regex,
+        ccmux.Router().background_regex,
+    )
+    assert parse(text.replace("provider_type", "type")).router.auto_map_regex is None
+
+
+def test_a_sign_in_to_vertex_is_skipped_like_oauth() -> None:
+    made = parse(MUX.replace('provider_type = "z.ai"', 'provider_type = "vertex-ai"\nproject_id = "x"'))
+    assert "z" not in [p.name for p in made.providers] and len(made.warnings) == 6
 
 
 def test_a_model_of_skipped_providers_alone_is_skipped_with_its_routes() -> None:

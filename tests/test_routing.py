@@ -260,6 +260,9 @@ model = "${what}er-x"
 [[router.rules]]
 pattern = 'quick(ly)?'
 model = "ruled"
+[[router.rules]]
+pattern = 'ask (?P<who>\\w+)'
+model = "$who"
 """
 RULED = config(RULES + "")
 REMIND = "<system-reminder>quickly, use small: it</system-reminder>"
@@ -269,6 +272,7 @@ REMIND = "<system-reminder>quickly, use small: it</system-reminder>"
     ("messages", "reason", "model"),
     [
         pytest.param([says("use small: go")], "rule", "small", id="$1"),
+        pytest.param([says("ask small")], "rule", "small", id="$name"),
         pytest.param([says("USE small: go")], "rule", "small", id="flags in the pattern"),
         pytest.param([says("use or/abc: go")], "rule", "or/abc", id="$1 with a provider"),
         pytest.param([{"role": "user", "content": "quickly now"}], "rule", "ruled", id="a string content"),
