@@ -2442,7 +2442,7 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
 
 
 def no_such_model(config: Config, name: str) -> ApiError:
-    known = model_names(config)
+    known = names_to_write(config)
     hints = [known_names(name, known)] if known else []
     hints += [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
     hint = "; ".join(hints) or "the config names none (`ccmux.py init` writes one)"
@@ -2495,6 +2495,11 @@ def model_names(config: Config) -> list[str]:
     """The names a client may ask for: rows, then what providers list."""
     listed = [name for p in config.providers if p.enabled for name in p.models]
     return list(dict.fromkeys([m.name for m in config.models] + listed))
+
+
+def names_to_write(config: Config) -> list[str]:
+    """What a slot, a rule or a client may name."""
+    return [*model_names(config), *(f"{p.name}/<model>" for p in config.providers if p.enabled)]
 
 
 def rule_step(asked: Asked) -> Pick:
@@ -2761,10 +2766,8 @@ def check_routes(config: Config) -> None:
     for slot in ROUTE_SLOTS:
         name = getattr(config.router, slot)
         if name and not resolve(config, name):
-            known = [*model_names(config), *(f"{p.name}/<model>" for p in config.providers)]
-            raise ConfigError(
-                f"[router]: key {slot!r} is {name!r}, which nobody serves: {known_names(name, known)}"
-            )
+            known = known_names(name, names_to_write(config))
+            raise ConfigError(f"[router]: key {slot!r} is {name!r}, which nobody serves: {known}")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -473,7 +473,12 @@ def test_a_disabled_provider_is_not_the_default() -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("glm-6", "did you mean 'glm-5'?"), ("smal", "did you mean 'small'?"), ("zzz", "known are")],
+    [
+        ("glm-6", "did you mean 'glm-5'?"),
+        ("smal", "did you mean 'small'?"),
+        ("zzz", "known are"),
+        ("zz", "lab/<model>"),
+    ],
 )
 def test_a_name_nobody_serves_is_a_404_that_names_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ApiError) as caught:
