@@ -2442,11 +2442,17 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
 
 
 def no_such_model(config: Config, name: str) -> ApiError:
-    known = names_to_write(config)
-    hints = [known_names(name, known)] if known else []
-    hints += [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
-    hint = "; ".join(hints) or "the config names none (`ccmux.py init` writes one)"
+    unset = [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
+    hint = "; ".join([instead_of(config, name), *unset])
     return ApiError(404, f"model: {name!r} is served by no provider; {hint}", should_retry=False)
+
+
+def instead_of(config: Config, name: str) -> str:
+    """What to do about a name that nobody serves."""
+    if config.model(name):
+        return "its [[models]] row has no mappings"
+    known = [*model_names(config), *(f"{p.name}/<model>" for p in config.providers if p.enabled)]
+    return known_names(name, known) if known else "the config names none (`ccmux.py init` writes one)"
 
 
 LONGEST_NAME = 500  # characters of a model; in a longer one the patterns of [router] could search for minutes
@@ -2480,7 +2486,7 @@ def context_of(config: Config, name: str, targets: tuple[Target, ...]) -> int:
 
 def resolve(config: Config, name: str) -> tuple[Target, ...]:
     """The targets behind a name, first to be tried first; () when nobody serves it."""
-    if model := config.model(name):
+    if (model := config.model(name)) and model.mappings:
         return tuple(sorted(model.mappings, key=lambda t: t.priority))
     head, slash, rest = name.partition("/")
     if slash and rest:
@@ -2495,11 +2501,6 @@ def model_names(config: Config) -> list[str]:
     """The names a client may ask for: rows, then what providers list."""
     listed = [name for p in config.providers if p.enabled for name in p.models]
     return list(dict.fromkeys([m.name for m in config.models] + listed))
-
-
-def names_to_write(config: Config) -> list[str]:
-    """What a slot, a rule or a client may name."""
-    return [*model_names(config), *(f"{p.name}/<model>" for p in config.providers if p.enabled)]
 
 
 def rule_step(asked: Asked) -> Pick:
@@ -2766,8 +2767,8 @@ def check_routes(config: Config) -> None:
     for slot in ROUTE_SLOTS:
         name = getattr(config.router, slot)
         if name and not resolve(config, name):
-            known = known_names(name, names_to_write(config))
-            raise ConfigError(f"[router]: key {slot!r} is {name!r}, which nobody serves: {known}")
+            hint = instead_of(config, name)
+            raise ConfigError(f"[router]: key {slot!r} is {name!r}, which nobody serves: {hint}")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -405,6 +405,11 @@ name = "a/b"
 [[models.mappings]]
 provider = "lab"
 actual_model = "row-wins"
+[[models]]
+name = "glm-5"
+context = 1000
+[[models]]
+name = "empty"
 """
 
 
@@ -419,6 +424,8 @@ actual_model = "row-wins"
         pytest.param("anthropic/pair", [("or", "first"), ("anthropic", "also-first"), ("lab", "second")],
                      id="the alias of a row"),
         pytest.param("anthropic/glm-5", [("anthropic", "glm-5")], id="a provider named anthropic"),
+        pytest.param("glm-5", [("or", "glm-5")], id="a row without mappings, for a listed model"),
+        pytest.param("empty", [], id="a row without mappings"),
         pytest.param("nobody", [], id="nobody"),
         pytest.param("or/", [], id="no model after the slash"),
         pytest.param("/x", [], id="no provider before it"),
@@ -429,6 +436,13 @@ actual_model = "row-wins"
 def test_resolve(name: str, targets: list) -> None:
     found = ccmux.resolve(config("", MAPPED), name)
     assert [(t.provider, t.actual_model) for t in found] == targets
+
+
+def test_a_row_without_mappings_is_told_of() -> None:
+    with pytest.raises(
+        ApiError, match=r"'empty' is served by no provider; its \[\[models\]\] row has no mappings"
+    ):
+        route(ask("empty"), config=config("", MAPPED))
 
 
 def test_the_alias_without_a_provider_named_anthropic() -> None:
