@@ -947,9 +947,12 @@ def opt(
     choices: tuple[str, ...] = (),
     least: float | None = None,
     most: float | None = None,
+    regex: bool = False,
 ) -> Any:
     """A config key: its default, what it means, whether it is write-only, what it may be."""
-    metadata = {"help": help, "secret": secret, "choices": choices, "least": least, "most": most}
+    metadata = {
+        "help": help, "secret": secret, "choices": choices, "least": least, "most": most, "regex": regex,
+    }  # fmt: skip
     return keyed(default, not secret, metadata)
 
 
@@ -1062,7 +1065,7 @@ class Quirks:
         "reasoning_content",
         "the key earlier thinking goes back in; reasoning_details and extra_content: as it came",
     )
-    cache_control: str = opt("", "models that take cache_control (regular expression)")
+    cache_control: str = opt("", "models that take cache_control (regular expression)", regex=True)
     files: bool = opt(False, "takes PDF files as content parts")
     vision: bool = opt(True, "takes images")
     web_search: str = opt("", "how it searches the web", choices=("", "options", "plugin", "native"))
@@ -1072,12 +1075,14 @@ class Quirks:
     stream_options: bool = opt(True, "takes stream_options, which asks for usage")
     lax_finish: bool = opt(False, "may end a stream without a finish_reason")
     think_tags: bool = opt(False, "puts thinking into <think> tags in the text")
-    tool_id: str = opt("", "pattern that tool ids must match, for example [A-Za-z0-9]{9}")
+    tool_id: str = opt("", "pattern that tool ids must match, for example [A-Za-z0-9]{9}", regex=True)
     forced_tool: bool = opt(True, "takes a tool_choice that forces a call")
     top_k: bool = opt(False, "takes top_k")
     prompt_cache_key: bool = opt(False, "takes prompt_cache_key")
     count_tokens: str = opt("auto", "who counts tokens", choices=("auto", "local", "upstream"))
-    codex: str = opt("", "models that are served by the Responses format instead (regular expression)")
+    codex: str = opt(
+        "", "models that are served by the Responses format instead (regular expression)", regex=True
+    )
     transient: str = opt("", "text of a 400 that means a passing fault")
     extra_body: dict[str, Any] = opt({}, "keys added to every request body")
 
@@ -1303,6 +1308,8 @@ class Loader:
 
     def check(self, value: Any, rule: Mapping[str, Any], at: str) -> None:
         least, most, choices = rule.get("least"), rule.get("most"), rule.get("choices") or ()
+        if rule.get("regex"):
+            compile_regex(value, at)
         if least is not None and isinstance(value, (int, float, Decimal)) and value < least:
             raise ConfigError(f"{at} must be at least {least:g}")
         if most is not None and value > most:
