@@ -1277,7 +1277,12 @@ class Loader:
         default_model = merged.pop("default", "")
         self.missing = []
         provider: Provider = self.build(Provider, {**merged, "type": kind}, where)
+        for header in provider.headers:
+            if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", header, re.ASCII):
+                raise ConfigError(f"{where}: key 'headers': {header!r} is no name of a header")
         problem = f"${self.missing[0]} is not set in the environment" if self.missing else ""
+        if any(re.search(r"[\0\r\n]", text) for text in (*provider.api_key, *provider.headers.values())):
+            problem = "its api_key, or a header, has a line end inside"
         wire_format = str(preset.get("type", kind))
         if not provider.base_url and wire_format != "demo":
             raise ConfigError(f"{where}: key 'base_url' is needed for type {kind!r}")
@@ -1365,17 +1370,18 @@ class Loader:
             raise ConfigError(f"{at} must be {words}") from None
 
     def expand(self, value: str) -> str:
-        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not
-        fatal.
+        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not fatal.
+        Blanks and line ends around it are a file's, not the key's.
         """
 
         def variable(match: re.Match[str]) -> str:
             name, default = match[1] or match[3], match[2]
-            if not self.env.get(name) and default is None:
+            value = self.env.get(name, "").strip()
+            if not value and default is None:
                 self.missing.append(name)
-            return self.env.get(name) or default or ""
+            return value or default or ""
 
-        return re.sub(r"\$(?:\{(\w+)(?::-([^}]*))?\}|([A-Za-z_]\w*))", variable, value)
+        return re.sub(r"\$(?:\{(\w+)(?::-([^}]*))?\}|([A-Za-z_]\w*))", variable, value).strip()
 
 
 @functools.cache

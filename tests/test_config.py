@@ -27,7 +27,10 @@ PRESETS: dict[str, Any] = {
     },
     "zai": {"type": "anthropic", "base_url": "https://z.test", "api_key": "$ZAI_API_KEY"},
 }
-ENV = {"ACME_API_KEY": "acme-secret", "EMPTY": "", "KEY_2": "second-secret"}
+ENV = {
+    "ACME_API_KEY": "acme-secret", "EMPTY": "", "KEY_2": "second-secret", "FROM_A_FILE": "file-secret\r\n",
+    "TWO_LINES": "a\r\nb",
+}  # fmt: skip
 
 
 def parse(text: str, env: dict[str, str] = ENV, path: str = "") -> Config:
@@ -128,6 +131,7 @@ TYPE_ERRORS = [
     (PROVIDER + "quirks = { auth = 'basic' }", "key 'auth' is 'basic'"),
     (PROVIDER + "quirks = { extra_body = { a = 2026-01-01 } }", "has no JSON form"),
     (PROVIDER + "headers = 3", "[[providers]] 'p'"),
+    (PROVIDER + "headers = { 'X Y' = 'a' }", "[[providers]] 'p': key 'headers': 'X Y' is no name of a header"),
     (PROVIDER + "headers = { a = 3 }", "[[providers]] 'p': key 'headers', 'a' must be text in quotes"),
     (PROVIDER + "models = 'x'", "[[providers]] 'p': key 'models' must be a list"),
     (PROVIDER + "api_key = 3", "[[providers]] 'p': key 'api_key' must be a list"),
@@ -257,6 +261,10 @@ def test_every_key_has_help() -> None:
         pytest.param('["one", "$NOT_SET"]', ("one", ""), "$NOT_SET is not set in the environment",
                      id="in a pool"),
         pytest.param('"pa$-$"', ("pa$-$",), "", id="a dollar that names nothing"),
+        pytest.param('"$FROM_A_FILE"', ("file-secret",), "", id="a line end after it"),
+        pytest.param('" ${FROM_A_FILE} "', ("file-secret",), "", id="blanks around it"),
+        pytest.param('["one", "$TWO_LINES"]', ("one", "a\r\nb"), "its api_key, or a header, has a line end inside",
+                     id="a line end inside"),
         pytest.param('"cost$5"', ("cost$5",), "", id="a dollar and a digit"),
         pytest.param('""', (), "", id="none"),
         pytest.param('"passthrough"', ("passthrough",), "", id="the client's own"),
