@@ -1855,10 +1855,11 @@ class TomlEditor:
         keys = [
             f"{dotted((*path[len(home) :], k))} = {emit_value(v)}\n" for k, v in new.items() if k not in rows
         ]
-        head = [] if own or not keys else [f"[{title}]\n"]
         more = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in rows.items()]
         at, end = last.end, under[-1].end
-        return [(at, at, "".join([*head, *keys]))] * bool(keys), [(end, end, "".join(more))] * bool(more)
+        if keys and not own:  # under a header of its own, below all that is there
+            keys, more = [], [f"[{title}]\n", *keys, *more]
+        return [(at, at, "".join(keys))] * bool(keys), [(end, end, "".join(more))] * bool(more)
 
     def row_edits(self, path: TomlPath, old: list[Json], new: list[Json]) -> list[Edit] | None:
         """The edits of `[[path]]` rows. Those that stay fill the places of those that stayed, in the new order."""

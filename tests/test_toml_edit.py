@@ -175,6 +175,10 @@ ONE, TWO = ({"provider": p, "actual_model": f"{p}m", "priority": n} for n, p in 
             "models = [\n  # one\n  {name = 'k'}, # K\n]\n", "models", "m", {},
             {"# K\n": '# K\n  { name = "m" },\n'}, id="an inline row more",
         ),
+        pytest.param(
+            "[[router.rules]] # R\npattern = 'x' # X\n", "router", None, {"default": "m", "rules": [{"pattern": "x", "strip": True}]},
+            {"# X\n": '# X\nstrip = true\n[router]\ndefault = "m"\n'}, id="a first key, and one in the row before it",
+        ),
     ],
 )  # fmt: skip
 def test_every_comment_stays_in_its_place(
