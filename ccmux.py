@@ -13735,15 +13735,15 @@ async def drain(state: State, server: asyncio.Server) -> None:
 
 async def watch_config(state: State, args: argparse.Namespace) -> None:
     """Swaps the config in when its file has changed; a broken file keeps the old one and says so."""
-    path, seen = state.config.path, stamp_of(Path(state.config.path))
+    seen = None  # it may have changed since it was read
     while True:
         await asyncio.sleep(0.5)
         made = ccmux_home() / "config.toml"
         if not state.config.path and made.exists():  # by `init`, since the start
             state.config = dataclasses.replace(state.config, path=str(made))
-        now = stamp_of(Path(state.config.path))
-        if state.config.path and (now != seen or path != state.config.path):
-            path, seen = state.config.path, now
+        now = (state.config.path, stamp_of(Path(state.config.path)))
+        if state.config.path and now != seen:
+            seen = now
             reload_config(state, args)
 
 

@@ -426,6 +426,14 @@ async def test_a_config_made_after_the_start_is_seen(tmp_path: Path, monkeypatch
         watcher.cancel()
 
 
+async def test_a_change_between_the_load_and_the_watch_is_seen(tmp_path: Path) -> None:
+    async with admin_of(tmp_path, DEMO) as (admin, _):
+        admin.file.write_text('[router]\ndefault = "d/x"\n' + DEMO)
+        watcher = asyncio.create_task(ccmux.watch_config(admin.state, argparse.Namespace()))
+        await until(lambda: admin.state.config.router.default == "d/x", "the config is in use")
+        watcher.cancel()
+
+
 async def test_a_stale_save_is_a_conflict(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         first = await admin.hash()
