@@ -1225,6 +1225,11 @@ def parse_config(
         for n, row in enumerate(table_rows(wanted, "providers"), 1)
     )
     config: Config = loader.build(Config, {**wanted, "providers": []}, "")
+    warnings += [
+        f"[[models]] {model.name!r}: [1m] at the end of a name is ignored, so nobody can ask for this one"
+        for model in config.models
+        if model.name.lower().endswith("[1m]")
+    ]
     config = dataclasses.replace(
         config,
         providers=providers,

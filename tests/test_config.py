@@ -291,6 +291,11 @@ def test_a_disabled_provider_is_not_warned_of() -> None:
     assert parse(PROVIDER + "api_key = '$NOT_SET'\nenabled = false\n").warnings == ()
 
 
+def test_a_model_that_nobody_can_ask_for_is_warned_of() -> None:
+    [warning] = parse("[[models]]\nname = 'glm-5[1M]'\n[[models]]\nname = 'glm-5'\n").warnings
+    assert warning.startswith("[[models]] 'glm-5[1M]': [1m] at the end of a name is ignored")
+
+
 def test_headers_and_token_come_from_the_environment_too() -> None:
     assert provider("headers = { A = '$KEY_2', B = 'b' }\n").headers == {"A": "second-secret", "B": "b"}
     assert provider("headers = { A = '$NOT_SET' }\n").problem == "$NOT_SET is not set in the environment"
