@@ -1543,7 +1543,8 @@ def import_mux(tables: Json, warnings: list[str]) -> Json:
         if (level := keep.get("log_level")) in list(MUX_LEVELS):
             wanted["server"]["log_level"] = MUX_LEVELS[str(level)]
     if isinstance(tables.get("router"), dict):
-        is_mux = any("provider_type" in row for row in map(as_object, as_list(tables.get("providers"))))
+        rows = [*map(as_object, as_list(tables.get("providers"))), as_object(tables.get("server"))]
+        is_mux = any({"provider_type", "auth_type", "timeouts"} & row.keys() for row in rows)
         unset = {"auto_map_regex", "background_regex"} if is_mux else set()
         router = {k: v for k, v in tables["router"].items() if v != "" or k not in unset}
         wanted["router"] = mux_router(router, warnings)
@@ -11357,11 +11358,9 @@ def is_mask(value: Any) -> bool:
 
 def address_of(state: State, row: Json, name: str) -> str:
     """The base URL a row amounts to, with its preset's where it has none of its own."""
-    return str(
-        row.get("base_url")
-        or PRESETS.get(str(row.get("type") or row.get("provider_type")), {}).get("base_url")
-        or ""
-    ).rstrip("/")
+    kind = str(row.get("type") or row.get("provider_type"))
+    preset = PRESETS.get(MUX_TYPES.get(kind, kind), {})
+    return str(row.get("base_url") or preset.get("base_url") or "").rstrip("/")
 
 
 async def delete_provider(request: web.Request) -> web.StreamResponse:
