@@ -11329,7 +11329,7 @@ async def put_provider(request: web.Request) -> web.StreamResponse:
     table = {"name": name, **table}
     old = old_row(state, "providers", name)
     kept = kept_secrets(old, table)
-    if kept and address_of(state, table, name) != address_of(state, old, name):
+    if kept and address_of(table) != address_of(old):
         typed = {k: v for k, v in as_object(table.get("headers")).items() if v is not None and not is_mask(v)}
         kept = {**dict.fromkeys(kept), **({"headers": typed} if typed else {})}
     table |= kept
@@ -11356,7 +11356,7 @@ def is_mask(value: Any) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and bool(value) and all(map(is_mask, value)))
 
 
-def address_of(state: State, row: Json, name: str) -> str:
+def address_of(row: Json) -> str:
     """The base URL a row amounts to, with its preset's where it has none of its own."""
     kind = str(row.get("type") or row.get("provider_type"))
     preset = PRESETS.get(MUX_TYPES.get(kind, kind), {})
@@ -11592,7 +11592,7 @@ async def put_config(request: web.Request) -> web.StreamResponse:
         old = tomllib.loads(current)
         kept = {value for raw, value in string_values(current) if raw in kept}
     try:  # before anything else reads it: an error about a misplaced secret would quote it
-        check_kept(state, old, tomllib.loads(after), kept)
+        check_kept(old, tomllib.loads(after), kept)
     except ConfigError as error:
         raise ApiError(400, str(error)) from None
     except (ValueError, RecursionError):
@@ -11600,7 +11600,7 @@ async def put_config(request: web.Request) -> web.StreamResponse:
     return web.json_response({"hash": store_text(state, after, body.get("hash"))})
 
 
-def check_kept(state: State, old: Json, new: Json, kept: set[str]) -> None:
+def check_kept(old: Json, new: Json, kept: set[str]) -> None:
     """ConfigError where a secret that the editor never saw would be shown, or sent elsewhere."""
     secret = kept & {*literal_secrets(old), *literal_secrets(new)}
     before, after = (list(texts_of(masked_table(tables))) for tables in (old, new))
@@ -11615,7 +11615,7 @@ def check_kept(state: State, old: Json, new: Json, kept: set[str]) -> None:
     for row in map(as_object, as_list(new.get("providers"))):
         name = str(row.get("name"))
         was = rows.get(name, {})
-        moved = address_of(state, row, name) != address_of(state, was, name)
+        moved = address_of(row) != address_of(was)
         if secret.intersection(secret_texts(row)).difference([] if moved else secret_texts(was)):
             raise ConfigError(f"provider {name!r} has a new address: type its key again, or use $NAME")
 

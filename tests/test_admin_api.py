@@ -356,7 +356,9 @@ async def test_what_others_reach_needs_keys_until_the_next_start(tmp_path: Path)
         ccmux.reload_config(admin.state)
         assert "require_key = true" in admin.state.config_error
         assert (await admin.call("POST", "/v1/messages", message(), token="x"))[0] == 401
-        admin.file.write_text(f'[server]\nadmin_token = "{ADMIN_TOKEN}"\n{DEMO}')  # as for a start on loopback
+        admin.file.write_text(
+            f'[server]\nadmin_token = "{ADMIN_TOKEN}"\n{DEMO}'
+        )  # as for a start on loopback
         ccmux.reload_config(admin.state)
         assert (admin.state.config_error, admin.state.config.server.host) == ("", "0.0.0.0")
         assert (await admin.call("POST", "/v1/messages", message(), token="x"))[0] == 401
