@@ -13739,7 +13739,7 @@ async def drain(state: State, server: asyncio.Server) -> None:
 
 async def watch_config(state: State, args: argparse.Namespace) -> None:
     """Swaps the config in when its file has changed; a broken file keeps the old one and says so."""
-    seen = None  # it may have changed since it was read
+    seen = (state.config.path, (0, 0, 0))  # it may have changed since it was read
     while True:
         await asyncio.sleep(0.5)
         made = ccmux_home() / "config.toml"
@@ -13752,11 +13752,12 @@ async def watch_config(state: State, args: argparse.Namespace) -> None:
 
 
 def stamp_of(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does; zeros for none, and for a pipe, which can be read but once."""
     try:
         status = path.stat()
     except OSError:
         return (0, 0, 0)
-    return (status.st_mtime_ns, status.st_size, status.st_ino)
+    return (status.st_mtime_ns, status.st_size, status.st_ino) if path.is_file() else (0, 0, 0)
 
 
 def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
