@@ -2782,6 +2782,14 @@ ROUTE_STEPS: tuple[tuple[str, Callable[[Asked], Pick]], ...] = (
 )
 
 
+def idle_rules(config: Config) -> Iterator[str]:
+    """A warning for each prompt rule that is passed over whatever it matches."""
+    for number, rule in enumerate(config.router.rules, 1):
+        if "$" not in rule.model and not resolve(config, rule.model):
+            hint = instead_of(config, rule.model)
+            yield f"[[router.rules]] {number}: its model {rule.model!r} is served by nobody, so it is passed over: {hint}"
+
+
 def check_routes(config: Config) -> None:
     """Every [router] slot names something served; ConfigError otherwise."""
     for slot in ROUTE_SLOTS:
@@ -5847,7 +5855,7 @@ def load_config(text: str, env: Mapping[str, str], path: str = "") -> Config:
     """`parse_config` with this file's presets and formats, and every route checked."""
     config = parse_config(text, env, PRESETS, DIALECTS, path)
     check_routes(config)
-    return config
+    return dataclasses.replace(config, warnings=(*config.warnings, *idle_rules(config)))
 
 
 class ClientFormat(typing.Protocol):

@@ -314,6 +314,15 @@ def test_a_rule_that_names_nothing_served_is_told_in_the_trail() -> None:
     )
 
 
+def test_a_rule_that_can_name_nothing_served_is_warned_of() -> None:
+    rule = "[[router.rules]]\npattern = 'a'\nmodel = '{}'\n"
+    served = '[[providers]]\nname = "d"\ntype = "demo"\nmodels = ["small"]\n'
+    [warning] = ccmux.load_config("".join(map(rule.format, ["d/x", "$1", "smal"])) + served, {}).warnings
+    assert (
+        warning.startswith("[[router.rules]] 3: its model 'smal' is") and "did you mean 'small'?" in warning
+    )
+
+
 @pytest.mark.parametrize("model", ["small", "$1"])
 def test_the_trail_keeps_no_prompt(model: str) -> None:
     rules = f"[[router.rules]]\npattern = '(?s)(.*)'\nmodel = '{model}'\n"
