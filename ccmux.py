@@ -2464,7 +2464,7 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
 def no_such_model(config: Config, name: str) -> ApiError:
     unset = [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
     hint = "; ".join([instead_of(config, name), *unset])
-    return ApiError(404, f"model: {name!r} is served by no provider; {hint}", should_retry=False)
+    return ApiError(404, f"model: {name[:200]!r} is served by no provider; {hint}", should_retry=False)
 
 
 def instead_of(config: Config, name: str) -> str:
@@ -2475,15 +2475,10 @@ def instead_of(config: Config, name: str) -> str:
     return known_names(name, known) if known else "the config names none (`ccmux.py init` writes one)"
 
 
-LONGEST_NAME = 500  # characters of a model; in a longer one the patterns of [router] could search for minutes
-
-
 def asked_model(body: Json) -> str:
     name = body.get("model")
     if not isinstance(name, str) or not name:
         raise ApiError(400, "model: Field required (a text)")
-    if len(name) > LONGEST_NAME:
-        raise ApiError(400, f"model: at most {LONGEST_NAME} characters")
     return re.sub(r"(?i)\[1m\]$", "", name)
 
 
@@ -2673,17 +2668,20 @@ def is_compaction(asked: Asked) -> str:
     return "request class compaction" if asked.request_class == "compaction" else ""
 
 
+SEARCHED = 500  # characters of a model's name: all of a true one; a pattern could search 100 KB for minutes
+
+
 def is_background(asked: Asked) -> str:
     if asked.request_class in ("auxiliary", "side_reply"):
         return f"request class {asked.request_class}"
     regex = asked.config.router.background_regex
-    return f"{asked.name} matches background_regex" if regex and regex.search(asked.name) else ""
+    return f"{asked.name} matches background_regex" if regex and regex.search(asked.name[:SEARCHED]) else ""
 
 
 def is_claudes_own(config: Config, name: str) -> bool:
     """Whether a name is one that Claude Code picks by itself, and the rules decide about."""
     regex = config.router.auto_map_regex
-    return bool(regex and regex.pattern and regex.search(name))
+    return bool(regex and regex.pattern and regex.search(name[:SEARCHED]))
 
 
 def asked_step(asked: Asked) -> Pick:

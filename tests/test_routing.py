@@ -512,6 +512,13 @@ def test_a_name_nobody_serves_is_a_404_that_names_the_nearest(name: str, nearest
     assert caught.value.should_retry is False
 
 
+def test_an_endless_name_costs_no_time_and_is_not_sent_back() -> None:
+    slow = config('[router]\nbackground = "main"\nbackground_regex = "(?i)claude.*haiku"\n')
+    with pytest.raises(ApiError) as caught:  # minutes, if the pattern saw it all
+        route(ask("claude" * 300_000), config=slow)
+    assert len(caught.value.message) < 500
+
+
 def test_where_no_name_is_known_the_404_says_how_to_get_one() -> None:
     with pytest.raises(ApiError, match=r"the config names none .*ccmux\.py init"):
         route(ask("glm-6"), config=Config())
@@ -525,7 +532,7 @@ def test_a_name_that_an_unset_variable_takes_away_is_a_404_that_names_it() -> No
         route(ask("claude-x"), config=config("", "", unset))
 
 
-@pytest.mark.parametrize("model", [None, "", 3, ["claude"], "claude-" + "claude" * 99], ids=repr)
+@pytest.mark.parametrize("model", [None, "", 3, ["claude"]], ids=repr)
 def test_a_request_without_a_model_is_a_400(model: object) -> None:
     with pytest.raises(ApiError) as caught:
         route({**ask(), "model": model})
