@@ -1457,8 +1457,7 @@ def parse_price(value: Any, at: str) -> Price:
 
 def is_amount(value: Any) -> bool:
     """Whether it is a finite number not below 0."""
-    is_number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value >= 0
+    return is_number(value) and math.isfinite(value) and bool(value >= 0)
 
 
 def price_tier(tier: Json, base: Json, at: str) -> tuple[int, Price]:
@@ -11297,15 +11296,11 @@ def adopt_config(state: State, config: Config) -> None:
         log.warning("[server] admin_token is gone: `ccmux.py token` prints the one that holds now")
 
 
-async def save_table(
-    request: web.Request, root: str, name: str | None, table: Json | None, hash: Any
-) -> web.Response:
+def save_table(state: State, root: str, name: str | None, table: Json | None, hash: Any) -> web.Response:
     """Saves one table; the answer carries the new hash."""
-    state = require_admin(request)
     config_tables(state)
-    text, _ = config_text(state)
     try:
-        edited = edit_toml(text, root, name, table)
+        edited = edit_toml(config_text(state)[0], root, name, table)
     except ConfigError as error:
         raise ApiError(400, str(error)) from None
     return web.json_response({"hash": store_text(state, edited, hash)})
@@ -11340,14 +11335,12 @@ async def put_provider(request: web.Request) -> web.StreamResponse:
         kept = {**dict.fromkeys(kept), **({"headers": typed} if typed else {})}
     table |= kept
     table = {k: v for k, v in table.items() if v is not None and not (k == "api_key" and v == "")}
-    return await save_table(request, "providers", name, table, hash)
+    return save_table(state, "providers", name, table, hash)
 
 
 def kept_secrets(old: Json, new: Json) -> Json:
-    """The secrets of the old row that the new one leaves out (or has null, or masked, for)."""
-    kept: Json = {}
-    if "api_key" in old and (new.get("api_key") is None or is_mask(new["api_key"])):
-        kept["api_key"] = old["api_key"]
+    """The secrets of the old table that the new one leaves out (or has null, or masked, for)."""
+    kept = {k: old[k] for k in SECRET_KEYS if k in old and (new.get(k) is None or is_mask(new[k]))}
     if "headers" in old:
         before, given = old["headers"], new.get("headers")
         items = as_object(before if given is None else given).items()
@@ -11383,14 +11376,14 @@ async def remove_row(request: web.Request, root: str, name: str) -> web.StreamRe
     body = await body_of(request, ("hash",))
     if not old_row(state, root, name):
         raise ApiError(404, f"there is no {root[:-1]} {name!r}")
-    return await save_table(request, root, name, None, body.get("hash"))
+    return save_table(state, root, name, None, body.get("hash"))
 
 
 async def put_model(request: web.Request) -> web.StreamResponse:
-    require_admin(request)
+    state = require_admin(request)
     table, hash = await table_of(request)
     name = request.match_info["name"]
-    return await save_table(request, "models", name, {"name": name, **without_nulls(table)}, hash)
+    return save_table(state, "models", name, {"name": name, **without_nulls(table)}, hash)
 
 
 def without_nulls(table: Json) -> Json:
@@ -11412,10 +11405,8 @@ def put_single(root: str) -> Callable[[web.Request], Any]:
     async def put(request: web.Request) -> web.StreamResponse:
         state = require_admin(request)
         table, hash = await table_of(request)
-        old = as_object(config_tables(state).get(root))
-        kept = {k: old[k] for k in SECRET_KEYS if k in old and (table.get(k) is None or is_mask(table[k]))}
-        table |= kept
-        return await save_table(request, root, None, without_nulls(table), hash)
+        table |= kept_secrets(as_object(config_tables(state).get(root)), table)
+        return save_table(state, root, None, without_nulls(table), hash)
 
     return put
 
