@@ -11160,26 +11160,24 @@ def form_fields() -> Json:
     }
 
 
+FIELD_KINDS = {
+    "Price": "price", "tuple": "list", "dict": "table", "Quirks": "table", "Pattern": "text", "bool": "bool",
+    "int": "number", "float": "number", "Decimal": "number",
+}  # fmt: skip
+
+
 def form_field(cls: Any, field: Any) -> Json:
-    hint = str(type_hints(cls)[field.name])
-    words = "Price price tuple list dict table Pattern text bool bool int number float number Decimal number Quirks table"
-    kinds = zip(words.split()[::2], words.split()[1::2], strict=True)
-    kind = "secret" if field.metadata["secret"] else next((k for word, k in kinds if word in hint), "text")
-    default = field.default if field.default is not dataclasses.MISSING else {}
+    hint, default = str(type_hints(cls)[field.name]), field.default
+    choices = [c for c in field.metadata["choices"] if c]
+    kind = next((kind for word, kind in FIELD_KINDS.items() if word in hint), "text")
     if isinstance(default, re.Pattern):
         default = default.pattern
-    plain = (
-        default
-        if isinstance(default, (str, int, float, bool))
-        else list(default)
-        if isinstance(default, tuple)
-        else ""
-    )
-    choices = [c for c in field.metadata["choices"] if c]
+    elif isinstance(default, Decimal):
+        default = float(default)
     return {
-        "name": field.name, "kind": "choice" if choices and kind == "text" else kind, "help": field.metadata["help"],
-        "default": plain if not isinstance(default, Decimal) else float(default), "choices": choices,
-        "secret": field.metadata["secret"],
+        "name": field.name, "help": field.metadata["help"], "choices": choices, "secret": field.metadata["secret"],
+        "kind": "secret" if field.metadata["secret"] else "choice" if choices and kind == "text" else kind,
+        "default": default if isinstance(default, (str, int, float, tuple)) else "",
     }  # fmt: skip
 
 
