@@ -1442,22 +1442,17 @@ def parse_price(value: Any, at: str) -> Price:
         if key == "tiers":
             tiers = amount if isinstance(amount, list) else [amount]
             amounts[key] = tuple(price_tier(tier, value, f"{at}, tiers") for tier in tiers)
-        elif not is_amount(amount):
+            continue
+        amounts[key] = exact = Decimal(str(amount)) if is_number(amount) else Decimal("nan")
+        if not exact.is_finite() or exact < 0:
             raise ConfigError(f"{at}: {key!r} must be a number of dollars, not below 0")
-        elif amount > HIGHEST_PRICE:
+        if exact > HIGHEST_PRICE:
             raise ConfigError(
                 f"{at}: {key!r} is {amount} dollars for a million tokens; {HIGHEST_PRICE} at most"
             )
-        else:
-            amounts[key] = Decimal(str(amount))
     for key in {"input", "output"} - amounts.keys():
         raise ConfigError(f"{at}: {key!r} is missing")
     return Price(**amounts)
-
-
-def is_amount(value: Any) -> bool:
-    """Whether it is a finite number not below 0."""
-    return is_number(value) and math.isfinite(value) and bool(value >= 0)
 
 
 def price_tier(tier: Json, base: Json, at: str) -> tuple[int, Price]:

@@ -156,6 +156,7 @@ TYPE_ERRORS = [
     (MODEL + "price = { input = nan, output = 2 }", "'input' must be a number of dollars"),
     (MODEL + "price = { input = inf, output = 2 }", "'input' must be a number of dollars"),
     (MODEL + "price = { input = 1e30, output = 2 }", "'input' is 1E+30 dollars for a million tokens; 100000 at most"),
+    (MODEL + f"price = {{ input = 1{'0' * 400}, output = 2 }}", "dollars for a million tokens; 100000 at most"),
     (MODEL + "price = { input = 1, output = 2, cache_read = 100001 }", "'cache_read' is 100001 dollars"),
     (MODEL + "price = { input = 1, output = 2, cache_raed = 1 }", "did you mean 'cache_read'?"),
     (MODEL + "price = { input = 1, output = 2, tiers = 3 }", "tiers"),
