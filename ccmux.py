@@ -13757,7 +13757,7 @@ def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
         config = read_config(old.path)
         config = with_overrides(config, args) if args else config
         check_binding(config)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         state.config_error = str(error)
         log.error("config not reloaded: %s", error)
         return

@@ -366,6 +366,17 @@ async def test_what_others_reach_needs_keys_until_the_next_start(tmp_path: Path)
         assert (await admin.call("POST", "/v1/messages", message(), token="x"))[0] == 401
 
 
+async def test_a_database_that_has_no_place_is_told_and_the_watch_goes_on(tmp_path: Path) -> None:
+    async with admin_of(tmp_path, DEMO) as (admin, _):
+        watcher = asyncio.create_task(ccmux.watch_config(admin.state, argparse.Namespace()))
+        lost = '[server]\nhost = "0.0.0.0"\nrequire_key = true\ndatabase = "~nobody-here/x.db"\n'
+        admin.file.write_text(lost + DEMO)
+        await until(lambda: "no home folder" in admin.state.config_error, "the error is told")
+        admin.file.write_text('[router]\ndefault = "d/x"\n' + DEMO)
+        await until(lambda: admin.state.config.router.default == "d/x", "the config is in use")
+        watcher.cancel()
+
+
 async def test_a_token_taken_out_of_the_config_holds_no_longer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
