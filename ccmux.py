@@ -9915,7 +9915,22 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
         response.headers.setdefault("request-id", request[request_key()])
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
         response.headers["Server"] = "ccmux"
+        cut_off_if_stalled(request)
     return response
+
+
+def cut_off_if_stalled(request: web.Request) -> None:
+    """Watches over what is sent next, all that is left of an answer: aiohttp waits for ever for who does not read."""
+    loop, limit = asyncio.get_running_loop(), state_of(request).config.server.client_stall_timeout
+
+    def look(before: int) -> None:
+        left = request.transport.get_write_buffer_size() if request.transport else 0
+        if left == before > 0 and request.transport:
+            request.transport.abort()
+        elif left:
+            loop.call_later(limit, look, left)
+
+    loop.call_soon(look, 0)
 
 
 def own_fault(request_id: str) -> ApiError:
@@ -10347,7 +10362,8 @@ class Exchange:
             self.settle(None)
             await self.durable()
             assert call.reader is not None
-            return await self.taken(sink.finish(call.reader.ending + self.epilogue()))
+            cut_off_if_stalled(self.request)
+            return await sink.finish(call.reader.ending + self.epilogue())
         except (ClientGoneError, ConnectionError):
             raise asyncio.CancelledError from None  # as if aiohttp had noticed first
         except Exception as fault:  # a mistake of ccmux's, too, is settled, and ends the answer
@@ -10356,23 +10372,14 @@ class Exchange:
             if isinstance(sink, WholeSink) or not sink.began:
                 error.headers = {**self.headers(), **error.headers}
                 raise error from None
-            return await self.taken(self.fail(sink, error))
+            cut_off_if_stalled(self.request)
+            return await self.fail(sink, error)
         finally:
             sink.close()
             state.calls.pop(call.request_id, None)
             self.settle(error)
             # They lead back here: the request would wait for the collector.
             del call.on_answer, call.on_failure, call.on_raw
-
-    async def taken(self, ending: Awaitable[web.StreamResponse]) -> web.StreamResponse:
-        """The answer, once its end is out; a client that does not take that is cut off."""
-        try:
-            async with asyncio.timeout(self.call.config.server.client_stall_timeout):
-                return await ending
-        except TimeoutError:
-            if self.request.transport:
-                self.request.transport.abort()
-            raise asyncio.CancelledError from None
 
     def epilogue(self) -> bytes:
         """What follows an answer's ending: nothing, but for the admin page's own requests."""

@@ -1296,15 +1296,15 @@ async def test_a_stream_of_http_1_0_ends_with_its_connection(tmp_path: Path) -> 
 
 
 @contextlib.asynccontextmanager
-async def dawdler(proxy: Proxy) -> AsyncIterator[None]:
-    """A client that asks for a stream and does not read it."""
+async def dawdler(proxy: Proxy, stream: bool = True) -> AsyncIterator[socket.socket]:
+    """A client that asks and does not read the answer."""
     loop = asyncio.get_running_loop()
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.setblocking(False)
         await loop.sock_connect(client, ("127.0.0.1", proxy.port))
-        await loop.sock_sendall(client, plain_request(proxy))
-        yield
+        await loop.sock_sendall(client, plain_request(proxy, stream))
+        yield client
 
 
 @pytest.fixture
@@ -1337,6 +1337,26 @@ async def test_a_client_that_stalls_at_the_end_is_aborted_at_the_limit(
         await proxy.idle()
         await until(lambda: not proxy.connections, "the client was cut off")
     assert len(proxy.books.requests()) == 1
+
+
+@pytest.mark.parametrize("reads", [False, True])
+async def test_a_whole_answer_waits_only_for_who_reads(reads: bool, tmp_path: Path) -> None:
+    """However slowly."""
+    size, loop = 20_000_000, asyncio.get_running_loop()
+    async with (
+        stage(tmp_path, (fs.answer(pieces=("x" * size,)),), server={"client_stall_timeout": 1}) as (proxy, _),
+        dawdler(proxy, stream=False) as client,
+    ):
+        got = 0
+        while reads and got < size:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
+            data = await loop.sock_recv(client, 1_000_000)
+            assert data
+            got += len(data)
+            await asyncio.sleep(0.1)
+        await until(
+            lambda: reads or (len(proxy.books.requests()) == 1 and not proxy.connections), "it was cut off"
+        )
 
 
 @ENDINGS
