@@ -8861,7 +8861,7 @@ class Relay:
             data=data,
             headers=request.headers,
             allow_redirects=False,
-            proxy=provider.proxy or environment_proxy(provider.base_url),
+            proxy=proxy_of(provider),
             timeout=connect_within(provider.connect_timeout),
         )
 
@@ -9028,32 +9028,46 @@ class Relay:
         return ApiError(504, words, retry=Retry.NEXT, cause="timeout")
 
     def fault(self, fault: BaseException, slot: Slot) -> ApiError:
-        """A failure below HTTP as an ApiError.
+        """A failure below HTTP as an ApiError."""
+        connects = (aiohttp.ServerTimeoutError, aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)
+        cause = "connect" if isinstance(fault, connects) else "disconnect"
+        return ApiError(502, fault_words(fault, slot.provider), retry=Retry.SAME, cause=cause)
 
-        Its own words may hold a URL with a key, so they are not passed on.
-        """
-        name = slot.provider.name
-        if isinstance(fault, aiohttp.ServerTimeoutError):
-            words = f"provider {name} could not be reached within {slot.provider.connect_timeout:g} s"
-            return ApiError(502, words, retry=Retry.SAME, cause="connect")
-        if isinstance(fault, (aiohttp.ClientHttpProxyError, aiohttp.ClientProxyConnectionError)):
-            status = getattr(fault, "status", None)  # of its answer to CONNECT
-            said = f"answered {status}" if status else "could not be reached"
-            where = f"check proxy of [[providers]] {name!r}, or HTTPS_PROXY in the environment"
-            words = f"the proxy on the way to provider {name} {said}; {where}"
-            return ApiError(502, words, retry=Retry.SAME, cause="connect")
-        if isinstance(fault, aiohttp.ClientConnectorError):
-            reason = fault.os_error.strerror or type(fault.os_error).__name__
-            words = f"provider {name} could not be reached: {reason}; check its base_url and that it runs"
-            return ApiError(502, words, retry=Retry.SAME, cause="connect")
-        words = f"the connection to provider {name} broke ({type(fault).__name__})"
-        return ApiError(502, words, retry=Retry.SAME, cause="disconnect")
+
+def fault_words(fault: BaseException, provider: Provider) -> str:
+    """What a failure below HTTP means, and what to do. Most faults' own words may hold a URL with a key, so they are
+    not passed on.
+    """
+    name, proxies = provider.name, (aiohttp.ClientHttpProxyError, aiohttp.ClientProxyConnectionError)
+    if isinstance(fault, aiohttp.ServerTimeoutError):
+        return f"provider {name} could not be reached within {provider.connect_timeout:g} s"
+    is_dns = isinstance(fault, aiohttp.ClientConnectorDNSError)  # of the proxy's name, where there is one
+    if isinstance(fault, proxies) or (is_dns and proxy_of(provider)):
+        status = getattr(fault, "status", None)  # of its answer to CONNECT
+        said = f"answered {status}" if status else "could not be reached"
+        where = f"check proxy of [[providers]] {name!r}, or HTTPS_PROXY in the environment"
+        return f"the proxy on the way to provider {name} {said}; {where}"
+    if isinstance(fault, aiohttp.ClientConnectorCertificateError):
+        reason = getattr(fault.os_error, "verify_message", "")
+        other = "name a file of certificates that has its issuer's in SSL_CERT_FILE"
+        return f"the certificate of provider {name} is not trusted ({reason}): check its base_url and the clock, or {other}"
+    if isinstance(fault, aiohttp.ClientConnectorError):
+        reason = fault.os_error.strerror or type(fault.os_error).__name__
+        return f"provider {name} could not be reached: {reason}; check its base_url and that it runs"
+    if isinstance(fault, aiohttp.ClientResponseError):
+        said = fault.message.partition(":")[0]  # behind that, the upstream's bytes
+        return f"what provider {name} answers is no good HTTP ({said}); check its base_url"
+    return f"the connection to provider {name} broke ({type(fault).__name__})"
 
 
 @functools.lru_cache(256)
 def connect_within(seconds: float) -> aiohttp.ClientTimeout:
     """Bounds the look-up of the upstream's name, and the connection; all that follows has limits of its own."""
     return aiohttp.ClientTimeout(total=None, connect=seconds)
+
+
+def proxy_of(provider: Provider) -> str | None:
+    return provider.proxy or environment_proxy(provider.base_url)
 
 
 @functools.cache
@@ -13369,6 +13383,7 @@ def upstream_session(force_close: bool = False) -> aiohttp.ClientSession:
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
         read_bufsize=65536,
+        max_field_size=2**16,  # of a header: a Content-Security-Policy may be longer than aiohttp's 8 KB
         skip_auto_headers=("User-Agent",),
     )
 

@@ -85,6 +85,20 @@ async def test_a_served_client_that_leaves_closes_the_upstream(tmp_path: Path) -
     check_ledger(proxy, "0")
 
 
+async def test_a_certificate_is_trusted_where_the_environment_says_so(tmp_path: Path) -> None:
+    """As the words say to whoever's is not."""
+    async with FaultServer(tls=True) as a:
+        for trusted in (False, True):
+            env = {"SSL_CERT_FILE": str(fs.CERTIFICATE)} if trusted else {}
+            async with as_process(tmp_path, config_text({"A": a.url}), env) as proxy:
+                reply = await ask(proxy)
+                (full() if trusted else fails(502, says="not trusted (self-signed certificate): check"))(
+                    reply
+                )
+                assert trusted or "SSL_CERT_FILE" in reply.error["message"]
+                assert await end(proxy, signal.SIGTERM) == 0
+
+
 # Signals.
 
 

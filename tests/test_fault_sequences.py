@@ -453,6 +453,48 @@ async def test_a_proxy_that_fails_is_named(
                 fails(502, says=words)(await ask(proxy))
 
 
+async def test_a_proxy_whose_name_is_unknown_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    resolve = socket.getaddrinfo
+
+    def unknown(host: Any, *more: Any, **options: Any) -> Any:
+        if host == "way.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(host, *more, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for limits, words in (
+        ({}, "provider A could"),
+        ({"proxy": "http://way.invalid"}, "the proxy on the way to provider A could"),
+    ):
+        folder = tmp_path / str(len(limits))
+        folder.mkdir()
+        text = config_text({"A": "http://way.invalid"}, providers={"A": limits})
+        async with in_process(folder, text) as proxy:
+            fails(502, says=f"{words} not be reached")(await ask(proxy))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "Bad status line"),
+        (fs.head(200, [("x", "sk-test-key-of-A\0")]), "Invalid HTTP header"),
+    ],
+)
+async def test_what_is_no_http_is_called_so(said: bytes, words: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.bytes_then(fs.Send(said), fs.End()),)) as (proxy, _):
+        wanted = f"what provider A answers is no good HTTP ({words}); check its base_url"
+        fails(502, says=wanted)(await ask(proxy))
+
+
+@BOTH
+async def test_a_long_header_of_an_upstream_is_read(wire: str, tmp_path: Path) -> None:
+    policy = ("Content-Security-Policy", "default-src " + "'sha256-abc' " * 2000)
+    async with stage(tmp_path, (fs.answer(headers=[policy]),), formats=wire) as (proxy, _):
+        full()(await ask(proxy))
+
+
 @BOTH
 async def test_a_stale_connection_is_replaced_at_once_and_uncounted(wire: str, tmp_path: Path) -> None:
     async def go(folder: Path) -> float:
