@@ -9039,10 +9039,15 @@ def fault_words(fault: BaseException, provider: Provider) -> str:
     not passed on.
     """
     name, proxies = provider.name, (aiohttp.ClientHttpProxyError, aiohttp.ClientProxyConnectionError)
+    way = urllib.parse.urlsplit(proxy_of(provider) or "").scheme
+    if way.startswith("socks"):
+        return (
+            f"the proxy on the way to provider {name} speaks {way}: name one in HTTPS_PROXY that speaks http"
+        )
     if isinstance(fault, aiohttp.ServerTimeoutError):
         return f"provider {name} could not be reached within {provider.connect_timeout:g} s"
     is_dns = isinstance(fault, aiohttp.ClientConnectorDNSError)  # of the proxy's name, where there is one
-    if isinstance(fault, proxies) or (is_dns and proxy_of(provider)):
+    if isinstance(fault, proxies) or (is_dns and way):
         status = getattr(fault, "status", None)  # of its answer to CONNECT
         said = f"answered {status}" if status else "could not be reached"
         where = f"check proxy of [[providers]] {name!r}, or HTTPS_PROXY in the environment"
@@ -9072,12 +9077,13 @@ def proxy_of(provider: Provider) -> str | None:
 
 @functools.cache
 def environment_proxy(url: str) -> str | None:
-    """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY mean for a URL.
+    """The proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY mean for a URL; none for this machine's own addresses.
 
     aiohttp's own trust_env asks a thread (and reads ~/.netrc) for every request: 0.2 ms of CPU each.
     """
     parts = urllib.parse.urlsplit(url)
-    if urllib.request.proxy_bypass(parts.hostname or ""):
+    host = parts.hostname or ""
+    if is_loopback(host) or urllib.request.proxy_bypass(host):
         return None
     proxy = urllib.request.getproxies().get(parts.scheme)
     return f"http://{proxy}" if proxy and "://" not in proxy else proxy  # as curl takes it

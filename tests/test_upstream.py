@@ -374,7 +374,13 @@ def test_environment_proxy(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "inside.test")
     ccmux.environment_proxy.cache_clear()
     assert ccmux.environment_proxy("https://api.test/v1") == "http://proxy.test:3128"
-    assert ccmux.environment_proxy("https://inside.test/v1") is None
+    for direct in (
+        "https://inside.test/v1",
+        "https://localhost",
+        "https://127.0.0.1:8080/v1",
+        "https://[::1]",
+    ):
+        assert ccmux.environment_proxy(direct) is None
     ccmux.environment_proxy.cache_clear()
 
 
