@@ -10676,7 +10676,7 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
         return None
     if response.status in (400, 404, 405, 501) and provider.quirks.count_tokens == "auto":
         state.refused_counts[url] = time.monotonic() + 86_400
-    return token_number(as_object(told).get("input_tokens"))
+    return token_number(as_object(told).get("input_tokens")) or None  # gateways that cannot count say 0
 
 
 async def get_models(request: web.Request) -> web.StreamResponse:

@@ -894,6 +894,7 @@ UPSTREAM_COUNTS = {  # what the quirk says; the answer -> whose count, and how o
     "auto-429-passes": ("auto", 429, b"{}", None, 2),
     "auto-500-passes": ("auto", 500, b"{}", None, 2),
     "auto-no-number": ("auto", 200, b'{"input_tokens": "many"}', None, 2),
+    "auto-nothing": ("auto", 200, b'{"input_tokens": 0}', None, 2),
     "auto-no-json": ("auto", 200, b"<html>", None, 2),
     "auto-deep-json": ("auto", 200, b"[" * 100_000, None, 2),
     "upstream": ("upstream", 200, b'{"input_tokens": 4321}', 4321, 2),
