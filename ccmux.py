@@ -8242,7 +8242,9 @@ KEY_COOLING = 300.0  # seconds that a refused key rests
 MAX_ERROR_BODY = 2**20
 LAST_BYTES = 1.0  # seconds after an answer's last event for what ends it, else its connection serves no other
 LARGE = 2**18  # bytes of a request between whose steps others have their turn
-MAX_ANSWER = 64 * 2**20  # bytes of an answer that the client gets as a whole
+MAX_ANSWER = (
+    64 * 2**20
+)  # bytes of an answer that the client gets as a whole, or before a stream's first content
 RATE_WAIT = 1.0  # a 429 that does not say how long
 
 
@@ -8921,7 +8923,7 @@ class Relay:
             data = await response.content.readany()
             watch.wait(idle, "next byte")
             size += len(data)
-            if size > MAX_ANSWER and not call.stream:
+            if size > MAX_ANSWER:
                 raise too_large(slot)
             held += read_on(call, reader, data)
             if (reader.has_content or reader.ended) and reader.error is None:

@@ -1518,6 +1518,16 @@ async def test_a_whole_answer_above_64_mb_is_refused(wire: str, tmp_path: Path) 
         full("B")(await ask(proxy, stream=False))
 
 
+@BOTH
+async def test_a_stream_that_has_no_content_is_refused_in_the_end(
+    wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ccmux, "MAX_ANSWER", 2**20)
+    comments = fs.Behaviour(lambda call: fs.stream_of([b": wait\n\n"] * 2**18))
+    async with stage(tmp_path, (comments,), OK, formats=wire) as (proxy, _):
+        full("B")(await ask(proxy))
+
+
 @pytest.fixture
 def shortcuts(monkeypatch: pytest.MonkeyPatch) -> list[ccmux.Shortcut]:
     """An entry each time that a request's task leaves its answer to a shortcut."""
