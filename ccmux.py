@@ -10419,10 +10419,10 @@ class Exchange:
             if self.request.transport:
                 self.request.transport.abort()
             return sink.response
-        reader = self.call.reader
+        call, reader = self.call, self.call.reader
         with contextlib.suppress(ConnectionError):  # the client has left meanwhile
-            if not (reader and reader.error_relayed and reader.error is error):
-                await sink.write(encode_error(error, self.call))
+            if not (call.has_answered and reader and reader.error_relayed and reader.error is error):
+                await sink.write(encode_error(error, call))
             await sink.finish(b"")
         return sink.response
 

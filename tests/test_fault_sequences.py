@@ -956,6 +956,24 @@ async def test_after_a_ping_a_failure_is_an_error_event(tmp_path: Path) -> None:
 
 
 @BOTH
+async def test_after_a_ping_an_error_beside_the_first_content_is_told(wire: str, tmp_path: Path) -> None:
+    """They come in one piece, so all of it counts as a try that failed, and none of it goes out."""
+
+    def steps(call: fs.UpstreamCall) -> Any:
+        yield fs.Pause(0.3)
+        yield fs.Send(fs.head(200, [("Content-Type", "text/event-stream")]))
+        yield fs.Send(b"".join(fs.events_for(call)[:5]) + fs.error_event(call))
+        yield fs.End()
+
+    async with stage(tmp_path, (fs.Behaviour(steps),), formats=wire) as (proxy, _):
+        proxy.state.relay.ping_interval = 0.1
+        reply = await ask(proxy)
+        await proxy.idle()
+    assert (reply.status, reply.broken, reply.kinds) == (200, False, ["error"])
+    check_ledger(proxy, "0")
+
+
+@BOTH
 async def test_pings_fall_between_whole_events(wire: str, tmp_path: Path) -> None:
     half = fs.Behaviour(lambda call: half_an_event(call))
     async with stage(tmp_path, (half,), formats=wire) as (proxy, (a,)):
