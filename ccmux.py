@@ -2458,7 +2458,7 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
 def no_such_model(config: Config, name: str) -> ApiError:
     unset = [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
     hint = "; ".join([instead_of(config, name), *unset])
-    return ApiError(404, f"model: {name[:200]!r} is served by no provider; {hint}", should_retry=False)
+    return ApiError(404, f"model: {name!r} is served by no provider; {hint}", should_retry=False)
 
 
 def instead_of(config: Config, name: str) -> str:
@@ -2469,10 +2469,15 @@ def instead_of(config: Config, name: str) -> str:
     return known_names(name, known) if known else "the config names none (`ccmux.py init` writes one)"
 
 
+LONGEST_NAME = 256  # characters, as Anthropic has it
+
+
 def asked_model(body: Json) -> str:
     name = body.get("model")
     if not isinstance(name, str) or not name:
         raise ApiError(400, "model: Field required (a text)")
+    if len(name) > LONGEST_NAME:
+        raise ApiError(400, f"model: String should have at most {LONGEST_NAME} characters")
     return re.sub(r"(?i)\[1m\]$", "", name)
 
 
@@ -2495,6 +2500,9 @@ def context_of(config: Config, name: str, targets: tuple[Target, ...]) -> int:
 
 def resolve(config: Config, name: str) -> tuple[Target, ...]:
     """The targets behind a name, first to be tried first; () when nobody serves it."""
+    # A rule or a tag may take anything out of a prompt. Twice, as a provider's name may stand before it.
+    if len(name) > 2 * LONGEST_NAME:
+        return ()
     if (model := config.model(name)) and model.mappings:
         return tuple(sorted(model.mappings, key=lambda t: t.priority))
     head, slash, rest = name.partition("/")
@@ -2662,20 +2670,17 @@ def is_compaction(asked: Asked) -> str:
     return "request class compaction" if asked.request_class == "compaction" else ""
 
 
-SEARCHED = 500  # characters of a model's name: all of a true one; a pattern could search 100 KB for minutes
-
-
 def is_background(asked: Asked) -> str:
     if asked.request_class in ("auxiliary", "side_reply"):
         return f"request class {asked.request_class}"
     regex = asked.config.router.background_regex
-    return f"{asked.name} matches background_regex" if regex and regex.search(asked.name[:SEARCHED]) else ""
+    return f"{asked.name} matches background_regex" if regex and regex.search(asked.name) else ""
 
 
 def is_claudes_own(config: Config, name: str) -> bool:
     """Whether a name is one that Claude Code picks by itself, and the rules decide about."""
     regex = config.router.auto_map_regex
-    return bool(regex and regex.pattern and regex.search(name[:SEARCHED]))
+    return bool(regex and regex.pattern and regex.search(name))
 
 
 def asked_step(asked: Asked) -> Pick:
