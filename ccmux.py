@@ -6263,7 +6263,9 @@ def price_of_columns(*columns: str) -> Price:
 
 
 FREE = Price(Decimal(0), Decimal(0))
-_MODEL_SUFFIX = re.compile(r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|:[a-z]+$|\[1m\]$")
+_MODEL_SUFFIX = re.compile(
+    r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|@default$|-v\d(?::\d)?$|:[a-z]+$|\[1m\]$"
+)
 
 
 @functools.lru_cache(4096)
@@ -6274,13 +6276,23 @@ def facts_of(model: str) -> Facts:
     """
     table, name = price_table(), model.lower()
     found = Facts()
-    for candidate in (name, name.rsplit("/", 1)[-1]):
+    for candidate in spellings(name):
         while candidate not in table and (shorter := _MODEL_SUFFIX.sub("", candidate)) != candidate:
             candidate = shorter
         if candidate in table:
             found = table[candidate]
             break
     return dataclasses.replace(found, price=FREE) if name.endswith(":free") else found
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """A model's name as it came, without vendors, and as its maker writes it: OpenRouter has `claude-opus-4.5`,
+    Bedrock `us.anthropic.claude-opus-4-5`, Fireworks `glm-5p3`.
+    """
+    last = name.rsplit("/", 1)[-1]
+    if "claude" in last:
+        return name, last, last.rpartition("anthropic.")[2].replace(".", "-")
+    return name, last, re.sub(r"(?<=\d)p(?=\d)", ".", last)
 
 
 def price_of(config: Config, target: Target, model_name: str) -> Price | None:

@@ -66,6 +66,12 @@ FACTS = {
     "latest": ("anthropic/claude-haiku-4-5-latest", "1"),
     "one-million": ("claude-sonnet-4-6[1m]", "3"),
     "vendor-date-tag": ("anthropic/claude-opus-4-5-20251101:thinking", "5"),
+    "openrouter's-dot": ("anthropic/claude-opus-4.5", "5"),
+    "openrouter's-dot-and-tag": ("anthropic/claude-haiku-4.5:thinking", "1"),
+    "bedrock": ("us.anthropic.claude-sonnet-4-5-20250929-v1:0", "3"),
+    "bedrock-without-date": ("bedrock/global.anthropic.claude-opus-4-6-v1", "5"),
+    "vertex-default": ("claude-opus-5-5@default", "4"),
+    "fireworks": ("accounts/fireworks/models/glm-5p3", "1.4"),
     "latest-in-its-own-name": ("mistral-large-latest", "0.5"),
 }
 
