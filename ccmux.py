@@ -734,7 +734,11 @@ class RequestReader:
         place += bool(run) and is_more
         while is_more:
             element = self.find(self.young, raw, place)
-            known, value = element or self.find_old(raw, place) or self.scan(raw, place)
+            try:
+                known, value = element or self.find_old(raw, place) or self.scan(raw, place)
+            except MuchNewError:  # the next step begins behind what is known
+                self.with_run(run, values, seen[0], memoryview(raw)[start : seen[1]])
+                raise
             values.append(value)
             place += len(known)
             if element:

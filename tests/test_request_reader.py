@@ -26,7 +26,11 @@ class Reader(ccmux.RequestReader):
 
 
 class CountingReader(ccmux.RequestReader):
-    scans = 0
+    finds = scans = 0
+
+    def find(self, kept: dict[bytes, list[ccmux.Element]], raw: bytes, place: int) -> ccmux.Element | None:
+        self.finds += 1
+        return super().find(kept, raw, place)
 
     def scan(self, raw: bytes, place: int) -> ccmux.Element:
         self.scans += 1
@@ -182,6 +186,18 @@ def test_a_large_new_request_is_read_as_a_whole_and_learnt_in_steps() -> None:
     assert reader.kept == 200 + 3
     assert {type(m) for m in reader.read(raw)["messages"]} == {Kept}
     assert not reader.unread
+
+
+def test_a_step_of_learning_does_not_go_through_what_is_known() -> None:
+    reader = CountingReader()
+    raw = ccmux.compact(conversation(2000))
+    assert reader.read(raw) == strict_json(raw)
+    finds = [0]
+    while reader.learn():
+        finds.append(reader.finds - sum(finds))
+    assert len(finds) > 8
+    assert max(finds) < 1000
+    assert reader.read(raw) == strict_json(raw)
 
 
 def test_a_request_larger_than_what_is_kept_is_not_learnt() -> None:
@@ -356,8 +372,9 @@ def test_of_elements_that_begin_alike_some_are_kept_and_weighed() -> None:
         while reader.learn():
             pass
     (alike,) = reader.young.values()
+    (runs,) = reader.runs.values()
     assert len(alike) == reader.ALIKE
-    assert reader.weight == sum(element.weight for element in alike)
+    assert reader.weight == sum(element.weight for element in (*alike, *runs))
 
 
 def test_an_element_larger_than_all_that_is_kept_is_not() -> None:
