@@ -14371,12 +14371,12 @@ def microdollars(text: str) -> int:
     """Dollars as a person writes them -> micro-dollars."""
     try:
         amount = Decimal(text.removeprefix("$")) * 10**6
-        whole = int(amount)
-    except (InvalidOperation, ValueError, OverflowError):
+        is_whole = abs(amount) <= 10**15 and amount % 1 == 0
+    except (ArithmeticError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r} is not an amount of dollars such as 5 or 1.50") from None
-    if whole != amount or abs(whole) > 10**15:
+    if not is_whole:
         raise argparse.ArgumentTypeError(f"{text!r} must have at most 6 decimals and be below a billion")
-    return whole
+    return int(amount)
 
 
 def budget(text: str) -> int | None:
@@ -14468,7 +14468,7 @@ def moment(text: str) -> str:
     match = re.fullmatch(r"(\d{1,4})d|today", text)
     try:
         return iso(today - timedelta(days=int(match[1] or 0))) if match else iso_text(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: 2026-11-24, today or 7d") from None
 
 

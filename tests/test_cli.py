@@ -146,6 +146,11 @@ def test_top_help_names_every_command(cli: Cli) -> None:
         pytest.param(("user", "add"), "the following arguments are required: NAME", id="no-name"),
         pytest.param(("user", "add", "a b"), "user name 'a b': use 1 to 64 letters", id="bad-name"),
         pytest.param(
+            ("report", "--since", "0001-01-01T00:00+14:00"),
+            "is not a time: 2026-11-24, today or 7d",
+            id="no-moment",
+        ),
+        pytest.param(
             ("user", "credit", "x", "1e3.3"), "'1e3.3' is not an amount of dollars", id="bad-amount"
         ),
         pytest.param(("user", "credit", "x", "0.0000001"), "at most 6 decimals", id="too-fine"),
@@ -604,7 +609,7 @@ def test_microdollars(text: str, amount: int) -> None:
     assert ccmux.microdollars(text) == amount
 
 
-@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "0.0000001", "1,5", "9" * 20])
+@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "0.0000001", "1,5", "9" * 20, "1e999999"])
 def test_no_microdollars(text: str) -> None:
     with pytest.raises(ccmux.argparse.ArgumentTypeError):
         ccmux.microdollars(text)
