@@ -7001,11 +7001,14 @@ def pdf_tokens(data: str, factor: float) -> int:
 
 
 def count_request_body(body: Json) -> Json:
-    """A request for an upstream's count_tokens: without what that endpoint refuses."""
+    """A request for an upstream's count_tokens: without what that endpoint refuses, and no choice of such a tool."""
     kept = ("model", "messages", "system", "tools", "tool_choice", "thinking")
     out = {k: body[k] for k in kept if k in body}
     if "tools" in out:
         out["tools"] = client_tools(body)
+        names, chosen = [t["name"] for t in out["tools"]], as_object(out.get("tool_choice")).get("name")
+        if not names or (chosen and chosen not in names):
+            out.pop("tool_choice", None)
     return out
 
 

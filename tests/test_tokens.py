@@ -885,6 +885,16 @@ def test_body_for_an_upstream_count() -> None:
     assert count_request_body({"messages": []}) == {"messages": []}
 
 
+@pytest.mark.parametrize("others", [[], [TOOLS[1]]], ids=["alone", "among others"])
+def test_the_choice_of_a_server_tool_is_not_sent_to_be_counted(others: list[Json]) -> None:
+    search = {"type": "web_search_20250305", "name": "web_search"}
+    forced = {"type": "tool", "name": "web_search"}
+    body = {"messages": [], "tools": [search, *others], "tool_choice": forced}
+    assert count_request_body(body) == {"messages": [], "tools": others}
+    body = {"messages": [], "tools": [search, *others], "tool_choice": {"type": "any"}}
+    assert ("tool_choice" in count_request_body(body)) is bool(others)
+
+
 UPSTREAM_COUNTS = {  # what the quirk says; the answer -> whose count, and how often it was asked in two counts
     "auto": ("auto", 200, b'{"input_tokens": 4321}', 4321, 2),
     "auto-400": ("auto", 400, b'{"input_tokens": 4321}', None, 1),
