@@ -6154,8 +6154,8 @@ def demo_input(tool: Json, words: str) -> Json:
 # Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and
 # checked against the vendors' pages where they have one. Columns: name, context, max output, input, output,
 # cache read, cache write, 1 h cache write; - is unknown, not free. Then what the model refuses (s sampling
-# parameters, f forced tool calls) and the tiers, above:input/output/read/write, that price a whole request
-# once its prompt passes that.
+# parameters, f forced tool calls) and the tiers, above:input/output/read/write(/1 h write), that price a whole
+# request once its prompt passes that. Anthropic's 1 h write costs twice the input.
 PRICES_DATE = "2026-11-22"
 PRICE_ROWS = """
 claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sf
@@ -6170,7 +6170,7 @@ claude-sonnet-5-5        1000000  128000     2    10    0.1    2.5   4 sf
 claude-sonnet-5          1000000  128000     2    10    0.2    2.5   4 s
 claude-sonnet-4-6        1000000  128000     3    15    0.3   3.75   6 -
 claude-sonnet-4-5         200000   64000     3    15    0.3   3.75   6 -
-claude-haiku-5-5         1000000  128000   0.1   0.5   0.01  0.125 0.2 s  100000:0.5/2.5/0.05/0.625
+claude-haiku-5-5         1000000  128000   0.1   0.5   0.01  0.125 0.2 s  100000:0.5/2.5/0.05/0.625/1
 claude-haiku-4-5          200000   64000     1     5    0.1   1.25   2 -
 gpt-6.1-sol               922000  128000     2    10    0.1    2.5   - -  272000:4/15/0.2/5
 gpt-6.1-terra             922000  128000     1     5   0.05   1.25   - -  272000:2/7.5/0.1/2.5
@@ -6256,14 +6256,14 @@ def price_row(row: str) -> tuple[str, Facts]:
     above = []
     for tier in tiers:
         size, _, columns = tier.partition(":")
-        above.append((int(size), price_of_columns(*columns.split("/"), "-")))
+        above.append((int(size), price_of_columns(*columns.split("/"))))
     price = dataclasses.replace(price, tiers=tuple(above))
     return name.lower(), Facts(int(context), int(max_output), "s" not in refuses, "f" not in refuses, price)
 
 
-def price_of_columns(*columns: str) -> Price:
-    read, write, write_1h = (None if column == "-" else Decimal(column) for column in columns[2:])
-    return Price(Decimal(columns[0]), Decimal(columns[1]), read, write, write_1h)
+def price_of_columns(input: str, output: str, *cache: str) -> Price:
+    read, write, write_1h, *_ = [*(None if each == "-" else Decimal(each) for each in cache), None]
+    return Price(Decimal(input), Decimal(output), read, write, write_1h)
 
 
 FREE = Price(Decimal(0), Decimal(0))

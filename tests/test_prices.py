@@ -48,6 +48,10 @@ def test_table_is_whole() -> None:
         assert facts.price and facts.price.output > facts.price.input > 0, name
         sizes = [above for above, _ in facts.price.tiers]
         assert sizes == sorted(sizes) and all(t.input > facts.price.input for _, t in facts.price.tiers), name
+        for _, tier in facts.price.tiers:
+            assert [getattr(tier, k) is None for k in PRICE_KINDS] == [
+                getattr(facts.price, k) is None for k in PRICE_KINDS
+            ], name
 
 
 FACTS = {
