@@ -14628,9 +14628,10 @@ def diagnose_database(config: Config) -> tuple[str, str]:
         return "note", f"database {path}: " + ("nothing is kept" if path == ":memory:" else "not made yet")
     try:
         with open_store(config) as store:
-            problem = store.sums_problem()
+            (verdict,) = store.reader.execute("pragma integrity_check(1)").fetchone()
+            problem = store.sums_problem() if verdict == "ok" else f"damaged: {' '.join(verdict.split())}"
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
-    except (ConfigError, sqlite3.Error) as error:
+    except (ConfigError, sqlite3.Error, UnicodeDecodeError) as error:  # the last: of SQLite's own words
         return "FAILED", f"database {path}: {error}"
     sound = f"database {path}: requests {requests}, users {users}, all sums equal their rows"
     return ("FAILED", f"database {path}: {problem}") if problem else ("ok", sound)

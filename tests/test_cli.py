@@ -755,6 +755,20 @@ def broken_sum(path: Path) -> None:
         db.execute("update users set balance_microusd = 1")
 
 
+def wrong_schema(path: Path, change: str) -> None:
+    with contextlib.closing(sqlite3.connect(path / "ccmux.db")) as db, db:
+        db.execute("pragma writable_schema = on")
+        db.execute(f"update sqlite_schema set sql = {change} where name = 'requests_by_time'")
+
+
+def broken_index(path: Path) -> None:
+    wrong_schema(path, "replace(sql, '(time)', '(session)')")
+
+
+def broken_letters(path: Path) -> None:
+    wrong_schema(path, "replace(sql, '(time)', cast(x'e4' as text))")
+
+
 def open_database(path: Path) -> None:
     (path / "ccmux.db").chmod(0o644)
 
@@ -782,6 +796,8 @@ def config_broken(path: Path) -> None:
     ("break_it", "env", "said"),
     [
         pytest.param(broken_sum, {}, "balance of user local differs from its rows", id="sums"),
+        pytest.param(broken_index, {}, "missing from index requests_by_time", id="index"),
+        pytest.param(broken_letters, {}, "codec can't decode", id="letters"),
         pytest.param(open_database, {}, "others can read", id="database-mode"),
         pytest.param(open_config, {}, "others can read", id="config-mode"),
         pytest.param(settings_elsewhere, {}, "sends Claude Code to http://elsewhere.example", id="settings"),
