@@ -10893,16 +10893,31 @@ def budgets_in(body: Json) -> dict[str, int | None]:
     return found
 
 
-def table_response(
-    request: web.Request, name: str, rows: Iterable[Json], columns: Iterable[str]
+async def table_response(
+    request: web.Request, name: str, read: Callable[[], Iterable[Json]], columns: Iterable[str]
 ) -> web.Response:
-    """Rows as JSON, or as a CSV file where `format=csv` asks for it."""
+    """Rows as JSON, or as a CSV file where `format=csv` asks for it.
+
+    They are read and written out in a thread: a million take many seconds.
+    """
     if query_choice(request, "format", ("json", "csv"), "json") == "json":
-        return web.json_response({name: list(rows)})
+        data = await asyncio.to_thread(lambda: rows_json(name, read()))
+        return web.Response(body=data, content_type="application/json", charset="utf-8")
+    data = await asyncio.to_thread(lambda: csv_text(read(), columns).encode())
     headers = {"Content-Disposition": f'attachment; filename="ccmux-{name}.csv"'}
-    return web.Response(
-        text=csv_text(rows, columns), content_type="text/csv", charset="utf-8", headers=headers
-    )
+    return web.Response(body=data, content_type="text/csv", charset="utf-8", headers=headers)
+
+
+def rows_json(name: str, rows: Iterable[Json]) -> bytes:
+    """`{name: [...]}`, row by row: encoding it at one go would keep Python's lock for as long as it takes."""
+    return b'{"%b": [%b]}' % (name.encode(), b", ".join(json.dumps(row).encode() for row in rows))
+
+
+async def export_response(store: Store, request: web.Request, user: str | None = None) -> web.Response:
+    """The usage rows of a period, of one user or of all."""
+    since, until = query_time(request, "since"), query_time(request, "until")
+    read = functools.partial(store.export, since, until, user)
+    return await table_response(request, "usage", read, USAGE_COLUMNS)
 
 
 # For users.
@@ -10969,14 +10984,7 @@ async def get_my_requests(request: web.Request) -> web.StreamResponse:
 async def get_my_export(request: web.Request) -> web.StreamResponse:
     state = state_of(request)
     user, _ = client_of(request, state)
-    rows = await exported(state.store, request, user.name)
-    return table_response(request, "usage", rows, USAGE_COLUMNS)
-
-
-async def exported(store: Store, request: web.Request, user: str | None = None) -> list[Json]:
-    """The usage rows of a period, read in a thread: a million of them take seconds."""
-    since, until = query_time(request, "since"), query_time(request, "until")
-    return await asyncio.to_thread(lambda: list(store.export(since, until, user)))
+    return await export_response(state.store, request, user.name)
 
 
 async def post_purchase(request: web.Request) -> web.StreamResponse:
@@ -11076,7 +11084,7 @@ async def get_report(request: web.Request) -> web.StreamResponse:
         price, markup = as_if_price(state.config, other), state.config.credits.markup_percent
         charges = await asyncio.to_thread(state.store.repriced, by, since, until, price, markup)
         rows = [{**row, "as_if_microusd": charges.get(row["key"], 0)} for row in rows]
-    return table_response(request, "report", rows, rows[0] if rows else ("key",))
+    return await table_response(request, "report", lambda: rows, rows[0] if rows else ("key",))
 
 
 def as_if_price(config: Config, name: str) -> Price:
@@ -11091,9 +11099,7 @@ def as_if_price(config: Config, name: str) -> Price:
 
 
 async def get_export(request: web.Request) -> web.StreamResponse:
-    store = require_admin(request).store
-    rows = await exported(store, request)
-    return table_response(request, "usage", rows, USAGE_COLUMNS)
+    return await export_response(require_admin(request).store, request)
 
 
 async def get_requests(request: web.Request) -> web.StreamResponse:

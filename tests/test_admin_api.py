@@ -8,8 +8,9 @@ import contextlib
 import json
 import logging
 import sqlite3
+import threading
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
+from aiohttp.test_utils import TestClient, TestServer
 from fakes import Answer, AnthropicFake, OpenAIFake, Turn
 from proxy_harness import ADMIN_TOKEN, in_process, until
 
@@ -775,6 +776,24 @@ async def test_reports_explain_the_bill(tmp_path: Path) -> None:
         older = await admin.get(f"/admin/api/requests?before={listed['requests'][-1]['id']}")
         assert len(older["requests"]) == 1
         assert listed["requests"][0]["trail"][-2:] == [["default", "m"], ["targets", "p/up"]]
+
+
+@pytest.mark.parametrize("format", ["csv", "json"])
+async def test_a_long_table_is_read_and_written_elsewhere_than_on_the_loop(format: str) -> None:
+    def rows() -> Iterator[ccmux.Json]:
+        yield {"thread": threading.get_ident()}
+
+    async def get_table(request: web.Request) -> web.Response:
+        return await ccmux.table_response(request, "usage", rows, ("thread",))
+
+    app = web.Application()
+    app.router.add_get("/", get_table)
+    async with TestClient(TestServer(app)) as client:
+        reply = await client.get(f"/?format={format}")
+        text = await reply.text()
+    assert reply.content_type == {"csv": "text/csv", "json": "application/json"}[format]
+    thread = text.split()[-1] if format == "csv" else json.loads(text)["usage"][0]["thread"]
+    assert int(thread) != threading.get_ident()
 
 
 # Looking at what happens.
