@@ -11037,14 +11037,13 @@ async def patch_user(request: web.Request) -> web.StreamResponse:
     store = require_admin(request).store
     body = await body_of(request, ("disabled", "budgets"))
     name = request.match_info["name"]
+    disabled, budgets = body.get("disabled"), budgets_in(body)
+    if "disabled" in body and not isinstance(disabled, bool):
+        raise ApiError(400, "disabled: must be true or false")
     with operator_errors():
-        user = store.known(name)
-        if "disabled" in body:
-            if not isinstance(body["disabled"], bool):
-                raise ApiError(400, "disabled: must be true or false")
-            user = await asyncio.to_thread(store.set_disabled, name, body["disabled"])
-        if "budgets" in body:
-            user = await asyncio.to_thread(store.set_budgets, name, budgets_in(body))
+        user = await asyncio.to_thread(store.set_budgets, name, budgets)
+        if disabled is not None:
+            user = await asyncio.to_thread(store.set_disabled, name, disabled)
     return web.json_response(store.user_json(user))
 
 

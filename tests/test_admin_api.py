@@ -678,6 +678,18 @@ async def test_users_see_the_prices_they_pay(tmp_path: Path) -> None:
             assert ceiling is None if odd is None else ceiling == 30_000 + 6 * plan["tokens"]
 
 
+async def test_a_change_of_a_user_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        before = admin.state.store.add_user("ann")[0]
+        for body in (
+            {"disabled": True, "budgets": {"day_microusd": "5"}},
+            {"disabled": "yes", "budgets": {"day_microusd": 5}},
+        ):
+            status, _ = await admin.call("PATCH", "/admin/api/users/ann", body)
+            assert status == 400
+        assert admin.state.store.known("ann") == before
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
