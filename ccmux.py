@@ -407,6 +407,7 @@ class Usage:
     cache_write: int = 0  # five-minute cache
     cache_write_1h: int = 0
     estimated: bool = False
+    fast: bool = False  # made in Anthropic's fast mode
 
     @property
     def prompt(self) -> int:
@@ -3006,6 +3007,7 @@ def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
         cache_read=pick(counts["cache_read_input_tokens"], known.cache_read),
         cache_write=write,
         cache_write_1h=write_1h,
+        fast=usage["speed"] == "fast" if "speed" in usage else known.fast,
     )
 
 
@@ -6316,8 +6318,20 @@ def charged_price(config: Config, target: Target, model_name: str) -> Price | No
 
 def with_markup(price: Price, percent: Decimal) -> Price:
     """What a user pays for a million tokens, where a provider takes `price`."""
-    kinds = {k: v * (100 + percent) / 100 for k in PRICE_KINDS if (v := getattr(price, k)) is not None}
-    return Price(**kinds, tiers=tuple((above, with_markup(tier, percent)) for above, tier in price.tiers))
+    return multiplied(price, (100 + percent) / 100)
+
+
+def fast_price(price: Price) -> Price:
+    """What a model costs in Anthropic's fast mode: twice as much, whatever kind of token.
+
+    https://platform.claude.com/docs/en/build-with-claude/fast-mode (November 2026: Opus 5.5, Opus 5, Opus 4.8)
+    """
+    return multiplied(price, Decimal(2))
+
+
+def multiplied(price: Price, by: Decimal) -> Price:
+    kinds = {kind: by * each for kind in PRICE_KINDS if (each := getattr(price, kind)) is not None}
+    return Price(**kinds, tiers=tuple((above, multiplied(tier, by)) for above, tier in price.tiers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -10547,6 +10561,7 @@ class Exchange:
         usage = self.usage(error)
         target = call.target or call.route.targets[0]
         price = self.price_of(target) if usage != Usage() else None
+        price = fast_price(price) if price and usage.fast else price
         known = price_of(config, target, call.route.model)
         charge = charge_of(usage, price, config.credits.markup_percent) if price else Charge(0, 0, 0)
         now = time.monotonic()

@@ -371,6 +371,8 @@ def test_the_tap_knows_where_content_begins() -> None:
                       {"type": "message", "input_tokens": 23, "output_tokens": 5}, None]}, Usage(203, 8, 4, 7), False,
                      id="compaction on the way"),
         pytest.param({"output_tokens": 5, "iterations": "x"}, Usage(9, 5, 4), False, id="iterations that are none"),
+        pytest.param({"output_tokens": 5, "speed": "fast"}, Usage(9, 5, 4, fast=True), False, id="fast mode"),
+        pytest.param({"output_tokens": 5, "speed": "standard"}, Usage(9, 5, 4), False, id="standard speed"),
         pytest.param({"output_tokens": -1}, Usage(9, 1, 4), True, id="negative"),
         pytest.param({"output_tokens": 1.5}, Usage(9, 1, 4), True, id="not whole"),
         pytest.param({"output_tokens": 10**9}, Usage(9, 1, 4), True, id="absurd"),

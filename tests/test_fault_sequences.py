@@ -1022,6 +1022,17 @@ async def test_usage_that_is_none_is_counted_here_and_marked(
     assert len(proxy.books.ledger()) == 1
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_in_fast_mode_costs_twice_as_much(stream: bool, tmp_path: Path) -> None:
+    usage = {"input_tokens": 100, "output_tokens": 50, "speed": "fast"}
+    async with stage(tmp_path, (fs.answer(usage=usage),)) as (proxy, _):
+        full()(await ask(proxy, stream=stream))
+        await proxy.idle()
+    (row,) = proxy.books.requests()
+    assert (row["charge_microusd"], row["estimated"]) == (2 * FULL["A"], 0)
+    assert json.loads(row["price"]) == {"input": "2", "output": "4"}
+
+
 async def test_who_leaves_pays_for_an_input_that_message_start_tells_as_0(tmp_path: Path) -> None:
     def steps(call: fs.UpstreamCall) -> list[fs.Step]:
         blocks = fs.anthropic_events(start_usage={"input_tokens": 0, "output_tokens": 0})[:5]

@@ -27,6 +27,7 @@ from ccmux import (
     charged_price,
     exact_cost,
     facts_of,
+    fast_price,
     hold_of,
     input_floor,
     price_json,
@@ -212,6 +213,11 @@ def test_charge_is_exact(usage: Usage, at: Price, markup: Decimal) -> None:
     assert got.cost - 1 < cost <= got.cost
     assert got.charge - 1 < charge <= got.charge
     assert got.markup == got.charge - got.cost >= 0
+
+
+@given(usages, prices)
+def test_fast_mode_costs_twice_as_much(usage: Usage, at: Price) -> None:
+    assert exact_cost(usage, fast_price(at)) == 2 * exact_cost(usage, at)
 
 
 @given(tokens, tokens, prices, markups)
