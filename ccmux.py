@@ -11879,7 +11879,7 @@ th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var
 th { color: var(--muted); font-weight: 500; font-size: 13px; white-space: nowrap; }
 td.num, th.num { text-align: right; white-space: nowrap; }
 td.nowrap { white-space: nowrap; }
-td.act { position: sticky; right: 0; background: var(--card); text-align: right; white-space: nowrap; padding-right: 0; }
+td.act { white-space: nowrap; }
 td.act button + button { margin-left: 6px; }
 td.text { max-width: 26em; overflow-wrap: anywhere; min-width: 8em; }
 tbody tr:last-child td { border-bottom: 0; }
@@ -11956,8 +11956,7 @@ meter { display: block; width: 100%; height: 14px; margin-bottom: 10px; }
 .signin { max-width: 460px; margin: 48px auto; }
 @media (max-width: 560px) { header, main, footer { padding-left: 12px; padding-right: 12px; }
   .card { padding: 14px; } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
-  .big { font-size: 19px; } dialog { padding: 14px; }
-  td.act button { display: block; } td.act button + button { margin: 6px 0 0; } }
+  .big { font-size: 19px; } dialog { padding: 14px; } }
 @media (prefers-reduced-motion: no-preference) { button, nav a { transition: background .12s, border-color .12s; } }
 """
 
@@ -12787,13 +12786,13 @@ function keyWord(key) {
   return known.length ? known.map((k) => k.reference || `set, …${k.last4}`).join(", ") : "none";
 }
 function providersView() {
-  const columns = [["Name", (p) => p.name, "text"], ["State", (p) => stateBadge(p.name), "nowrap"],
-    ["Type", (p) => p.type || p.provider_type, "nowrap"],
-      ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
-    ["Key", (p) => keyWord(p.api_key), "text"],
-      ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"],
+  const columns = [["Name", (p) => p.name, "text"],
     ["", (p) => [button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` }),
-      button("Test", () => testDialog(p.name), { class: "small", "aria-label": `Test ${p.name}` })], "act"]];
+      button("Test", () => testDialog(p.name), { class: "small", "aria-label": `Test ${p.name}` })], "act"],
+    ["State", (p) => stateBadge(p.name), "nowrap"], ["Type", (p) => p.type || p.provider_type, "nowrap"],
+    ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
+    ["Key", (p) => keyWord(p.api_key), "text"],
+    ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"]];
   return card("Providers", button("Add a provider", () => providerDialog(null), { class: "main" }),
     table("Providers", columns,
     rowsOf("providers"), "None yet. Add one: choose a preset, give it a key, save, and test it."));
@@ -12901,13 +12900,13 @@ const namesList = () => el("datalist", { id: "names" },
   (S.names || []).map((n) => el("option", { value: n })));
 function modelsView() {
   const columns = [["Ask for", (m) => m.name, "text mono"],
+    ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` }), "act"],
     ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ")
       || "nothing yet", "text"], ["Claude Code sees", seenAs, "text mono"],
       ["Used by", (m) => routesOf(m.name).join(", ") || "–", "text"],
     ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
       : priceWord(m.price)), "nowrap"],
-    ["Context", (m) => (m.context ? short(m.context) : "–"), "num"],
-    ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` }), "act"]];
+    ["Context", (m) => (m.context ? short(m.context) : "–"), "num"]];
   const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
   return [card("Models", button("Add a model", () => modelDialog(null),
     { class: "main", disabled: !rowsOf("providers").length }), table("Models", columns, rowsOf("models"),
@@ -13065,12 +13064,12 @@ function budgetBoxes(budgets) {
 async function usersView() {
   const { users } = await ask(`${ROOT}/users`);
   const columns = [["Name", (u) => u.name, "text"],
+    ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` }), "act"],
     ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
     ["Balance", (u) => (isFree(u) ? "–" : usd(u.balance_microusd)), "num"], ["Held", (u) => usd(u.held_microusd), "num"],
     ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This week", (u) => usd(u.spent_week_microusd), "num"],
     ["This month", (u) => usd(u.spent_month_microusd), "num"], ["Budgets", (u) => budgetsOf(u).map(
-      ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"],
-    ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` }), "act"]];
+      ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"]];
   return card("Users", button("Add a user", addUserDialog, { class: "main" }), table("Users", columns, users,
     "No users. On this computer alone none is needed; on a network each person gets a key."));
 }
@@ -13254,11 +13253,11 @@ async function inspectView(whenLeft) {
       left ? button("Switch off and forget", () => put(0)) : button("Keep requests for 15 minutes",
         () => put(15), { class: "main" }));
     redraw(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"],
+      ["", (r) => button("Show", () => show(r.id).catch(tellError),
+        { class: "small", "data-key": r.id, "aria-label": `Show ${r.id}` }), "act"],
       ["Asked for", (r) => r.asked, "text"],
       ["Why", (r) => r.route || "–", "nowrap"], ["Answered by", (r) => r.target || "–", "text"],
-        ["Status", (r) => r.status ?? "running", "nowrap"],
-      ["", (r) => button("Show", () => show(r.id).catch(tellError),
-        { class: "small", "data-key": r.id, "aria-label": `Show ${r.id}` }), "act"]], told.held,
+      ["Status", (r) => r.status ?? "running", "nowrap"]], told.held,
     left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
   };
   const refresh = async () => {
@@ -13288,9 +13287,9 @@ async function configView() {
       formOf(labelled("config.toml", text,
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
     card("Backups", null, table("Backups", [["File", (b) => b.name, "text mono"],
-      ["Written", (b) => when(b.time), "nowrap"], ["Bytes", (b) => whole(b.bytes), "num"],
       ["", (b) => button("Look", () => backupDialog(b.name, config.hash).catch(tellError),
-        { class: "small", "aria-label": `Look at ${b.name}` }), "act"]],
+        { class: "small", "aria-label": `Look at ${b.name}` }), "act"],
+      ["Written", (b) => when(b.time), "nowrap"], ["Bytes", (b) => whole(b.bytes), "num"]],
     backups, "None yet: a save keeps the file before it."))];
 }
 async function backupDialog(name, hash) {

@@ -294,6 +294,25 @@ async def test_360_pixels_wide_without_sideways_scrolling(
                 assert await width_of(page) <= 360, name
 
 
+@needs_browser
+@pytest.mark.parametrize("width", [360, 768])
+async def test_no_cell_covers_another(
+    width: int, browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    covered = """() => [...document.querySelectorAll("tbody tr")].flatMap((row) => {
+      const boxes = [...row.cells].map((cell) => cell.getBoundingClientRect());
+      return boxes.slice(1).filter((box, n) => box.left < boxes[n].right - 1).map(() => row.textContent); })"""
+    async with in_process(tmp_path, config_of(provider)) as proxy:
+        proxy.state.store.add_user("ann", 0, {"day_microusd": 5_000_000}, "")
+        size = {"width": width, "height": 740}
+        async with opened(browser, admin_url(proxy), viewport=size) as page:
+            await page.wait_for_selector(".tiles")
+            for name in ("providers", "models", "users"):
+                await tab(page, name)
+                await page.wait_for_selector("tbody")
+                assert await page.evaluate(covered) == [], name
+
+
 async def width_of(page: Page) -> int:
     return int(await page.evaluate("document.documentElement.scrollWidth"))
 
