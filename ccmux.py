@@ -12195,8 +12195,16 @@ function lastDays(rows, count) {
 }
 
 /* The request log, on both pages. */
+const FAULTS = { http_400: "request refused", http_401: "key refused", http_402: "payment needed", http_403: "key refused",
+  http_404: "not found", http_413: "too large", http_429: "limited", http_529: "overloaded", budget: "budget used up",
+  busy: "too many at once", client_gone: "client hung up", client_stall: "client stopped reading",
+  connect: "cannot be reached", cooling: "limited everywhere", disconnect: "connection broke", empty: "empty answer",
+  internal: "fault in ccmux", interrupted: "ccmux was ended", no_credit: "no credit left", overflow: "too long",
+  shutdown: "ccmux was stopped", store: "database failed", stream: "answer broke off", timeout: "took too long",
+  unavailable: "all failing or busy" };
+const faultWord = (error) => FAULTS[error] || (/^http_5/.test(error) ? "server fault" : error.slice(0, 50));
 const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.status < 500 ? "warn" : "bad",
-  row.error ? `${row.status} ${row.error}`.slice(0, 60) : String(row.status));
+  `${row.status} ${faultWord(row.error)}`);
 const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "–";
 function requestColumns(admin) {
   return [
@@ -12290,12 +12298,13 @@ function tiles(me, days, rows) {
   const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"),
     output = sum(rows, "output_tokens");
   const written = sum(rows, "cache_write_tokens") + sum(rows, "cache_write_1h_tokens");
-  const held = me.held_microusd ? `${usd(me.held_microusd)} held` : "nothing held";
+  const held = me.held_microusd ? `${usd(me.held_microusd)} set aside for running requests` : "nothing set aside";
   const timed = rows.filter((r) => r.first_token_ms), busy = sum(rows, "duration_ms") / 1000;
   const waited = timed.reduce((t, r) => t + r.first_token_ms * r.requests, 0) / sum(timed, "requests");
   return el("div", { class: "tiles" },
     /* Who has no credit and needs none would read a balance below zero as a debt. */
-    isFree(me) ? tile("Spent in all", usd(-me.balance_microusd), held) : tile("Balance", usd(me.balance_microusd), held),
+    isFree(me) ? tile("Spent in all", usd(-me.balance_microusd), "no credit is needed here")
+      : tile("Balance", usd(me.balance_microusd), held),
     tile("Spent today", usd(me.spent_today_microusd), `by ${me.name}`),
     tile("Spent this month", usd(me.spent_month_microusd), "UTC", days.map((d) => d.charge_microusd)),
     tile("Requests", whole(sum(rows, "requests")), "in 30 days", days.map((d) => d.requests)),
@@ -12433,7 +12442,7 @@ const CONTROLS = {
     const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c, checked: given.includes(c) }));
     const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
       el("div", { class: "checks" },
-      boxes.map((box) => el("label", {}, box, box.value))), el("span", { class: "help" }, field.help));
+      boxes.map((box) => el("label", {}, box, box.value))), el("span", { class: "help" }, helpOf(field)));
     return { node, get: () => boxes.filter((b) => b.checked).map((b) => b.value) };
   },
   secret(field, value) {
@@ -12444,7 +12453,7 @@ const CONTROLS = {
     input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
     const parts = () => input.value.split(",").map((v) => v.trim()).filter(Boolean);
     const gone = el("input", { type: "checkbox" });
-    const node = labelled(labelOf(field), input, field.help);
+    const node = labelled(labelOf(field), input, helpOf(field));
     if (now) node.append(el("label", {}, gone, "take the stored one away"));
     return { input, node, get: () => (gone.checked ? "" : parts().length > 1 ? parts() : parts()[0]) };
   },
@@ -12452,7 +12461,7 @@ const CONTROLS = {
     const given = value || {}, boxes = PRICES.map(([kind]) => numberBox(given[kind], { min: 0 }));
     const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
       el("div", { class: "prices" },
-      boxes.map((box, n) => labelled(PRICES[n][1], box))), el("span", { class: "help" }, field.help));
+      boxes.map((box, n) => labelled(PRICES[n][1], box))), el("span", { class: "help" }, helpOf(field)));
     const pairs = () => boxes.map((b, n) => [PRICES[n][0], numberIn(b, field.name)])
       .filter(([, dollars]) => dollars !== undefined);
     const others = Object.entries(given).filter(([name]) => !PRICES.some(([kind]) => kind === name)); /* tiers */
@@ -12481,6 +12490,10 @@ function headerControl(field, value) {
   const get = () => Object.fromEntries(input.value.split("\n").filter((l) => l.trim()).map(pair));
   return { input, wide: true, get: () => (value || input.value.trim() ? get() : undefined) };
 }
+/* What the file's comments say, in a form's words. */
+const helpOf = ({ help }) => (help || "").replace(/^true:/, "yes:").replace(/^false:/, "no:").replace("left out:", "empty:")
+  .replace("[[models]] row", "row under Models").replace("how this file calls it", "what ccmux calls it")
+  .replace("a list for a pool", "several between commas to take turns").replace("upstream names", "the provider's names of models");
 const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ")
   .replace("Api", "API").replace(" url", " URL");
 
@@ -12489,7 +12502,7 @@ const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.n
 function controls(fields, table) {
   const made = fields.map((field) => {
     const value = table[field.name], control = CONTROLS[field.kind](field, value);
-    const node = control.node || labelled(labelOf(field), control.input, field.help, control.wide);
+    const node = control.node || labelled(labelOf(field), control.input, helpOf(field), control.wide);
     return { field, value, ...control, node };
   });
   const read = (start = table) => {
@@ -12666,7 +12679,7 @@ function problems(broke) {
     if (health.problem) add("bad", name, health.problem, "providers");
     else if (refusesKey(health)) add("bad", name, "refuses its key", "providers");
     else if (["open", "half-open", "cooling"].includes(health.state)) {
-      add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${last.error}` : ""}`, "providers");
+      add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${faultWord(last.error)}` : ""}`, "providers");
     }
   }
   if (S.unpriced && S.unpriced.length) {
@@ -12691,14 +12704,14 @@ function beats(outcomes) {
   const shown = outcomes.slice(-50), good = shown.filter((o) => o.ok).length;
   return el("div", { class: "beats", role: "img",
     "aria-label": `${good} of the last ${shown.length} requests went well` },
-    shown.map((o) => el("i", { class: o.ok ? "ok" : "bad", title: `${o.status} in ${o.ms} ms ${o.error}` })));
+    shown.map((o) => el("i", { class: o.ok ? "ok" : "bad", title: `${o.status} in ${o.ms} ms ${faultWord(o.error)}` })));
 }
 function healthCard() {
   const rows = Object.entries(S.providers);
   return card("Providers", null, table("Provider health", [["Provider", ([n]) => n, "text"],
     ["State", ([n]) => stateBadge(n), "nowrap"],
-    ["Last requests", ([, h]) => beats(h.outcomes)], ["In flight", ([, h]) => whole(h.active), "num"],
-    ["Average", ([, h]) => (h.latency_ms === null ? "–" : seconds(h.latency_ms)), "num"]], rows,
+    ["Last requests", ([, h]) => beats(h.outcomes)], ["Running now", ([, h]) => whole(h.active), "num"],
+    ["Average time", ([, h]) => (h.latency_ms === null ? "–" : seconds(h.latency_ms)), "num"]], rows,
   "No providers yet. Add one under Providers: with a preset, a key is enough."));
 }
 async function overview(whenLeft) {
@@ -12735,7 +12748,7 @@ async function liveLog(place) {
   let stream = new AbortController();
   const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
     type: "search" });
-  const isWanted = (row) => JSON.stringify(row).toLowerCase().includes(filter.value.toLowerCase());
+  const isWanted = (row) => `${faultWord(row.error)} ${JSON.stringify(row)}`.toLowerCase().includes(filter.value.toLowerCase());
   const draw = () => redraw(place, table("Requests", requestColumns(true), rows.filter(isWanted),
     rows.length ? "Nothing fits the filter." : "No requests yet. They appear here as they end."));
   let timer = 0; /* many requests at once are drawn once */
@@ -12806,8 +12819,8 @@ function providerDialog(old) {
   /* What is not chosen stays the preset's or the format's own: no default of the file's is written over it. */
   const quirks = controls(S.fields.quirks.map((f) => ({ ...f, maybe: true, default: f.kind === "list" ? [] : "" })),
     row.quirks || {});
-  const type = selectBox([["", "choose …"], ...Object.keys(S.presets).map((p) => [p, `${p} (preset)`]),
-    ...S.formats.filter((f) => !S.presets[f]).map((f) => [f, `${f} (wire format)`])], row.type || row.provider_type || "");
+  const types = new Set([...Object.keys(S.presets), ...S.formats]);
+  const type = selectBox([["", "choose …"], ...[...types].map((t) => [t])], row.type || row.provider_type || "");
   const to = el("p", { class: "muted" }), name = first.of("name").input, url = first.of("base_url").input;
   const key = first.of("api_key").input;
   const chosen = () => {
@@ -12843,10 +12856,10 @@ function providerDialog(old) {
   const remove = old && button("Delete", () => removeRow("providers", old.name, hash, usersOf(old.name),
     close), { class: "danger" });
   const form = formOf([el("div", { class: "fields" },
-    labelled("Type", type, "A preset knows the address and how the provider differs."),
+    labelled("Type", type, "Not listed? Choose the one whose API it speaks (openai, mostly), and give its base URL."),
     first.nodes), to, el("details", {}, el("summary", {}, "More settings"), el("div", { class: "fields" },
       rest.nodes)),
-  el("details", {}, el("summary", {}, "Quirks: how it differs from its wire format"),
+  el("details", {}, el("summary", {}, "Quirks: how it differs from others of its format (a preset knows)"),
     el("div", { class: "fields" }, quirks.nodes))],
   save, { extra: [remove], made: [...first.made, ...rest.made, ...quirks.made] });
   const close = openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
@@ -12910,7 +12923,7 @@ function modelsView() {
   const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
   return [card("Models", button("Add a model", () => modelDialog(null),
     { class: "main", disabled: !rowsOf("providers").length }), table("Models", columns, rowsOf("models"),
-      rowsOf("providers").length ? "None yet. A model is a name of your own for upstream models, tried in order."
+      rowsOf("providers").length ? "None yet. A model is a name of your own for one or more models of providers, tried in order."
         : "Add a provider first; then give its models names here.")),
   listed.length ? card("Listed by providers", null,
     table("Listed models", [["Ask for", (m) => m.name, "text mono"],
@@ -12924,12 +12937,13 @@ function mappingItem(row) {
     try {
       const { models } = await ask(`${path("providers", provider.value)}/models`);
       refill(found, models.map((m) => el("option", { value: m })));
-      tell(`${count(models.length, "model")}: type into the field to choose one.`);
+      model.focus();
+      tell(`${count(models.length, "model")}: type, or press the down arrow, to choose one.`);
     } catch (error) { tellError(error); }
   };
   const own = controls(S.fields.mappings.filter((f) => ["price", "context"].includes(f.name)), row);
   const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider),
-    labelled("Upstream model", model), found,
+    labelled("Model at the provider", model), found,
     button("Fetch list", fetchNames)), el("details", { open: Boolean(row.price) },
       el("summary", {}, "Price and context of this target alone"), el("div", { class: "fields" }, own.nodes)));
   return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.value.trim() }) };
@@ -12943,7 +12957,7 @@ function modelDialog(old) {
   const save = async () => {
     const table = { ...made.read(), mappings: targets.read().map((t, n) => ({ ...t, priority: n + 1 })) };
     checkName("models", table.name, old);
-    if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs an upstream model.");
+    if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs a model at the provider.");
     await ask(path("models", old ? old.name : table.name), "PUT", { hash, table });
     close();
     await saved(`Model ${table.name} is saved.`);
@@ -12952,7 +12966,7 @@ function modelDialog(old) {
     close), { class: "danger" });
   const [name, ...others] = made.nodes;
   const form = formOf([el("div", { class: "fields" }, name), el("h3", {}, "Targets, the first tried first"),
-    targets.node,
+    el("p", { class: "muted" }, "A target is a provider, and the name that the model has there."), targets.node,
     el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save, { extra: [remove], made: made.made });
   const close = openDialog(old ? `Model ${old.name}` : "Add a model", form);
 }
@@ -13066,7 +13080,7 @@ async function usersView() {
   const columns = [["Name", (u) => u.name, "text"],
     ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` }), "act"],
     ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
-    ["Balance", (u) => (isFree(u) ? "–" : usd(u.balance_microusd)), "num"], ["Held", (u) => usd(u.held_microusd), "num"],
+    ["Balance", (u) => (isFree(u) ? "–" : usd(u.balance_microusd)), "num"], ["Set aside", (u) => usd(u.held_microusd), "num"],
     ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This week", (u) => usd(u.spent_week_microusd), "num"],
     ["This month", (u) => usd(u.spent_month_microusd), "num"], ["Budgets", (u) => budgetsOf(u).map(
       ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"]];
@@ -13132,14 +13146,14 @@ async function userDialog(user) {
   };
   const ledger = el("div", {});
   const close = openDialog(`User ${user.name}`,
-    el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} held`),
+    el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} of it set aside for running requests`),
     formOf(el("div", { class: "fields" }, labelled("Amount, dollars", amount, "below zero takes back"),
       labelled("Note", note)),
       credit, { label: "Change credit" }), el("h3", {}, "Budgets"), budgetBars(user),
         formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets,
       { label: "Save budgets" }), el("div", { class: "row" }, button("New key", rotate),
         button(user.disabled ? "Enable" : "Disable", toggle,
-      { class: "danger" })), el("h3", {}, "Ledger"), ledger);
+      { class: "danger" })), el("h3", {}, "Transactions"), ledger);
   try {
     const { transactions } = await ask(`${place}/transactions?limit=100`);
     fill(ledger, ledgerTable(transactions, "Nothing yet."));
@@ -13159,7 +13173,7 @@ async function billingView() {
     if (asked !== String(query())) return; /* the answer to what the form says now comes, too */
     const title = by.value[0].toUpperCase() + by.value.slice(1);
     const columns = [...usageColumns(title).slice(0, -1),
-      ["Unpriced", (r) => whole(r.unpriced), "num"], ["Cost", (r) => usd(r.cost_microusd), "num"],
+      ["No price", (r) => whole(r.unpriced), "num"], ["Cost", (r) => usd(r.cost_microusd), "num"],
       ["Markup", (r) => usd(r.markup_microusd), "num"], ["Charge", (r) => usd(r.charge_microusd), "num"],
       ...(other.value.trim() ? [[`As ${other.value.trim()}`, (r) => usd(r.as_if_microusd), "num"]] : [])];
     refill(result, table("Report", columns, report, "No requests in that time."),
@@ -13240,7 +13254,7 @@ async function inspectView(whenLeft) {
       { type: "application/json" });
     const headers = Object.entries(whole.client_headers).map(([name, value]) => `${name}: ${value}\n`).join("");
     const panes = [["What the client sent", `${headers}\n${pretty(whole.client_request)}`.trim()],
-      ["What went upstream", pretty(whole.upstream_request)], ["The raw answer", pretty(whole.upstream_answer)],
+      ["What the provider got", pretty(whole.upstream_request)], ["What it answered", pretty(whole.upstream_answer)],
       ["Events for the client", pretty(whole.events)]];
     refill(detail, card(`Request ${id}`, button("Download JSON", () => download(text(), `ccmux-${id}.json`)),
       el("div", { class: "two" },
@@ -13268,7 +13282,7 @@ async function inspectView(whenLeft) {
   whenLeft(poll(refresh, 3000));
   return [card("Inspect", state,
     el("p", { class: "muted" }, "Keeps the last 20 requests whole, in memory only: what the client sent, ",
-    "what went upstream, the raw answer and the events made of it. Keys are never in it."), list), detail];
+    "what the provider got and answered, and what was made of it for the client. Keys are never in it."), list), detail];
 }
 
 /* Config */

@@ -157,7 +157,7 @@ async def test_from_nothing_to_a_cost_on_the_dashboard(
             await tab(page, "models")
             await page.click("text=Add a model")
             await page.get_by_label("Name", exact=True).fill("mine")
-            await page.get_by_label("Upstream model").fill("tiny")
+            await page.get_by_label("Model at the provider").fill("tiny")
             await page.locator("dialog h3:text-is('Facts') + div").get_by_label("Input", exact=True).fill("3")
             await (
                 page.locator("dialog h3:text-is('Facts') + div").get_by_label("Output", exact=True).fill("15")
@@ -538,6 +538,9 @@ async def test_a_provider_that_refuses_its_key_is_told_apart(browser: Browser, t
         assert await ask(proxy, "tiny") == 500
         async with opened(browser, admin_url(proxy)) as page:
             await expect(page.locator(".problems")).to_contain_text("up refuses its key. See Providers")
+            await expect(page.locator(".log")).to_contain_text("500 key refused")
+            await page.get_by_label("Filter the requests").fill("KEY REFUSED")
+            await expect(page.locator(".log tbody tr")).to_have_count(1)
             await tab(page, "providers")
             await expect(page.locator("tbody")).to_contain_text("refuses its key")
 
@@ -660,7 +663,7 @@ async def test_what_is_added_takes_no_other_ones_place(
         await tab(page, "models")
         await page.click("text=Add a model")
         await page.get_by_label("Name", exact=True).fill("tiny")
-        await page.get_by_label("Upstream model").fill("other")
+        await page.get_by_label("Model at the provider").fill("other")
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("dialog .field [role=alert]")).to_contain_text("there is tiny already")
         await page.click("dialog button:text-is('Close')")
@@ -1055,3 +1058,29 @@ async def test_a_dark_page_prints_dark_on_white(browser: Browser, tmp_path: Path
         assert await page.evaluate(colour) == "rgb(229, 233, 240)"
         await page.emulate_media(media="print")
         assert await page.evaluate(colour) == "rgb(27, 34, 48)"
+
+
+async def test_every_short_word_for_a_fault_has_a_plain_one() -> None:
+    source = (Path(ccmux.__file__)).read_text("utf-8")
+    causes = set(re.findall(r'cause="(\w+)"|error="(\w+)"|else "(client_gone)"', source))
+    table = ccmux.SCRIPT.partition("const FAULTS = {")[2].partition("};")[0]
+    assert {word for found in causes for word in found if word} <= set(re.findall(r"(\w+): ", table))
+
+
+@needs_browser
+async def test_forms_do_not_speak_as_the_file_does(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        said = ""
+        for name in TABS:
+            await tab(page, name)
+            said += await page.locator("main").inner_text()
+        for name, opener in (("providers", "Edit up"), ("models", "Edit tiny")):
+            await tab(page, name)
+            await page.get_by_label(opener).click()
+            await page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+            said += await page.locator("dialog").inner_text()
+            await page.keyboard.press("Escape")
+        assert not re.search(r"true:|false:|left out:|\[\[", said)
+        assert "yes: every client needs a user's key" in said and "empty: the built-in table" in said
