@@ -12670,8 +12670,10 @@ function stateBadge(name) {
 function problems(broke) {
   const found = [], add = (kind, word, text, tab) => found.push([kind, word, text, tab]);
   if (S.config_error) add("bad", "config", S.config_error, "config");
-  if (!(S.config.providers || []).length) add("warn", "no provider",
+  if (!rowsOf("providers").length) add("warn", "no provider",
     "Add one to have anything to send requests to.", "providers");
+  else if (Object.values(S.providers).every((p) => p.format === "demo")) add("warn", "demo only",
+    "The built-in demo answers, no model does. Add a provider to have real answers.", "providers");
   for (const user of broke) add("warn", user.name, "has no credit left, so requests are refused", "users");
   for (const [name, health] of Object.entries(S.providers)) {
     const last = health.outcomes.at(-1);
@@ -12916,11 +12918,11 @@ function modelsView() {
     ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` }), "act"],
     ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ")
       || "nothing yet", "text"], ["Claude Code sees", seenAs, "text mono"],
-      ["Used by", (m) => routesOf(m.name).join(", ") || "–", "text"],
+      ["Used by", (m) => routesOf(m.name).join(", ") || (m === first && !S.routes.default ? "default, as the first" : "–"), "text"],
     ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
       : priceWord(m.price)), "nowrap"],
     ["Context", (m) => (m.context ? short(m.context) : "–"), "num"]];
-  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
+  const [first] = rowsOf("models"), listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
   return [card("Models", button("Add a model", () => modelDialog(null),
     { class: "main", disabled: !rowsOf("providers").length }), table("Models", columns, rowsOf("models"),
       rowsOf("providers").length ? "None yet. A model is a name of your own for one or more models of providers, tried in order."
@@ -12930,7 +12932,8 @@ function modelsView() {
     ["Provider", (m) => m.provider, "text"]], listed, "")) : null];
 }
 function mappingItem(row) {
-  const provider = selectBox(rowsOf("providers").map((p) => [p.name]), row.provider);
+  const names = rowsOf("providers").map((p) => p.name);
+  const provider = selectBox(names.map((n) => [n]), row.provider || names.at(-1)); /* the last was added last */
   const list = `found${++lastId}`, model = textBox(row.actual_model || "", { list }),
     found = el("datalist", { id: list });
   const fetchNames = async () => {
@@ -12960,7 +12963,7 @@ function modelDialog(old) {
     if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs a model at the provider.");
     await ask(path("models", old ? old.name : table.name), "PUT", { hash, table });
     close();
-    await saved(`Model ${table.name} is saved.`);
+    await saved(`Model ${table.name} is saved.${old ? "" : " Under Router you choose what goes to it."}`);
   };
   const remove = old && button("Delete", () => removeRow("models", old.name, hash, routesOf(old.name),
     close), { class: "danger" });

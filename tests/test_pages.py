@@ -257,6 +257,8 @@ async def test_a_provider_is_added_by_keyboard_alone(browser: Browser, tmp_path:
         await tab_to(page, "Save")
         await page.keyboard.press("Enter")
         await expect(page.locator("#status")).to_contain_text("Provider demo is saved.")
+        await tab(page, "overview")
+        await expect(page.locator(".problems")).to_contain_text("demo only")
     assert (tmp_path / "config.toml").read_text() == '[[providers]]\nname = "demo"\ntype = "demo"\n'
 
 
@@ -661,7 +663,9 @@ async def test_what_is_added_takes_no_other_ones_place(
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("#status")).to_contain_text("Provider down is saved")
         await tab(page, "models")
+        await expect(page.locator("tbody")).to_contain_text("default, as the first")
         await page.click("text=Add a model")
+        await expect(page.get_by_label("Provider", exact=True)).to_have_value("down")  # what was just added
         await page.get_by_label("Name", exact=True).fill("tiny")
         await page.get_by_label("Model at the provider").fill("other")
         await page.click("dialog button:text-is('Save')")
