@@ -12033,13 +12033,23 @@ const sum = (rows, name) => rows.reduce((total, row) => total + (row[name] || 0)
 const tokensOf = (row) => (row.input_tokens || 0) + (row.output_tokens || 0) + (row.cache_read_tokens || 0)
   + (row.cache_write_tokens || 0) + (row.cache_write_1h_tokens || 0);
 
+/* Where the browser keeps nothing for a page, as with cookies blocked, the page does while it is open. */
+function keeper(storage) {
+  try { return window[storage]; } catch {
+    const held = new Map();
+    return { getItem: (name) => held.get(name) ?? null, setItem: (name, value) => held.set(name, value),
+      removeItem: (name) => held.delete(name) };
+  }
+}
+const SESSION = keeper("sessionStorage"), LASTING = keeper("localStorage");
+
 /* The server. The admin page sends its token, the dashboard a user's key where one is needed. */
 class Failure extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
 const SECRET = PAGE === "admin" ? "ccmux-admin-token" : "ccmux-key";
 function headersWith(type) {
-  const secret = sessionStorage.getItem(SECRET), headers = type ? { "content-type": type } : {};
+  const secret = SESSION.getItem(SECRET), headers = type ? { "content-type": type } : {};
   if (secret) headers[PAGE === "admin" ? "authorization" : "x-api-key"] = PAGE === "admin"
     ? `Bearer ${secret}` : secret;
   return headers;
@@ -12101,14 +12111,14 @@ const copyable = (text) => [el("pre", { tabindex: 0 }, text), button("Copy", () 
 
 /* Theme: the system's until the toggle was used. */
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
-const theme = () => localStorage.getItem("ccmux-theme") || (darkSystem.matches ? "dark" : "light");
+const theme = () => LASTING.getItem("ccmux-theme") || (darkSystem.matches ? "dark" : "light");
 function showTheme() {
   document.documentElement.dataset.theme = theme();
   $("theme").textContent = theme() === "dark" ? "Light" : "Dark";
   $("theme").setAttribute("aria-label", `Switch to ${theme() === "dark" ? "light" : "dark"} colours`);
 }
 $("theme").addEventListener("click", () => {
-  localStorage.setItem("ccmux-theme", theme() === "dark" ? "light" : "dark");
+  LASTING.setItem("ccmux-theme", theme() === "dark" ? "light" : "dark");
   showTheme();
 });
 darkSystem.addEventListener("change", showTheme);
@@ -12138,7 +12148,7 @@ function signIn(label, help, again) {
   const error = el("p", { class: "error", role: "alert" }, again);
   const submit = (event) => {
     event.preventDefault();
-    sessionStorage.setItem(SECRET, input.value.trim());
+    SESSION.setItem(SECRET, input.value.trim());
     start();
   };
   refill($("main"), el("section", { class: "card signin" }, el("h2", {}, "Sign in"),
@@ -12156,8 +12166,8 @@ async function signedIn(load, label, help) {
       else refill($("main"), card("ccmux did not answer", button("Try again", start), el("p", {}, error.message)));
       return null;
     }
-    signIn(label, help, sessionStorage.getItem(SECRET) ? error.message : "");
-    sessionStorage.removeItem(SECRET);
+    signIn(label, help, SESSION.getItem(SECRET) ? error.message : "");
+    SESSION.removeItem(SECRET);
     return null;
   }
 }
@@ -12369,7 +12379,7 @@ function moneyCard(entries) {
     "No transactions. Credit that is added and what requests cost is listed here."));
 }
 function connectCard(models) {
-  const url = location.origin, key = sessionStorage.getItem(SECRET) ? "YOUR_CCMUX_KEY" : "ccmux-local";
+  const url = location.origin, key = SESSION.getItem(SECRET) ? "YOUR_CCMUX_KEY" : "ccmux-local";
   const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_AUTH_TOKEN: key };
   const shells = [["bash, zsh", (n, v) => `export ${n}='${v}'`], ["fish", (n, v) => `set -gx ${n} '${v}'`],
     ["PowerShell", (n, v) => `$env:${n} = '${v}'`], ["cmd", (n, v) => `set ${n}=${v}`]];
@@ -12605,7 +12615,7 @@ const TABS = [["overview", "Overview", overview], ["providers", "Providers", pro
 async function admin() {
   const given = /^#token=(.+)$/.exec(location.hash);
   if (given) {
-    sessionStorage.setItem(SECRET, decodeURIComponent(given[1]));
+    SESSION.setItem(SECRET, decodeURIComponent(given[1]));
     history.replaceState(null, "", "/admin#overview");
   }
   if (await signedIn(reload, "Admin token",
@@ -13328,7 +13338,7 @@ function settingsCard(root, title, read) {
   const save = async () => {
     const table = made.read(), token = table.admin_token;
     read.hash = (await ask(`${ROOT}/${root}`, "PUT", { hash: read.hash, table })).hash;
-    if (token && !token.includes("$")) sessionStorage.setItem(SECRET, token); /* this tab stays signed in */
+    if (token && !token.includes("$")) SESSION.setItem(SECRET, token); /* this tab stays signed in */
     await saved(`${title}: saved.`);
   };
   const note = root === "server" && el("p", { class: "muted" },

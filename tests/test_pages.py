@@ -1088,3 +1088,16 @@ async def test_forms_do_not_speak_as_the_file_does(
             await page.keyboard.press("Escape")
         assert not re.search(r"true:|false:|left out:|\[\[", said)
         assert "yes: every client needs a user's key" in said and "empty: the built-in table" in said
+
+
+@needs_browser
+async def test_a_browser_that_keeps_nothing_shows_both_pages(browser: Browser, tmp_path: Path) -> None:
+    refuse = """for (const name of ["localStorage", "sessionStorage"]) Object.defineProperty(window, name,
+      { get() { throw new DOMException("denied", "SecurityError"); } });"""
+    async with in_process(tmp_path, "") as proxy, opened(browser, "about:blank") as page:
+        await page.add_init_script(refuse)
+        for url in (proxy.url, admin_url(proxy)):
+            await page.goto(url)
+            await page.wait_for_selector("main .tiles")
+        await page.click("#theme")
+        await expect(page.locator("#theme")).to_have_text("Light")
