@@ -12049,7 +12049,9 @@ class Failure extends Error {
 }
 const SECRET = PAGE === "admin" ? "ccmux-admin-token" : "ccmux-key";
 function headersWith(type) {
-  const secret = SESSION.getItem(SECRET), headers = type ? { "content-type": type } : {};
+  /* Bytes, as a browser sends nothing else: what is no ASCII would be thrown out as if ccmux did not answer. */
+  const secret = String.fromCharCode(...new TextEncoder().encode(SESSION.getItem(SECRET) || ""));
+  const headers = type ? { "content-type": type } : {};
   if (secret) headers[PAGE === "admin" ? "authorization" : "x-api-key"] = PAGE === "admin"
     ? `Bearer ${secret}` : secret;
   return headers;
@@ -12615,7 +12617,9 @@ const TABS = [["overview", "Overview", overview], ["providers", "Providers", pro
 async function admin() {
   const given = /^#token=(.+)$/.exec(location.hash);
   if (given) {
-    SESSION.setItem(SECRET, decodeURIComponent(given[1]));
+    let token = given[1];
+    try { token = decodeURIComponent(token); } catch { /* typed by hand, with a percent sign of its own */ }
+    SESSION.setItem(SECRET, token);
     history.replaceState(null, "", "/admin#overview");
   }
   if (await signedIn(reload, "Admin token",

@@ -1101,3 +1101,20 @@ async def test_a_browser_that_keeps_nothing_shows_both_pages(browser: Browser, t
             await page.wait_for_selector("main .tiles")
         await page.click("#theme")
         await expect(page.locator("#theme")).to_have_text("Light")
+
+
+@needs_browser
+async def test_a_token_of_any_letters_is_judged_and_leaves_a_way_back(
+    browser: Browser, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, f"{proxy.url}/admin") as page:
+        proxy.state.admin_token = "Schlüssel-100%-mit-…-und-mehr"
+        await page.get_by_label("Admin token").fill("falsch…")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("[role=alert]")).to_contain_text("the admin token is needed")
+        await page.get_by_label("Admin token").fill(proxy.state.admin_token)
+        await page.keyboard.press("Enter")
+        await page.wait_for_selector("main .tiles")
+        await page.goto("about:blank")
+        await page.goto(f"{proxy.url}/admin#token=50%-wrong")
+        await expect(page.locator("[role=alert]")).to_contain_text("the admin token is needed")
