@@ -12141,7 +12141,8 @@ function redraw(node, ...children) {
   if (focused) focused.focus({ preventScroll: true });
 }
 function poll(refresh, every) {
-  const timer = setInterval(() => { if (!document.hidden) refresh().catch(tellError); }, every);
+  const fail = (error) => (error.status === 401 ? start() : tellError(error)); /* the token was changed */
+  const timer = setInterval(() => { if (!document.hidden) refresh().catch(fail); }, every);
   return () => clearInterval(timer);
 }
 
@@ -12168,6 +12169,7 @@ async function signedIn(load, label, help) {
       else refill($("main"), card("ccmux did not answer", button("Try again", start), el("p", {}, error.message)));
       return null;
     }
+    stopView();
     signIn(label, help, SESSION.getItem(SECRET) ? error.message : "");
     SESSION.removeItem(SECRET);
     return null;

@@ -1118,3 +1118,18 @@ async def test_a_token_of_any_letters_is_judged_and_leaves_a_way_back(
         await page.goto("about:blank")
         await page.goto(f"{proxy.url}/admin#token=50%-wrong")
         await expect(page.locator("[role=alert]")).to_contain_text("the admin token is needed")
+
+
+@needs_browser
+async def test_an_overview_whose_token_was_changed_asks_for_the_new_one(
+    browser: Browser, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, admin_url(proxy)) as page:
+        await page.wait_for_selector("main .tiles")
+        await until(lambda: bool(proxy.state.listeners), "the page listens")
+        proxy.state.admin_token = "another-token-of-the-admin-0123456789"
+        await page.get_by_label("Admin token").fill(proxy.state.admin_token)  # within the 5 s of a poll
+        await until(lambda: not proxy.state.listeners, "the overview's stream was closed")
+        await page.wait_for_timeout(5500)  # no other poll takes what was typed
+        await page.keyboard.press("Enter")
+        await page.wait_for_selector("main .tiles")
