@@ -12415,7 +12415,10 @@ function selectBox(options, value) {
 }
 /* What a number box says, undefined where it is empty. Browsers give what is no number as "" too. */
 function numberIn(input, name = input.labels[0].textContent) {
-  if (input.validity.badInput) throw new Failure(400, `${name}: must be a number`);
+  const { badInput, rangeUnderflow, rangeOverflow } = input.validity;
+  if (badInput) throw new Failure(400, `${name}: must be a number`);
+  if (rangeUnderflow) throw new Failure(400, `${name}: must be at least ${whole(input.min)}`);
+  if (rangeOverflow) throw new Failure(400, `${name}: must be at most ${whole(input.max)}`);
   return input.value === "" ? undefined : Number(input.value);
 }
 const PRICES = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"],
@@ -13083,6 +13086,7 @@ async function explainCard() {
 }
 
 /* Users */
+const DOLLARS = { min: 0, max: 1e9 };
 function dollarsIn(input) {
   const dollars = numberIn(input);
   return dollars === undefined ? null : Math.round(dollars * 1e6);
@@ -13090,7 +13094,7 @@ function dollarsIn(input) {
 const PERIODS = ["day", "week", "month"];
 function budgetBoxes(budgets) {
   const shown = (n) => (n === null || n === undefined ? "" : n / 1e6);
-  const boxes = PERIODS.map((p) => numberBox(shown(budgets[`${p}_microusd`]), { min: 0 }));
+  const boxes = PERIODS.map((p) => numberBox(shown(budgets[`${p}_microusd`]), DOLLARS));
   return { nodes: boxes.map((box, n) => labelled(`Budget a ${PERIODS[n]}, dollars`, box, "empty: none")),
     read: () => Object.fromEntries(boxes.map((box, n) => [`${PERIODS[n]}_microusd`, dollarsIn(box)])) };
 }
@@ -13107,7 +13111,7 @@ async function usersView() {
     "No users. On this computer alone none is needed; on a network each person gets a key."));
 }
 function addUserDialog() {
-  const name = textBox(""), credit = numberBox("", { min: 0 }), note = textBox(""), budgets = budgetBoxes({});
+  const name = textBox(""), credit = numberBox("", DOLLARS), note = textBox(""), budgets = budgetBoxes({});
   const save = async () => {
     const user = { name: name.value.trim(), budgets: budgets.read(), note: note.value,
       credit_microusd: dollarsIn(credit) };
@@ -13127,7 +13131,7 @@ function keyDialog(name, key) {
     "This is shown once. Give it to them now: only a hash of it is kept."), copyable(key));
 }
 async function userDialog(user) {
-  const place = path("users", user.name), amount = numberBox(""), note = textBox(""),
+  const place = path("users", user.name), amount = numberBox("", { min: -1e9, max: 1e9 }), note = textBox(""),
     budgets = budgetBoxes(user.budgets);
   const key = crypto.randomUUID ? crypto.randomUUID() : String(Math.random());
   const after = async (words) => { close(); await saved(words); };
@@ -13137,9 +13141,10 @@ async function userDialog(user) {
     if (isKept) throw new Failure(0, "Nothing is saved.");
   };
   const credit = async () => {
-    if (!Number(amount.value)) throw new Failure(400, "Give an amount of dollars; below zero takes back.");
+    const given = dollarsIn(amount);
+    if (!given) throw new Failure(400, "Give an amount of dollars; below zero takes back.");
     leaveOther();
-    await ask(`${place}/credit`, "POST", { amount_microusd: dollarsIn(amount), note: note.value, key });
+    await ask(`${place}/credit`, "POST", { amount_microusd: given, note: note.value, key });
     await after(`Credit of ${user.name} is changed.`);
   };
   const setBudgets = async () => {

@@ -686,6 +686,20 @@ async def test_what_is_no_number_is_not_taken_for_an_empty_box(
             await page.get_by_label("Open ann").click()
             await no_number(page, page.get_by_label("Budget a day"), "Save budgets")
             await expect(page.locator("dialog")).to_contain_text("Budget a day, dollars: must be a number")
+            for label, typed, save, told in (
+                ("Budget a day", "-1", "Save budgets", "day, dollars: must be at least 0"),
+                ("Budget a day", "1e12", "Save budgets", "day, dollars: must be at most 1,000,000,000"),
+                (
+                    "Amount, dollars",
+                    "1e12",
+                    "Change credit",
+                    "Amount, dollars: must be at most 1,000,000,000",
+                ),
+                ("Amount, dollars", "1e-9", "Change credit", "Give an amount"),
+            ):
+                await page.get_by_label(label).fill(typed)
+                await page.click(f"dialog button:text-is('{save}')")
+                await expect(page.locator("dialog [role=alert]", has_text=told)).to_be_visible()
             await page.get_by_label("Budget a day").fill("6.5")
             await page.click("dialog button:text-is('Save budgets')")
             await expect(page.locator("main")).to_contain_text("$6.50 a day")
