@@ -12105,11 +12105,17 @@ function tell(words) {
 function tellError(error) {
   if (error.name !== "AbortError") tell(error.message);
 }
-async function copy(text) {
-  try { await navigator.clipboard.writeText(text); tell("Copied."); }
-  catch { tell("The browser does not allow copying here: select the text instead."); }
+/* Browsers let a page copy on https and on this computer alone. */
+function copyable(text) {
+  const shown = el("pre", { tabindex: 0 }, text);
+  const copy = async () => {
+    try { await navigator.clipboard.writeText(text); tell("Copied."); } catch {
+      getSelection().selectAllChildren(shown);
+      tell("The browser does not allow copying here. The text is selected: press Ctrl+C.");
+    }
+  };
+  return [shown, button("Copy", copy, { class: "small" })];
 }
-const copyable = (text) => [el("pre", { tabindex: 0 }, text), button("Copy", () => copy(text), { class: "small" })];
 
 /* Theme: the system's until the toggle was used. */
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");

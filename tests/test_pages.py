@@ -1147,3 +1147,13 @@ async def test_an_overview_whose_token_was_changed_asks_for_the_new_one(
         await page.wait_for_timeout(5500)  # no other poll takes what was typed
         await page.keyboard.press("Enter")
         await page.wait_for_selector("main .tiles")
+
+
+@needs_browser
+async def test_what_may_not_be_copied_is_selected(browser: Browser, tmp_path: Path) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, "about:blank") as page:
+        await page.add_init_script('Object.defineProperty(navigator, "clipboard", { value: undefined });')
+        await page.goto(proxy.url)
+        await page.get_by_role("button", name="Copy").first.click()
+        await expect(page.locator("#status")).to_contain_text("press Ctrl+C")
+        assert f"export ANTHROPIC_BASE_URL='{proxy.url}'" in await page.evaluate("String(getSelection())")
