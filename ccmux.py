@@ -13338,6 +13338,7 @@ async function configView() {
 }
 async function backupDialog(name, hash) {
   const { text, changes } = await ask(path("backups", name));
+  if (document.querySelector("dialog")) return; /* a double click */
   const restore = async () => {
     await ask(path("backups", name), "POST", { hash });
     close();

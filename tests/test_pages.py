@@ -503,9 +503,10 @@ async def test_a_backup_is_restored(browser: Browser, provider: AnthropicFake, t
         await page.click("form button:text-is('Save') >> nth=0")
         await expect(page.locator("#status")).to_contain_text("saved")
         await tab(page, "config")
-        await page.get_by_label("Look at config.toml.bak1").click()
+        await page.get_by_label("Look at config.toml.bak1").dblclick()
         await expect(page.locator("dialog pre").first).to_contain_text('-background = "tiny"')
         assert "sk-secret" not in await page.content()
+        assert await page.locator("dialog").count() == 1
         await page.click("dialog button:text-is('Restore')")
         await expect(page.locator("#status")).to_contain_text("config.toml.bak1 is the config again")
     assert (tmp_path / "config.toml").read_text() == text
