@@ -11887,6 +11887,7 @@ tbody tr:last-child td { border-bottom: 0; }
   content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px;
   background: var(--muted);
 }
+.status::before, .beats i { forced-color-adjust: none; } /* their colour is all they are */
 .status.ok::before { background: var(--ok); }
 .status.warn::before { background: var(--warn); }
 .status.bad::before { background: var(--bad); }
