@@ -12818,6 +12818,11 @@ function checkName(root, name, old) {
   if (name !== (old || {}).name && rowsOf(root).some((row) => row.name === name)) {
     throw new Failure(400, `name: there is ${name} already; edit that one, or choose another name`);
   }
+  const users = old && name !== old.name ? (root === "models" ? routesOf : usersOf)(old.name) : [];
+  if (users.length) {
+    throw new Failure(400, `name: ${users.join(", ")} would still say ${old.name}; `
+      + "change both names in the whole file, under Config");
+  }
 }
 const usersOf = (name) => rowsOf("models").filter((m) => (m.mappings
   || []).some((t) => t.provider === name)).map((m) => m.name);
@@ -12986,6 +12991,7 @@ function modelDialog(old) {
   const save = async () => {
     const table = { ...made.read(), mappings: targets.read().map((t, n) => ({ ...t, priority: n + 1 })) };
     checkName("models", table.name, old);
+    if (!table.mappings.length) throw new Failure(400, "Add a target: without one nobody serves the model.");
     if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs a model at the provider.");
     await ask(path("models", old ? old.name : table.name), "PUT", { hash, table });
     close();
@@ -13032,6 +13038,7 @@ async function routerView() {
   };
   const save = async () => {
     const { rules: _, ...table } = made.read(), kept = rules.read();
+    if (kept.some((rule) => !rule.pattern || !rule.model)) throw new Failure(400, "Each rule needs a pattern and a model.");
     ({ hash } = await ask(`${ROOT}/router`, "PUT", { hash, table: kept.length ? { ...table, rules: kept } : table }));
     await saved("The router is saved.");
   };

@@ -1158,3 +1158,33 @@ async def test_what_may_not_be_copied_is_selected(browser: Browser, tmp_path: Pa
         await page.get_by_role("button", name="Copy").first.click()
         await expect(page.locator("#status")).to_contain_text("press Ctrl+C")
         assert f"export ANTHROPIC_BASE_URL='{proxy.url}'" in await page.evaluate("String(getSelection())")
+
+
+@needs_browser
+async def test_what_a_save_would_break_is_told_before_it(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    text = config_of(provider, extra='[router]\ndefault = "tiny"\n')
+    async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
+        told = page.locator("[role=alert]:not(:empty)")
+        for name, opener, words in (
+            ("providers", "Edit up", "tiny would still say up"),
+            ("models", "Edit tiny", "default would still say tiny"),
+        ):
+            await tab(page, name)
+            await page.get_by_label(opener).click()
+            await page.get_by_label("Name", exact=True).fill("renamed")
+            await page.click("dialog button:text-is('Save')")
+            await expect(told).to_contain_text(words)
+            await page.keyboard.press("Escape")
+        await page.get_by_label("Edit tiny").click()
+        await page.click("dialog button:text-is('Remove')")
+        await page.click("dialog button:text-is('Save')")
+        await expect(told).to_contain_text("Add a target")
+        await page.keyboard.press("Escape")
+        await tab(page, "router")
+        await page.click("text=Add a rule")
+        await page.get_by_label("Model", exact=True).fill("tiny")
+        await page.click("form button:text-is('Save') >> nth=0")  # without a pattern it would match everything
+        await expect(told).to_contain_text("Each rule needs a pattern")
+    assert (tmp_path / "config.toml").read_text() == text
