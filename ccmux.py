@@ -12856,12 +12856,11 @@ function providerDialog(old) {
   const type = selectBox([["", "choose …"], ...[...types].map((t) => [t])], row.type || row.provider_type || "");
   const to = el("p", { class: "muted" }), name = first.of("name").input, url = first.of("base_url").input;
   const key = first.of("api_key").input;
+  const addressOf = (kind, given) => given || (S.presets[kind] || {}).base_url || "";
   const chosen = () => {
-    const preset = S.presets[type.value] || {};
-    const place = url.value || preset.url || preset.base_url;
+    const preset = S.presets[type.value] || {}, place = addressOf(type.value, url.value);
     to.textContent = place ? `Requests and the key go to ${hostOf(place)}.` : "Give the address that requests go to.";
-    const isMoved = old && url.value !== (old.base_url || "");
-    if (isMoved) to.textContent += " The key must be typed again for a new address.";
+    if (old && place !== addressOf(row.type || row.provider_type, row.base_url)) to.textContent += " The key must be typed again for a new address.";
     url.placeholder = preset.base_url || "https://host/v1";
     if (preset.api_key && !old) key.placeholder = `the key, or ${preset.api_key} from the environment`;
   };

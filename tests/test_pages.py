@@ -408,11 +408,29 @@ async def test_editing_a_provider_keeps_its_key_but_not_for_another_address(
         assert "sk-secret-0123456789" in file.read_text() and 'models = ["one", "two"]' in file.read_text()
         await page.get_by_label("Edit up").click()
         await page.get_by_label("Models", exact=True).fill("")
+        await expect(page.locator("dialog")).not_to_contain_text("must be typed again")
+        await page.get_by_label("Base URL").fill("")  # so to Anthropic's own
+        await expect(page.locator("dialog")).to_contain_text("must be typed again")
         await page.get_by_label("Base URL").fill("https://elsewhere.example")
         await expect(page.locator("dialog")).to_contain_text("The key must be typed again")
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("main")).to_contain_text("elsewhere.example")
         assert "sk-secret" not in file.read_text() and "models = [" not in file.read_text()
+
+
+@needs_browser
+async def test_another_type_at_another_address_wants_its_own_key(browser: Browser, tmp_path: Path) -> None:
+    text = '[[providers]]\nname = "up"\ntype = "openrouter"\napi_key = "sk-secret-0123456789"\n'
+    async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.get_by_label("Edit up").click()
+        await page.get_by_label("Type", exact=True).select_option("deepseek")
+        await expect(page.locator("dialog")).to_contain_text(
+            "go to api.deepseek.com. The key must be typed again"
+        )
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("main")).to_contain_text("api.deepseek.com")
+    assert "sk-secret" not in (tmp_path / "config.toml").read_text()
 
 
 @needs_browser
@@ -1185,6 +1203,8 @@ async def test_what_a_save_would_break_is_told_before_it(
         await tab(page, "router")
         await page.click("text=Add a rule")
         await page.get_by_label("Model", exact=True).fill("tiny")
-        await page.click("form button:text-is('Save') >> nth=0")  # without a pattern it would match everything
+        await page.click(
+            "form button:text-is('Save') >> nth=0"
+        )  # without a pattern it would match everything
         await expect(told).to_contain_text("Each rule needs a pattern")
     assert (tmp_path / "config.toml").read_text() == text
