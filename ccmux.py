@@ -12261,7 +12261,8 @@ async function showRow(row) {
     ? seconds(value) : value === "" || value === null ? "–" : String(value));
   const fields = Object.entries(row).filter(([name]) => !["trail", "price"].includes(name));
   const again = el("div", {});
-  const ended = row.status < 300 && !row.error ? "answered" : "did not answer to the end";
+  const isAsked = row.attempts || row.error === "interrupted"; /* of which nothing more is known */
+  const ended = row.status < 300 && !row.error ? "answered" : isAsked ? "did not answer to the end" : "was not asked";
   openDialog(`Request ${row.request_id}`, el("p", {}, statusBadge(row), ` ${row.asked || "–"} was asked for, `,
     `${target(row)} ${ended} (${row.route || "–"}, ${count(row.attempts, "attempt")})`),
   el("h3", {}, "Why"), explanation(row.trail), again, el("h3", {}, "Cost"), costTable(row),
@@ -12710,8 +12711,9 @@ function problems(broke) {
       add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${faultWord(last.error)}` : ""}`, "providers");
     }
   }
-  if (S.unpriced && S.unpriced.length) {
-    add("warn", "no price", `${S.unpriced.slice(0, 8).join(", ")}: what these cost is not counted`, "models");
+  if (S.unpriced.length) {
+    const rest = S.unpriced.length > 8 ? ` and ${S.unpriced.length - 8} more` : "";
+    add("warn", "no price", `${S.unpriced.slice(0, 8).join(", ")}${rest}: what these cost is not counted`, "models");
   }
   const said = Object.entries(S.providers).filter(([,
     health]) => health.problem).map(([name]) => `provider ${name}:`);
@@ -13386,7 +13388,7 @@ if (PAGE !== "admin") {
 PAGE_HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>@TITLE@</title><link rel="icon" href="data:,"><style>@STYLE@</style></head>
-<body data-page="@PAGE@"><header><h1>@TITLE@</h1><nav id="tabs" aria-label="Pages">@LINKS@</nav>
+<body data-page="@PAGE@"><header><h1>@TITLE@</h1>@NAV@
 <span class="grow"></span>@OTHER@<button type="button" id="theme">Dark</button></header>
 <main id="main" tabindex="-1"><p class="empty">Loading …</p>
 <noscript><p>This page needs JavaScript; the numbers are also at /api/usage, and in `ccmux.py report`.</p></noscript></main>
@@ -13396,7 +13398,8 @@ PAGE_HTML = """<!doctype html>
 
 
 def page_html(page: str, title: str, other: str) -> str:
-    parts = {"TITLE": title, "STYLE": STYLE, "PAGE": page, "LINKS": "", "OTHER": other, "SCRIPT": SCRIPT}
+    nav = '<nav id="tabs" aria-label="Pages"></nav>' if page == "admin" else ""
+    parts = {"TITLE": title, "STYLE": STYLE, "PAGE": page, "NAV": nav, "OTHER": other, "SCRIPT": SCRIPT}
     return re.sub(r"@([A-Z]+)@", lambda m: parts[m[1]], PAGE_HTML)
 
 

@@ -96,11 +96,11 @@ def config_of(fake: AnthropicFake, model: str = "tiny", extra: str = "") -> str:
     )
 
 
-async def ask(proxy: Proxy, model: str) -> int:
+async def ask(proxy: Proxy, model: str, key: str = "none") -> int:
     body = {"model": model, "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
     async with (
         aiohttp.ClientSession() as session,
-        session.post(f"{proxy.url}/v1/messages", json=body) as answer,
+        session.post(f"{proxy.url}/v1/messages", json=body, headers={"x-api-key": key}) as answer,
     ):
         await answer.read()
         return answer.status
@@ -1208,3 +1208,22 @@ async def test_what_a_save_would_break_is_told_before_it(
         )  # without a pattern it would match everything
         await expect(told).to_contain_text("Each rule needs a pattern")
     assert (tmp_path / "config.toml").read_text() == text
+
+
+@needs_browser
+async def test_the_overview_counts_what_it_leaves_out_and_who_was_not_asked(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    names = [f"mystery-{n}" for n in range(10)]
+    text = config_of(provider, extra="[credits]\nenforce = true\n")
+    async with in_process(tmp_path, text.replace("api_key", f"models = {names}\napi_key")) as proxy:
+        _, key = proxy.state.store.add_user("ann", 5_000_000, {"day_microusd": 0}, "")
+        assert await ask(proxy, "tiny", key) == 429
+        await proxy.idle()
+        async with opened(browser, admin_url(proxy)) as page:
+            await expect(page.locator(".problems")).to_contain_text("mystery-7 and 2 more: what these cost")
+            await page.locator(".log tbody button").click()
+            await expect(page.locator("dialog")).to_contain_text("up/tiny was not asked")
+        async with opened(browser, proxy.url) as page:
+            await page.wait_for_selector(".tiles")
+            assert await page.get_by_role("navigation").count() == 0  # there is but one
