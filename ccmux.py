@@ -13122,8 +13122,14 @@ async function usersView() {
     ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This week", (u) => usd(u.spent_week_microusd), "num"],
     ["This month", (u) => usd(u.spent_month_microusd), "num"], ["Budgets", (u) => budgetsOf(u).map(
       ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"]];
-  return card("Users", button("Add a user", addUserDialog, { class: "main" }), table("Users", columns, users,
-    "No users. On this computer alone none is needed; on a network each person gets a key."));
+  const isOn = (root, key) => (S.config[root] || {})[key];
+  return card("Users", button("Add a user", addUserDialog, { class: "main" }),
+    !isOn("server", "require_key") && el("p", { class: "muted" },
+      "Who gives no key is the user local, and never refused. Require key, under Config, changes that."),
+    !isOn("credits", "enforce") && el("p", { class: "muted" },
+      "Credit and budgets are counted, but refuse nobody yet. Enforce, under Config, changes that."),
+    table("Users", columns, users,
+      "No users. On this computer alone none is needed; on a network each person gets a key."));
 }
 function addUserDialog() {
   const name = textBox(""), credit = numberBox("", DOLLARS), note = textBox(""), budgets = budgetBoxes({});
@@ -13188,7 +13194,8 @@ async function userDialog(user) {
     el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} of it set aside for running requests`),
     formOf(el("div", { class: "fields" }, labelled("Amount, dollars", amount, "below zero takes back"),
       labelled("Note", note)),
-      credit, { label: "Change credit" }), el("h3", {}, "Budgets"), budgetBars(user),
+      credit, { label: "Change credit" }), el("h3", {}, "Budgets"), user.name === "local" && el("p", { class: "muted" },
+      "The user local is never refused: these show how much is used, and limit nothing."), budgetBars(user),
         formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets,
       { label: "Save budgets" }), el("div", { class: "row" }, button("New key", rotate),
         button(user.disabled ? "Enable" : "Disable", toggle,

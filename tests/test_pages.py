@@ -380,6 +380,7 @@ async def test_adding_a_user_shows_the_key_once_and_who_has_no_credit(
             await expect(page.locator(".problems")).to_contain_text("bob has no credit left")
             await expect(page.locator(".problems")).not_to_contain_text("local")
             await tab(page, "users")
+            await expect(page.locator("main")).not_to_contain_text("refuse nobody")
             await page.click("text=Add a user")
             await page.get_by_label("Name", exact=True).fill("not a name")
             await page.click("dialog button:text-is('Add')")
@@ -546,7 +547,9 @@ async def test_a_weeks_budget_stands_beside_what_was_spent(
         async with opened(browser, admin_url(proxy)) as page:
             await tab(page, "users")
             await expect(page.locator("main")).to_contain_text("$2.00 a week")
+            await expect(page.locator("main")).to_contain_text("Credit and budgets are counted, but refuse nobody")
             await page.get_by_label("Open local").click()
+            await expect(page.locator("dialog")).to_contain_text("limit nothing")
             await expect(page.locator("dialog")).to_contain_text("$0.0045 of $2.00 this week")
 
 
