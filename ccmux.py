@@ -12398,8 +12398,8 @@ function connectCard(models) {
   const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", {}, name), copyable(
     [...Object.entries(values).map(([key, value]) => line(key, value)), "claude"].join("\n")));
   return card("Point Claude Code here", null,
-    el("p", { class: "muted" }, "In a terminal, then start Claude Code there.",
-    models.length ? ` /model then also takes names such as ${models[0].name}.` : ""), shells.map(block));
+    el("p", { class: "muted" }, "Paste these lines into a terminal; the last one starts Claude Code.",
+    models.length ? ` Its /model also takes names such as ${models[0].name}.` : ""), shells.map(block));
 }
 
 /* Forms, built from the config's own declarations of its keys: {name, kind, help, default, choices}. */
@@ -13149,7 +13149,8 @@ function addUserDialog() {
 }
 function keyDialog(name, key) {
   openDialog(`Key of ${name}`, el("p", {},
-    "This is shown once. Give it to them now: only a hash of it is kept."), copyable(key));
+    "This is shown once. Give it to them now: only a hash of it is kept. "
+    + "With it they sign in on the dashboard, which says how to point Claude Code here."), copyable(key));
 }
 async function userDialog(user) {
   const place = path("users", user.name), amount = numberBox("", { min: -1e9, max: 1e9 }), note = textBox(""),
@@ -13245,7 +13246,7 @@ function tryView(whenLeft) {
   const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }), limit = numberBox(512, { min: 1 });
   const prompt = el("textarea", { rows: 4, value: "Say hello in one sentence." });
   const output = el("pre", { tabindex: 0, "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
-    end = el("div", {});
+    end = el("div", { "aria-live": "polite" });
   let running = null;
   const deltas = { text_delta: (d) => d.text, thinking_delta: (d) => d.thinking,
     input_json_delta: (d) => d.partial_json };

@@ -547,7 +547,9 @@ async def test_a_weeks_budget_stands_beside_what_was_spent(
         async with opened(browser, admin_url(proxy)) as page:
             await tab(page, "users")
             await expect(page.locator("main")).to_contain_text("$2.00 a week")
-            await expect(page.locator("main")).to_contain_text("Credit and budgets are counted, but refuse nobody")
+            await expect(page.locator("main")).to_contain_text(
+                "Credit and budgets are counted, but refuse nobody"
+            )
             await page.get_by_label("Open local").click()
             await expect(page.locator("dialog")).to_contain_text("limit nothing")
             await expect(page.locator("dialog")).to_contain_text("$0.0045 of $2.00 this week")
