@@ -12522,21 +12522,21 @@ const helpOf = ({ help }) => (help || "").replace(/^true:/, "yes:").replace(/^fa
 const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ")
   .replace("Api", "API").replace(" url", " URL");
 
-/* Controls for some fields of a table. read() is the table with what they now say; a key whose control is empty,
-   or says the default that was never written, is left out. */
+/* Controls for some fields of a table. read() is the table with what was changed; a key whose control was made
+   empty is left out. What was not changed stays as it was written: an empty list may overrule a preset's. */
 function controls(fields, table) {
   const made = fields.map((field) => {
     const value = table[field.name], control = CONTROLS[field.kind](field, value);
     const node = control.node || labelled(labelOf(field), control.input, helpOf(field), control.wide);
-    return { field, value, ...control, node };
+    return { field, first: control.get(), ...control, node };
   });
   const read = (start = table) => {
     const out = { ...start };
-    for (const { field, value, get } of made) {
+    for (const { field, first, get } of made) {
       const now = get();
+      if (same(now, first) && !field.secret) continue; /* a secret that is left out stays */
       const isEmpty = (now === "" && !field.secret) || same(now, []);
-      const plain = same(now, field.default) && (isEmpty || (value === undefined && !field.maybe));
-      if (now === undefined || plain) delete out[field.name];
+      if (now === undefined || (isEmpty && same(now, field.default))) delete out[field.name];
       else out[field.name] = now;
     }
     return out;
@@ -12878,10 +12878,10 @@ function providerDialog(old) {
   url.addEventListener("input", chosen);
   chosen();
   const save = async () => {
-    const own = quirks.read(), { provider_type: _, quirks: __, ...table } = rest.read(first.read());
-    table.type = type.value;
+    const own = quirks.read(), { provider_type: written, quirks: _, ...table } = rest.read(first.read());
+    if (!type.value) throw new Failure(400, "Choose a type first.");
+    table[written === type.value ? "provider_type" : "type"] = type.value;
     if (Object.keys(own).length) table.quirks = own;
-    if (!table.type) throw new Failure(400, "Choose a type first.");
     checkName("providers", table.name, old);
     await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
     close();
@@ -12990,7 +12990,8 @@ function modelDialog(old) {
   const targets = sequence([...(row.mappings || [])].sort((a, b) => order(a) - order(b)), mappingItem,
     "Add a target", () => ({}));
   const save = async () => {
-    const table = { ...made.read(), mappings: targets.read().map((t, n) => ({ ...t, priority: n + 1 })) };
+    const rows = targets.read(), isOrdered = rows.every((t, n) => !n || order(rows[n - 1]) <= order(t));
+    const table = { ...made.read(), mappings: isOrdered ? rows : rows.map((t, n) => ({ ...t, priority: n + 1 })) };
     checkName("models", table.name, old);
     if (!table.mappings.length) throw new Failure(400, "Add a target: without one nobody serves the model.");
     if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs a model at the provider.");

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from fakes import Answer, AnthropicFake, Tokens
-from proxy_harness import ADMIN_TOKEN, Proxy, in_process, until
+from proxy_harness import ADMIN_TOKEN, ROOT, Proxy, in_process, until
 
 import ccmux
 
@@ -1232,3 +1232,30 @@ async def test_the_overview_counts_what_it_leaves_out_and_who_was_not_asked(
         async with opened(browser, proxy.url) as page:
             await page.wait_for_selector(".tiles")
             assert await page.get_by_role("navigation").count() == 0  # there is but one
+
+
+@needs_browser
+async def test_a_save_without_a_change_leaves_the_file_as_it_is(browser: Browser, tmp_path: Path) -> None:
+    text = (ROOT / "config.example.toml").read_text("utf-8")
+    text += '[[providers]]\nname = "mux"\nprovider_type = "anthropic"\n[[models]]\nname = "odd"\n'
+    for name, priority in (("mux", 3), ("ollama", 7)):
+        text += f'[[models.mappings]]\nprovider = "{name}"\nactual_model = "a"\npriority = {priority}\n'
+    tables = tomllib.loads(text)
+    async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
+        for root, word in (("providers", "Provider"), ("models", "Model")):
+            for row in tables[root]:
+                await tab(page, root)
+                await page.get_by_label(f"Edit {row['name']}", exact=True).click()
+                await page.click("dialog button:text-is('Save')")
+                await expect(page.locator("#status")).to_contain_text(f"{word} {row['name']} is saved")
+                assert (tmp_path / "config.toml").read_text("utf-8") == text, row["name"]
+        for name, heading, told in (
+            ("router", "Router", "The router is saved"),
+            ("config", "Credits", "Credits: saved"),
+            ("config", "Server", "Server: saved"),
+        ):
+            await tab(page, name)
+            card = page.locator("section", has=page.get_by_role("heading", name=heading, exact=True))
+            await card.get_by_role("button", name="Save", exact=True).click()
+            await expect(page.locator("#status")).to_contain_text(told)
+            assert (tmp_path / "config.toml").read_text("utf-8") == text, heading
