@@ -12133,7 +12133,6 @@ $("theme").addEventListener("click", () => {
 darkSystem.addEventListener("change", showTheme);
 showTheme();
 
-/* Asks again every few seconds while the page is seen; errors are told, not thrown. */
 /* Draws a part anew, and gives back the focus, the scrolling sideways and what was unfolded in it. */
 function redraw(node, ...children) {
   const all = (what) => [...node.querySelectorAll(what)], stops = "a, button, summary, [tabindex]";
@@ -12147,9 +12146,10 @@ function redraw(node, ...children) {
   const focused = at >= 0 && all(stops).find(isSame);
   if (focused) focused.focus({ preventScroll: true });
 }
+/* Asks again every few seconds while the page is seen and no text on it is selected, to be copied perhaps. */
 function poll(refresh, every) {
   const fail = (error) => (error.status === 401 ? start() : tellError(error)); /* the token was changed */
-  const timer = setInterval(() => { if (!document.hidden) refresh().catch(fail); }, every);
+  const timer = setInterval(() => { if (!document.hidden && !String(getSelection())) refresh().catch(fail); }, every);
   return () => clearInterval(timer);
 }
 
@@ -12773,14 +12773,17 @@ const duration = (s) => (s < 3600 ? `${Math.floor(s / 60)} min` : s < 172800 ? `
   : `${Math.floor(s / 86400)} days`);
 async function liveLog(place) {
   const newest = async () => (await ask(`${ROOT}/requests?limit=100`)).requests;
-  let rows = await newest(), paused = false;
+  let rows = await newest(), shown = rows, paused = false;
   const ended = new AbortController();
   let stream = new AbortController();
   const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
     type: "search" });
   const isWanted = (row) => `${faultWord(row.error)} ${JSON.stringify(row)}`.toLowerCase().includes(filter.value.toLowerCase());
-  const draw = () => redraw(place, table("Requests", requestColumns(true), rows.filter(isWanted),
-    rows.length ? "Nothing fits the filter." : "No requests yet. They appear here as they end."));
+  const draw = () => {
+    if (!paused) shown = rows;
+    redraw(place, table("Requests", requestColumns(true), shown.filter(isWanted),
+      shown.length ? "Nothing fits the filter." : "No requests yet. They appear here as they end."));
+  };
   let timer = 0; /* many requests at once are drawn once */
   const drawSoon = () => { timer = timer || setTimeout(() => { timer = 0; if (!paused) draw(); }, 300); };
   const pause = button("Pause", () => {
@@ -13390,7 +13393,7 @@ if (PAGE === "admin") addEventListener("hashchange",
   () => (location.hash.startsWith("#token=") ? admin() : showTab()));
 start();
 if (PAGE !== "admin") {
-  poll(async () => { if (document.querySelector(".tiles") && !String(getSelection())) await dashboard(); }, 30000);
+  poll(async () => { if (document.querySelector(".tiles")) await dashboard(); }, 30000);
 }
 """
 

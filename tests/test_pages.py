@@ -1259,3 +1259,29 @@ async def test_a_save_without_a_change_leaves_the_file_as_it_is(browser: Browser
             await card.get_by_role("button", name="Save", exact=True).click()
             await expect(page.locator("#status")).to_contain_text(told)
             assert (tmp_path / "config.toml").read_text("utf-8") == text, heading
+
+
+@needs_browser
+async def test_what_is_paused_or_selected_is_not_drawn_anew(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, "about:blank") as page:
+        await page.clock.install()
+        await page.goto(admin_url(proxy))
+        assert await ask(proxy, "tiny") == 200
+        rows = page.locator(".log tbody tr")
+        await page.clock.run_for(3_000)
+        await expect(rows).to_have_count(1)
+        await page.evaluate("getSelection().selectAllChildren(document.querySelector('.tiles'))")
+        await page.clock.run_for(11_000)
+        assert "Requests today" in await page.evaluate("String(getSelection())")
+        await page.evaluate("getSelection().removeAllRanges()")
+        await page.get_by_role("button", name="Pause").click()
+        assert await ask(proxy, "tiny") == 200
+        await page.clock.run_for(3_000)
+        await page.clock.run_for(11_000)
+        await expect(page.locator(".tiles")).to_contain_text("2 in all")
+        await page.get_by_label("Filter the requests").fill("tiny")
+        await expect(rows).to_have_count(1)
+        await page.click("text=Go on")
+        await expect(rows).to_have_count(2)
