@@ -12699,8 +12699,9 @@ function problems(broke) {
   if (S.config_error) add("bad", "config", S.config_error, "config");
   if (!rowsOf("providers").length) add("warn", "no provider",
     "Add one to have anything to send requests to.", "providers");
-  else if (Object.values(S.providers).every((p) => p.format === "demo")) add("warn", "demo only",
-    "The built-in demo answers, no model does. Add a provider to have real answers.", "providers");
+  const first = Object.values(S.providers).find((p) => !["disabled", "unusable"].includes(p.state));
+  if (first && first.format === "demo" && !S.routes.default && !rowsOf("models").length) add("warn", "demo",
+    "The built-in demo answers what Claude Code asks for. Add a provider, then a model of its", "providers");
   for (const user of broke) add("warn", user.name, "has no credit left, so requests are refused", "users");
   for (const [name, health] of Object.entries(S.providers)) {
     const last = health.outcomes.at(-1);
@@ -12919,7 +12920,7 @@ function testDialog(name) {
       model.value ? { model: model.value.trim() } : {});
     refill(result, el("p", {}, badge(told.ok ? "ok" : "bad",
       told.ok ? "works" : `failed with ${told.status}`),
-      ` ${seconds(told.ms)}, model ${told.model || "none"}`),
+      ` ${seconds(told.ms)}, model ${told.model || "none: fetch the list and choose one"}`),
         el("pre", {}, told.text || told.error || "an empty answer"));
     await reload();
   };

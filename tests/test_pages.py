@@ -258,7 +258,7 @@ async def test_a_provider_is_added_by_keyboard_alone(browser: Browser, tmp_path:
         await page.keyboard.press("Enter")
         await expect(page.locator("#status")).to_contain_text("Provider demo is saved.")
         await tab(page, "overview")
-        await expect(page.locator(".problems")).to_contain_text("demo only")
+        await expect(page.locator(".problems")).to_contain_text("The built-in demo answers what Claude Code asks")
     assert (tmp_path / "config.toml").read_text() == '[[providers]]\nname = "demo"\ntype = "demo"\n'
 
 
@@ -1259,6 +1259,20 @@ async def test_a_save_without_a_change_leaves_the_file_as_it_is(browser: Browser
             await card.get_by_role("button", name="Save", exact=True).click()
             await expect(page.locator("#status")).to_contain_text(told)
             assert (tmp_path / "config.toml").read_text("utf-8") == text, heading
+
+
+@needs_browser
+async def test_a_demo_that_still_answers_beside_a_provider_is_told(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    demo = '[[providers]]\nname = "demo"\ntype = "demo"\n'
+    text = config_of(provider)
+    for config, is_told in ((demo + text.partition("[[models]]")[0], True), (demo + text, False)):
+        folder = tmp_path / str(is_told)
+        folder.mkdir()
+        async with in_process(folder, config) as proxy, opened(browser, admin_url(proxy)) as page:
+            await page.wait_for_selector(".tiles")
+            await expect(page.locator(".problems")).to_have_count(int(is_told))
 
 
 @needs_browser
