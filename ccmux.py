@@ -12474,7 +12474,9 @@ const CONTROLS = {
     if (field.name === "headers") return headerControl(field, value);
     const now = [value].flat().filter((v) => v && v.set).map((v) => v.reference
       || `ends in ${v.last4 || "…"}`).join(", ");
-    const input = textBox("", { type: "password", placeholder: now ? `set (${now}); empty keeps it` : "not set" });
+    /* Browsers fill the password they know, this page's token, into every other such box. */
+    const input = textBox("", { type: "password", autocomplete: "new-password",
+      placeholder: now ? `set (${now}); empty keeps it` : "not set" });
     input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
     const parts = () => input.value.split(",").map((v) => v.trim()).filter(Boolean);
     const gone = el("input", { type: "checkbox" });
@@ -12761,7 +12763,7 @@ async function overview(whenLeft) {
     redraw(top, problemCard(broke), el("div", { class: "tiles" },
       tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent),
         `${usd(spentEver)} in all`),
-      tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "all kinds"),
+      tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "of all kinds, in UTC"),
       tile("Running for", duration(S.uptime_s), S.path || "no config file yet")), healthCard());
   };
   await draw();

@@ -402,6 +402,7 @@ async def test_editing_a_provider_keeps_its_key_but_not_for_another_address(
     async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
         await tab(page, "providers")
         await page.get_by_label("Edit up").click()
+        await expect(page.get_by_label("API key")).to_have_attribute("autocomplete", "new-password")
         assert "sk-secret" not in await page.content()
         await page.get_by_label("Models", exact=True).fill("one, two")
         await page.click("dialog button:text-is('Save')")
