@@ -12718,6 +12718,9 @@ function problems(broke) {
     const rest = S.unpriced.length > 8 ? ` and ${S.unpriced.length - 8} more` : "";
     add("warn", "no price", `${S.unpriced.slice(0, 8).join(", ")}${rest}: what these cost is not counted`, "models");
   }
+  for (const name of S.vocabulary_missing) {
+    add("warn", "token counts", `are estimates until ${name} is downloaded, which is tried each hour`);
+  }
   const said = Object.entries(S.providers).filter(([,
     health]) => health.problem).map(([name]) => `provider ${name}:`);
   for (const warning of S.warnings.filter((w) => !said.some((s) => w.startsWith(s)))) add("warn", "warning",
@@ -12727,8 +12730,8 @@ function problems(broke) {
 function problemCard(broke) {
   const found = problems(broke);
   if (!found.length) return card("All is well", badge("ok", "no problems"));
-  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), ` ${text.replace(/\.$/, "")}. See `,
-    el("a", { href: `#${tab}` }, TABS.find(([key]) => key === tab)[1]));
+  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), ` ${text.replace(/\.$/, "")}.`,
+    tab && [" See ", el("a", { href: `#${tab}` }, TABS.find(([key]) => key === tab)[1])]);
   const node = card(`${count(found.length, "thing")} to look at`, null, el("ul", {}, found.map(item)));
   node.classList.add("problems");
   return node;
@@ -12867,8 +12870,10 @@ function providerDialog(old) {
   const addressOf = (kind, given) => given || (S.presets[kind] || {}).base_url || "";
   const chosen = () => {
     const preset = S.presets[type.value] || {}, place = addressOf(type.value, url.value);
-    to.textContent = place ? `Requests and the key go to ${hostOf(place)}.` : "Give the address that requests go to.";
-    if (old && place !== addressOf(row.type || row.provider_type, row.base_url)) to.textContent += " The key must be typed again for a new address.";
+    const isMoved = old && place !== addressOf(row.type || row.provider_type, row.base_url);
+    const known = old && !isMoved ? (S.providers[old.name] || {}).url : !url.value && preset.url;
+    to.textContent = place ? `Requests and the key go to ${known || hostOf(place)}.` : "Give the address that requests go to.";
+    if (isMoved) to.textContent += " The key must be typed again for a new address.";
     url.placeholder = preset.base_url || "https://host/v1";
     if (preset.api_key && !old) key.placeholder = `the key, or ${preset.api_key} from the environment`;
   };
@@ -13067,7 +13072,8 @@ const explainHeld = async (id) => {
   return ask(`${ROOT}/explain`, "POST", { body: held.client_request, headers: held.client_headers });
 };
 const explained = (told) => [el("p", {}, badge("ok", told.reason),
-  ` goes to ${told.model}; ${count(told.tokens, "token")} counted`), explanation(told.trail),
+  ` goes to ${told.model}; ${count(told.tokens, "token")} counted`,
+  told.factor !== 1 && ` (by ${told.factor.toFixed(2)}, as its answers there have told)`), explanation(told.trail),
 el("h3", {}, "Targets, and the most it can cost there"),
 table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider, "text"],
   ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]], told.targets,

@@ -258,7 +258,9 @@ async def test_a_provider_is_added_by_keyboard_alone(browser: Browser, tmp_path:
         await page.keyboard.press("Enter")
         await expect(page.locator("#status")).to_contain_text("Provider demo is saved.")
         await tab(page, "overview")
-        await expect(page.locator(".problems")).to_contain_text("The built-in demo answers what Claude Code asks")
+        await expect(page.locator(".problems")).to_contain_text(
+            "The built-in demo answers what Claude Code asks"
+        )
     assert (tmp_path / "config.toml").read_text() == '[[providers]]\nname = "demo"\ntype = "demo"\n'
 
 
@@ -426,9 +428,12 @@ async def test_another_type_at_another_address_wants_its_own_key(browser: Browse
     async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
         await tab(page, "providers")
         await page.get_by_label("Edit up").click()
+        await expect(page.locator("dialog")).to_contain_text(
+            "go to https://openrouter.ai/api/v1/chat/completions."
+        )
         await page.get_by_label("Type", exact=True).select_option("deepseek")
         await expect(page.locator("dialog")).to_contain_text(
-            "go to api.deepseek.com. The key must be typed again"
+            "go to https://api.deepseek.com/anthropic/v1/messages. The key must be typed again"
         )
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("main")).to_contain_text("api.deepseek.com")
@@ -450,8 +455,15 @@ async def test_a_kept_request_is_inspected_and_explained(
         await tab(page, "router")
         await page.get_by_label("A recent request").select_option(index=1)
         await expect(page.get_by_label("Messages request (JSON)")).to_have_value(re.compile('"Hi"'))
+        proxy.state.counter.factors["up", "tiny"] = (1.25, 9)
         await page.click("button:text-is('Explain')")
         await expect(page.locator("main")).to_contain_text("goes to tiny")
+        await expect(page.locator("main")).to_contain_text(
+            "counted (by 1.25, as its answers there have told)"
+        )
+        proxy.state.vocabulary.loaded["o200k_base"] = None
+        await tab(page, "overview")
+        await expect(page.locator(".problems")).to_contain_text("estimates until o200k_base is downloaded")
         assert len(provider.asked) == 1
 
 
