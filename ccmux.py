@@ -12519,8 +12519,9 @@ function headerControl(field, value) {
 }
 /* What the file's comments say, in a form's words. */
 const helpOf = ({ help }) => (help || "").replace(/^true:/, "yes:").replace(/^false:/, "no:").replace("left out:", "empty:")
-  .replace("[[models]] row", "row under Models").replace("how this file calls it", "what ccmux calls it")
-  .replace("a list for a pool", "several between commas to take turns").replace("upstream names", "the provider's names of models");
+  .replace("a list for a pool", "several between commas to take turns").replace("how this file calls it", "what ccmux calls it")
+  .replace("upstream names it serves without a", "models of it that can be asked for without a")
+  .replace("[[models]] row", "row under Models");
 const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ")
   .replace("Api", "API").replace(" url", " URL");
 
