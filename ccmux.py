@@ -11990,7 +11990,11 @@ function fill(node, ...children) {
   return node;
 }
 const refill = (node, ...children) => { node.replaceChildren(); return fill(node, ...children); };
-const button = (label, onclick, props) => el("button", { type: "button", onclick, ...props }, label);
+/* A button; the status line tells what its work failed at. */
+function button(label, work, props) {
+  const onclick = async () => { try { await work(); } catch (error) { tellError(error); } };
+  return el("button", { type: "button", onclick, ...props }, label);
+}
 const card = (title, tools, ...body) =>
   el("section", { class: "card" }, el("div", { class: "head" }, el("h2", {}, title), tools), ...body);
 const badge = (kind, word) => el("span", { class: `status ${kind}` }, word);
@@ -12078,7 +12082,6 @@ async function download(path, name) {
   link.click();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
-const downloadButton = (label, path, name) => button(label, () => download(path, name).catch(tellError));
 
 /* Server-sent events of an answer, one by one: [event, data]. */
 async function* eventsOf(answer) {
@@ -12271,7 +12274,7 @@ async function showRow(row) {
   if (PAGE !== "admin") return;
   const { held } = await ask(`${ROOT}/inspect`).catch(() => ({ held: [] }));
   if (held.some((r) => r.id === row.request_id)) fill(again, button("Explain it again on today's rules",
-    () => explainHeld(row.request_id).then((told) => refill(again, explained(told))).catch(tellError)));
+    async () => refill(again, explained(await explainHeld(row.request_id)))));
   else fill(again, el("p", { class: "muted" },
     "The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
 }
@@ -12365,8 +12368,8 @@ const topCard = (title, by, rows) => card(title, null,
   table(title, usageColumns(by === "model" ? "Model" : "Session"), rows.slice(0, 10),
     "Nothing yet: it fills as you work."));
 const requestCard = (rows) => card("Last requests", [
-  downloadButton("Export CSV", "/api/export?format=csv", "ccmux-usage.csv"),
-  downloadButton("Export JSON", "/api/export?format=json", "ccmux-usage.json")],
+  button("Export CSV", () => download("/api/export?format=csv", "ccmux-usage.csv")),
+  button("Export JSON", () => download("/api/export?format=json", "ccmux-usage.json"))],
   table("Last requests", requestColumns(false), rows,
     "No requests yet. Point Claude Code here and ask it something."));
 /* Claude Code lists only names with claude or anthropic in them, so ccmux offers each with this in front too. */
@@ -12704,7 +12707,7 @@ function problems(broke) {
     "Add one to have anything to send requests to.", "providers");
   const first = Object.values(S.providers).find((p) => !["disabled", "unusable"].includes(p.state));
   if (first && first.format === "demo" && !S.routes.default && !rowsOf("models").length) add("warn", "demo",
-    "The built-in demo answers what Claude Code asks for. Add a provider, then a model of its", "providers");
+    "The built-in demo answers what Claude Code asks for. Add a provider, then a model of it", "providers");
   for (const user of broke) add("warn", user.name, "has no credit left, so requests are refused", "users");
   for (const [name, health] of Object.entries(S.providers)) {
     const last = health.outcomes.at(-1);
@@ -12913,11 +12916,9 @@ function providerDialog(old) {
 async function removeRow(root, name, hash, users, close) {
   if (users.length) return tell(`${name} is used by ${users.join(", ")}; change that first.`);
   if (!confirm(`Delete ${name}?`)) return null;
-  try {
-    await ask(path(root, name), "DELETE", { hash });
-    close();
-    return await saved(`${name} is deleted.`);
-  } catch (error) { return tellError(error); }
+  await ask(path(root, name), "DELETE", { hash });
+  close();
+  return saved(`${name} is deleted.`);
 }
 function testDialog(name) {
   const result = el("div", { "aria-live": "polite" }), model = textBox("", { list: "found" }),
@@ -12981,12 +12982,10 @@ function mappingItem(row) {
   const list = `found${++lastId}`, model = textBox(row.actual_model || "", { list }),
     found = el("datalist", { id: list });
   const fetchNames = async () => {
-    try {
-      const { models } = await ask(`${path("providers", provider.value)}/models`);
-      refill(found, models.map((m) => el("option", { value: m })));
-      model.focus();
-      tell(`${count(models.length, "model")}: type, or press the down arrow, to choose one.`);
-    } catch (error) { tellError(error); }
+    const { models } = await ask(`${path("providers", provider.value)}/models`);
+    refill(found, models.map((m) => el("option", { value: m })));
+    model.focus();
+    tell(`${count(models.length, "model")}: type, or press the down arrow, to choose one.`);
   };
   const own = controls(S.fields.mappings.filter((f) => ["price", "context"].includes(f.name)), row);
   const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider),
@@ -13189,20 +13188,16 @@ async function userDialog(user) {
     await after(`Budgets of ${user.name} are saved.`);
   };
   const toggle = async () => {
-    try {
-      leaveOther();
-      await ask(place, "PATCH", { disabled: !user.disabled });
-      await after(`${user.name} is changed.`);
-    } catch (error) { tellError(error); }
+    leaveOther();
+    await ask(place, "PATCH", { disabled: !user.disabled });
+    await after(`${user.name} is changed.`);
   };
   const rotate = async () => {
     if (!confirm(`Make a new key for ${user.name}? The old one stops working at once.`)) return;
-    try {
-      leaveOther();
-      const told = await ask(`${place}/key`, "POST");
-      await after("The key is new.");
-      keyDialog(user.name, told.key);
-    } catch (error) { tellError(error); }
+    leaveOther();
+    const told = await ask(`${place}/key`, "POST");
+    await after("The key is new.");
+    keyDialog(user.name, told.key);
   };
   const ledger = el("div", {});
   const close = openDialog(`User ${user.name}`,
@@ -13246,10 +13241,8 @@ async function billingView() {
     labelled("From", since), labelled("Until", until, "that day not included; days are UTC"),
     labelled("As if on model", other, "what the same tokens would have cost there"))], draw,
       { label: "Show", keeps: false,
-    extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`,
-      "ccmux-report.csv").catch(tellError)),
-      button("All rows as CSV", () => download(`${ROOT}/export?format=csv&${query()}`,
-        "ccmux-usage.csv").catch(tellError))] });
+    extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`, "ccmux-report.csv")),
+      button("All rows as CSV", () => download(`${ROOT}/export?format=csv&${query()}`, "ccmux-usage.csv"))] });
   form.addEventListener("change", () => form.requestSubmit());
   await draw();
   return card("Usage and billing", null, form, result);
@@ -13305,7 +13298,7 @@ function tryView(whenLeft) {
 /* Inspect */
 async function inspectView(whenLeft) {
   const list = el("div", {}), detail = el("div", {}), state = el("div", { class: "row" });
-  const put = (minutes) => ask(`${ROOT}/inspect`, "PUT", { minutes }).then(draw).catch(tellError);
+  const put = async (minutes) => draw(await ask(`${ROOT}/inspect`, "PUT", { minutes }));
   const pretty = (value) => {
     try { return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null,
       2); } catch { return String(value ?? ""); }
@@ -13328,7 +13321,7 @@ async function inspectView(whenLeft) {
       left ? button("Switch off and forget", () => put(0)) : button("Keep requests for 15 minutes",
         () => put(15), { class: "main" }));
     redraw(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"],
-      ["", (r) => button("Show", () => show(r.id).catch(tellError),
+      ["", (r) => button("Show", () => show(r.id),
         { class: "small", "data-key": r.id, "aria-label": `Show ${r.id}` }), "act"],
       ["Asked for", (r) => r.asked, "text"],
       ["Why", (r) => r.route || "–", "nowrap"], ["Answered by", (r) => r.target || "–", "text"],
@@ -13362,7 +13355,7 @@ async function configView() {
       formOf(labelled("config.toml", text,
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
     card("Backups", null, table("Backups", [["File", (b) => b.name, "text mono"],
-      ["", (b) => button("Look", () => backupDialog(b.name, config.hash).catch(tellError),
+      ["", (b) => button("Look", () => backupDialog(b.name, config.hash),
         { class: "small", "aria-label": `Look at ${b.name}` }), "act"],
       ["Written", (b) => when(b.time), "nowrap"], ["Bytes", (b) => whole(b.bytes), "num"]],
     backups, "None yet: a save keeps the file before it."))];
