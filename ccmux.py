@@ -12282,7 +12282,14 @@ async function showRow(row) {
 function openDialog(title, ...body) {
   const node = el("dialog", { "aria-label": title });
   const mayLeave = () => !node.querySelector("[data-dirty]") || confirm("Leave without saving what you changed?");
-  const gone = () => { if (node.contains(STATUS)) document.body.append(STATUS); node.remove(); };
+  const opener = document.activeElement;
+  const gone = () => {
+    if (node.contains(STATUS)) document.body.append(STATUS);
+    node.remove();
+    if (opener.isConnected) return; /* the browser has given it the focus back; a log's row was drawn anew */
+    const again = [...document.querySelectorAll("[data-key]")].find((e) => e.dataset.key === opener.dataset.key);
+    if (again) again.focus();
+  };
   const close = () => { node.close(); gone(); };
   node.addEventListener("cancel", (event) => { if (!mayLeave()) event.preventDefault(); });
   node.addEventListener("close", gone);
