@@ -13596,8 +13596,9 @@ def has_key(env: Mapping[str, str], reference: str) -> bool:
     Anthropic's.
     """
     name = reference.removeprefix("$")
-    host = urllib.parse.urlsplit(env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com").hostname
-    return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or host == "api.anthropic.com")
+    base = env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com"
+    is_anthropics = re.match(r"https?://api\.anthropic\.com(?![\w.-])", base, re.I)
+    return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or bool(is_anthropics))
 
 
 def ollama_url(env: Mapping[str, str]) -> str:

@@ -293,6 +293,13 @@ def test_colours_only_for_people_who_want_them(tmp_path: Path) -> None:
             {"ANTHROPIC_API_KEY": "ccmux-local", "ANTHROPIC_BASE_URL": "http://127.0.0.1:13456"}, [], ["demo"], "demo/M",
             id="a-shell-that-points-here",
         ),
+        pytest.param(
+            {"ANTHROPIC_API_KEY": "k", "ANTHROPIC_BASE_URL": "http://[::1"}, [], ["demo"], "demo/M", id="malformed-address"
+        ),
+        pytest.param(
+            {"ANTHROPIC_API_KEY": "k", "ANTHROPIC_BASE_URL": "https://api.anthropic.com/"}, [], ["anthropic"],
+            "anthropic/M", id="anthropics-own-address",
+        ),
     ],
 )  # fmt: skip
 def test_config_of_the_environment(
