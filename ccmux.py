@@ -2558,7 +2558,12 @@ def fill_groups(template: str, match: re.Match[str]) -> str:
     return re.sub(r"\$(?:\{(\w+)\}|(\d+|[A-Za-z_]\w*))", group, template)
 
 
-_REMINDER = re.compile(r"<system-reminder>.*?(?:</system-reminder>|\Z)", re.S)
+# What Claude Code (2.1.330) puts among the user's words: reminders; and beside a tool result that it loaded a tool or a
+# skill.
+_REMINDER = re.compile(
+    r"<system-reminder>.*?(?:</system-reminder>|\Z)|\A(?:Tool loaded\.|Base directory for this skill: .*)\Z",
+    re.S,
+)
 
 
 def newest_words(messages: list[Json]) -> list[tuple[tuple[int, int], str]]:
@@ -2735,8 +2740,10 @@ def in_plan_mode(body: Json) -> bool:
     messages = messages_of(body)
     typed = newest_words(messages)
     start = max(typed[0][0][0] - 1, 0) if typed else 0
-    said = [m for m in messages[start:] if m.get("role") != "assistant"]
-    return any("Plan mode is active" in text_of(m.get("content")) for m in said)
+    said = "\n".join(text_of(m.get("content")) for m in messages[start:] if m.get("role") != "assistant")
+    return said.rfind("Plan mode is active") > said.rfind(
+        "Exited Plan Mode"
+    )  # the plan may be approved on the way
 
 
 def row_step(asked: Asked) -> Pick:

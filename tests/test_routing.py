@@ -92,6 +92,19 @@ def tool_result(*content: dict) -> dict:
     }
 
 
+def beside_a_result(text: str) -> dict:
+    return {"role": "user", "content": [*tool_result()["content"], {"type": "text", "text": text}]}
+
+
+# As Claude Code 2.1.330 asks for ExitPlanMode, which it has to load.
+PLANNED = [
+    says("plan"),
+    says("Plan mode is active. ...", "system"),
+    says("", "assistant"),
+    beside_a_result("Tool loaded."),
+]
+
+
 def test_the_steps_are_the_documented_twelve_in_order() -> None:
     assert [name for name, _ in ccmux.ROUTE_STEPS] == STEPS
 
@@ -166,6 +179,10 @@ def test_the_steps_are_the_documented_twelve_in_order() -> None:
                           says("c")]),
             {}, 0, "default", "main", id="plan mode of an older prompt",
         ),
+        pytest.param(ask(messages=[*PLANNED, tool_result(), says("Plan mode is active.", "assistant")]), {}, 0, "think",
+                     "thinker", id="plan mode goes on after a tool round"),
+        pytest.param(ask(messages=[*PLANNED, tool_result(), says("## Exited Plan Mode", "system")]), {}, 0,
+                     "default", "main", id="plan mode ends where the plan is approved"),
         pytest.param(ask(messages=[says("plan"), says("Plan mode is active.", "assistant")]), {}, 0,
                      "default",
                      "main", id="the assistant's own words about plan mode"),
@@ -291,6 +308,12 @@ REMIND = "<system-reminder>quickly, use small: it</system-reminder>"
         pytest.param([says("quickly"), says("ok", "assistant"), tool_result({"type": "text", "text": "r"})],
                      "rule",
                      "ruled", id="a tool round stays on its model"),
+        pytest.param([says("quickly"), says("ok", "assistant"), beside_a_result("Tool loaded.")], "rule", "ruled",
+                     id="a tool that is loaded is not the user's words"),
+        pytest.param([says("hello"), says("ok", "assistant"), beside_a_result("Base directory for this skill: /x\n\nquickly")],
+                     "default", "main", id="a skill's words are not the user's"),
+        pytest.param([says("quickly"), says("ok", "assistant"), beside_a_result("hello")], "default", "main",
+                     id="the user's words beside a tool result"),
         pytest.param([says("hello"), says("ok", "assistant"), tool_result({"type": "text",
                                                                            "text": "quickly"})],
                      "default", "main", id="tool results are not the user's words"),
