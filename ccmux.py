@@ -14210,7 +14210,7 @@ def code_command(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     if config.server.require_key and not os.environ.get("CCMUX_KEY"):
         raise ConfigError(NEEDS_KEY)
-    with running_server(config) as url:
+    with heeded(dict.fromkeys(ENDING_SIGNALS, end_in_order)), running_server(config) as url:
         variables = {**os.environ, **client_environment(config, url), **no_proxy_for(url)}
         if "ANTHROPIC_AUTH_TOKEN" in client_environment(config, url):
             variables.pop("ANTHROPIC_API_KEY", None)  # two credentials make Claude Code ask which
@@ -14245,19 +14245,32 @@ def run_child(command: list[str], variables: dict[str, str]) -> int:
         if not started:
             missed.append(number)
 
-    heeded: dict[int, Callable[[int, Any], None]] = {signal.SIGINT: lambda *_: None}
-    heeded |= {getattr(signal, name): pass_on for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)}
-    before = {number: signal.signal(number, act) for number, act in heeded.items()}
-    try:
+    with heeded({signal.SIGINT: lambda *_: None, **dict.fromkeys(ENDING_SIGNALS, pass_on)}):
         child = subprocess.Popen(command, env=variables)  # noqa: S603
         started.append(child)
         if missed:
             child.terminate()
         status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def heeded(acts: Mapping[int, Callable[[int, Any], None]]) -> Iterator[None]:
+    """For a time, what is done at each of these signals."""
+    before = {number: signal.signal(number, act) for number, act in acts.items()}
+    try:
+        yield
     finally:
         for number, act in before.items():
             signal.signal(number, act)
-    return status if status >= 0 else 128 - status
+
+
+def end_in_order(number: int, frame: Any) -> NoReturn:
+    """At a signal that would end ccmux at once, and leave what it has started."""
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager

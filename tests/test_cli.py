@@ -1025,6 +1025,37 @@ def test_code_passes_signals_on(tmp_path: Path) -> None:
     assert not answers(port)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_code_ended_while_its_server_starts(tmp_path: Path, number: int) -> None:
+    """As SIGHUP does where the terminal is closed."""
+    write_config(tmp_path)
+    environment = process_environment(tmp_path, PATH=fake_claude(tmp_path, "exec sleep 30"))
+    with subprocess.Popen(
+        [sys.executable, CCMUX, "code"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+    ) as running:
+        wait_until((tmp_path / "ccmux.db").exists)  # made before the server answers
+        running.send_signal(number)
+    assert running.returncode in (128 + number, 128 + signal.SIGTERM)  # the latter where claude ran already
+    wait_until(lambda: not running_in(tmp_path))
+
+
+def wait_until(claim: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not claim():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def running_in(folder: Path) -> list[str]:
+    """The ids of the processes whose working folder this is."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == str(folder):
+                found.append(link.parts[2])
+    return found
+
+
 def test_code_with_the_real_cli(tmp_path: Path, claude: Path) -> None:
     """From an empty home to an answer in one command."""
     (tmp_path / "bin").mkdir()
