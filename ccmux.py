@@ -14933,6 +14933,8 @@ class LiteLLMImport:
         if (mode := info.get("mode") or "chat") not in ("chat", "completion", "responses"):
             return self.dropped(f"model {name}: mode {mode}; ccmux serves chat models")
         prefix, upstream = self.split(params)
+        if not upstream:
+            return self.dropped(f"model {name}: no model of {prefix or 'a provider'} is named")
         if prefix in ("openai", "azure") and (mode == "responses" or upstream.startswith("responses/")):
             prefix, upstream = f"{prefix}/responses", upstream.removeprefix("responses/")
         provider = self.provider(prefix, params, name)
@@ -15089,8 +15091,10 @@ class LiteLLMImport:
         self.say(word, f"{key}: {name} -> {other}, as targets of a lower priority")
 
     def limits(self, settings: Json) -> None:
-        for key in settings.keys() & LITELLM_LIMITS.keys():
-            amount, (ours, least) = settings[key], LITELLM_LIMITS[key]
+        for key, (ours, least) in LITELLM_LIMITS.items():
+            if key not in settings:
+                continue
+            amount = settings[key]
             if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < least:
                 self.dropped(f"{key} = {amount!r}: not a number that {ours} takes")
                 continue
@@ -15121,7 +15125,7 @@ LITELLM_ROW = {"model_name", "litellm_params", "model_info"}
 LITELLM_FALLBACKS = {
     "fallbacks": "mapped", "context_window_fallbacks": "approximated", "default_fallbacks": "mapped",
 }  # fmt: skip
-LITELLM_LIMITS = {  # ccmux's key, and the least that it takes
+LITELLM_LIMITS = {  # ccmux's key, and the least that it takes; of two for one key the later stands
     "request_timeout": ("response_timeout", 0.05), "timeout": ("response_timeout", 0.05),
     "num_retries": ("max_retries", 0),
 }  # fmt: skip

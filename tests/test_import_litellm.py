@@ -93,6 +93,7 @@ def test_deployment(params: dict[str, str], provider: tuple[str, ...]) -> None:
         pytest.param(row("bedrock/us.anthropic.claude"), "ccmux has no preset or format for 'bedrock'", id="bedrock"),
         pytest.param(row("mistralai/mistral-7b-instruct"), "no preset or format for 'mistralai'", id="unknown"),
         pytest.param(row("openai/e", info="mode: embedding"), "mode embedding", id="embedding"),
+        pytest.param(row("azure/", api_base="https://x.example"), "model m: no model of azure is named", id="no-model"),
         pytest.param(row("openai/x", api_base="os.environ/NOWHERE"), "NOWHERE, which is not set", id="address-in-variable"),
         pytest.param(row("azure/x"), "AZURE_API_BASE, which is not set", id="azure-address-in-its-variable"),
         pytest.param(row("openai/x", rpm=6, tpm=7), "model m: rpm, tpm", id="limits"),
@@ -238,6 +239,11 @@ def test_order_limits_and_master_key() -> None:
 def test_no_retries_is_a_number_of_retries() -> None:
     config = config_of(model_list(row("openai/a")) + "litellm_settings: {num_retries: 0}")
     assert config.providers[0].max_retries == 0
+
+
+def test_the_routers_timeout_stands_over_request_timeout() -> None:
+    config = config_of(model_list(row("openai/a")) + "router_settings: {timeout: 30, request_timeout: 600}")
+    assert config.providers[0].response_timeout == 30
 
 
 def test_every_key_of_the_file_is_in_the_report() -> None:
