@@ -162,17 +162,18 @@ def bootstrap(problem: str) -> None:
     """
     if wants_help(sys.argv[1:]):
         return
-    venv = Path(os.environ.get("CCMUX_VENV") or ccmux_home() / "venv").expanduser().absolute()
-    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    ready = venv / "ccmux-ready"  # written last, so that an interrupted installation is begun again
-    recipe = "\n".join([*PACKAGES, f"Python {sys.version_info[0]}.{sys.version_info[1]}"])
-
-    def is_ready() -> bool:
-        return python.exists() and ready.exists() and ready.read_text() == recipe
-
+    given = os.environ.get("CCMUX_VENV") or "~/.ccmux/venv"
     if os.environ.get("CCMUX_NO_BOOTSTRAP"):
         bootstrap_failed(f"{problem}, and CCMUX_NO_BOOTSTRAP is set")
     try:
+        venv = expanded(given).absolute()
+        python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        ready = venv / "ccmux-ready"  # written last, so that an interrupted installation is begun again
+        recipe = "\n".join([*PACKAGES, f"Python {sys.version_info[0]}.{sys.version_info[1]}"])
+
+        def is_ready() -> bool:
+            return python.exists() and ready.exists() and ready.read_text() == recipe
+
         if Path(sys.prefix).resolve() == venv.resolve():
             ready.unlink(missing_ok=True)
             bootstrap_failed(f"{problem} in {venv} any more; start again to set it up anew")
@@ -185,7 +186,7 @@ def bootstrap(problem: str) -> None:
                     ready.write_text(recipe)
         start_again([str(python), os.path.abspath(__file__), *sys.argv[1:]])
     except OSError as error:
-        bootstrap_failed(f"{problem}, and {venv} cannot be set up: {error.strerror} ({error.filename})")
+        bootstrap_failed(f"{problem}, and {given} cannot be set up: {error.strerror} ({error.filename})")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -226,7 +227,7 @@ def install_packages(venv: Path, python: Path) -> None:
     """Makes the virtual environment and pip-installs PACKAGES there; exits 2 with pip's last words on
     failure.
     """
-    is_own = venv == ccmux_home().absolute() / "venv"  # may be one that was half cleared away, then
+    is_own = not os.environ.get("CCMUX_VENV")  # may be one that was half cleared away, then
     if not is_own and venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
     steps = (
