@@ -181,7 +181,10 @@ def unwritable(home: Path) -> str:
         pytest.param(folder_of_ones_own, {}, "is no virtual environment", id="folder-of-ones-own"),
         pytest.param(unwritable, {}, "cannot be set up: File exists", id="unwritable"),
         pytest.param(
-            lambda home: "~no-such-user/x", {}, "cannot be set up: no home folder is known for this", id="no-home"
+            lambda home: "~no-such-user/x",
+            {},
+            "cannot be set up: no home folder is known for this",
+            id="no-home",
         ),
         pytest.param(lambda home: "", {"PIP_FIND_LINKS": ""}, "pip: ERROR: ", id="no-network"),
         pytest.param(lambda home: "", {"PYTHONPATH": "no-venv"}, "lacks its venv parts", id="no-venv-module"),

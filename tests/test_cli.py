@@ -536,6 +536,18 @@ def test_setup_writes_no_key_that_is_none(cli: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / ".claude").exists()
 
 
+def test_setup_leaves_no_half_of_a_file_behind(tmp_path: Path) -> None:
+    (tmp_path / ".claude").mkdir()
+    (tmp_path / ".claude/settings.json").write_text("{}")
+    shell = f'ulimit -f 0; "{sys.executable}" "{CCMUX}" setup'  # no room, as on a full disk
+    ran = subprocess.run(
+        ["sh", "-c", shell], cwd=tmp_path, env=process_environment(tmp_path), capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr) == (2, "ccmux: [Errno 27] File too large\n")
+    assert [p.name for p in (tmp_path / ".claude").iterdir()] == ["settings.json"]
+    assert (tmp_path / ".claude/settings.json").read_text() == "{}"
+
+
 def test_setup_touches_no_broken_settings(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / ".claude/settings.json"
     path.parent.mkdir()
