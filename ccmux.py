@@ -14202,8 +14202,8 @@ NEEDS_KEY = "this ccmux asks for a user's key: set CCMUX_KEY to one (`ccmux.py u
 
 def code_command(args: argparse.Namespace) -> int:
     """Runs Claude Code through ccmux: starts ccmux unless it runs, runs `claude`, stops what it started."""
-    known = [shutil.which("claude"), Path.home() / ".local/bin/claude", Path.home() / ".claude/local/claude"]
-    claude = next((str(path) for path in known if path and os.access(path, os.X_OK)), "")
+    places = map(os.path.expanduser, ("~/.local/bin/claude", "~/.claude/local/claude"))
+    claude = shutil.which("claude") or next((path for path in places if os.access(path, os.X_OK)), "")
     if not claude:
         raise ConfigError(
             "there is no `claude` here: npm install -g @anthropic-ai/claude-code, and try again"
@@ -14349,8 +14349,7 @@ def stop_server(server: subprocess.Popen[bytes]) -> None:
 
 def setup_command(args: argparse.Namespace) -> int:
     """Points Claude Code here for good, in its own settings; --undo puts them back as they were."""
-    folder = Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude")
-    path = Path(os.path.realpath(folder / "settings.json"))
+    path = Path(os.path.realpath(claude_settings()))
     before, ours = (path.with_name(f"settings.json.{word}") for word in ("before-ccmux", "by-ccmux"))
     old = path.read_bytes() if path.exists() else None
     if args.undo:
@@ -14377,6 +14376,10 @@ def setup_command(args: argparse.Namespace) -> int:
     write_whole(ours, new or b"")
     print(f"Claude Code now uses {client_url(config)}; `ccmux.py setup --undo` puts the file back as it was")
     return 0
+
+
+def claude_settings() -> Path:
+    return expanded(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") / "settings.json"
 
 
 def settings_with(
@@ -14792,10 +14795,9 @@ def is_same_place(base: str, url: str) -> bool:
 def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
     """What Claude Code's own settings, the user's and this folder's, say about where it goes."""
     url = client_url(config)
-    user = Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude")
     found = shutil.which("claude")
     yield ("ok", f"Claude Code is {found}") if found else ("note", "there is no `claude` on the PATH")
-    for path in (user / "settings.json", Path(".claude/settings.json"), Path(".claude/settings.local.json")):
+    for path in (claude_settings(), Path(".claude/settings.json"), Path(".claude/settings.local.json")):
         try:
             settings = settings_of(path.read_bytes())
         except FileNotFoundError:

@@ -536,6 +536,12 @@ def test_setup_writes_no_key_that_is_none(cli: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / ".claude").exists()
 
 
+def test_setup_without_a_home(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", "~no-such-user/x")
+    ran = cli("setup")
+    assert (ran.status, ran.err.count("\n")) == (2, 1) and "no home folder is known" in ran.err
+
+
 def test_setup_leaves_no_half_of_a_file_behind(tmp_path: Path) -> None:
     (tmp_path / ".claude").mkdir()
     (tmp_path / ".claude/settings.json").write_text("{}")
