@@ -14212,10 +14212,16 @@ def code_command(args: argparse.Namespace) -> int:
     if config.server.require_key and not os.environ.get("CCMUX_KEY"):
         raise ConfigError(NEEDS_KEY)
     with heeded(dict.fromkeys(ENDING_SIGNALS, end_in_order)), running_server(config) as url:
+        for path, settings, _ in settings_in_use():
+            if not is_same_place(base := base_in(settings) or url, url):
+                raise ConfigError(f"{path} sends Claude Code to {base}, whatever `code` says: {TAKE_IT_OUT}")
         variables = {**os.environ, **client_environment(config, url), **no_proxy_for(url)}
         if "ANTHROPIC_AUTH_TOKEN" in client_environment(config, url):
             variables.pop("ANTHROPIC_API_KEY", None)  # two credentials make Claude Code ask which
         return run_child([claude, *args.rest], variables)
+
+
+TAKE_IT_OUT = "take ANTHROPIC_BASE_URL out of its env, or let `ccmux.py setup` replace it"
 
 
 def has_proxy() -> bool:
@@ -14380,6 +14386,21 @@ def setup_command(args: argparse.Namespace) -> int:
 
 def claude_settings() -> Path:
     return expanded(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") / "settings.json"
+
+
+def settings_in_use() -> Iterator[tuple[Path, Json, str]]:
+    """Claude Code's settings, the user's and this folder's: (file, what it says, why it cannot be read)."""
+    for path in (claude_settings(), Path(".claude/settings.json"), Path(".claude/settings.local.json")):
+        try:
+            yield path, settings_of(path.read_bytes()), ""
+        except FileNotFoundError:
+            continue
+        except (OSError, ConfigError) as error:
+            yield path, {}, str(error)
+
+
+def base_in(settings: Json) -> str:
+    return str(as_object(settings.get("env")).get("ANTHROPIC_BASE_URL") or "")
 
 
 def settings_with(
@@ -14797,16 +14818,10 @@ def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
     url = client_url(config)
     found = shutil.which("claude")
     yield ("ok", f"Claude Code is {found}") if found else ("note", "there is no `claude` on the PATH")
-    for path in (claude_settings(), Path(".claude/settings.json"), Path(".claude/settings.local.json")):
-        try:
-            settings = settings_of(path.read_bytes())
-        except FileNotFoundError:
-            continue
-        except (OSError, ConfigError) as error:
-            yield "FAILED", f"{path}: {error}"
-            continue
-        base = str(as_object(settings.get("env")).get("ANTHROPIC_BASE_URL") or "")
-        if base:
+    for path, settings, problem in settings_in_use():
+        if problem:
+            yield "FAILED", f"{path}: {problem}"
+        if base := base_in(settings):
             yield ("ok" if is_same_place(base, url) else "FAILED"), f"{path} sends Claude Code to {base}"
         if "apiKeyHelper" in settings:
             yield "note", f"{path} has an apiKeyHelper: its key is sent to ccmux in place of yours"

@@ -1026,6 +1026,20 @@ def test_code_beside_a_stranger(tmp_path: Path) -> None:
     assert "something else answers" in ran.err
 
 
+def test_code_beside_settings_that_lead_elsewhere(tmp_path: Path) -> None:
+    """Claude Code (2.1.330) takes its settings' variables over those it is started with."""
+    port = closed_port()
+    write_config(tmp_path, port=port)
+    path = fake_claude(tmp_path, "echo ran")
+    (tmp_path / ".claude").mkdir()
+    for base, status in (("https://api.z.ai/api/anthropic", 2), (f"http://localhost:{port}/", 0)):
+        text = json.dumps({"env": {"ANTHROPIC_BASE_URL": base}})
+        (tmp_path / ".claude/settings.json").write_text(text)
+        ran = process(tmp_path, "code", PATH=path)
+        assert (ran.status, ran.out) == (status, "" if status else "ran\n")
+        assert (f"settings.json sends Claude Code to {base}, whatever `code` says" in ran.err) == bool(status)
+
+
 def test_code_passes_signals_on(tmp_path: Path) -> None:
     path = fake_claude(tmp_path, 'trap "echo heard; exit 5" TERM; echo ready; while :; do sleep 0.05; done')
     port = closed_port()
