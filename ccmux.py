@@ -14213,15 +14213,16 @@ def code_command(args: argparse.Namespace) -> int:
         raise ConfigError(NEEDS_KEY)
     with heeded(dict.fromkeys(ENDING_SIGNALS, end_in_order)), running_server(config) as url:
         for path, settings, _ in settings_in_use():
-            if not is_same_place(base := base_in(settings) or url, url):
-                raise ConfigError(f"{path} sends Claude Code to {base}, whatever `code` says: {TAKE_IT_OUT}")
+            if place := elsewhere(settings, url):
+                raise ConfigError(f"{path} sends Claude Code to {place}, whatever `code` says: {TAKE_IT_OUT}")
         variables = {**os.environ, **client_environment(config, url), **no_proxy_for(url)}
         if "ANTHROPIC_AUTH_TOKEN" in client_environment(config, url):
             variables.pop("ANTHROPIC_API_KEY", None)  # two credentials make Claude Code ask which
-        return run_child([claude, *args.rest], variables)
+        kept = {name: value for name, value in variables.items() if name not in OTHER_CLOUDS}
+        return run_child([claude, *args.rest], kept)
 
 
-TAKE_IT_OUT = "take ANTHROPIC_BASE_URL out of its env, or let `ccmux.py setup` replace it"
+TAKE_IT_OUT = "take that out of its env, or let `ccmux.py setup` replace it"
 
 
 def has_proxy() -> bool:
@@ -14399,8 +14400,19 @@ def settings_in_use() -> Iterator[tuple[Path, Json, str]]:
             yield path, {}, str(error)
 
 
-def base_in(settings: Json) -> str:
-    return str(as_object(settings.get("env")).get("ANTHROPIC_BASE_URL") or "")
+def elsewhere(settings: Json, url: str) -> str:
+    """Where the variables of these settings send Claude Code; "" where not away from this address."""
+    variables = as_object(settings.get("env"))
+    base = str(variables.get("ANTHROPIC_BASE_URL") or url)
+    cloud = next((f"what {name} means" for name in OTHER_CLOUDS if variables.get(name)), "")
+    return cloud or ("" if is_same_place(base, url) else base)
+
+
+# With one of these Claude Code (2.1.330) does not heed ANTHROPIC_BASE_URL.
+OTHER_CLOUDS = tuple(
+    f"CLAUDE_CODE_USE_{name}"
+    for name in ("BEDROCK", "VERTEX", "FOUNDRY", "MANTLE", "ANTHROPIC_AWS", "ANTHROPIC_GOOGLE_CLOUD")
+)
 
 
 def settings_with(
@@ -14426,6 +14438,7 @@ def settings_with(
 MANAGED = (
     "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
     "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_AUTO_COMPACT_WINDOW",
+    *OTHER_CLOUDS,
 )  # fmt: skip
 
 
@@ -14792,7 +14805,7 @@ def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
             "note",
             "ANTHROPIC_API_KEY and ANTHROPIC_AUTH_TOKEN are both set: Claude Code sends both; unset one",
         )
-    for name in ("CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY"):
+    for name in OTHER_CLOUDS:
         if env.get(name):
             yield "FAILED", f"{name} is set: Claude Code then does not use ANTHROPIC_BASE_URL; unset it"
     for name in ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"):
@@ -14821,8 +14834,9 @@ def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
     for path, settings, problem in settings_in_use():
         if problem:
             yield "FAILED", f"{path}: {problem}"
-        if base := base_in(settings):
-            yield ("ok" if is_same_place(base, url) else "FAILED"), f"{path} sends Claude Code to {base}"
+        place = elsewhere(settings, url)
+        if place or "ANTHROPIC_BASE_URL" in as_object(settings.get("env")):
+            yield ("FAILED" if place else "ok"), f"{path} sends Claude Code to {place or url}"
         if "apiKeyHelper" in settings:
             yield "note", f"{path} has an apiKeyHelper: its key is sent to ccmux in place of yours"
 

@@ -1032,12 +1032,29 @@ def test_code_beside_settings_that_lead_elsewhere(tmp_path: Path) -> None:
     write_config(tmp_path, port=port)
     path = fake_claude(tmp_path, "echo ran")
     (tmp_path / ".claude").mkdir()
-    for base, status in (("https://api.z.ai/api/anthropic", 2), (f"http://localhost:{port}/", 0)):
-        text = json.dumps({"env": {"ANTHROPIC_BASE_URL": base}})
-        (tmp_path / ".claude/settings.json").write_text(text)
+    for name, value, said in (
+        ("ANTHROPIC_BASE_URL", "https://api.z.ai/api/anthropic", "https://api.z.ai/api/anthropic"),
+        ("CLAUDE_CODE_USE_BEDROCK", "1", "what CLAUDE_CODE_USE_BEDROCK means"),
+        ("ANTHROPIC_BASE_URL", f"http://localhost:{port}/", ""),
+    ):
+        (tmp_path / ".claude/settings.json").write_text(json.dumps({"env": {name: value}}))
         ran = process(tmp_path, "code", PATH=path)
-        assert (ran.status, ran.out) == (status, "" if status else "ran\n")
-        assert (f"settings.json sends Claude Code to {base}, whatever `code` says" in ran.err) == bool(status)
+        assert (ran.status, ran.out) == ((2, "") if said else (0, "ran\n"))
+        assert (f"settings.json sends Claude Code to {said}, whatever `code` says" in ran.err) == bool(said)
+
+
+def test_setup_and_code_leave_no_other_cloud(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    (tmp_path / ".claude").mkdir()
+    settings = tmp_path / ".claude/settings.json"
+    settings.write_text('{"env": {"CLAUDE_CODE_USE_VERTEX": "1"}}')
+    assert process(tmp_path, "setup").status == 0
+    assert "VERTEX" not in settings.read_text()
+    path = fake_claude(tmp_path, 'echo "[$CLAUDE_CODE_USE_BEDROCK]"')
+    assert process(tmp_path, "code", PATH=path, CLAUDE_CODE_USE_BEDROCK="1").out == "[]\n"
+    settings.write_text(settings.read_text() + "\n")  # changed since
+    assert process(tmp_path, "setup", "--undo").status == 0
+    assert json.loads(settings.read_text()) == {"env": {"CLAUDE_CODE_USE_VERTEX": "1"}}
 
 
 def test_code_passes_signals_on(tmp_path: Path) -> None:
