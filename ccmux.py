@@ -9311,10 +9311,8 @@ class Plan:
         free = [s for s in others if self.is_free(s, time.monotonic())]
         if error.cause == "http_429":
             return error.should_retry is not False and not any(s.target == slot.target for s in free)
-        if error.cause == "connect":
-            return not free
-        if error.status == 529:
-            return not free
+        if error.cause == "connect" or error.status == 529:  # its other keys would find the same
+            return all(s.target == slot.target for s in free)
         return error.retry is Retry.SAME
 
     async def backs_off(self, slot: Slot, error: ApiError) -> bool:

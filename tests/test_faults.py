@@ -113,6 +113,7 @@ class Row:
 
 B = (fs.answer(),)
 FIRST_BYTE, WHOLE, IDLE = {"first_byte_timeout": 1}, {"response_timeout": 1}, {"idle_timeout": 1}
+POOL = {"api_key": ["sk-test-key-one", "sk-test-key-two"]}
 ANTHROPIC, OPENAI = ("anthropic",), ("openai",)
 
 LIMITED_30 = fs.status(429, [("retry-after", "30")])
@@ -171,6 +172,7 @@ MATRIX = [
 
     # Before a status.
     Row("refused", fs.refusing_address, fails(502, "api_error"), TWO, NOTHING, modes="sn", seconds=(0, 2)),
+    Row("refused-with-a-pool-of-keys", fs.refusing_address, fails(502), TWO, NOTHING, limits=POOL),
     Row("refused-then-B", fs.refusing_address, full("B"), ONE, FULL_B, B, 1, modes="sn", seconds=(0, 0.5)),
     Row("connect-timeout-then-B", fs.silent_address, full("B"), ONE, FULL_B, B, 1, modes="sn",
         seconds=(0.9, 2), limits={"connect_timeout": 1}),
@@ -195,6 +197,7 @@ MATRIX = [
     Row("409-once", (fs.status(409), fs.answer()), full(), TWO, FULL_A),
     Row("529-always", (fs.status(529),), fails(529, "overloaded_error", retry_after=(1, 60)), TWO, NOTHING,
         modes="sn"),
+    Row("529-with-a-pool-of-keys", (fs.status(529), fs.answer()), full(), TWO, FULL_A, limits=POOL),
     Row("529-then-B", (fs.status(529),), full("B"), ONE, FULL_B, B, 1, modes="sn"),
     Row("429-retry-after-1", (fs.status(429, [("retry-after", "1")]), fs.answer()), full(), TWO, FULL_A,
         seconds=(1.0, 1.6)),
