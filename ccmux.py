@@ -10222,7 +10222,7 @@ async def plan_call(
     enforced, else (where its answer begins with the count) while that is awaited.
     """
     config = state.config
-    headers = {k.lower(): v for k, v in request.headers.items()}
+    headers = headers_of(request)
     may_be_long = bool(config.router.long_context) and not is_surely_within(raw, body, config.smallest_limit)
     if len(raw) > LARGE:
         await asyncio.sleep(0)
@@ -10252,6 +10252,15 @@ async def plan_call(
         call.tokens = max(1, (request.content_length or len(raw)) // 4)
         call.count = count if is_translated(config, route) else None
     return call
+
+
+def headers_of(request: web.Request) -> dict[str, str]:
+    """A request's headers under lower-case names; one that stands in several lines is their list (RFC 9110, 5.3)."""
+    found: dict[str, str] = {}
+    for key, value in request.headers.items():
+        name = key.lower()
+        found[name] = f"{found[name]}, {value}" if name in found else value
+    return found
 
 
 def is_translated(config: Config, route: Route) -> bool:
@@ -10684,7 +10693,7 @@ async def post_count_tokens(request: web.Request) -> web.StreamResponse:
     state = state_of(request)
     _, credential = client_of(request, state)
     _, body = await read_request(request, state)
-    headers = {k.lower(): v for k, v in request.headers.items()}
+    headers = headers_of(request)
     try:
         route = route_of(body, headers, state.config)
     except ApiError as error:

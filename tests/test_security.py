@@ -560,6 +560,17 @@ def test_only_listed_headers_go_up(ccm: Victim) -> None:
             assert passed <= set(found) and found["user-agent"] == "yes"
 
 
+def test_a_header_in_two_lines_goes_up_whole(ccm: Victim) -> None:
+    body = {**message_body(False), "model": "claude-a"}
+    sent = {"anthropic-beta": "a-1", "Connection": "close, anthropic-secret", "anthropic-secret": "x"}
+    head = ccm.request("POST", "/v1/messages", sent, ccmux.compact(body))
+    more = b"\r\nAnthropic-Beta: b-2\r\nConnection: anthropic-other\r\nanthropic-other: y\r\n\r\n"
+    assert ccm.send(head.replace(b"\r\n\r\n", more, 1)).status == 200
+    found = {k.lower(): v for k, v in ccm.upstream.calls[-1].headers}
+    assert found["anthropic-beta"] == "a-1, b-2"
+    assert not {"anthropic-secret", "anthropic-other"} & set(found)
+
+
 def test_a_passthrough_credential_goes_to_its_provider_alone(ccm: Victim) -> None:
     ccm.message("hello", "claude-p", Authorization=f"Bearer {CLIENT_KEY}")
     assert ("authorization", f"Bearer {CLIENT_KEY}") in [
