@@ -9457,9 +9457,11 @@ def unthinking(body: Json) -> Json:
     return {**rest, "thinking": {"type": "disabled"}}
 
 
-def without_foreign_thinking(body: Json) -> Json:
-    """The request without thinking blocks that ccmux made for other models, or that carry no signature."""
-    return rewritten(body, OWN_THINKING)
+def without_foreign_thinking(body: Json, model: str) -> Json:
+    """The request without thinking blocks that ccmux made for other models; for Claude also without those that carry
+    no signature: others sign none of theirs (llama.cpp), and read them.
+    """
+    return rewritten(body, SIGNED_THINKING if "claude" in model else OWN_THINKING)
 
 
 def is_no_thinking(block: Json) -> bool:
@@ -9467,10 +9469,12 @@ def is_no_thinking(block: Json) -> bool:
 
 
 def is_own_thinking(block: Json) -> bool:
-    if is_no_thinking(block):
-        return True
-    mark = block.get("signature" if block["type"] == "thinking" else "data")
-    return bool(mark) and not str(mark).startswith(SIGNATURE_TAG)
+    return is_no_thinking(block) or signed_payload(block) is None
+
+
+def is_signed_thinking(block: Json) -> bool:
+    mark = block.get("signature") or block.get("data")
+    return is_no_thinking(block) or (bool(mark) and is_own_thinking(block))
 
 
 def rewritten(body: Json, left_of: Callable[[Json], list[Any] | None]) -> Json:
@@ -9497,6 +9501,7 @@ def blocks_left(keeps: Callable[[Json], bool], message: Json) -> list[Any] | Non
 
 NO_THINKING = functools.partial(blocks_left, is_no_thinking)
 OWN_THINKING = functools.partial(blocks_left, is_own_thinking)
+SIGNED_THINKING = functools.partial(blocks_left, is_signed_thinking)
 
 
 def forwarded(call: Call, to: Upstream) -> bytes:
@@ -9508,7 +9513,7 @@ def forwarded(call: Call, to: Upstream) -> bytes:
         body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
     elif call.format != "anthropic" and "claude" in to.model and "temperature" in body:
         body = {k: v for k, v in body.items() if k != "top_p"}  # Claude 4.5 and 4.6 refuse the two together
-    lighter = without_dropped(without_foreign_thinking(body), to)
+    lighter = without_dropped(without_foreign_thinking(body, to.model), to)
     if lighter is not body:
         body, raw = lighter, b""
     if not raw:

@@ -169,27 +169,32 @@ def test_claude_gets_one_sampling_parameter_of_an_openai_client(
 
 
 @pytest.mark.parametrize(
-    ("block", "stays"),
+    ("model", "block", "stays"),
     [
-        (thinking("made by ccmux"), False),
-        ({"type": "thinking", "thinking": "t", "signature": ""}, False),
-        ({"type": "thinking", "thinking": "t", "signature": "EqQB"}, True),
-        ({"type": "redacted_thinking", "data": "EmwK"}, True),
-        ({"type": "redacted_thinking", "data": ccmux.sign({"x": 1})}, False),
+        ("claude-x", thinking("made by ccmux"), False),
+        ("claude-x", {"type": "thinking", "thinking": "t", "signature": ""}, False),
+        ("claude-x", {"type": "thinking", "thinking": "t"}, False),
+        ("claude-x", {"type": "thinking", "thinking": "t", "signature": "EqQB"}, True),
+        ("claude-x", {"type": "redacted_thinking", "data": "EmwK"}, True),
+        ("claude-x", {"type": "redacted_thinking", "data": ccmux.sign({"x": 1})}, False),
+        ("glm-x", thinking("made by ccmux"), False),
+        ("glm-x", {"type": "thinking", "thinking": "t", "signature": ""}, True),  # llama.cpp's own
+        ("glm-x", {"type": "thinking", "thinking": "t"}, True),
+        ("glm-x", {"type": "redacted_thinking", "data": ccmux.sign({"x": 1})}, False),
     ],
 )
-def test_thinking_goes_only_to_whoever_signed_it(block: Any, stays: bool) -> None:
+def test_thinking_goes_only_to_whoever_signed_it(model: str, block: Any, stays: bool) -> None:
     said = {"type": "text", "text": "a"}
-    body = {"model": "m", "messages": [user("q"), assistant(block, said), user("r")]}
+    body = {"model": model, "messages": [user("q"), assistant(block, said), user("r")]}
     raw = json.dumps(body, separators=(",", ":")).encode()
-    sent = ccmux.forwarded(call_of(body, raw), upstream("m"))
+    sent = ccmux.forwarded(call_of(body, raw), upstream(model))
     assert (sent is raw) == stays
     assert json.loads(sent)["messages"][1]["content"] == ([block, said] if stays else [said])
 
 
 def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
     body = {"model": "m", "messages": [user("q"), assistant(thinking("t")), user("r")]}
-    assert len(ccmux.without_foreign_thinking(body)["messages"]) == 2
+    assert len(ccmux.without_foreign_thinking(body, "m")["messages"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -465,7 +465,9 @@ def test_kept_conversations_are_translated_as_others_are_and_never_changed(body:
             assert ours == theirs
             if isinstance(ours, dict):
                 assert json.loads(ccmux.request_bytes(ours)) == json.loads(ccmux.compact(theirs))
-        assert ccmux.without_foreign_thinking(kept) == ccmux.without_foreign_thinking(plain)
+        for model in ("m", "claude-x"):
+            lighter = ccmux.without_foreign_thinking(kept, model)
+            assert lighter == ccmux.without_foreign_thinking(plain, model)
         assert ccmux.without_thinking(kept) == ccmux.without_thinking(plain)
         assert kept == before == plain
 
