@@ -14064,6 +14064,7 @@ def explain_command(args: argparse.Namespace) -> int:
     raw = stdin_bytes() if args.file == "-" else Path(args.file).read_bytes()
     try:
         counter = TokenCounter(Vocabulary().load)
+        counter.restore(learnt_factors(config))
         told = asyncio.run(explain(config, strict_json(raw, args.file), {}, counter))
     except ApiError as error:
         raise ConfigError(f"{args.file}: {error.message}") from None
@@ -14073,8 +14074,18 @@ def explain_command(args: argparse.Namespace) -> int:
         ceiling = target["ceiling_microusd"]
         cost = "price unknown" if ceiling is None else f"at most {money(ceiling)}"
         print(f"target    {target['provider']}/{target['model']}, {cost}")
-    print(f"tokens    {told['tokens']} counted")
+    learnt = (
+        "" if told["factor"] == 1 else f", by a factor of {told['factor']:.2f} that true usage has taught"
+    )
+    print(f"tokens    {told['tokens']} counted{learnt}")
     return 0
+
+
+def learnt_factors(config: Config) -> list[tuple[str, str, float, int]]:
+    """What true usage has taught a server with this config; nothing where its database cannot be read."""
+    with contextlib.suppress(ConfigError, sqlite3.Error), open_store(config) as store:
+        return store.load_calibration()
+    return []
 
 
 def stdin_bytes() -> bytes:

@@ -741,6 +741,12 @@ def test_explain(cli: Cli, tmp_path: Path) -> None:
         *(reason for reason, _ in ccmux.ROUTE_STEPS), "model", "target", "tokens",
     ]  # fmt: skip
     assert "model     demo/claude-x (by default)" in ran.out
+    counted = int(ran.out.split()[-2])
+    with contextlib.closing(ccmux.Store(str(tmp_path / "ccmux.db"))) as store:
+        store.save_calibration([("demo", "claude-x", 1.5, 20)])
+    told = cli("explain", "-", stdin=json.dumps(body).encode()).out.splitlines()[-1]
+    assert told.endswith("counted, by a factor of 1.50 that true usage has taught")
+    assert abs(int(told.split()[1]) - counted * 1.5) <= 1.5
     ran = cli("explain", "-", stdin=b'{"model": 1}')
     assert (ran.status, ran.err) == (2, "ccmux: -: model: Field required (a text)\n")
 
