@@ -11145,7 +11145,12 @@ async def get_events(request: web.Request) -> web.StreamResponse:
     state = require_admin(request)
     rows: asyncio.Queue[Json] = asyncio.Queue(1000)
     state.listeners.add(rows)
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    head = {
+        "Content-Type": "text/event-stream",
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+    }
+    response = web.StreamResponse(headers={**head, "request-id": request[request_key()], "Server": "ccmux"})
     try:
         await response.prepare(request)
         await response.write(b": here\n\n")

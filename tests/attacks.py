@@ -271,6 +271,8 @@ def check_answer(answer: Answer) -> None:
     assert not any(name.startswith("access-control-") for name in answer.headers), answer.raw
     assert answer.status != 500 or b"ccmux failed" not in answer.body, answer.raw
     assert b"Traceback" not in answer.raw
+    # What is not HTTP is refused by aiohttp, under its own name.
+    assert answer.headers.get("server") != "ccmux" or "request-id" in answer.headers, answer.raw
 
 
 @contextlib.contextmanager

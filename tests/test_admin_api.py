@@ -849,6 +849,11 @@ async def test_the_live_log(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
         async with admin.session.get(admin.proxy.url + "/admin/api/events", headers=headers) as events:
+            told = events.headers
+            assert told["request-id"] and (told["Server"], told["X-Content-Type-Options"]) == (
+                "ccmux",
+                "nosniff",
+            )
             assert (await events.content.readline()).startswith(b":")
             await admin.call("POST", "/v1/messages", message(), token="x")
             lines = [await events.content.readline() for _ in range(3)]
