@@ -13416,7 +13416,7 @@ function settingsCard(root, title, read) {
     await saved(`${title}: saved.`);
   };
   const note = root === "server" && el("p", { class: "muted" },
-    "Host, port and database change at the next start.");
+    "Host, port, database and max connections change at the next start.");
   return card(title, null, formOf([note, el("div", { class: "fields" }, made.nodes)], save, { made: made.made }));
 }
 

@@ -143,6 +143,14 @@ def test_the_example_loads_with_no_environment_and_with_one() -> None:
     assert not ccmux.load_config(EXAMPLE, dict.fromkeys(names, "x")).warnings
 
 
+def test_what_needs_a_restart() -> None:
+    said = re.compile(r"([^.;]*) need a restart")
+    for text in (README, EXAMPLE):
+        assert [set(re.findall(r"[a-z_]+", m[1])) - {"and"} for m in said.finditer(text)] == [
+            set(ccmux.AT_START)
+        ]
+
+
 # Routing, providers, endpoints, metrics.
 
 
