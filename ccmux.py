@@ -5796,10 +5796,10 @@ PRESET_QUIRKS: dict[str, Json] = {
     "openrouter-anthropic": {"auth": "bearer"},
     "zai-openai": {"reasoning_replay": "tool_turns"},
     "moonshot-openai": {"reasoning_replay": "tool_turns", "effort": ["low", "high", "max"]},
-    **dict.fromkeys(
-        ("zai", "moonshot", "minimax", "qwen", "zenmux", "ollama", "lmstudio", "llamacpp", "vllm"), FOREIGN
-    ),
-    "kimi-coding": {"count_tokens": "upstream", **FOREIGN},
+    **dict.fromkeys(("zai", "minimax", "qwen", "zenmux", "ollama", "lmstudio", "llamacpp", "vllm"), FOREIGN),
+    # K3 takes these efforts alone, in either format (github.com/anomalyco/models.dev/pull/3310).
+    "moonshot": {"effort": ["low", "high", "max"], **FOREIGN},
+    "kimi-coding": {"count_tokens": "upstream", "effort": ["low", "high", "max"], **FOREIGN},
     "deepseek": {"drop": ["billing_header", "tool_type", "media"]},
     "deepseek-openai": {"reasoning_replay": "tool_turns", "vision": False},
     "gemini-openai": {"schema": "gemini", "effort": EFFORTS_3, "reasoning_key": "extra_content"},
@@ -9528,7 +9528,17 @@ def without_dropped(body: Json, to: Upstream) -> Json:
             body = DROPS[name](body)
         elif name in body:
             body = {k: v for k, v in body.items() if k != name}
+    body = with_known_effort(body, to.quirks.effort)
     return body | to.quirks.extra_body if to.quirks.extra_body else body
+
+
+def with_known_effort(body: Json, allowed: tuple[str, ...]) -> Json:
+    """The body with its effort clamped to what the provider takes; the very same object where it takes that."""
+    config = as_object(body.get("output_config"))
+    effort = wanted_effort({"output_config": config}, allowed)
+    if effort in ("", config.get("effort")):
+        return body
+    return {**body, "output_config": {**config, "effort": effort}}
 
 
 def without_billing_header(body: Json) -> Json:

@@ -368,6 +368,28 @@ def test_drop_list(drop: tuple[str, ...], body: ccmux.Json, expected: ccmux.Json
     assert ccmux.without_dropped(body, to) == expected
 
 
+@pytest.mark.parametrize(
+    ("preset", "asked", "sent"),
+    [
+        ("moonshot", {"effort": "medium", "format": {}}, {"effort": "low", "format": {}}),
+        ("moonshot", {"effort": "xhigh"}, {"effort": "high"}),
+        ("kimi-coding", {"effort": "medium"}, {"effort": "low"}),
+        ("moonshot", {"effort": "max"}, {"effort": "max"}),
+        ("moonshot", {"format": {}}, {"format": {}}),
+        ("anthropic", {"effort": "medium"}, {"effort": "medium"}),
+    ],
+)
+def test_an_effort_that_an_anthropic_format_upstream_lacks(
+    preset: str, asked: ccmux.Json, sent: ccmux.Json
+) -> None:
+    text = f'[[providers]]\nname = "p"\ntype = "{preset}"\napi_key = "k"\n'
+    [provider] = ccmux.load_config(text, {}).providers
+    body = {"model": "m", "thinking": {"type": "adaptive"}, "output_config": asked}
+    found = ccmux.without_dropped(body, ccmux.Upstream("m", provider.quirks, ccmux.Facts()))
+    assert found == {**body, "output_config": sent}
+    assert (found is body) == (asked == sent)
+
+
 @pytest.mark.parametrize("named", ["http://proxy.test:3128", "proxy.test:3128"])
 def test_environment_proxy(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", named)
