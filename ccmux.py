@@ -9877,7 +9877,7 @@ class Recorder:
 
     def shown(self, id: str) -> Json | None:
         """A record without keys, taken out of the whole: one may have come in two pieces."""
-        if id not in self.held:
+        if not self.is_on or id not in self.held:
             return None
         record, secrets_of = self.held[id], self.secrets[id]
         return record | {p: scrub(record[p].decode("utf-8", "replace"), secrets_of) for p in self.PIECEWISE}
@@ -11805,6 +11805,8 @@ async def put_inspect(request: web.Request) -> web.StreamResponse:
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 <= minutes <= 15:
         raise ApiError(400, "minutes: a number from 0 (off) to 15")
     recorder.switch(minutes * 60)
+    # Which lets go of what is over, though nobody asks then.
+    asyncio.get_running_loop().call_later(minutes * 60 + 0.1, recorder.summary)
     return web.json_response(recorder.summary())
 
 

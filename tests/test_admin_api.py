@@ -9,6 +9,7 @@ import json
 import logging
 import sqlite3
 import threading
+import time
 import tomllib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -908,6 +909,7 @@ def test_the_recorder_shows_no_key_that_came_in_two_pieces() -> None:
     call: Any = SimpleNamespace(
         request_id="req_1", body={}, headers={}, asked="m", route=route, config=config
     )
+    recorder.switch(60)
     recorder.begin(call)
     said = f"é {SECRET} é".encode()
     for piece in (said[:1], said[1:12], said[12:]):
@@ -939,5 +941,16 @@ async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -
         assert "event: message_start" in record["events"]
         assert record["status"] == 200
         assert record["client_headers"] == {"x-claude-code-agent-id": "a1", "user-agent": "claude-cli [key]"}
+        recorder = admin.state.recorder
+        recorder.until = time.monotonic() - 1  # its minutes are over
+        assert (await admin.call("GET", f"/admin/api/inspect/{held['id']}"))[0] == 404
+        await admin.call("PUT", "/admin/api/inspect", {"minutes": 15})
+        await admin.call("POST", "/v1/messages", message(), token="x")
+        assert recorder.held
+        await admin.call("PUT", "/admin/api/inspect", {"minutes": 0.001})
+        await until(lambda: not recorder.held and not recorder.secrets, "it forgets, though nobody asks")
+        await admin.call("PUT", "/admin/api/inspect", {"minutes": 15})
+        await admin.call("POST", "/v1/messages", message(), token="x")
+        assert len((await admin.get("/admin/api/inspect"))["held"]) == 1
         await admin.call("PUT", "/admin/api/inspect", {"minutes": 0})
         assert (await admin.get("/admin/api/inspect"))["held"] == []
