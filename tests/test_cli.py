@@ -751,6 +751,34 @@ def test_explain(cli: Cli, tmp_path: Path) -> None:
     assert (ran.status, ran.err) == (2, "ccmux: -: model: Field required (a text)\n")
 
 
+def test_where_the_config_is_found(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--config, else $CCMUX_CONFIG, else ./config.toml, else ~/.ccmux/config.toml; each by its one model."""
+
+    def write(path: Path, model: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'[[providers]]\nname = "demo"\ntype = "demo"\nmodels = ["{model}"]\n')
+
+    home, here, named, given = (
+        tmp_path / name for name in (".ccmux/config.toml", "config.toml", "n.toml", "g.toml")
+    )
+    assert "none of its own" in cli("model").out
+    write(home, "of-home")
+    assert "of-home" in cli("model").out
+    write(here, "of-here")
+    assert "of-here" in cli("model").out
+    write(named, "of-variable")
+    monkeypatch.setenv("CCMUX_CONFIG", "~/n.toml")
+    assert "of-variable" in cli("model").out
+    write(given, "of-flag")
+    assert "of-flag" in cli("model", "--config", "g.toml").out
+
+
+def test_token_of_a_server_that_keeps_nothing(cli: Cli, tmp_path: Path) -> None:
+    write_config(tmp_path, 'database = ":memory:"')
+    token = cli("token").out.strip()
+    assert (tmp_path / "ccmux.token").read_text().strip() == cli("token").out.strip() == token
+
+
 def test_token_is_kept(cli: Cli, tmp_path: Path) -> None:
     token = cli("token").out.strip()
     assert len(token) >= 22 and cli("token").out.strip() == token

@@ -85,6 +85,44 @@ def test_every_preset_loads(name: str) -> None:
         assert endpoint_url(provider.base_url, DIALECTS[provider.format]) == CALLED[name]
 
 
+DIFFERENCES: dict[str, Any] = {  # of a vendor, beside its address and key
+    "anthropic": {"auth": "", "count_tokens": "auto", "drop": ()},
+    "openai": {"max_tokens_key": "auto", "codex": "codex", "prompt_cache_key": True, "files": True},
+    "openrouter": {"cache_control": "claude|gemini|qwen", "reasoning_key": "reasoning_details",
+                   "transient": "Provider returned error", "web_search": "plugin"},
+    "openrouter-anthropic": {"auth": "bearer"},
+    "zai": {"drop": ("billing_header",)},
+    "zai-openai": {"reasoning_replay": "tool_turns"},
+    "moonshot": {"effort": ("low", "high", "max"), "drop": ("billing_header",)},
+    "moonshot-openai": {"effort": ("low", "high", "max"), "reasoning_replay": "tool_turns"},
+    "kimi-coding": {"count_tokens": "upstream"},
+    "deepseek": {"drop": ("billing_header", "tool_type", "media")},
+    "deepseek-openai": {"reasoning_replay": "tool_turns"},
+    "gemini-openai": {"schema": "gemini"},
+    "deepinfra": {"forced_tool": False},
+    "cerebras": {"lax_finish": True},
+    "mistral": {"tool_id": "[A-Za-z0-9]{9}"},
+    "litellm": {"auth": "bearer"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_how_a_vendor_differs(name: str) -> None:
+    text = f'[[providers]]\nname = "p"\ntype = "{name}"\napi_key = "k"\n'
+    [provider] = ccmux.load_config(text, {}).providers
+    assert {key: getattr(provider.quirks, key) for key in DIFFERENCES[name]} == DIFFERENCES[name]
+    named = {"HTTP-Referer", "X-Title"} if name == "openrouter" else set()
+    assert provider.headers.keys() == named
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_model_on_this_machine_may_be_loaded_first(name: str) -> None:
+    [provider] = ccmux.load_config(
+        f'[[providers]]\nname = "p"\ntype = "{name}"\napi_key = "k"\n', {}
+    ).providers
+    assert provider.first_byte_timeout == (600 if name in ("ollama", "lmstudio", "llamacpp") else 120)
+
+
 @pytest.mark.parametrize("name", ["lmstudio", "vllm"])
 def test_a_local_preset_needs_no_key(name: str) -> None:
     [provider] = ccmux.load_config(f'[[providers]]\nname = "p"\ntype = "{name}"\n', {}).providers

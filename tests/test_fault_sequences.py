@@ -800,6 +800,20 @@ async def test_an_overflow_without_a_larger_target_is_told_in_the_clients_words(
     assert (a.count, b.count) == (1, 0)
 
 
+@BOTH
+async def test_auto_mode_needs_an_upstream_of_anthropics_format(wire: str, tmp_path: Path) -> None:
+    """Claude Code asks again without `safeguards`, once a 400 names them, and classifies by itself."""
+    guards = [{"type": "x", "classifier_context": {"permission_mode": "auto"}}]
+    async with stage(tmp_path, OK, formats=wire) as (proxy, (a,)):
+        reply = await ask(proxy, body=message_body(safeguards=guards))
+    if wire == "openai":
+        fails(400, "invalid_request_error", says="safeguards: Extra inputs are not permitted")(reply)
+        assert a.count == 0
+    else:
+        full()(reply)
+        assert a.calls[0].json["safeguards"] == guards
+
+
 # A 400 that names what this request can do without is tried again, and not counted.
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import fault_server as fs
 import pytest
 from attacks import (
@@ -36,7 +37,7 @@ from attacks import (
     until,
     victim,
 )
-from proxy_harness import ROOT, message_body
+from proxy_harness import ROOT, in_process, message_body
 
 import ccmux
 
@@ -360,6 +361,14 @@ def test_link_local_addresses_are_refused(url: str) -> None:
     text = f'[[providers]]\nname = "x"\ntype = "anthropic"\nbase_url = "{url}"\napi_key = "k"\n'
     with pytest.raises(ccmux.ConfigError):
         ccmux.load_config(text, {})
+
+
+async def test_a_name_that_leads_to_a_link_local_address_is_not_followed() -> None:
+    """The config cannot tell: the socket is never made."""
+    async with ccmux.upstream_session() as session:
+        for host in ("169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]"):
+            with pytest.raises(aiohttp.ClientConnectorError, match="link-local"):
+                await session.get(f"http://{host}/")
 
 
 def test_a_new_address_takes_the_key_away(ccm: Victim) -> None:
@@ -781,6 +790,15 @@ def test_a_dripping_body_is_cut_off(ccm: Victim) -> None:
         assert time.monotonic() - began > 0.9
 
 
+async def test_a_head_that_does_not_come_is_waited_for_75_seconds(tmp_path: Path) -> None:
+    """By aiohttp's keepalive_timeout, which runs from the connection's beginning."""
+    async with in_process(tmp_path, '[[providers]]\nname = "demo"\ntype = "demo"\n') as proxy:
+        runner = ccmux.runner_of(proxy.state)
+        await runner.setup()
+        assert runner.server and runner.server().keepalive_timeout == 75
+        await runner.cleanup()
+
+
 @pytest.mark.parametrize(
     "encoding", ["gzip", "deflate", "br", "zstd", "gzip, gzip", "identity, gzip", "x", "GZIP"]
 )
@@ -951,6 +969,16 @@ def test_an_expectation_of_odd_bytes_is_no_fault_on_any_path(path: str, ccm: Vic
     )
     found = ccm.send(head.encode() + b"Expect: \xff\r\n\r\n{}")
     assert found.status == 417, found
+
+
+@pytest.mark.parametrize(
+    "path", [path for method, path in ALL if method == "GET" and not path.endswith(("/events", "/models"))]
+)
+def test_head_works_where_get_does(ccm: Victim, path: str) -> None:
+    got = ccm.ask("GET", path, ccm.admin)
+    head = ccm.ask("HEAD", path, ccm.admin)
+    assert (head.status, head.body) == (got.status, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
 
 
 def test_the_wrong_method_is_told_which_are_right(ccm: Victim) -> None:

@@ -758,6 +758,19 @@ async def test_a_server_tells_of_sums_that_differ(tmp_path: Path, caplog: pytest
     store.close()
 
 
+async def test_a_server_looks_at_the_sums_every_hour(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ccmux.SUMS_EVERY == 3600
+    monkeypatch.setattr(ccmux, "SUMS_EVERY", 0.05)
+    async with server_store(tmp_path / "a.db") as store:
+        store.add_user("ann", 100)
+        store.do(lambda db: db.execute("update users set balance_microusd = 99"))
+        async with asyncio.timeout(10):
+            while "balance of user ann differs" not in caplog.text:
+                await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize(
     "sql",
     [

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -40,6 +41,7 @@ from ccmux import (
     claude_encoding,
     compact,
     count_request_body,
+    fetch_vocabularies,
     fetch_vocabulary,
     find_vocabulary,
     framing_of,
@@ -940,6 +942,8 @@ async def test_who_counts(
                     assert await told.json() == {"input_tokens": upstreams or 7 + PROMPT}
             relay = proxy.state.relay
             assert not relay.breakers and not relay.cooling  # a failed count says nothing of the provider
+            books = proxy.books
+            assert books.ledger() == books.holds() == books.requests() == []  # and a count is free
     assert asked == [{"model": "gpt-5", **user("Say hello.")}] * times
 
 
@@ -1094,6 +1098,31 @@ def test_ctok_is_used_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.
     assert TokenCounter(found.load).count_now(user("hello"), "p", "claude-opus-4-7") == 17
     assert vocabulary_state()["ctok"] == str(tmp_path / "ctok.py")
     del sys.modules["ctok"]  # which monkeypatch would put back
+
+
+async def test_a_download_that_fails_is_tried_again_in_an_hour(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        return web.Response(status=404)
+
+    app = web.Application()
+    app.add_routes([web.get("/{name}", answer)])
+    found = Vocabulary()
+    assert found.load("cl100k_base") is None
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        state: Any = SimpleNamespace(vocabulary=found, relay=SimpleNamespace(session=session))
+        task = asyncio.create_task(fetch_vocabularies(state, str(server.make_url("")).rstrip("/")))
+        async with asyncio.timeout(10):
+            while not asked:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(1.5)  # it looks every second for what is missing
+        task.cancel()
+    assert asked == ["/cl100k_base.tiktoken"]
+    assert caplog.text.count("no tiktoken vocabulary cl100k_base here yet") == 1
 
 
 DOWNLOADS = {
