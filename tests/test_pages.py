@@ -840,6 +840,41 @@ async def test_a_view_that_is_left_early_leaves_nothing_behind(
 
 
 @needs_browser
+async def test_polling_stops_while_the_page_is_hidden(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    hide = """(hidden) => Object.defineProperty(document, "hidden", { get: () => hidden, configurable: true })"""
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, "about:blank") as page:
+        await page.clock.install()
+        for url, every in ((proxy.url, 31_000), (admin_url(proxy), 6_000)):
+            await page.goto(url)
+            await page.wait_for_selector("main .tiles")
+            asked: list[str] = []
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            await page.evaluate(hide, True)
+            await page.clock.run_for(3 * every)
+            assert asked == []
+            await page.evaluate(hide, False)
+            async with page.expect_request("**/api/*"):
+                await page.clock.run_for(every)
+
+
+@needs_browser
+async def test_unsaved_changes_warn(browser: Browser, provider: AnthropicFake, tmp_path: Path) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "router")
+        asked: list[str] = []
+        page.on("dialog", lambda dialog: asked.append(dialog.type))
+        await page.get_by_label("Background", exact=True).fill("typed")
+        await page.evaluate("window.confirm = () => { window.warned = true; return false; }; 0")
+        await page.click('nav a[href="#users"]')
+        await page.wait_for_function("window.warned && location.hash === '#router'")
+        await expect(page.get_by_label("Background", exact=True)).to_have_value("typed")
+        await page.reload()
+        assert asked == ["beforeunload"]
+
+
+@needs_browser
 async def test_a_dashboard_outlives_a_restart(
     browser: Browser, provider: AnthropicFake, tmp_path: Path
 ) -> None:
