@@ -10531,7 +10531,7 @@ class Exchange:
                 self.user.id,
                 call.request_id,
                 max(amounts, default=0),
-                enforce=credits.enforce and self.user.name != LOCAL_USER,
+                enforce=self.is_enforced,
                 max_concurrent=credits.max_concurrent,
             )
         except ApiError as error:
@@ -10540,6 +10540,11 @@ class Exchange:
         except asyncio.CancelledError:  # the client left while the hold was on its way to the disk
             self.settle(None)
             raise
+
+    @property
+    def is_enforced(self) -> bool:
+        """Whether this user's balance and budgets can refuse a request."""
+        return self.call.config.credits.enforce and self.user.name != LOCAL_USER
 
     def prices(self) -> list[Price | None]:
         config = self.call.config
@@ -10668,7 +10673,7 @@ class Exchange:
             "x-ccmux-model": header_text(target.actual_model),
             "x-ccmux-route": self.call.route.reason,
             "x-ccmux-attempts": str(self.call.tries),
-            **self.state.store.budget_headers(self.user),
+            **(self.state.store.budget_headers(self.user) if self.is_enforced else {}),
         }
 
 

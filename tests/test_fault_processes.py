@@ -379,6 +379,29 @@ async def test_more_than_was_held_is_charged_in_full(tmp_path: Path) -> None:
         assert a.count == 1
 
 
+@pytest.mark.parametrize("enforce", [True, False])
+async def test_budget_headers_are_for_who_may_be_refused(enforce: bool, tmp_path: Path) -> None:
+    """Claude Code takes a status of `rejected` at its word."""
+    options = {"credits": {"enforce": enforce}, "server": {"require_key": True}}
+    async with stage(tmp_path, (fs.answer(),), **options) as (proxy, _):
+        key = proxy.add_user("anna", 10**6)
+        assert not [name for name in (await ask(proxy, key=key)).headers if "unified" in name]
+        proxy.state.store.set_budgets("anna", {"day_microusd": 2 * FULL["A"], "month_microusd": 10**6})
+        seen = [await ask(proxy, key=key, stream=stream) for stream in (True, False, False)]
+    told = [
+        {
+            n.removeprefix("anthropic-ratelimit-unified-"): v
+            for n, v in reply.headers.items()
+            if "unified" in n
+        }
+        for reply in seen
+    ]
+    tomorrow = str((int(time.time()) // 86400 + 1) * 86400)
+    half = {"status": "allowed", "reset": tomorrow, "utilization": "0.5000"}
+    assert [reply.status for reply in seen] == ([200, 429, 429] if enforce else [200] * 3)
+    assert told == ([half, {}, {}] if enforce else [{}] * 3)
+
+
 async def test_a_crowd_of_users_and_faults_balances(tmp_path: Path) -> None:
     """Every charge is in the ledger once, every hold is gone, and the sums are true."""
     options = {"credits": {"enforce": True, "max_concurrent": 100}, "server": {"require_key": True}}

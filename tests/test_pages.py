@@ -843,7 +843,9 @@ async def test_a_view_that_is_left_early_leaves_nothing_behind(
 async def test_polling_stops_while_the_page_is_hidden(
     browser: Browser, provider: AnthropicFake, tmp_path: Path
 ) -> None:
-    hide = """(hidden) => Object.defineProperty(document, "hidden", { get: () => hidden, configurable: true })"""
+    hide = (
+        """(hidden) => Object.defineProperty(document, "hidden", { get: () => hidden, configurable: true })"""
+    )
     async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, "about:blank") as page:
         await page.clock.install()
         for url, every in ((proxy.url, 31_000), (admin_url(proxy), 6_000)):
