@@ -16,7 +16,7 @@ One request, from the top of its way to the bottom:
 2.  The key names the user (or the local user, where none is required).
 3.  `choose_route` walks the rules; the first that applies names the model. The trail of rules tried is kept.
 4.  Credits are held, or the request is refused before any upstream byte.
-5.  `Relay.run` walks the model's targets by priority, those with an open breaker or a cool-down last.
+5.  `Relay.run` walks the model's targets by priority, and passes over those with an open breaker or a cool-down.
 6.  The dialect's `request` builds the upstream body; Anthropic-format upstreams get the client's own bytes.
 7.  Upstream bytes -> `SseDecoder` -> the dialect's stream -> Anthropic events -> the client. Whole answers for
     clients that do not stream are collected from the same events: one translation path, not two.

@@ -242,6 +242,14 @@ async def test_five_failures_in_a_row_open_the_breaker(wire: str, tmp_path: Path
     assert (a.count, b.count) == (5, 8)
 
 
+async def test_what_an_open_breaker_guards_is_not_tried_last_either(tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(500),), (*OK * 5, fs.status(503)), **NO_RETRY) as (proxy, (a, b)):
+        for _ in range(5):
+            full("B")(await ask(proxy))
+        fails(503)(await ask(proxy))
+    assert (a.count, b.count) == (5, 6)
+
+
 @BOTH
 async def test_a_breaker_that_opens_between_two_tries_leads_to_the_next_target(
     wire: str, tmp_path: Path
