@@ -3905,6 +3905,11 @@ def client_tools(body: Json) -> list[Json]:
     return tools if all(wanted) else [*itertools.compress(tools, wanted)]
 
 
+def is_left_out(tool: Json) -> bool:
+    """Whether it is a server tool that no translation has a form of."""
+    return not is_client_tool(tool) and not is_web_search(tool)
+
+
 def is_client_tool(tool: Json) -> bool:
     return bool(tool.get("name")) and tool.get("type") in (None, "", "custom")
 
@@ -8927,6 +8932,10 @@ class Relay:
             url += "?beta=true" if "beta=true" in call.query else ""
         else:
             translated = dialect.request(call.body, to)
+            if left := [str(t.get("type"))[:64] for t in tools_of(call.body) if is_left_out(t)]:
+                log.info(
+                    "request %s: server tools left out for %s: %r", call.request_id, provider.name, left[:8]
+                )
             if len(call.raw) > LARGE:
                 await asyncio.sleep(0)  # to translate and to encode a megabyte takes some milliseconds each
             data = request_bytes(translated)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import email.utils
 import json
+import logging
 import random
 import socket
 import ssl
@@ -820,6 +821,23 @@ async def test_auto_mode_needs_an_upstream_of_anthropics_format(wire: str, tmp_p
     else:
         full()(reply)
         assert a.calls[0].json["safeguards"] == guards
+
+
+@BOTH
+async def test_server_tools_that_are_left_out_are_logged(
+    wire: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tools = [
+        {"name": "a", "input_schema": {"type": "object"}},
+        {"type": "web_fetch_20250910\x1b[2J", "name": "b"},
+    ]
+    with caplog.at_level(logging.INFO, "ccmux"):
+        async with stage(tmp_path, OK, formats=wire) as (proxy, (a,)):
+            full()(await ask(proxy, body=message_body(tools=tools)))
+    assert len(a.calls[0].json["tools"]) == (1 if wire == "openai" else 2)
+    logged = [line for line in caplog.messages if "left out" in line]
+    assert len(logged) == (1 if wire == "openai" else 0)
+    assert all("'web_fetch_20250910\\x1b[2J'" in line and line.isprintable() for line in logged)
 
 
 # A 400 that names what this request can do without is tried again, and not counted.
