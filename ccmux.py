@@ -7276,6 +7276,7 @@ MIGRATIONS = (
     create trigger holds_fixed before update of request_id, user_id, amount_microusd on holds
         begin select raise(abort, 'a hold keeps its amount'); end;
     """,
+    "alter table holds add column id text generated always as (request_id) virtual;",  # others may read it by that name
 )
 SUMS = {  # what must be equal: users whose figure differs from its rows
     "balance": "select name from users left join "

@@ -332,6 +332,29 @@ async def test_the_schema_refuses(sql: str, tmp_path: Path) -> None:
             db.execute(sql)
 
 
+COLUMNS = {  # that others may read
+    "users": "id, name, balance_microusd, held_microusd",
+    "ledger": "id, user_id, amount_microusd",
+    "holds": "id, user_id, amount_microusd",
+    "requests": "time, request_id, user, session, agent, asked, route, provider, model, stream, status, error, attempts, "
+    "input_tokens, output_tokens, cache_read_tokens, cache_write_tokens, cache_write_1h_tokens, estimated, "
+    "cost_microusd, markup_microusd, charge_microusd, first_token_ms, duration_ms, stop_reason",
+}
+
+
+async def test_columns_that_others_read(tmp_path: Path) -> None:
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 1000)
+        await place(store, user, "r1", 50)
+        await store.settle(settlement("r1"))
+        await place(store, user, "r2", 50)
+        with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as db:
+            for table, columns in COLUMNS.items():
+                rows = db.execute(f"select {columns} from {table}").fetchall()
+                assert rows and None not in rows[0][:2]
+    assert ", ".join(ccmux.USAGE_COLUMNS) == COLUMNS["requests"]
+
+
 def test_sums_that_differ_are_told(tmp_path: Path) -> None:
     store = ccmux.Store(str(tmp_path / "a.db"))
     store.add_user("ann", 100)
