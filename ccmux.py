@@ -9978,9 +9978,15 @@ def check_site(request: web.Request) -> None:
         if origin is not None or site != "none":
             raise ApiError(403, "this API is for programs, not for web pages")
     elif path.startswith(("/api/", "/admin/api/", "/metrics")):
-        own = f"{request.scheme}://{headers.get('Host', '')}"
+        own = f"{scheme_of(request)}://{headers.get('Host', '')}"
         if origin not in (None, own) or site not in ("none", "same-origin"):
             raise ApiError(403, "this API answers only its own pages")
+
+
+def scheme_of(request: web.Request) -> str:
+    """How a client came: by TLS where a proxy on this machine says so; nobody else is believed."""
+    told = request.headers.get("X-Forwarded-Proto", "") if is_loopback(request.remote or "") else ""
+    return told if told in ("http", "https") else request.scheme
 
 
 def new_request_id() -> str:

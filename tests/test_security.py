@@ -113,6 +113,25 @@ def test_its_own_pages_are_answered(ccm: Victim, endpoint: tuple[str, str]) -> N
     assert ccm.ask(*endpoint, {**ccm.admin, **own}, b"{}").status in (200, 501)
 
 
+@pytest.mark.parametrize(
+    ("origin", "forwarded", "status"),
+    [
+        ("https://ccmux.example", "https", 200),
+        ("http://ccmux.example", "-", 200),
+        ("https://ccmux.example", "-", 403),
+        ("http://ccmux.example", "https", 403),
+        ("https://ccmux.example:8443", "https", 403),
+        ("https://evil.example", "https", 403),
+        ("ftp://ccmux.example", "ftp", 403),
+    ],
+)
+def test_its_own_pages_behind_a_tls_proxy(ccm: Victim, origin: str, forwarded: str, status: int) -> None:
+    headers = {"Origin": origin, "Sec-Fetch-Site": "same-origin", "X-Forwarded-Proto": forwarded}
+    body = b'{"body": {"model": "claude-d", "messages": []}}'
+    answer = ccm.ask("POST", "/admin/api/explain", {**ccm.admin, **headers}, body, "ccmux.example")
+    assert answer.status == status
+
+
 @pytest.mark.parametrize("path", ["/v1/messages", "/admin/api/users", "/api/me", "/", "/nowhere"])
 def test_a_preflight_grants_nothing(ccm: Victim, path: str) -> None:
     headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
