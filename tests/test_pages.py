@@ -485,7 +485,9 @@ async def test_any_logged_request_tells_why_it_went_where_it_did(
         ):
             await expect(dialog).to_contain_text(words)
         await expect(page.get_by_role("region", name="Rules tried")).to_contain_text("no prompt rules")
-        assert await ask(proxy, "up/between") == 200  # the row that was pressed is drawn anew behind the dialog
+        assert (
+            await ask(proxy, "up/between") == 200
+        )  # the row that was pressed is drawn anew behind the dialog
         await expect(page.locator(".log")).to_contain_text("up/between")
         await page.keyboard.press("Escape")
         await expect(page.locator(".log tbody button").nth(1)).to_be_focused()
