@@ -375,7 +375,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -5788,10 +5788,8 @@ demo                 demo      -                                                
 EFFORTS_3 = ["low", "medium", "high"]
 FOREIGN = {"drop": ["billing_header"]}  # it changes with each prompt and spoils prompt caches
 PRESET_QUIRKS: dict[str, Json] = {
-    # From gpt-5.4 on Chat Completions refuses tools together with reasoning, from gpt-5.6 on without a word of effort too
-    # (seen September 2026: github.com/BerriAI/litellm/pull/34569).
     "openai": {"effort": ["minimal", *EFFORTS_3, "xhigh"], "prompt_cache_key": True, "files": True}
-    | {"web_search": "options", "codex": r"codex|gpt-(?:5\.[4-9]|[6-9]|\d\d)"},
+    | {"web_search": "options", "codex": "codex"},
     "openrouter": {
         "cache_control": "claude|gemini|qwen",
         "reasoning_key": "reasoning_details",
@@ -5836,10 +5834,14 @@ def preset(row: str) -> tuple[str, Json]:
 PRESETS: dict[str, Json] = dict(map(preset, PRESET_ROWS.strip().splitlines()))
 
 
-def dialect_of(provider: Provider, model: str) -> Dialect:
-    """The wire format that a provider serves a model by."""
+CHAT = "chat/completions"  # what a model that is served by Responses alone does not take
+
+
+def dialect_of(provider: Provider, model: str, skip: Container[str] = ()) -> Dialect:
+    """The wire format that a provider serves a model by; `skip` is what errors have said it does not take."""
     codex = provider.quirks.codex
-    return DIALECTS["responses" if codex and re.search(codex, model) else provider.format]
+    by_responses = (codex and re.search(codex, model)) or (CHAT in skip and provider.format == "openai")
+    return DIALECTS["responses" if by_responses else provider.format]
 
 
 _ENDPOINT = re.compile(r"/(?:messages|chat/completions|responses|models(?:/[^/]+:\w+)?)$")
@@ -8810,7 +8812,7 @@ class Relay:
 
     async def exchange(self, call: Call, slot: Slot, sink: Sink) -> None:
         """Sends the request and relays the answer; ApiError when either fails or lasts too long."""
-        dialect = dialect_of(slot.provider, slot.target.actual_model)
+        dialect = dialect_of(slot.provider, slot.target.actual_model, self.not_taken(call, slot))
         if dialect.is_local:
             await self.demo(call, slot, sink)
             return
@@ -8942,12 +8944,17 @@ class Relay:
             data = request_bytes(translated)
         return UpstreamRequest(url, headers, data)
 
+    def not_taken(self, call: Call, slot: Slot) -> frozenset[str]:
+        """What errors have said that the slot's model does not take there."""
+        place = (call.config.text_hash, slot.provider.name, slot.target.actual_model)
+        return self.learnt.get(place, frozenset())
+
     def upstream_of(self, call: Call, slot: Slot) -> Upstream:
         model = slot.target.actual_model
         known = call.config.model(call.route.model)
         facts = facts_of(model)
         context = slot.target.context or (known.context if known else 0) or facts.context
-        skip = self.learnt.get((call.config.text_hash, slot.provider.name, model), frozenset())
+        skip = self.not_taken(call, slot)
         return Upstream(
             model, slot.provider.quirks, dataclasses.replace(facts, context=context), call.session, skip
         )
@@ -9360,6 +9367,8 @@ class Plan:
         is_elsewhere = error.retry in (Retry.SAME, Retry.NEXT) and len(self.slots()) > 1
         if _IMAGES_REFUSED.search(error.message) and not is_elsewhere:
             return self.learns(slot, "media")
+        if _BY_RESPONSES.search(error.message) and slot.provider.format == "openai":
+            return self.learns(slot, CHAT)
         if error.status not in (400, 422):
             return False
         transient = slot.provider.quirks.transient
@@ -9377,10 +9386,10 @@ class Plan:
 
     def learns(self, slot: Slot, name: str) -> bool:
         """Keeps in mind what an upstream does not take; false where that is nothing new."""
-        place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
-        known = self.relay.learnt.get(place, frozenset())
+        known = self.relay.not_taken(self.call, slot)
         if not name or name in known:
             return False
+        place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
         self.relay.learnt[place] = known | {name}
         return True
 
@@ -9434,6 +9443,11 @@ _IMAGES_REFUSED = re.compile(
 )
 # "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
 _ROLES_REFUSED = re.compile(r"'user' after role 'tool'|roles must alternate")
+
+
+# OpenAI's 400 of gpt-5.4 and later where tools come with reasoning, which gpt-5.6 and later do unasked (seen July 2026:
+# github.com/BerriAI/litellm/pull/34569), and the 404 of its models that have no Chat Completions at all.
+_BY_RESPONSES = re.compile(r"(?:use|supported in) /?v1/responses")
 
 
 def refused_parameter(message: str, param: str = "") -> str:

@@ -28,6 +28,11 @@ name = "g"
 type = "gemini"
 base_url = "{url}"
 api_key = "key-of-g"
+[[providers]]
+name = "o"
+type = "openai"
+base_url = "{url}/v1"
+api_key = "key-of-r"
 """
 MODELS = ["r/gpt-5.3-codex", "g/gemini-3.8-flash"]
 CASES = {"responses": ("plain", "reasoning_then_tool"), "gemini": ("plain", "thoughts_then_tool")}
@@ -39,8 +44,11 @@ class Upstream:
     def __init__(self) -> None:
         self.bodies: list[Any] = []
         self.calls_again = False  # with the ids of the first calls
+        self.refusals: list[Any] = []  # requests to the address that refuses them
+        self.refusal = (400, "")
         app = web.Application()
         app.router.add_post("/v1/responses", self.answer)
+        app.router.add_post("/v1/chat/completions", self.refuse)
         app.router.add_post("/v1beta/models/gemini-3.8-flash:streamGenerateContent", self.answer)
         self.server = TestServer(app)
 
@@ -55,6 +63,11 @@ class Upstream:
         case = CASES[format]["tools" in body and (self.calls_again or not is_answered)]
         data = (FIXTURES / format / f"{case}.sse").read_bytes()
         return web.Response(body=data, content_type="text/event-stream")
+
+    async def refuse(self, request: web.Request) -> web.Response:
+        self.refusals.append(await request.json())
+        status, message = self.refusal
+        return web.json_response({"error": {"message": message, "param": "reasoning_effort"}}, status=status)
 
 
 @pytest.fixture
@@ -120,3 +133,40 @@ async def test_openai_sdk_streamed_and_whole(upstream: Upstream, start_ccmux: St
         with pytest.raises(openai.NotFoundError) as caught:
             await client.chat.completions.create(model="nobody/x", **asked)
         assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        (400, "Function tools with reasoning_effort are not supported for gpt-5.6 in /v1/chat/completions. To use "
+              "function tools, use /v1/responses or set reasoning_effort to 'none'."),
+        (404, "This model is only supported in v1/responses and not in v1/chat/completions."),
+    ],
+    ids=["with tools", "at all"],
+)  # fmt: skip
+async def test_a_model_that_sends_on_to_responses_is_served_there(
+    refusal: tuple[int, str], upstream: Upstream, start_ccmux: Start
+) -> None:
+    upstream.refusal = refusal
+    config = CONFIG.format(url=upstream.server.make_url("").human_repr().rstrip("/"))
+    function = {"name": "Bash", "parameters": BASH["input_schema"]}
+    async with (
+        start_ccmux(config) as ccmux,
+        anthropic.AsyncAnthropic(base_url=ccmux.url, api_key="x", max_retries=0) as client,
+        openai.AsyncOpenAI(base_url=f"{ccmux.url}/v1", api_key="x", max_retries=0) as other,
+    ):
+        for _ in range(2):
+            answer = await client.messages.create(
+                model="o/gpt-5.6",
+                max_tokens=99,
+                tools=[BASH],
+                messages=[user("list")],  # type: ignore[list-item]
+            )
+            assert answer.stop_reason == "tool_use"
+        whole = await other.chat.completions.create(
+            model="o/gpt-5.6",
+            messages=[{"role": "user", "content": "list"}],
+            tools=[{"type": "function", "function": function}],  # type: ignore[list-item]
+        )
+        assert whole.choices[0].finish_reason == "tool_calls"
+    assert (len(upstream.refusals), len(upstream.bodies)) == (1, 3)
