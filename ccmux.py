@@ -3466,7 +3466,7 @@ def openai_request(body: Json, to: Upstream) -> Json:
         out["response_format"] = {"type": "json_schema", "json_schema": {**named, **strict}}
     if quirks.prompt_cache_key and to.session:
         out["prompt_cache_key"] = to.session[:64]
-    out.update(web_search_keys(body, quirks))
+    out.update(web_search_keys(body, to))
     return without(out | quirks.extra_body, to)
 
 
@@ -4138,15 +4138,18 @@ def web_search_of(body: Json) -> Json | None:
     return next(itertools.compress(tools, each(tools, is_web_search)), None)
 
 
-def web_search_keys(body: Json, quirks: Quirks) -> Json:
+def web_search_keys(body: Json, to: Upstream) -> Json:
     """Web search in the provider's own form; ApiError 400 that says what to set up where it has none."""
     tool = web_search_of(body)
     if tool is None:
         return {}
-    if quirks.web_search == "plugin":
-        return {"plugins": [{"id": "web"}]}
-    if quirks.web_search == "options":
-        return {"web_search_options": web_search_options(tool)}
+    forms: Json = {
+        "plugin": {"plugins": [{"id": "web"}]},
+        "options": {"web_search_options": web_search_options(tool)},
+    }
+    keys = as_object(forms.get(to.quirks.web_search))
+    if keys and to.skip.isdisjoint(keys):  # left out, the model would make up what it found
+        return keys
     raise no_web_search()
 
 

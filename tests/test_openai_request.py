@@ -748,6 +748,8 @@ def test_web_search() -> None:
     body = {"messages": [user("hi")], "tools": [SEARCH]}
     assert openai_request(body, upstream("m", web_search="plugin"))["plugins"] == [{"id": "web"}]
     expect_400(lambda: openai_request(body, PLAIN), "set `websearch` in")
+    refused = upstream("m", skip=frozenset({"web_search_options"}), web_search="options")
+    expect_400(lambda: openai_request(body, refused), "set `websearch` in")
 
 
 # Any conversation.
