@@ -9419,7 +9419,7 @@ DROPPABLE = (
 _REFUSES = re.compile(
     r"(?i)unsupported|unknown|unrecognized|not supported|not permitted|extra inputs|does not support|unexpected|"
     r"not allowed|no longer supported|only the default|invalid.{0,20}parameter|not (?:a )?valid|must be one of|"
-    r"incompatible|is allowed for this model"
+    r"incompatible|is allowed for this model|unavailable"
 )
 
 
@@ -9467,7 +9467,7 @@ def refused_parameter(message: str, param: str = "") -> str:
     named_in = (
         r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?|invalid|this model:)\s+(\w+)|^(\w+): "
     )
-    quoted = re.findall(named_in, message)
+    quoted = re.findall(named_in, message.replace("response format", "response_format"))
     named = [param, *(name for names in quoted for name in names if name)]
     snake = (re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in named)  # xAI's are in camel case
     return next((top for name in snake if (top := name.split(".")[0]) in DROPPABLE), "")

@@ -252,6 +252,8 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
         ("Argument not supported on this model: stop", "", "stop"),
         ("`reasoning_effort` must be one of `none` or `default`", "", "reasoning_effort"),
         ("invalid temperature: only 1 is allowed for this model", "", "temperature"),
+        ("This response_format type is unavailable now", "", "response_format"),
+        ("This model does not support response format `json_schema`. See supported models at", "", "response_format"),
         ("tool_choice 'specified' is incompatible with thinking enabled", "", "tool_choice"),
         ("Unexpected role 'user' after role 'tool'", "", "user_after_tool"),
         ("After the optional system message, conversation roles must alternate user and assistant roles except for tool calls "
