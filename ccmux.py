@@ -4215,6 +4215,7 @@ class ToolCall:
     name: str = ""
     pieces: list[str] = field(default_factory=list)
     sent: int = 0  # how many of the pieces went out already
+    longest: int = 0  # the length of the longest of them
     guarded: bool = False  # the pieces may be snapshots or encoded twice: decided at the end
     extra: Json = field(default_factory=dict)  # Google's thought signature, to come back with the call
 
@@ -4396,6 +4397,7 @@ class OpenAIStream:
             call.guarded = is_doubtful(call, waiting)
             if waiting.strip() and not call.guarded:
                 self.out.tool_input(waiting)
+                call.longest = max(call.longest, *map(len, call.pieces[call.sent :]))
                 call.sent = len(call.pieces)
 
     def begin(self, call: ToolCall) -> None:
@@ -4483,8 +4485,7 @@ def is_doubtful(call: ToolCall, waiting: str) -> bool:
     """
     if not call.sent:
         return waiting.strip() == "{}" or waiting.lstrip()[:1] not in ("{", "")
-    longest = max(map(len, call.pieces[: call.sent]))
-    return len(waiting) > longest and waiting.startswith("".join(call.pieces[: call.sent]))
+    return len(waiting) > call.longest and waiting.startswith("".join(call.pieces[: call.sent]))
 
 
 def whole_arguments(pieces: list[str]) -> str | None:
