@@ -2284,6 +2284,11 @@ def check_binding(config: Config) -> None:
 MAX_EVENT = 16 * 2**20
 
 
+def broken_stream(message: str = "the provider's stream ended before the answer did") -> ApiError:
+    """What another try may mend."""
+    return ApiError(502, message, retry=Retry.SAME, cause="stream")
+
+
 class SseDecoder:
     """Cuts a byte stream where events end. Lines may end in LF, CR LF or CR."""
 
@@ -2301,8 +2306,7 @@ class SseDecoder:
         end = data.rfind(b"\n\n") + 2 if data.find(b"\r") < 0 else last_blank_line(data)
         whole, self.rest = (data[:end], data[end:]) if end > 1 else (b"", data)
         if len(self.rest) > self.limit:
-            words = f"the provider sent an event of more than {self.limit} bytes"
-            raise ApiError(502, words, retry=Retry.SAME, cause="stream")
+            raise broken_stream(f"the provider sent an event of more than {self.limit} bytes")
         return whole
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -3153,9 +3157,7 @@ class AnthropicTap:
             return self.fail(not_a_stream(rest.decode("utf-8", "replace"), "event stream"))
         out = self.relay(rest) if rest and not is_cut_off(rest) else b""
         if not self.ended and self.error is None:
-            self.error = ApiError(
-                502, "the provider's stream ended before the answer did", retry=Retry.SAME, cause="stream"
-            )
+            self.error = broken_stream()
         return out
 
     def relay(self, block: bytes) -> bytes:
@@ -3414,9 +3416,7 @@ def not_a_stream(text: str, what: str) -> ApiError:
     if isinstance(payload, (dict, list)) and error_words(payload):
         return error_of_event(payload if isinstance(payload, dict) else {"error": error_detail(payload)})
     start = " ".join(text.split())[:120]
-    return ApiError(
-        502, f"the provider's answer is not an {what}; it begins: {start}", retry=Retry.SAME, cause="stream"
-    )
+    return broken_stream(f"the provider's answer is not an {what}; it begins: {start}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4418,8 +4418,9 @@ class OpenAIStream:
             text = "".join(call.pieces)  # Anthropic's own end like this; the client asks the model to go on
             self.out.cut_off = True
         if text is None or not text.startswith(sent):
-            message = f"the provider sent arguments of tool {call.name!r} that are not a JSON object"
-            raise ApiError(502, message, retry=Retry.SAME, cause="stream")
+            raise broken_stream(
+                f"the provider sent arguments of tool {call.name!r} that are not a JSON object"
+            )
         self.out.tool_input(text[len(sent) :])
         self.out.close()
         self.calls = {k: c for k, c in self.calls.items() if c is not call}
@@ -4430,18 +4431,14 @@ class OpenAIStream:
         if self.ended:
             return
         if not self.finish_reason and not self.to.quirks.lax_finish:
-            raise ApiError(
-                502, "the provider's stream ended before the answer did", retry=Retry.SAME, cause="stream"
-            )
+            raise broken_stream()
         if self.think is not None:
             self.show_parts(self.think.finish())
         if self.live:
             self.end_call(self.live)
         for call in [c for c in self.calls.values() if c.name or "".join(c.pieces).strip()]:
             if not call.name:
-                raise ApiError(
-                    502, "the provider sent a tool call without a name", retry=Retry.SAME, cause="stream"
-                )
+                raise broken_stream("the provider sent a tool call without a name")
             self.begin(call)
             self.end_call(call)
         if "".join(self.late).strip():
@@ -4905,15 +4902,11 @@ class ResponsesStream:
     def finish(self) -> None:
         """The end of the bytes, which is an error unless the answer has ended."""
         if not self.out.ended:
-            raise broken_stream("the provider's stream ended before the answer did")
+            raise broken_stream()
 
 
 def told_as(item: Json) -> str:
     return str(item.get("call_id") or item.get("type"))
-
-
-def broken_stream(message: str) -> ApiError:
-    return ApiError(502, message, retry=Retry.SAME, cause="stream")
 
 
 # Codes of a failed response that say the request is at fault: another try would not differ.
@@ -5206,7 +5199,7 @@ class GeminiStream:
         if self.out.ended:
             return
         if not self.stop_reason:
-            raise broken_stream("the provider's stream ended before the answer did")
+            raise broken_stream()
         if self.cited or self.queries:
             show_search(self.out, "; ".join(self.queries), self.cited)
         end_answer(self.out, self.stop_reason, self.usage, self.cited)
@@ -5712,7 +5705,7 @@ class AnthropicEvents:
 
     def finish(self) -> None:
         if not self.out.ended:
-            raise broken_stream("the provider's stream ended before the answer did")
+            raise broken_stream()
 
 
 @dataclass(frozen=True, slots=True)
@@ -6101,7 +6094,7 @@ class ChatTap:
         if self.stop_reason or (self.lax_finish and self.has_content):
             self.ended, self.ending = True, mark
         else:
-            self.error = broken_stream("the provider's stream ended before the answer did")
+            self.error = broken_stream()
 
     def output_text(self) -> str:
         return "".join(self.texts)
