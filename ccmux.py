@@ -2386,7 +2386,7 @@ def event_json(data: str) -> Any:
 def parsed(text: str) -> Any:
     """The value of a JSON text; None where it is none."""
     try:
-        return json.loads(text)
+        return event_json(text)
     except (ValueError, RecursionError):
         return None
 
@@ -3409,10 +3409,7 @@ def output_overflow(words: str, tokens: int) -> tuple[int, int, int] | None:
 
 def not_a_stream(text: str, what: str) -> ApiError:
     """For a 200 whose body is HTML, plain JSON or rubbish instead of a stream: its own error, else a 502."""
-    try:
-        payload = json.loads(text)
-    except (ValueError, RecursionError):
-        payload = None
+    payload = parsed(text)
     if isinstance(payload, (dict, list)) and error_words(payload):
         return error_of_event(payload if isinstance(payload, dict) else {"error": error_detail(payload)})
     start = " ".join(text.split())[:120]
@@ -4255,10 +4252,9 @@ class OpenAIStream:
         if data == "[DONE]":
             self.finish()
             return
-        try:
-            chunk = event_json(data)
-        except (ValueError, RecursionError):
-            raise not_a_stream(data, "OpenAI stream") from None
+        chunk = parsed(data)
+        if chunk is None:
+            raise not_a_stream(data, "OpenAI stream")
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
         if not isinstance(choices, list) or chunk.get("error"):  # OpenRouter sends both
             choices = self.other(name, chunk)
@@ -6057,10 +6053,7 @@ class ChatTap:
         if data == "[DONE]":
             self.end(block)
             return b""
-        try:
-            chunk = event_json(data or "{}")
-        except (ValueError, RecursionError):
-            chunk = None
+        chunk = parsed(data or "{}")
         if not isinstance(chunk, dict) or chunk.get("error") or name == "error":
             self.error = (
                 error_of_event(chunk) if isinstance(chunk, dict) else not_a_stream(data, "OpenAI stream")
