@@ -4194,11 +4194,10 @@ def openai_usage(usage: Any) -> Usage | None:
     return Usage(input=max(rest, 0), output=output, cache_read=cached, cache_write=written)
 
 
-OPENAI_STOP = {
-    "stop": "end_turn", "length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use",
-    "function_call": "tool_use", "max_tokens": "max_tokens", "eos": "end_turn", "end_turn": "end_turn",
-    "model_length": "max_tokens",  # Mistral
-    "sensitive": "refusal", "model_context_window_exceeded": "model_context_window_exceeded",  # Z.ai
+OPENAI_STOP = {  # all others end the turn
+    "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens",  # Mistral's
+    "content_filter": "refusal", "sensitive": "refusal",  # Z.ai's
+    "model_context_window_exceeded": "model_context_window_exceeded",  # Z.ai's
 }  # fmt: skip
 # What OpenRouter and Mistral, DeepSeek, Z.ai, vLLM and SGLang, and Google say of an answer that broke off.
 GAVE_UP = {"error", "insufficient_system_resource", "network_error", "abort", "function_call_filter"}
@@ -4447,13 +4446,21 @@ class OpenAIStream:
         if is_empty and reason == "model_context_window_exceeded":
             tokens, context = self.out.usage.input, self.to.facts.context
             raise upstream_error(400, reason, tokens=tokens, context=context)
-        if is_empty and reason in ("end_turn", "tool_use"):
-            raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
         if is_empty and reason == "refusal":
             self.out.text(f"The provider refused ({self.finish_reason}).")
-        if self.usage:
-            self.out.usage = self.usage
-        self.out.finish(reason)
+        end_answer(self.out, reason, self.usage)
+
+
+def end_answer(
+    out: AnthropicStream, reason: str, usage: Usage | None, cited: dict[str, str] | None = None
+) -> None:
+    """Ends an answer, with the pages it cites (URL -> title); ApiError 502 where there is nothing in it."""
+    if not out.has_content and not out.kind and reason == "end_turn":
+        raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
+    if cited:
+        out.text("\n\nSources:" + "".join(f"\n- [{title or url}]({url})" for url, title in cited.items()))
+    out.usage = usage or out.usage
+    out.finish(reason)
 
 
 def begins_another(call: ToolCall, piece: Json) -> bool:
@@ -4914,16 +4921,6 @@ def responses_error(event: Json) -> ApiError:
     detail = error_detail(event)
     is_fault = status_of_error(event) == 502 and _REQUEST_FAULT.search(str(detail.get("code") or ""))
     return upstream_error(400 if is_fault else status_of_error(event), {"error": detail})
-
-
-def end_answer(out: AnthropicStream, reason: str, usage: Usage | None, cited: dict[str, str]) -> None:
-    """Ends an answer, with the pages it cites (URL -> title); ApiError 502 where there is nothing in it."""
-    if not out.has_content and not out.kind and reason == "end_turn":
-        raise ApiError(502, "the provider's answer is empty", retry=Retry.SAME, cause="empty")
-    if cited:
-        out.text("\n\nSources:" + "".join(f"\n- [{title or url}]({url})" for url, title in cited.items()))
-    out.usage = usage or out.usage
-    out.finish(reason)
 
 
 def show_search(out: AnthropicStream, query: str, found: dict[str, str]) -> None:
