@@ -3119,8 +3119,7 @@ class AnthropicTap:
     def feed(self, data: bytes) -> bytes:
         is_whole = not self.decoder.rest and data.endswith(b"\n\n")
         whole = data if is_whole else self.decoder.cut(data)
-        plain = self.has_content and not self.ended and data.find(b"message_") < 0 and data.find(b"error") < 0
-        out = whole if plain and is_whole else b"".join(self.looked_at(whole))
+        out = whole if is_whole and self.is_plain(whole) else b"".join(self.looked_at(whole))
         if out:
             self.relayed.append(out)
             self.unread += len(out)
@@ -3237,17 +3236,14 @@ def is_cut_off(block: bytes) -> bool:
 
 # What upstreams answer when something is wrong. The words are for a person, the retry class is for the Relay.
 
-SAME_STATUSES = {408, 409, *range(500, 600)} - {529}
-KEY_STATUSES = {401, 402, 403, 429}
-
 
 def retry_class(status: int) -> Retry:
     """What a status allows: RFC 9110 and what vendors mean by it."""
-    if status in KEY_STATUSES:
+    if status in (401, 402, 403, 429):
         return Retry.KEY
-    if status in SAME_STATUSES:
-        return Retry.SAME
-    return Retry.NEXT if status in (404, 529) or not 400 <= status < 600 else Retry.NO
+    if status in (404, 529) or not 400 <= status < 600:
+        return Retry.NEXT
+    return Retry.SAME if status in (408, 409) or status >= 500 else Retry.NO
 
 
 STATUS_OF_TYPE = {
@@ -4147,11 +4143,7 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
     keys = as_object(forms.get(to.quirks.web_search))
     if keys and to.skip.isdisjoint(keys):  # left out, the model would make up what it found
         return keys
-    raise no_web_search()
-
-
-def no_web_search() -> ApiError:
-    return ApiError(
+    raise ApiError(
         400,
         "this model's provider cannot search the web: set `websearch` in [router] to a model whose provider can "
         "(Anthropic, OpenAI, Gemini or OpenRouter), or turn the WebSearch tool off in Claude Code",
@@ -4177,13 +4169,10 @@ def openai_usage(usage: Any) -> Usage | None:
     prompt, output = token_number(usage.get("prompt_tokens")), token_number(usage.get("completion_tokens"))
     if prompt is None or output is None:
         return None
-    told = (details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"))
-    cached = next(filter(None, map(token_number, told)), 0)
-    written = (
-        token_number(details.get("cache_write_tokens"))
-        or token_number(details.get("cache_creation_tokens"))
-        or 0
-    )
+    hits = (details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"))
+    cached = next(filter(None, map(token_number, hits)), 0)
+    writes = (details.get("cache_write_tokens"), details.get("cache_creation_tokens"))
+    written = next(filter(None, map(token_number, writes)), 0)
     rest = prompt - cached - written if cached <= prompt else prompt
     # xAI counts thinking apart, where OpenAI has it inside (docs.x.ai, "consumption and rate limits"); so does Google,
     # which tells it in the total alone (seen September 2026 with gemini-3.8-flash).
@@ -4236,17 +4225,13 @@ class OpenAIStream:
         self.late: list[str] = []  # text that came beside an unfinished call
 
     @property
-    def ended(self) -> bool:
-        return self.out.ended
-
-    @property
     def stop_reason(self) -> str:
         """Google's finish reasons go on behind a colon."""
         return OPENAI_STOP.get(self.finish_reason.partition(":")[0], "end_turn")
 
     def feed(self, name: str, data: str) -> None:
         """One event's data. Raises ApiError for an error it tells of, or for data that is not JSON."""
-        if self.ended:
+        if self.out.ended:
             return
         if data == "[DONE]":
             self.finish()
@@ -4423,7 +4408,7 @@ class OpenAIStream:
 
     def finish(self) -> None:
         """The end of the stream: ends the message, or says why it is none."""
-        if self.ended:
+        if self.out.ended:
             return
         if not self.finish_reason and not self.to.quirks.lax_finish:
             raise broken_stream()
