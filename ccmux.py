@@ -3438,6 +3438,10 @@ class Upstream:
     def vision(self) -> bool:
         return self.quirks.vision and "media" not in self.skip
 
+    @property
+    def files(self) -> bool:
+        return self.quirks.files and "files" not in self.skip
+
 
 def openai_request(body: Json, to: Upstream) -> Json:
     """A Messages request as a Chat Completions request; ApiError 400 for what cannot be served."""
@@ -3787,7 +3791,7 @@ class OpenAIMessages:
             if not self.to.vision:
                 return [{"type": "text", "text": "[an image was left out: this model does not take images]"}]
             return [{"type": "image_url", "image_url": {"url": url}}]
-        if kind == "document" and self.to.quirks.files and url.startswith("data:application/pdf"):
+        if kind == "document" and self.to.files and url.startswith("data:application/pdf"):
             name = str(block.get("title") or "document.pdf")
             return [{"type": "file", "file": {"filename": name, "file_data": url}}]
         if kind in ("thinking", "redacted_thinking", "tool_use") or not block_text(block):
@@ -9334,11 +9338,12 @@ class Plan:
     def mends(self, slot: Slot, error: ApiError) -> bool:
         """Whether a 400, or Mistral's 422, names what this request can do without: a parameter, a thinking signature.
 
-        Images are refused with others, too; where a next target may take them, it gets them.
+        Images and files are refused with others, too; where a next target may take them, it gets them.
         """
         is_elsewhere = error.retry in (Retry.SAME, Retry.NEXT) and len(self.slots()) > 1
-        if _IMAGES_REFUSED.search(error.message) and not is_elsewhere:
-            return self.learns(slot, "media")
+        for name, words in PARTS_REFUSED.items():
+            if words.search(error.message) and not is_elsewhere:
+                return self.learns(slot, name)
         if _BY_RESPONSES.search(error.message) and slot.provider.format == "openai":
             return self.learns(slot, CHAT)
         if error.status not in (400, 422):
@@ -9407,12 +9412,17 @@ _THOUGHT_MISSED = re.compile(
 
 
 # OpenAI, OpenRouter, DeepSeek, vLLM, llama.cpp, Ollama, LM Studio of a model that reads only text. Without this, a
-# conversation that an image got into would end there.
-_IMAGES_REFUSED = re.compile(
-    r"(?i)(?:not|n't) supports? (?:images?|vision|multimodal)\b(?!/| format| type| url)|that support image input|"
-    r"image(?:_url|s| inputs?) (?:is|are) (?:not|only) supported|variant `image_url`|not a multimodal model|"
-    r"at most 0 image|for text-only server: image"
-)
+# conversation that an image got into would end there; and so with vLLM, DeepSeek, SGLang and llama.cpp of a PDF.
+PARTS_REFUSED = {
+    "media": re.compile(
+        r"(?i)(?:not|n't) supports? (?:images?|vision|multimodal)\b(?!/| format| type| url)|that support image input|"
+        r"image(?:_url|s| inputs?) (?:is|are) (?:not|only) supported|variant `image_url`|not a multimodal model|"
+        r"at most 0 image|for text-only server: image"
+    ),
+    "files": re.compile(
+        r"part type: file|variant `file`|tag 'file'|value: 'file'|unsupported content\[\]\.type"
+    ),
+}
 # "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
 _ROLES_REFUSED = re.compile(r"'user' after role 'tool'|roles must alternate")
 

@@ -290,7 +290,20 @@ def test_refused_parameter(message: str, param: str, expected: str) -> None:
     ],
 )
 def test_a_model_that_reads_only_text_says_so(message: str, expected: bool) -> None:
-    assert bool(ccmux._IMAGES_REFUSED.search(message)) == expected
+    assert bool(ccmux.PARTS_REFUSED["media"].search(message)) == expected
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Unknown part type: file",
+        "messages[0]: unknown variant `file`, expected `text` at line 1 column 99",
+        "Input tag 'file' found using 'type' does not match any of the expected tags: 'text', 'image_url'",
+        "unsupported content[].type",
+    ],
+)
+def test_a_server_that_takes_no_files_says_so(message: str) -> None:
+    assert ccmux.PARTS_REFUSED["files"].search(message)
 
 
 @pytest.mark.parametrize(

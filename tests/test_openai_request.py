@@ -255,8 +255,11 @@ def test_files_and_vision_by_quirk() -> None:
     [message] = messages_of(user(PDF), to=upstream("m", files=True))
     file = {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}
     assert message["content"] == [{"type": "file", "file": file}]
-    [message] = messages_of(user("x", PNG), to=upstream("m", vision=False))
-    assert message["content"] == "x\n\n[an image was left out: this model does not take images]"
+    for to in (upstream("m", vision=False), upstream("m", skip=frozenset({"media"}))):
+        [message] = messages_of(user("x", PNG), to=to)
+        assert message["content"] == "x\n\n[an image was left out: this model does not take images]"
+    [message] = messages_of(user(PDF), to=upstream("m", skip=frozenset({"files"}), files=True))
+    assert "was left out" in message["content"]
 
 
 def test_midway_system_by_quirk() -> None:
