@@ -5398,8 +5398,8 @@ def chat_calls(message: Json, number: int) -> list[Json]:
     blocks = []
     for call in calls:
         function = as_object(call.get("function"))
-        text = str(function.get("arguments") or "{}")
-        value = parsed(text)
+        text = function.get("arguments") or "{}"
+        value = parsed(text) if isinstance(text, str) else text
         id, name = client_tool_id(str(call.get("id") or "")), str(function.get("name") or "")
         given = value if isinstance(value, dict) else {"arguments": text}
         blocks.append({"type": "tool_use", "id": id, "name": name, "input": given})

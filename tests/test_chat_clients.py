@@ -357,6 +357,16 @@ def test_results_stand_first_in_their_turn() -> None:
     assert [b["type"] for b in out["messages"][2]["content"]] == ["tool_result", "text"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [({"a": 1}, {"a": 1}), ('{"a": 1}', {"a": 1}), ("", {}), (None, {}), ("oh", {"arguments": "oh"})],
+)
+def test_arguments_of_earlier_calls(arguments: Any, given: Any) -> None:
+    call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
+    out = valid(messages_request({"model": "m", "messages": [{"role": "assistant", "tool_calls": [call]}]}))
+    assert out["messages"][1]["content"][0]["input"] == given
+
+
 def test_calls_of_the_old_form_have_an_id_each() -> None:
     call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     result = {"role": "function", "name": "f", "content": "1"}
