@@ -5146,7 +5146,8 @@ class GeminiStream:
     def stopped(self, reason: str, stop: str, message: Any) -> None:
         """Notes how the answer ended. A refusal without words of its own gets the provider's."""
         words = f"{reason}: {message}" if message else reason
-        if status := GEMINI_FAULTS.get(reason):
+        status = GEMINI_FAULTS.get(reason)
+        if status and stop != "refusal":  # OTHER is also why a prompt is blocked, each time it comes
             error = f"the provider ended the answer with {words}"
             raise ApiError(status, error, retry=retry_class(status), cause="stream")
         self.stop_reason = stop

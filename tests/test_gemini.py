@@ -115,6 +115,14 @@ def test_a_whole_call_before_the_limit_is_one_to_run() -> None:
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+@pytest.mark.parametrize("reason", ["SAFETY", "OTHER", "JAILBREAK"])
+def test_a_blocked_prompt_is_refused(reason: str) -> None:
+    events, error = read(stream_of(GeminiStream, FLASH), sse({"promptFeedback": {"blockReason": reason}}))
+    assert error is None
+    assert events[-2]["delta"]["stop_reason"] == "refusal"
+    assert reason in collect(events)["content"][0]["text"]
+
+
 def test_a_part_that_is_text_and_a_call_whose_arguments_are_text() -> None:
     part = {"text": "I look.", "functionCall": {"name": "Bash", "args": '{"command": "ls"}'}}
     events, error = read(stream_of(GeminiStream, FLASH), sse(said(part)))
