@@ -5228,9 +5228,9 @@ def messages_request(body: Json) -> Json:
         raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
     system, messages = chat_conversation(messages_of(body))
     limits = (body.get("max_completion_tokens"), body.get("max_tokens"))
-    limit = next(
-        (n for n in limits if n and n != -1), CHAT_MAX_TOKENS
-    )  # -1 is llama.cpp's and LM Studio's "no limit"
+    budget = as_object(body.get("thinking")).get("budget_tokens")
+    default = CHAT_MAX_TOKENS + (budget if isinstance(budget, int) else 0)  # the thinking must fit in
+    limit = next((n for n in limits if n and n != -1), default)  # -1: llama.cpp's and LM Studio's "no limit"
     if as_object(body.get("response_format")).get("type") == "json_object":
         system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
     temperature, stop = body.get("temperature"), body.get("stop")

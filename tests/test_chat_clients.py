@@ -186,6 +186,11 @@ def test_conversation() -> None:
             {"stop": "\n", "max_tokens": -1}, {"stop_sequences": None, "max_tokens": 16384}, id="no limit"
         ),
         pytest.param(
+            {"thinking": {"type": "enabled", "budget_tokens": 20000}},
+            {"max_tokens": 36384, "thinking": {"type": "enabled", "budget_tokens": 20000}},
+            id="room for the thinking",
+        ),
+        pytest.param(
             {"user": "me@example.org"},
             {"metadata": {"user_id": hashlib.sha256(b"me@example.org").hexdigest()}},
             id="a mail address",
