@@ -3455,7 +3455,7 @@ def openai_request(body: Json, to: Upstream) -> Json:
         out.update(openai_tool_choice(body, to))
     out.update(openai_limits(body, to))
     out.update(sampling(body, to, ("temperature", "top_p", *(("top_k",) if quirks.top_k else ()))))
-    if effort := wanted_effort(body, quirks.effort):
+    if effort := wanted_effort(body, efforts_of(to)):
         out["reasoning_effort"] = effort
     if schema := json_schema_of(body):
         named = {"name": "answer", "schema": schema["schema"]}
@@ -4590,12 +4590,29 @@ _REASONING_MODEL = re.compile(r"(?:^|/)(?:o\d|gpt-(?:[5-9]|\d\d)(?!\S*chat))|cod
 
 def responses_reasoning(body: Json, to: Upstream) -> Json:
     """How much to think, and whether to tell of it: OpenAI does so to verified organisations only."""
-    effort = wanted_effort(body, to.quirks.effort)
+    effort = wanted_effort(body, efforts_of(to))
     out: Json = {"effort": effort} if effort else {}
     is_shown = as_object(body.get("thinking")).get("type") in ("enabled", "adaptive")
     if is_shown and "reasoning.summary" not in to.skip:
         out["summary"] = "auto"
     return {"reasoning": out} if out else {}
+
+
+def efforts_of(to: Upstream, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The levels of effort that an upstream takes, but for those that a 400 has refused."""
+    return tuple(e for e in to.quirks.effort or usual if f"effort.{e}" not in to.skip)
+
+
+_EFFORT_REFUSED = re.compile(
+    r"(?i)unsupported value: '(\w+)'|thinking[_ ]level (\w+) is not supported"
+)  # OpenAI, Gemini
+
+
+def refused_effort(message: str, param: str) -> str:
+    """The level of effort that a 400 says this model does not know, as `skip` has it; "" where it says another thing."""
+    found = _EFFORT_REFUSED.search(message)
+    level = (found[1] or found[2]).lower() if found else ""
+    return f"effort.{level}" if level in EFFORTS and (not param or "effort" in param) else ""
 
 
 def responses_tools(body: Json, to: Upstream) -> list[Json]:
@@ -4986,8 +5003,8 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
     if thinking.get("type") == "disabled":  # the least there is: only 2.5 Flash can do without
         least = 128 if "pro" in to.model else 0
         return {"thinkingBudget": least} if by_budget else {"thinkingLevel": "low"}
-    levels = to.quirks.effort or (EFFORTS if by_budget else ("low", "medium", "high"))
-    effort, budget = wanted_effort(body, levels), thinking.get("budget_tokens")
+    levels = EFFORTS if by_budget else ("low", "medium", "high")
+    effort, budget = wanted_effort(body, efforts_of(to, levels)), thinking.get("budget_tokens")
     out: Json = {"includeThoughts": True} if thinking.get("type") in ("enabled", "adaptive") else {}
     if by_budget and isinstance(budget, int) and not isinstance(budget, bool):
         out["thinkingBudget"] = min(max(budget, 512), GEMINI_BUDGETS["max"])
@@ -9438,6 +9455,8 @@ def refused_parameter(message: str, param: str = "") -> str:
 
     `param` is the one that the error names in a field of its own, as OpenAI's do.
     """
+    if effort := refused_effort(message, param):
+        return effort
     if "reasoning summaries" in message:  # OpenAI, to organisations that are not verified
         return "reasoning.summary"
     if _ROLES_REFUSED.search(message):

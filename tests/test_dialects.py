@@ -259,6 +259,10 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
         ("After the optional system message, conversation roles must alternate user and assistant roles except for tool calls "
          "and results.", "", "user_after_tool"),
         ("Provider returned error: {\"message\":\"Unexpected role 'user' after role 'tool'\"}", "", "user_after_tool"),
+        ("Unsupported value: 'xhigh' is not supported with the 'gpt-5.1' model. Supported values are: 'none', 'low'.",
+         "reasoning.effort", "effort.xhigh"),
+        ("Unsupported value: 'low' is not supported with the 'm' model.", "text.verbosity", "text"),
+        ("Thinking level MEDIUM is not supported for this model. Please retry with other thinking level.", "", "effort.medium"),
         ("Invalid 'messages[3].content': expected a string", "messages[3].content", ""),
         ("the weather parameter is nice", "", ""),
         ("Rate limit reached", "", ""),

@@ -430,6 +430,12 @@ def test_thinking(model: str, body: Any, expected: Any) -> None:
     assert out.get("generationConfig", {}).get("thinkingConfig") == expected
 
 
+def test_a_refused_level_is_the_next_lower_one() -> None:
+    to = upstream("gemini-3-pro", skip=frozenset({"effort.medium"}))
+    out = request_of(user("hi"), to=to, output_config={"effort": "medium"})
+    assert out["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "low"}
+
+
 def test_generation_config() -> None:
     schema = {"type": "object", "properties": {"title": {"type": "string"}}, "additionalProperties": False}
     out = request_of(

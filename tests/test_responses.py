@@ -563,6 +563,11 @@ def test_summaries_go_only_where_they_may() -> None:
     assert out["reasoning"] == {"effort": "high"}
 
 
+def test_a_refused_effort_is_the_next_lower_one() -> None:
+    to = upstream("gpt-5.1", skip=frozenset({"effort.xhigh"}), effort=("low", "high", "xhigh"))
+    assert request_of(user("hi"), to=to, output_config={"effort": "max"})["reasoning"] == {"effort": "high"}
+
+
 def test_what_an_upstream_refuses_is_left_out() -> None:
     to = upstream(
         "gpt-5",
