@@ -4122,6 +4122,11 @@ def wanted_effort(body: Json, allowed: tuple[str, ...]) -> str:
     return fitting[-1] if fitting else allowed[0]
 
 
+def efforts_of(to: Upstream, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The levels of effort that an upstream takes, but for those that a 400 has refused."""
+    return tuple(e for e in to.quirks.effort or usual if f"effort.{e}" not in to.skip)
+
+
 def json_schema_of(body: Json) -> Json | None:
     """output_config.format (or the older output_format), where it asks for a JSON schema."""
     wanted = as_object(body.get("output_config")).get("format") or body.get("output_format")
@@ -4596,11 +4601,6 @@ def responses_reasoning(body: Json, to: Upstream) -> Json:
     if is_shown and "reasoning.summary" not in to.skip:
         out["summary"] = "auto"
     return {"reasoning": out} if out else {}
-
-
-def efforts_of(to: Upstream, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The levels of effort that an upstream takes, but for those that a 400 has refused."""
-    return tuple(e for e in to.quirks.effort or usual if f"effort.{e}" not in to.skip)
 
 
 _EFFORT_REFUSED = re.compile(
