@@ -5446,6 +5446,8 @@ def chat_block(part: Json) -> Json:
         return {**part, "content": chat_blocks(part.get("content"))}
     if kind == "tool_use" or (kind in ("image", "document") and isinstance(part.get("source"), dict)):
         return part
+    if kind in ("thinking", "redacted_thinking"):  # no longer what Claude signed, if it was
+        return {"type": "text", "text": ""}
     if kind in ("text", "refusal", "input_text", "output_text"):
         return {"type": "text", "text": str(part.get("text") or part.get("refusal") or "")}
     if kind not in ("image_url", "file"):

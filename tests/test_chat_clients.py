@@ -285,7 +285,7 @@ def test_anthropic_blocks_and_tools_in_a_chat_request() -> None:
         "tool_choice": {"type": "any"},
         "messages": [
             {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": [text("I read."), call]},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, text("I read."), call]},
             {"role": "user", "content": [result]},
         ],
     }
