@@ -5269,6 +5269,23 @@ def messages_request(body: Json) -> Json:
     return out | {k: v for k, v in optional.items() if v is not None}
 
 
+def fitting_request(body: Json, to: Upstream) -> Json:
+    """What `messages_request` made, without what this very model of an Anthropic-format upstream is known to refuse."""
+    dropped = () if to.facts.sampling else ("temperature", "top_p")
+    if "claude" in to.model and "temperature" in body:
+        dropped = (*dropped, "top_p")  # Claude 4.5 and 4.6 refuse the two together
+    out = {k: v for k, v in body.items() if k not in dropped}
+    if limit := output_limit(body, to.facts):
+        out["max_tokens"] = limit
+    choice = as_object(body.get("tool_choice"))
+    if choice.get("type") in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
+        out["tool_choice"] = {
+            "type": "auto",
+            **{k: v for k, v in choice.items() if k not in ("type", "name")},
+        }
+    return out
+
+
 def opaque_id(user: Any) -> str:
     """A user's id as it is, but for what Anthropic may take for a mail address or a telephone number: a 400."""
     text = str(user)
@@ -9537,10 +9554,8 @@ def forwarded(call: Call, to: Upstream) -> bytes:
     go.
     """
     body, raw = call.body, call.raw
-    if call.format != "anthropic" and not to.facts.sampling:
-        body = {k: v for k, v in body.items() if k not in ("temperature", "top_p")}
-    elif call.format != "anthropic" and "claude" in to.model and "temperature" in body:
-        body = {k: v for k, v in body.items() if k != "top_p"}  # Claude 4.5 and 4.6 refuse the two together
+    if call.format != "anthropic":
+        body = fitting_request(body, to)
     lighter = without_dropped(without_foreign_thinking(body, to.model), to)
     if lighter is not body:
         body, raw = lighter, b""

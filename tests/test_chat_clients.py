@@ -30,13 +30,17 @@ from ccmux import (
     ApiError,
     ChatCompletion,
     ChatWriter,
+    Facts,
     GeminiStream,
+    Quirks,
     ResponsesStream,
     Retry,
     Translation,
+    Upstream,
     Usage,
     chat_error,
     claude_schema,
+    fitting_request,
     messages_request,
 )
 
@@ -353,6 +357,36 @@ def test_what_anthropic_refuses_is_not_sent() -> None:
     assert image["source"]["media_type"] == "image/jpeg"
     assert [b["type"] for b in out["messages"][3]["content"]] == ["tool_use"]
     assert out["messages"][4]["content"][0]["content"] == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "model", "given", "sent"),
+    [
+        (Facts(), "glm", {"temperature": 1, "top_p": 1}, {"temperature": 1, "top_p": 1}),
+        (Facts(), "claude-haiku-4-5", {"temperature": 1, "top_p": 1}, {"temperature": 1, "top_p": None}),
+        (
+            Facts(sampling=False),
+            "claude-x",
+            {"temperature": 1, "top_p": 1},
+            {"temperature": None, "top_p": None},
+        ),
+        (Facts(max_output=4096), "m", {}, {"max_tokens": 4096}),
+        (Facts(forced_tool=False), "m", {"tool_choice": "required"}, {"tool_choice": {"type": "auto"}}),
+        (
+            Facts(forced_tool=False),
+            "m",
+            {"tool_choice": {"type": "function", "function": {"name": "Bash"}}, "parallel_tool_calls": False},
+            {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+        ),
+        (Facts(), "m", {"tool_choice": "required"}, {"tool_choice": {"type": "any"}}),
+    ],
+)
+def test_a_model_is_not_sent_what_it_is_known_to_refuse(
+    facts: Facts, model: str, given: Any, sent: Any
+) -> None:
+    body = request_of({"role": "user", "content": "hi"}, tools=[BASH], **given)
+    out = fitting_request(body, Upstream(model, Quirks(), facts))
+    assert {key: out.get(key) for key in sent} == sent
 
 
 def test_results_stand_first_in_their_turn() -> None:
