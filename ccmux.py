@@ -5864,24 +5864,18 @@ _ENDPOINT = re.compile(r"/(?:messages|chat/completions|responses|models(?:/[^/]+
 _VERSION_SEGMENT = re.compile(r"/v\d+(?:alpha|beta)?\d*(?=/|$)")
 
 
+@functools.lru_cache(1024)
 def endpoint_url(base_url: str, dialect: Dialect, endpoint: str = "", model: str = "") -> str:
     """The URL to call for a base URL in any of its usual forms: bare host, with a version, or the full
     endpoint.
     """
-    version = dialect.version if dialect.endpoint == "/messages" else f"{dialect.version}?"
-    return joined_url(base_url, version, endpoint or dialect.endpoint, model)
-
-
-@functools.lru_cache(1024)
-def joined_url(base_url: str, version: str, endpoint: str, model: str) -> str:
-    """`version` goes in where there is none; one that ends with `?` only where the base has no path at all."""
     parts = urllib.parse.urlsplit(base_url.strip())
     path = _ENDPOINT.sub("", parts.path.rstrip("/"))
-    if not _VERSION_SEGMENT.search(path) and not (path and version.endswith("?")):
-        path += version.rstrip("?")
-    # Google lists its models as models/...
-    path += endpoint.format(model=urllib.parse.quote(model.removeprefix("models/"), safe="/@:.-"))
-    path, _, query = path.partition("?")
+    # Anthropic's format has its version behind any path; the others' base URLs end with theirs, if they have a path.
+    if not _VERSION_SEGMENT.search(path) and (not path or dialect.endpoint == "/messages"):
+        path += dialect.version
+    name = urllib.parse.quote(model.removeprefix("models/"), safe="/@:.-")  # as Google lists its models
+    path, _, query = (path + (endpoint or dialect.endpoint).format(model=name)).partition("?")
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, query or parts.query, ""))
 
 
