@@ -2174,7 +2174,10 @@ def save_config(path: Path, text: str, expected_hash: str) -> None:
         part.unlink(missing_ok=True)
     if os.name != "nt":
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with contextlib.suppress(
+            OSError
+        ):  # shared folders of virtual machines, and network ones, have no such thing
+            os.fsync(folder)
         os.close(folder)
 
 

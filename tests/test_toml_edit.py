@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -549,6 +550,21 @@ def test_a_file_changed_on_disk_is_never_overwritten(tmp_path: Path) -> None:
         save_config(path, "x = 2\n", ccmux.hash_text("x = 0\n"))
     assert path.read_text() == "x = 1\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def fsync(file: int) -> None:  # as on a VirtualBox shared folder
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_config(tmp_path / "config.toml", "x = 1\n", "")
+    assert (tmp_path / "config.toml").read_text() == "x = 1\n"
 
 
 def test_a_symlink_stays_one(tmp_path: Path) -> None:
