@@ -1221,8 +1221,9 @@ def parse_config(
     try:
         tables = tomllib.loads(text, parse_float=Decimal)
     except (ValueError, RecursionError, InvalidOperation) as error:
-        words = "a number is too large" if isinstance(error, InvalidOperation) else error
-        raise ConfigError(f"{path or 'config'}: not valid TOML: {words}") from None
+        words = "a number is too large" if isinstance(error, InvalidOperation) else str(error)
+        hint = "; text stands in quotes" if "Invalid value" in words else ""
+        raise ConfigError(f"{path or 'config'}: not valid TOML: {words}{hint}") from None
     warnings: list[str] = []
     wanted = import_mux(tables, warnings)
     loader = Loader(env, warnings)
@@ -1279,7 +1280,9 @@ class Loader:
             )
         kind = str(row.get("type") or "")
         if kind not in formats and kind not in presets:
-            raise ConfigError(f"{where}: key 'type' is {kind!r}: {known_names(kind, [*formats, *presets])}")
+            raise ConfigError(
+                f"{where}: key 'type' is {kind!r}: {known_names(kind, dict.fromkeys([*formats, *presets]))}"
+            )
         preset = presets.get(kind, {})
         merged = {**preset, **row}
         for key in ("quirks", "headers"):

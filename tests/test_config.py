@@ -176,6 +176,7 @@ TYPE_ERRORS = [
     (PROVIDER + PROVIDER, "[[providers]] 'p': the name is used twice"),
     (MODEL + MODEL, "[[models]] 'm': the name is used twice"),
     ("this is not TOML", "not valid TOML"),
+    ("[server]\nhost = localhost", "not valid TOML: Invalid value (at line 2, column 8); text stands in quotes"),
     (f"[server]\nport = {'1' * 5000}", "not valid TOML: Exceeds the limit"),
     ("[credits]\nmarkup_percent = 1e99999999999999999999", "not valid TOML: a number is too large"),
     ("a = 1\na = 2", "not valid TOML"),
@@ -187,6 +188,11 @@ TYPE_ERRORS = [
 )
 def test_what_is_wrong_is_told_in_one_line(text: str, words: str) -> None:
     assert words in error_of(text)
+
+
+def test_a_type_that_is_a_format_and_a_preset_is_named_once() -> None:
+    with pytest.raises(ConfigError, match=r"known are anthropic, openai, (?!.*\b(anthropic|openai),)"):
+        ccmux.load_config('[[providers]]\nname = "p"\n', {})
 
 
 def keys_of(cls: Any) -> list[str]:
