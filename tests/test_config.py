@@ -191,7 +191,7 @@ def test_what_is_wrong_is_told_in_one_line(text: str, words: str) -> None:
 
 
 def test_a_type_that_is_a_format_and_a_preset_is_named_once() -> None:
-    with pytest.raises(ConfigError, match=r"known are anthropic, openai, (?!.*\b(anthropic|openai),)"):
+    with pytest.raises(ConfigError, match=r"known are anthropic, openai, (?!.* (anthropic|openai),)"):
         ccmux.load_config('[[providers]]\nname = "p"\n', {})
 
 
