@@ -11675,11 +11675,15 @@ def secret_marks(text: str) -> dict[str, str]:
         # A short one that stands in the open as well ("ollama", "none") is no secret, and marks would hide names.
         secret = {s for s in literal_secrets(tables) if len(s) >= 12 or not any(s in t for t in shown)}
         found = {raw for raw, value in string_values(text) if value in secret}
+        found |= {raw for _, raw in _KEY_IN_COMMENT.findall(text) if is_literal(raw)}
     except (ValueError, RecursionError):
         # Where keys stand cannot be known in a broken file. Marks lose nothing, so any long word is one.
         found = {w for w in re.findall(r"[^\s\"',=\[\]{}]{8,}", text) if not re.fullmatch(r"[a-z_.:/#-]+", w)}
         found = {w for w in found if not w.startswith("$")}
     return {s: f"[kept-{hash_text(s)}]" for s in sorted(found, key=len, reverse=True)}
+
+
+_KEY_IN_COMMENT = re.compile(r"""(?m)^[ \t]*#[ \t]*(?:api_key|admin_token)[ \t]*=[ \t]*(["'])(.{8,}?)\1""")
 
 
 def literal_secrets(tables: Json) -> Iterator[str]:

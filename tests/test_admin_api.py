@@ -560,6 +560,16 @@ async def test_a_secret_is_not_shown_however_it_is_spelled(spelled: str, tmp_pat
         assert admin.text == text + "# more\n"
 
 
+async def test_a_key_that_is_commented_out_is_not_shown(tmp_path: Path) -> None:
+    text = f"{DEMO}  #api_key = '{SECRET}' # old\n# admin_token = \"$NAME_OF_IT\"\n"
+    async with admin_of(tmp_path, text) as (admin, _):
+        given = await admin.get("/admin/api/config")  # `call` looks for the secret
+        assert "$NAME_OF_IT" in given["text"]
+        body = {"text": given["text"] + "# more\n", "hash": given["hash"]}
+        assert (await admin.call("PUT", "/admin/api/config", body))[0] == 200
+        assert admin.text == text + "# more\n"
+
+
 async def test_a_short_key_hides_no_names_and_breaks_no_mark(tmp_path: Path) -> None:
     [mark] = ccmux.secret_marks(f'[[providers]]\napi_key = "{SECRET}"').values()
     rows = [("ollama", "ollama"), ("q", SECRET), ("r", mark[-3:-1])]
