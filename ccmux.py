@@ -1047,10 +1047,7 @@ ROUTE_SLOTS = (
 
 @dataclass(frozen=True)
 class Quirks:
-    """How a provider differs from its wire format.
-
-    Regular expressions are searched in the upstream model's name.
-    """
+    """How a provider differs from its wire format. Regular expressions are searched in the upstream model's name."""
 
     auth: str = opt(
         "",
@@ -2707,12 +2704,9 @@ def is_claudes_own(config: Config, name: str) -> bool:
 def asked_step(asked: Asked) -> Pick:
     if is_claudes_own(asked.config, asked.name):
         return Pick(note=f"{asked.name} is one of Claude's own names")
-    served = bool(resolve(asked.config, asked.name))
-    return (
-        Pick(asked.name, f"{asked.name} was asked for")
-        if served
-        else Pick(note=f"nobody serves {asked.name}")
-    )
+    if resolve(asked.config, asked.name):
+        return Pick(asked.name, f"{asked.name} was asked for")
+    return Pick(note=f"nobody serves {asked.name}")
 
 
 def is_subagent(asked: Asked) -> str:
@@ -2741,9 +2735,7 @@ def effort_of(body: Json) -> str:
 
 
 def in_plan_mode(body: Json) -> bool:
-    """Claude Code says so in `safeguards`, or in a system message of the newest prompt (2.1.330, November
-    2026).
-    """
+    """Claude Code says so in `safeguards`, or in a system message of the newest prompt."""
     for guard in as_list(body.get("safeguards")):
         mode = as_object(as_object(guard).get("classifier_context")).get("permission_mode")
         if mode:
@@ -2758,12 +2750,9 @@ def in_plan_mode(body: Json) -> bool:
 
 
 def row_step(asked: Asked) -> Pick:
-    name = asked.name
-    return (
-        Pick(name, f"[[models]] row {name}")
-        if asked.config.model(name)
-        else Pick(note=f"no [[models]] row {name}")
-    )
+    if asked.config.model(asked.name):
+        return Pick(asked.name, f"[[models]] row {asked.name}")
+    return Pick(note=f"no [[models]] row {asked.name}")
 
 
 def default_step(asked: Asked) -> Pick:
@@ -10944,10 +10933,7 @@ def query_time(request: web.Request, name: str) -> str:
 
 
 def iso_text(text: str) -> str:
-    """A date or time as the log writes times (UTC, milliseconds, Z); "" for "".
-
-    ValueError for anything else.
-    """
+    """A date or time as the log writes times (UTC, milliseconds, Z); "" for ""; ValueError for anything else."""
     if not text:
         return ""
     moment = datetime.fromisoformat(text)
@@ -11374,13 +11360,7 @@ def provider_state(state: State, provider: Provider) -> Json:
 def preset_json(row: Json) -> Json:
     """A preset as the form offers it: where a key will be sent, and the variable it is usually in."""
     url = endpoint_url(row["base_url"], DIALECTS[row["type"]], model="MODEL") if row["base_url"] else ""
-    return {
-        "type": row["type"],
-        "base_url": row["base_url"],
-        "url": url,
-        "api_key": row["api_key"],
-        "default": row["default"],
-    }
+    return {"url": url, **{key: row[key] for key in ("type", "base_url", "api_key", "default")}}
 
 
 def config_text(state: State) -> tuple[str, Path]:
@@ -11831,9 +11811,7 @@ async def post_backup(request: web.Request) -> web.StreamResponse:
 
 
 async def post_try(request: web.Request) -> web.StreamResponse:
-    """A real request through the live path, streamed as raw events; a last `ccmux` event tells its route and
-    cost.
-    """
+    """A real request through the live path, streamed as raw events; a last `ccmux` event tells route and cost."""
     state = require_admin(request)
     given = await body_of(request, ("body",))
     body = {"max_tokens": 1024, **as_object(given.get("body")), "stream": True}
@@ -13733,9 +13711,7 @@ def serve(args: argparse.Namespace) -> int:
 def with_overrides(config: Config, args: argparse.Namespace) -> Config:
     """The config with what the command line sets instead."""
     given = {k: v for k in ("host", "port", "log_level") if (v := getattr(args, k, None)) is not None}
-    return (
-        dataclasses.replace(config, server=dataclasses.replace(config.server, **given)) if given else config
-    )
+    return dataclasses.replace(config, server=dataclasses.replace(config.server, **given))
 
 
 def set_up_logging(level: str) -> None:
