@@ -11422,6 +11422,10 @@ def adopt_config(state: State, config: Config) -> None:
         logging.getLogger().setLevel(config.server.log_level.upper())
     state.config = dataclasses.replace(config, server=dataclasses.replace(config.server, **kept))
     state.config_error = ""
+    changed = {p.name for p in old.providers if p != config.provider(p.name)}
+    for faults in (state.relay.breakers, state.relay.cooling):  # another address or key may do better
+        for slot in [slot for slot in faults if slot[0] in changed]:
+            del faults[slot]
     if config.server.admin_token:
         state.admin_token = config.server.admin_token
     elif old.server.admin_token:  # taken out: the one beside the database holds instead, as after a start

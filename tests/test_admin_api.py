@@ -236,6 +236,19 @@ async def test_a_failing_provider_says_so_without_its_key(tmp_path: Path) -> Non
             assert "refuses ccmux's key" in body["error"]
 
 
+@pytest.mark.parametrize("status", [401, 500])
+async def test_a_provider_that_is_put_right_is_tried_at_once(status: int, tmp_path: Path) -> None:
+    async with AnthropicFake(lambda turn: Answer(status=status)) as wrong, AnthropicFake(hi) as right:
+        text = '[[providers]]\nname = "p"\ntype = "anthropic"\nbase_url = "{}"\napi_key = "k"\nmodels = ["x"]\nmax_retries = 0\n'
+        async with admin_of(tmp_path, text.format(wrong.base_url)) as (admin, _):
+            for _ in range(6):
+                last, _ = await admin.call("POST", "/v1/messages", message(model="x"))
+            assert last in (429, 529)  # its key rests, or its breaker is open
+            admin.file.write_text(text.format(right.base_url))
+            ccmux.reload_config(admin.state)
+            assert (await admin.call("POST", "/v1/messages", message(model="x")))[0] == 200
+
+
 async def test_models_that_a_provider_lists(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         listed = await admin.get("/admin/api/providers/p/models")
