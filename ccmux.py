@@ -11422,10 +11422,7 @@ def adopt_config(state: State, config: Config) -> None:
         logging.getLogger().setLevel(config.server.log_level.upper())
     state.config = dataclasses.replace(config, server=dataclasses.replace(config.server, **kept))
     state.config_error = ""
-    changed = {p.name for p in old.providers if p != config.provider(p.name)}
-    for faults in (state.relay.breakers, state.relay.cooling):  # another address or key may do better
-        for slot in [slot for slot in faults if slot[0] in changed]:
-            del faults[slot]
+    forget_faults(state, {p.name for p in old.providers if p != config.provider(p.name)})
     if config.server.admin_token:
         state.admin_token = config.server.admin_token
     elif old.server.admin_token:  # taken out: the one beside the database holds instead, as after a start
@@ -11433,6 +11430,13 @@ def adopt_config(state: State, config: Config) -> None:
         with contextlib.suppress(OSError):
             state.admin_token = admin_token_of(state.config)
         log.warning("[server] admin_token is gone: `ccmux.py token` prints the one that holds now")
+
+
+def forget_faults(state: State, providers: set[str]) -> None:
+    """Has providers tried again at once: what failed may have been put right."""
+    for faults in (state.relay.breakers, state.relay.cooling):
+        for slot in [slot for slot in faults if slot[0] in providers]:
+            del faults[slot]
 
 
 def save_table(state: State, root: str, name: str | None, table: Json | None, hash: Any) -> web.Response:
@@ -11583,6 +11587,7 @@ async def post_provider_test(request: web.Request) -> web.StreamResponse:
     body = await body_of(request, ("model",))
     provider = saved_provider(state, request.match_info["name"])
     model = text_in(body, "model", 200) or provider_model(state.config, provider)
+    forget_faults(state, {provider.name})
     return web.json_response(await test_provider(state, provider, model))
 
 

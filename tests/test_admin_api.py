@@ -234,6 +234,8 @@ async def test_a_failing_provider_says_so_without_its_key(tmp_path: Path) -> Non
             _, body = await admin.call("POST", "/admin/api/providers/p/test", {})
             assert (body["ok"], body["status"]) == (False, 500)
             assert "refuses ccmux's key" in body["error"]
+            _, body = await admin.call("POST", "/admin/api/providers/p/test", {})
+            assert body["status"] == 500 and len(fake.asked) == 2  # really tried, though its key rests
 
 
 @pytest.mark.parametrize("status", [401, 500])
