@@ -9227,7 +9227,7 @@ class Plan:
         self.slept = 0.0
         self.again: Slot | None = None  # the same slot once more
         self.done: set[tuple[str, str, str]] = set()  # slots not to be tried again
-        self.uncounted: set[str] = set()  # mends that were tried: each at most once
+        self.uncounted: set[tuple[str, ...]] = set()  # mends that were tried: each at most once
 
     def next_slot(self) -> Slot:
         """The next thing to try; ApiError 429 or 529 when all there is rests or is broken."""
@@ -9388,15 +9388,14 @@ class Plan:
         return self.learns(slot, refused_parameter(error.message, error.param))
 
     def learns(self, slot: Slot, name: str) -> bool:
-        """Keeps in mind what an upstream does not take; false where that is nothing new."""
-        known = self.relay.not_taken(self.call, slot)
-        if not name or name in known:
-            return False
+        """Keeps in mind what an upstream does not take; false where this request was tried without it."""
         place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
-        self.relay.learnt[place] = known | {name}
+        if not name or not self.once(name, *place):
+            return False
+        self.relay.learnt[place] = self.relay.not_taken(self.call, slot) | {name}
         return True
 
-    def once(self, mend: str) -> bool:
+    def once(self, *mend: str) -> bool:
         is_new = mend not in self.uncounted
         self.uncounted.add(mend)
         return is_new

@@ -906,6 +906,30 @@ async def test_a_parameter_is_left_out_once(tmp_path: Path) -> None:
     assert (a.count, b.count) == (2, 0)
 
 
+async def test_requests_of_one_moment_are_all_mended(tmp_path: Path) -> None:
+    """The second is refused for what the first has just taught."""
+
+    def refuses(call: fs.UpstreamCall) -> Any:
+        refusal = fs.status(400, message="Unsupported parameter: 'temperature'")
+        return [fs.Gate(), *(refusal if "temperature" in call.json else fs.answer()).steps(call)]
+
+    async with stage(tmp_path, (fs.Behaviour(refuses),), formats="openai") as (proxy, (a,)):
+        asked = [asyncio.create_task(ask(proxy, body=message_body(temperature=0.5))) for _ in range(3)]
+        await a.called(3)
+        a.open_gate()
+        for reply in await asyncio.gather(*asked):
+            full("A")(reply)
+    assert a.count == 6
+
+
+async def test_a_parameter_is_left_out_at_each_target(tmp_path: Path) -> None:
+    refusal = fs.status(400, message="Unsupported parameter: 'temperature'")
+    scripts = (refusal, fs.status(529)), (refusal, fs.answer())
+    async with stage(tmp_path, *scripts, formats="openai") as (proxy, (a, b)):
+        full("B")(await ask(proxy, body=message_body(temperature=0.5)))
+    assert (a.count, b.count) == (2, 2)
+
+
 async def test_what_is_only_forwarded_keeps_its_parameters(tmp_path: Path) -> None:
     refusal = fs.status(400, message="Unsupported parameter: 'temperature'")
     async with stage(tmp_path, (refusal,)) as (proxy, (a,)):
