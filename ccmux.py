@@ -8676,7 +8676,7 @@ class Relay:
         self.cooling: dict[tuple[str, str, str], float] = {}
         # (config, provider, model) -> refused parameters
         self.learnt: dict[tuple[str, str, str], frozenset[str]] = {}
-        self.sticky: dict[tuple[str, str], tuple[str, str]] = {}  # (session, route) -> (provider, model)
+        self.sticky: dict[tuple[str, str], tuple[str, str, str]] = {}  # (session, route) -> slot's id
         self.ping_interval = 15.0
         self.count_output: Callable[[str, str], int] = lambda text, model: len(text) // 4
 
@@ -8782,7 +8782,7 @@ class Relay:
             self.cool(slot, error, now)
         elif error is None and call.session:
             self.sticky.pop((call.session, call.route.model), None)
-            self.sticky[call.session, call.route.model] = (slot.provider.name, slot.target.actual_model)
+            self.sticky[call.session, call.route.model] = slot.id
             forget_oldest(self.sticky)
 
     def cool(self, slot: Slot, error: ApiError, now: float) -> None:
@@ -9252,8 +9252,8 @@ class Plan:
         raise self.nothing_free(slots, now)
 
     def slots(self) -> list[Slot]:
-        """Every slot of the call, the session's own target first. A passthrough provider's key is the client's
-        own: what one client's is refused or limited for is nothing to the others.
+        """Every slot of the call, the session's own first: what an upstream has cached belongs to its key. A
+        passthrough provider's is the client's own: what one is refused or limited for is nothing to the others.
         """
         found = []
         for target in self.call.route.targets:
@@ -9262,11 +9262,11 @@ class Plan:
                 found.append(Slot(target, provider, self.call.credential))
             elif provider and provider.usable:
                 found.extend(self.relay.slots_of(target, provider))
-        mine = (
-            self.relay.sticky.get((self.call.session, self.call.route.model)) if self.call.session else None
-        )
+        mine = self.relay.sticky.get((self.call.session, self.call.route.model), ("", "", ""))
         return (
-            sorted(found, key=lambda s: (s.provider.name, s.target.actual_model) != mine) if mine else found
+            sorted(found, key=lambda slot: (slot.id[:2] != mine[:2], slot.id != mine))
+            if self.call.session
+            else found
         )
 
     def is_free(self, slot: Slot, now: float) -> bool:

@@ -767,6 +767,16 @@ async def test_a_session_stays_where_it_was_answered(wire: str, tmp_path: Path) 
     assert (a.count, b.count) == (3, 6)
 
 
+async def test_a_session_stays_with_its_key_of_a_pool(tmp_path: Path) -> None:
+    """What an upstream has cached of a conversation belongs to the key that paid for it."""
+    script = [fs.answer()] * 6 + [fs.status(429, [("retry-after", "30")]), fs.answer()]
+    async with stage(tmp_path, script, OK, **POOL) as (proxy, (a, _)):
+        for name in ("one", "two", "one", "one", "two", "two", "one", "one"):
+            full("A")(await ask(proxy, **session(name)))
+    keys = "".join(key_of(call)[-3] for call in a.calls)  # of one and two: o and t
+    assert keys in ("otoottott", "tottootoo")
+
+
 async def test_a_session_leaves_a_target_that_fell_ill(tmp_path: Path) -> None:
     script_b = (fs.answer(), fs.status(529), fs.answer())
     async with stage(tmp_path, (fs.status(529), fs.answer()), script_b) as (proxy, _):
