@@ -13621,7 +13621,17 @@ def open_socket(address: Any) -> socket.socket:
         raise OSError(errno.EACCES, "ccmux does not call link-local addresses")
     if opened := OPENED.get(None):
         opened.yes = True
-    return socket.socket(family, kind, protocol)
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE.items():
+        if hasattr(socket, name):
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return made
+
+
+# 30 s of silence, then three questions: no router forgets a connection on which an answer is waited for, and where the
+# network is gone the wait has an end. The second name is the first one's on a Mac.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
 # Files and start.

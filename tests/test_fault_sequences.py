@@ -530,6 +530,15 @@ async def test_a_stale_connection_is_replaced_at_once_and_uncounted(wire: str, t
     await soon_enough(go, tmp_path, 0.25)
 
 
+def test_a_connection_is_asked_for_signs_of_life() -> None:
+    with ccmux.open_socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))) as made:
+        assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        options = {
+            getattr(socket, name): value for name, value in ccmux.KEEP_ALIVE.items() if hasattr(socket, name)
+        }
+        assert {o: made.getsockopt(socket.IPPROTO_TCP, o) for o in options} == options != {}
+
+
 async def test_the_retry_after_a_stale_connection_does_not_take_another_stale_one(tmp_path: Path) -> None:
     stale = fs.reset_on_reuse()
     async with stage(tmp_path, (fs.gated_whole(), fs.gated_whole(), stale, stale, fs.answer())) as (
