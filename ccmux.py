@@ -9077,6 +9077,8 @@ class Relay:
             await call.end_count()
             error = told(tokens=call.tokens)
         error.retry_after = retry_after(response.headers)
+        if error.retry_after is None:
+            error.retry_after = retry_after(wait_in_body(payload))
         should = response.headers.get("x-should-retry", "").lower()
         error.should_retry = {"true": True, "false": False}.get(should)
         if dialect.request is None and call.format == "anthropic":
@@ -9723,6 +9725,18 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
                 continue
         return 0.0 if seconds != seconds else min(max(seconds, 0.0), 3600.0)
     return None
+
+
+def wait_in_body(payload: Any) -> dict[str, str]:
+    """As a header, the wait that some tell in an error's body alone (seen 2026): Gemini's retryDelay, of seconds with
+    an "s", and OpenRouter's X-RateLimit-Reset, a time in milliseconds.
+    """
+    detail = error_detail(payload)
+    for row in as_list(detail.get("details")):
+        if delay := as_object(row).get("retryDelay"):
+            return {"retry-after": str(delay).removesuffix("s")}
+    reset = str(as_object(as_object(detail.get("metadata")).get("headers")).get("X-RateLimit-Reset"))
+    return {"retry-after": str(int(reset) / 1000 - time.time())} if re.fullmatch("[0-9]{13}", reset) else {}
 
 
 def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:

@@ -117,6 +117,52 @@ async def test_a_limited_target_rests_and_the_next_is_asked(wire: str, tmp_path:
     assert (a.count, b.count) == (1, 3)
 
 
+def gemini_limit(delay: Any) -> Any:
+    info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}
+    error = {"code": 429, "message": "Quota exceeded.", "status": "RESOURCE_EXHAUSTED", "details": [{}, info]}
+    return [{"error": error}]
+
+
+def openrouter_limit(seconds: Any) -> Any:
+    reset = str(round((time.time() + seconds) * 1000)) if isinstance(seconds, int) else seconds
+    headers = {"X-RateLimit-Limit": "16", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": reset}
+    message = "Rate limit exceeded: free-models-per-min."
+    return {"error": {"message": message, "code": 429, "metadata": {"headers": headers}}}
+
+
+@pytest.mark.parametrize(
+    ("limit", "wait", "least", "most"),
+    [
+        (gemini_limit, "38s", 37, 38),
+        (gemini_limit, "38.837906927s", 38, 39),
+        (openrouter_limit, 50, 40, 51),
+        (openrouter_limit, 60_000, 3590, 3600),
+    ],
+)
+async def test_a_limit_that_only_the_body_tells(
+    limit: Callable[[Any], Any], wait: Any, least: int, most: int, tmp_path: Path
+) -> None:
+    body = json.dumps(limit(wait)).encode()
+    async with stage(tmp_path, (fs.raw(429, [fs.JSON_TYPE], body),), formats="openai") as (proxy, (a,)):
+        for _ in range(2):
+            fails(429, "rate_limit_error", retry_after=(least, most))(await ask(proxy))
+    assert a.count == 1
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        gemini_limit("soon"),
+        gemini_limit({}),
+        openrouter_limit("soon"),
+        openrouter_limit(None),
+        {"error": {"details": "x"}},
+    ],
+)
+def test_a_wait_in_a_body_may_be_none(payload: Any) -> None:
+    assert ccmux.retry_after(ccmux.wait_in_body(payload)) is None
+
+
 @BOTH
 async def test_when_all_targets_rest_no_call_is_made(wire: str, tmp_path: Path) -> None:
     async with stage(tmp_path, (fs.status(429, [("retry-after", "30")]),), formats=wire) as (proxy, (a,)):
