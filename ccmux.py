@@ -9243,15 +9243,20 @@ class Plan:
         return slot
 
     def first_free(self) -> Slot:
+        free = self.free()
+        if not free:
+            raise self.nothing_free()
+        self.relay.health_of(free[0].provider.name).next_key += 1
+        return free[0]
+
+    def left(self) -> list[Slot]:
+        """What may still be tried, now or later."""
+        return [slot for slot in self.slots() if slot.id not in self.done]
+
+    def free(self) -> list[Slot]:
+        """What may be tried now."""
         now = time.monotonic()
-        slots = [s for s in self.slots() if s.id not in self.done]
-        for slot in slots:
-            if self.is_free(slot, now):
-                self.relay.health_of(slot.provider.name).next_key += (
-                    1 if len(slot.provider.api_key) > 1 else 0
-                )
-                return slot
-        raise self.nothing_free(slots, now)
+        return [slot for slot in self.left() if self.is_free(slot, now)]
 
     def slots(self) -> list[Slot]:
         """Every slot of the call, the session's own first: what an upstream has cached belongs to its key. A
@@ -9277,7 +9282,8 @@ class Plan:
         full = health.active >= slot.provider.max_concurrent
         return not full and not self.relay.rests(slot, now) and (breaker is None or breaker.allows(now))
 
-    def nothing_free(self, slots: list[Slot], now: float) -> ApiError:
+    def nothing_free(self) -> ApiError:
+        slots, now = self.left(), time.monotonic()
         if not slots:
             problems = [
                 f"provider {p.name}: {p.problem or 'enabled = false'}"
@@ -9318,8 +9324,7 @@ class Plan:
             self.tries[slot.provider.name, slot.target.actual_model] -= 1
         else:
             self.done |= {s.id for s in self.slots() if s.target == slot.target}
-        now = time.monotonic()
-        return any(s.id not in self.done and self.is_free(s, now) for s in self.slots())
+        return bool(self.free())
 
     def tries_same(self, slot: Slot, error: ApiError) -> bool:
         """Whether the same target gets another try: for a passing fault, and a limit that ends soon."""
@@ -9328,12 +9333,11 @@ class Plan:
             return False
         if (error.retry_after or 0) > SHORT_WAIT:
             return False
-        others = [s for s in self.slots() if s.id not in self.done and s.id != slot.id]
-        free = [s for s in others if self.is_free(s, time.monotonic())]
+        others = [s for s in self.free() if s.id != slot.id]
         if error.cause == "http_429":
-            return error.should_retry is not False and not any(s.target == slot.target for s in free)
+            return error.should_retry is not False and not any(s.target == slot.target for s in others)
         if error.cause == "connect" or error.status == 529:  # its other keys would find the same
-            return all(s.target == slot.target for s in free)
+            return all(s.target == slot.target for s in others)
         return error.retry is Retry.SAME
 
     async def backs_off(self, slot: Slot, error: ApiError) -> bool:
@@ -9408,8 +9412,7 @@ class Plan:
         for other in self.slots():
             if self.relay.upstream_of(self.call, other).facts.context <= mine:
                 self.done.add(other.id)
-        now = time.monotonic()
-        return any(s.id not in self.done and self.is_free(s, now) for s in self.slots())
+        return bool(self.free())
 
 
 DROPPABLE = (
