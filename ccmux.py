@@ -8969,9 +8969,10 @@ class Relay:
             lax_finish = slot.provider.quirks.lax_finish
             return ChatTap(call.wants_usage, lax_finish) if call.stream else ChatWhole()
         to = self.upstream_of(call, slot)
-        count = functools.partial(self.count_for, to.model)
         usage = Usage(input=call.tokens, estimated=True)
-        out = AnthropicStream(f"msg_{call.request_id[4:]}", call.asked, usage, count)
+        out = AnthropicStream(
+            f"msg_{call.request_id[4:]}", call.asked, usage, lambda text: self.count_output(text, to.model)
+        )
         out.tool_ids = tool_ids(call.body)
         names = {upstream: client for client, upstream in tool_names(call.body).items()}
         return Translation(dialect.stream(out, names, to), out, client_format(call))
@@ -9034,9 +9035,6 @@ class Relay:
             if size > most:
                 raise too_large(slot)
             out = feed(data) if data else read_on(call, reader, b"")
-
-    def count_for(self, model: str, text: str) -> int:
-        return self.count_output(text, model)
 
     async def demo(self, call: Call, slot: Slot, sink: Sink) -> None:
         """The in-process provider: its events, at the pace of a quick model."""
@@ -10043,7 +10041,8 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
     except ApiError as error:
         response = error_response(request, error)
     except web.HTTPException as error:
-        response = error_response(request, http_error(request, error))
+        fault = ApiError(error.status if error.status >= 400 else 502, error.reason)
+        response = error_response(request, fault)
     except Exception:  # the client is to hear of a mistake, and the log why
         response = error_response(request, own_fault(request[request_key()]))
     if not response.prepared:
@@ -10084,10 +10083,6 @@ async def no_such_route(request: web.Request) -> web.StreamResponse:
             )
     known = "Claude Code talks to /v1/messages, clients of OpenAI's API to /v1/chat/completions"
     raise ApiError(404, f"there is no {request.path[:200]!r} here; {known}")
-
-
-def http_error(request: web.Request, error: web.HTTPException) -> ApiError:
-    return ApiError(error.status if error.status >= 400 else 502, error.reason)
 
 
 def error_response(request: web.Request, error: ApiError) -> web.Response:
@@ -10164,8 +10159,7 @@ def count_failure(state: State, request: web.Request) -> None:
             429, "too many wrong keys; wait a minute", retry_after=60 - (now - times[0]), should_retry=False
         )
     times.append(now)
-    while len(state.failures) > 10_000:
-        state.failures.pop(next(iter(state.failures)))
+    forget_oldest(state.failures)
 
 
 def is_admin(request: web.Request, state: State) -> bool:
@@ -10298,7 +10292,9 @@ async def plan_call(
     items = items_of(body) if may_be_long else None
     early = await state.counter.count(body, "", asked_model(body), items) if items else 0
     route = route_of(body, headers, config, early)
-    refuse_safeguards(body, config, route)
+    translated = translations(config, route)
+    if "safeguards" in body and translated and all(translated):  # of auto mode; the client then does without
+        raise ApiError(400, "safeguards: Extra inputs are not permitted")
     call = Call(
         request_id=request[request_key()],
         body=route.body or body,
@@ -10312,14 +10308,14 @@ async def plan_call(
         session=session_of(body, headers),
         query=request.query_string,
     )
-    first = route.targets[0]
-    same = None if route.body else items
-    count = functools.partial(state.counter.count, call.body, first.provider, first.actual_model, same)
+    first, items = route.targets[0], None if route.body else items
+    count = functools.partial(state.counter.count, call.body, first.provider, first.actual_model, items)
     if may_be_long or config.credits.enforce:
         call.tokens, call.is_counted = await count(), True
     else:
         call.tokens = max(1, (request.content_length or len(raw)) // 4)
-        call.count = count if is_translated(config, route) else None
+        # For a translated answer's beginning. A server that only forwards starts no process to count (115 MB).
+        call.count = count if any(translated) else None
     return call
 
 
@@ -10332,20 +10328,10 @@ def headers_of(request: web.Request) -> dict[str, str]:
     return found
 
 
-def is_translated(config: Config, route: Route) -> bool:
-    """Whether an answer may need the input counted: a translated one begins with its usage.
-
-    A server that only forwards starts no process to count (115 MB): its holds go by the request's size.
-    """
-    formats = [p.format for t in route.targets if (p := config.provider(t.provider))]
-    return any(DIALECTS[f].request for f in formats)
-
-
-def refuse_safeguards(body: Json, config: Config, route: Route) -> None:
-    """Auto mode's `safeguards` need an upstream that speaks Anthropic's format; the client then does without."""
-    formats = [p.format for t in route.targets if (p := config.provider(t.provider))]
-    if "safeguards" in body and formats and all(DIALECTS[f].request for f in formats):
-        raise ApiError(400, "safeguards: Extra inputs are not permitted")
+def translations(config: Config, route: Route) -> list[bool]:
+    """Of each target's provider, whether it speaks another format than Anthropic's."""
+    providers = (config.provider(target.provider) for target in route.targets)
+    return [DIALECTS[p.format].request is not None for p in providers if p]
 
 
 def session_of(body: Json, headers: Mapping[str, str]) -> str:
@@ -10579,7 +10565,8 @@ class Exchange:
         call, credits = self.call, self.call.config.credits
         asked = call.body.get("max_tokens")
         limit = asked if isinstance(asked, int) and asked > 0 else 4096
-        amounts = [hold_of(call.tokens, limit, p, credits.markup_percent) for p in self.prices() if p]
+        prices = filter(None, map(self.price_of, call.route.targets))
+        amounts = [hold_of(call.tokens, limit, price, credits.markup_percent) for price in prices]
         try:
             self.hold = await self.state.store.hold(
                 self.user.id,
@@ -10599,10 +10586,6 @@ class Exchange:
     def is_enforced(self) -> bool:
         """Whether this user's balance and budgets can refuse a request."""
         return self.call.config.credits.enforce and self.user.name != LOCAL_USER
-
-    def prices(self) -> list[Price | None]:
-        config = self.call.config
-        return [self.price_of(target) for target in self.call.route.targets] if config else []
 
     def price_of(self, target: Target) -> Price | None:
         return charged_price(self.call.config, target, self.call.route.model)
@@ -10822,12 +10805,9 @@ async def get_models(request: web.Request) -> web.StreamResponse:
     listed += [
         model_entry(f"anthropic/{n}", f"{n} (by ccmux)") for n in names if not n.startswith("anthropic/")
     ]
-    ends = (
-        {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]}
-        if listed
-        else {"first_id": None, "last_id": None}
-    )
-    return web.json_response({"object": "list", "data": listed, "has_more": False, **ends})
+    first, last = (listed[0]["id"], listed[-1]["id"]) if listed else (None, None)
+    page = {"object": "list", "data": listed, "has_more": False, "first_id": first, "last_id": last}
+    return web.json_response(page)
 
 
 def model_entry(id: str, display_name: str) -> Json:
