@@ -8920,7 +8920,8 @@ class Relay:
             headers=request.headers,
             allow_redirects=False,
             proxy=proxy_of(provider),
-            timeout=connect_within(provider.connect_timeout),
+            # For the look-up of the name, too; all that follows has limits of its own.
+            timeout=aiohttp.ClientTimeout(total=None, connect=provider.connect_timeout),
         )
 
     async def request_for(self, call: Call, slot: Slot, dialect: Dialect) -> UpstreamRequest:
@@ -9130,12 +9131,6 @@ def fault_words(fault: BaseException, provider: Provider) -> str:
         said = fault.message.partition(":")[0]  # behind that, the upstream's bytes
         return f"what provider {name} answers is no good HTTP ({said}); check its base_url"
     return f"the connection to provider {name} broke ({type(fault).__name__})"
-
-
-@functools.lru_cache(256)
-def connect_within(seconds: float) -> aiohttp.ClientTimeout:
-    """Bounds the look-up of the upstream's name, and the connection; all that follows has limits of its own."""
-    return aiohttp.ClientTimeout(total=None, connect=seconds)
 
 
 def proxy_of(provider: Provider) -> str | None:
@@ -9873,23 +9868,18 @@ class Recorder:
 
     def __init__(self) -> None:
         self.until = 0.0
-        self.held: OrderedDict[str, Json] = OrderedDict()
-        self.secrets: dict[str, list[str]] = {}  # of the config that each request had
+        self.held: OrderedDict[str, tuple[Json, list[str]]] = OrderedDict()  # with the secrets of its config
 
     def switch(self, seconds: float) -> None:
         self.until = time.monotonic() + seconds
         if not seconds:
-            self.forget()
-
-    def forget(self) -> None:
-        self.held.clear()
-        self.secrets.clear()
+            self.held.clear()
 
     @property
     def is_on(self) -> bool:
         if self.until and time.monotonic() > self.until:
             self.until = 0.0
-            self.forget()
+            self.held.clear()
         return self.until > 0
 
     def summary(self) -> Json:
@@ -9897,7 +9887,7 @@ class Recorder:
         listed = ("id", "time", "asked", "route", "target", "status")
         return {
             "on_for_s": round(left),
-            "held": [{k: row.get(k) for k in listed} for row in reversed(self.held.values())],
+            "held": [{k: row.get(k) for k in listed} for row, _ in reversed(self.held.values())],
         }
 
     def begin(self, call: Call) -> None:
@@ -9909,11 +9899,9 @@ class Recorder:
             "client_headers": json.loads(scrub(json.dumps(allowed_headers(call.headers, _PASS_UP)), secrets_of)),
             **{part: bytearray() for part in self.PIECEWISE},
         }  # fmt: skip
-        self.held[call.request_id] = record
-        self.secrets[call.request_id] = secrets_of
-        while len(self.held) > self.MOST:
-            id, _ = self.held.popitem(last=False)
-            del self.secrets[id]
+        self.held[call.request_id] = record, secrets_of
+        if len(self.held) > self.MOST:
+            self.held.popitem(last=False)
 
         def note(part: str, data: bytes) -> None:
             if len(record[part]) < self.LARGEST:
@@ -9925,11 +9913,12 @@ class Recorder:
         """A record without keys, taken out of the whole: one may have come in two pieces."""
         if not self.is_on or id not in self.held:
             return None
-        record, secrets_of = self.held[id], self.secrets[id]
+        record, secrets_of = self.held[id]
         return record | {p: scrub(record[p].decode("utf-8", "replace"), secrets_of) for p in self.PIECEWISE}
 
     def end(self, call: Call, status: int) -> None:
-        if record := self.held.get(call.request_id):
+        if call.request_id in self.held:
+            record, _ = self.held[call.request_id]
             target = call.target or call.route.targets[0]
             record |= {
                 "status": status,
