@@ -41,6 +41,8 @@ def test_strict_json_takes(data: bytes, value: object) -> None:
         pytest.param(b'{"m": [{"x": {"b": 1, "c": 2, "b": 1}}]}', 400, "duplicate key 'b'",
                      id="deep duplicate"),
         pytest.param(rb'{"a": 1, "\u0061": 2}', 400, "duplicate key 'a'", id="escaped duplicate"),
+        pytest.param(b"{" + b"".join(b'"%d": 1, ' % n for n in range(200_000)) + b'"last": 1, "last": 2}', 400,
+                     "duplicate key 'last'", id="a duplicate among many"),  # 400 s where each is counted
         pytest.param(b'{"a": NaN}', 400, "NaN is not JSON", id="NaN"),
         pytest.param(b'{"a": Infinity}', 400, "Infinity is not JSON", id="Infinity"),
         pytest.param(b'{"a": -Infinity}', 400, "-Infinity is not JSON", id="minus Infinity"),
