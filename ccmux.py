@@ -3490,15 +3490,20 @@ MIDWAY_SYSTEM = "ccmux_system"  # the type of a block that was a system message 
 
 
 def turns_of(messages: Sequence[Json], before: Iterable[Turn] = ()) -> list[Turn]:
-    """The messages as turns, the first of them joined to the last one `before`."""
-    turns = list(before)
-    for turn in each(messages, turn_of):
-        if turns and turn.role == "user" and turns[-1].is_silent:
-            turns.pop()
-        if turns and turns[-1].role == turn.role:
-            turns[-1] = Turn(turn.role, [*turns[-1].blocks, *turn.blocks])
-        else:
-            turns.append(turn)
+    """The messages as turns, the first of them joined to the last one `before`; a silent one that is not the last of them
+    is left out.
+    """
+    turns = joined_turns([*before, *each(messages, turn_of)])
+    if not any(turn.is_silent for turn in turns[:-1]):
+        return turns
+    return joined_turns([*(turn for turn in turns[:-1] if not turn.is_silent), turns[-1]])
+
+
+def joined_turns(given: Iterable[Turn]) -> list[Turn]:
+    turns = []
+    for role, neighbours in itertools.groupby(given, lambda turn: turn.role):
+        alike = list(neighbours)
+        turns.append(alike[0] if len(alike) == 1 else Turn(role, [b for t in alike for b in t.blocks]))
     return turns
 
 
@@ -3774,7 +3779,7 @@ class OpenAIMessages:
                 parts = []
                 self.say("system", [{"type": "text", "text": str(block.get("text") or "")}])
             else:
-                parts = [*parts, *self.parts(block)]
+                parts.extend(self.parts(block))
         self.say("user", parts)
 
     def parts(self, block: Json) -> list[Json]:
