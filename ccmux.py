@@ -6388,14 +6388,9 @@ def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
 
 
 def hold_of(tokens: int, max_tokens: int, price: Price, markup_percent: Decimal) -> int:
-    """What is set aside for a request: its input and up to 4,096 tokens of output, in micro-dollars."""
+    """What a request's input and up to 4,096 tokens of output cost, in micro-dollars."""
     usage = Usage(input=tokens, output=min(max_tokens, 4096))
     return charge_of(usage, price, markup_percent).charge
-
-
-def input_floor(tokens: int, price: Price, markup_percent: Decimal) -> int:
-    """What a request's input costs, in micro-dollars."""
-    return charge_of(Usage(input=tokens), price, markup_percent).charge
 
 
 def price_json(price: Price) -> Json:
@@ -10550,7 +10545,7 @@ class Exchange:
         price = self.price_of(target)
         markup = self.call.config.credits.markup_percent
         assert self.hold is not None
-        self.floor = input_floor(self.call.tokens, price, markup) if price else 0
+        self.floor = hold_of(self.call.tokens, 0, price, markup) if price else 0
         self.state.store.answered(self.hold, self.floor)
 
     # Money.
@@ -10628,7 +10623,7 @@ class Exchange:
         target = call.target or call.route.targets[0]
         price = self.price_of(target) if usage != Usage() else None
         price = fast_price(price) if price and usage.fast else price
-        known = price_of(config, target, call.route.model)
+        is_priced = usage == Usage() or price_of(config, target, call.route.model) is not None
         charge = charge_of(usage, price, config.credits.markup_percent) if price else Charge(0, 0, 0)
         now = time.monotonic()
         status = error.status if error else 200 if call.reader and call.reader.ended else 499
@@ -10646,8 +10641,8 @@ class Exchange:
             error=error.cause if error else "" if status == 200 else "client_gone",
             attempts=call.tries,
             usage=usage,
-            cost=charge.cost if known or usage == Usage() else None,
-            markup=charge.markup if known or usage == Usage() else None,
+            cost=charge.cost if is_priced else None,
+            markup=charge.markup if is_priced else None,
             charge=charge.charge,
             price=price_json(price) if price else None,
             first_token_ms=round((call.first_content - call.started) * 1000) if call.first_content else None,

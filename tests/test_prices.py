@@ -29,7 +29,6 @@ from ccmux import (
     facts_of,
     fast_price,
     hold_of,
-    input_floor,
     price_json,
     price_of,
     price_table,
@@ -225,7 +224,7 @@ def test_hold(count: int, max_tokens: int, at: Price, markup: Decimal) -> None:
     output = min(max_tokens, 4096)
     held = hold_of(count, max_tokens, at, markup)
     assert held == charge_of(Usage(count, output), at, markup).charge
-    floor = input_floor(count, at, markup)
+    floor = hold_of(count, 0, at, markup)
     assert floor == charge_of(Usage(count), at, markup).charge <= held
 
 
