@@ -723,9 +723,7 @@ class RequestReader:
         return body
 
     def elements(self, raw: bytes, start: int) -> tuple[list[Any], int]:
-        """The elements of the array whose inside begins at `start`, and the place behind them: the parser will see
-        whether the array ends there.
-        """
+        """The elements of the array whose inside begins at `start`, and the place behind: its end, if all is well."""
         values: list[Any] = []
         place = start
         if run := self.find(self.runs, raw, start):
@@ -6527,11 +6525,8 @@ class TokenCounter:
 
         `items` is what `items_of` says of the body, for who counts the same one twice.
         """
-        framing, place, items = (
-            framing_of(model),
-            (provider, model),
-            items_of(body) if items is None else items,
-        )
+        framing, place = framing_of(model), (provider, model)
+        items = items_of(body) if items is None else items
         looked = self.look_up(items, framing, self.load(framing.encoding) or ESTIMATE)
         if not looked.new:
             return self.total(looked, {}, place)
@@ -10580,9 +10575,7 @@ class Exchange:
         return charged_price(self.call.config, target, self.call.route.model)
 
     def usage(self, error: ApiError | None) -> Usage:
-        """The true usage where the upstream told it, else counted here and marked; none for what cost
-        nothing.
-        """
+        """As the upstream told it, else counted here and marked; none for what cost nothing."""
         call, reader = self.call, self.call.reader
         if reader is None or not call.first_content:
             has_failed = bool(call.attempts) and call.attempts[-1]["error"]
@@ -10652,9 +10645,7 @@ class Exchange:
         )
 
     async def durable(self) -> None:
-        """Waits until the settlement is on disk; an answer that was made is not held back by a disk that is
-        not.
-        """
+        """Waits until the settlement is on disk, but for a disk that takes none only so long: the answer was made."""
         assert self.settled is not None
         if not self.settled.done():
             await asyncio.wait([self.settled], timeout=5)  # cancels nothing: it is written nevertheless
@@ -14676,9 +14667,7 @@ def user_credit(args: argparse.Namespace) -> int:
 
 
 def user_budget(args: argparse.Namespace) -> int:
-    """Sets what a user may spend in a day, a week (from Monday) or a month, in UTC; `none` takes a budget
-    away.
-    """
+    """Sets what a user may spend in a day, a week from Monday or a month (UTC); `none` takes a budget away."""
     with open_store(read_config(args.config)) as store:
         print_users(store, [store.set_budgets(args.name, budgets_of(args))])
     return 0
@@ -14700,9 +14689,7 @@ def user_disable(args: argparse.Namespace, disabled: bool) -> int:
 
 
 def moment(text: str) -> str:
-    """`2026-11-24`, `2026-11-24T08:00`, `today`, `7d` (days back) -> the UTC time that the ledger's texts
-    compare with.
-    """
+    """`2026-11-24`, `2026-11-24T08:00`, `today`, `7d` (days back) -> a time as the ledger writes it."""
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     match = re.fullmatch(r"(\d{1,4})d|today", text)
     try:
@@ -14712,19 +14699,12 @@ def moment(text: str) -> str:
 
 
 REPORT_COLUMNS = (
-    "requests",
-    *TOKEN_COLUMNS,
-    "cost_microusd",
-    "markup_microusd",
-    "charge_microusd",
-    "unpriced",
-)
+    "requests", *TOKEN_COLUMNS, "cost_microusd", "markup_microusd", "charge_microusd", "unpriced",
+)  # fmt: skip
 
 
 def report_command(args: argparse.Namespace) -> int:
-    """Shows what requests cost: provider's cost, markup and charge by user, model, provider, day, session or
-    month.
-    """
+    """Shows what requests cost: cost, markup and charge by user, model, provider, day, session or month."""
     config = read_config(args.config)
     user, markup = args.user or None, config.credits.markup_percent
     with open_store(config) as store:
@@ -14788,9 +14768,7 @@ def backup_command(args: argparse.Namespace) -> int:
 
 
 def doctor_command(args: argparse.Namespace) -> int:
-    """Looks for what commonly goes wrong: config, files, port, ledger, vocabularies, variables, Claude Code's
-    settings.
-    """
+    """Looks for what commonly goes wrong, from the config and the database to Claude Code's settings."""
     failed = False
     for word, text in diagnose(args.config):
         print(f"{painted(word, 7)} {text}", flush=True)
