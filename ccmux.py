@@ -11927,7 +11927,7 @@ nav a[aria-current] { color: var(--accent); background: var(--soft); font-weight
 .tiles { margin: 16px 0; }
 .tiles .card { margin: 0; padding: 14px 16px; position: relative; }
 .big { display: block; font-size: 23px; font-weight: 600; letter-spacing: -.02em; }
-.muted, .help, small { color: var(--muted); font-size: 13px; }
+.muted, .help { color: var(--muted); font-size: 13px; }
 .empty { color: var(--muted); padding: 10px 0; }
 main:focus { outline: 0; }
 .scroll { overflow-x: auto; max-width: 100%; position: relative; }
@@ -11953,12 +11953,12 @@ tbody tr:last-child td { border-bottom: 0; }
 .problems { border-left: 4px solid var(--bad); }
 .problems ul { margin: 0; padding-left: 0; list-style: none; }
 .problems li { padding: 4px 0; }
-button, .button, input, select, textarea { font: inherit; color: inherit; }
-button, .button {
+button, input, select, textarea { font: inherit; color: inherit; }
+button {
   border: 1px solid var(--line); background: var(--card); border-radius: 8px; padding: 5px 12px; cursor: pointer;
-  text-decoration: none; white-space: nowrap;
+  white-space: nowrap;
 }
-button:hover, .button:hover { border-color: var(--accent); }
+button:hover { border-color: var(--accent); }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
 button.danger { color: var(--bad); }
 button.small { padding: 1px 8px; font-size: 13px; }
@@ -12518,13 +12518,9 @@ const CONTROLS = {
     return { input, get: () => numberIn(input, field.name) };
   },
   bool(field, value) {
-    if (field.maybe) {
-      const input = selectBox([["", AS_IT_IS], ["yes"], ["no"]],
-        value === undefined ? "" : value ? "yes" : "no");
-      return { input, get: () => (input.value ? input.value === "yes" : undefined) };
-    }
-    const input = selectBox([["yes"], ["no"]], value ?? field.default ? "yes" : "no");
-    return { input, get: () => input.value === "yes" };
+    const now = value ?? (field.maybe ? "" : field.default), words = now ? "yes" : "no";
+    const input = selectBox([...(field.maybe ? [["", AS_IT_IS]] : []), ["yes"], ["no"]], now === "" ? "" : words);
+    return { input, get: () => (input.value ? input.value === "yes" : undefined) };
   },
   list(field, value) {
     const given = value ?? field.default;
@@ -12533,9 +12529,7 @@ const CONTROLS = {
       return { input, get: () => input.value.split(",").map((v) => v.trim()).filter(Boolean) };
     }
     const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c, checked: given.includes(c) }));
-    const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
-      el("div", { class: "checks" },
-      boxes.map((box) => el("label", {}, box, box.value))), el("span", { class: "help" }, helpOf(field)));
+    const node = fieldset(field, "checks", boxes.map((box) => el("label", {}, box, box.value)));
     return { node, get: () => boxes.filter((b) => b.checked).map((b) => b.value) };
   },
   secret(field, value) {
@@ -12554,9 +12548,7 @@ const CONTROLS = {
   },
   price(field, value) {
     const given = value || {}, boxes = PRICES.map(([kind]) => numberBox(given[kind], { min: 0 }));
-    const node = el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
-      el("div", { class: "prices" },
-      boxes.map((box, n) => labelled(PRICES[n][1], box))), el("span", { class: "help" }, helpOf(field)));
+    const node = fieldset(field, "prices", boxes.map((box, n) => labelled(PRICES[n][1], box)));
     const pairs = () => boxes.map((b, n) => [PRICES[n][0], numberIn(b, field.name)])
       .filter(([, dollars]) => dollars !== undefined);
     const others = Object.entries(given).filter(([name]) => !PRICES.some(([kind]) => kind === name)); /* tiers */
@@ -12585,6 +12577,8 @@ function headerControl(field, value) {
   const get = () => Object.fromEntries(input.value.split("\n").filter((l) => l.trim()).map(pair));
   return { input, wide: true, get: () => (value || input.value.trim() ? get() : undefined) };
 }
+const fieldset = (field, kind, boxes) => el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
+  el("div", { class: kind }, boxes), el("span", { class: "help" }, helpOf(field)));
 /* What the file's comments say, in a form's words. */
 const helpOf = ({ help }) => (help || "").replace(/^true:/, "yes:").replace(/^false:/, "no:").replace("left out:", "empty:")
   .replace("a list for a pool", "several between commas to take turns").replace("how this file calls it", "what ccmux calls it")
@@ -12753,17 +12747,15 @@ async function saved(words) {
 }
 
 /* Overview */
-const STATES = { ok: "ok", closed: "ok", disabled: "", cooling: "warn", "half-open": "warn", open: "bad",
-  unusable: "bad" };
-const WORDS = { ok: "working", open: "resting after faults", cooling: "limited for now", unusable: "cannot be used",
-  "half-open": "being tried again", disabled: "switched off" };
+const STATES = { ok: ["ok", "working"], disabled: ["", "switched off"], cooling: ["warn", "limited for now"],
+  "half-open": ["warn", "being tried again"], open: ["bad", "resting after faults"], unusable: ["bad", "cannot be used"] };
 const refusesKey = ({ outcomes }) => ["http_401", "http_403"].includes((outcomes.at(-1) || {}).error);
 function stateBadge(name) {
   const health = S.providers[name] || { state: "unusable", outcomes: [] };
   if (refusesKey(health) && !["disabled", "unusable"].includes(health.state)) return badge("bad", "refuses its key");
   if (health.state === "ok" && !health.outcomes.length) return badge("", "not used yet");
   if (health.state === "ok" && !health.outcomes.at(-1).ok) return badge("warn", "failed last time");
-  return badge(STATES[health.state] ?? "warn", WORDS[health.state] || health.state);
+  return badge(...STATES[health.state]);
 }
 function problems(broke) {
   const found = [], add = (kind, word, text, tab) => found.push([kind, word, text, tab]);
@@ -12780,7 +12772,7 @@ function problems(broke) {
     if (health.problem) add("bad", name, health.problem, "providers");
     else if (refusesKey(health)) add("bad", name, "refuses its key", "providers");
     else if (["open", "half-open", "cooling"].includes(health.state)) {
-      add("warn", name, `${WORDS[health.state]}${next}${last && last.error ? `: ${faultWord(last.error)}` : ""}`, "providers");
+      add("warn", name, `${STATES[health.state][1]}${next}${last && last.error ? `: ${faultWord(last.error)}` : ""}`, "providers");
     }
   }
   if (S.unpriced.length) {
@@ -12828,7 +12820,7 @@ async function overview(whenLeft) {
     since = day;
     past.catch(() => { since = ""; });
     const [before, today, { users }] = await Promise.all([past, ask(`${ROOT}/report?by=provider&since=${since}`),
-      (S.config.credits || {}).enforce ? ask(`${ROOT}/users`) : { users: [] }]);
+      tableOf("credits").enforce ? ask(`${ROOT}/users`) : { users: [] }]);
     const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled && !isFree(user));
     const of = (name) => [sum(today.report, name), sum([...before.report, ...today.report], name)];
     const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
@@ -12891,7 +12883,7 @@ async function liveLog(place) {
 }
 
 /* Providers */
-const rowsOf = (root) => S.config[root] || [];
+const rowsOf = (root) => S.config[root] || [], tableOf = (root) => S.config[root] || {};
 /* A save under another row's name would take that row's place. */
 function checkName(root, name, old) {
   if (!name) throw new Failure(400, "name: give it a name");
@@ -13019,10 +13011,10 @@ function testDialog(name) {
 
 /* Models */
 const routesOf = (name) => [...Object.keys(S.routes).filter((slot) => S.routes[slot] === name),
-  ...((S.config.router || {}).rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
+  ...(tableOf("router").rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
 const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}` : "built-in table");
 const namesList = () => el("datalist", { id: "names" },
-  (S.names || []).map((n) => el("option", { value: n })));
+  S.names.map((n) => el("option", { value: n })));
 function modelsView() {
   const columns = [["Ask for", (m) => m.name, "text mono"],
     ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` }), "act"],
@@ -13100,7 +13092,7 @@ function ruleItem(row) {
   return { node: el("div", { class: "fields" }, made.nodes), read: made.read };
 }
 async function routerView() {
-  const row = S.config.router || {};
+  const row = tableOf("router");
   let hash = S.config_hash;
   const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (f.name in S.routes
     ? { ...f, list: "names" } : f));
@@ -13200,11 +13192,10 @@ async function usersView() {
     ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This week", (u) => usd(u.spent_week_microusd), "num"],
     ["This month", (u) => usd(u.spent_month_microusd), "num"], ["Budgets", (u) => budgetsOf(u).map(
       ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"]];
-  const isOn = (root, key) => (S.config[root] || {})[key];
   return card("Users", button("Add a user", addUserDialog, { class: "main" }),
-    !isOn("server", "require_key") && el("p", { class: "muted" },
+    !tableOf("server").require_key && el("p", { class: "muted" },
       "Who gives no key is the user local, and never refused. Require key, under Config, changes that."),
-    !isOn("credits", "enforce") && el("p", { class: "muted" },
+    !tableOf("credits").enforce && el("p", { class: "muted" },
       "Credit and budgets are counted, but refuse nobody yet. Enforce, under Config, changes that."),
     table("Users", columns, users,
       "No users. On this computer alone none is needed; on a network each person gets a key."));
@@ -13393,10 +13384,7 @@ async function inspectView(whenLeft) {
       ["Status", (r) => r.status ?? "running", "nowrap"]], told.held,
     left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
   };
-  const refresh = async () => {
-    const told = await ask(`${ROOT}/inspect`);
-    draw(told);
-  };
+  const refresh = async () => draw(await ask(`${ROOT}/inspect`));
   await refresh();
   whenLeft(poll(refresh, 3000));
   return [card("Inspect", state,
@@ -13441,7 +13429,7 @@ async function backupDialog(name, hash) {
 }
 /* Both tables were read as of read.hash, and a save of one leaves the other as it was read. */
 function settingsCard(root, title, read) {
-  const made = controls(S.fields[root], S.config[root] || {});
+  const made = controls(S.fields[root], tableOf(root));
   const save = async () => {
     const table = made.read(), token = table.admin_token;
     read.hash = (await ask(`${ROOT}/${root}`, "PUT", { hash: read.hash, table })).hash;
