@@ -11921,11 +11921,10 @@ nav a[aria-current] { color: var(--accent); background: var(--soft); font-weight
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; margin-bottom: 10px; }
 .head h2 { margin-right: auto; }
 .head input { width: 220px; }
-.tiles, .two { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
-.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; margin: 16px 0; }
-.two .card { margin: 0; }
-.tiles { margin: 16px 0; }
-.tiles .card { margin: 0; padding: 14px 16px; position: relative; }
+.tiles, .two { display: grid; gap: 14px; margin: 16px 0; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
+.two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+.tiles .card, .two .card { margin: 0; }
+.tiles .card { padding: 14px 16px; position: relative; }
 .big { display: block; font-size: 23px; font-weight: 600; letter-spacing: -.02em; }
 .muted, .help { color: var(--muted); font-size: 13px; }
 .empty { color: var(--muted); padding: 10px 0; }
@@ -12650,7 +12649,7 @@ function showFailure(failure, error, made) {
 const isDirty = () => document.querySelector("[data-dirty]");
 addEventListener("beforeunload", (event) => { if (isDirty()) event.preventDefault(); });
 
-/* Rows that can be moved, removed and added: `make(row)` -> {node, read, touch?}. */
+/* Rows that can be moved, removed and added: `make(row)` -> {node, read}. */
 function sequence(rows, make, addLabel, fresh) {
   const list = el("div", {}), items = [];
   const touched = () => list.dispatchEvent(new Event("change", { bubbles: true }));
