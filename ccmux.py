@@ -12768,6 +12768,7 @@ function problems(broke) {
   for (const [name, health] of Object.entries(S.providers)) {
     const last = health.outcomes.at(-1);
     const next = health.next_try_s ? `, tried again in ${Math.ceil(health.next_try_s)} s` : "";
+    if (health.state === "disabled") continue;
     if (health.problem) add("bad", name, health.problem, "providers");
     else if (refusesKey(health)) add("bad", name, "refuses its key", "providers");
     else if (["open", "half-open", "cooling"].includes(health.state)) {

@@ -1320,7 +1320,8 @@ async def test_a_demo_that_still_answers_beside_a_provider_is_told(
     browser: Browser, provider: AnthropicFake, tmp_path: Path
 ) -> None:
     demo = '[[providers]]\nname = "demo"\ntype = "demo"\n'
-    text = config_of(provider)
+    off = '[[providers]]\nname = "off"\ntype = "openrouter"\napi_key = "$NO_SUCH_KEY_HERE"\nenabled = false\n'
+    text = config_of(provider, extra=off)  # what is switched off is no problem
     for config, is_told in ((demo + text.partition("[[models]]")[0], True), (demo + text, False)):
         folder = tmp_path / str(is_told)
         folder.mkdir()
