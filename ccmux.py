@@ -12209,7 +12209,13 @@ function redraw(node, ...children) {
 /* Asks again every few seconds while the page is seen and no text on it is selected, to be copied perhaps. */
 function poll(refresh, every) {
   const fail = (error) => (error.status === 401 ? start() : tellError(error)); /* the token was changed */
-  const timer = setInterval(() => { if (!document.hidden && !String(getSelection())) refresh().catch(fail); }, every);
+  let busy = false; /* a server that hangs is asked once */
+  const timer = setInterval(async () => {
+    if (busy || document.hidden || String(getSelection())) return;
+    busy = true;
+    await refresh().catch(fail);
+    busy = false;
+  }, every);
   return () => clearInterval(timer);
 }
 

@@ -1354,3 +1354,22 @@ async def test_what_is_paused_or_selected_is_not_drawn_anew(
         await expect(rows).to_have_count(1)
         await page.click("text=Go on")
         await expect(rows).to_have_count(2)
+
+
+@needs_browser
+async def test_a_server_that_hangs_is_asked_once(browser: Browser, tmp_path: Path) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, "about:blank") as page:
+        await page.clock.install()
+        await page.goto(admin_url(proxy))
+        await page.wait_for_selector("main .tiles")
+        held: list[Route] = []
+        await page.route("**/admin/api/state", lambda route: held.append(route))
+        for _ in range(4):
+            await page.clock.run_for(5_000)
+        await until(lambda: bool(held), "the server is asked")
+        assert len(held) == 1
+        await held[0].continue_()
+        async with asyncio.timeout(30):
+            while len(held) == 1:  # and again once it has answered
+                await page.clock.run_for(5_000)
+        await held[1].continue_()
