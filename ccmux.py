@@ -12220,7 +12220,7 @@ function poll(refresh, every) {
 }
 
 function signIn(label, help, again) {
-  const input = el("input", { id: "secret", type: "password", autocomplete: "off", required: true });
+  const input = textBox("", { type: "password", required: true });
   const error = el("p", { class: "error", role: "alert" }, again);
   const submit = (event) => {
     event.preventDefault();
@@ -12228,9 +12228,8 @@ function signIn(label, help, again) {
     start();
   };
   refill($("main"), el("section", { class: "card signin" }, el("h2", {}, "Sign in"),
-    el("form", { onsubmit: submit }, el("p", {}, help), el("div", { class: "field" },
-      el("label", { for: "secret" }, label), input), error,
-    el("div", { class: "row" }, el("button", { class: "main" }, "Sign in")))));
+    el("form", { onsubmit: submit }, el("p", {}, help), labelled(label, input), error,
+      el("div", { class: "row" }, el("button", { class: "main" }, "Sign in")))));
   input.focus();
 }
 async function signedIn(load, label, help) {
@@ -12253,14 +12252,12 @@ async function signedIn(load, label, help) {
 function spark(values) {
   const most = Math.max(...values, 1e-9), step = 64 / Math.max(values.length - 1, 1);
   const point = (v, n) => `${(n * step).toFixed(1)},${(19 - (v / most) * 18).toFixed(1)}`;
-  const points = values.map(point).join(" ");
   return svg("svg", { class: "spark", width: 64, height: 20, "aria-hidden": "true" },
-    svg("polyline", { points }));
+    svg("polyline", { points: values.map(point).join(" ") }));
 }
 function tile(label, value, note, values) {
-  return el("div", { class: "card" }, el("span", { class: "muted" }, label), el("span", { class: "big" },
-    value),
-    note && el("span", { class: "muted" }, note), values && values.length > 1 && spark(values));
+  return el("div", { class: "card" }, el("span", { class: "muted" }, label), el("span", { class: "big" }, value),
+    note && el("span", { class: "muted" }, note), values && spark(values));
 }
 function dayChart(days, name, shown) {
   const most = Math.max(...days.map((d) => d[name]), 1e-9), step = 900 / days.length;
@@ -12788,10 +12785,9 @@ function problems(broke) {
   for (const name of S.vocabulary_missing) {
     add("warn", "token counts", `are estimates until ${name} is downloaded, which is tried each hour`);
   }
-  const said = Object.entries(S.providers).filter(([,
-    health]) => health.problem).map(([name]) => `provider ${name}:`);
-  for (const warning of S.warnings.filter((w) => !said.some((s) => w.startsWith(s)))) add("warn", "warning",
-    warning, "config");
+  const isSaid = (warning) => Object.entries(S.providers).some(([name, { problem }]) => problem
+    && warning.startsWith(`provider ${name}:`));
+  for (const warning of S.warnings) if (!isSaid(warning)) add("warn", "warning", warning, "config");
   return found;
 }
 function problemCard(broke) {
@@ -12814,7 +12810,7 @@ function healthCard() {
   return card("Providers", null, table("Provider health", [["Provider", ([n]) => n, "text"],
     ["State", ([n]) => stateBadge(n), "nowrap"],
     ["Last requests", ([, h]) => beats(h.outcomes)], ["Running now", ([, h]) => whole(h.active), "num"],
-    ["Average time", ([, h]) => (h.latency_ms === null ? "–" : seconds(h.latency_ms)), "num"]], rows,
+    ["Average time", ([, h]) => seconds(h.latency_ms), "num"]], rows,
   "No providers yet. Add one under Providers: with a preset, a key is enough."));
 }
 async function overview(whenLeft) {
@@ -13317,13 +13313,11 @@ function tryView(whenLeft) {
   const output = el("pre", { tabindex: 0, "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
     end = el("div", { "aria-live": "polite" });
   let running = null;
-  const deltas = { text_delta: (d) => d.text, thinking_delta: (d) => d.thinking,
-    input_json_delta: (d) => d.partial_json };
   const onEvent = (event, data) => {
     if (event === "ccmux") return showEnd(data);
     if (data.type === "error") throw new Failure(500, data.error.message);
-    const take = data.delta && deltas[data.delta.type];
-    if (take) output.append(take(data.delta)); /* textContent += copies all before it, each time */
+    const { text, thinking, partial_json: json } = data.delta || {};
+    output.append(text || thinking || json || ""); /* textContent += copies all before it, each time */
     return null;
   };
   const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
