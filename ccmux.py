@@ -12344,6 +12344,7 @@ function openDialog(title, ...body) {
   const mayLeave = () => !node.querySelector("[data-dirty]") || confirm("Leave without saving what you changed?");
   const opener = document.activeElement;
   const gone = () => {
+    if (!node.isConnected) return; /* a close() is heard of a second time, later */
     if (node.contains(STATUS)) document.body.append(STATUS);
     node.remove();
     if (opener.isConnected) return; /* the browser has given it the focus back; a log's row was drawn anew */
