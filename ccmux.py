@@ -12013,6 +12013,7 @@ meter { display: block; width: 100%; height: 14px; margin-bottom: 10px; }
 #status:empty { display: none; }
 .signin { max-width: 460px; margin: 48px auto; }
 @media (max-width: 560px) { header, main, footer { padding-left: 12px; padding-right: 12px; }
+  header { column-gap: 10px; }
   .card { padding: 14px; } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
   .big { font-size: 19px; } dialog { padding: 14px; } }
 @media (prefers-reduced-motion: no-preference) { button, nav a { transition: background .12s, border-color .12s; } }
@@ -12370,14 +12371,19 @@ function openDialog(title, ...body) {
 }
 
 /* Dashboard: one user's own numbers. */
+const KEY_WORDS = ["Your ccmux key",
+  "This server keeps an account for each user. Give your key to see yours; it stays in this tab."];
 async function dashboard() {
   const paths = ["/api/me", "/api/usage?days=30&by=day", "/api/usage?days=30&by=model",
     "/api/usage?days=30&by=session",
     "/api/models", "/api/requests?limit=50", "/api/transactions?limit=50"];
-  const got = await signedIn(() => Promise.all(paths.map((path) => ask(path))), "Your ccmux key",
-    "This server keeps an account for each user. Give your key to see yours; it stays in this tab.");
+  const got = await signedIn(() => Promise.all(paths.map((path) => ask(path))), ...KEY_WORDS);
   if (!got) return;
   const [me, days, models, sessions, offered, requests, entries] = got;
+  if (me.name === "local" && SESSION.getItem(SECRET)) {
+    SESSION.removeItem(SECRET);
+    tell("No user here has that key: this is the local user.");
+  }
   const first = !requests.requests.length;
   redraw($("main"), first && connectCard(offered.models), tiles(me, lastDays(days.usage, 30), days.usage),
     budgetCard(me), spendCard(lastDays(days.usage, 30)),
@@ -13450,6 +13456,7 @@ if (PAGE === "admin") addEventListener("hashchange",
   () => (location.hash.startsWith("#token=") ? admin() : showTab()));
 start();
 if (PAGE !== "admin") {
+  $("key").addEventListener("click", () => signIn(...KEY_WORDS));
   poll(async () => { if (document.querySelector(".tiles")) await dashboard(); }, 30000);
 }
 """
@@ -13472,7 +13479,9 @@ def page_html(page: str, title: str, other: str) -> str:
     return re.sub(r"@([A-Z]+)@", lambda m: parts[m[1]], PAGE_HTML)
 
 
-DASHBOARD = page_html("dashboard", "ccmux", '<a href="/admin">Admin</a>')
+DASHBOARD = page_html(
+    "dashboard", "ccmux", '<a href="/admin">Admin</a><button type="button" id="key">Use a key</button>'
+)
 ADMIN = page_html("admin", "ccmux admin", '<a href="/">Dashboard</a>')
 
 

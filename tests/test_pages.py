@@ -371,6 +371,20 @@ async def test_signing_in_with_a_users_key(browser: Browser, provider: Anthropic
 
 
 @needs_browser
+async def test_a_key_is_given_where_none_is_asked_for(browser: Browser, tmp_path: Path) -> None:
+    async with in_process(tmp_path, "") as proxy, opened(browser, proxy.url) as page:
+        _, key = proxy.state.store.add_user("ann", 5_000_000, {}, "")
+        for given, name in (("wrong", "local"), (key, "ann")):
+            await expect(page.locator(".tiles")).to_contain_text("by local")
+            await page.get_by_role("button", name="Use a key").click()
+            await page.get_by_label("Your ccmux key").fill(given)
+            await page.keyboard.press("Enter")
+            await expect(page.locator(".tiles")).to_contain_text(f"by {name}")
+            told = "No user here has that key" if name == "local" else ""
+            await expect(page.locator("#status")).to_contain_text(told)
+
+
+@needs_browser
 async def test_adding_a_user_shows_the_key_once_and_who_has_no_credit(
     browser: Browser, tmp_path: Path
 ) -> None:
