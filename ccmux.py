@@ -12822,9 +12822,11 @@ function healthCard() {
 }
 async function overview(whenLeft) {
   const top = el("div", {}), log = el("div", { class: "log" });
-  let since = "", past = null;
+  let since = "", past = null, live = null, shownDay = "";
   const draw = async () => {
-    const day = new Date().toISOString().slice(0, 10);
+    const day = new Date().toISOString().slice(0, 10), localDay = new Date().toDateString();
+    if (live && shownDay !== localDay) live.draw(); /* what was today's is yesterday's now */
+    shownDay = localDay;
     if (since !== day) past = ask(`${ROOT}/report?by=provider&until=${day}`); /* once a day: a long log takes its time */
     since = day;
     past.catch(() => { since = ""; });
@@ -12840,7 +12842,7 @@ async function overview(whenLeft) {
       tile("Running for", duration(S.uptime_s), S.path || "no config file yet")), healthCard());
   };
   await draw();
-  const live = await liveLog(log);
+  live = await liveLog(log);
   const stopPoll = poll(async () => { await reload(); await draw(); }, 5000);
   whenLeft(() => { stopPoll(); live.stop(); });
   return [top, card("Requests", live.tools, log)];
@@ -12888,7 +12890,7 @@ async function liveLog(place) {
   filter.addEventListener("input", draw);
   draw();
   follow();
-  return { tools: [filter, pause], stop: () => { ended.abort(); stream.abort(); } };
+  return { tools: [filter, pause], draw, stop: () => { ended.abort(); stream.abort(); } };
 }
 
 /* Providers */
@@ -13149,7 +13151,7 @@ async function explainCard() {
     value: JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2) });
   const [{ requests }, { held }] = await Promise.all([ask(`${ROOT}/requests?limit=50`), ask(`${ROOT}/inspect`)]);
   const isHeld = (row) => held.some((r) => r.id === row.request_id);
-  const words = (row) => `${new Date(row.time).toLocaleTimeString()} ${row.asked} → ${target(row)}`;
+  const words = (row) => `${when(row.time).textContent} ${row.asked} → ${target(row)}`;
   const recent = selectBox([["", "none: the request below"], ...requests.map((row) => [row.request_id,
     isHeld(row) ? `${words(row)} (held whole)` : words(row)])]);
   const result = el("div", {});

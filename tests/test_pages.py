@@ -820,9 +820,14 @@ async def test_an_overview_left_open_over_midnight_begins_a_new_day(
         await page.goto(admin_url(proxy))
         today = page.locator(".tiles .card", has_text="Requests today")
         await expect(today).to_contain_text("Requests today11 in all")
+        date = re.compile(r"\d+/\d+/\d+")
+        await expect(page.locator(".log time")).not_to_contain_text(date)
         await page.clock.set_system_time(datetime.now(UTC) + timedelta(days=1))
         await page.clock.run_for(6_000)
         await expect(today).to_contain_text("Requests today01 in all")
+        await expect(page.locator(".log time")).to_contain_text(date)
+        await tab(page, "router")
+        await expect(page.get_by_label("A recent request")).to_contain_text(date)
 
 
 @needs_browser
