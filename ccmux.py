@@ -12397,13 +12397,13 @@ function tiles(me, days, rows) {
   const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"),
     output = sum(rows, "output_tokens");
   const written = sum(rows, "cache_write_tokens") + sum(rows, "cache_write_1h_tokens");
-  const held = me.held_microusd ? `${usd(me.held_microusd)} set aside for running requests` : "nothing set aside";
+  const held = me.held_microusd ? `${usd(me.held_microusd)} set aside for running requests`
+    : isFree(me) ? "no credit is needed here" : "nothing set aside";
   const timed = rows.filter((r) => r.first_token_ms), busy = sum(rows, "duration_ms") / 1000;
   const waited = timed.reduce((t, r) => t + r.first_token_ms * r.requests, 0) / sum(timed, "requests");
   return el("div", { class: "tiles" },
     /* Who has no credit and needs none would read a balance below zero as a debt. */
-    isFree(me) ? tile("Spent in all", usd(-me.balance_microusd), "no credit is needed here")
-      : tile("Balance", usd(me.balance_microusd), held),
+    isFree(me) ? tile("Spent in all", usd(-me.balance_microusd), held) : tile("Balance", usd(me.balance_microusd), held),
     tile("Spent today", usd(me.spent_today_microusd), `by ${me.name}`),
     tile("Spent this month", usd(me.spent_month_microusd), "UTC", days.map((d) => d.charge_microusd)),
     tile("Requests", whole(sum(rows, "requests")), "in 30 days", days.map((d) => d.requests)),
