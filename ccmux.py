@@ -12012,6 +12012,7 @@ meter { display: block; width: 100%; height: 14px; margin-bottom: 10px; }
 }
 #status:empty { display: none; }
 .signin { max-width: 460px; margin: 48px auto; }
+@media (max-width: 1060px) { nav { order: 1; width: 100%; } }
 @media (max-width: 560px) { header, main, footer { padding-left: 12px; padding-right: 12px; }
   header { column-gap: 10px; }
   .card { padding: 14px; } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
