@@ -12244,7 +12244,8 @@ async function signedIn(load, label, help) {
       return null;
     }
     stopView();
-    signIn(label, help, SESSION.getItem(SECRET) ? error.message : "");
+    const words = error.status === 401 ? "That is not the right one." : error.message;
+    signIn(label, help, SESSION.getItem(SECRET) ? words : "");
     SESSION.removeItem(SECRET);
     return null;
   }
