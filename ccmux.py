@@ -169,10 +169,13 @@ def bootstrap(problem: str) -> None:
         venv = expanded(given).absolute()
         python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         ready = venv / "ccmux-ready"  # written last, so that an interrupted installation is begun again
-        recipe = "\n".join([*PACKAGES, f"Python {sys.version_info[0]}.{sys.version_info[1]}"])
+        packages = "\n".join(PACKAGES)
+        recipe = f"{packages}\nPython {sys.version_info[0]}.{sys.version_info[1]}"
 
         def is_ready() -> bool:
-            return python.exists() and ready.exists() and ready.read_text() == recipe
+            made = ready.read_text() if python.exists() and ready.exists() else ""
+            # Another Python's does as well, unless that has been upgraded since.
+            return made == recipe or (made.startswith(packages) and has_packages(python))
 
         if Path(sys.prefix).resolve() == venv.resolve():
             ready.unlink(missing_ok=True)
@@ -189,6 +192,11 @@ def bootstrap(problem: str) -> None:
         bootstrap_failed(f"{problem}, and {given} cannot be set up: {error.strerror} ({error.filename})")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def has_packages(python: Path) -> bool:
+    command = [str(python), "-c", "import aiohttp, tiktoken"]
+    return subprocess.run(command, capture_output=True).returncode == 0  # noqa: S603
 
 
 @contextlib.contextmanager

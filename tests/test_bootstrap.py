@@ -87,15 +87,18 @@ def test_exit_status_comes_through(bare: Path, home: Path) -> None:
 
 
 def test_lost_package_is_installed_again(bare: Path, home: Path) -> None:
+    ready = home / ".ccmux/venv/ccmux-ready"
+    of_another_python = ready.read_text() + "0"
     shutil.rmtree(next((home / ".ccmux/venv").glob("lib/*/site-packages/aiohttp")))
     done = start(bare, home, "model")
     assert done.returncode == 2
     assert "start again to set it up anew" in done.stderr
-    ready = home / ".ccmux/venv/ccmux-ready"
     assert not ready.exists()
-    ready.write_text("for another Python")  # as after an upgrade of the system: the same cure
+    ready.write_text(of_another_python)  # as after an upgrade of the system: the same cure
     assert "setting up" in start(bare, home, "model").stderr
+    ready.write_text(of_another_python)  # two Pythons in turn do not take it from one another
     assert start(bare, home, "model").stderr == ""
+    assert ready.read_text() == of_another_python
 
 
 def test_interrupted_installation_is_begun_again(bare: Path, tmp_path: Path) -> None:
