@@ -80,9 +80,7 @@ def expanded(path: str) -> Path:
 
 
 def config_path(given: str) -> Path | None:
-    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None where there
-    is none.
-    """
+    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None: there is none."""
     if given or os.environ.get("CCMUX_CONFIG"):
         return expanded(given or os.environ["CCMUX_CONFIG"])
     places = (Path("config.toml"), ccmux_home() / "config.toml")
@@ -94,16 +92,12 @@ def config_path(given: str) -> Path | None:
 
 
 def wants_help(argv: list[str]) -> bool:
-    """Whether --help or --version is ccmux's own, which need nothing installed; after `code` they are
-    claude's.
-    """
+    """Whether --help or --version is ccmux's own, which needs nothing installed; after `code` it is claude's."""
     return bool({"--help", "-h", "--version"} & set(argv[:2] if argv[:1] == ["code"] else argv))
 
 
 def statusline(given: str = "") -> str:
-    """One line for Claude Code's statusLine command, whose JSON stands on stdin: who answered, and what it
-    cost.
-    """
+    """One line for Claude Code's statusLine command, whose JSON is on stdin: who answered, and the cost."""
     import json
     import sqlite3
 
@@ -218,9 +212,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def start_again(command: list[str]) -> NoReturn:
-    """Becomes the command; on Windows, where exec detaches from the console, runs it and passes its status
-    on.
-    """
+    """Becomes the command; on Windows, where exec detaches from the console, runs it for its status."""
     if os.name != "nt":
         os.execv(command[0], command)  # noqa: S606
     child = subprocess.Popen(command)  # noqa: S603
@@ -232,9 +224,7 @@ def start_again(command: list[str]) -> NoReturn:
 
 
 def install_packages(venv: Path, python: Path) -> None:
-    """Makes the virtual environment and pip-installs PACKAGES there; exits 2 with pip's last words on
-    failure.
-    """
+    """Makes the virtual environment and pip-installs PACKAGES there; exits 2 with what went wrong."""
     is_own = not os.environ.get("CCMUX_VENV")  # may be one that was half cleared away, then
     if not is_own and venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
@@ -13670,9 +13660,7 @@ def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
 
 
 def has_key(env: Mapping[str, str], reference: str) -> bool:
-    """Whether a preset's `$NAME` is set to a key; the one by which Claude Code comes here is none of
-    Anthropic's.
-    """
+    """Whether a preset's `$NAME` is set; what Claude Code comes here with is no key of Anthropic's."""
     name = reference.removeprefix("$")
     base = env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com"
     is_anthropics = re.match(r"https?://api\.anthropic\.com(?![\w.-])", base, re.I)
@@ -14309,9 +14297,7 @@ def has_proxy() -> bool:
 
 
 def no_proxy_for(url: str) -> dict[str, str]:
-    """The variables with which Claude Code does not look for this address through HTTPS_PROXY, as it does for
-    any.
-    """
+    """The variables with which Claude Code does not look for this address through HTTPS_PROXY."""
     known = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
     host = urllib.parse.urlsplit(url).hostname
     listed = known if known == "*" else ",".join(filter(None, [known, host]))
@@ -14362,9 +14348,7 @@ def end_in_order(number: int, frame: Any) -> NoReturn:
 
 @contextlib.contextmanager
 def running_server(config: Config) -> Iterator[str]:
-    """The address of a ccmux with this config: one that runs, else one that is started here and stopped at
-    the end.
-    """
+    """The address of a ccmux with this config: one that runs, else one started here, and stopped at the end."""
     with contextlib.ExitStack() as at_end:
         with one_at_a_time(home_of(config)):  # two would start one each, with one log and one database
             url = client_url(config)
@@ -14537,9 +14521,7 @@ def has_our_statusline(now: Json, first: Json, made: Json) -> bool:
 
 
 def undone(old: bytes | None, before: Path, ours: Path) -> bytes | None:
-    """The settings as they were (None: there were none); where they were changed since, only what setup did
-    goes.
-    """
+    """The settings as they were (None: none); where they were changed since, only what setup did goes."""
     if not ours.exists():
         raise ConfigError("there is nothing to undo: ccmux.py setup was not used here")
     original = before.read_bytes() if before.exists() else None
@@ -15058,9 +15040,7 @@ class LiteLLMImport:
         return None
 
     def split(self, params: Json) -> tuple[str, str]:
-        """(LiteLLM's provider prefix, the upstream model); a prefix of "" is one it infers in ways unknown
-        here.
-        """
+        """(LiteLLM's provider prefix, the upstream model); "": a prefix it infers in ways unknown here."""
         model = str(params.get("model") or "")
         head, slash, rest = model.partition("/")
         if given := str(params.get("custom_llm_provider") or ""):
@@ -15070,9 +15050,7 @@ class LiteLLMImport:
         return next((preset for pattern, preset in LITELLM_NAMES if re.match(pattern, model)), ""), model
 
     def provider(self, prefix: str, params: Json, name: str) -> str:
-        """The name of the provider row for a deployment, made if it is a new one; "" where ccmux has none for
-        it.
-        """
+        """The name of the provider row for a deployment, made if it is a new one; "": ccmux has none for it."""
         is_azure = prefix.split("/")[0] == "azure"
         unsaid = "os.environ/AZURE_API_BASE" if is_azure else LITELLM_BASES.get(prefix)
         base = self.expanded(params.get("api_base") or params.get("base_url") or unsaid, name)
@@ -15168,9 +15146,7 @@ class LiteLLMImport:
                 self.dropped(f"alias {alias}: {name} is no model that was imported")
 
     def fallbacks(self, *settings: Json) -> None:
-        """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop of them is cut after one
-        round.
-        """
+        """Fallbacks become targets of a lower priority, in LiteLLM's order; a loop is cut after one round."""
         own = {name: list(targets) for name, targets in self.models.items()}
         for table, (key, word) in itertools.product(settings, LITELLM_FALLBACKS.items()):
             given = as_list(table.pop(key, None))
