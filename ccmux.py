@@ -13525,8 +13525,6 @@ def page_routes() -> list[web.RouteDef]:
 # `main` parses the command line; each sub-command is one function that returns its exit status. `serve` owns
 # the sockets and the signals; `make_app` is the whole server for tests.
 
-DEFAULT_PORT = 13456
-
 
 def make_app(state: State) -> web.Application:
     """The server's routes and middleware around a State."""
@@ -14235,18 +14233,12 @@ def client_window(config: Config) -> int:
     return max(windows) if windows and all(windows) else 0
 
 
-SHELLS = {
-    "bash": "export {}={}",
-    "fish": "set -gx {} {};",
-    "powershell": "$env:{} = {}",
-    "cmd": 'set "{}={}"',
+SHELLS: dict[str, tuple[str, Callable[[str], str]]] = {  # a line, and how a value is quoted in it
+    "bash": ("export {}={}", shlex.quote),
+    "fish": ("set -gx {} {};", shlex.quote),
+    "powershell": ("$env:{} = {}", lambda value: "'" + value.replace("'", "''") + "'"),
+    "cmd": ('set "{}={}"', str),
 }
-
-
-def quoted_for(shell: str, value: str) -> str:
-    if shell == "cmd":
-        return value
-    return "'" + value.replace("'", "''") + "'" if shell == "powershell" else shlex.quote(value)
 
 
 def env_command(args: argparse.Namespace) -> int:
@@ -14257,8 +14249,9 @@ def env_command(args: argparse.Namespace) -> int:
     if args.shell == "json":
         print(json.dumps(variables, indent=2))
     else:
+        line, quoted = SHELLS[args.shell]
         for name, value in variables.items():
-            print(SHELLS[args.shell].format(name, quoted_for(args.shell, value)))
+            print(line.format(name, quoted(value)))
     if config.server.require_key and not os.environ.get("CCMUX_KEY"):
         print(f"ccmux: {NEEDS_KEY}", file=sys.stderr)
     return 0
@@ -14281,15 +14274,12 @@ def code_command(args: argparse.Namespace) -> int:
     with heeded(dict.fromkeys(ENDING_SIGNALS, end_in_order)), running_server(config) as url:
         for path, settings, _ in settings_in_use():
             if place := elsewhere(settings, url):
-                raise ConfigError(f"{path} sends Claude Code to {place}, whatever `code` says: {TAKE_IT_OUT}")
-        variables = {**os.environ, **client_environment(config, url), **no_proxy_for(url)}
-        if "ANTHROPIC_AUTH_TOKEN" in client_environment(config, url):
-            variables.pop("ANTHROPIC_API_KEY", None)  # two credentials make Claude Code ask which
-        kept = {name: value for name, value in variables.items() if name not in OTHER_CLOUDS}
-        return run_child([claude, *args.rest], kept)
-
-
-TAKE_IT_OUT = "take that out of its env, or let `ccmux.py setup` replace it"
+                remedy = "take that out of its env, or let `ccmux.py setup` replace it"
+                raise ConfigError(f"{path} sends Claude Code to {place}, whatever `code` says: {remedy}")
+        ours = client_environment(config, url) | no_proxy_for(url)
+        # Two credentials make Claude Code ask which.
+        unset = {*OTHER_CLOUDS, *(["ANTHROPIC_API_KEY"] if "ANTHROPIC_AUTH_TOKEN" in ours else [])}
+        return run_child([claude, *args.rest], {k: v for k, v in os.environ.items() if k not in unset} | ours)
 
 
 def has_proxy() -> bool:
@@ -14673,10 +14663,10 @@ def user_key(args: argparse.Namespace) -> int:
     return 0
 
 
-def user_disable(args: argparse.Namespace, disabled: bool) -> int:
+def user_disable(args: argparse.Namespace) -> int:
     """Stops a user's key from working, or lets it work again; balance and history stay."""
     with open_store(read_config(args.config)) as store:
-        print_users(store, [store.set_disabled(args.name, disabled)])
+        print_users(store, [store.set_disabled(args.name, args.action == "disable")])
     return 0
 
 
@@ -14960,6 +14950,7 @@ LITELLM_PRICES = {
 LITELLM_KNOWN = {
     "model", "api_key", "api_base", "base_url", "api_version", "custom_llm_provider", "extra_headers", "order",
     "max_input_tokens", "id", "mode", "base_model", "max_tokens", "max_output_tokens", *LITELLM_PRICES,
+    "model_name", "litellm_params", "model_info",
 }  # fmt: skip
 
 
@@ -15033,9 +15024,7 @@ class LiteLLMImport:
         }
         self.models.setdefault(name, []).append(target | self.price_and_context({**params, **info}, name))
         self.mapped(f"model {name} -> {provider}/{upstream}")
-        if unread := sorted(
-            str(k) for k in (params.keys() | info.keys() | row.keys()) - LITELLM_KNOWN - LITELLM_ROW
-        ):
+        if unread := sorted(map(str, (params.keys() | info.keys() | row.keys()) - LITELLM_KNOWN)):
             self.dropped(f"model {name}: {', '.join(unread)}")
         return None
 
@@ -15198,7 +15187,6 @@ class LiteLLMImport:
         return "\n".join(rows)
 
 
-LITELLM_ROW = {"model_name", "litellm_params", "model_info"}
 LITELLM_FALLBACKS = {
     "fallbacks": "mapped", "context_window_fallbacks": "approximated", "default_fallbacks": "mapped",
 }  # fmt: skip
@@ -15296,8 +15284,8 @@ COMMANDS = (
         "user budget", user_budget, "set budgets", (NAME, *BUDGETS), "ccmux.py user budget anna --day 2 --month none"
     ),
     Command("user key", user_key, "make a new key; the old one stops working", (NAME,)),
-    Command("user disable", functools.partial(user_disable, disabled=True), "stop a user's key from working", (NAME,)),
-    Command("user enable", functools.partial(user_disable, disabled=False), "let it work again", (NAME,)),
+    Command("user disable", user_disable, "stop a user's key from working", (NAME,)),
+    Command("user enable", user_disable, "let it work again", (NAME,)),
     Command(
         "report", report_command, "show what requests cost",
         (
@@ -15377,10 +15365,9 @@ help_format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_p
 
 
 def add_command(group: Any, name: str, command: Command) -> None:
-    function = command.run.func if isinstance(command.run, functools.partial) else command.run
     examples = "".join(f"\n  {line}" for line in command.examples.splitlines())
     made = group.add_parser(
-        name, help=command.help, description=function.__doc__,
+        name, help=command.help, description=command.run.__doc__,
         epilog=f"examples:{examples}" if examples else None,
         formatter_class=help_format,
     )  # fmt: skip
