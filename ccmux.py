@@ -13661,8 +13661,12 @@ def has_key(env: Mapping[str, str], reference: str) -> bool:
     """Whether a preset's `$NAME` is set; what Claude Code comes here with is no key of Anthropic's."""
     name = reference.removeprefix("$")
     base = env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com"
-    is_anthropics = re.match(r"https?://api\.anthropic\.com(?![\w.-])", base, re.I)
-    return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or bool(is_anthropics))
+    return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or is_anthropics(base))
+
+
+def is_anthropics(base: str) -> bool:
+    """Whether a base URL, which may be malformed, is of Anthropic's own API."""
+    return bool(re.match(r"https?://api\.anthropic\.com(?![\w.-])", base, re.I))
 
 
 def ollama_url(env: Mapping[str, str]) -> str:
@@ -14207,11 +14211,15 @@ def client_environment(config: Config, url: str) -> dict[str, str]:
     context = client_window(config)
     key = os.environ.get("CCMUX_KEY") or ("YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local")
     own = any(p.passthrough for p in config.providers if p.usable) and "CCMUX_KEY" not in os.environ
+    targets = resolve(config, default_model(config, "claude-x"))
+    bases = [provider.base_url for t in targets if (provider := config.provider(t.provider))]
     return {
         "ANTHROPIC_BASE_URL": url,
         **({} if own else {"ANTHROPIC_AUTH_TOKEN": key}),
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "claude-haiku-4-5",
         "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
+        # Auto mode has its actions checked by Anthropic's server; with this it checks them by requests of its own (2.1.330).
+        **({} if any(map(is_anthropics, bases)) else {"CLAUDE_CODE_AUTO_MODE_SERVER": "0"}),
         **({"CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context)} if context else {}),
         **({"CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(context)} if context >= LEAST_WINDOW else {}),
     }
@@ -14491,7 +14499,7 @@ def settings_with(
 MANAGED = (
     "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
     "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_AUTO_COMPACT_WINDOW",
-    *OTHER_CLOUDS,
+    "CLAUDE_CODE_AUTO_MODE_SERVER", *OTHER_CLOUDS,
 )  # fmt: skip
 
 

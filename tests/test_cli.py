@@ -415,6 +415,7 @@ def test_env_as_json(cli: Cli) -> None:
     assert json.loads(cli("env", "--shell", "json", "--port", "7").out) == {
         "ANTHROPIC_BASE_URL": "http://127.0.0.1:7", "ANTHROPIC_AUTH_TOKEN": "ccmux-local",
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "claude-haiku-4-5", "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
+        "CLAUDE_CODE_AUTO_MODE_SERVER": "0",
     }  # fmt: skip
 
 
@@ -430,6 +431,9 @@ def test_env_as_json(cli: Cli) -> None:
         pytest.param('[router]\ndefault = "openai/gpt-4o"\nlong_context = "openai/unheard-of"\n',
                      {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": None, "CLAUDE_CODE_AUTO_COMPACT_WINDOW": None}, id="long-unknown"),
         pytest.param('[server]\nrequire_key = true\n', {"ANTHROPIC_AUTH_TOKEN": "YOUR-CCMUX-KEY"}, id="key-needed"),
+        pytest.param('[router]\ndefault = "openai/gpt-4o"\n', {"CLAUDE_CODE_AUTO_MODE_SERVER": "0"}, id="no-check-of-actions"),
+        pytest.param('[[providers]]\nname = "anthropic"\ntype = "anthropic"\napi_key = "k"\n',
+                     {"CLAUDE_CODE_AUTO_MODE_SERVER": None}, id="anthropic-checks-actions"),
     ],
 )  # fmt: skip
 def test_client_environment(cli: Cli, text: str, expected: dict[str, str | None]) -> None:
@@ -1006,7 +1010,8 @@ def test_code_starts_runs_and_stops(tmp_path: Path) -> None:
     assert ran.status == 7
     assert ran.out.splitlines() == [
         "ANTHROPIC_AUTH_TOKEN=ccmux-local", f"ANTHROPIC_BASE_URL=http://127.0.0.1:{port}",
-        "ANTHROPIC_DEFAULT_HAIKU_MODEL=claude-haiku-4-5", "CLAUDE_CODE_GATEWAY_HINT_HEADERS=1",
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL=claude-haiku-4-5", "CLAUDE_CODE_AUTO_MODE_SERVER=0",
+        "CLAUDE_CODE_GATEWAY_HINT_HEADERS=1",
         "NO_PROXY=corp.example,127.0.0.1",
         "<-p>", "<say hi>", "<--version>", "<>",
     ]  # fmt: skip
