@@ -14553,7 +14553,7 @@ def statusline_shell(config: Config) -> str:
 def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:
     was, now = ((data or b"").decode("utf-8", "replace").splitlines() for data in (old, new))
     lines = list(difflib.unified_diff(was, now, str(path), f"{path} (new)", lineterm="", n=1))
-    secret = re.compile(r'("[^"]*(?:KEY|TOKEN|SECRET)[^"]*": ")(?!ccmux-local)[^"]+', re.I)
+    secret = re.compile(r'("[^"]*(?:KEY|TOKEN(?!S)|SECRET)[^"]*"\s*:\s*")(?!ccmux-local)[^"]+', re.I)
     print("\n".join(secret.sub(r"\1...", line) for line in lines) or f"{path} stays as it is")
 
 

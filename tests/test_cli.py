@@ -487,7 +487,13 @@ def test_setup_shows_the_change_without_keys(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CCMUX_KEY", "ccmux-secret-of-anna")
+    (tmp_path / ".claude").mkdir(mode=0o700)
+    (tmp_path / ".claude/settings.json").write_text(
+        '{"env":{"GLM_KEY":"sk-secret-of-anna","MAX_TOKENS":"7"}}'
+    )
+    (tmp_path / ".claude/settings.json").chmod(0o600)
     out = cli("setup").out
+    assert '-{"env":{"GLM_KEY":"...","MAX_TOKENS":"7"}}' in out
     assert '+    "ANTHROPIC_BASE_URL": "http://127.0.0.1:13456",' in out
     assert "secret-of-anna" not in out
     assert (tmp_path / ".claude/settings.json").stat().st_mode & 0o777 == 0o600
