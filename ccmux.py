@@ -13788,15 +13788,13 @@ async def until_stopped(
     state: State, args: argparse.Namespace, server: asyncio.Server, stop: asyncio.Event
 ) -> None:
     """Watches the config file, until a signal; then drains."""
-    watcher = asyncio.create_task(watch_config(state, args))
-    keeper = asyncio.create_task(keep_calibration(state))
-    vocabulary = asyncio.create_task(fetch_vocabularies(state))
+    works = (watch_config(state, args), keep_calibration(state), fetch_vocabularies(state))
+    tasks = [asyncio.create_task(work) for work in works]
     try:
         await stop.wait()
     finally:
-        watcher.cancel()
-        keeper.cancel()
-        vocabulary.cancel()
+        for task in tasks:
+            task.cancel()
     await drain(state, server)
 
 
@@ -14213,16 +14211,17 @@ def client_environment(config: Config, url: str) -> dict[str, str]:
     own = any(p.passthrough for p in config.providers if p.usable) and "CCMUX_KEY" not in os.environ
     targets = resolve(config, default_model(config, "claude-x"))
     bases = [provider.base_url for t in targets if (provider := config.provider(t.provider))]
-    return {
+    variables = {
         "ANTHROPIC_BASE_URL": url,
-        **({} if own else {"ANTHROPIC_AUTH_TOKEN": key}),
+        "ANTHROPIC_AUTH_TOKEN": "" if own else key,
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "claude-haiku-4-5",
         "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
         # Auto mode has its actions checked by Anthropic's server; with this it checks them by requests of its own (2.1.330).
-        **({} if any(map(is_anthropics, bases)) else {"CLAUDE_CODE_AUTO_MODE_SERVER": "0"}),
-        **({"CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context)} if context else {}),
-        **({"CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(context)} if context >= LEAST_WINDOW else {}),
+        "CLAUDE_CODE_AUTO_MODE_SERVER": "" if any(map(is_anthropics, bases)) else "0",
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context or ""),
+        "CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(context) if context >= LEAST_WINDOW else "",
     }
+    return {name: value for name, value in variables.items() if value}
 
 
 # Claude Code takes MAX_CONTEXT_TOKENS for names it does not know alone, and its own names for 1M; the window it
