@@ -230,7 +230,16 @@ def install_packages(venv: Path, python: Path) -> None:
         bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
     steps = (
         [sys.executable, "-m", "venv", "--clear", str(venv)],
-        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES],
+        [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-user",
+            *PACKAGES,
+        ],
     )
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
@@ -244,7 +253,7 @@ def install_packages(venv: Path, python: Path) -> None:
 
 def bootstrap_failed(why: str) -> NoReturn:
     sys.stderr.write(
-        f"ccmux: {why}. ccmux needs aiohttp and tiktoken; any of these brings them:\n"
+        f"ccmux: {why.rstrip('.')}. ccmux needs aiohttp and tiktoken; any of these brings them:\n"
         f"  pip:  python3 -m venv ccmux-venv && ccmux-venv/bin/pip install '{PACKAGES[0]}' '{PACKAGES[1]}'\n"
         "        then start it with ccmux-venv/bin/python ccmux.py\n"
         "  uv:   uv run --script ccmux.py\n"

@@ -50,6 +50,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment(bare: Path, home: Path, **more: str) -> dict[str, str]:
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(bare / "wheels"), "PIP_CONFIG_FILE": os.devnull}
+    pip["PIP_USER"] = "1"  # as some people's pip.conf has it, which pip refuses in a virtual environment
     return {"PATH": os.environ["PATH"], "HOME": str(home), **pip, **more}
 
 
