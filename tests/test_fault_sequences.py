@@ -875,6 +875,16 @@ async def test_an_overflow_without_a_larger_target_is_told_in_the_clients_words(
 
 
 @BOTH
+async def test_a_beta_request_is_one_upstream_too(wire: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, OK, formats=wire) as (proxy, (a,)), aiohttp.ClientSession() as session:
+        for query in ("?beta=true", "?x=1", ""):
+            async with session.post(f"{proxy.url}/v1/messages{query}", json=message_body(False)) as reply:
+                assert reply.status == 200
+    asked = [call.path.partition("?")[2] for call in a.calls]
+    assert asked == (["beta=true", "", ""] if wire == "anthropic" else ["", "", ""])
+
+
+@BOTH
 async def test_auto_mode_needs_an_upstream_of_anthropics_format(wire: str, tmp_path: Path) -> None:
     """Claude Code asks again without `safeguards`, once a 400 names them, and classifies by itself."""
     guards = [{"type": "x", "classifier_context": {"permission_mode": "auto"}}]

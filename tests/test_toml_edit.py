@@ -527,6 +527,26 @@ def test_saving_keeps_three_backups_and_the_mode(tmp_path: Path) -> None:
     assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {0o600}
 
 
+def test_a_save_is_on_the_disk_before_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new file, the backup, and the folder that names them."""
+    path, synced = tmp_path / "config.toml", []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)))
+    save_config(path, "a = 1\n", "")
+    save_config(path, "a = 2\n", ccmux.hash_text("a = 1\n"))
+    assert synced == [False, True, False, False, True]
+
+
+def test_a_save_that_is_not_what_was_meant_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.toml"
+    save_config(path, "a = 1\n", "")
+    monkeypatch.setattr(ccmux, "write_private", lambda place, text: place.write_text(text[:-2]))
+    with pytest.raises(ConfigError, match="could not be written whole"):
+        save_config(path, "a = 2\n", ccmux.hash_text("a = 1\n"))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"config.toml": "a = 1\n"}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
 def test_a_backup_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
