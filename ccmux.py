@@ -11186,6 +11186,8 @@ async def get_events(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={**head, "request-id": request[request_key()], "Server": "ccmux"})
     try:
         await response.prepare(request)
+        if request.method == "HEAD":
+            return response
         await response.write(b": here\n\n")
         while not state.draining:
             try:

@@ -1000,6 +1000,12 @@ def test_head_works_where_get_does(ccm: Victim, path: str) -> None:
     assert head.headers["content-type"] == got.headers["content-type"]
 
 
+def test_head_of_the_live_log_is_a_head(ccm: Victim) -> None:
+    answer = ccm.ask("HEAD", "/admin/api/events", ccm.admin)
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/event-stream")
+    assert answer.raw.endswith(b"\r\n\r\n")
+
+
 def test_the_wrong_method_is_told_which_are_right(ccm: Victim) -> None:
     found = ccm.ask("PUT", "/v1/messages", {"Content-Type": "application/json"}, b"{}")
     assert found.status == 405
