@@ -8720,6 +8720,8 @@ class Relay:
         plan = Plan(self, call)
         while True:
             slot = plan.next_slot()
+            if "safeguards" in call.body and dialect_of(slot.provider, slot.target.actual_model).request:
+                raise no_safeguards()
             try:
                 await self.try_slot(call, slot, sink)
                 return
@@ -9455,6 +9457,11 @@ _ROLES_REFUSED = re.compile(r"'user' after role 'tool'|roles must alternate")
 # OpenAI's 400 of gpt-5.4 and later where tools come with reasoning, which gpt-5.6 and later do unasked (seen July 2026:
 # github.com/BerriAI/litellm/pull/34569), and the 404 of its models that have no Chat Completions at all.
 _BY_RESPONSES = re.compile(r"(?:use|supported in) /?v1/responses")
+
+
+def no_safeguards() -> ApiError:
+    """What makes Claude Code's auto mode ask again without them, and classify by itself; a translation has none."""
+    return ApiError(400, "safeguards: Extra inputs are not permitted")
 
 
 def refused_parameter(message: str, param: str = "") -> str:
@@ -10285,7 +10292,7 @@ async def plan_call(
     route = route_of(body, headers, config, early)
     translated = translations(config, route)
     if "safeguards" in body and translated and all(translated):  # of auto mode; the client then does without
-        raise ApiError(400, "safeguards: Extra inputs are not permitted")
+        raise no_safeguards()
     call = Call(
         request_id=request[request_key()],
         body=route.body or body,

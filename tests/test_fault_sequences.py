@@ -898,6 +898,24 @@ async def test_auto_mode_needs_an_upstream_of_anthropics_format(wire: str, tmp_p
         assert a.calls[0].json["safeguards"] == guards
 
 
+@pytest.mark.parametrize("first", ["anthropic", "openai"])
+async def test_auto_mode_goes_to_no_target_of_another_format(first: str, tmp_path: Path) -> None:
+    """Nobody would classify: the field has no form there."""
+    formats = {"A": {"type": first}, "B": {"type": "openai"}, "C": {"type": "anthropic"}}
+    async with stage(tmp_path, (fs.status(529), fs.status(529), fs.answer()), OK, providers=formats) as (
+        proxy,
+        (a, b),
+    ):
+        if first == "openai":  # and an Anthropic-format target behind it
+            text = config_text({"A": a.url, "C": b.url}, providers=formats)
+            proxy.state.config = ccmux.load_config(text, {})
+        reply = await ask(proxy, body=message_body(safeguards=[{"type": "x"}]))
+        fails(400, "invalid_request_error", says="safeguards: Extra inputs are not permitted")(reply)
+        assert (a.count, b.count) == ((1, 0) if first == "anthropic" else (0, 0))
+        full("B" if first == "anthropic" else "C")(await ask(proxy))  # as Claude Code asks then
+        assert all(o["ok"] for o in proxy.state.relay.health_of("B").outcomes)
+
+
 @BOTH
 async def test_server_tools_that_are_left_out_are_logged(
     wire: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
