@@ -9865,7 +9865,8 @@ class State:
     recorder: Recorder = field(default_factory=lambda: Recorder())
     requests: RequestReader = field(default_factory=RequestReader)
     learning: asyncio.TimerHandle | None = None  # when `requests` is to learn on
-    refused_counts: dict[str, float] = field(default_factory=dict)  # URL -> until when it is not asked
+    # (URL, model) -> until when it is not asked for its count
+    refused_counts: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
 class Recorder:
@@ -10768,7 +10769,8 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
         return None
     dialect = DIALECTS[provider.format]
     url = endpoint_url(provider.base_url, dialect, "/messages/count_tokens")
-    if provider.quirks.count_tokens == "local" or state.refused_counts.get(url, 0.0) > time.monotonic():
+    place = (url, target.actual_model)  # a 404 may be of the model alone
+    if provider.quirks.count_tokens == "local" or state.refused_counts.get(place, 0.0) > time.monotonic():
         return None
     slot = state.relay.slots_of(target, provider)[0]
     headers = upstream_headers(call, slot, dialect)
@@ -10782,7 +10784,8 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
     except UPSTREAM_FAULTS():
         return None
     if response.status in (400, 404, 405, 501) and provider.quirks.count_tokens == "auto":
-        state.refused_counts[url] = time.monotonic() + 86_400
+        forget_oldest(state.refused_counts)
+        state.refused_counts[place] = time.monotonic() + 86_400
     return token_number(as_object(told).get("input_tokens")) or None  # gateways that cannot count say 0
 
 

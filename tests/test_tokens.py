@@ -990,6 +990,26 @@ async def test_a_refusal_holds_for_its_address(tmp_path: Path) -> None:
             assert 86_300 < until - time.monotonic() <= 86_400
 
 
+async def test_a_refusal_holds_for_its_model(tmp_path: Path) -> None:
+    """A mistyped one is a 404 as well, and says nothing of the others."""
+
+    async def upstream(request: web.Request) -> web.Response:
+        known = (await request.json())["model"] == "m"
+        return web.Response(status=200 if known else 404, body=b'{"input_tokens": 4321}')
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/messages/count_tokens", upstream)])
+    async with TestServer(app) as server:
+        text = f'[[providers]]\nname = "a"\ntype = "anthropic"\napi_key = "k"\nbase_url = "{server.make_url("")}"\n'
+        async with in_process(tmp_path, text) as proxy, aiohttp.ClientSession() as client:
+            counts = []
+            for model in ("a/m", "a/mistyped", "a/m"):
+                url = f"{proxy.url}/v1/messages/count_tokens"
+                async with client.post(url, json={"model": model, **user("Say hello.")}) as told:
+                    counts.append((await told.json())["input_tokens"] == 4321)
+            assert counts == [True, False, True]
+
+
 # Vocabulary files.
 
 
