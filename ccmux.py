@@ -2839,7 +2839,7 @@ def signed_payload(block: Json) -> Json | None:
         payload = json.loads(base64.urlsafe_b64decode(signature[len(SIGNATURE_TAG) :]))
     except (ValueError, RecursionError):
         return {}
-    return payload if isinstance(payload, dict) else {}
+    return as_object(payload)
 
 
 class AnthropicStream:
@@ -4349,8 +4349,7 @@ class OpenAIStream:
         if self.live and not self.end_if_whole(self.live):
             self.late.append(text)
             return
-        if self.details:
-            self.details = []
+        self.details = []
         self.out.text(text)
 
     def end_if_whole(self, call: ToolCall) -> bool:
