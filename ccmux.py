@@ -5830,7 +5830,7 @@ PRESET_QUIRKS: dict[str, Json] = {
     "deepinfra": {"forced_tool": False},
     "cerebras": {"lax_finish": True},
     "mistral": {"tool_id": "[A-Za-z0-9]{9}", "user_after_tool": False},
-    "xai": {"effort": ["low", "high"]},
+    "xai": {"effort": EFFORTS_3},  # grok-4.3 and later; the others say that they take none
     "litellm": {"auth": "bearer"},
 }
 PRESET_KEYS: dict[str, Json] = {  # what a row sets beside quirks; a local server loads its model first
