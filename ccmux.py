@@ -2181,7 +2181,7 @@ def save_config(path: Path, text: str, expected_hash: str) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         with contextlib.suppress(
             OSError
-        ):  # shared folders of virtual machines, and network ones, have no such thing
+        ):  # a virtual machine's shared folder, and many a network one, refuse it
             os.fsync(folder)
         os.close(folder)
 
@@ -11686,12 +11686,12 @@ def secret_texts(value: Any, is_secret: bool = False) -> Iterator[str]:
         yield value
 
 
+@functools.lru_cache(1024)
 def is_secret_key(key: str) -> bool:
     """Whether a secret stands at a key, which may be misspelt; what is known by that very name is no slip."""
     secret = (*SECRET_KEYS, "headers")
-    known = {
-        f.name for cls in (Server, Router, Provider, Quirks, Model, Credits) for f in dataclasses.fields(cls)
-    }
+    classes = (Server, Router, PromptRule, Provider, Quirks, Model, Target, Price, Credits)
+    known = {f.name for cls in classes for f in dataclasses.fields(cls)}
     return key in secret or (key not in known and bool(difflib.get_close_matches(key.lower(), secret)))
 
 
