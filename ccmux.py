@@ -2179,9 +2179,7 @@ def save_config(path: Path, text: str, expected_hash: str) -> None:
         part.unlink(missing_ok=True)
     if os.name != "nt":
         folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(
-            OSError
-        ):  # a virtual machine's shared folder, and many a network one, refuse it
+        with contextlib.suppress(OSError):  # many a shared or network folder refuses it
             os.fsync(folder)
         os.close(folder)
 
