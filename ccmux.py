@@ -1502,16 +1502,13 @@ def is_link_local(host: str) -> bool:
 
 def check_names(config: Config) -> None:
     """Names are unique, and every mapping names a provider."""
-    for table, names in (
-        ("providers", [p.name for p in config.providers]),
-        ("models", [m.name for m in config.models]),
-    ):
+    known = [p.name for p in config.providers]
+    for table, names in (("providers", known), ("models", [m.name for m in config.models])):
         for name in names:
             if not name:
                 raise ConfigError(f"[[{table}]]: each row needs a name")
             if names.count(name) > 1:
                 raise ConfigError(f"[[{table}]] {name!r}: the name is used twice")
-    known = [p.name for p in config.providers]
     for model in config.models:
         for target in model.mappings:
             where = f"[[models]] {model.name!r}, mapping to {target.provider!r}"
