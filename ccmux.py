@@ -2471,7 +2471,9 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
 def no_such_model(config: Config, name: str) -> ApiError:
     unset = [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
     hint = "; ".join([instead_of(config, name), *unset])
-    return ApiError(404, f"model: {name!r} is served by no provider; {hint}", should_retry=False)
+    return ApiError(
+        404, f"model: {name[:LONGEST_NAME]!r} is served by no provider; {hint}", should_retry=False
+    )
 
 
 def instead_of(config: Config, name: str) -> str:
@@ -2482,15 +2484,14 @@ def instead_of(config: Config, name: str) -> str:
     return known_names(name, known) if known else "the config names none (`ccmux.py init` writes one)"
 
 
-LONGEST_NAME = 256  # characters, as Anthropic has it
+# Characters of a model's name that are looked at: all of a true one. A pattern could search in 100 KB for minutes.
+LONGEST_NAME = 256
 
 
 def asked_model(body: Json) -> str:
     name = body.get("model")
     if not isinstance(name, str) or not name:
         raise ApiError(400, "model: Field required (a text)")
-    if len(name) > LONGEST_NAME:
-        raise ApiError(400, f"model: String should have at most {LONGEST_NAME} characters")
     return re.sub(r"(?i)\[1m\]$", "", name)
 
 
@@ -2513,9 +2514,6 @@ def context_of(config: Config, name: str, targets: tuple[Target, ...]) -> int:
 
 def resolve(config: Config, name: str) -> tuple[Target, ...]:
     """The targets behind a name, first to be tried first; () when nobody serves it."""
-    # A rule or a tag may take anything out of a prompt. Twice, as a provider's name may stand before it.
-    if len(name) > 2 * LONGEST_NAME:
-        return ()
     if (model := config.model(name)) and model.mappings:
         return tuple(sorted(model.mappings, key=lambda t: t.priority))
     head, slash, rest = name.partition("/")
@@ -2692,13 +2690,15 @@ def is_background(asked: Asked) -> str:
     if asked.request_class in ("auxiliary", "side_reply"):
         return f"request class {asked.request_class}"
     regex = asked.config.router.background_regex
-    return f"{asked.name} matches background_regex" if regex and regex.search(asked.name) else ""
+    return (
+        f"{asked.name} matches background_regex" if regex and regex.search(asked.name[:LONGEST_NAME]) else ""
+    )
 
 
 def is_claudes_own(config: Config, name: str) -> bool:
     """Whether a name is one that Claude Code picks by itself, and the rules decide about."""
     regex = config.router.auto_map_regex
-    return bool(regex and regex.pattern and regex.search(name))
+    return bool(regex and regex.pattern and regex.search(name[:LONGEST_NAME]))
 
 
 def asked_step(asked: Asked) -> Pick:
@@ -6295,14 +6295,17 @@ _MODEL_SUFFIX = re.compile(
 )
 
 
-@functools.lru_cache(4096)
 def facts_of(model: str) -> Facts:
     """What the built-in table knows of a model: by its name, then without vendor prefix, date or tag.
 
     OpenRouter's `:free` variant of any model costs nothing.
     """
-    table, name = price_table(), model.lower()
-    found = Facts()
+    return facts_by_name(model[:LONGEST_NAME].lower())
+
+
+@functools.lru_cache(4096)
+def facts_by_name(name: str) -> Facts:
+    table, found = price_table(), Facts()
     for candidate in spellings(name):
         while candidate not in table and (shorter := _MODEL_SUFFIX.sub("", candidate)) != candidate:
             candidate = shorter
@@ -6339,7 +6342,7 @@ def charged_price(config: Config, target: Target, model_name: str) -> Price | No
 
 def with_markup(price: Price, percent: Decimal) -> Price:
     """What a user pays for a million tokens, where a provider takes `price`."""
-    return multiplied(price, (100 + percent) / 100)
+    return at_percent(price, 100 + percent)
 
 
 def fast_price(price: Price) -> Price:
@@ -6347,12 +6350,12 @@ def fast_price(price: Price) -> Price:
 
     https://platform.claude.com/docs/en/build-with-claude/fast-mode (November 2026: Opus 5.5, Opus 5, Opus 4.8)
     """
-    return multiplied(price, Decimal(2))
+    return at_percent(price, Decimal(200))
 
 
-def multiplied(price: Price, by: Decimal) -> Price:
-    kinds = {kind: by * each for kind in PRICE_KINDS if (each := getattr(price, kind)) is not None}
-    return Price(**kinds, tiers=tuple((above, multiplied(tier, by)) for above, tier in price.tiers))
+def at_percent(price: Price, percent: Decimal) -> Price:
+    kinds = {k: each * percent / 100 for k in PRICE_KINDS if (each := getattr(price, k)) is not None}
+    return Price(**kinds, tiers=tuple((above, at_percent(tier, percent)) for above, tier in price.tiers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -6480,10 +6483,13 @@ FACTORS_TO_46 = (("o200k_base", 1.18), ("claude", 1.13))
 FACTORS_FROM_47 = (("o200k_base", 1.45), ("claude", 1.39))
 
 
-@functools.lru_cache(1024)
 def framing_of(model: str) -> Framing:
     """The framing of a model by its name. OpenAI's, where the name says nothing."""
-    name = model.lower().rsplit("/", 1)[-1]
+    return framing_by_name(model[:LONGEST_NAME].lower().rsplit("/", 1)[-1])
+
+
+@functools.lru_cache(1024)
+def framing_by_name(name: str) -> Framing:
     if "claude" in name:
         return claude_framing(name)
     image = (2833, 5667) if name.startswith("gpt-4o-mini") else (85, 170)

@@ -86,7 +86,11 @@ def test_facts_by_name(model: str, input: str) -> None:
     assert found is not None and found.input == Decimal(input)
 
 
-@pytest.mark.parametrize("model", ["", "llama-3-70b", "claude", "gpt-5-turbo", "gpt-5x", "opus-4-5"])
+@pytest.mark.parametrize(
+    "model",
+    ["", "llama-3-70b", "claude", "gpt-5-turbo", "gpt-5x", "opus-4-5", "or/" + ":a" * 200_000],
+    ids=lambda model: model[:12],
+)
 def test_unknown_is_unknown(model: str) -> None:
     assert facts_of(model) == Facts()
 

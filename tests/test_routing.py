@@ -463,7 +463,6 @@ name = "empty"
         pytest.param("/x", [], id="no provider before it"),
         pytest.param("nobody/x", [], id="no such provider"),
         pytest.param("", [], id="nothing"),
-        pytest.param("or/" + ":a" * 20_000, [], id="a name out of a prompt that is no name"),
     ],
 )  # fmt: skip
 def test_resolve(name: str, targets: list) -> None:
@@ -556,10 +555,8 @@ def test_a_name_that_an_unset_variable_takes_away_is_a_404_that_names_it() -> No
         route(ask("claude-x"), config=config("", "", unset))
 
 
-@pytest.mark.parametrize(
-    "model", [None, "", 3, ["claude"], "claude-" + "1" * 5000], ids=lambda m: repr(m)[:9]
-)
-def test_a_request_without_a_usable_model_is_a_400(model: object) -> None:
+@pytest.mark.parametrize("model", [None, "", 3, ["claude"]], ids=repr)
+def test_a_request_without_a_model_is_a_400(model: object) -> None:
     with pytest.raises(ApiError) as caught:
         route({**ask(), "model": model})
     assert caught.value.status == 400

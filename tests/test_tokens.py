@@ -233,6 +233,10 @@ CLAUDE = {
 }
 
 
+def test_a_name_of_5000_digits_has_a_framing() -> None:
+    assert framing_of("claude-" + "1" * 5000).is_claude
+
+
 @pytest.mark.parametrize(("model", "factor", "frame", "auto", "forced"), CLAUDE.values(), ids=CLAUDE)
 def test_claude_framing(model: str, factor: float, frame: int, auto: int, forced: int) -> None:
     text = "Count these words, please. " * 40
