@@ -5859,7 +5859,9 @@ def dialect_of(provider: Provider, model: str, skip: Container[str] = ()) -> Dia
     return DIALECTS["responses" if by_responses else provider.format]
 
 
-_ENDPOINT = re.compile(r"/(?:messages|chat/completions|responses|models(?:/[^/]+:\w+)?)$")
+_ENDPOINT = re.compile(
+    r"/(?:messages|chat/completions|responses)$|(?:(?<=/v1)|(?<=/v1beta))/models(?:/[^/]+:\w+)?$"
+)
 _VERSION_SEGMENT = re.compile(r"/v\d+(?:alpha|beta)?\d*(?=/|$)")
 
 
