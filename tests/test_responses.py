@@ -168,6 +168,32 @@ def added(item: Any, index: int) -> Any:
     return {"type": "response.output_item.added", "output_index": index, "item": item}
 
 
+WAYS = st.sampled_from(["in pieces", "whole", "last"])
+
+
+@given(st.lists(st.tuples(st.booleans(), WAYS), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_each_item_is_told_once_whichever_events_tell_it(plan: list[tuple[bool, str]]) -> None:
+    """A message at most, and calls, each in pieces, whole, or in the last event alone, which has them all."""
+    events: list[Any] = []
+    output: list[Any] = []
+    for place, (is_call, way) in enumerate(plan):
+        item = {**CALL, "call_id": f"c{place}"} if is_call or MESSAGE in output else MESSAGE
+        output.append(item)
+        if way == "in pieces":
+            events.append(added({**item, "arguments": "", "content": []}, place))
+            events += [text_delta(letter, place) for letter in "hi" if item is MESSAGE]
+        if way != "last":
+            events.append(done(item, place))
+    found, error = read(stream_of(ResponsesStream, CODEX), sse(*events, completed(*output)))
+    assert error is None
+    content = collect(found)["content"]
+    assert sorted(b["id"] for b in content if b["type"] == "tool_use") == [
+        i["call_id"] for i in output if i is not MESSAGE
+    ]
+    assert [b["text"] for b in content if b["type"] == "text"] == ["hi" for i in output if i is MESSAGE]
+
+
 def test_a_text_that_goes_on_beside_a_call() -> None:
     whole = {"type": "message", "content": [{"type": "output_text", "text": "abcdefg"}]}
     data = sse(
