@@ -2125,11 +2125,8 @@ def emit_value(value: Any) -> str:
         text = format(value, "f") if isinstance(value, Decimal) else repr(value)
         return text if re.search(r"[.einf]", text) else f"{text}.0"
     if isinstance(value, dict):
-        return (
-            "{ " + ", ".join(f"{emit_key(k)} = {emit_value(v)}" for k, v in value.items()) + " }"
-            if value
-            else "{}"
-        )
+        items = ", ".join(f"{emit_key(k)} = {emit_value(v)}" for k, v in value.items())
+        return f"{{ {items} }}" if items else "{}"
     if isinstance(value, list):
         return "[" + ", ".join(map(emit_value, value)) + "]"
     if hasattr(value, "isoformat"):
