@@ -8299,9 +8299,7 @@ KEY_COOLING = 300.0  # seconds that a refused key rests
 MAX_ERROR_BODY = 2**20
 LAST_BYTES = 1.0  # seconds after an answer's last event for what ends it, else its connection serves no other
 LARGE = 2**18  # bytes of a request between whose steps others have their turn
-MAX_ANSWER = (
-    64 * 2**20
-)  # bytes of an answer that the client gets as a whole, or before a stream's first content
+MAX_ANSWER = 64 * 2**20  # bytes of an answer that the client gets as a whole, or before a stream has content
 RATE_WAIT = 1.0  # a 429 that does not say how long
 
 
@@ -9112,9 +9110,7 @@ def fault_words(fault: BaseException, provider: Provider) -> str:
     name, proxies = provider.name, (aiohttp.ClientHttpProxyError, aiohttp.ClientProxyConnectionError)
     way = urllib.parse.urlsplit(proxy_of(provider) or "").scheme
     if way.startswith("socks"):
-        return (
-            f"the proxy on the way to provider {name} speaks {way}: name one in HTTPS_PROXY that speaks http"
-        )
+        return f"the proxy on the way to provider {name} speaks {way}: name an http one in HTTPS_PROXY"
     if isinstance(fault, aiohttp.ServerTimeoutError):
         return f"provider {name} could not be reached within {provider.connect_timeout:g} s"
     is_dns = isinstance(fault, aiohttp.ClientConnectorDNSError)  # of the proxy's name, where there is one
@@ -9266,11 +9262,7 @@ class Plan:
             elif provider and provider.usable:
                 found.extend(self.relay.slots_of(target, provider))
         mine = self.relay.sticky.get((self.call.session, self.call.route.model), ("", "", ""))
-        return (
-            sorted(found, key=lambda slot: (slot.id[:2] != mine[:2], slot.id != mine))
-            if self.call.session
-            else found
-        )
+        return sorted(found, key=lambda slot: (slot.id[:2] != mine[:2], slot.id != mine))
 
     def is_free(self, slot: Slot, now: float) -> bool:
         health = self.relay.health_of(slot.provider.name)

@@ -534,7 +534,7 @@ async def test_a_proxy_of_another_kind_is_told(monkeypatch: pytest.MonkeyPatch, 
     async with FaultServer(fs.close_before_status()) as way:
         monkeypatch.setenv("http_proxy", way.url.replace("http", "socks5h"))
         async with in_process(tmp_path, config_text({"A": "http://socks.invalid"})) as proxy:
-            fails(502, says="provider A speaks socks5h: name one in HTTPS_PROXY")(await ask(proxy))
+            fails(502, says="provider A speaks socks5h: name an http one in HTTPS_PROXY")(await ask(proxy))
 
 
 @pytest.mark.parametrize(
