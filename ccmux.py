@@ -11337,15 +11337,18 @@ async def get_state(request: web.Request) -> web.StreamResponse:
 
 
 def provider_state(state: State, provider: Provider) -> Json:
-    url = (
-        endpoint_url(provider.base_url, DIALECTS[provider.format], model="MODEL") if provider.base_url else ""
-    )
+    url = called_url(provider.base_url, provider.format)
     return {**provider_health(state, provider), "url": url, "format": provider.format}
+
+
+def called_url(base_url: str, wire_format: str) -> str:
+    """The URL that requests go to; "" for what answers in this process."""
+    return endpoint_url(base_url, DIALECTS[wire_format], model="MODEL") if base_url else ""
 
 
 def preset_json(row: Json) -> Json:
     """A preset as the form offers it: where a key will be sent, and the variable it is usually in."""
-    url = endpoint_url(row["base_url"], DIALECTS[row["type"]], model="MODEL") if row["base_url"] else ""
+    url = called_url(row["base_url"], row["type"])
     return {"url": url, **{key: row[key] for key in ("type", "base_url", "api_key", "default")}}
 
 
@@ -12819,10 +12822,10 @@ function problemCard(broke) {
   return node;
 }
 function beats(outcomes) {
-  const shown = outcomes.slice(-50), good = shown.filter((o) => o.ok).length;
+  const good = outcomes.filter((o) => o.ok).length;
   return el("div", { class: "beats", role: "img",
-    "aria-label": `${good} of the last ${shown.length} requests went well` },
-    shown.map((o) => el("i", { class: o.ok ? "ok" : "bad", title: `${o.status} in ${o.ms} ms ${faultWord(o.error)}` })));
+    "aria-label": `${good} of the last ${outcomes.length} requests went well` },
+    outcomes.map((o) => el("i", { class: o.ok ? "ok" : "bad", title: `${o.status} in ${o.ms} ms ${faultWord(o.error)}` })));
 }
 function healthCard() {
   const rows = Object.entries(S.providers);
