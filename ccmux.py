@@ -12932,7 +12932,8 @@ function keyWord(key) {
 function providersView() {
   const columns = [["Name", (p) => p.name, "text"],
     ["", (p) => [button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` }),
-      button("Test", () => testDialog(p.name), { class: "small", "aria-label": `Test ${p.name}` })], "act"],
+      button("Test", () => testDialog(p.name), { class: "small", "data-key": p.name, "aria-label": `Test ${p.name}` })],
+      "act"],
     ["State", (p) => stateBadge(p.name), "nowrap"], ["Type", (p) => p.type || p.provider_type, "nowrap"],
     ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
     ["Key", (p) => keyWord(p.api_key), "text"],
@@ -13014,7 +13015,7 @@ function testDialog(name) {
       told.ok ? "works" : `failed with ${told.status}`),
       ` ${seconds(told.ms)}, model ${told.model || "none: fetch the list and choose one"}`),
         el("pre", {}, told.text || told.error || "an empty answer"));
-    await reload();
+    await showTab(); /* the list behind tells the new state */
   };
   const fetchNames = async () => {
     const { models } = await ask(`${path("providers", name)}/models`);

@@ -985,6 +985,9 @@ async def test_a_double_click_tests_a_provider_once(
             await page.dblclick("dialog button:text-is('Test')")
             await expect(page.locator("dialog")).to_contain_text("Hello from upstream.")
             assert len(provider.asked) == times
+        await expect(page.locator("tbody")).to_contain_text("working")
+        await page.click("dialog button:text-is('Close')")
+        await expect(page.get_by_label("Test up")).to_be_focused()
 
 
 @needs_browser
