@@ -228,18 +228,10 @@ def install_packages(venv: Path, python: Path) -> None:
     is_own = not os.environ.get("CCMUX_VENV")  # may be one that was half cleared away, then
     if not is_own and venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
+    flags = ("--quiet", "--disable-pip-version-check", "--no-user")
     steps = (
         [sys.executable, "-m", "venv", "--clear", str(venv)],
-        [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-user",
-            *PACKAGES,
-        ],
+        [str(python), "-m", "pip", "install", *flags, *PACKAGES],
     )
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
@@ -2741,9 +2733,8 @@ def in_plan_mode(body: Json) -> bool:
     typed = newest_words(messages)
     start = max(typed[0][0][0] - 1, 0) if typed else 0
     said = "\n".join(text_of(m.get("content")) for m in messages[start:] if m.get("role") != "assistant")
-    return said.rfind("Plan mode is active") > said.rfind(
-        "Exited Plan Mode"
-    )  # the plan may be approved on the way
+    # The plan may be approved on the way.
+    return said.rfind("Plan mode is active") > said.rfind("Exited Plan Mode")
 
 
 def row_step(asked: Asked) -> Pick:
@@ -14480,8 +14471,11 @@ def elsewhere(settings: Json, url: str) -> str:
     """Where the variables of these settings send Claude Code; "" where not away from this address."""
     variables = as_object(settings.get("env"))
     base = str(variables.get("ANTHROPIC_BASE_URL") or url)
-    cloud = next((f"what {name} means" for name in OTHER_CLOUDS if variables.get(name)), "")
-    return cloud or ("" if is_same_place(base, url) else base)
+    is_set = ("1", "true", "yes", "on")
+    cloud = next((name for name in OTHER_CLOUDS if str(variables.get(name)).lower() in is_set), "")
+    if cloud:
+        return f"what {cloud} means"
+    return "" if is_same_place(base, url) else base
 
 
 # With one of these Claude Code (2.1.330) does not heed ANTHROPIC_BASE_URL.

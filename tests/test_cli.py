@@ -1080,6 +1080,7 @@ def test_code_beside_settings_that_lead_elsewhere(tmp_path: Path) -> None:
     for name, value, said in (
         ("ANTHROPIC_BASE_URL", "https://api.z.ai/api/anthropic", "https://api.z.ai/api/anthropic"),
         ("CLAUDE_CODE_USE_BEDROCK", "1", "what CLAUDE_CODE_USE_BEDROCK means"),
+        ("CLAUDE_CODE_USE_BEDROCK", "0", ""),
         ("ANTHROPIC_BASE_URL", f"http://localhost:{port}/", ""),
     ):
         (tmp_path / ".claude/settings.json").write_text(json.dumps({"env": {name: value}}))
