@@ -13042,7 +13042,8 @@ function modelsView() {
     ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
       : priceWord(m.price)), "nowrap"],
     ["Context", (m) => (m.context ? short(m.context) : "–"), "num"]];
-  const [first] = rowsOf("models"), listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
+  const [first] = rowsOf("models");
+  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
   return [card("Models", button("Add a model", () => modelDialog(null),
     { class: "main", disabled: !rowsOf("providers").length }), table("Models", columns, rowsOf("models"),
       rowsOf("providers").length ? "None yet. A model is a name of your own for one or more models of providers, tried in order."
