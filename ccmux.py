@@ -1278,7 +1278,7 @@ class Loader:
                 f"{where}: key 'type' is {kind!r}: {known_names(kind, dict.fromkeys([*formats, *presets]))}"
             )
         preset = presets.get(kind, {})
-        merged = {**preset, **row}
+        merged = {**preset, **row, "base_url": row.get("base_url") or preset.get("base_url", "")}
         for key in ("quirks", "headers"):
             if isinstance(row.get(key, {}), dict):
                 merged[key] = {**preset.get(key, {}), **row.get(key, {})}

@@ -336,6 +336,10 @@ def test_a_preset_fills_in_the_rest() -> None:
     assert (made.quirks.effort, made.quirks.files) == (("low", "high"), True)
 
 
+def test_an_empty_base_url_is_the_presets() -> None:
+    assert provider('type = "acme"\nbase_url = ""\n').base_url == "https://api.acme.test/v1"
+
+
 def test_a_row_stands_over_its_preset() -> None:
     made = provider(
         'type = "acme"\nbase_url = "http://other.test"\napi_key = "k"\nfirst_byte_timeout = 5\n'
