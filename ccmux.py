@@ -5256,6 +5256,10 @@ def messages_request(body: Json) -> Json:
     return out | {k: v for k, v in optional.items() if v is not None}
 
 
+# https://platform.claude.com/docs/en/build-with-claude/effort: the others take it.
+_WITHOUT_EFFORT = re.compile(r"claude-(?:3|haiku-4|sonnet-4[-.]5|(?:sonnet|opus)-4(?:[-.][01]\b|-20))")
+
+
 def fitting_request(body: Json, to: Upstream) -> Json:
     """What `messages_request` made, without what this very model of an Anthropic-format upstream is known to refuse."""
     dropped = () if to.facts.sampling else ("temperature", "top_p")
@@ -5264,6 +5268,8 @@ def fitting_request(body: Json, to: Upstream) -> Json:
     out = {k: v for k, v in body.items() if k not in dropped}
     if limit := output_limit(body, to.facts):
         out["max_tokens"] = limit
+    if _WITHOUT_EFFORT.search(to.model) and "output_config" in body:
+        out["output_config"] = {k: v for k, v in body["output_config"].items() if k != "effort"}
     choice = as_object(body.get("tool_choice"))
     if choice.get("type") in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
         out["tool_choice"] = {

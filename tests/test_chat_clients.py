@@ -371,6 +371,10 @@ def test_what_anthropic_refuses_is_not_sent() -> None:
             {"temperature": None, "top_p": None},
         ),
         (Facts(max_output=4096), "m", {}, {"max_tokens": 4096}),
+        (Facts(), "claude-haiku-4-5-20251001", {"reasoning_effort": "low"}, {"output_config": {}}),
+        (Facts(), "claude-opus-4-20250514", {"reasoning_effort": "low"}, {"output_config": {}}),
+        (Facts(), "claude-opus-4-5", {"reasoning_effort": "low"}, {"output_config": {"effort": "low"}}),
+        (Facts(), "claude-haiku-5-5", {"reasoning_effort": "low"}, {"output_config": {"effort": "low"}}),
         (Facts(forced_tool=False), "m", {"tool_choice": "required"}, {"tool_choice": {"type": "auto"}}),
         (
             Facts(forced_tool=False),
