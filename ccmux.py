@@ -7071,15 +7071,11 @@ PATTERNS = {  # as in tiktoken_ext.openai_public, whose functions would download
 }  # fmt: skip
 
 
-def vocabulary_folders() -> list[Path]:
-    named = [os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
-    return [*(Path(folder) for folder in named if folder), ccmux_home() / "tiktoken"]
-
-
 def find_vocabulary(name: str) -> Path | None:
     """The vocabulary's file with the right hash; None where there is none."""
     file_name, sha256 = VOCABULARIES[name]
-    for folder in vocabulary_folders():
+    named = [os.environ.get(variable) for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
+    for folder in [*map(Path, filter(None, named)), ccmux_home() / "tiktoken"]:
         path = folder / file_name
         try:
             if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
@@ -7119,14 +7115,9 @@ def read_encoding(name: str, path: Path) -> Encoding:
     if name == "claude":
         return claude_encoding(json.loads(path.read_text("utf-8")))
     with path.open("rb") as lines:
-        ranks = read_ranks(lines)
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     made = tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks=ranks, special_tokens={})
     return Encoding(name, made.encode_ordinary)
-
-
-def read_ranks(lines: Iterable[bytes]) -> dict[bytes, int]:
-    pairs = (line.split() for line in lines if line)
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
 def claude_encoding(data: Json) -> Encoding:
