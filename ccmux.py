@@ -7450,7 +7450,11 @@ class Store:
             self.db = self.connect(self.migrate)
             if max_page_count:
                 self.db.execute(f"pragma max_page_count = {int(max_page_count)}")
-        except (sqlite3.Error, OSError) as error:
+        except (
+            sqlite3.Error,
+            OSError,
+            UnicodeDecodeError,
+        ) as error:  # the last: SQLite's words quote the file
             raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
 
     def connect(self, prepare: Callable[[sqlite3.Connection], None] = lambda db: None) -> sqlite3.Connection:

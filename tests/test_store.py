@@ -404,6 +404,14 @@ def test_a_newer_or_foreign_file_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "b.db").write_bytes(b"this is no database at all" * 100)
     with pytest.raises(ccmux.ConfigError, match=r"b\.db") as foreign:
         ccmux.Store(str(tmp_path / "b.db"))
+    ccmux.Store(str(tmp_path / "c.db")).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "c.db")) as db:
+        db.executescript(
+            "pragma writable_schema = on; update sqlite_schema set sql = replace(sql, '(time)', cast(x'e4' as text)) "
+            "where name = 'requests_by_time'"
+        )
+    with pytest.raises(ccmux.ConfigError, match=r"c\.db"):
+        ccmux.Store(str(tmp_path / "c.db"))
     assert newer.tb and foreign.tb  # they hold the stores that were not made, which hold no file
     opened = {Path(file.path).name for file in psutil.Process().open_files()}
     assert not opened & {"a.db", "b.db"}
