@@ -2286,17 +2286,23 @@ class SseDecoder:
 
     def __init__(self, limit: int = MAX_EVENT) -> None:
         self.limit = limit
-        self.rest = b""  # the unfinished event
+        self.rest = bytearray()  # the unfinished event
 
     def cut(self, data: bytes) -> bytes:
         """The bytes up to the last end of an event; the rest waits.
 
         ApiError 502 when it grows past the limit.
         """
-        data = self.rest + data if self.rest else data
-        # `in` would raise and catch an exception inside, as bytes may also be asked for a number.
-        end = data.rfind(b"\n\n") + 2 if data.find(b"\r") < 0 else last_blank_line(data)
-        whole, self.rest = (data[:end], data[end:]) if end > 1 else (b"", data)
+        if self.rest and not _LINE_END.search(data) and not self.rest.endswith(b"\r"):
+            whole = b""  # a piece out of the midst of an event, which may be megabytes: nothing of it is looked at again
+            self.rest += data
+        else:
+            data = bytes(self.rest) + data if self.rest else data
+            # `in` would raise and catch an exception inside, as bytes may also be asked for a number.
+            end = data.rfind(b"\n\n") + 2 if data.find(b"\r") < 0 else last_blank_line(data)
+            whole = data[:end] if end > 1 else b""
+            if self.rest or len(whole) < len(data):
+                self.rest = bytearray(data[len(whole) :])
         if len(self.rest) > self.limit:
             raise broken_stream(f"the provider sent an event of more than {self.limit} bytes")
         return whole
@@ -2307,12 +2313,13 @@ class SseDecoder:
 
     def finish(self) -> bytes:
         """A last block whose blank line never came, with one."""
-        rest, self.rest = self.rest, b""
+        rest, self.rest = bytes(self.rest), bytearray()
         if not rest.strip() or rest.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):
             return rest if rest.strip() else b""
         return rest + b"\n\n"
 
 
+_LINE_END = re.compile(rb"[\r\n]")
 _BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)")
 
 
