@@ -10038,22 +10038,23 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
         response.headers.setdefault("request-id", request[request_key()])
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
         response.headers["Server"] = "ccmux"
-        cut_off_if_stalled(request)
+        watch_client(request)
     return response
 
 
-def cut_off_if_stalled(request: web.Request) -> None:
+def watch_client(request: web.Request) -> None:
     """Watches over what is sent next, all that is left of an answer: aiohttp waits for ever for who does not read."""
-    loop, limit = asyncio.get_running_loop(), state_of(request).config.server.client_stall_timeout
+    asyncio.get_running_loop().call_soon(cut_off_if_stalled, request, 0)
 
-    def look(before: int) -> None:
-        left = request.transport.get_write_buffer_size() if request.transport else 0
-        if left == before > 0 and request.transport:
-            request.transport.abort()
-        elif left:
-            loop.call_later(limit, look, left)
 
-    loop.call_soon(look, 0)
+def cut_off_if_stalled(request: web.Request, before: int) -> None:
+    """Ends the connection of a client that has `before` bytes to take, as many as at the last look; else looks again."""
+    left = request.transport.get_write_buffer_size() if request.transport else 0
+    if left == before > 0 and request.transport:
+        request.transport.abort()
+    elif left:
+        limit = state_of(request).config.server.client_stall_timeout
+        asyncio.get_running_loop().call_later(limit, cut_off_if_stalled, request, left)
 
 
 def own_fault(request_id: str) -> ApiError:
@@ -10481,7 +10482,7 @@ class Exchange:
             self.settle(None)
             await self.durable()
             assert call.reader is not None
-            cut_off_if_stalled(self.request)
+            watch_client(self.request)
             return await sink.finish(call.reader.ending + self.epilogue())
         except (ClientGoneError, ConnectionError):
             raise asyncio.CancelledError from None  # as if aiohttp had noticed first
@@ -10491,7 +10492,7 @@ class Exchange:
             if isinstance(sink, WholeSink) or not sink.began:
                 error.headers = {**self.headers(), **error.headers}
                 raise error from None
-            cut_off_if_stalled(self.request)
+            watch_client(self.request)
             return await self.fail(sink, error)
         finally:
             sink.close()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import email.utils
+import gc
 import json
 import logging
 import random
@@ -1338,6 +1339,28 @@ async def test_of_a_request_that_streams_its_bytes_alone_are_kept(wire: str, tmp
         await until(lambda: bodies and bodies[0]() is None, "its answer has content")
         a.open_gate()
         full()(await asked)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_does_not_wait_for_the_collector(
+    stream: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which runs seldom."""
+    requests: list[weakref.ref[Any]] = []
+    guard = ccmux.guard
+
+    def noted(request: Any, config: ccmux.Config) -> None:
+        requests.append(weakref.ref(request))
+        guard(request, config)
+
+    monkeypatch.setattr(ccmux, "guard", noted)
+    async with stage(tmp_path, OK) as (proxy, _):
+        gc.disable()
+        try:
+            full()(await ask(proxy, stream=stream))
+            await until(lambda: requests[0]() is None, "it is gone")
+        finally:
+            gc.enable()
 
 
 @BOTH
