@@ -27,6 +27,7 @@ One request, from the top of its way to the bottom:
 Sections, each using only those above it (pure: no socket, file, clock, environment or log):
 
     Types and errors (pure)
+    Reading requests (pure)
     Config (pure but for load and save)
     Server-sent events (pure)
     Routing (pure)
@@ -546,84 +547,67 @@ def _finite(text: str) -> float:
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
 
 
-class Made(dict[Any, Any]):
-    """What was made of something that does not change, by keys that tell all else it depends on."""
-
-    MOST = 6
-
-    def once(self, key: Any, make: Callable[[], T]) -> T:
-        try:
-            return self[key]  # type: ignore[no-any-return]
-        except KeyError:
-            value = make()
-        if len(self) >= self.MOST:
-            self.clear()
-        self[key] = value
-        return value
+_COMPACT = json.JSONEncoder(separators=(",", ":"))
+_READABLE = json.JSONEncoder(ensure_ascii=False)
 
 
-class MadeOfTurn(Made):
-    """The same of a turn: `results_in`, `called_in` and one translation. Of several, each takes more memory than it."""
-
-    MOST = 3
-
-
-class Kept(dict[str, Any]):
-    """A JSON object out of a request that later requests will hold too, so it is never changed.
-
-    What is made of it (a count, a translation) is kept with it.
-    """
-
-    __slots__ = ("made",)
-
-    def __init__(self, members: Json) -> None:
-        super().__init__(members)
-        self.made = Made()
+def compact(value: Any) -> bytes:
+    """JSON as bytes without spaces; escapes beyond ASCII, which is what keeps lone surrogates harmless."""
+    return _COMPACT.encode(value).encode()
 
 
-def once(part: Any, make: Callable[[Any], T]) -> T:
-    """`make(part)`; where the part is kept, so is the result."""
-    if type(part) is not Kept:
-        return make(part)
-    try:
-        return part.made[make]  # type: ignore[no-any-return]
-    except KeyError:
-        return part.made.once(make, functools.partial(make, part))
+def readable(value: Any) -> str:
+    """JSON for a model to read: with spaces, and no escapes beyond those JSON must have."""
+    return _READABLE.encode(value)
 
 
-class Run:
-    """Objects that stand together in an array of many requests; what is made of them all is kept with them."""
-
-    __slots__ = ("made", "values")
-
-    def __init__(self, values: Iterable[Json]) -> None:
-        self.values = [value if type(value) is Kept else Kept(value) for value in values]
-        self.made = Made()
-
-
-class Elements(list[Json]):
-    """A list of objects with a run in it, from `at` on."""
-
-    __slots__ = ("at", "run")
-
-    def __init__(self, values: Iterable[Json], run: Run, at: int = 0) -> None:
-        super().__init__(values)
-        self.run, self.at = run, at
-
-    @property
-    def apart(self) -> tuple[list[Json], list[Json]]:
-        """What stands before the run, and what behind it."""
-        return self[: self.at], self[self.at + len(self.run.values) :]
+def blocks_of(content: Any) -> list[Json]:
+    """The content blocks of a message: a string is one text block, what is not a block is left out."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    if not isinstance(content, list):
+        return []
+    return [
+        block if isinstance(block, dict) else {"type": "text", "text": block}
+        for block in content
+        if isinstance(block, dict) or (isinstance(block, str) and block)
+    ]
 
 
-def each(values: Sequence[Json], make: Callable[[Any], T]) -> list[T]:
-    """`make` of each, as `once`; of a run of them at once."""
-    if type(values) is not Elements:
-        return [once(value, make) for value in values]
-    run = values.run
-    before, behind = values.apart
-    known = run.made.once(make, lambda: [once(value, make) for value in run.values])
-    return [*(once(value, make) for value in before), *known, *(once(value, make) for value in behind)]
+def as_list(value: Any) -> list[Any]:
+    """The value where it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def as_object(value: Any) -> Json:
+    """The value where it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def text_of(content: Any) -> str:
+    """The text of a content value, blocks joined by blank lines; other blocks are left out."""
+    if isinstance(content, str):
+        return content
+    return "\n\n".join(str(b.get("text") or "") for b in blocks_of(content) if b.get("type") == "text")
+
+
+def scrub(text: str, secrets: Iterable[str] = ()) -> str:
+    """The text without keys: the configured ones, and whatever looks like one."""
+    for secret in secrets:
+        if len(secret) >= 6:
+            text = text.replace(secret, "[key]")
+    return _KEY_LIKE.sub(lambda m: f"{m[1] or ''}[key]", text)
+
+
+_KEY_LIKE = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}|\b(?:(?:sk|pk|rk|xai|gsk)[-_]|AIza)[\w-]{8,}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading requests (pure)
+# ----------------------------------------------------------------------------------------------------------
+# Claude Code sends the whole conversation with every turn. What two requests have in common is parsed once, and
+# what is made of it (a count, a translation, its bytes) is made once: `RequestReader` knows elements again by
+# their bytes, `once` and `each` keep what was made beside them.
 
 
 class MuchNewError(Exception):
@@ -847,13 +831,100 @@ def blanks_end(text: str, start: int) -> int:
     return match.end() if match else start
 
 
-_COMPACT = json.JSONEncoder(separators=(",", ":"))
-_READABLE = json.JSONEncoder(ensure_ascii=False)
+# What is kept of requests, and with it what was made of it.
 
 
-def compact(value: Any) -> bytes:
-    """JSON as bytes without spaces; escapes beyond ASCII, which is what keeps lone surrogates harmless."""
-    return _COMPACT.encode(value).encode()
+class Made(dict[Any, Any]):
+    """What was made of something that does not change, by keys that tell all else it depends on."""
+
+    MOST = 6
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        try:
+            return self[key]  # type: ignore[no-any-return]
+        except KeyError:
+            value = make()
+        if len(self) >= self.MOST:
+            self.clear()
+        self[key] = value
+        return value
+
+
+class MadeOfTurn(Made):
+    """The same of a turn: `results_in`, `called_in` and one translation. Of several, each takes more memory than it."""
+
+    MOST = 3
+
+
+class Kept(dict[str, Any]):
+    """A JSON object out of a request that later requests will hold too, so it is never changed.
+
+    What is made of it (a count, a translation) is kept with it.
+    """
+
+    __slots__ = ("made",)
+
+    def __init__(self, members: Json) -> None:
+        super().__init__(members)
+        self.made = Made()
+
+
+def once(part: Any, make: Callable[[Any], T]) -> T:
+    """`make(part)`; where the part is kept, so is the result."""
+    if type(part) is not Kept:
+        return make(part)
+    try:
+        return part.made[make]  # type: ignore[no-any-return]
+    except KeyError:
+        return part.made.once(make, functools.partial(make, part))
+
+
+class Run:
+    """Objects that stand together in an array of many requests; what is made of them all is kept with them."""
+
+    __slots__ = ("made", "values")
+
+    def __init__(self, values: Iterable[Json]) -> None:
+        self.values = [value if type(value) is Kept else Kept(value) for value in values]
+        self.made = Made()
+
+
+class Elements(list[Json]):
+    """A list of objects with a run in it, from `at` on."""
+
+    __slots__ = ("at", "run")
+
+    def __init__(self, values: Iterable[Json], run: Run, at: int = 0) -> None:
+        super().__init__(values)
+        self.run, self.at = run, at
+
+    @property
+    def apart(self) -> tuple[list[Json], list[Json]]:
+        """What stands before the run, and what behind it."""
+        return self[: self.at], self[self.at + len(self.run.values) :]
+
+
+def each(values: Sequence[Json], make: Callable[[Any], T]) -> list[T]:
+    """`make` of each, as `once`; of a run of them at once."""
+    if type(values) is not Elements:
+        return [once(value, make) for value in values]
+    run = values.run
+    before, behind = values.apart
+    known = run.made.once(make, lambda: [once(value, make) for value in run.values])
+    return [*(once(value, make) for value in before), *known, *(once(value, make) for value in behind)]
+
+
+def messages_of(body: Json) -> list[Json]:
+    """The messages of a request that are objects; their shape is the upstream's to judge."""
+    return objects_of(body.get("messages"))
+
+
+def tools_of(body: Json) -> list[Json]:
+    return objects_of(body.get("tools"))
+
+
+def objects_of(values: Any) -> list[Json]:
+    return values if type(values) is Elements else [v for v in as_list(values) if isinstance(v, dict)]
 
 
 def request_bytes(out: Json) -> bytes:
@@ -873,65 +944,6 @@ def joined(values: Sequence[Json]) -> bytes:
     before, behind = values.apart
     known = values.run.made.once(joined, functools.partial(joined, values.run.values))
     return b",".join([*(once(v, compact) for v in before), known, *(once(v, compact) for v in behind)])
-
-
-def readable(value: Any) -> str:
-    """JSON for a model to read: with spaces, and no escapes beyond those JSON must have."""
-    return _READABLE.encode(value)
-
-
-def blocks_of(content: Any) -> list[Json]:
-    """The content blocks of a message: a string is one text block, what is not a block is left out."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    if not isinstance(content, list):
-        return []
-    return [
-        block if isinstance(block, dict) else {"type": "text", "text": block}
-        for block in content
-        if isinstance(block, dict) or (isinstance(block, str) and block)
-    ]
-
-
-def as_list(value: Any) -> list[Any]:
-    """The value where it is a list, else an empty one."""
-    return value if isinstance(value, list) else []
-
-
-def as_object(value: Any) -> Json:
-    """The value where it is a JSON object, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def text_of(content: Any) -> str:
-    """The text of a content value, blocks joined by blank lines; other blocks are left out."""
-    if isinstance(content, str):
-        return content
-    return "\n\n".join(str(b.get("text") or "") for b in blocks_of(content) if b.get("type") == "text")
-
-
-def messages_of(body: Json) -> list[Json]:
-    """The messages of a request that are objects; their shape is the upstream's to judge."""
-    return objects_of(body.get("messages"))
-
-
-def tools_of(body: Json) -> list[Json]:
-    return objects_of(body.get("tools"))
-
-
-def objects_of(values: Any) -> list[Json]:
-    return values if type(values) is Elements else [v for v in as_list(values) if isinstance(v, dict)]
-
-
-def scrub(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text without keys: the configured ones, and whatever looks like one."""
-    for secret in secrets:
-        if len(secret) >= 6:
-            text = text.replace(secret, "[key]")
-    return _KEY_LIKE.sub(lambda m: f"{m[1] or ''}[key]", text)
-
-
-_KEY_LIKE = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}|\b(?:(?:sk|pk|rk|xai|gsk)[-_]|AIza)[\w-]{8,}")
 
 
 # ----------------------------------------------------------------------------------------------------------
