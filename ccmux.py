@@ -11974,7 +11974,7 @@ tbody tr:last-child td { border-bottom: 0; }
 .status.warn::before { background: var(--warn); }
 .status.bad::before { background: var(--bad); }
 .status.ok { color: var(--ok); } .status.warn { color: var(--warn); } .status.bad { color: var(--bad); }
-.problems { border-left: 4px solid var(--bad); }
+.problems { border-left: 4px solid var(--bad); } .problems.mild { border-left-color: var(--warn); }
 .problems ul { margin: 0; padding-left: 0; list-style: none; }
 .problems li { padding: 4px 0; }
 button, input, select, textarea { font: inherit; color: inherit; }
@@ -12830,7 +12830,7 @@ function problemCard(broke) {
   const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), ` ${text.replace(/\.$/, "")}.`,
     tab && [" See ", el("a", { href: `#${tab}` }, TABS.find(([key]) => key === tab)[1])]);
   const node = card(`${count(found.length, "thing")} to look at`, null, el("ul", {}, found.map(item)));
-  node.classList.add("problems");
+  node.classList.add("problems", ...(found.some(([kind]) => kind === "bad") ? [] : ["mild"]));
   return node;
 }
 function beats(outcomes) {

@@ -393,7 +393,7 @@ async def test_adding_a_user_shows_the_key_once_and_who_has_no_credit(
         proxy.state.store.add_user("bob", 0, {}, "")
         proxy.state.store.local_user()  # never refused for lack of credit
         async with opened(browser, admin_url(proxy)) as page:
-            await expect(page.locator(".problems")).to_contain_text("bob has no credit left")
+            await expect(page.locator(".problems.mild")).to_contain_text("bob has no credit left")
             await expect(page.locator(".problems")).not_to_contain_text("local")
             await tab(page, "users")
             await expect(page.locator("main")).not_to_contain_text("refuse nobody")
@@ -594,7 +594,9 @@ async def test_a_provider_that_refuses_its_key_is_told_apart(browser: Browser, t
     ):
         assert await ask(proxy, "tiny") == 500
         async with opened(browser, admin_url(proxy)) as page:
-            await expect(page.locator(".problems")).to_contain_text("up refuses its key. See Providers")
+            await expect(page.locator(".problems:not(.mild)")).to_contain_text(
+                "up refuses its key. See Providers"
+            )
             await expect(page.locator(".log")).to_contain_text("500 key refused")
             await page.get_by_label("Filter the requests").fill("KEY REFUSED")
             await expect(page.locator(".log tbody tr")).to_have_count(1)
