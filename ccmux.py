@@ -1253,6 +1253,7 @@ def parse_config(
         warnings=tuple(warnings),
     )
     check_names(config)
+    check_hosts(config.server)
     return config
 
 
@@ -1525,6 +1526,20 @@ def check_names(config: Config) -> None:
         raise ConfigError(
             f"[router]: key 'fallback_provider' is {fallback!r}: {known_names(fallback, known)}"
         )
+
+
+def check_hosts(server: Server) -> None:
+    for host in server.allowed_hosts:
+        if not host_name(host):
+            hint = "write a name or an address alone, as in ccmux.example, 192.168.1.5 or [fd00::7]"
+            raise ConfigError(f"[server]: key 'allowed_hosts' has {host!r}: {hint}")
+
+
+@functools.lru_cache(256)
+def host_name(host: str) -> str:
+    """A Host without its port and trailing dot, in lower case; "" where it is malformed."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?", host)
+    return match[1].rstrip(".").lower() if match else ""
 
 
 # claude-code-mux 0.6 writes some keys by other names, and has some that ccmux has no use for.
@@ -2248,6 +2263,10 @@ def admin_token_of(config: Config) -> str:
             return kept
     except FileNotFoundError:
         pass
+    except UnicodeDecodeError:  # as a shell of Windows may write it
+        raise ConfigError(
+            f"{path} is no UTF-8 text: write it anew, or delete it to have a token made"
+        ) from None
     token = secrets.token_urlsafe(24)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -9998,13 +10017,6 @@ def allowed_hosts(listens_on: str, configured: tuple[str, ...]) -> set[str]:
     """The names of this server: the configured ones, and the one address it listens on where that is one."""
     own = () if is_any_address(listens_on) else (f"[{listens_on}]" if ":" in listens_on else listens_on,)
     return LOOPBACK_HOSTS | {host_name(h) for h in (*own, *configured)} - {""}
-
-
-@functools.lru_cache(256)
-def host_name(host: str) -> str:
-    """A Host without its port and trailing dot, in lower case; "" where it is malformed."""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?", host)
-    return match[1].rstrip(".").lower() if match else ""
 
 
 def check_site(request: web.Request) -> None:

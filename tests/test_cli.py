@@ -793,6 +793,9 @@ def test_token_is_kept(cli: Cli, tmp_path: Path) -> None:
     token = cli("token").out.strip()
     assert len(token) >= 22 and cli("token").out.strip() == token
     assert (tmp_path / ".ccmux/ccmux.token").stat().st_mode & 0o777 == 0o600
+    (tmp_path / ".ccmux/ccmux.token").write_text("mine\n", "utf-16")  # as a shell of Windows does
+    ran = cli("token")
+    assert (ran.status, len(ran.err.splitlines())) == (2, 1) and "is no UTF-8 text" in ran.err
 
 
 def words_of(ran: Ran, word: str) -> list[str]:
