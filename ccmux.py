@@ -1290,7 +1290,7 @@ class Loader:
             raise ConfigError(
                 f"{where}: key 'type' is {kind!r}: {known_names(kind, dict.fromkeys([*formats, *presets]))}"
             )
-        preset = presets.get(kind, {})
+        preset = preset_at(presets.get(kind, {}), str(row.get("base_url") or ""))
         merged = {**preset, **row, "base_url": row.get("base_url") or preset.get("base_url", "")}
         for key in ("quirks", "headers"):
             if isinstance(row.get(key, {}), dict):
@@ -1403,6 +1403,13 @@ class Loader:
             return value or default or ""
 
         return re.sub(r"\$(?:\{(\w+)(?::-([^}]*))?\}|([A-Za-z_]\w*))", variable, value).strip()
+
+
+def preset_at(preset: Json, base_url: str) -> Json:
+    """What a row inherits with an address of its own: at one that is not the vendor's, the format and the key alone."""
+    if base_url and not re.search(preset.get("hosts", ""), base_url):
+        return {key: preset[key] for key in ("type", "api_key")}
+    return {key: value for key, value in preset.items() if key != "hosts"}
 
 
 @functools.cache
@@ -5861,6 +5868,8 @@ PRESET_QUIRKS: dict[str, Json] = {
     "litellm": {"auth": "bearer"},
 }
 PRESET_KEYS: dict[str, Json] = {  # what a row sets beside quirks; a local server loads its model first
+    # A server of one's own has the type for its format: what else the row says is of OpenAI's models, there and at Azure.
+    "openai": {"hosts": r"(?i)//(?:[\w-]+\.)*(?:api\.openai|azure)\.com(?:[:/]|$)"},
     "openrouter": {"headers": {"HTTP-Referer": "https://github.com/ccmux", "X-Title": "ccmux"}},
     **{name: {"first_byte_timeout": 600} for name in ("ollama", "lmstudio", "llamacpp")},
 }
@@ -9441,7 +9450,7 @@ DROPPABLE = (
 _REFUSES = re.compile(
     r"(?i)unsupported|unknown|unrecognized|not supported|not permitted|extra inputs|does not support|unexpected|"
     r"not allowed|no longer supported|only the default|invalid.{0,20}parameter|not (?:a )?valid|must be one of|"
-    r"incompatible|is allowed for this model|unavailable"
+    r"incompatible|is allowed for this model|unavailable|input should be"
 )
 
 

@@ -149,6 +149,40 @@ def test_codex_models_of_openai_are_served_by_responses() -> None:
     assert ccmux.dialect_of(provider, "gpt-5.6", {ccmux.CHAT}) is DIALECTS["responses"]
 
 
+@pytest.mark.parametrize(
+    ("base_url", "is_openais"),
+    [
+        ("https://api.openai.com", True),
+        ("https://API.openai.com/v1/", True),
+        ("https://eu.api.openai.com/v1", True),
+        ("https://mine.openai.azure.com/openai/v1", True),
+        ("https://mine.services.ai.azure.com:443/openai/v1", True),
+        ("http://192.168.1.20:8000/v1", False),
+        ("https://api.openai.com.example/v1", False),
+        ("https://relay.test/api.openai.com", False),
+        ("https://notazure.com/v1", False),
+    ],
+)
+def test_what_is_openais_own_is_not_asked_of_a_server_of_its_format(base_url: str, is_openais: bool) -> None:
+    """vLLM ends a turn at an effort it has no word for; others pass over a web search, and a model makes it up."""
+    rows = f'[[providers]]\nname = "o"\ntype = "openai"\nbase_url = "{base_url}"\n'
+    [provider] = ccmux.load_config(rows, {"OPENAI_API_KEY": "k"}).providers
+    assert (provider.quirks == ccmux.Quirks()) is not is_openais
+    assert bool(provider.default_model) is is_openais
+    assert (provider.format, provider.api_key) == ("openai", ("k",))
+    assert (ccmux.dialect_of(provider, "codex-7b") is DIALECTS["openai"]) is not is_openais
+    [given] = ccmux.load_config(rows + 'quirks.effort = ["low"]\n', {"OPENAI_API_KEY": "k"}).providers
+    assert given.quirks.effort == ("low",)
+
+
+def test_a_vendors_other_address_keeps_its_quirks() -> None:
+    china = (
+        '[[providers]]\nname = "z"\ntype = "zai-openai"\nbase_url = "https://open.bigmodel.cn/api/paas/v4"\n'
+    )
+    [provider] = ccmux.load_config(china, {"ZAI_API_KEY": "k"}).providers
+    assert provider.quirks.reasoning_replay == "tool_turns"
+
+
 # What an Anthropic-format upstream gets.
 
 
@@ -264,6 +298,8 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
          "reasoning.effort", "effort.xhigh"),
         ("Unsupported value: 'low' is not supported with the 'm' model.", "text.verbosity", "text"),
         ("Thinking level MEDIUM is not supported for this model. Please retry with other thinking level.", "", "effort.medium"),
+        ("[{'type': 'literal_error', 'loc': ('body', 'reasoning_effort'), 'msg': \"Input should be 'low' or 'high'\"}]", "",
+         "reasoning_effort"),  # vLLM
         ("Invalid 'messages[3].content': expected a string", "messages[3].content", ""),
         ("the weather parameter is nice", "", ""),
         ("Rate limit reached", "", ""),
