@@ -1080,7 +1080,7 @@ class Quirks:
     cache_control: str = opt("", "models that take cache_control (regular expression)", regex=True)
     files: bool = opt(False, "takes PDF files as content parts")
     vision: bool = opt(True, "takes images")
-    web_search: str = opt("", "how it searches the web", choices=("", "options", "plugin", "native"))
+    web_search: str = opt("", "how it searches the web", choices=("", "options", "plugin", "responses"))
     schema: str = opt("", "tool schema cleaning", choices=("", "gemini"))
     midway_system: bool = opt(False, "takes system messages in mid-conversation")
     user_after_tool: bool = opt(True, "takes a user message directly behind the results of tools")
@@ -4180,7 +4180,8 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
         return {}
     forms: Json = {
         "plugin": {"plugins": [{"id": "web"}]},
-        "options": {"web_search_options": web_search_options(tool)},
+        # By Responses, but for the models that are made for it here (gpt-5-search-api).
+        **{key: {"web_search_options": web_search_options(tool)} for key in ("options", "responses")},
     }
     keys = as_object(forms.get(to.quirks.web_search))
     if keys and to.skip.isdisjoint(keys):  # left out, the model would make up what it found
@@ -4188,7 +4189,7 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
     raise ApiError(
         400,
         "this model's provider cannot search the web: set `websearch` in [router] to a model whose provider can "
-        "(Anthropic, OpenAI, Gemini or OpenRouter), or turn the WebSearch tool off in Claude Code",
+        "(Anthropic, OpenAI, Gemini, xAI or OpenRouter), or turn the WebSearch tool off in Claude Code",
     )
 
 
@@ -5843,7 +5844,7 @@ EFFORTS_3 = ["low", "medium", "high"]
 FOREIGN = {"drop": ["billing_header"]}  # it changes with each prompt and spoils prompt caches
 PRESET_QUIRKS: dict[str, Json] = {
     "openai": {"effort": ["minimal", *EFFORTS_3, "xhigh"], "prompt_cache_key": True, "files": True}
-    | {"web_search": "options", "codex": "codex"},
+    | {"web_search": "responses", "codex": "codex"},
     "openrouter": {
         "cache_control": "claude|gemini|qwen",
         "reasoning_key": "reasoning_details",
@@ -5864,7 +5865,10 @@ PRESET_QUIRKS: dict[str, Json] = {
     "deepinfra": {"forced_tool": False},
     "cerebras": {"lax_finish": True},
     "mistral": {"tool_id": "[A-Za-z0-9]{9}", "user_after_tool": False},
-    "xai": {"effort": EFFORTS_3},  # grok-4.3 and later; the others say that they take none
+    "xai": {
+        "effort": EFFORTS_3,
+        "web_search": "responses",
+    },  # grok-4.3 and later; the others say that they take none
     "litellm": {"auth": "bearer"},
 }
 PRESET_KEYS: dict[str, Json] = {  # what a row sets beside quirks; a local server loads its model first
@@ -5893,10 +5897,20 @@ PRESETS: dict[str, Json] = dict(map(preset, PRESET_ROWS.strip().splitlines()))
 CHAT = "chat/completions"  # what a model that is served by Responses alone does not take
 
 
-def dialect_of(provider: Provider, model: str, skip: Container[str] = ()) -> Dialect:
-    """The wire format that a provider serves a model by; `skip` is what errors have said it does not take."""
-    codex = provider.quirks.codex
-    by_responses = (codex and re.search(codex, model)) or (CHAT in skip and provider.format == "openai")
+def dialect_of(
+    provider: Provider, model: str, skip: Container[str] = (), body: Json | None = None
+) -> Dialect:
+    """The wire format that a provider serves a model's requests by; `skip` is what errors have said it does not take.
+
+    OpenAI and xAI search the web by Responses alone, but for the models that do so always.
+    https://developers.openai.com/api/docs/guides/tools-web-search, https://docs.x.ai (November 2026)
+    """
+    quirks = provider.quirks
+    by_responses = (quirks.codex and re.search(quirks.codex, model)) or (
+        provider.format == "openai" and CHAT in skip
+    )
+    if quirks.web_search == "responses" and "search" not in model and body and web_search_of(body):
+        by_responses = True
     return DIALECTS["responses" if by_responses else provider.format]
 
 
@@ -8854,7 +8868,7 @@ class Relay:
 
     async def exchange(self, call: Call, slot: Slot, sink: Sink) -> None:
         """Sends the request and relays the answer; ApiError when either fails or lasts too long."""
-        dialect = dialect_of(slot.provider, slot.target.actual_model, self.not_taken(call, slot))
+        dialect = dialect_of(slot.provider, slot.target.actual_model, self.not_taken(call, slot), call.body)
         if dialect.is_local:
             await self.demo(call, slot, sink)
             return

@@ -150,6 +150,24 @@ def test_codex_models_of_openai_are_served_by_responses() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "model", "tools", "format"),
+    [
+        ("openai", "gpt-5.1", [{"type": "web_search_20250305", "name": "web_search"}], "responses"),
+        ("openai", "gpt-5-search-api", [{"type": "web_search_20250305", "name": "web_search"}], "openai"),
+        ("openai", "gpt-5.1", [{"name": "web_search", "input_schema": {}}], "openai"),
+        ("xai", "grok-4.7", [{"type": "web_search_20260209", "name": "web_search"}], "responses"),
+        ("openrouter", "openai/gpt-5.1", [{"type": "web_search_20250305", "name": "web_search"}], "openai"),
+    ],
+)
+def test_who_searches_the_web_by_responses_is_asked_there(
+    name: str, model: str, tools: list[Any], format: str
+) -> None:
+    rows = f'[[providers]]\nname = "o"\ntype = "{name}"\napi_key = "k"\n'
+    [provider] = ccmux.load_config(rows, {}).providers
+    assert ccmux.dialect_of(provider, model, (), {"tools": tools}) is DIALECTS[format]
+
+
+@pytest.mark.parametrize(
     ("base_url", "is_openais"),
     [
         ("https://api.openai.com", True),

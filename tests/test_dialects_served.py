@@ -135,6 +135,28 @@ async def test_openai_sdk_streamed_and_whole(upstream: Upstream, start_ccmux: St
         assert caught.value.code == "model_not_found"
 
 
+@pytest.mark.parametrize("format", ["anthropic", "chat"])
+async def test_a_web_search_goes_to_responses_at_once(
+    format: str, upstream: Upstream, start_ccmux: Start
+) -> None:
+    """OpenAI's Chat Completions answers it with a 400, of all models but those that are made for it."""
+    config = CONFIG.format(url=upstream.server.make_url("").human_repr().rstrip("/"))
+    search: Any = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+    hello: Any = [user("who won?")]
+    async with (
+        start_ccmux(config + 'quirks.web_search = "responses"\n') as ccmux,
+        anthropic.AsyncAnthropic(base_url=ccmux.url, api_key="x", max_retries=0) as client,
+        openai.AsyncOpenAI(base_url=f"{ccmux.url}/v1", api_key="x", max_retries=0) as other,
+    ):
+        if format == "anthropic":
+            await client.messages.create(model="o/gpt-5.1", max_tokens=99, tools=[search], messages=hello)
+        else:
+            await other.chat.completions.create(model="o/gpt-5.1", messages=hello, web_search_options={})
+    [body] = upstream.bodies
+    assert body["tools"] == [{"type": "web_search"}]
+    assert not upstream.refusals
+
+
 @pytest.mark.parametrize(
     "refusal",
     [
