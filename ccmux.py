@@ -4987,7 +4987,8 @@ def gemini_request(body: Json, to: Upstream) -> Json:
         out["tools"] = [{"functionDeclarations": declarations}]
         out.update(gemini_tool_config(body, to))
     elif web_search_of(body):
-        out["tools"] = [{"googleSearch": {}}]  # older models do not take it beside functions
+        # Before Gemini 3 none takes it beside functions; later ones do, where all that they found comes back each time.
+        out["tools"] = [{"googleSearch": {}}]
     if config := without(gemini_config(body, to), to):
         out["generationConfig"] = config
     return without(out | to.quirks.extra_body, to)
@@ -5778,6 +5779,7 @@ class Dialect:
     version: str = "/v1"  # what a bare host is followed by
     is_local: bool = False  # answered in this process
     passes: str = ""  # the client format whose answers are relayed as they come
+    searches_alone: bool = False  # takes its web search not beside functions
 
 
 DIALECTS: dict[str, Dialect] = {
@@ -5796,6 +5798,7 @@ DIALECTS: dict[str, Dialect] = {
         gemini_request,
         "x-goog-api-key",
         version="/v1beta",
+        searches_alone=True,
     ),
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
 }
@@ -5892,6 +5895,13 @@ def preset(row: str) -> tuple[str, Json]:
 
 
 PRESETS: dict[str, Json] = dict(map(preset, PRESET_ROWS.strip().splitlines()))
+
+
+def left_out(body: Json, dialect: Dialect) -> list[str]:
+    """The types of those server tools that a translated request does without."""
+    is_crowd = dialect.searches_alone and bool(client_tools(body))
+    left = (t for t in tools_of(body) if is_left_out(t) or (is_crowd and is_web_search(t)))
+    return [str(t.get("type"))[:64] for t in left]
 
 
 CHAT = "chat/completions"  # what a model that is served by Responses alone does not take
@@ -8992,7 +9002,7 @@ class Relay:
             url += "?beta=true" if "beta=true" in call.query else ""
         else:
             translated = dialect.request(call.body, to)
-            if left := [str(t.get("type"))[:64] for t in tools_of(call.body) if is_left_out(t)]:
+            if left := left_out(call.body, dialect):
                 log.info(
                     "request %s: server tools left out for %s: %r", call.request_id, provider.name, left[:8]
                 )

@@ -31,6 +31,7 @@ from translation import (
     user,
 )
 
+import ccmux
 from ccmux import GeminiStream, Retry, Usage, collect, gemini_request, gemini_usage
 
 FLASH = upstream("gemini-3.8-flash")
@@ -627,6 +628,19 @@ def test_web_search() -> None:
     assert request_of(user("hi"), tools=[SEARCH], tool_choice={"type": "tool", "name": "web_search"})[
         "tools"
     ] == [{"googleSearch": {}}]
+
+
+@pytest.mark.parametrize(
+    ("format", "tools", "left"),
+    [
+        ("gemini", [SEARCH], []),
+        ("gemini", [SEARCH, BASH], ["web_search_20250305"]),
+        ("responses", [SEARCH, BASH], []),
+        ("gemini", [{"type": "code_execution_20250825", "name": "c"}], ["code_execution_20250825"]),
+    ],
+)
+def test_server_tools_that_are_left_out_are_told(format: str, tools: list[Any], left: list[str]) -> None:
+    assert ccmux.left_out({"tools": tools}, ccmux.DIALECTS[format]) == left
 
 
 def test_what_an_upstream_refuses_is_left_out() -> None:
