@@ -5309,15 +5309,15 @@ _WITHOUT_EFFORT = re.compile(r"claude-(?:3|haiku-4|sonnet-4[-.]5|(?:sonnet|opus)
 
 def fitting_request(body: Json, to: Upstream) -> Json:
     """What `messages_request` made, without what this very model of an Anthropic-format upstream is known to refuse."""
-    dropped = () if to.facts.sampling else ("temperature", "top_p")
+    dropped = (*to.skip,) if to.facts.sampling else (*to.skip, "temperature", "top_p")
     if "claude" in to.model and "temperature" in body:
         dropped = (*dropped, "top_p")  # Claude 4.5 and 4.6 refuse the two together
     out = {k: v for k, v in body.items() if k not in dropped}
     if limit := output_limit(body, to.facts):
         out["max_tokens"] = limit
-    if _WITHOUT_EFFORT.search(to.model) and "output_config" in body:
+    if _WITHOUT_EFFORT.search(to.model) and "output_config" in out:
         out["output_config"] = {k: v for k, v in body["output_config"].items() if k != "effort"}
-    choice = as_object(body.get("tool_choice"))
+    choice = as_object(out.get("tool_choice"))
     if choice.get("type") in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
         out["tool_choice"] = {
             "type": "auto",
@@ -9440,8 +9440,8 @@ class Plan:
         if _THOUGHT_MISSED.search(error.message) and self.once("thought"):
             self.call.body, self.call.raw = unthinking(self.call.body), b""
             return True
-        if dialect_of(slot.provider, slot.target.actual_model).request is None:
-            return False
+        if self.call.format == slot.provider.format == "anthropic":
+            return False  # the client's own bytes
         return self.learns(slot, refused_parameter(error.message, error.param))
 
     def learns(self, slot: Slot, name: str) -> bool:
@@ -9469,7 +9469,7 @@ class Plan:
 DROPPABLE = (
     "temperature", "top_p", "top_k", "reasoning_effort", "stream_options", "parallel_tool_calls", "prompt_cache_key",
     "stop", "response_format", "tool_choice", "max_tokens", "max_completion_tokens", "web_search_options", "plugins",
-    "reasoning", "include", "store", "text", "thinking", "metadata", "cache_control",
+    "reasoning", "include", "store", "text", "thinking", "metadata", "cache_control", "stop_sequences", "output_config",
 )  # fmt: skip
 _REFUSES = re.compile(
     r"(?i)unsupported|unknown|unrecognized|not supported|not permitted|extra inputs|does not support|unexpected|"
@@ -9615,7 +9615,7 @@ def forwarded(call: Call, to: Upstream) -> bytes:
 
 def without_dropped(body: Json, to: Upstream) -> Json:
     """The body without what the provider's drop list names; the very same object where nothing is dropped."""
-    for name in (*to.quirks.drop, *to.skip):
+    for name in (*to.quirks.drop, *(to.skip & DROPS.keys())):
         if name in DROPS:
             body = DROPS[name](body)
         elif name in body:

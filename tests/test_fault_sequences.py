@@ -1031,6 +1031,27 @@ async def test_what_is_only_forwarded_keeps_its_parameters(tmp_path: Path) -> No
     assert a.count == 1
 
 
+async def test_what_an_openai_client_sends_to_an_anthropic_upstream_is_left_out_of_its_requests(
+    tmp_path: Path,
+) -> None:
+    """And of no one's who speaks the upstream's own format: those bytes are not ours."""
+
+    def answers(call: fs.UpstreamCall) -> Any:
+        refusal = fs.status(400, message="temperature: Extra inputs are not permitted")
+        return (refusal if "temperature" in call.json else fs.answer()).steps(call)
+
+    asked = {
+        "model": "claude-sonnet-5-5", "temperature": 0.5, "stop": ["x"], "messages": [{"role": "user", "content": "hi"}],
+    }  # fmt: skip
+    async with stage(tmp_path, (fs.Behaviour(answers),)) as (proxy, (a,)), aiohttp.ClientSession() as session:
+        for _ in range(2):
+            async with session.post(f"{proxy.url}/v1/chat/completions", json=asked) as reply:
+                assert (await reply.json())["choices"][0]["message"]["content"] == HELLO
+        fails(400, says="temperature")(await ask(proxy, body=message_body(temperature=0.5)))
+    assert ["temperature" in call.json for call in a.calls] == [True, False, False, True]
+    assert all(call.json.get("stop_sequences") == ["x"] for call in a.calls[:3])
+
+
 THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "c2lnbmVk"}
 THOUGHTS = [
     {"role": "user", "content": "Hello."},
