@@ -10829,11 +10829,15 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
             response = await state.relay.post(state.relay.session, request, provider)
             answer = await response.read()
         told = json.loads(answer) if response.status == 200 else None
+        is_none = response.status in (400, 404, 405, 501) and provider.quirks.count_tokens == "auto"
+        rest = 86_400 if is_none else 0
+    except TimeoutError:  # each count would wait for it
+        told, rest = None, 300
     except UPSTREAM_FAULTS():
         return None
-    if response.status in (400, 404, 405, 501) and provider.quirks.count_tokens == "auto":
+    if rest:
         forget_oldest(state.refused_counts)
-        state.refused_counts[place] = time.monotonic() + 86_400
+        state.refused_counts[place] = time.monotonic() + rest
     return token_number(as_object(told).get("input_tokens")) or None  # gateways that cannot count say 0
 
 
