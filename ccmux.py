@@ -5949,7 +5949,20 @@ def load_config(text: str, env: Mapping[str, str], path: str = "") -> Config:
     """`parse_config` with this file's presets and formats, and every route checked."""
     config = parse_config(text, env, PRESETS, DIALECTS, path)
     check_routes(config)
+    for provider in config.providers:
+        check_sign_in(provider)
     return dataclasses.replace(config, warnings=(*config.warnings, *idle_rules(config)))
+
+
+def check_sign_in(provider: Provider) -> None:
+    """ConfigError where two things want to be the Authorization header: a key, and a user in the address."""
+    style = provider.quirks.auth or DIALECTS[provider.format].auth
+    has_user = "@" in urllib.parse.urlsplit(provider.base_url).netloc
+    if has_user and provider.api_key and style in ("bearer", "both"):
+        where = f"[[providers]] {provider.name!r}: key 'base_url'"
+        raise ConfigError(
+            f"{where} has a user, and api_key needs the same header, Authorization: leave out one of them"
+        )
 
 
 class ClientFormat(typing.Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import json
 import time
@@ -199,6 +200,28 @@ def test_a_vendors_other_address_keeps_its_quirks() -> None:
     )
     [provider] = ccmux.load_config(china, {"ZAI_API_KEY": "k"}).providers
     assert provider.quirks.reasoning_replay == "tool_turns"
+
+
+@pytest.mark.parametrize(
+    ("type", "key", "auth", "is_refused"),
+    [
+        ("openai", "k", "", True),
+        ("openai", "", "", False),
+        ("openai", "k", "x-api-key", False),
+        ("anthropic", "k", "", False),
+        ("anthropic", "k", "both", True),
+        ("gemini", "k", "", False),
+    ],
+)
+def test_a_user_in_the_address_and_a_key_cannot_share_a_header(
+    type: str, key: str, auth: str, is_refused: bool
+) -> None:
+    text = (
+        f'[[providers]]\nname = "p"\ntype = "{type}"\napi_key = "{key}"\nbase_url = "http://me:pw@p.test"\n'
+    )
+    told = pytest.raises(ccmux.ConfigError, match="'base_url' has a user")
+    with told if is_refused else contextlib.nullcontext():
+        ccmux.load_config(f'{text}quirks.auth = "{auth}"\n', {})
 
 
 # What an Anthropic-format upstream gets.
