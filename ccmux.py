@@ -4637,7 +4637,7 @@ def responses_reasoning(body: Json, to: Upstream) -> Json:
 
 
 _EFFORT_REFUSED = re.compile(
-    r"(?i)unsupported value: '(\w+)'|thinking[_ ]level (\w+) is not supported"
+    r"(?i)(?:unsupported|invalid) value: '(\w+)'|thinking[_ ]level (\w+) is not supported"
 )  # OpenAI, Gemini
 
 
@@ -5846,12 +5846,12 @@ demo                 demo      -                                                
 EFFORTS_3 = ["low", "medium", "high"]
 FOREIGN = {"drop": ["billing_header"]}  # it changes with each prompt and spoils prompt caches
 PRESET_QUIRKS: dict[str, Json] = {
-    "openai": {"effort": ["minimal", *EFFORTS_3, "xhigh"], "prompt_cache_key": True, "files": True}
+    "openai": {"effort": [*EFFORTS], "prompt_cache_key": True, "files": True}
     | {"web_search": "responses", "codex": "codex"},
     "openrouter": {
         "cache_control": "claude|gemini|qwen",
         "reasoning_key": "reasoning_details",
-        "effort": EFFORTS_3,
+        "effort": [*EFFORTS],
     }
     | {"files": True, "web_search": "plugin", "transient": "Provider returned error"},
     "openrouter-anthropic": {"auth": "bearer"},
@@ -5866,7 +5866,7 @@ PRESET_QUIRKS: dict[str, Json] = {
     "gemini-openai": {"schema": "gemini", "effort": EFFORTS_3, "reasoning_key": "extra_content"},
     "groq": {"effort": EFFORTS_3},
     "deepinfra": {"forced_tool": False},
-    "cerebras": {"lax_finish": True},
+    "cerebras": {"lax_finish": True, "effort": EFFORTS_3},
     "mistral": {"tool_id": "[A-Za-z0-9]{9}", "user_after_tool": False},
     "xai": {
         "effort": EFFORTS_3,

@@ -89,8 +89,8 @@ def test_every_preset_loads(name: str) -> None:
 
 DIFFERENCES: dict[str, Any] = {  # of a vendor, beside its address and key
     "anthropic": {"auth": "", "count_tokens": "auto", "drop": ()},
-    "openai": {"max_tokens_key": "auto", "codex": "codex", "prompt_cache_key": True, "files": True},
-    "openrouter": {"cache_control": "claude|gemini|qwen", "reasoning_key": "reasoning_details",
+    "openai": {"effort": ccmux.EFFORTS, "max_tokens_key": "auto", "codex": "codex", "prompt_cache_key": True, "files": True},
+    "openrouter": {"effort": ccmux.EFFORTS, "cache_control": "claude|gemini|qwen", "reasoning_key": "reasoning_details",
                    "transient": "Provider returned error", "web_search": "plugin"},
     "openrouter-anthropic": {"auth": "bearer"},
     "zai": {"drop": ("billing_header",)},
@@ -337,6 +337,8 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
         ("Provider returned error: {\"message\":\"Unexpected role 'user' after role 'tool'\"}", "", "user_after_tool"),
         ("Unsupported value: 'xhigh' is not supported with the 'gpt-5.1' model. Supported values are: 'none', 'low'.",
          "reasoning.effort", "effort.xhigh"),
+        ("Invalid value: 'max'. Supported values are: 'none', 'low', 'medium', 'high', and 'xhigh'.", "reasoning_effort",
+         "effort.max"),
         ("Unsupported value: 'low' is not supported with the 'm' model.", "text.verbosity", "text"),
         ("Thinking level MEDIUM is not supported for this model. Please retry with other thinking level.", "", "effort.medium"),
         ("[{'type': 'literal_error', 'loc': ('body', 'reasoning_effort'), 'msg': \"Input should be 'low' or 'high'\"}]", "",
