@@ -5827,9 +5827,9 @@ groq                 openai    https://api.groq.com/openai/v1                   
 together             openai    https://api.together.xyz/v1                               TOGETHER_API_KEY    zai-org/GLM-5.3
 fireworks            openai    https://api.fireworks.ai/inference/v1 FIREWORKS_API_KEY accounts/fireworks/models/glm-5p3
 deepinfra            openai    https://api.deepinfra.com/v1/openai                       DEEPINFRA_API_KEY   zai-org/GLM-5.3
-cerebras             openai    https://api.cerebras.ai/v1                                CEREBRAS_API_KEY    zai-glm-5.3
+cerebras             openai    https://api.cerebras.ai/v1                                CEREBRAS_API_KEY    gpt-oss-120b
 mistral              openai    https://api.mistral.ai/v1                                 MISTRAL_API_KEY     devstral-medium-latest
-xai                  openai    https://api.x.ai/v1                                       XAI_API_KEY         grok-5-fast
+xai                  openai    https://api.x.ai/v1                                       XAI_API_KEY         grok-4.7
 nvidia               openai    https://integrate.api.nvidia.com/v1                       NVIDIA_API_KEY      z-ai/glm-5.3
 github               openai    https://models.github.ai/inference                        GITHUB_TOKEN        openai/gpt-4.1
 zenmux               anthropic https://zenmux.ai/api/anthropic                           ZENMUX_API_KEY      z-ai/glm-5.3
@@ -6254,12 +6254,12 @@ def demo_input(tool: Json, words: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 # Tokens and prices (pure; the encoder is handed in)
 # ----------------------------------------------------------------------------------------------------------
-# Prices: US dollars per million tokens, taken 2026-11-22 from a maintained public table (LiteLLM's) and
+# Prices: US dollars per million tokens, taken 2026-11-27 from a maintained public table (LiteLLM's) and
 # checked against the vendors' pages where they have one. Columns: name, context, max output, input, output,
 # cache read, cache write, 1 h cache write; - is unknown, not free. Then what the model refuses (s sampling
 # parameters, f forced tool calls) and the tiers, above:input/output/read/write(/1 h write), that price a whole
 # request once its prompt passes that. Anthropic's 1 h write costs twice the input.
-PRICES_DATE = "2026-11-22"
+PRICES_DATE = "2026-11-27"
 PRICE_ROWS = """
 claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sf
 claude-fable-5           1000000  128000    10    50      1   12.5  20 s
@@ -6294,6 +6294,7 @@ gpt-5.1                   272000  128000  1.25    10  0.125      -   - -
 gpt-5                     272000  128000  1.25    10  0.125      -   - -
 gpt-5-mini                272000  128000  0.25     2  0.025      -   - -
 gpt-5-nano                272000  128000  0.05   0.4  0.005      -   - -
+gpt-5-search-api          272000  128000  1.25    10  0.125      -   - -
 gpt-4.1                  1047576   32768     2     8    0.5      -   - -
 gpt-4.1-mini             1047576   32768   0.4   1.6    0.1      -   - -
 gpt-4o                    128000   16384   2.5    10   1.25      -   - -
@@ -6301,15 +6302,18 @@ gpt-4o-mini               128000   16384  0.15   0.6  0.075      -   - -
 o3                        200000  100000     2     8    0.5      -   - -
 o4-mini                   200000  100000   1.1   4.4  0.275      -   - -
 gemini-4-argon           1048576 1048576     2    10    0.1      -   - -
+gemini-4-hydrogen        1048576 1048576   1.5   7.5  0.075      -   - -
 gemini-3.8-flash         1048576   65536  0.75  3.75  0.075      -   - s
 gemini-3.7-flash         1048576   65536  0.75  3.75  0.075      -   - s
 gemini-3.6-flash         1048576   65536  0.75  3.75  0.075      -   - s
 gemini-3.5-flash         1048576   65536   1.5     9   0.15      -   - -
 gemini-3.5-flash-lite    1048576   65536   0.3   2.5   0.03      -   - s
 gemini-3.1-pro-preview   1048576   65536     2    12    0.2      -   - -  200000:4/18/0.4/-
+gemini-3-flash-preview   1048576   65536   0.5     3   0.05      -   - -
 gemini-2.5-pro           1048576   65536  1.25    10  0.125      -   - -  200000:2.5/15/0.25/-
 gemini-2.5-flash         1048576   65536   0.3   2.5   0.03      -   - -
 deepseek-v4-pro          1000000  393216  1.32  3.96  0.044      0   - -
+deepseek-flash           1000000  393216   0.3   1.2  0.006      0   - -
 deepseek-v4-flash        1000000  393216   0.3   1.2  0.006      0   - -
 deepseek-chat             131072    8192  0.28  0.42  0.028      0   - -
 deepseek-reasoner         131072   65536  0.28  0.42  0.028      -   - -
@@ -6317,6 +6321,7 @@ glm-5.3                  1000000  128000   1.4   4.4   0.26      0   - -
 glm-5.3-flash            1048576  128000  0.15   0.5   0.03      0   - -
 glm-5.2                  1000000  128000   1.4   4.4   0.26      0   - -
 glm-5.1                   200000  128000   1.4   4.4   0.26      0   - -
+glm-5                     200000  128000     1   3.2    0.2      0   - -
 glm-4.7                   200000  128000   0.6   2.2   0.11      0   - -
 glm-4.6                   200000  128000   0.6   2.2   0.11      0   - -
 glm-4.5-air               128000   32000   0.2   1.1      -      -   - -
@@ -6336,10 +6341,14 @@ qwen3-max                 258048   65536   1.2     6      -      -   - -  32000:
 grok-4.7                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
 grok-4.6                  500000  500000     2     6    0.5      -   - -  200000:4/12/1/-
 grok-4.5                  500000  500000     2     6    0.3      -   - -  200000:4/12/0.6/-
+grok-4.3                 1000000 1000000  1.25   2.5    0.2      -   - -  200000:2.5/5/0.4/-
 grok-code-fast-1          256000  256000     1     2    0.2      -   - -  200000:2/4/0.4/-
+mistral-large-4          1048576 1048576   0.7   2.1   0.07      -   - -
 mistral-large-latest      262144  262144   0.5   1.5   0.05      -   - -
 mistral-medium-latest     262144  262144   1.5   7.5   0.15      -   - -
+mistral-small-latest      262144  262144  0.15   0.6  0.015      -   - -
 devstral-latest           256000  256000   0.4     2   0.04      -   - -
+devstral-medium-latest    256000  256000   0.4     2   0.04      -   - -
 codestral-latest          128000  128000   0.3   0.9   0.03      -   - -
 openai/gpt-oss-120b       131072   65536  0.15   0.6  0.075      -   - -
 openai/gpt-oss-20b        131072   65536 0.075   0.3 0.0375      -   - -

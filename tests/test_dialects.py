@@ -102,7 +102,7 @@ DIFFERENCES: dict[str, Any] = {  # of a vendor, beside its address and key
     "deepseek-openai": {"reasoning_replay": "tool_turns"},
     "gemini-openai": {"schema": "gemini"},
     "deepinfra": {"forced_tool": False},
-    "cerebras": {"lax_finish": True},
+    "cerebras": {"effort": ("low", "medium", "high"), "lax_finish": True},
     "mistral": {"tool_id": "[A-Za-z0-9]{9}"},
     "litellm": {"auth": "bearer"},
 }  # fmt: skip

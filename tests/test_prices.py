@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ccmux import (
+    PRESETS,
     PRICE_KINDS,
     Charge,
     Config,
@@ -101,6 +102,15 @@ def test_facts_say_what_a_model_refuses() -> None:
     assert facts_of("claude-haiku-4-5") == Facts(
         200000, 64000, True, True, price("1", "5", "0.1", "1.25", "2")
     )
+
+
+UNPRICED = {"", "demo", "kimi-for-coding"}  # the last is a subscription's
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_a_start_without_a_config_asks_for_has_a_price(name: str) -> None:
+    default = PRESETS[name]["default"]
+    assert (facts_of(default).price is None) is (default in UNPRICED)
 
 
 OWN, ROW = price("7", "8"), price("5", "6")
