@@ -1080,6 +1080,9 @@ class Quirks:
     cache_control: str = opt("", "models that take cache_control (regular expression)", regex=True)
     files: bool = opt(False, "takes PDF files as content parts")
     vision: bool = opt(True, "takes images")
+    vision_models: str = opt(
+        "", "models that do, where vision is false or media dropped (regular expression)", regex=True
+    )
     web_search: str = opt("", "how it searches the web", choices=("", "options", "plugin", "responses"))
     schema: str = opt("", "tool schema cleaning", choices=("", "gemini"))
     midway_system: bool = opt(False, "takes system messages in mid-conversation")
@@ -3464,7 +3467,13 @@ class Upstream:
 
     @property
     def vision(self) -> bool:
-        return self.quirks.vision and "media" not in self.skip
+        return (self.quirks.vision or self.sees) and "media" not in self.skip
+
+    @property
+    def sees(self) -> bool:
+        """Whether it is one of a provider's models that take images where the others do not."""
+        names = self.quirks.vision_models
+        return bool(names and re.search(names, self.model)) and "media" not in self.skip
 
     @property
     def files(self) -> bool:
@@ -5861,8 +5870,9 @@ PRESET_QUIRKS: dict[str, Json] = {
     # K3 takes these efforts alone, in either format (github.com/anomalyco/models.dev/pull/3310).
     "moonshot": {"effort": ["low", "high", "max"], **FOREIGN},
     "kimi-coding": {"count_tokens": "upstream", "effort": ["low", "high", "max"], **FOREIGN},
-    "deepseek": {"drop": ["billing_header", "tool_type", "media"]},
-    "deepseek-openai": {"reasoning_replay": "tool_turns", "vision": False},
+    # https://api-docs.deepseek.com/guides/vision: since V4.1 Flash takes images, in each format.
+    "deepseek": {"drop": ["billing_header", "tool_type", "media"], "vision_models": "flash"},
+    "deepseek-openai": {"reasoning_replay": "tool_turns", "vision": False, "vision_models": "flash"},
     "gemini-openai": {"schema": "gemini", "effort": EFFORTS_3, "reasoning_key": "extra_content"},
     "groq": {"effort": EFFORTS_3},
     "deepinfra": {"forced_tool": False},
@@ -9638,7 +9648,9 @@ def forwarded(call: Call, to: Upstream) -> bytes:
 def without_dropped(body: Json, to: Upstream) -> Json:
     """The body without what the provider's drop list names; the very same object where nothing is dropped."""
     for name in (*to.quirks.drop, *(to.skip & DROPS.keys())):
-        if name in DROPS:
+        if name == "media" and to.sees:
+            body = without_media(body, ("document",))
+        elif name in DROPS:
             body = DROPS[name](body)
         elif name in body:
             body = {k: v for k, v in body.items() if k != name}
@@ -9672,11 +9684,11 @@ def without_tool_type(body: Json) -> Json:
     return {**body, "tools": tools}
 
 
-def without_media(body: Json) -> Json:
+def without_media(body: Json, kinds: tuple[str, ...] = ("image", "document")) -> Json:
     """The body with a note in place of each image and document."""
 
     def noted(block: Json) -> Json:
-        if block.get("type") in ("image", "document"):
+        if block.get("type") in kinds:
             return {"type": "text", "text": f"[{block['type']} left out: this model takes only text]"}
         if block.get("type") == "tool_result" and isinstance(block.get("content"), list):
             return {**block, "content": [noted(b) for b in blocks_of(block["content"])]}

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from translation import assistant, check_grammar, thinking, tool_result, upstream, user
+from translation import PDF, PNG, assistant, check_grammar, thinking, tool_result, upstream, user
 
 import ccmux
 from ccmux import DIALECTS, PRESETS, AnthropicStream, Call, Config, Route, Usage, endpoint_url, with_model
@@ -98,7 +98,7 @@ DIFFERENCES: dict[str, Any] = {  # of a vendor, beside its address and key
     "moonshot": {"effort": ("low", "high", "max"), "drop": ("billing_header",)},
     "moonshot-openai": {"effort": ("low", "high", "max"), "reasoning_replay": "tool_turns"},
     "kimi-coding": {"count_tokens": "upstream"},
-    "deepseek": {"drop": ("billing_header", "tool_type", "media")},
+    "deepseek": {"drop": ("billing_header", "tool_type", "media"), "vision_models": "flash"},
     "deepseek-openai": {"reasoning_replay": "tool_turns"},
     "gemini-openai": {"schema": "gemini"},
     "deepinfra": {"forced_tool": False},
@@ -303,6 +303,32 @@ def test_thinking_goes_only_to_whoever_signed_it(model: str, block: Any, stays: 
     sent = ccmux.forwarded(call_of(body, raw), upstream(model))
     assert (sent is raw) == stays
     assert json.loads(sent)["messages"][1]["content"] == ([block, said] if stays else [said])
+
+
+@pytest.mark.parametrize(
+    ("type", "model", "skip", "kinds"),
+    [
+        ("deepseek", "deepseek-flash", (), {"image"}),
+        ("deepseek", "deepseek-v4-flash-vision-exp", (), {"image"}),
+        ("deepseek", "deepseek-v4-pro", (), set()),
+        ("deepseek", "deepseek-flash", ("media",), set()),
+        ("deepseek-openai", "deepseek-flash", (), {"image_url"}),
+        ("deepseek-openai", "deepseek-v4-pro", (), set()),
+        ("deepseek-openai", "deepseek-flash", ("media",), set()),
+    ],
+)
+def test_of_deepseeks_models_flash_gets_images(
+    type: str, model: str, skip: tuple[str, ...], kinds: set[str]
+) -> None:
+    rows = f'[[providers]]\nname = "d"\ntype = "{type}"\napi_key = "k"\n'
+    [provider] = ccmux.load_config(rows, {}).providers
+    to = ccmux.Upstream(model, provider.quirks, ccmux.Facts(), skip=frozenset(skip))
+    body = {"model": "m", "messages": [user("look", PNG, PDF)]}
+    forwards = type == "deepseek"
+    sent = json.loads(ccmux.forwarded(call_of(body), to)) if forwards else ccmux.openai_request(body, to)
+    content = sent["messages"][0]["content"]
+    blocks = content if isinstance(content, list) else []
+    assert {b["type"] for b in blocks} - {"text"} == kinds
 
 
 def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
