@@ -1409,10 +1409,10 @@ class Loader:
 
 
 def preset_at(preset: Json, base_url: str) -> Json:
-    """What a row inherits with an address of its own: at one that is not the vendor's, the format and the key alone."""
-    if base_url and not re.search(preset.get("hosts", ""), base_url):
-        return {key: preset[key] for key in ("type", "api_key")}
-    return {key: value for key, value in preset.items() if key != "hosts"}
+    """What a row inherits with an address of its own: no quirks at one that is not the vendor's."""
+    is_elsewhere = bool(base_url) and not re.search(preset.get("hosts", ""), base_url)
+    left = ("hosts", "quirks") if is_elsewhere else ("hosts",)
+    return {key: value for key, value in preset.items() if key not in left}
 
 
 @functools.cache

@@ -187,7 +187,6 @@ def test_what_is_openais_own_is_not_asked_of_a_server_of_its_format(base_url: st
     rows = f'[[providers]]\nname = "o"\ntype = "openai"\nbase_url = "{base_url}"\n'
     [provider] = ccmux.load_config(rows, {"OPENAI_API_KEY": "k"}).providers
     assert (provider.quirks == ccmux.Quirks()) is not is_openais
-    assert bool(provider.default_model) is is_openais
     assert (provider.format, provider.api_key) == ("openai", ("k",))
     assert (ccmux.dialect_of(provider, "codex-7b") is DIALECTS["openai"]) is not is_openais
     [given] = ccmux.load_config(rows + 'quirks.effort = ["low"]\n', {"OPENAI_API_KEY": "k"}).providers
