@@ -438,6 +438,7 @@ class Facts:
     sampling: bool = True  # takes temperature, top_p, top_k
     forced_tool: bool = True  # takes a tool_choice that forces a call
     price: Price | None = None
+    thinking_off: bool = True  # takes thinking turned off
 
 
 class ConfigError(Exception):
@@ -5326,6 +5327,9 @@ def fitting_request(body: Json, to: Upstream) -> Json:
         out["max_tokens"] = limit
     if _WITHOUT_EFFORT.search(to.model) and "output_config" in out:
         out["output_config"] = {k: v for k, v in body["output_config"].items() if k != "effort"}
+    if as_object(out.get("thinking")).get("type") == "disabled" and not to.facts.thinking_off:
+        del out["thinking"]
+        out["output_config"] = {**out.get("output_config", {}), "effort": "low"}
     choice = as_object(out.get("tool_choice"))
     if choice.get("type") in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
         out["tool_choice"] = {
@@ -6267,19 +6271,19 @@ def demo_input(tool: Json, words: str) -> Json:
 # Prices: US dollars per million tokens, taken 2026-11-27 from a maintained public table (LiteLLM's) and
 # checked against the vendors' pages where they have one. Columns: name, context, max output, input, output,
 # cache read, cache write, 1 h cache write; - is unknown, not free. Then what the model refuses (s sampling
-# parameters, f forced tool calls) and the tiers, above:input/output/read/write(/1 h write), that price a whole
+# parameters, f forced tool calls, t thinking turned off) and the tiers, above:input/output/read/write(/1 h write), that price a whole
 # request once its prompt passes that. Anthropic's 1 h write costs twice the input.
 PRICES_DATE = "2026-11-27"
 PRICE_ROWS = """
-claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sf
-claude-fable-5           1000000  128000    10    50      1   12.5  20 s
-claude-opus-5-5          1000000  128000     4    20    0.2      5   8 sf
+claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sft
+claude-fable-5           1000000  128000    10    50      1   12.5  20 st
+claude-opus-5-5          1000000  128000     4    20    0.2      5   8 sft
 claude-opus-5            1000000  128000     5    25    0.5   6.25  10 s
 claude-opus-4-8          1000000  128000     5    25    0.5   6.25  10 s
 claude-opus-4-7          1000000  128000     5    25    0.5   6.25  10 s
 claude-opus-4-6          1000000  128000     5    25    0.5   6.25  10 -
 claude-opus-4-5           200000   64000     5    25    0.5   6.25  10 -
-claude-sonnet-5-5        1000000  128000     2    10    0.1    2.5   4 sf
+claude-sonnet-5-5        1000000  128000     2    10    0.1    2.5   4 sft
 claude-sonnet-5          1000000  128000     2    10    0.2    2.5   4 s
 claude-sonnet-4-6        1000000  128000     3    15    0.3   3.75   6 -
 claude-sonnet-4-5         200000   64000     3    15    0.3   3.75   6 -
@@ -6380,7 +6384,8 @@ def price_row(row: str) -> tuple[str, Facts]:
         size, _, columns = tier.partition(":")
         above.append((int(size), price_of_columns(*columns.split("/"))))
     price = dataclasses.replace(price, tiers=tuple(above))
-    return name.lower(), Facts(int(context), int(max_output), "s" not in refuses, "f" not in refuses, price)
+    sampling, forced_tool, thinking_off = (letter not in refuses for letter in "sft")
+    return name.lower(), Facts(int(context), int(max_output), sampling, forced_tool, price, thinking_off)
 
 
 def price_of_columns(input: str, output: str, *cache: str) -> Price:

@@ -40,6 +40,7 @@ from ccmux import (
     Usage,
     chat_error,
     claude_schema,
+    facts_of,
     fitting_request,
     messages_request,
 )
@@ -375,6 +376,18 @@ def test_what_anthropic_refuses_is_not_sent() -> None:
         (Facts(), "claude-opus-4-20250514", {"reasoning_effort": "low"}, {"output_config": {}}),
         (Facts(), "claude-opus-4-5", {"reasoning_effort": "low"}, {"output_config": {"effort": "low"}}),
         (Facts(), "claude-haiku-5-5", {"reasoning_effort": "low"}, {"output_config": {"effort": "low"}}),
+        (
+            Facts(),
+            "m",
+            {"reasoning_effort": "none"},
+            {"thinking": {"type": "disabled"}, "output_config": None},
+        ),
+        (
+            facts_of("claude-opus-5-5"),
+            "claude-opus-5-5",
+            {"reasoning_effort": "none"},
+            {"thinking": None, "output_config": {"effort": "low"}},
+        ),
         (Facts(forced_tool=False), "m", {"tool_choice": "required"}, {"tool_choice": {"type": "auto"}}),
         (
             Facts(forced_tool=False),
