@@ -3844,6 +3844,7 @@ class OpenAIMessages:
 
 # https://ai.google.dev/gemini-api/docs/thinking: 2.5 takes a budget, later ones a level, none takes both.
 _THINKS_BY_BUDGET = re.compile(r"gemini-2\.5|robotics-er")
+_TAKES_XHIGH = re.compile(r"gemini-4-(?:hydrogen|neon)")
 _NEVER_THINKS = re.compile(r"gemini-(?:1|2\.0)|gemma|learnlm")
 # What Google documents for calls that another model made:
 # https://ai.google.dev/gemini-api/docs/thought-signatures.
@@ -5047,7 +5048,9 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
     if thinking.get("type") == "disabled":  # the least there is: only 2.5 Flash can do without
         least = 128 if "pro" in to.model else 0
         return {"thinkingBudget": least} if by_budget else {"thinkingLevel": "low"}
-    levels = EFFORTS if by_budget else ("low", "medium", "high")
+    levels = (
+        EFFORTS if by_budget else ("low", "medium", "high", *["xhigh"] * bool(_TAKES_XHIGH.search(to.model)))
+    )
     effort, budget = wanted_effort(body, efforts_of(to, levels)), thinking.get("budget_tokens")
     out: Json = {"includeThoughts": True} if thinking.get("type") in ("enabled", "adaptive") else {}
     if by_budget and isinstance(budget, int) and not isinstance(budget, bool):

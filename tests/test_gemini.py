@@ -384,6 +384,12 @@ def test_signature_comes_back_from_the_stream_that_made_it() -> None:
             id="level",
         ),
         pytest.param(
+            "gemini-4-neon",
+            {"output_config": {"effort": "max"}},
+            {"thinkingLevel": "xhigh"},
+            id="a level of its own",
+        ),
+        pytest.param(
             "gemini-3.8-flash",
             {"thinking": {"type": "enabled", "budget_tokens": 3000}},
             {"includeThoughts": True, "thinkingLevel": "low"},
