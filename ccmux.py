@@ -6274,8 +6274,10 @@ def demo_input(tool: Json, words: str) -> Json:
 # Prices: US dollars per million tokens, taken 2026-11-27 from a maintained public table (LiteLLM's) and
 # checked against the vendors' pages where they have one. Columns: name, context, max output, input, output,
 # cache read, cache write, 1 h cache write; - is unknown, not free. Then what the model refuses (s sampling
-# parameters, f forced tool calls, t thinking turned off) and the tiers, above:input/output/read/write(/1 h write), that price a whole
-# request once its prompt passes that. Anthropic's 1 h write costs twice the input.
+# parameters, f forced tool calls, t thinking turned off) and the tiers, above:input/output/read/write(/1 h write),
+# that price a whole request once its prompt passes that. Anthropic's 1 h write costs twice the input. Google's
+# gemini-4-argon and -carbon stand with their prices of December 2026, which double then; gemini-3.6-flash to
+# -3.8-flash will with the new year.
 PRICES_DATE = "2026-11-27"
 PRICE_ROWS = """
 claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sft
@@ -6292,6 +6294,8 @@ claude-sonnet-4-6        1000000  128000     3    15    0.3   3.75   6 -
 claude-sonnet-4-5         200000   64000     3    15    0.3   3.75   6 -
 claude-haiku-5-5         1000000  128000   0.1   0.5   0.01  0.125 0.2 s  100000:0.5/2.5/0.05/0.625/1
 claude-haiku-4-5          200000   64000     1     5    0.1   1.25   2 -
+gpt-6.2-astra             922000  128000     8    40    0.4     10   - -  272000:16/60/0.8/20
+gpt-6.2-sol               922000  128000     2    10    0.1    2.5   - -  272000:4/15/0.2/5
 gpt-6.1-sol               922000  128000     2    10    0.1    2.5   - -  272000:4/15/0.2/5
 gpt-6.1-terra             922000  128000     1     5   0.05   1.25   - -  272000:2/7.5/0.1/2.5
 gpt-6-astra               922000  128000    10    50      1   12.5   - -  272000:20/75/2/25
@@ -6318,7 +6322,9 @@ gpt-4o                    128000   16384   2.5    10   1.25      -   - -
 gpt-4o-mini               128000   16384  0.15   0.6  0.075      -   - -
 o3                        200000  100000     2     8    0.5      -   - -
 o4-mini                   200000  100000   1.1   4.4  0.275      -   - -
-gemini-4-argon           1048576 1048576     2    10    0.1      -   - -
+gemini-4-argon           1048576 1048576     4    20    0.2      -   - -
+gemini-4-carbon          1048576 1048576     4    20    0.2      -   - -
+gemini-4-neon            1048576   65536     3    15   0.15      -   - -
 gemini-4-hydrogen        1048576 1048576   1.5   7.5  0.075      -   - -
 gemini-3.8-flash         1048576   65536  0.75  3.75  0.075      -   - s
 gemini-3.7-flash         1048576   65536  0.75  3.75  0.075      -   - s
