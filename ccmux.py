@@ -5871,7 +5871,8 @@ PRESET_QUIRKS: dict[str, Json] = {
     }
     | {"files": True, "web_search": "plugin", "transient": "Provider returned error"},
     "openrouter-anthropic": {"auth": "bearer"},
-    "zai-openai": {"reasoning_replay": "tool_turns"},
+    # GLM-5.3 always thinks, and at its most where it is not told how much.
+    "zai-openai": {"reasoning_replay": "tool_turns", "effort": ["low", "high", "max"]},
     "moonshot-openai": {"reasoning_replay": "tool_turns", "effort": ["low", "high", "max"]},
     **dict.fromkeys(("zai", "minimax", "qwen", "zenmux", "ollama", "lmstudio", "llamacpp", "vllm"), FOREIGN),
     # K3 takes these efforts alone, in either format (github.com/anomalyco/models.dev/pull/3310).

@@ -94,7 +94,7 @@ DIFFERENCES: dict[str, Any] = {  # of a vendor, beside its address and key
                    "transient": "Provider returned error", "web_search": "plugin"},
     "openrouter-anthropic": {"auth": "bearer"},
     "zai": {"drop": ("billing_header",)},
-    "zai-openai": {"reasoning_replay": "tool_turns"},
+    "zai-openai": {"effort": ("low", "high", "max"), "reasoning_replay": "tool_turns"},
     "moonshot": {"effort": ("low", "high", "max"), "drop": ("billing_header",)},
     "moonshot-openai": {"effort": ("low", "high", "max"), "reasoning_replay": "tool_turns"},
     "kimi-coding": {"count_tokens": "upstream"},
