@@ -5937,7 +5937,7 @@ def dialect_of(
     by_responses = (quirks.codex and re.search(quirks.codex, model)) or (
         provider.format == "openai" and CHAT in skip
     )
-    if quirks.web_search == "responses" and "search" not in model and body and web_search_of(body):
+    if quirks.web_search == "responses" and "-search" not in model and body and web_search_of(body):
         by_responses = True
     return DIALECTS["responses" if by_responses else provider.format]
 

@@ -155,6 +155,7 @@ def test_codex_models_of_openai_are_served_by_responses() -> None:
     [
         ("openai", "gpt-5.1", [{"type": "web_search_20250305", "name": "web_search"}], "responses"),
         ("openai", "gpt-5-search-api", [{"type": "web_search_20250305", "name": "web_search"}], "openai"),
+        ("openai", "o4-mini-deep-research", [{"type": "web_search_20250305"}], "responses"),
         ("openai", "gpt-5.1", [{"name": "web_search", "input_schema": {}}], "openai"),
         ("xai", "grok-4.7", [{"type": "web_search_20260209", "name": "web_search"}], "responses"),
         ("openrouter", "openai/gpt-5.1", [{"type": "web_search_20250305", "name": "web_search"}], "openai"),
