@@ -9963,6 +9963,7 @@ class State:
     draining: bool = False
     started: float = field(default_factory=time.monotonic)
     calls: dict[str, Call] = field(default_factory=dict)  # in flight, by request id
+    posts: dict[str, web.Request] = field(default_factory=dict)  # by id, from their body until their answer
     failures: dict[str, deque[float]] = field(default_factory=dict)  # times of wrong tokens, by address
     listeners: set[asyncio.Queue[Json]] = field(default_factory=set)  # of the live request log
     recorder: Recorder = field(default_factory=lambda: Recorder())
@@ -10140,6 +10141,8 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
         response = error_response(request, fault)
     except Exception:  # the client is to hear of a mistake, and the log why
         response = error_response(request, own_fault(request[request_key()]))
+    finally:
+        state_of(request).posts.pop(request[request_key()], None)
     if not response.prepared:
         response.headers.setdefault("request-id", request[request_key()])
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
@@ -10167,6 +10170,10 @@ def own_fault(request_id: str) -> ApiError:
     """For an exception that is a mistake of ccmux's: it goes into the log, and none of it to the client."""
     log.exception("request %s failed inside ccmux", request_id)
     return ApiError(500, "ccmux failed at this request; its log says why", cause="internal")
+
+
+def shutting_down() -> ApiError:
+    return ApiError(529, "ccmux is shutting down; try again in a moment", retry_after=2)
 
 
 async def no_such_route(request: web.Request) -> web.StreamResponse:
@@ -10277,6 +10284,8 @@ def require_admin(request: web.Request) -> State:
 
 async def read_body(request: web.Request) -> bytes:
     """The whole body; ApiError 408 when it stalls for 30 s or takes too long, 413 when it grows too large."""
+    state = state_of(request)
+    state.posts[request[request_key()]] = request
     if (
         request.content.is_eof()
         and request.content.exception() is None
@@ -10284,7 +10293,7 @@ async def read_body(request: web.Request) -> bytes:
     ):
         return await request.content.read()  # it is all there: nothing to wait for
     loop = asyncio.get_running_loop()
-    end = loop.time() + state_of(request).config.server.body_timeout
+    end = loop.time() + state.config.server.body_timeout
     chunks: list[bytes] = []
     size = 0
     try:
@@ -10576,7 +10585,7 @@ class Exchange:
     async def serve(self) -> web.StreamResponse:
         call, state = self.call, self.state
         if state.draining:
-            raise ApiError(529, "ccmux is shutting down; try again in a moment", retry_after=2)
+            raise shutting_down()
         await self.place_hold()
         sink = self.sink()
         state.calls[call.request_id] = call
@@ -14058,14 +14067,16 @@ async def drain(state: State, server: asyncio.Server) -> None:
     state.draining = True
     server.close()
     deadline = time.monotonic() + state.config.server.drain_timeout
-    if state.calls:
-        log.info("stopping: %d requests have up to %g s", len(state.calls), state.config.server.drain_timeout)
-    while state.calls and time.monotonic() < deadline:  # noqa: ASYNC110
+    if state.posts:
+        log.info("stopping: %d requests have up to %g s", len(state.posts), state.config.server.drain_timeout)
+    while state.posts and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
+    for request in state.posts.values():
+        request.content.set_exception(shutting_down())  # to those whose body still arrives
     for call in list(state.calls.values()):
         call.stop()
     until = time.monotonic() + 2
-    while state.calls and time.monotonic() < until:  # noqa: ASYNC110
+    while state.posts and time.monotonic() < until:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
