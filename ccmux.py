@@ -13880,6 +13880,7 @@ def runner_of(state: State) -> web.AppRunner:
         make_app(state),
         handler_cancellation=True,
         access_log=None,
+        auto_decompress=False,  # else what aiohttp cannot unpack is refused before `guard` can say why
         keepalive_timeout=75,
         shutdown_timeout=0.1,
         max_line_size=16384,
