@@ -11768,9 +11768,9 @@ def secret_marks(text: str) -> dict[str, str]:
     """Each literal secret as a config text spells it, longest first, with the mark that stands for it."""
     try:
         tables = tomllib.loads(text)
-        shown = [*texts_of(masked_table(tables))]
+        shown = "\n".join(texts_of(masked_table(tables)))
         # A short one that stands in the open as well ("ollama", "none") is no secret, and marks would hide names.
-        secret = {s for s in literal_secrets(tables) if len(s) >= 12 or not any(s in t for t in shown)}
+        secret = {s for s in literal_secrets(tables) if len(s) >= 12 or s not in shown}
         found = {raw for raw, value in string_values(text) if value in secret}
         found |= {raw for _, raw in _KEY_IN_COMMENT.findall(text) if is_literal(raw)}
     except (ValueError, RecursionError):
@@ -11816,18 +11816,17 @@ def is_literal(secret: str) -> bool:
 
 def string_values(text: str) -> Iterator[tuple[str, str]]:
     """The strings of a valid TOML text: as spelled between the quotes, and what that means."""
-    at = 0
-    while at < len(text):
-        end = at + 1
-        if text[at] == "#":
-            newline = text.find("\n", at)
-            end = len(text) if newline < 0 else newline
-        elif text[at] in "\"'":
-            end = skip_string(text, at)
-            token = text[at:end]
+    for token in _STRING_OR_COMMENT.findall(text):
+        if token[0] != "#":
             quotes = 3 if token.startswith(token[0] * 3) and len(token) >= 6 else 1
-            yield token[quotes:-quotes], str(tomllib.loads(f"k = {token}")["k"])
-        at = end
+            raw = token[quotes:-quotes]
+            yield raw, raw if token.isprintable() and "\\" not in raw else tomllib.loads(f"k = {token}")["k"]
+
+
+# Up to two quotes may stand before the three that close a string.
+_STRING_OR_COMMENT = re.compile(
+    r"""(?s)#[^\n]*|"{3}(?:[^\\]|\\.)*?"{3,5}|'{3}.*?'{3,5}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'"""
+)
 
 
 async def put_config(request: web.Request) -> web.StreamResponse:

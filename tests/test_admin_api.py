@@ -585,6 +585,20 @@ async def test_a_key_that_is_commented_out_is_not_shown(tmp_path: Path) -> None:
         assert admin.text == text + "# more\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "strings"),
+    [
+        ("a = 'x\\' # 'no'\nb = \"y # z\"", [("x\\", "x\\"), ("y # z", "y # z")]),
+        (r'a = "q\"u\u0041"', [(r"q\"u\u0041", 'q"uA')]),
+        ('a = """\nx""\\""""""', [('\nx""\\"""', 'x"""""')]),
+        ("a = '''x''''\nb = \"\"", [("x'", "x'"), ("", "")]),
+    ],
+    ids=["plain-and-comments", "escapes", "three-quotes-and-two-more", "a-quote-before-three"],
+)
+def test_strings_are_found_as_toml_has_them(text: str, strings: list[tuple[str, str]]) -> None:
+    assert list(ccmux.string_values(text)) == strings
+
+
 async def test_a_short_key_hides_no_names_and_breaks_no_mark(tmp_path: Path) -> None:
     [mark] = ccmux.secret_marks(f'[[providers]]\napi_key = "{SECRET}"').values()
     rows = [("ollama", "ollama"), ("q", SECRET), ("r", mark[-3:-1])]
