@@ -11581,7 +11581,10 @@ async def put_provider(request: web.Request) -> web.StreamResponse:
     table = {"name": name, **table}
     old = old_row(state, "providers", name)
     kept = kept_secrets(old, table)
-    if kept and address_of(table) != address_of(old):
+    moved = address_of(table) != address_of(old)
+    if "quirks" in table:
+        table["quirks"] = unmasked({} if moved else old.get("quirks"), table["quirks"])
+    if kept and moved:
         typed = {k: v for k, v in as_object(table.get("headers")).items() if v is not None and not is_mask(v)}
         kept = {**dict.fromkeys(kept), **({"headers": typed} if typed else {})}
     table |= kept
@@ -11601,9 +11604,21 @@ def kept_secrets(old: Json, new: Json) -> Json:
     return kept
 
 
+def unmasked(old: Any, new: Any) -> Any:
+    """What a form gives for a table, with the old one's secrets for the masks in it; without those it has none for."""
+    if is_mask(new):
+        return old
+    if not isinstance(new, dict):
+        return new
+    items = {key: unmasked(as_object(old).get(key), value) for key, value in new.items()}
+    return without_nulls(items)
+
+
 def is_mask(value: Any) -> bool:
     """Whether it is what state shows for a secret; a pool with a new key among its masks is none."""
-    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and all(map(is_mask, value)))
+    if isinstance(value, dict):
+        return "set" in value and value.keys() <= masked("").keys()
+    return isinstance(value, list) and bool(value) and all(map(is_mask, value))
 
 
 def address_of(row: Json) -> str:
