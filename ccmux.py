@@ -1218,7 +1218,8 @@ class Config:
         found = {
             key for p in self.providers for key in (*p.api_key, *p.headers.values()) if not p.passthrough
         }
-        return sorted(found | {self.server.admin_token} - {""}, key=len, reverse=True)
+        found |= {str(p.quirks.extra_body.get("api_key", "")) for p in self.providers}
+        return sorted((found | {self.server.admin_token}) - {""}, key=len, reverse=True)
 
 
 def parse_config(
@@ -10244,13 +10245,14 @@ def client_of(request: web.Request, state: State) -> tuple[User, str]:
         known = state.store.authenticate(key)
         user = user or known
         own = own or ("" if known else f"{header} {value}")
-    if user and user.disabled:
-        raise ApiError(403, f"user {user.name} is disabled; ask whoever runs this ccmux", should_retry=False)
     if user is None and state.config.server.require_key:
         count_failure(state, request)
         words = "unknown key" if given else "a key is needed"
         raise ApiError(401, f"{words}: set ANTHROPIC_AUTH_TOKEN to your ccmux key", should_retry=False)
-    return user or state.store.local_user(), own
+    user = user or state.store.local_user()
+    if user.disabled:
+        raise ApiError(403, f"user {user.name} is disabled; ask whoever runs this ccmux", should_retry=False)
+    return user, own
 
 
 def count_failure(state: State, request: web.Request) -> None:

@@ -714,6 +714,19 @@ async def test_a_friend_gets_a_key_and_five_dollars(tmp_path: Path) -> None:
         assert (status, refused["error"]["type"]) == (403, "permission_error")
 
 
+async def test_who_needs_no_key_can_be_disabled(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        await admin.call("GET", "/api/me", token="")  # makes the user
+        await admin.call("PATCH", "/admin/api/users/local", {"disabled": True})
+        admin.state.store.local_known = (None, 0.0)  # as after a second
+        for method, path in (("GET", "/api/me"), ("POST", "/v1/messages")):
+            status, refused = await admin.call(method, path, message(), token="")
+            assert (status, "user local is disabled" in refused["error"]["message"]) == (403, True)
+        assert not fake.requests
+        _, key = admin.state.store.add_user("friend")
+        assert (await admin.call("POST", "/v1/messages", message(), token=key))[0] == 200
+
+
 async def test_users_see_the_prices_they_pay(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         await admin.put("/admin/api/models/odd", {"mappings": [{"provider": "p", "actual_model": "odd-1"}]})

@@ -324,6 +324,11 @@ def test_secrets_are_in_no_repr() -> None:
     assert made.secrets == ["tok-abcdefgh", "head-abcdef", "key-abcdef"]
 
 
+def test_a_key_in_the_body_is_a_secret() -> None:
+    made = parse(PROVIDER + "quirks = { extra_body = { api_key = 'body-abcdef', seed = 1 } }\n")
+    assert made.secrets == ["body-abcdef"]
+
+
 def test_a_passthrough_key_is_no_secret() -> None:
     assert parse(PROVIDER + "api_key = 'passthrough'\n").secrets == []
 
