@@ -995,9 +995,9 @@ class Server:
     log_level: str = opt("info", "how much is logged", choices=LOG_LEVELS)
     database: str = opt("ccmux.db", 'SQLite file, beside this one if relative; ":memory:" keeps nothing')
     admin_token: str = opt(
-        "", "token of the admin page; left out: made at first start and kept beside the database", secret=True
+        "", "token of the admin page; unset: made at first start and kept beside the database", secret=True
     )
-    require_key: bool = opt(False, "true: every client needs a user's key")
+    require_key: bool = opt(False, "whether every client needs a user's key")
     allowed_hosts: tuple[str, ...] = opt(
         (), "Host names accepted besides localhost, 127.0.0.1, [::1] and `host`"
     )
@@ -1015,12 +1015,12 @@ class PromptRule:
         re.compile(""), "regular expression, searched in the user's own newest words"
     )
     model: str = opt("", "the model to use; $1 stands for the first group")
-    strip: bool = opt(False, "true: the matched words are taken out of the request")
+    strip: bool = opt(False, "whether the matched words are taken out of the request")
 
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    default: str = opt("", "model for everything no other rule takes; left out: the first [[models]] row")
+    default: str = opt("", "model for everything no other rule takes; unset: the first of the models")
     background: str = opt("", "model for auxiliary calls: titles, summaries, the small model")
     think: str = opt("", "model for what think_on names")
     think_on: tuple[str, ...] = opt(
@@ -1061,7 +1061,7 @@ class Quirks:
 
     auth: str = opt(
         "",
-        "how the key is sent; left out: as the format does",
+        "how the key is sent; unset: as the format does",
         choices=("", "x-api-key", "bearer", "both", "none", "x-goog-api-key"),
     )
     drop: tuple[str, ...] = opt((), "body keys to leave out; also billing_header, tool_type, media")
@@ -1108,20 +1108,20 @@ class Quirks:
         return object()
 
 
-PROVIDER_KEYS_HELP = (
-    'the key, "$NAME" for an environment variable, a list for a pool, "passthrough" for the client\'s own'
-)
+PROVIDER_KEYS_HELP = 'the key, "$NAME" for an environment variable, "passthrough" for the client\'s own; several between commas take turns'
 
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    name: str = opt("", "how this file calls it")
+    name: str = opt("", "what ccmux calls it")
     type: str = opt("", "wire format (anthropic, openai, responses, gemini, demo) or a preset")
     base_url: str = opt("", "overrides the preset's address")
     api_key: tuple[str, ...] = opt((), PROVIDER_KEYS_HELP, secret=True)
-    models: tuple[str, ...] = opt((), "upstream names it serves without a [[models]] row")
+    models: tuple[str, ...] = opt(
+        (), "upstream names that may be asked for as they are, without a row of their own"
+    )
     headers: dict[str, str] = opt({}, "headers added to every request", secret=True)
-    enabled: bool = opt(True, "false: it is passed over")
+    enabled: bool = opt(True, "whether it is tried at all")
     max_retries: int = opt(1, "tries on one target beside the first", least=0)
     max_concurrent: int = opt(64, "requests at once", least=1)
     connect_timeout: float = opt(10.0, "seconds to connect", least=0.05)
@@ -1129,7 +1129,7 @@ class Provider:
     response_timeout: float = opt(600.0, "seconds until an answer that is not streamed begins", least=0.05)
     idle_timeout: float = opt(120.0, "seconds between two reads of a stream", least=0.05)
     total_timeout: float = opt(3600.0, "seconds for a whole request, all tries together", least=0.05)
-    proxy: str = opt("", "proxy address; left out: HTTPS_PROXY and NO_PROXY of the environment")
+    proxy: str = opt("", "proxy address; unset: HTTPS_PROXY and NO_PROXY of the environment")
     quirks: Quirks = opt(Quirks(), "how it differs from its format")
     format: str = computed("")  # the wire format behind `type`
     default_model: str = computed("")  # the preset's, for a start without a config
@@ -1160,13 +1160,13 @@ class Target:
 class Model:
     name: str = opt("", "the name that routes and clients use")
     context: int = opt(0, "context window in tokens; 0: not known", least=0)
-    price: Price | None = opt(None, "US dollars per million tokens; left out: the built-in table")
+    price: Price | None = opt(None, "US dollars per million tokens; unset: the built-in table")
     mappings: tuple[Target, ...] = opt((), "providers that serve it, tried by priority")
 
 
 @dataclass(frozen=True, slots=True)
 class Credits:
-    enforce: bool = opt(False, "true: no balance, no request")
+    enforce: bool = opt(False, "whether who has no balance is refused")
     markup_percent: Decimal = opt(Decimal(0), "added to the provider's cost", least=0, most=100_000)
     default_price: Price = opt(
         Price(Decimal(5), Decimal(25)), "for models with no known price, when enforcing"
@@ -12701,7 +12701,7 @@ const CONTROLS = {
     input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
     const parts = () => input.value.split(",").map((v) => v.trim()).filter(Boolean);
     const gone = el("input", { type: "checkbox" });
-    const node = labelled(labelOf(field), input, helpOf(field));
+    const node = labelled(labelOf(field), input, field.help);
     if (now) node.append(el("label", {}, gone, "take the stored one away"));
     return { input, node, get: () => (gone.checked ? "" : parts().length > 1 ? parts() : parts()[0]) };
   },
@@ -12737,12 +12737,7 @@ function headerControl(field, value) {
   return { input, wide: true, get: () => (value || input.value.trim() ? get() : undefined) };
 }
 const fieldset = (field, kind, boxes) => el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
-  el("div", { class: kind }, boxes), el("span", { class: "help" }, helpOf(field)));
-/* What the file's comments say, in a form's words. */
-const helpOf = ({ help }) => (help || "").replace(/^true:/, "yes:").replace(/^false:/, "no:").replace("left out:", "empty:")
-  .replace("a list for a pool", "several between commas to take turns").replace("how this file calls it", "what ccmux calls it")
-  .replace("upstream names it serves without a", "models of it that can be asked for without a")
-  .replace("[[models]] row", "row under Models");
+  el("div", { class: kind }, boxes), el("span", { class: "help" }, field.help));
 const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ")
   .replace("Api", "API").replace(" url", " URL");
 
@@ -12751,7 +12746,7 @@ const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.n
 function controls(fields, table) {
   const made = fields.map((field) => {
     const value = table[field.name], control = CONTROLS[field.kind](field, value);
-    const node = control.node || labelled(labelOf(field), control.input, helpOf(field), control.wide);
+    const node = control.node || labelled(labelOf(field), control.input, field.help, control.wide);
     return { field, first: control.get(), ...control, node };
   });
   const read = (start = table) => {

@@ -1203,7 +1203,7 @@ async def test_forms_do_not_speak_as_the_file_does(
             said += await page.locator("dialog").inner_text()
             await page.keyboard.press("Escape")
         assert not re.search(r"true:|false:|left out:|\[\[", said)
-        assert "yes: every client needs a user's key" in said and "empty: the built-in table" in said
+        assert "whether every client needs a user's key" in said and "unset: the built-in table" in said
 
 
 @needs_browser
