@@ -12626,7 +12626,8 @@ function connectCard(models) {
     [...Object.entries(values).map(([key, value]) => line(key, value)), "claude"].join("\n")));
   return card("Point Claude Code here", null,
     el("p", { class: "muted" }, "Paste these lines into a terminal; the last one starts Claude Code.",
-    models.length ? ` Its /model also takes names such as ${models[0].name}.` : ""), shells.map(block));
+    models.length ? ` Its /model also takes names such as ${models[0].name}.` : "",
+    " Where ccmux.py is, `python3 ccmux.py code` does it all, and sets what auto mode needs."), shells.map(block));
 }
 
 /* Forms, built from the config's own declarations of its keys: {name, kind, help, default, choices}. */
@@ -14149,7 +14150,7 @@ def start_text(config: Config, port: int, token: str) -> str:
         f"  dashboard  {url}/",
         f"  admin      {url}/admin#token={urllib.parse.quote(token, safe='')}",
         *["  others     put the name or address they use into allowed_hosts of [server]"] * is_unnamed,
-        "  Claude Code, in another terminal:",
+        "  Claude Code, in another terminal; `ccmux.py code` sets these and what auto mode needs:",
         f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key}",
         "    claude",
     ])  # fmt: skip
