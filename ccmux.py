@@ -14095,7 +14095,7 @@ async def drain(state: State, server: asyncio.Server) -> None:
 
 async def watch_config(state: State, args: argparse.Namespace) -> None:
     """Swaps the config in when its file has changed; a broken file keeps the old one and says so."""
-    seen = (state.config.path, (0, 0, 0))  # it may have changed since it was read
+    seen: tuple[str, tuple[int, ...]] = (state.config.path, ())  # it may have changed since it was read
     while True:
         await asyncio.sleep(0.5)
         made = ccmux_home() / "config.toml"
@@ -14107,13 +14107,13 @@ async def watch_config(state: State, args: argparse.Namespace) -> None:
             reload_config(state, args)
 
 
-def stamp_of(path: Path) -> tuple[int, int, int]:
-    """What changes when a file does; zeros for none, and for a pipe, which can be read but once."""
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file does, or who may read it; () for none, and for a pipe, which can be read but once."""
     try:
         status = path.stat()
     except OSError:
-        return (0, 0, 0)
-    return (status.st_mtime_ns, status.st_size, status.st_ino) if path.is_file() else (0, 0, 0)
+        return ()
+    return (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino) if path.is_file() else ()
 
 
 def reload_config(state: State, args: argparse.Namespace | None = None) -> None:

@@ -192,6 +192,15 @@ def test_config_may_stand_before_the_command(cli: Cli, tmp_path: Path) -> None:
     assert str(path) in cli("--config", str(path), "check").out
     assert str(path) in cli(f"--config={path}", "check").out
     assert str(path) in cli("check", "--config", str(path)).out
+    assert "anna" in cli("--config", str(path), "user", "add", "anna").out
+
+
+def test_leave_to_read_a_config_is_a_change_of_it(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    before, end = ccmux.stamp_of(path), time.monotonic() + 10
+    while ccmux.stamp_of(path) == before and time.monotonic() < end:  # the file system's clock ticks
+        path.chmod(0o640)
+    assert ccmux.stamp_of(path) != before
 
 
 def test_an_equals_sign_before_the_config(tmp_path: Path) -> None:
