@@ -15572,7 +15572,8 @@ def parsed_arguments(given: list[str]) -> argparse.Namespace:
     if given[place:] and given[place].startswith("--config="):
         given = [*given[:place], *given[place].split("=", 1), *given[place + 1 :]]
     if given[:1] == ["--config"] and len(given) > 2 and given[2] in names:
-        given = [given[2], *given[:2], *given[3:]]
+        end = 4 if given[2] == "user" else 3  # of the command's own words
+        given = [*given[2:end], *given[:2], *given[end:]]
     given = [ALIASES.get(word, word) if n == 0 else word for n, word in enumerate(given)]
     first = given[0] if given else ""
     if first == "code" and not {"--help", "-h"} & set(given[1:2]):
