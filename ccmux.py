@@ -14018,7 +14018,7 @@ class RemoteEncoding(Encoding):
 def count_texts(source: str) -> int:
     """That process: says its encoding's name, then answers each list of texts with their lengths."""
     # Ctrl-C, and what ends a whole control group: the server still answers, and ends this by closing its stdin.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in {*ASKED, *ENDING_SIGNALS}:
         signal.signal(number, signal.SIG_IGN)
     encoding = load_encoding(source)
     answer: Any = encoding and encoding.name
@@ -14059,18 +14059,23 @@ async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) 
 
 
 def stop_on_signals() -> asyncio.Event:
-    """The event that the first SIGINT or SIGTERM sets."""
+    """The event that the first SIGINT or SIGTERM sets, or a terminal that is closed (but under nohup)."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in {*ASKED, *ENDING_SIGNALS}:
         with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
-            loop.add_signal_handler(number, stop_or_exit, stop, number)
+            if number in ASKED or signal.getsignal(number) != signal.SIG_IGN:
+                loop.add_signal_handler(number, stop_or_exit, stop, number)
     return stop
 
 
+ASKED = (signal.SIGINT, signal.SIGTERM)  # by somebody
+ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def stop_or_exit(stop: asyncio.Event, number: int) -> None:
-    """The first signal asks for an orderly end, the second ends at once."""
-    if stop.is_set():
+    """The first signal asks for an orderly end, the second ends at once; a closed terminal may send several."""
+    if stop.is_set() and number in ASKED:
         os._exit(128 + number)
     stop.set()
 
@@ -14473,9 +14478,6 @@ def run_child(command: list[str], variables: dict[str, str]) -> int:
             child.terminate()
         status = child.wait()
     return status if status >= 0 else 128 - status
-
-
-ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager

@@ -221,6 +221,20 @@ async def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path:
         assert (await asked).broken
 
 
+async def test_a_closed_terminal_drains_too(tmp_path: Path) -> None:
+    """The kernel and the shell may both tell of it."""
+    async with served(tmp_path, fs.gated_answer()) as (proxy, a):
+        asked = asyncio.create_task(ask(proxy))
+        await a.called(1)
+        assert proxy.process is not None
+        for _ in range(2):
+            proxy.process.send_signal(signal.SIGHUP)
+            await refuses_connections(proxy)
+        a.open_gate()
+        full()(await asked)
+        assert await end(proxy) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_an_idle_server_ends_quickly_and_well(number: signal.Signals, tmp_path: Path) -> None:
     async with served(tmp_path, fs.answer()) as (proxy, _):

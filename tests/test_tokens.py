@@ -695,7 +695,7 @@ async def test_a_process_counts_the_same(apart: Vocabulary) -> None:
     assert counts == [count(body, "gpt-4") for body in bodies]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_process_outlives_a_signal_that_its_server_hears_as_well(number: int, apart: Vocabulary) -> None:
     child = child_of(apart)
     child.child.send_signal(number)
