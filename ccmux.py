@@ -11872,8 +11872,8 @@ async def put_config(request: web.Request) -> web.StreamResponse:
 def check_kept(old: Json, new: Json, kept: set[str]) -> None:
     """ConfigError where a secret that the editor never saw would be shown, or sent elsewhere."""
     secret = kept & {*literal_secrets(old), *literal_secrets(new)}
-    before, after = (list(texts_of(masked_table(tables))) for tables in (old, new))
-    if any(any(s in t for t in after) and not any(s in t for t in before) for s in secret):
+    before, after = ("\n".join(texts_of(masked_table(tables))) for tables in (old, new))
+    if any(s in after and s not in before for s in secret):
         raise ConfigError("a [kept-...] mark may only stand where its key stood")
     tokens = [str(as_object(tables.get("server")).get("admin_token")) for tables in (old, new)]
     if tokens[0] != tokens[1] and tokens[1] in secret:
