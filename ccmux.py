@@ -13923,7 +13923,8 @@ async def listen(runner: web.AppRunner, config: Config) -> asyncio.Server:
         return await asyncio.get_running_loop().create_server(protocol, host, port, backlog=cap)
     except OSError as error:
         hint = "is another ccmux running? --port sets another one"
-        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror or error}); {hint}") from None
+        why = (error.strerror or str(error)).rpartition(": ")[2]
+        raise ConfigError(f"cannot listen on {host}:{port} ({why}); {hint}") from None
 
 
 class TurnAway(asyncio.Protocol):

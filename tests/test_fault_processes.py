@@ -528,6 +528,7 @@ async def test_a_port_in_use_is_told_in_one_line(tmp_path: Path) -> None:
         held.listen()
         status, said = await start(tmp_path, "--port", str(held.getsockname()[1]))
     assert status == 2 and "--port" in said and len(said.strip().splitlines()) == 1, said
+    assert "in use)" in said and said.count("127.0.0.1") == 1
 
 
 async def test_a_second_server_on_the_same_database_is_refused(tmp_path: Path) -> None:
