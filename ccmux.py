@@ -84,8 +84,10 @@ def config_path(given: str) -> Path | None:
     """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None: there is none."""
     if given or os.environ.get("CCMUX_CONFIG"):
         return expanded(given or os.environ["CCMUX_CONFIG"])
-    places = (Path("config.toml"), ccmux_home() / "config.toml")
-    return next((p for p in places if p.exists()), None)
+    if (here := Path("config.toml")).exists():
+        return here
+    kept = ccmux_home() / "config.toml"
+    return kept if kept.exists() else None
 
 
 # What runs before the packages are there. `statusline` is asked for at every turn of a conversation, and
@@ -7194,9 +7196,9 @@ def find_vocabulary(name: str) -> Path | None:
     """The vocabulary's file with the right hash; None where there is none."""
     file_name, sha256 = VOCABULARIES[name]
     named = [os.environ.get(variable) for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
-    for folder in [*map(Path, filter(None, named)), ccmux_home() / "tiktoken"]:
-        path = folder / file_name
+    for folder in filter(None, [*named, "~/.ccmux/tiktoken"]):
         try:
+            path = expanded(folder) / file_name
             if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
                 return path
         except OSError:
@@ -14039,8 +14041,8 @@ def remote_encoding(source: str) -> Encoding | None:
 async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) -> bool:
     """One vocabulary file into ~/.ccmux/tiktoken, its hash checked; false where that fails within 10 s."""
     file_name, sha256 = VOCABULARIES[name]
-    folder = ccmux_home() / "tiktoken"
     try:
+        folder = ccmux_home() / "tiktoken"
         async with (
             asyncio.timeout(10),
             session.get(url, proxy=environment_proxy(url), allow_redirects=False) as answer,
@@ -14104,8 +14106,9 @@ async def watch_config(state: State, args: argparse.Namespace) -> None:
     seen: tuple[str, tuple[int, ...]] = (state.config.path, ())  # it may have changed since it was read
     while True:
         await asyncio.sleep(0.5)
-        made = ccmux_home() / "config.toml"
-        if not state.config.path and made.exists():  # by `init`, since the start
+        if (
+            not state.config.path and (made := ccmux_home() / "config.toml").exists()
+        ):  # by `init`, since the start
             state.config = dataclasses.replace(state.config, path=str(made))
         now = (state.config.path, stamp_of(Path(state.config.path)))
         if state.config.path and now != seen:

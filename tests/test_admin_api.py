@@ -396,7 +396,10 @@ async def test_what_others_reach_needs_keys_until_the_next_start(tmp_path: Path)
         assert (await admin.call("POST", "/v1/messages", message(), token="x"))[0] == 401
 
 
-async def test_a_database_that_has_no_place_is_told_and_the_watch_goes_on(tmp_path: Path) -> None:
+async def test_a_database_that_has_no_place_is_told_and_the_watch_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "~nobody-here")  # nor has ccmux a home: it needs none
     async with admin_of(tmp_path, DEMO) as (admin, _):
         watcher = asyncio.create_task(ccmux.watch_config(admin.state, argparse.Namespace()))
         lost = '[server]\nhost = "0.0.0.0"\nrequire_key = true\ndatabase = "~nobody-here/x.db"\n'

@@ -203,6 +203,17 @@ def test_leave_to_read_a_config_is_a_change_of_it(tmp_path: Path) -> None:
     assert ccmux.stamp_of(path) != before
 
 
+def test_a_config_beside_needs_no_home(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has none."""
+    write_config(tmp_path)
+    monkeypatch.setenv("HOME", "~nobody-here")
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    with pytest.raises(FileNotFoundError):
+        ccmux.ccmux_home()
+    assert "config.toml" in cli("check").out
+    assert "database" in cli("doctor").out
+
+
 def test_an_equals_sign_before_the_config(tmp_path: Path) -> None:
     """As other programs take it; after `code`, where all else is claude's, as well."""
     write_config(tmp_path)
