@@ -193,7 +193,8 @@ async def test_a_new_key_among_masks_is_no_silent_loss(tmp_path: Path) -> None:
 
 
 async def test_a_key_inside_a_body_stays_but_never_goes_to_another_address(tmp_path: Path) -> None:
-    body = f'{{ api_key = "{SECRET}", headers = {{ x = "{SECRET}" }}, deep = {{ api_key = ["{SECRET}"], n = 1 }} }}'
+    key = f'api_key = "{SECRET}"'
+    body = f'{{ {key}, headers = {{ x = "{SECRET}" }}, deep = {{ {key}, n = 1.5 }}, all = [{{ {key}, n = 2 }}] }}'
     quirks = f"quirks = {{ extra_body = {body} }}\n"
     async with admin_of(tmp_path, f'{DEMO}base_url = "https://a.example/"\n{quirks}') as (admin, _):
         state = await admin.get("/admin/api/state")
@@ -202,7 +203,7 @@ async def test_a_key_inside_a_body_stays_but_never_goes_to_another_address(tmp_p
         assert tomllib.loads(admin.text)["providers"][0]["quirks"] == tomllib.loads(quirks)["quirks"]
         await admin.put("/admin/api/providers/d", {**provider, "base_url": "https://b.example"})
         [saved] = tomllib.loads(admin.text)["providers"]
-        assert saved["quirks"] == {"extra_body": {"headers": {}, "deep": {"n": 1}}}
+        assert saved["quirks"] == {"extra_body": {"headers": {}, "deep": {"n": 1.5}, "all": [{"n": 2}]}}
 
 
 async def test_an_empty_key_clears_it(tmp_path: Path) -> None:
