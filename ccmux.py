@@ -10702,7 +10702,7 @@ class Exchange:
     def usage(self, error: ApiError | None) -> Usage:
         """As the upstream told it, else counted here and marked; none for what cost nothing."""
         call, reader = self.call, self.call.reader
-        if reader is None or not call.first_content:
+        if reader is None or not (call.has_answered if error else call.first_content):
             has_failed = bool(call.attempts) and call.attempts[-1]["error"]
             gone = error is None and self.answered == call.tries > 0 and not has_failed
             return Usage(input=self.input_tokens(), estimated=True) if gone else Usage()

@@ -254,6 +254,8 @@ MATRIX = [
     # After content.
     *(Row(f"{name}-after-content", (fs.cut_after(5, *ending),), breaks_off(), ONE, PART, B, limits=IDLE)
       for name, ending in ENDINGS.items()),
+    Row("reset-of-what-is-not-streamed", (fs.cut_after(5, fs.Reset(), gate=False),), fails(502), TWO, NOTHING, modes="n",
+        formats=OPENAI),
     Row("error-event-midway", (fs.error_midway(),), breaks_off("overloaded_error"), ONE, PART, B),
     Row("broken-json-in-event-6", (fs.broken_json(6),), breaks_off(), ONE, PART, formats=OPENAI),
 
