@@ -7811,7 +7811,7 @@ class Store:
         return write.result
 
     def close(self, timeout: float = 10) -> None:
-        """Writes what waits, checkpoints, gives the lock back."""
+        """Writes what waits, and gives the lock back."""
         self.closing.set()
         if self.thread:
             self.queue.put(None)
@@ -7822,9 +7822,7 @@ class Store:
             self.watcher.join(timeout)
         for reader in self.readers:
             reader.close()
-        with contextlib.suppress(sqlite3.Error):
-            self.db.execute("pragma wal_checkpoint(truncate)")
-        self.db.close()
+        self.db.close()  # the last one to close copies the write-ahead log back
         if self.lock_file:
             self.lock_file.close()
 

@@ -1030,6 +1030,25 @@ async def test_another_process_that_writes_holds_up_no_loop(tmp_path: Path) -> N
         other.close()
 
 
+async def test_a_command_that_ends_beside_a_long_report_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To empty the write-ahead log SQLite waits for whoever reads, and lets nobody write meanwhile."""
+    monkeypatch.setattr(ccmux, "BUSY", 60.0)
+    async with server_store(tmp_path / "a.db") as store:
+        user, _ = store.add_user("ann", 10_000)
+        with contextlib.closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as report:
+            report.execute("begin")
+            report.execute("select * from users").fetchall()
+            await place(store, user, "r1", 100)
+            ending = threading.Thread(target=ccmux.Store(str(tmp_path / "a.db")).close)
+            ending.start()
+            await asyncio.to_thread(ending.join, 20)
+            assert not ending.is_alive()
+            await place(store, user, "r2", 100)
+    assert not (tmp_path / "a.db-wal").exists()
+
+
 async def test_for_a_process_that_keeps_the_database_many_wait_no_longer_than_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
