@@ -5478,6 +5478,10 @@ def chat_turn(message: Json, calls: int) -> list[Json]:
         blocks = [b for b in blocks if b["type"] in ("text", "tool_use")]
     if role == "assistant":
         blocks += chat_calls(message, calls)
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        if thought and isinstance(thought, str) and blocks:
+            # Unsigned, so that Claude gets none of it; DeepSeek and Kimi refuse a call without.
+            blocks.insert(0, {"type": "thinking", "thinking": thought, "signature": ""})
     return [*blocks[:-1], {**blocks[-1], **mark}] if blocks else []
 
 

@@ -43,6 +43,7 @@ from ccmux import (
     facts_of,
     fitting_request,
     messages_request,
+    without_foreign_thinking,
 )
 
 PARAMS: TypeAdapter[Any] = TypeAdapter(MessageCreateParamsStreaming)
@@ -413,6 +414,25 @@ def test_results_stand_first_in_their_turn() -> None:
     assert [b["type"] for b in out["messages"][2]["content"]] == ["tool_result", "text"]
 
 
+def test_thoughts_go_back_to_those_that_want_them() -> None:
+    """As opencode, Qwen Code, Cline, Pydantic AI and the AI SDK send them."""
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": ""}
+    call = {"role": "assistant", "content": None, "tool_calls": [{**CALL, "id": "c"}]}
+    for key in ("reasoning_content", "reasoning"):
+        out = request_of({**call, key: "Hm."}, {"role": "tool", "tool_call_id": "c", "content": "1"})
+        assert [b["type"] for b in out["messages"][1]["content"]] == ["thinking", "tool_use"]
+        assert out["messages"][1]["content"][0] == thought
+        assert without_foreign_thinking(out, "deepseek-v4-pro") is out
+        kept = without_foreign_thinking(out, "claude-sonnet-5-5")["messages"][1]["content"]
+        assert [b["type"] for b in kept] == ["tool_use"]
+    for nothing in ("", None, {"a": 1}):
+        out = request_of({**call, "content": "hi", "reasoning": nothing})
+        assert [b["type"] for b in out["messages"][1]["content"]] == ["text", "tool_use"]
+    assert "assistant" not in {
+        m["role"] for m in request_of({"role": "assistant", "reasoning": "Hm."})["messages"]
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "given"),
     [({"a": 1}, {"a": 1}), ('{"a": 1}', {"a": 1}), ("", {}), (None, {}), ("oh", {"arguments": "oh"})],
@@ -499,6 +519,7 @@ ANY_MESSAGE = st.fixed_dictionaries(
         "tool_calls": st.one_of(SCALARS, st.lists(ANY_CALL, max_size=3)),
         "tool_call_id": IDS,
         "function_call": st.sampled_from([None, {"name": "a"}]),
+        "reasoning_content": SCALARS,
     },
 )
 
