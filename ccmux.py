@@ -5261,7 +5261,8 @@ class GeminiStream:
 # The other direction: a Chat Completions request becomes a Messages request, which any provider can serve,
 # and the Anthropic events of the answer become Chat Completions chunks.
 
-CHAT_MAX_TOKENS = 16384  # Messages needs a limit where Chat Completions does not
+# The Messages API needs a limit, and most clients of OpenAI's set none: Claude Code's own, and one for small models.
+CHAT_MAX_TOKENS, CHAT_MAX_UNKNOWN = 32000, 16384
 
 
 def chat_request(body: Json) -> tuple[Json, ApiError | None]:
@@ -5295,15 +5296,14 @@ def messages_request(body: Json) -> Json:
         raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
     system, messages = chat_conversation(messages_of(body))
     limits = (body.get("max_completion_tokens"), body.get("max_tokens"))
-    budget = as_object(body.get("thinking")).get("budget_tokens")
-    default = CHAT_MAX_TOKENS + (budget if isinstance(budget, int) else 0)  # the thinking must fit in
-    limit = next((n for n in limits if n and n != -1), default)  # -1: llama.cpp's and LM Studio's "no limit"
+    limit = next((n for n in limits if n and n != -1), None)  # -1: llama.cpp's and LM Studio's "no limit"
     if as_object(body.get("response_format")).get("type") == "json_object":
         system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
     temperature, stop = body.get("temperature"), body.get("stop")
     stops = [s for s in (stop if isinstance(stop, list) else [stop]) if str(s or "").strip()]
     user = body.get("safety_identifier") or body.get("user")
     optional = {
+        "max_tokens": limit,
         "system": system or None,
         # OpenAI's goes to 2.
         "temperature": min(temperature, 1) if isinstance(temperature, (int, float)) else None,
@@ -5314,8 +5314,7 @@ def messages_request(body: Json) -> Json:
         **messages_tools(body),
         **cache_mark(body),
     }
-    out = {"model": body.get("model"), "messages": messages, "max_tokens": limit}
-    out["stream"] = body.get("stream") is True
+    out = {"model": body.get("model"), "messages": messages, "stream": body.get("stream") is True}
     return out | {k: v for k, v in optional.items() if v is not None}
 
 
@@ -5329,7 +5328,11 @@ def fitting_request(body: Json, to: Upstream) -> Json:
     if "claude" in to.model and "temperature" in body:
         dropped = (*dropped, "top_p")  # Claude 4.5 and 4.6 refuse the two together
     out = {k: v for k, v in body.items() if k not in dropped}
-    if limit := output_limit(body, to.facts):
+    if "max_tokens" not in body:
+        budget = as_object(body.get("thinking")).get("budget_tokens")  # the thinking must fit in
+        room = CHAT_MAX_TOKENS if to.facts.max_output else CHAT_MAX_UNKNOWN
+        out["max_tokens"] = room + (budget if isinstance(budget, int) else 0)
+    if limit := output_limit(out, to.facts):
         out["max_tokens"] = limit
     if _WITHOUT_EFFORT.search(to.model) and "output_config" in out:
         out["output_config"] = {k: v for k, v in body["output_config"].items() if k != "effort"}
