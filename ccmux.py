@@ -5571,11 +5571,14 @@ def chat_finish(message: Json, old_form: bool) -> str:
 
 
 def chat_usage(given: Any) -> Json:
-    """Usage of the Messages API as OpenAI counts it: cached tokens within the prompt."""
+    """Usage of the Messages API as OpenAI counts it: cached tokens and those of a cache write within the prompt."""
     usage = anthropic_usage(given, Usage()) or Usage()
     total = {"prompt_tokens": usage.prompt, "completion_tokens": usage.output}
-    details = {"prompt_tokens_details": {"cached_tokens": usage.cache_read}}
-    return {**total, "total_tokens": usage.prompt + usage.output, **details}
+    details = {
+        "cached_tokens": usage.cache_read,
+        "cache_write_tokens": usage.cache_write + usage.cache_write_1h,
+    }
+    return {**total, "total_tokens": usage.prompt + usage.output, "prompt_tokens_details": details}
 
 
 class ChatWriter:

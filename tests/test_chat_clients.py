@@ -631,7 +631,7 @@ def test_chunks_of_an_answer() -> None:
     out.whole({"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}})
     out.tool("t2", "Read")
     out.tool_input('{"a":1}')
-    out.usage = Usage(input=10, output=3, cache_read=5, cache_write=2)
+    out.usage = Usage(input=10, output=3, cache_read=5, cache_write=1, cache_write_1h=1)
     out.finish("end_turn")
     events = out.take()
     writer = ChatWriter("sonnet", 7)
@@ -660,7 +660,8 @@ def test_chunks_of_an_answer() -> None:
     assert usage is not None
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (17, 3, 20)
     assert usage.prompt_tokens_details is not None
-    assert usage.prompt_tokens_details.cached_tokens == 5
+    told = usage.prompt_tokens_details.model_dump(exclude_none=True)
+    assert told == {"cached_tokens": 5, "cache_write_tokens": 2}
 
 
 def test_who_asks_in_the_old_form_is_answered_in_it() -> None:
