@@ -276,7 +276,7 @@ def test_claude_gets_one_sampling_parameter_of_an_openai_client(
     body = {"model": "m", "messages": [], "temperature": 0.2, "top_p": 1}
     assert (
         json.loads(ccmux.forwarded(call_of(body, format=format), upstream(model))).keys()
-        - {"model", "messages"}
+        - {"model", "messages", "max_tokens"}
         == kept
     )
 
