@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VERSION = "2.1.330"  # a release is taken by changing this line
+VERSION = "2.1.332"  # a release is taken by changing this line
 PACKAGE = f"@anthropic-ai/claude-code@{VERSION}"
 
 
