@@ -473,7 +473,8 @@ class ApiError(Exception):
     """An error for the client: Anthropic's error body, or an `error` event once a stream has begun.
 
     `retry_after` is in seconds. `raw` is an upstream's own body, passed on as it came; `headers` go with it.
-    `cause` is a short word for logs and metrics: connect, timeout, status, stream, ...
+    `cause` is a short word for logs and metrics: connect, timeout, status, stream, ... `code` is Anthropic's own for
+    what an SDK heals by itself.
     """
 
     def __init__(
@@ -488,17 +489,20 @@ class ApiError(Exception):
         raw: bytes = b"",
         headers: Mapping[str, str] | None = None,
         cause: str = "",
+        code: str = "",
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.type = status, message, type or error_type(status)
         self.retry, self.retry_after, self.should_retry = retry, retry_after, should_retry
         self.raw, self.headers, self.cause = raw, dict(headers or {}), cause or f"http_{status}"
         self.param = ""  # the request's parameter that an upstream names as the trouble
+        self.code = code
 
     def body(self, request_id: str) -> Json:
+        details = {"details": {"error_code": self.code}} if self.code else {}
         return {
             "type": "error",
-            "error": {"type": self.type, "message": self.message},
+            "error": {"type": self.type, "message": self.message, **details},
             "request_id": request_id,
         }
 
@@ -5955,6 +5959,11 @@ def dialect_of(
     return DIALECTS["responses" if by_responses else provider.format]
 
 
+def is_anthropics(base: str) -> bool:
+    """Whether a base URL, which may be malformed, is of Anthropic's own API."""
+    return bool(re.match(r"https?://api\.anthropic\.com(?![\w.-])", base, re.I))
+
+
 _ENDPOINT = re.compile(
     r"/(?:messages|chat/completions|responses)$|(?:(?<=/v1)|(?<=/v1beta))/models(?:/[^/]+:\w+)?$"
 )
@@ -8840,6 +8849,8 @@ class Relay:
             slot = plan.next_slot()
             if "safeguards" in call.body and dialect_of(slot.provider, slot.target.actual_model).request:
                 raise no_safeguards()
+            if call.body.get("thread") and not is_anthropics(slot.provider.base_url):
+                raise no_thread()
             try:
                 await self.try_slot(call, slot, sink)
                 return
@@ -9574,6 +9585,15 @@ _BY_RESPONSES = re.compile(r"(?:use|supported in) /?v1/responses")
 def no_safeguards() -> ApiError:
     """What makes Claude Code's auto mode ask again without them, and classify by itself; a translation has none."""
     return ApiError(400, "safeguards: Extra inputs are not permitted")
+
+
+def no_thread() -> ApiError:
+    """What makes the tool runners of Anthropic's SDKs send the whole conversation with each turn.
+
+    With `thread` they leave to the server what was said before (SDK 2.13 of November 2026); only Anthropic's own keeps it.
+    """
+    words = "thread: no conversation is kept here; send all of it, without `thread`"
+    return ApiError(400, words, code="thread_unsupported_request")
 
 
 def refused_parameter(message: str, param: str = "") -> str:
@@ -13822,11 +13842,6 @@ def has_key(env: Mapping[str, str], reference: str) -> bool:
     name = reference.removeprefix("$")
     base = env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com"
     return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or is_anthropics(base))
-
-
-def is_anthropics(base: str) -> bool:
-    """Whether a base URL, which may be malformed, is of Anthropic's own API."""
-    return bool(re.match(r"https?://api\.anthropic\.com(?![\w.-])", base, re.I))
 
 
 def ollama_url(env: Mapping[str, str]) -> str:

@@ -899,6 +899,27 @@ async def test_auto_mode_needs_an_upstream_of_anthropics_format(wire: str, tmp_p
         assert a.calls[0].json["safeguards"] == guards
 
 
+@pytest.mark.parametrize("kind", ["anthropic", "openai", "own"])
+async def test_a_thread_is_kept_by_anthropics_own_api_alone(kind: str, tmp_path: Path) -> None:
+    """Its SDKs send the whole conversation after that code; what ignored the field would lose what was said."""
+    thread = {"type": "continue", "previous_message_id": "msg_1"}
+    providers = {"A": {"type": "anthropic" if kind == "own" else kind}}
+    async with stage(tmp_path, OK, providers=providers) as (proxy, (a,)):
+        if kind == "own":
+            there = {"A": {"proxy": a.url}}
+            text = config_text({"A": "http://api.anthropic.com"}, providers=there)
+            proxy.state.config = ccmux.load_config(text, {})
+        reply = await ask(proxy, body=message_body(thread=thread))
+        if kind == "own":
+            full()(reply)
+            assert a.calls[0].json["thread"] == thread
+            return
+        fails(400, "invalid_request_error", says="send all of it, without `thread`")(reply)
+        assert reply.json["error"]["details"] == {"error_code": "thread_unsupported_request"}
+        assert a.count == 0
+        full()(await ask(proxy, body=message_body(thread=None)))
+
+
 @pytest.mark.parametrize("first", ["anthropic", "openai"])
 async def test_auto_mode_goes_to_no_target_of_another_format(first: str, tmp_path: Path) -> None:
     """Nobody would classify: the field has no form there."""

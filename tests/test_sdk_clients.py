@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anthropic
 import pytest
-from anthropic import AsyncAnthropic
+from anthropic import AsyncAnthropic, beta_async_tool
 from conftest import config_for
 from fakes import FAKES, Answer, Call, Fake, Script, Tokens, Turn
 from proxy_harness import Proxy, in_process
@@ -109,6 +109,31 @@ async def test_a_tool_round(kind: str, streamed: bool, start_ccmux: Start) -> No
         second = await whole(client, streamed, messages=[*HELLO, *answered], tools=[WEATHER])
     assert (second.content[0].text, second.stop_reason) == ("It is sunny.", "end_turn")
     assert len(fake.asked) == 2
+
+
+@KINDS
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+async def test_the_tool_runner_keeps_the_conversation(kind: str, streamed: bool, start_ccmux: Start) -> None:
+    """It would leave to the server what was said before, which only Anthropic's own keeps."""
+
+    @beta_async_tool
+    async def get_weather(city: str, days: list[int], deep: dict[str, None]) -> str:
+        """The weather of a city"""
+        return f"sunny in {city}"
+
+    async with sdk_on(kind, start_ccmux, weather) as (client, fake, _):
+        runner = client.beta.messages.tool_runner(
+            model="tiny",
+            max_tokens=500,
+            messages=HELLO,
+            tools=[get_weather],
+            stream=streamed,
+            max_iterations=3,
+        )
+        message = await runner.until_done()
+    assert message.content[0].text == "It is sunny in Zürich."
+    assert len(fake.asked) == 2
+    assert all("hello" in str(request.body) for request in fake.asked)
 
 
 @KINDS
