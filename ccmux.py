@@ -14427,7 +14427,7 @@ def client_window(config: Config) -> int:
 
 SHELLS: dict[str, tuple[str, Callable[[str], str]]] = {  # a line, and how a value is quoted in it
     "bash": ("export {}={}", shlex.quote),
-    "fish": ("set -gx {} {};", shlex.quote),
+    "fish": ("set -gx {} {};", lambda value: "'" + re.sub(r"([\\'])", r"\\\1", value) + "'"),
     "powershell": ("$env:{} = {}", lambda value: "'" + value.replace("'", "''") + "'"),
     "cmd": ('set "{}={}"', str),
 }

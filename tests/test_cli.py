@@ -409,14 +409,14 @@ def test_env_as_bash_reads_it(cli: Cli, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("shell", "line"),
     [
-        ("bash", "export ANTHROPIC_AUTH_TOKEN='it'\"'\"'s'"),
-        ("fish", "set -gx ANTHROPIC_AUTH_TOKEN 'it'\"'\"'s';"),
-        ("powershell", "$env:ANTHROPIC_AUTH_TOKEN = 'it''s'"),
-        ("cmd", 'set "ANTHROPIC_AUTH_TOKEN=it\'s"'),
+        ("bash", "export ANTHROPIC_AUTH_TOKEN='it'\"'\"'s\\'"),
+        ("fish", "set -gx ANTHROPIC_AUTH_TOKEN 'it\\'s\\\\';"),
+        ("powershell", "$env:ANTHROPIC_AUTH_TOKEN = 'it''s\\'"),
+        ("cmd", 'set "ANTHROPIC_AUTH_TOKEN=it\'s\\"'),
     ],
 )
 def test_env_of_each_shell(cli: Cli, monkeypatch: pytest.MonkeyPatch, shell: str, line: str) -> None:
-    monkeypatch.setenv("CCMUX_KEY", "it's")
+    monkeypatch.setenv("CCMUX_KEY", "it's\\")
     assert line in cli("env", "--shell", shell).out.splitlines()
 
 
