@@ -12099,6 +12099,7 @@ nav a[aria-current] { color: var(--accent); background: var(--soft); font-weight
   margin: 16px 0; box-shadow: var(--shadow); min-width: 0;
 }
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 12px; margin-bottom: 10px; }
+.head > * { overflow-wrap: anywhere; }
 .head h2 { margin-right: auto; }
 .head input { width: 220px; }
 .tiles, .two { display: grid; gap: 14px; margin: 16px 0; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
@@ -12177,7 +12178,7 @@ dialog {
   border: 1px solid var(--line); border-radius: 14px; background: var(--card); color: var(--text);
   width: min(860px, calc(100vw - 20px)); max-height: calc(100vh - 24px); padding: 20px; overflow: auto;
 }
-dialog h2 { flex: 1; overflow-wrap: anywhere; }
+dialog h2 { flex: 1; }
 dialog::backdrop { background: rgb(10 14 22 / 50%); }
 .bar { fill: var(--accent); } .axis { stroke: var(--line); }
 .spark { position: absolute; right: 14px; bottom: 18px; fill: none; stroke: var(--accent); opacity: .7; }

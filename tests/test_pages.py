@@ -278,24 +278,27 @@ async def tab_to(page: Page, words: str) -> None:
 
 
 @needs_browser
-async def test_360_pixels_wide_without_sideways_scrolling(
-    browser: Browser, provider: AnthropicFake, tmp_path: Path
+@pytest.mark.parametrize("width", [320, 360])  # 320: a zoom of 400 %
+async def test_small_without_sideways_scrolling(
+    width: int, browser: Browser, provider: AnthropicFake, tmp_path: Path
 ) -> None:
+    folder = tmp_path / ("long_" * 12)  # its name is shown, too
+    folder.mkdir()
     extra = f'[[providers]]\nname = "{"long_" * 12}"\ntype = "openrouter"\napi_key = "$NO_SUCH_KEY"\n'
     async with in_process(
-        tmp_path, config_of(provider, "a-model-with-a-rather-" + "long-" * 12 + "name", extra)
+        folder, config_of(provider, "a-model-with-a-rather-" + "long-" * 12 + "name", extra)
     ) as proxy:
         assert await ask(proxy, "a-model-with-a-rather-" + "long-" * 12 + "name") == 200
         await proxy.idle()
-        small = {"width": 360, "height": 740}
+        small = {"width": width, "height": 740}
         async with opened(browser, proxy.url, viewport=small) as page:
             await page.wait_for_selector(".tiles")
-            assert await width_of(page) <= 360
+            assert await width_of(page) <= width
         async with opened(browser, admin_url(proxy), viewport=small) as page:
             await page.wait_for_selector(".tiles")
             for name in TABS:
                 await tab(page, name)
-                assert await width_of(page) <= 360, name
+                assert await width_of(page) <= width, name
 
 
 @needs_browser
@@ -680,7 +683,8 @@ async def test_a_model_in_use_is_not_deleted_and_targets_move(
         await page.get_by_label("Edit tiny").click()
         await page.click("dialog button:text-is('Delete')")
         await expect(page.locator("dialog #status")).to_contain_text("used by default")
-        await page.locator("dialog button:text-is('Up')").nth(1).click()
+        second = page.get_by_role("group", name="target 2")
+        await second.get_by_role("button", name="Up").click()
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("main")).to_contain_text("up/second, then up/tiny")
     assert re.findall(r"# .*", (tmp_path / "config.toml").read_text()) == [
@@ -1120,7 +1124,7 @@ async def test_a_tried_answer_is_added_piece_by_piece(
         await tab(page, "try")
         await page.click("button:text-is('Send')")
         await page.wait_for_selector("text=first token after")
-        pre = page.get_by_label("Answer")
+        pre = page.get_by_role("region", name="Answer")
         await expect(pre).to_have_text("Hello from upstream.")
         assert await pre.evaluate("(node) => node.childNodes.length") > 1
 
