@@ -12839,10 +12839,13 @@ const isDirty = () => document.querySelector("[data-dirty]");
 addEventListener("beforeunload", (event) => { if (isDirty()) event.preventDefault(); });
 
 /* Rows that can be moved, removed and added: `make(row)` -> {node, read}. */
-function sequence(rows, make, addLabel, fresh) {
+function sequence(rows, make, what) {
   const list = el("div", {}), items = [];
   const touched = () => list.dispatchEvent(new Event("change", { bubbles: true }));
-  const draw = () => refill(list, items.map((item) => item.node));
+  const draw = () => {
+    items.forEach(({ node }, n) => node.setAttribute("aria-label", `${what} ${n + 1}`));
+    refill(list, items.map((item) => item.node));
+  };
   const move = (item, by) => {
     const from = items.indexOf(item), to = from + by;
     if (to < 0 || to >= items.length) return;
@@ -12855,7 +12858,7 @@ function sequence(rows, make, addLabel, fresh) {
   const add = (row) => {
     const item = make(row);
     const remove = () => { items.splice(items.indexOf(item), 1); draw(); touched(); more.focus(); };
-    item.node = el("div", { class: "item" }, item.node, el("div", { class: "row" },
+    item.node = el("div", { class: "item", role: "group" }, item.node, el("div", { class: "row" },
       button("Up", () => move(item, -1), { class: "small", "data-up": true }),
       button("Down", () => move(item, 1), { class: "small", "data-down": true }),
       button("Remove", remove, { class: "small danger" })));
@@ -12863,8 +12866,8 @@ function sequence(rows, make, addLabel, fresh) {
     draw();
   };
   rows.forEach(add);
-  const more = button(addLabel, () => {
-    add(fresh());
+  const more = button(`Add a ${what}`, () => {
+    add({});
     touched();
     items.at(-1).node.querySelector("input, select").focus();
   });
@@ -13248,7 +13251,7 @@ function modelDialog(old) {
   const made = controls(S.fields.models.filter((f) => f.name !== "mappings"), row);
   const order = (t) => t.priority ?? 1;
   const targets = sequence([...(row.mappings || [])].sort((a, b) => order(a) - order(b)), mappingItem,
-    "Add a target", () => ({}));
+    "target");
   const save = async () => {
     const rows = targets.read(), isOrdered = rows.every((t, n) => !n || order(rows[n - 1]) <= order(t));
     const table = { ...made.read(), mappings: isOrdered ? rows : rows.map((t, n) => ({ ...t, priority: n + 1 })) };
@@ -13277,7 +13280,7 @@ function matchWord(text, sample) {
   try {
     if (!text) return badge("", "matches nothing");
     return pattern(text).test(sample) ? badge("ok", "matches") : badge("", "does not match");
-  } catch (error) { return badge("warn", "Python's own syntax, or wrong: saving tells"); }
+  } catch { return badge("warn", "Python's own syntax, or wrong: saving tells"); }
 }
 function ruleItem(row) {
   const made = controls(S.fields.rules, row);
@@ -13288,7 +13291,7 @@ async function routerView() {
   let hash = S.config_hash;
   const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (f.name in S.routes
     ? { ...f, list: "names" } : f));
-  const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "Add a rule", () => ({}));
+  const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "rule");
   const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div", {});
   const attempt = () => {
     const of = (name) => made.of(name).input.value;
@@ -13500,7 +13503,7 @@ async function billingView() {
 function tryView(whenLeft) {
   const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }), limit = numberBox(512, { min: 1 });
   const prompt = el("textarea", { rows: 4, value: "Say hello in one sentence." });
-  const output = el("pre", { tabindex: 0, "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
+  const output = el("pre", { tabindex: 0, role: "region", "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
     end = el("div", { "aria-live": "polite" });
   let running = null;
   const onEvent = (event, data) => {
