@@ -10049,6 +10049,9 @@ class Recorder:
             self.held.popitem(last=False)
 
         def note(part: str, data: bytes) -> None:
+            if part == "upstream_request" and record[part]:  # another try
+                record[part] += b"\n\n"
+                record["upstream_answer"] += b"\n\n"
             if len(record[part]) < self.LARGEST:
                 record[part] += data
 
@@ -13557,7 +13560,7 @@ async function inspectView(whenLeft) {
       { type: "application/json" });
     const headers = Object.entries(whole.client_headers).map(([name, value]) => `${name}: ${value}\n`).join("");
     const panes = [["What the client sent", `${headers}\n${pretty(whole.client_request)}`.trim()],
-      ["What the provider got", pretty(whole.upstream_request)], ["What it answered", pretty(whole.upstream_answer)],
+      ["What the provider got", tries(whole.upstream_request)], ["What it answered", tries(whole.upstream_answer)],
       ["Events for the client", pretty(whole.events)]];
     refill(detail, card(`Request ${id}`, button("Download JSON", () => download(text(), `ccmux-${id}.json`)),
       el("div", { class: "two" },

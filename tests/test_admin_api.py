@@ -980,6 +980,11 @@ def test_the_recorder_shows_no_key_that_came_in_two_pieces() -> None:
     )
     recorder.switch(60)
     recorder.begin(call)
+    for part in ("request", "answer", "request"):
+        call.on_raw(f"upstream_{part}", b"{}")
+    shown = recorder.shown("req_1")  # two tries
+    assert shown and [shown[f"upstream_{part}"] for part in ("request", "answer")] == ["{}\n\n{}", "{}\n\n"]
+    recorder.begin(call)
     said = f"é {SECRET} é".encode()
     for piece in (said[:1], said[1:12], said[12:]):
         call.on_raw("upstream_answer", piece)
