@@ -12943,6 +12943,7 @@ async function saved(words) {
 /* Overview */
 const STATES = { ok: ["ok", "working"], disabled: ["", "switched off"], cooling: ["warn", "limited for now"],
   "half-open": ["warn", "being tried again"], open: ["bad", "resting after faults"], unusable: ["bad", "cannot be used"] };
+const problemOf = ({ state, problem }) => state === "unusable" && el("div", { class: "help" }, problem);
 const refusesKey = ({ outcomes }) => ["http_401", "http_403"].includes((outcomes.at(-1) || {}).error);
 function stateBadge(name) {
   const health = S.providers[name] || { state: "unusable", outcomes: [] };
@@ -13104,7 +13105,8 @@ function providersView() {
     ["", (p) => [button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` }),
       button("Test", () => testDialog(p.name), { class: "small", "data-key": p.name, "aria-label": `Test ${p.name}` })],
       "act"],
-    ["State", (p) => stateBadge(p.name), "nowrap"], ["Type", (p) => p.type || p.provider_type, "nowrap"],
+    ["State", (p) => [stateBadge(p.name), problemOf(S.providers[p.name] || {})], "text"],
+    ["Type", (p) => p.type || p.provider_type, "nowrap"],
     ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
     ["Key", (p) => keyWord(p.api_key), "text"],
     ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"]];
@@ -13148,7 +13150,7 @@ function providerDialog(old) {
   chosen();
   const save = async () => {
     const own = quirks.read(), { provider_type: written, quirks: _, ...table } = rest.read(first.read());
-    if (!type.value) throw new Failure(400, "Choose a type first.");
+    if (!type.value) throw new Failure(400, "type: choose one first");
     table[written === type.value ? "provider_type" : "type"] = type.value;
     if (Object.keys(own).length) table.quirks = own;
     checkName("providers", table.name, old);
@@ -13164,7 +13166,8 @@ function providerDialog(old) {
       rest.nodes)),
   el("details", {}, el("summary", {}, "Quirks: how it differs from others of its format (a preset knows)"),
     el("div", { class: "fields" }, quirks.nodes))],
-  save, { extra: [remove], made: [...first.made, ...rest.made, ...quirks.made] });
+  save, { extra: [remove], made: [...first.made, ...rest.made, ...quirks.made,
+    { field: { name: "type" }, input: type, node: type.parentNode }] });
   const close = openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
 }
 async function removeRow(root, name, hash, users, close) {

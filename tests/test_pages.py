@@ -633,6 +633,7 @@ async def test_only_the_quirks_that_are_chosen_are_written(browser: Browser, tmp
         await page.get_by_label("Count tokens").select_option("auto")
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("#status")).to_contain_text("saved")
+        await expect(page.locator("tbody")).to_contain_text("$NO_SUCH_KEY_HERE is not set in the environment")
         assert tomllib.loads((tmp_path / "config.toml").read_text())["providers"] == [
             {
                 "name": "deepseek",
@@ -716,6 +717,8 @@ async def test_what_is_added_takes_no_other_ones_place(
     async with in_process(tmp_path, text) as proxy, opened(browser, admin_url(proxy)) as page:
         await tab(page, "providers")
         await page.click("text=Add a provider")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("dialog .field [role=alert]")).to_have_text("type: choose one first")
         await page.get_by_label("Type", exact=True).select_option("demo")
         await page.get_by_label("Name", exact=True).fill("up")
         await page.click("dialog button:text-is('Save')")
