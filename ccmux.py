@@ -12476,6 +12476,7 @@ const FAULTS = { http_400: "request refused", http_401: "key refused", http_402:
 const faultWord = (error) => FAULTS[error] || (/^http_5/.test(error) ? "server fault" : error.slice(0, 50));
 const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.status < 500 ? "warn" : "bad",
   `${row.status} ${faultWord(row.error)}`);
+const chargeOf = (row) => (row.cost_microusd === null ? "no price" : usd(row.charge_microusd));
 const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "–";
 function requestColumns(admin) {
   return [
@@ -12486,15 +12487,15 @@ function requestColumns(admin) {
     ["Asked for", (r) => r.asked || "–", "text"], ["Answered by", target, "text"],
       ["Why", (r) => r.route || "–", "nowrap"],
     ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
-    ["Cost", (r) => (r.cost_microusd === null ? "no price" : usd(r.charge_microusd)), "num"],
-      ["Took", (r) => seconds(r.duration_ms), "num"],
+    ["Cost", chargeOf, "num"], ["Took", (r) => seconds(r.duration_ms), "num"],
   ];
 }
 /* Why a request went where it went, and what it cost: of the log's row, as prompts are not kept. */
 function explanation(trail) {
   const tried = trail.filter(([step]) => step !== "targets"), order = trail.find(([s]) => s === "targets");
   return [table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note,
-    "text"]], tried, "No rules were tried."), order && el("p", {}, "Targets in order: ", order[1])];
+    "text"]], tried, "No rules were tried."), order && el("p", {}, "Targets in order: ", order[1],
+    order[1].includes(", then ") && ". One that rests after faults, or is limited, is tried last.")];
 }
 function costTable(row) {
   const price = row.price || {}, tiers = price.tiers || [];
@@ -13521,7 +13522,7 @@ function tryView(whenLeft) {
   };
   const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
     el("p", { class: "muted" },
-      `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${usd(row.charge_microusd)}, `,
+      `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${chargeOf(row)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`),
     el("details", {}, el("summary", {}, "Why it went there"), explanation(row.trail)));
   const send = async () => {
@@ -13555,9 +13556,9 @@ async function inspectView(whenLeft) {
   const list = el("div", {}), detail = el("div", {}), state = el("div", { class: "row" });
   const put = async (minutes) => draw(await ask(`${ROOT}/inspect`, "PUT", { minutes }));
   const pretty = (value) => {
-    try { return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null,
-      2); } catch { return String(value ?? ""); }
+    try { return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null, 2); } catch { return value; }
   };
+  const tries = (text) => text.split("\n\n").map(pretty).join("\n\n");
   const show = async (id) => {
     const whole = await ask(path("inspect", id)), text = () => new Blob([JSON.stringify(whole, null, 2)],
       { type: "application/json" });

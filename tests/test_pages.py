@@ -496,7 +496,7 @@ async def test_any_logged_request_tells_why_it_went_where_it_did(
         dialog = page.locator("dialog")
         for words in (
             "tiny was asked for",
-            "Targets in order: up/tiny, then up/second",
+            "Targets in order: up/tiny, then up/second. One that rests after faults, or is limited, is tried last.",
             "charged $0.0045",
             "is not kept",
         ):
@@ -1130,6 +1130,9 @@ async def test_a_tried_answer_is_added_piece_by_piece(
         pre = page.get_by_role("region", name="Answer")
         await expect(pre).to_have_text("Hello from upstream.")
         assert await pre.evaluate("(node) => node.childNodes.length") > 1
+        await page.get_by_label("Model asked for").fill("up/unpriced")
+        await page.click("button:text-is('Send')")
+        await expect(page.locator("main")).to_contain_text("100 out, no price")
 
 
 @needs_browser
