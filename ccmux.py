@@ -15526,17 +15526,19 @@ COMMANDS = (
 )  # fmt: skip
 ALIASES = {"models": "model"}
 HELP_END = """
-Without a config file ccmux uses the keys it finds in the environment (ANTHROPIC_API_KEY, OPENAI_API_KEY,
-OPENROUTER_API_KEY, ...), a local Ollama, or else a built-in demo. A config is found at --config, $CCMUX_CONFIG,
-./config.toml or ~/.ccmux/config.toml. Each command takes --config F, and tells about itself with --help.
+Without a config file ccmux uses the keys it finds in the environment
+(ANTHROPIC_API_KEY, OPENAI_API_KEY, OPENROUTER_API_KEY, ...), a local Ollama, or
+else a built-in demo. A config is found at --config, $CCMUX_CONFIG,
+./config.toml or ~/.ccmux/config.toml. Each command takes --config F, and tells
+about itself with --help.
 
-exit status: 0 good; 1 a check found something; 2 something to put right, said in one line. `code` passes on
-claude's own.
+exit status: 0 good; 1 a check found something; 2 something to put right, said
+in one line. `code` passes on claude's own.
 
 examples:
-  ccmux.py                  run the server, and be told how to point Claude Code at it
-  ccmux.py code             run Claude Code through ccmux
-  ccmux.py init             write a config to begin with
+  ccmux.py         run the server, and be told how to point Claude Code at it
+  ccmux.py code    run Claude Code through ccmux
+  ccmux.py init    write a config to begin with
 """
 
 
@@ -15564,7 +15566,7 @@ def parser() -> Parser:
     return top
 
 
-help_format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110)
+help_format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
 
 
 def add_command(group: Any, name: str, command: Command) -> None:

@@ -130,8 +130,10 @@ def test_help_teaches(cli: Cli, command: ccmux.Command) -> None:
         assert line in ran.out
 
 
-def test_top_help_names_every_command(cli: Cli) -> None:
+def test_top_help_names_every_command(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     out = cli("--help").out
+    assert max(map(len, out.splitlines())) <= 80
     for word in {command.name.split()[0] for command in ccmux.COMMANDS}:
         assert f"\n    {word}" in out
     assert "exit status: 0 good; 1 a check found something; 2" in out
