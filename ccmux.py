@@ -12926,7 +12926,7 @@ async function showTab(isFresh = false) {
   try {
     if (!isFresh) await reload();
     const nodes = mine === visit && await view(whenLeft);
-    if (mine === visit && !(isAgain && isDirty())) refill($("main"), nodes); /* what was typed meanwhile stays */
+    if (mine === visit && !(isAgain && isDirty())) (isAgain ? redraw : refill)($("main"), nodes); /* what was typed meanwhile stays */
   } catch (error) {
     if (mine !== visit) return;
     if (error.status === 401) admin();

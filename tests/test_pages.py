@@ -665,6 +665,7 @@ async def test_a_provider_lists_its_models_and_is_switched_off(
         await page.get_by_label("Enabled").select_option("no")
         await page.click("dialog button:text-is('Save')")
         await expect(page.locator("main")).to_contain_text("switched off")
+        await expect(page.get_by_label("Edit up")).to_be_focused()
     assert "enabled = false" in (tmp_path / "config.toml").read_text()
 
 
