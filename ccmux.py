@@ -5869,7 +5869,7 @@ zenmux               anthropic https://zenmux.ai/api/anthropic                  
 nebius               openai    https://api.studio.nebius.ai/v1                           NEBIUS_API_KEY      zai-org/GLM-5.3
 novita               openai    https://api.novita.ai/v3/openai                           NOVITA_API_KEY      zai-org/glm-5.3
 baseten              openai    https://inference.baseten.co/v1                           BASETEN_API_KEY     zai-org/GLM-5.3
-ollama               anthropic http://localhost:11434                                    -                   -
+ollama               openai    http://localhost:11434                                    -                   -
 lmstudio             anthropic http://localhost:1234                                     {LM_API_TOKEN:-}    -
 llamacpp             anthropic http://localhost:8080                                     -                   -
 vllm                 anthropic http://localhost:8000                                     {VLLM_API_KEY:-}    -
@@ -5891,7 +5891,7 @@ PRESET_QUIRKS: dict[str, Json] = {
     # GLM-5.3 always thinks, and at its most where it is not told how much.
     "zai-openai": {"reasoning_replay": "tool_turns", "effort": ["low", "high", "max"]},
     "moonshot-openai": {"reasoning_replay": "tool_turns", "effort": ["low", "high", "max"]},
-    **dict.fromkeys(("zai", "minimax", "qwen", "zenmux", "ollama", "lmstudio", "llamacpp", "vllm"), FOREIGN),
+    **dict.fromkeys(("zai", "minimax", "qwen", "zenmux", "lmstudio", "llamacpp", "vllm"), FOREIGN),
     # K3 takes these efforts alone, in either format (github.com/anomalyco/models.dev/pull/3310).
     "moonshot": {"effort": ["low", "high", "max"], **FOREIGN},
     "kimi-coding": {"count_tokens": "upstream", "effort": ["low", "high", "max"], **FOREIGN},
@@ -5901,12 +5901,12 @@ PRESET_QUIRKS: dict[str, Json] = {
     "gemini-openai": {"schema": "gemini", "effort": EFFORTS_3, "reasoning_key": "extra_content"},
     "groq": {"effort": EFFORTS_3},
     "deepinfra": {"forced_tool": False},
+    # Ollama's own /v1/messages (0.14 to 0.31, at least) opens a second block under the index of an open one, which
+    # Claude Code takes for a broken answer, and loses a result's images, is_error and order, and documents.
+    "ollama": {"effort": EFFORTS_3, "reasoning_replay": "all", "reasoning_key": "reasoning"},
     "cerebras": {"lax_finish": True, "effort": EFFORTS_3},
     "mistral": {"tool_id": "[A-Za-z0-9]{9}", "user_after_tool": False},
-    "xai": {
-        "effort": EFFORTS_3,
-        "web_search": "responses",
-    },  # grok-4.3 and later; the others say that they take none
+    "xai": {"effort": EFFORTS_3, "web_search": "responses"},  # efforts: grok-4.3 and later; the others say no
     "litellm": {"auth": "bearer"},
 }
 PRESET_KEYS: dict[str, Json] = {  # what a row sets beside quirks; a local server loads its model first
@@ -9562,7 +9562,7 @@ _THOUGHT_MISSED = re.compile(
 
 
 # OpenAI, OpenRouter, DeepSeek, vLLM, llama.cpp, Ollama, LM Studio of a model that reads only text. Without this, a
-# conversation that an image got into would end there; and so with vLLM, DeepSeek, SGLang and llama.cpp of a PDF.
+# conversation that an image got into would end there; and so with vLLM, DeepSeek, SGLang, llama.cpp and Ollama of a PDF.
 PARTS_REFUSED = {
     "media": re.compile(
         r"(?i)(?:not|n't) supports? (?:images?|vision|multimodal)\b(?!/| format| type| url)|that support image input|"
@@ -9570,9 +9570,11 @@ PARTS_REFUSED = {
         r"at most 0 image|for text-only server: image"
     ),
     "files": re.compile(
-        r"part type: file|variant `file`|tag 'file'|value: 'file'|unsupported content\[\]\.type"
+        r"part type: file|variant `file`|tag 'file'|value: 'file'|unsupported content\[\]\.type|^invalid message format$"
     ),
 }
+# Ollama's, of a model that does not think, or knows no levels of it (v0.17.4).
+_THINKING_REFUSED = re.compile(r'" does not support thinking|^think value ')
 # "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
 _ROLES_REFUSED = re.compile(r"'user' after role 'tool'|roles must alternate")
 
@@ -9603,6 +9605,8 @@ def refused_parameter(message: str, param: str = "") -> str:
     """
     if effort := refused_effort(message, param):
         return effort
+    if _THINKING_REFUSED.search(message):
+        return "reasoning_effort"
     if "reasoning summaries" in message:  # OpenAI, to organisations that are not verified
         return "reasoning.summary"
     if _ROLES_REFUSED.search(message):

@@ -70,7 +70,7 @@ CALLED = {
     "deepseek": "https://api.deepseek.com/anthropic/v1/messages",
     "github": "https://models.github.ai/inference/chat/completions",
     "gemini-openai": "https://generativelanguage.googleapis.com/v1beta/openai/chat/completions",
-    "ollama": "http://localhost:11434/v1/messages",
+    "ollama": "http://localhost:11434/v1/chat/completions",
 }
 
 
@@ -104,6 +104,7 @@ DIFFERENCES: dict[str, Any] = {  # of a vendor, beside its address and key
     "deepinfra": {"forced_tool": False},
     "cerebras": {"effort": ("low", "medium", "high"), "lax_finish": True},
     "mistral": {"tool_id": "[A-Za-z0-9]{9}"},
+    "ollama": {"reasoning_replay": "all", "reasoning_key": "reasoning"},
     "litellm": {"auth": "bearer"},
 }  # fmt: skip
 
@@ -369,6 +370,9 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
         ("Thinking level MEDIUM is not supported for this model. Please retry with other thinking level.", "", "effort.medium"),
         ("[{'type': 'literal_error', 'loc': ('body', 'reasoning_effort'), 'msg': \"Input should be 'low' or 'high'\"}]", "",
          "reasoning_effort"),  # vLLM
+        ('"llama3.1:8b" does not support thinking', "", "reasoning_effort"),
+        ('think value "high" is not supported for this model', "", "reasoning_effort"),
+        ("registry.ollama.ai/library/m does not support tools", "", ""),
         ("Invalid 'messages[3].content': expected a string", "messages[3].content", ""),
         ("the weather parameter is nice", "", ""),
         ("Rate limit reached", "", ""),
@@ -407,6 +411,7 @@ def test_a_model_that_reads_only_text_says_so(message: str, expected: bool) -> N
     "message",
     [
         "Unknown part type: file",
+        "invalid message format",
         "messages[0]: unknown variant `file`, expected `text` at line 1 column 99",
         "Input tag 'file' found using 'type' does not match any of the expected tags: 'text', 'image_url'",
         "unsupported content[].type",
