@@ -1070,7 +1070,7 @@ class Quirks:
         "how the key is sent; unset: as the format does",
         choices=("", "x-api-key", "bearer", "both", "none", "x-goog-api-key"),
     )
-    drop: tuple[str, ...] = opt((), "body keys to leave out; also billing_header, tool_type, media")
+    drop: tuple[str, ...] = opt((), "body keys to leave out; also billing_header, tool_type, media, files")
     max_tokens_key: str = opt(
         "auto", "name of the output limit", choices=("auto", "max_tokens", "max_completion_tokens")
     )
@@ -5891,7 +5891,8 @@ PRESET_QUIRKS: dict[str, Json] = {
     # GLM-5.3 always thinks, and at its most where it is not told how much.
     "zai-openai": {"reasoning_replay": "tool_turns", "effort": ["low", "high", "max"]},
     "moonshot-openai": {"reasoning_replay": "tool_turns", "effort": ["low", "high", "max"]},
-    **dict.fromkeys(("zai", "minimax", "qwen", "zenmux", "lmstudio", "llamacpp", "vllm"), FOREIGN),
+    **dict.fromkeys(("zai", "minimax", "qwen", "zenmux", "lmstudio", "vllm"), FOREIGN),
+    "llamacpp": {"drop": ["billing_header", "files"]},  # it passes documents over without a word
     # K3 takes these efforts alone, in either format (github.com/anomalyco/models.dev/pull/3310).
     "moonshot": {"effort": ["low", "high", "max"], **FOREIGN},
     "kimi-coding": {"count_tokens": "upstream", "effort": ["low", "high", "max"], **FOREIGN},
@@ -9570,7 +9571,8 @@ PARTS_REFUSED = {
         r"at most 0 image|for text-only server: image"
     ),
     "files": re.compile(
-        r"part type: file|variant `file`|tag 'file'|value: 'file'|unsupported content\[\]\.type|^invalid message format$"
+        r"part type: file|variant `file`|tag 'file'|value: 'file'|unsupported content\[\]\.type|^invalid message format$|"
+        r"tag 'document'|'input': 'document'"
     ),
 }
 # Ollama's, of a model that does not think, or knows no levels of it (v0.17.4).
@@ -9735,11 +9737,12 @@ def without_tool_type(body: Json) -> Json:
 
 
 def without_media(body: Json, kinds: tuple[str, ...] = ("image", "document")) -> Json:
-    """The body with a note in place of each image and document."""
+    """The body with words in place of each image and document: a document's own where it is text, else a note."""
 
     def noted(block: Json) -> Json:
         if block.get("type") in kinds:
-            return {"type": "text", "text": f"[{block['type']} left out: this model takes only text]"}
+            note = "[image left out: this model takes only text]"
+            return {"type": "text", "text": note if block["type"] == "image" else document_text(block)}
         if block.get("type") == "tool_result" and isinstance(block.get("content"), list):
             return {**block, "content": [noted(b) for b in blocks_of(block["content"])]}
         return block
@@ -9757,6 +9760,7 @@ DROPS: dict[str, Callable[[Json], Json]] = {  # entries of a drop list that are 
     "billing_header": without_billing_header,
     "tool_type": without_tool_type,
     "media": without_media,
+    "files": functools.partial(without_media, kinds=("document",)),
 }
 
 _MODEL_KEY = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.)*)"')

@@ -105,6 +105,7 @@ DIFFERENCES: dict[str, Any] = {  # of a vendor, beside its address and key
     "cerebras": {"effort": ("low", "medium", "high"), "lax_finish": True},
     "mistral": {"tool_id": "[A-Za-z0-9]{9}"},
     "ollama": {"reasoning_replay": "all", "reasoning_key": "reasoning"},
+    "llamacpp": {"drop": ("billing_header", "files")},
     "litellm": {"auth": "bearer"},
 }  # fmt: skip
 
@@ -415,6 +416,9 @@ def test_a_model_that_reads_only_text_says_so(message: str, expected: bool) -> N
         "messages[0]: unknown variant `file`, expected `text` at line 1 column 99",
         "Input tag 'file' found using 'type' does not match any of the expected tags: 'text', 'image_url'",
         "unsupported content[].type",
+        "messages.0.content.list[tagged-union[TextBlock]].0: Input tag 'document' found using 'type' does not match",
+        "2 validation errors:\n  {'type': 'literal_error', 'loc': 'body.messages.0.content.0.type', "
+        "'msg': \"Input should be 'text', 'image' or 'tool_use'\", 'input': 'document'}",
     ],
 )
 def test_a_server_that_takes_no_files_says_so(message: str) -> None:

@@ -1005,6 +1005,23 @@ async def test_an_image_that_a_model_cannot_see_is_left_out(formats: str, tmp_pa
     assert "left out" in json.dumps(a.calls[-1].json)
 
 
+async def test_a_document_that_a_server_of_anthropics_format_refuses_is_left_out(tmp_path: Path) -> None:
+    """As vLLM 0.33 and SGLang 0.5 do: a conversation that a PDF got into ended there."""
+    pdf = {
+        "type": "document",
+        "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="},
+    }
+    messages = [{"role": "user", "content": [PNG, pdf, {"type": "text", "text": "Say hello."}]}]
+    refusal = fs.status(
+        400, message="messages.0.content.1: Input tag 'document' found using 'type' does not match"
+    )
+    async with stage(tmp_path, (refusal, fs.answer())) as (proxy, (a,)):
+        for _ in range(2):
+            full("A")(await ask(proxy, body=message_body(messages=messages)))
+    assert ["JVBERg==" in json.dumps(call.json) for call in a.calls] == [True, False, False]
+    assert "iVBORw0KGgo=" in json.dumps(a.calls[-1].json)
+
+
 async def test_an_image_goes_to_the_next_target_where_the_first_cannot_see_it(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": [PNG, {"type": "text", "text": "Say hello."}]}]
     refusal = fs.status(404, message="No endpoints found that support image input")

@@ -315,6 +315,10 @@ def test_metrics_are_prometheus_text() -> None:
     ]
 
 
+PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="}}
+TEXT = {"type": "text", "data": "words"}
+
+
 @pytest.mark.parametrize(
     ("drop", "body", "expected"),
     [
@@ -360,6 +364,30 @@ def test_metrics_are_prometheus_text() -> None:
                 ]
             },
             id="images in tool results",
+        ),
+        pytest.param(
+            ("files",),
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image"}, PDF, {"type": "document", "source": TEXT}],
+                    }
+                ]
+            },
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image"},
+                            {"type": "text", "text": "[a PDF was left out: this model does not take files]"},
+                            {"type": "text", "text": "words"},
+                        ],
+                    }
+                ]
+            },
+            id="documents",
         ),
     ],
 )
