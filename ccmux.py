@@ -3367,8 +3367,10 @@ def upstream_error(
     return error
 
 
-# Gemini's, xAI's and DashScope's, with a 400.
-_KEY_REFUSED = re.compile(r"API key (?:not valid|expired)|Incorrect API key|account is in good standing")
+# Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
+_KEY_REFUSED = re.compile(
+    r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
+)
 
 _OVERFLOW = re.compile(
     r"(?i)prompt (?:is )?too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
@@ -9198,6 +9200,8 @@ class Relay:
             body = b""
         if call.on_raw:
             call.on_raw("upstream_answer", body)
+        if body.startswith((b"data:", b"event:")):  # LiteLLM's, where a stream fails before it begins
+            body = event_of(body)[1].encode()
         text = scrub(body.decode("utf-8", "replace"), call.config.secrets)
         try:
             payload = json.loads(text)
@@ -9216,7 +9220,8 @@ class Relay:
         error.should_retry = {"true": True, "false": False}.get(should)
         if dialect.request is None and call.format == "anthropic":
             error.headers = answer_headers(response.headers, dialect)
-            words = error_words(payload) if isinstance(payload, dict) else ""
+            is_anthropics = as_object(payload).get("type") == "error"
+            words = error_words(payload) if is_anthropics else ""
             keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(words)
             error.raw = text.encode() if words and keeps_words and error.status == response.status else b""
         return error

@@ -1022,6 +1022,29 @@ async def test_a_document_that_a_server_of_anthropics_format_refuses_is_left_out
     assert "iVBORw0KGgo=" in json.dumps(a.calls[-1].json)
 
 
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (500, b'{"status":"failure","message":"messages is not supported by openai"}'),  # Portkey 1.15
+        (400, b'{"error":{"code":400,"message":"messages is not supported by openai"}}'),
+        (
+            500,
+            b'data: {"error": {"message": "messages is not supported by openai", "code": "500"}}\n\ndata: [DONE]\n\n',
+        ),
+    ],
+    ids=["flat", "no type", "litellm"],
+)
+@pytest.mark.parametrize("formats", ["openai", "anthropic"])
+async def test_an_error_of_another_form_becomes_anthropics(
+    status: int, body: bytes, formats: str, tmp_path: Path
+) -> None:
+    answer = fs.raw(status, [fs.JSON_TYPE], body)
+    async with stage(tmp_path, (answer, answer), formats=formats) as (proxy, _):
+        reply = await ask(proxy)
+    fails(status)(reply)
+    assert reply.json["error"]["message"] == "messages is not supported by openai"
+
+
 async def test_an_image_goes_to_the_next_target_where_the_first_cannot_see_it(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": [PNG, {"type": "text", "text": "Say hello."}]}]
     refusal = fs.status(404, message="No endpoints found that support image input")

@@ -240,6 +240,7 @@ def test_retry_class(status: int, retry: ccmux.Retry) -> None:
         (400, "Incorrect API key provided: sk***YA. You can obtain an API key from https://console.x.ai."),
         (400, "Access denied, please make sure your account is in good standing."),
         (400, "API key expired. Please renew the API key."),
+        (400, "No connected db."),
     ],
 )
 def test_client_sees_a_refused_provider_key_as_ccmux_trouble(status: int, words: str) -> None:
