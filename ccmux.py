@@ -9515,8 +9515,8 @@ class Plan:
         if _THOUGHT_MISSED.search(error.message) and self.once("thought"):
             self.call.body, self.call.raw = unthinking(self.call.body), b""
             return True
-        if self.call.format == slot.provider.format == "anthropic":
-            return False  # the client's own bytes
+        if self.call.format == slot.provider.format == "anthropic":  # the client's own bytes
+            return bool(_NO_REASONING.search(error.message)) and self.learns(slot, "thinking")
         return self.learns(slot, refused_parameter(error.message, error.param))
 
     def learns(self, slot: Slot, name: str) -> bool:
@@ -9580,6 +9580,10 @@ PARTS_REFUSED = {
         r"tag 'document'|'input': 'document'"
     ),
 }
+# LiteLLM's on /v1/messages, of a model that it does not know to reason: Claude Code asks for thinking in each main turn.
+_NO_REASONING = re.compile(
+    r"doesn't support `reasoning\.effort`|support parameters: \['(?:thinking|reasoning_effort)'"
+)
 # Ollama's, of a model that does not think, or knows no levels of it (v0.17.4).
 _THINKING_REFUSED = re.compile(r'" does not support thinking|^think value ')
 # "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
@@ -9704,7 +9708,7 @@ def forwarded(call: Call, to: Upstream) -> bytes:
 
 def without_dropped(body: Json, to: Upstream) -> Json:
     """The body without what the provider's drop list names; the very same object where nothing is dropped."""
-    for name in (*to.quirks.drop, *(to.skip & DROPS.keys())):
+    for name in (*to.quirks.drop, *(to.skip & {*DROPS, "thinking"})):  # the rest of `skip` is of OpenAI clients' requests
         if name == "media" and to.sees:
             body = without_media(body, ("document",))
         elif name in DROPS:

@@ -1085,6 +1085,14 @@ async def test_a_parameter_is_left_out_at_each_target(tmp_path: Path) -> None:
     assert (a.count, b.count) == (2, 2)
 
 
+async def test_thinking_that_litellm_refuses_is_left_out_of_what_is_forwarded(tmp_path: Path) -> None:
+    words = "litellm.UnsupportedParamsError: gpt-4o doesn't support `reasoning.effort` (its model cost map entry lacks"
+    async with stage(tmp_path, (fs.status(400, message=words), fs.answer())) as (proxy, (a,)):
+        for _ in range(2):
+            full("A")(await ask(proxy, body=message_body(thinking={"type": "adaptive"})))
+    assert ["thinking" in call.json for call in a.calls] == [True, False, False]
+
+
 async def test_what_is_only_forwarded_keeps_its_parameters(tmp_path: Path) -> None:
     refusal = fs.status(400, message="Unsupported parameter: 'temperature'")
     async with stage(tmp_path, (refusal,)) as (proxy, (a,)):
