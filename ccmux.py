@@ -5340,8 +5340,8 @@ def fitting_request(body: Json, to: Upstream) -> Json:
         out["max_tokens"] = room + (budget if isinstance(budget, int) else 0)
     if limit := output_limit(out, to.facts):
         out["max_tokens"] = limit
-    if _WITHOUT_EFFORT.search(to.model) and "output_config" in out:
-        out["output_config"] = {k: v for k, v in body["output_config"].items() if k != "effort"}
+    if config := as_object(out.get("output_config")):
+        out["output_config"] = claude_config(config, to.model)
     if as_object(out.get("thinking")).get("type") == "disabled" and not to.facts.thinking_off:
         del out["thinking"]
         out["output_config"] = {**out.get("output_config", {}), "effort": "low"}
@@ -5354,6 +5354,16 @@ def fitting_request(body: Json, to: Upstream) -> Json:
     return out
 
 
+def claude_config(config: Json, model: str) -> Json:
+    """An output_config with the efforts, and in the subset of JSON schema, that Claude takes."""
+    out = {k: v for k, v in config.items() if k != "effort" or not _WITHOUT_EFFORT.search(model)}
+    if out.get("effort") == "minimal":
+        out["effort"] = "low"
+    if "format" in out:
+        out["format"] = {"type": "json_schema", "schema": claude_schema(out["format"]["schema"])}
+    return out
+
+
 def opaque_id(user: Any) -> str:
     """A user's id as it is, but for what Anthropic may take for a mail address or a telephone number: a 400."""
     text = str(user)
@@ -5363,13 +5373,14 @@ def opaque_id(user: Any) -> str:
 
 def messages_thinking(body: Json) -> Json:
     """reasoning_effort and a schema as output_config; `thinking` as some clients send it to Claude models."""
-    config: Json = {}
-    effort = body.get("reasoning_effort")
-    if effort in EFFORTS:
-        config["effort"] = "low" if effort == "minimal" else effort
-    schema = as_object(as_object(body.get("response_format")).get("json_schema")).get("schema")
-    if isinstance(schema, dict):
-        config["format"] = {"type": "json_schema", "schema": claude_schema(schema)}
+    effort, given = (
+        body.get("reasoning_effort"),
+        as_object(as_object(body.get("response_format")).get("json_schema")),
+    )
+    config: Json = {"effort": effort} if effort in EFFORTS else {}
+    if isinstance(schema := given.get("schema"), dict):
+        strict = {"strict": True} if given.get("strict") is True else {}
+        config["format"] = {"type": "json_schema", "schema": schema, **strict}
     thinking = {"type": "disabled"} if effort == "none" else body.get("thinking")
     return {"output_config": config or None, "thinking": thinking}
 

@@ -42,7 +42,9 @@ from ccmux import (
     claude_schema,
     facts_of,
     fitting_request,
+    gemini_request,
     messages_request,
+    responses_request,
     without_foreign_thinking,
 )
 
@@ -60,8 +62,8 @@ def valid(out: Any) -> Any:
     """The request, which the anthropic package would have typed the same."""
     json.dumps(out)
     # The package no longer types what its newest models refuse; older models and other providers take it.
-    # The limit that the Messages API asks for is set where it is known which model gets the request.
-    known = {k: v for k, v in {"max_tokens": 1, **out}.items() if k not in ("temperature", "top_p", "stream")}
+    fitted = fitting_request(out, Upstream("m", Quirks(), Facts()))
+    known = {k: v for k, v in fitted.items() if k not in ("temperature", "top_p", "stream")}
     drain(PARAMS.validate_python({**known, "stream": True}, extra="forbid"))
     return out
 
@@ -197,7 +199,7 @@ def test_conversation() -> None:
             {"metadata": {"user_id": hashlib.sha256(b"me@example.org").hexdigest()}},
             id="a mail address",
         ),
-        pytest.param({"reasoning_effort": "minimal"}, {"output_config": {"effort": "low"}}, id="effort"),
+        pytest.param({"reasoning_effort": "minimal"}, {"output_config": {"effort": "minimal"}}, id="effort"),
         pytest.param(
             {"reasoning_effort": "none"},
             {"output_config": None, "thinking": {"type": "disabled"}},
@@ -210,7 +212,11 @@ def test_conversation() -> None:
                     "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
                 }
             },
-            {"output_config": {"format": {"type": "json_schema", "schema": CLOSED}}},
+            {
+                "output_config": {
+                    "format": {"type": "json_schema", "schema": {"type": "object"}, "strict": True}
+                }
+            },
             id="schema",
         ),
         pytest.param(
@@ -379,6 +385,7 @@ THINK = {"type": "enabled", "budget_tokens": 20000}
         (Facts(), "m", {"thinking": THINK}, {"max_tokens": 36384, "thinking": THINK}),
         (Facts(), "claude-haiku-4-5-20251001", {"reasoning_effort": "low"}, {"output_config": {}}),
         (Facts(), "claude-opus-4-20250514", {"reasoning_effort": "low"}, {"output_config": {}}),
+        (Facts(), "claude-opus-4-6", {"reasoning_effort": "minimal"}, {"output_config": {"effort": "low"}}),
         (Facts(), "claude-opus-4-5", {"reasoning_effort": "low"}, {"output_config": {"effort": "low"}}),
         (Facts(), "claude-haiku-5-5", {"reasoning_effort": "low"}, {"output_config": {"effort": "low"}}),
         (
@@ -409,6 +416,19 @@ def test_a_model_is_not_sent_what_it_is_known_to_refuse(
     body = request_of({"role": "user", "content": "hi"}, tools=[BASH], **given)
     out = fitting_request(body, Upstream(model, Quirks(), facts))
     assert {key: out.get(key) for key in sent} == sent
+
+
+def test_a_schema_goes_to_others_than_claude_as_it_came() -> None:
+    schema = {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    body = request_of({"role": "user", "content": "hi"}, response_format=wanted)
+    claude = fitting_request(body, upstream("claude-sonnet-5-5"))["output_config"]
+    assert claude == {"format": {"type": "json_schema", "schema": CLOSED}}
+    sent = responses_request(body, upstream("gpt-6-codex"))["text"]["format"]
+    assert (sent["schema"], sent["strict"]) == (schema, True)
+    assert (
+        gemini_request(body, upstream("gemini-3.8-flash"))["generationConfig"]["responseJsonSchema"] == schema
+    )
 
 
 def test_results_stand_first_in_their_turn() -> None:
@@ -478,20 +498,16 @@ def test_calls_of_the_old_form_have_an_id_each() -> None:
             "not base64",
             id="no base64",
         ),
-        pytest.param(
-            {
-                "messages": [],
-                "response_format": {
-                    "json_schema": {"schema": functools.reduce(lambda s, _: {"items": s}, range(99), {})}
-                },
-            },
-            "nested too deeply",
-            id="a deep schema",
-        ),
     ],
 )
 def test_refused(body: Any, words: str) -> None:
     expect_400(lambda: messages_request(body), words)
+
+
+def test_a_deep_schema_is_refused() -> None:
+    deep = functools.reduce(lambda s, _: {"items": s}, range(99), {})
+    body = {"messages": [], "response_format": {"json_schema": {"schema": deep}}}
+    expect_400(lambda: fitting_request(messages_request(body), upstream("anthropic")), "nested too deeply")
 
 
 ANY_PART = st.fixed_dictionaries(
