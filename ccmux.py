@@ -5305,16 +5305,15 @@ def messages_request(body: Json) -> Json:
     limit = next((n for n in limits if n and n != -1), None)  # -1: llama.cpp's and LM Studio's "no limit"
     if as_object(body.get("response_format")).get("type") == "json_object":
         system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
-    temperature, stop = body.get("temperature"), body.get("stop")
-    stops = [s for s in (stop if isinstance(stop, list) else [stop]) if str(s or "").strip()]
+    stop = body.get("stop")
+    stops = [s for s in (stop if isinstance(stop, list) else [stop]) if s]
     user = body.get("safety_identifier") or body.get("user")
     optional = {
         "max_tokens": limit,
         "system": system or None,
-        # OpenAI's goes to 2.
-        "temperature": min(temperature, 1) if isinstance(temperature, (int, float)) else None,
+        "temperature": body.get("temperature"),
         "top_p": body.get("top_p"),
-        "stop_sequences": stops or None,  # one of blanks alone is a 400 there
+        "stop_sequences": stops or None,
         "metadata": {"user_id": opaque_id(user)} if user else None,
         **messages_thinking(body),
         **messages_tools(body),
@@ -5334,6 +5333,10 @@ def fitting_request(body: Json, to: Upstream) -> Json:
     if "claude" in to.model and "temperature" in body:
         dropped = (*dropped, "top_p")  # Claude 4.5 and 4.6 refuse the two together
     out = {k: v for k, v in body.items() if k not in dropped}
+    if isinstance(heat := out.get("temperature"), (int, float)):
+        out["temperature"] = min(heat, 1)  # OpenAI's and Gemini's go to 2
+    if stops := body.get("stop_sequences"):  # one of blanks alone is a 400
+        out["stop_sequences"] = [s for s in stops if str(s).strip()]
     if "max_tokens" not in body:
         budget = as_object(body.get("thinking")).get("budget_tokens")  # the thinking must fit in
         room = CHAT_MAX_TOKENS if to.facts.max_output else CHAT_MAX_UNKNOWN

@@ -182,7 +182,7 @@ def test_conversation() -> None:
         pytest.param({"max_completion_tokens": 9, "max_tokens": 8}, {"max_tokens": 9}, id="limit"),
         pytest.param(
             {"temperature": 1.7, "top_p": 0.5, "stop": "x", "user": "u"},
-            {"temperature": 1, "top_p": 0.5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}},
+            {"temperature": 1.7, "top_p": 0.5, "stop_sequences": ["x"], "metadata": {"user_id": "u"}},
             id="sampling",
         ),
         pytest.param(
@@ -190,9 +190,9 @@ def test_conversation() -> None:
             {"stop_sequences": ["a", "b"], "seed": None},
             id="dropped",
         ),
-        pytest.param({"stop": ["\n\n", "", "x"]}, {"stop_sequences": ["x"]}, id="stops of blanks"),
+        pytest.param({"stop": ["\n\n", "", "x"]}, {"stop_sequences": ["\n\n", "x"]}, id="stops of blanks"),
         pytest.param(
-            {"stop": "\n", "max_tokens": -1}, {"stop_sequences": None, "max_tokens": None}, id="no limit"
+            {"stop": "", "max_tokens": -1}, {"stop_sequences": None, "max_tokens": None}, id="no limit"
         ),
         pytest.param(
             {"user": "me@example.org"},
@@ -385,6 +385,9 @@ THINK = {"type": "enabled", "budget_tokens": 20000}
         (Facts(), "m", {"thinking": THINK}, {"max_tokens": 36384, "thinking": THINK}),
         (Facts(), "claude-haiku-4-5-20251001", {"reasoning_effort": "low"}, {"output_config": {}}),
         (Facts(), "claude-opus-4-20250514", {"reasoning_effort": "low"}, {"output_config": {}}),
+        (Facts(), "m", {"temperature": 1.7}, {"temperature": 1}),
+        (Facts(), "m", {"stop": ["\n\n", "x"]}, {"stop_sequences": ["x"]}),
+        (Facts(), "m", {"stop": "\n"}, {"stop_sequences": []}),
         (Facts(), "claude-opus-4-6", {"reasoning_effort": "minimal"}, {"output_config": {"effort": "low"}}),
         (Facts(), "claude-opus-4-5", {"reasoning_effort": "low"}, {"output_config": {"effort": "low"}}),
         (Facts(), "claude-haiku-5-5", {"reasoning_effort": "low"}, {"output_config": {"effort": "low"}}),
