@@ -440,7 +440,7 @@ class Facts:
     sampling: bool = True  # takes temperature, top_p, top_k
     forced_tool: bool = True  # takes a tool_choice that forces a call
     price: Price | None = None
-    thinking_off: bool = True  # takes thinking turned off
+    thinking_off: bool = True  # takes thinking turned off, or with a budget
 
 
 class ConfigError(Exception):
@@ -5329,13 +5329,15 @@ _WITHOUT_EFFORT = re.compile(r"claude-(?:3|haiku-4|sonnet-4[-.]5|(?:sonnet|opus)
 
 def fitting_request(body: Json, to: Upstream) -> Json:
     """What `messages_request` made, without what this very model of an Anthropic-format upstream is known to refuse."""
+    if not to.facts.thinking_off:
+        body = thinking_by_effort(body)
     dropped = (*to.skip,) if to.facts.sampling else (*to.skip, "temperature", "top_p")
     if "claude" in to.model and "temperature" in body:
         dropped = (*dropped, "top_p")  # Claude 4.5 and 4.6 refuse the two together
     out = {k: v for k, v in body.items() if k not in dropped}
     if isinstance(heat := out.get("temperature"), (int, float)):
         out["temperature"] = min(heat, 1)  # OpenAI's and Gemini's go to 2
-    if stops := body.get("stop_sequences"):  # one of blanks alone is a 400
+    if stops := out.get("stop_sequences"):  # one of blanks alone is a 400
         out["stop_sequences"] = [s for s in stops if str(s).strip()]
     if "max_tokens" not in body:
         budget = as_object(body.get("thinking")).get("budget_tokens")  # the thinking must fit in
@@ -5345,9 +5347,6 @@ def fitting_request(body: Json, to: Upstream) -> Json:
         out["max_tokens"] = limit
     if config := as_object(out.get("output_config")):
         out["output_config"] = claude_config(config, to.model)
-    if as_object(out.get("thinking")).get("type") == "disabled" and not to.facts.thinking_off:
-        del out["thinking"]
-        out["output_config"] = {**out.get("output_config", {}), "effort": "low"}
     choice = as_object(out.get("tool_choice"))
     if choice.get("type") in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
         out["tool_choice"] = {
@@ -5355,6 +5354,14 @@ def fitting_request(body: Json, to: Upstream) -> Json:
             **{k: v for k, v in choice.items() if k not in ("type", "name")},
         }
     return out
+
+
+def thinking_by_effort(body: Json) -> Json:
+    """The request with an effort for a thinking that has a budget, and the lowest for one that is turned off."""
+    if as_object(body.get("thinking")).get("type") not in ("disabled", "enabled"):
+        return body
+    config = {**as_object(body.get("output_config")), "effort": wanted_effort(body, EFFORTS) or "low"}
+    return {**{k: v for k, v in body.items() if k != "thinking"}, "output_config": config}
 
 
 def claude_config(config: Json, model: str) -> Json:
@@ -6314,7 +6321,7 @@ def demo_input(tool: Json, words: str) -> Json:
 # Prices: US dollars per million tokens, taken 2026-11-27 from a maintained public table (LiteLLM's) and
 # checked against the vendors' pages where they have one. Columns: name, context, max output, input, output,
 # cache read, cache write, 1 h cache write; - is unknown, not free. Then what the model refuses (s sampling
-# parameters, f forced tool calls, t thinking turned off) and the tiers, above:input/output/read/write(/1 h write),
+# parameters, f forced tool calls, t thinking turned off or with a budget) and the tiers, above:input/output/read/write(/1 h write),
 # that price a whole request once its prompt passes that. Anthropic's 1 h write costs twice the input. Google's
 # gemini-4-argon and -carbon stand with their prices of December 2026, which double then; gemini-3.6-flash to
 # -3.8-flash will with the new year.
@@ -9722,7 +9729,10 @@ def forwarded(call: Call, to: Upstream) -> bytes:
 
 def without_dropped(body: Json, to: Upstream) -> Json:
     """The body without what the provider's drop list names; the very same object where nothing is dropped."""
-    for name in (*to.quirks.drop, *(to.skip & {*DROPS, "thinking"})):  # the rest of `skip` is of OpenAI clients' requests
+    for name in (
+        *to.quirks.drop,
+        *(to.skip & {*DROPS, "thinking"}),
+    ):  # the rest of `skip` is of OpenAI clients' requests
         if name == "media" and to.sees:
             body = without_media(body, ("document",))
         elif name in DROPS:

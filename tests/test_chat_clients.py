@@ -363,7 +363,8 @@ def test_what_anthropic_refuses_is_not_sent() -> None:
     assert out["messages"][4]["content"][0]["content"] == []
 
 
-THINK = {"type": "enabled", "budget_tokens": 20000}
+THINK, ADAPTIVE = {"type": "enabled", "budget_tokens": 20000}, {"type": "adaptive"}
+LOW = {"output_config": {"effort": "low"}}
 
 
 @pytest.mark.parametrize(
@@ -385,6 +386,25 @@ THINK = {"type": "enabled", "budget_tokens": 20000}
         (Facts(), "m", {"thinking": THINK}, {"max_tokens": 36384, "thinking": THINK}),
         (Facts(), "claude-haiku-4-5-20251001", {"reasoning_effort": "low"}, {"output_config": {}}),
         (Facts(), "claude-opus-4-20250514", {"reasoning_effort": "low"}, {"output_config": {}}),
+        (Facts(), "claude-haiku-5-5", {"reasoning_effort": "none"}, {"thinking": {"type": "disabled"}}),
+        (
+            facts_of("claude-sonnet-5-5"),
+            "claude-sonnet-5-5",
+            {"reasoning_effort": "none"},
+            {**LOW, "thinking": None},
+        ),
+        (
+            facts_of("claude-opus-5-5"),
+            "claude-opus-5-5",
+            {"thinking": THINK},
+            {"output_config": {"effort": "high"}, "thinking": None},
+        ),
+        (
+            facts_of("claude-fable-5"),
+            "claude-fable-5",
+            {"thinking": ADAPTIVE},
+            {"output_config": None, "thinking": ADAPTIVE},
+        ),
         (Facts(), "m", {"temperature": 1.7}, {"temperature": 1}),
         (Facts(), "m", {"stop": ["\n\n", "x"]}, {"stop_sequences": ["x"]}),
         (Facts(), "m", {"stop": "\n"}, {"stop_sequences": []}),
@@ -396,12 +416,6 @@ THINK = {"type": "enabled", "budget_tokens": 20000}
             "m",
             {"reasoning_effort": "none"},
             {"thinking": {"type": "disabled"}, "output_config": None},
-        ),
-        (
-            facts_of("claude-opus-5-5"),
-            "claude-opus-5-5",
-            {"reasoning_effort": "none"},
-            {"thinking": None, "output_config": {"effort": "low"}},
         ),
         (Facts(forced_tool=False), "m", {"tool_choice": "required"}, {"tool_choice": {"type": "auto"}}),
         (
