@@ -4834,6 +4834,7 @@ class ResponsesStream:
             self.show(self.out.thinking, key, "\n\n")
 
     def item_added(self, key: Any, item: Json) -> None:
+        self.sent.pop(key, None)  # Ollama gives a call the number of the text before it
         if item.get("type") == "function_call" and not self.live and item.get("name"):
             self.begin(key, item)
         elif item.get("type") == "reasoning" and self.out.kind == "thinking":

@@ -194,6 +194,21 @@ def test_each_item_is_told_once_whichever_events_tell_it(plan: list[tuple[bool, 
     assert [b["text"] for b in content if b["type"] == "text"] == ["hi" for i in output if i is MESSAGE]
 
 
+def test_a_call_that_has_the_number_of_the_text_before_it() -> None:
+    """As Ollama 0.17 tells it, which never ends the text's item."""
+    piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": '{"a":1}'}
+    data = sse(
+        text_delta("Looking."),
+        added({**CALL, "arguments": ""}, 0),
+        piece,
+        done(CALL),
+        completed(MESSAGE, CALL),
+    )
+    found, error = read(stream_of(ResponsesStream, CODEX), data)
+    assert error is None
+    assert [b.get("text") or b.get("input") for b in collect(found)["content"]] == ["Looking.", {"a": 1}]
+
+
 def test_a_text_that_goes_on_beside_a_call() -> None:
     whole = {"type": "message", "content": [{"type": "output_text", "text": "abcdefg"}]}
     data = sse(
