@@ -12705,6 +12705,7 @@ function connectCard(models) {
     [...Object.entries(values).map(([key, value]) => line(key, value)), "claude"].join("\n")));
   return card("Point Claude Code here", null,
     el("p", { class: "muted" }, "Paste these lines into a terminal; the last one starts Claude Code.",
+    key !== "ccmux-local" && ` Put your key where ${key} stands.`,
     models.length ? ` Its /model also takes names such as ${models[0].name}.` : "",
     " Where ccmux.py is, `python3 ccmux.py code` does it all, and sets what auto mode needs."), shells.map(block));
 }
