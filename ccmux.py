@@ -3562,7 +3562,7 @@ def joined_turns(given: Iterable[Turn]) -> list[Turn]:
 def turn_of(message: Json) -> Turn:
     blocks = blocks_of(message.get("content"))
     if message.get("role") == "system":
-        blocks = [{"type": MIDWAY_SYSTEM, "text": text_of(blocks)}]
+        blocks = [{"type": MIDWAY_SYSTEM, "text": text_of(blocks) or "\n".join(map(block_text, blocks))}]
     made = MadeOfTurn() if type(message) is Kept else None
     return Turn("assistant" if message.get("role") == "assistant" else "user", blocks, made)
 
@@ -3632,6 +3632,8 @@ def block_text(block: Json) -> str:
         return document_text(block)
     if kind == "tool_reference":
         return f"[tool: {block.get('tool_name') or block.get('name') or ''}]"
+    if kind in TOOL_CHANGES:
+        return f"[{TOOL_CHANGES[kind]}: {changed_tool(block)[0]}]"
     if kind == "web_search_tool_result":
         found = [r for r in blocks_of(block.get("content")) if r.get("url")]
         return "\n".join(f"[{r.get('title') or ''}]({r['url']})" for r in found)
@@ -3953,6 +3955,38 @@ def client_tools(body: Json) -> list[Json]:
     tools = tools_of(body)
     wanted = each(tools, is_client_tool)
     return tools if all(wanted) else [*itertools.compress(tools, wanted)]
+
+
+TOOL_CHANGES = {"tool_addition": "tool added", "tool_removal": "tool removed"}  # blocks of system messages
+
+
+def changed_tool(block: Json) -> tuple[str, Json]:
+    """The name of a tool that a block adds or removes, and its definition: {} where it is declared already."""
+    tool = as_object(block.get("tool"))
+    definition = as_object(tool.get("definition"))
+    return str(definition.get("name") or tool.get("name") or ""), definition
+
+
+def tool_changes(message: Json) -> list[Json]:
+    blocks = blocks_of(message.get("content")) if message.get("role") == "system" else []
+    return [b for b in blocks if b.get("type") in TOOL_CHANGES]
+
+
+def with_tool_changes(body: Json) -> Json:
+    """The request with the tools that its system messages in mid-conversation leave, as the SDKs' tool runners change
+    them (a beta of July 2026); the very same object where they change none.
+    """
+    changes = [*itertools.chain.from_iterable(each(messages_of(body), tool_changes))]
+    if not changes:
+        return body
+    tools = {str(t.get("name") or ""): t for t in tools_of(body)}
+    gone: set[str] = set()
+    for block in changes:
+        name, definition = changed_tool(block)
+        if definition:
+            tools[name] = definition
+        (gone.add if block["type"] == "tool_removal" else gone.discard)(name)
+    return {**body, "tools": [tool for name, tool in tools.items() if name not in gone]}
 
 
 def is_left_out(tool: Json) -> bool:
@@ -9095,7 +9129,7 @@ class Relay:
             data = forwarded(call, to)
             url += "?beta=true" if "beta=true" in call.query else ""
         else:
-            translated = dialect.request(call.body, to)
+            translated = dialect.request(with_tool_changes(call.body), to)
             if left := left_out(call.body, dialect):
                 log.info(
                     "request %s: server tools left out for %s: %r", call.request_id, provider.name, left[:8]
@@ -9133,7 +9167,7 @@ class Relay:
             f"msg_{call.request_id[4:]}", call.asked, usage, lambda text: self.count_output(text, to.model)
         )
         out.tool_ids = tool_ids(call.body)
-        names = {upstream: client for client, upstream in tool_names(call.body).items()}
+        names = {upstream: client for client, upstream in tool_names(with_tool_changes(call.body)).items()}
         return Translation(dialect.stream(out, names, to), out, client_format(call))
 
     async def pump(self, call: Call, slot: Slot, response: aiohttp.ClientResponse, sink: Sink) -> None:

@@ -41,6 +41,7 @@ from ccmux import (
     tool_names,
     upstream_name,
     upstream_tool_id,
+    with_tool_changes,
 )
 
 PARAMS: TypeAdapter[Any] = TypeAdapter(CompletionCreateParamsStreaming)
@@ -261,6 +262,49 @@ def test_files_and_vision_by_quirk() -> None:
         assert message["content"] == "x\n\n[an image was left out: this model does not take images]"
     [message] = messages_of(user(PDF), to=upstream("m", skip=frozenset({"files"}), files=True))
     assert "was left out" in message["content"]
+
+
+def changing(*changes: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"role": "system", "content": [{"type": kind, "tool": tool} for kind, tool in changes]}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "tool_reference", "name": name}
+
+
+DEFINED = {"type": "tool_definition", "definition": {"name": "c", "input_schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "left", "told"),
+    [
+        pytest.param([("tool_addition", DEFINED)], ["a", "b", "c"], "[tool added: c]", id="defined"),
+        pytest.param([("tool_addition", named("b"))], ["a", "b"], "[tool added: b]", id="declared already"),
+        pytest.param([("tool_removal", named("a"))], ["b"], "[tool removed: a]", id="removed"),
+        pytest.param(
+            [("tool_addition", DEFINED), ("tool_removal", named("c"))], ["a", "b"],
+            "[tool added: c]\n[tool removed: c]", id="added and removed",
+        ),
+        pytest.param(
+            [("tool_removal", named("a")), ("tool_addition", named("a"))], ["a", "b"],
+            "[tool removed: a]\n[tool added: a]", id="back again",
+        ),
+        pytest.param([("tool_removal", {})], ["a", "b"], "[tool removed: ]", id="of nothing"),
+    ],
+)  # fmt: skip
+def test_tools_changed_in_mid_conversation(
+    changes: list[tuple[str, dict[str, Any]]], left: list[str], told: str
+) -> None:
+    tools = [{"name": name, "input_schema": {"type": "object"}} for name in ("a", "b")]
+    body = {"messages": [user("hi"), changing(*changes)], "tools": tools}
+    sent = openai_request(with_tool_changes(body), PLAIN)
+    assert [t["function"]["name"] for t in sent["tools"]] == left
+    assert sent["messages"][-1]["content"] == f"hi\n\n<system-reminder>\n{told}\n</system-reminder>"
+
+
+def test_a_request_that_changes_no_tools_stays_the_same_object() -> None:
+    body = {"messages": [user("hi"), {"role": "system", "content": "s"}], "tools": [{"name": "a"}]}
+    assert with_tool_changes(body) is body
 
 
 def test_midway_system_by_quirk() -> None:

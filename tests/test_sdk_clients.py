@@ -136,6 +136,20 @@ async def test_the_tool_runner_keeps_the_conversation(kind: str, streamed: bool,
     assert all("hello" in str(request.body) for request in fake.asked)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in FAKES if kind != "anthropic"])
+async def test_a_tool_added_in_mid_conversation_is_called(kind: str, start_ccmux: Start) -> None:
+    added = {**WEATHER, "name": "weather.of a city"}  # no upstream takes this name as it is
+    change = {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": added}}
+
+    def script(turn: Turn) -> Answer:
+        return Answer(calls=tuple(Call(name, {"city": "Bern"}) for name in turn.tools))
+
+    async with sdk_on(kind, start_ccmux, script) as (client, _, _):
+        asked = [*HELLO, {"role": "system", "content": [change]}]
+        message = await client.beta.messages.create(model="tiny", max_tokens=500, messages=asked)
+    assert [(b.name, b.input) for b in message.content] == [("weather.of a city", {"city": "Bern"})]
+
+
 @KINDS
 async def test_two_tools_at_once(kind: str, start_ccmux: Start) -> None:
     calls = tuple(Call("get_weather", {"city": city}) for city in ("Rome", "Oslo"))
