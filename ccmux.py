@@ -12195,8 +12195,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--muted); font-weight: 500; font-size: 13px; white-space: nowrap; }
 td.num, th.num { text-align: right; white-space: nowrap; }
-td.nowrap { white-space: nowrap; }
-td.act { white-space: nowrap; }
+td.nowrap, td.act, td .status { white-space: nowrap; }
 td.act button + button { margin-left: 6px; }
 td.text { max-width: 26em; overflow-wrap: anywhere; min-width: 8em; }
 tbody tr:last-child td { border-bottom: 0; }
