@@ -12190,7 +12190,8 @@ nav a[aria-current] { color: var(--accent); background: var(--soft); font-weight
 .empty { color: var(--muted); padding: 10px 0; }
 main:focus { outline: 0; }
 .scroll { overflow-x: auto; max-width: 100%; position: relative; }
-.log { max-height: 460px; overflow-y: auto; }
+@media screen { .log { max-height: 460px; overflow-y: auto; } }
+@media print { .scroll { overflow: visible; } }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--muted); font-weight: 500; font-size: 13px; white-space: nowrap; }
@@ -12203,7 +12204,7 @@ tbody tr:last-child td { border-bottom: 0; }
   content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px;
   background: var(--muted);
 }
-.status::before, .beats i { forced-color-adjust: none; } /* their colour is all they are */
+.status::before, .beats i { forced-color-adjust: none; print-color-adjust: exact; } /* their colour is all they are */
 .status.ok::before { background: var(--ok); }
 .status.warn::before { background: var(--warn); }
 .status.bad::before { background: var(--bad); }

@@ -1183,13 +1183,21 @@ async def test_who_changes_the_admin_token_stays_signed_in(browser: Browser, tmp
 
 
 @needs_browser
-async def test_a_dark_page_prints_dark_on_white(browser: Browser, tmp_path: Path) -> None:
-    async with in_process(tmp_path, "") as proxy, opened(browser, proxy.url, color_scheme="dark") as page:
+async def test_a_dark_page_prints_dark_on_white_and_whole(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with (
+        in_process(tmp_path, config_of(provider)) as proxy,
+        opened(browser, proxy.url, color_scheme="dark") as page,
+    ):
         await page.wait_for_selector(".tiles")
         colour = "getComputedStyle(document.body).color"
         assert await page.evaluate(colour) == "rgb(229, 233, 240)"
         await page.emulate_media(media="print")
         assert await page.evaluate(colour) == "rgb(27, 34, 48)"
+        assert (
+            await page.evaluate("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
+        )
 
 
 async def test_every_short_word_for_a_fault_has_a_plain_one() -> None:
