@@ -8376,7 +8376,7 @@ def enter(
 
 
 def lock(path: str) -> typing.IO[str]:
-    """An exclusive lock that ends with the process; ConfigError naming the pid that has it."""
+    """An exclusive lock that ends with the process; ConfigError naming the pid that has it, or why there is none."""
     file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR, 0o600), "r+")
     try:
         if sys.platform == "win32":
@@ -8392,12 +8392,12 @@ def lock(path: str) -> typing.IO[str]:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = file.read().strip()
+    except OSError as error:
+        why = f"cannot be locked ({error.strerror}): [server] database must be on a disk of this machine"
+        if isinstance(error, (BlockingIOError, PermissionError)):  # the latter on Windows
+            why = f"is in use by ccmux with pid {file.read().strip()}"
         file.close()
-        raise ConfigError(
-            f"database {path.removesuffix('.lock')} is in use by ccmux with pid {owner}"
-        ) from None
+        raise ConfigError(f"database {path.removesuffix('.lock')} {why}") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

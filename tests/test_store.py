@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import errno
 import io
 import os
 import random
@@ -392,6 +393,22 @@ def test_a_second_server_is_refused_by_pid(tmp_path: Path) -> None:
     third = ccmux.Store(str(tmp_path / "a.db"))
     third.open_server()
     third.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock")
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a network folder whose server lacks them; the lock's file may still name a server of long ago."""
+    import fcntl
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / "a.db.lock").write_text("12345")
+    monkeypatch.setattr(fcntl, "flock", fails)
+    store = ccmux.Store(str(tmp_path / "a.db"))
+    with pytest.raises(ccmux.ConfigError, match=r"a\.db cannot be locked \(No locks available\)"):
+        store.open_server()
+    store.close()
 
 
 def test_a_newer_or_foreign_file_is_refused_in_one_line(tmp_path: Path) -> None:
