@@ -4763,9 +4763,10 @@ def responses_part(block: Json, to: Upstream) -> Json:
         return {"type": "input_image", "image_url": url, "detail": "auto"}
     if kind == "image":
         return {"type": "input_text", "text": "[an image was left out]"}
-    if kind == "document" and url.startswith("data:application/pdf"):
+    takes_file = kind == "document" and "files" not in to.skip
+    if takes_file and url.startswith("data:application/pdf"):
         return {"type": "input_file", "filename": str(block.get("title") or "document.pdf"), "file_data": url}
-    if kind == "document" and url and not url.startswith("data:"):
+    if takes_file and url and not url.startswith("data:"):
         return {"type": "input_file", "file_url": url}
     return {"type": "input_text", "text": block_text(block)}
 
@@ -9633,7 +9634,7 @@ PARTS_REFUSED = {
     ),
     "files": re.compile(
         r"part type: file|variant `file`|tag 'file'|value: 'file'|unsupported content\[\]\.type|^invalid message format$|"
-        r"tag 'document'|'input': 'document'"
+        r"tag 'document'|'input': 'document'|'input_file' is not supported|content type: input_file"
     ),
 }
 # LiteLLM's on /v1/messages, of a model that it does not know to reason: Claude Code asks for thinking in each main turn.

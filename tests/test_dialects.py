@@ -416,6 +416,8 @@ def test_a_model_that_reads_only_text_says_so(message: str, expected: bool) -> N
         "messages[0]: unknown variant `file`, expected `text` at line 1 column 99",
         "Input tag 'file' found using 'type' does not match any of the expected tags: 'text', 'image_url'",
         "unsupported content[].type",
+        "'input_file' is not supported by llamacpp at this moment",
+        "input[0]: content[0]: unknown content type: input_file",
         "messages.0.content.list[tagged-union[TextBlock]].0: Input tag 'document' found using 'type' does not match",
         "2 validation errors:\n  {'type': 'literal_error', 'loc': 'body.messages.0.content.0.type', "
         "'msg': \"Input should be 'text', 'image' or 'tool_use'\", 'input': 'document'}",

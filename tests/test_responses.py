@@ -609,6 +609,15 @@ def test_a_refused_effort_is_the_next_lower_one() -> None:
     assert request_of(user("hi"), to=to, output_config={"effort": "max"})["reasoning"] == {"effort": "high"}
 
 
+def test_a_pdf_is_left_out_where_the_server_takes_no_files() -> None:
+    """As llama.cpp and Ollama, whose refusal teaches it."""
+    source = {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="}
+    for skip in ((), ("files",)):
+        out = request_of(user({"type": "document", "source": source}), to=upstream("m", skip=frozenset(skip)))
+        assert ("input_file" in json.dumps(out)) == (not skip)
+    assert "a PDF was left out" in json.dumps(out)
+
+
 def test_what_an_upstream_refuses_is_left_out() -> None:
     to = upstream(
         "gpt-5",
