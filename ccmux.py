@@ -3230,7 +3230,7 @@ class AnthropicTap:
             self.stop_reason = str(as_object(event.get("delta")).get("stop_reason") or "")
         elif kind == "message_stop":
             self.ended, self.ending = True, block
-            self.usage_broken |= not self.output_told
+            self.usage_broken |= not (self.output_told and self.usage and self.usage.prompt)
             return b""
         elif kind == "error":
             return self.fail(error_of_event(event), self.scrubbed(block))
@@ -5827,7 +5827,7 @@ class AnthropicEvents:
     def note_usage(self, kind: str, given: Any) -> None:
         self.usage = anthropic_usage(given, self.usage)
         self.output_told |= kind == "message_delta" and as_object(given).get("output_tokens") is not None
-        if self.usage and kind == "message_stop" and not self.output_told:
+        if self.usage and kind == "message_stop" and not (self.output_told and self.usage.prompt):
             self.usage = dataclasses.replace(self.usage, estimated=True)
         self.out.usage = self.usage or self.out.usage
 
@@ -6205,6 +6205,7 @@ class AnthropicWhole:
     def look(self, message: Json) -> bool:
         """Reads usage and stop reason off a whole answer; false where it is none."""
         self.usage = anthropic_usage(message.get("usage"))
+        self.usage_broken = not (self.usage and self.usage.prompt)
         self.stop_reason = str(message.get("stop_reason") or "")
         return message.get("type") == "message"
 

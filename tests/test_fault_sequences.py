@@ -1293,6 +1293,22 @@ async def test_who_leaves_pays_for_an_input_that_message_start_tells_as_0(tmp_pa
     assert row["estimated"] and row["input_tokens"] > 0 and row["output_tokens"] > 0
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["messages", "chat/completions"])
+@pytest.mark.parametrize("usage", [{"output_tokens": 50}, {"input_tokens": 0, "output_tokens": 50}])
+async def test_an_input_that_is_not_told_is_counted_here(
+    usage: ccmux.Json, path: str, stream: bool, tmp_path: Path
+) -> None:
+    """As of gateways in front of models that do not stream their usage."""
+    async with stage(tmp_path, (fs.answer(usage=usage),)) as (proxy, _), aiohttp.ClientSession() as session:
+        async with session.post(f"{proxy.url}/v1/{path}", json=message_body(stream)) as reply:
+            assert reply.status == 200
+            await reply.read()
+        await proxy.idle()
+    (row,) = proxy.books.requests()
+    assert row["estimated"] and row["input_tokens"] > 0 and row["output_tokens"] >= 50
+
+
 @pytest.mark.parametrize("path", ["messages", "chat/completions"])
 async def test_an_output_that_only_message_start_tells_is_counted_here(path: str, tmp_path: Path) -> None:
     """Of an answer that ended well: the 1 there is that of a beginning."""
