@@ -3632,8 +3632,8 @@ def block_text(block: Json) -> str:
         return document_text(block)
     if kind == "tool_reference":
         return f"[tool: {block.get('tool_name') or block.get('name') or ''}]"
-    if kind in TOOL_CHANGES:
-        return f"[{TOOL_CHANGES[kind]}: {changed_tool(block)[0]}]"
+    if word := TOOL_CHANGES.get(str(kind)):
+        return f"[{word}: {changed_tool(block)[0]}]"
     if kind == "web_search_tool_result":
         found = [r for r in blocks_of(block.get("content")) if r.get("url")]
         return "\n".join(f"[{r.get('title') or ''}]({r['url']})" for r in found)
@@ -3969,7 +3969,7 @@ def changed_tool(block: Json) -> tuple[str, Json]:
 
 def tool_changes(message: Json) -> list[Json]:
     blocks = blocks_of(message.get("content")) if message.get("role") == "system" else []
-    return [b for b in blocks if b.get("type") in TOOL_CHANGES]
+    return [b for b in blocks if str(b.get("type")) in TOOL_CHANGES]
 
 
 def with_tool_changes(body: Json) -> Json:

@@ -290,6 +290,7 @@ DEFINED = {"type": "tool_definition", "definition": {"name": "c", "input_schema"
             "[tool removed: a]\n[tool added: a]", id="back again",
         ),
         pytest.param([("tool_removal", {})], ["a", "b"], "[tool removed: ]", id="of nothing"),
+        pytest.param([({}, {})], ["a", "b"], '{"type": {}, "tool": {}}', id="of no kind"),
     ],
 )  # fmt: skip
 def test_tools_changed_in_mid_conversation(
