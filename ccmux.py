@@ -9278,8 +9278,7 @@ class Relay:
         error.should_retry = {"true": True, "false": False}.get(should)
         if dialect.request is None and call.format == "anthropic":
             error.headers = answer_headers(response.headers, dialect)
-            is_anthropics = as_object(payload).get("type") == "error"
-            words = error_words(payload) if is_anthropics else ""
+            words = error_words(payload) if as_object(payload).get("type") == "error" else ""
             keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(words)
             error.raw = text.encode() if words and keeps_words and error.status == response.status else b""
         return error
@@ -14221,9 +14220,8 @@ async def watch_config(state: State, args: argparse.Namespace) -> None:
     seen: tuple[str, tuple[int, ...]] = (state.config.path, ())  # it may have changed since it was read
     while True:
         await asyncio.sleep(0.5)
-        if (
-            not state.config.path and (made := ccmux_home() / "config.toml").exists()
-        ):  # by `init`, since the start
+        # `init` may have made one since the start.
+        if not state.config.path and (made := ccmux_home() / "config.toml").exists():
             state.config = dataclasses.replace(state.config, path=str(made))
         now = (state.config.path, stamp_of(Path(state.config.path)))
         if state.config.path and now != seen:
@@ -15052,7 +15050,7 @@ def diagnose(given: str) -> Iterator[tuple[str, str]]:
     except ConfigError as error:
         yield "FAILED", str(error)
         return
-    yield "ok", f"config {config.path or 'none: ' + what_was_found(config)}"
+    yield "ok", f"config {config.path or what_was_found(config)}"
     yield from (("note", warning) for warning in config.warnings)
     yield from diagnose_files(config)
     yield diagnose_port(config)
