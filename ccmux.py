@@ -5382,7 +5382,7 @@ def fitting_request(body: Json, to: Upstream) -> Json:
     if limit := output_limit(out, to.facts):
         out["max_tokens"] = limit
     if config := as_object(out.get("output_config")):
-        out["output_config"] = claude_config(config, to.model)
+        out["output_config"] = claude_config(config, to)
     choice = as_object(out.get("tool_choice"))
     if choice.get("type") in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
         out["tool_choice"] = {
@@ -5400,9 +5400,10 @@ def thinking_by_effort(body: Json) -> Json:
     return {**{k: v for k, v in body.items() if k != "thinking"}, "output_config": config}
 
 
-def claude_config(config: Json, model: str) -> Json:
+def claude_config(config: Json, to: Upstream) -> Json:
     """An output_config with the efforts, and in the subset of JSON schema, that Claude takes."""
-    out = {k: v for k, v in config.items() if k != "effort" or not _WITHOUT_EFFORT.search(model)}
+    takes_effort = not _WITHOUT_EFFORT.search(to.model) and "output_config.effort" not in to.skip
+    out = {k: v for k, v in config.items() if k != "effort" or takes_effort}
     if out.get("effort") == "minimal":
         out["effort"] = "low"
     if "format" in out:
@@ -9572,8 +9573,10 @@ class Plan:
         if _THOUGHT_MISSED.search(error.message) and self.once("thought"):
             self.call.body, self.call.raw = unthinking(self.call.body), b""
             return True
-        if self.call.format == slot.provider.format == "anthropic":  # the client's own bytes
-            return bool(_NO_REASONING.search(error.message)) and self.learns(slot, "thinking")
+        if slot.provider.format == "anthropic" and _NO_REASONING.search(error.message):
+            return self.learns(slot, "reasoning")
+        if self.call.format == slot.provider.format == "anthropic":
+            return False  # the client's own bytes
         return self.learns(slot, refused_parameter(error.message, error.param))
 
     def learns(self, slot: Slot, name: str) -> bool:
@@ -9602,11 +9605,12 @@ DROPPABLE = (
     "temperature", "top_p", "top_k", "reasoning_effort", "stream_options", "parallel_tool_calls", "prompt_cache_key",
     "stop", "response_format", "tool_choice", "max_tokens", "max_completion_tokens", "web_search_options", "plugins",
     "reasoning", "include", "store", "text", "thinking", "metadata", "cache_control", "stop_sequences", "output_config",
+    "output_config.effort",
 )  # fmt: skip
 _REFUSES = re.compile(
     r"(?i)unsupported|unknown|unrecognized|not supported|not permitted|extra inputs|does not support|unexpected|"
     r"not allowed|no longer supported|only the default|invalid.{0,20}parameter|not (?:a )?valid|must be one of|"
-    r"incompatible|is allowed for this model|unavailable|input should be"
+    r"incompatible|is allowed for this model|unavailable|input should be '"
 )
 
 
@@ -9637,12 +9641,14 @@ PARTS_REFUSED = {
         r"tag 'document'|'input': 'document'|'input_file' is not supported|content type: input_file"
     ),
 }
-# LiteLLM's on /v1/messages, of a model that it does not know to reason: Claude Code asks for thinking in each main turn.
-_NO_REASONING = re.compile(
-    r"doesn't support `reasoning\.effort`|support parameters: \['(?:thinking|reasoning_effort)'"
-)
 # Ollama's, of a model that does not think, or knows no levels of it (v0.17.4).
 _THINKING_REFUSED = re.compile(r'" does not support thinking|^think value ')
+# On /v1/messages, where Claude Code asks for thinking in each main turn: that, and LiteLLM's of a model that it does not
+# know to reason.
+_NO_REASONING = re.compile(
+    rf"{_THINKING_REFUSED.pattern}|doesn't support `reasoning\.effort`|"
+    r"support parameters: \['(?:thinking|reasoning_effort)'"
+)
 # "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
 _ROLES_REFUSED = re.compile(r"'user' after role 'tool'|roles must alternate")
 
@@ -9682,12 +9688,14 @@ def refused_parameter(message: str, param: str = "") -> str:
     if not _REFUSES.search(message):
         return ""
     named_in = (
-        r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+)\b|(?i:parameter:?|invalid|this model:)\s+(\w+)|^(\w+): "
+        r"['\"`]([\w.]+)['\"`]|\b([a-z]+_[a-z_]+(?:\.effort)?)\b|"
+        r"(?i:parameter:?|invalid|this model:)\s+(\w+)|^(\w+): "
     )
     quoted = re.findall(named_in, message.replace("response format", "response_format"))
     named = [param, *(name for names in quoted for name in names if name)]
     snake = (re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in named)  # xAI's are in camel case
-    return next((top for name in snake if (top := name.split(".")[0]) in DROPPABLE), "")
+    tops = (name if name in DROPPABLE else name.split(".")[0] for name in snake)
+    return next((top for top in tops if top in DROPPABLE), "")
 
 
 def without_thinking(body: Json) -> Json:
@@ -9765,10 +9773,7 @@ def forwarded(call: Call, to: Upstream) -> bytes:
 
 def without_dropped(body: Json, to: Upstream) -> Json:
     """The body without what the provider's drop list names; the very same object where nothing is dropped."""
-    for name in (
-        *to.quirks.drop,
-        *(to.skip & {*DROPS, "thinking"}),
-    ):  # the rest of `skip` is of OpenAI clients' requests
+    for name in (*to.quirks.drop, *(to.skip & DROPS.keys())):  # the rest of `skip` is of requests made here
         if name == "media" and to.sees:
             body = without_media(body, ("document",))
         elif name in DROPS:
@@ -9805,6 +9810,15 @@ def without_tool_type(body: Json) -> Json:
     return {**body, "tools": tools}
 
 
+def without_reasoning(body: Json) -> Json:
+    """The body without thinking and an effort, as each asks for reasoning."""
+    if "thinking" not in body and not effort_of(body):
+        return body
+    config = {k: v for k, v in as_object(body.get("output_config")).items() if k != "effort"}
+    rest = {k: v for k, v in body.items() if k not in ("thinking", "output_config")}
+    return {**rest, "output_config": config} if config else rest
+
+
 def without_media(body: Json, kinds: tuple[str, ...] = ("image", "document")) -> Json:
     """The body with words in place of each image and document: a document's own where it is text, else a note."""
 
@@ -9830,6 +9844,7 @@ DROPS: dict[str, Callable[[Json], Json]] = {  # entries of a drop list that are 
     "tool_type": without_tool_type,
     "media": without_media,
     "files": functools.partial(without_media, kinds=("document",)),
+    "reasoning": without_reasoning,
 }
 
 _MODEL_KEY = re.compile(rb'"model"\s*:\s*"((?:[^"\\]|\\.)*)"')

@@ -373,6 +373,13 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
          "reasoning_effort"),  # vLLM
         ('"llama3.1:8b" does not support thinking', "", "reasoning_effort"),
         ('think value "high" is not supported for this model', "", "reasoning_effort"),
+        ("output_config.effort: Input should be 'low', 'medium', 'high' or 'max'", "", "output_config.effort"),
+        ('output_config.effort "high" is not supported by model m; supported values: [medium]', "", "output_config.effort"),
+        ("output_config: Extra inputs are not permitted", "", "output_config"),
+        ('"thinking.type.enabled" is not supported for this model. Use "thinking.type.adaptive" and "output_config.effort".',
+         "", "thinking"),
+        ("max_tokens: Input should be greater than or equal to 1", "", ""),
+        ("temperature: Input should be a valid number", "", ""),
         ("registry.ollama.ai/library/m does not support tools", "", ""),
         ("Invalid 'messages[3].content': expected a string", "messages[3].content", ""),
         ("the weather parameter is nice", "", ""),

@@ -1085,12 +1085,32 @@ async def test_a_parameter_is_left_out_at_each_target(tmp_path: Path) -> None:
     assert (a.count, b.count) == (2, 2)
 
 
-async def test_thinking_that_litellm_refuses_is_left_out_of_what_is_forwarded(tmp_path: Path) -> None:
-    words = "litellm.UnsupportedParamsError: gpt-4o doesn't support `reasoning.effort` (its model cost map entry lacks"
-    async with stage(tmp_path, (fs.status(400, message=words), fs.answer())) as (proxy, (a,)):
+@pytest.mark.parametrize(
+    "words",
+    [
+        "litellm.UnsupportedParamsError: gpt-4o doesn't support `reasoning.effort` (its model cost map entry lacks",
+        "litellm.UnsupportedParamsError: ollama does not support parameters: ['thinking'], for model=llama3.1",
+        '"llama3.1:8b" does not support thinking',
+    ],
+)
+@pytest.mark.parametrize("client", ["claude-code", "openai"])
+async def test_thinking_is_left_out_for_a_model_that_has_none(
+    client: str, words: str, tmp_path: Path
+) -> None:
+    """As LiteLLM and Ollama say on /v1/messages; an effort asks for it, too."""
+
+    def answers(call: fs.UpstreamCall) -> Any:
+        is_asked = "thinking" in call.json or "effort" in call.json.get("output_config", {})
+        return (fs.status(400, message=words) if is_asked else fs.answer()).steps(call)
+
+    body = message_body(thinking={"type": "adaptive"}, output_config={"effort": "high"})
+    async with stage(tmp_path, (fs.Behaviour(answers),)) as (proxy, (a,)):
         for _ in range(2):
-            full("A")(await ask(proxy, body=message_body(thinking={"type": "adaptive"})))
-    assert ["thinking" in call.json for call in a.calls] == [True, False, False]
+            if client == "openai":
+                assert await chat(proxy, reasoning_effort="high") == HELLO
+            else:
+                full("A")(await ask(proxy, body=body))
+    assert a.count == 3
 
 
 async def test_what_is_only_forwarded_keeps_its_parameters(tmp_path: Path) -> None:
@@ -1119,6 +1139,58 @@ async def test_what_an_openai_client_sends_to_an_anthropic_upstream_is_left_out_
         fails(400, says="temperature")(await ask(proxy, body=message_body(temperature=0.5)))
     assert ["temperature" in call.json for call in a.calls] == [True, False, False, True]
     assert all(call.json.get("stop_sequences") == ["x"] for call in a.calls[:3])
+
+
+async def chat(proxy: Proxy, **more: Any) -> str:
+    """What an OpenAI client gets to read: the answer's text, or an error's."""
+    asked = {"model": "claude-opus-4-8", "messages": [{"role": "user", "content": "hi"}], **more}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{proxy.url}/v1/chat/completions", json=asked) as reply,
+    ):
+        told = await reply.json()
+    return str(told["error"]["message"] if "error" in told else told["choices"][0]["message"]["content"])
+
+
+async def test_a_thinking_that_an_openai_client_may_not_ask_for_is_claude_codes_all_the_same(
+    tmp_path: Path,
+) -> None:
+    def answers(call: fs.UpstreamCall) -> Any:
+        refusal = fs.status(400, message='"thinking.type.enabled" is not supported for this model.')
+        kind = call.json.get("thinking", {}).get("type")
+        return (refusal if kind == "enabled" else fs.answer()).steps(call)
+
+    async with stage(tmp_path, (fs.Behaviour(answers),)) as (proxy, (a,)):
+        assert await chat(proxy, thinking={"type": "enabled", "budget_tokens": 2000}) == HELLO
+        full("A")(await ask(proxy, body=message_body(thinking={"type": "adaptive"})))
+    assert [call.json.get("thinking", {}).get("type") for call in a.calls] == ["enabled", None, "adaptive"]
+
+
+async def test_a_wrong_value_of_one_openai_client_takes_nothing_from_the_next(tmp_path: Path) -> None:
+    def answers(call: fs.UpstreamCall) -> Any:
+        refusal = fs.status(400, message="max_tokens: Input should be greater than or equal to 1")
+        return (refusal if call.json.get("max_tokens", 0) < 1 else fs.answer()).steps(call)
+
+    async with stage(tmp_path, (fs.Behaviour(answers),)) as (proxy, (a,)):
+        assert "max_tokens" in await chat(proxy, max_tokens=-5)
+        assert await chat(proxy, max_tokens=100) == HELLO
+    assert [call.json["max_tokens"] for call in a.calls] == [-5, 100]
+
+
+async def test_an_effort_that_is_refused_takes_no_schema_with_it(tmp_path: Path) -> None:
+    def answers(call: fs.UpstreamCall) -> Any:
+        refusal = fs.status(
+            400, message='output_config.effort "xhigh" is not supported by model m; supported values: [low]'
+        )
+        return (refusal if "effort" in call.json["output_config"] else fs.answer()).steps(call)
+
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "schema": {"type": "object", "properties": {}}},
+    }
+    async with stage(tmp_path, (fs.Behaviour(answers),)) as (proxy, (a,)):
+        assert await chat(proxy, reasoning_effort="xhigh", response_format=form) == HELLO
+    assert [[*call.json["output_config"]] for call in a.calls] == [["effort", "format"], ["format"]]
 
 
 THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "c2lnbmVk"}
