@@ -439,8 +439,8 @@ class Facts:
     max_output: int = 0
     sampling: bool = True  # takes temperature, top_p, top_k
     forced_tool: bool = True  # takes a tool_choice that forces a call
-    price: Price | None = None
     thinking_off: bool = True  # takes thinking turned off, or with a budget
+    price: Price | None = None
 
 
 class ConfigError(Exception):
@@ -4232,11 +4232,9 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
     tool = web_search_of(body)
     if tool is None:
         return {}
-    forms: Json = {
-        "plugin": {"plugins": [{"id": "web"}]},
-        # By Responses, but for the models that are made for it here (gpt-5-search-api).
-        **{key: {"web_search_options": web_search_options(tool)} for key in ("options", "responses")},
-    }
+    options = {"web_search_options": web_search_options(tool)}
+    # "responses": of the models that are made for it here (gpt-5-search-api).
+    forms: Json = {"plugin": {"plugins": [{"id": "web"}]}, "options": options, "responses": options}
     keys = as_object(forms.get(to.quirks.web_search))
     if keys and to.skip.isdisjoint(keys):  # left out, the model would make up what it found
         return keys
@@ -5093,9 +5091,8 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
     if thinking.get("type") == "disabled":  # the least there is: only 2.5 Flash can do without
         least = 128 if "pro" in to.model else 0
         return {"thinkingBudget": least} if by_budget else {"thinkingLevel": "low"}
-    levels = (
-        EFFORTS if by_budget else ("low", "medium", "high", *["xhigh"] * bool(_TAKES_XHIGH.search(to.model)))
-    )
+    above = ("xhigh",) if _TAKES_XHIGH.search(to.model) else ()
+    levels = EFFORTS if by_budget else ("low", "medium", "high", *above)
     effort, budget = wanted_effort(body, efforts_of(to, levels)), thinking.get("budget_tokens")
     out: Json = {"includeThoughts": True} if thinking.get("type") in ("enabled", "adaptive") else {}
     if by_budget and isinstance(budget, int) and not isinstance(budget, bool):
@@ -5420,10 +5417,8 @@ def opaque_id(user: Any) -> str:
 
 def messages_thinking(body: Json) -> Json:
     """reasoning_effort and a schema as output_config; `thinking` as some clients send it to Claude models."""
-    effort, given = (
-        body.get("reasoning_effort"),
-        as_object(as_object(body.get("response_format")).get("json_schema")),
-    )
+    effort = body.get("reasoning_effort")
+    given = as_object(as_object(body.get("response_format")).get("json_schema"))
     config: Json = {"effort": effort} if effort in EFFORTS else {}
     if isinstance(schema := given.get("schema"), dict):
         strict = {"strict": True} if given.get("strict") is True else {}
@@ -6479,7 +6474,7 @@ def price_row(row: str) -> tuple[str, Facts]:
         above.append((int(size), price_of_columns(*columns.split("/"))))
     price = dataclasses.replace(price, tiers=tuple(above))
     sampling, forced_tool, thinking_off = (letter not in refuses for letter in "sft")
-    return name.lower(), Facts(int(context), int(max_output), sampling, forced_tool, price, thinking_off)
+    return name.lower(), Facts(int(context), int(max_output), sampling, forced_tool, thinking_off, price)
 
 
 def price_of_columns(input: str, output: str, *cache: str) -> Price:
@@ -9554,12 +9549,13 @@ class Plan:
     def mends(self, slot: Slot, error: ApiError) -> bool:
         """Whether a 400, or Mistral's 422, names what this request can do without: a parameter, a thinking signature.
 
-        Images and files are refused with others, too; where a next target may take them, it gets them.
+        Images and files are refused with others, too; where a next target may take them, it gets them. Anthropic's own
+        models take both: there it is the place in the conversation that is wrong.
         """
         is_elsewhere = error.retry in (Retry.SAME, Retry.NEXT) and len(self.slots()) > 1
-        for name, words in PARTS_REFUSED.items():
-            if words.search(error.message) and not is_elsewhere:
-                return self.learns(slot, name)
+        refused = next((name for name, words in PARTS_REFUSED.items() if words.search(error.message)), "")
+        if refused and not is_elsewhere and not is_anthropics(slot.provider.base_url):
+            return self.learns(slot, refused)
         if _BY_RESPONSES.search(error.message) and slot.provider.format == "openai":
             return self.learns(slot, CHAT)
         if error.status not in (400, 422):

@@ -153,6 +153,19 @@ def a_plan(tries: int = 1, slept: float = 0.0) -> tuple[ccmux.Plan, ccmux.Slot]:
     return plan, slot
 
 
+@pytest.mark.parametrize(
+    ("base", "learnt"), [("https://api.anthropic.com", set()), ("http://127.0.0.1:1", {"files"})]
+)
+def test_a_document_in_the_wrong_place_teaches_nothing_of_anthropics_own_models(
+    base: str, learnt: set[str]
+) -> None:
+    plan, slot = a_plan()
+    slot = dataclasses.replace(slot, provider=dataclasses.replace(slot.provider, base_url=base))
+    words = "messages.1.content.0: Input tag 'document' found using 'type' does not match any of the expected tags"
+    assert plan.mends(slot, ccmux.ApiError(400, words)) == bool(learnt)
+    assert plan.relay.not_taken(plan.call, slot) == learnt
+
+
 def failure(status: int, retry_after: float | None = None) -> ccmux.ApiError:
     error = ccmux.upstream_error(status, {})
     error.retry_after = retry_after
