@@ -102,7 +102,7 @@ def test_facts_say_what_a_model_refuses() -> None:
     always = {"claude-fable-5", "claude-fable-5-1", "claude-opus-5-5", "claude-sonnet-5-5"}
     assert {name for name, facts in price_table().items() if not facts.thinking_off} == always
     assert facts_of("claude-haiku-4-5") == Facts(
-        200000, 64000, True, True, price("1", "5", "0.1", "1.25", "2")
+        200000, 64000, True, True, True, price("1", "5", "0.1", "1.25", "2")
     )
 
 
