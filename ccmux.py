@@ -6007,11 +6007,9 @@ def dialect_of(
     https://developers.openai.com/api/docs/guides/tools-web-search, https://docs.x.ai (November 2026)
     """
     quirks = provider.quirks
-    by_responses = (quirks.codex and re.search(quirks.codex, model)) or (
-        provider.format == "openai" and CHAT in skip
-    )
-    if quirks.web_search == "responses" and "-search" not in model and body and web_search_of(body):
-        by_responses = True
+    is_codex = quirks.codex and re.search(quirks.codex, model)
+    searches = quirks.web_search == "responses" and "-search" not in model and body and web_search_of(body)
+    by_responses = provider.format == "openai" and (is_codex or searches or CHAT in skip)
     return DIALECTS["responses" if by_responses else provider.format]
 
 
