@@ -4867,7 +4867,8 @@ class ResponsesStream:
             self.show(self.out.thinking, key, "\n\n")
 
     def item_added(self, key: Any, item: Json) -> None:
-        self.sent.pop(key, None)  # Ollama gives a call the number of the text before it
+        if not self.live:
+            self.sent.pop(key, None)  # Ollama gives a call the number of the text before it
         if item.get("type") == "function_call" and not self.live and item.get("name"):
             self.begin(key, item)
         elif item.get("type") == "reasoning" and self.out.kind == "thinking":
@@ -6352,10 +6353,10 @@ def demo_input(tool: Json, words: str) -> Json:
 # Prices: US dollars per million tokens, taken 2026-11-27 from a maintained public table (LiteLLM's) and
 # checked against the vendors' pages where they have one. Columns: name, context, max output, input, output,
 # cache read, cache write, 1 h cache write; - is unknown, not free. Then what the model refuses (s sampling
-# parameters, f forced tool calls, t thinking turned off or with a budget) and the tiers, above:input/output/read/write(/1 h write),
-# that price a whole request once its prompt passes that. Anthropic's 1 h write costs twice the input. Google's
-# gemini-4-argon and -carbon stand with their prices of December 2026, which double then; gemini-3.6-flash to
-# -3.8-flash will with the new year.
+# parameters, f forced tool calls, t thinking turned off or with a budget) and the tiers,
+# above:input/output/read/write(/1 h write), that price a whole request once its prompt passes that. Anthropic's
+# 1 h write costs twice the input. Google's gemini-4-argon and -carbon cost half of this until December 2026;
+# gemini-3.6-flash to -3.8-flash will cost the double from January 2027.
 PRICES_DATE = "2026-11-27"
 PRICE_ROWS = """
 claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sft
@@ -9631,14 +9632,15 @@ PARTS_REFUSED = {
         r"at most 0 image|for text-only server: image"
     ),
     "files": re.compile(
-        r"part type: file|variant `file`|tag 'file'|value: 'file'|unsupported content\[\]\.type|^invalid message format$|"
-        r"tag 'document'|'input': 'document'|'input_file' is not supported|content type: input_file"
+        r"part type: file|variant `file`|tag 'file'|value: 'file'|unsupported content\[\]\.type|"
+        r"^invalid message format$|tag 'document'|'input': 'document'|'input_file' is not supported|"
+        r"content type: input_file"
     ),
 }
 # Ollama's, of a model that does not think, or knows no levels of it (v0.17.4).
 _THINKING_REFUSED = re.compile(r'" does not support thinking|^think value ')
-# On /v1/messages, where Claude Code asks for thinking in each main turn: that, and LiteLLM's of a model that it does not
-# know to reason.
+# On /v1/messages, where Claude Code asks for thinking in each main turn: those words, and LiteLLM's of a model that it
+# does not know to reason.
 _NO_REASONING = re.compile(
     rf"{_THINKING_REFUSED.pattern}|doesn't support `reasoning\.effort`|"
     r"support parameters: \['(?:thinking|reasoning_effort)'"

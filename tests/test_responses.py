@@ -194,6 +194,16 @@ def test_each_item_is_told_once_whichever_events_tell_it(plan: list[tuple[bool, 
     assert [b["text"] for b in content if b["type"] == "text"] == ["hi" for i in output if i is MESSAGE]
 
 
+def test_a_call_that_is_begun_twice_goes_out_once() -> None:
+    piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": '{"a":'}
+    start = added({**CALL, "arguments": ""}, 0)
+    found, error = read(
+        stream_of(ResponsesStream, CODEX), sse(start, piece, start, done(CALL), completed(CALL))
+    )
+    assert error is None
+    assert [b["input"] for b in collect(found)["content"]] == [{"a": 1}]
+
+
 def test_a_call_that_has_the_number_of_the_text_before_it() -> None:
     """As Ollama 0.17 tells it, which never ends the text's item."""
     piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": '{"a":1}'}
