@@ -1070,7 +1070,9 @@ class Quirks:
         "how the key is sent; unset: as the format does",
         choices=("", "x-api-key", "bearer", "both", "none", "x-goog-api-key"),
     )
-    drop: tuple[str, ...] = opt((), "body keys to leave out; also billing_header, tool_type, media, files")
+    drop: tuple[str, ...] = opt(
+        (), "body keys to leave out; also billing_header, tool_type, media, files, reasoning"
+    )
     max_tokens_key: str = opt(
         "auto", "name of the output limit", choices=("auto", "max_tokens", "max_completion_tokens")
     )

@@ -403,6 +403,13 @@ TEXT = {"type": "text", "data": "words"}
             },
             id="documents",
         ),
+        pytest.param(
+            ("reasoning",),
+            {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low", "format": {}}},
+            {"output_config": {"format": {}}},
+            id="thinking and effort",
+        ),
+        pytest.param(("reasoning",), {"output_config": {"effort": "low"}}, {}, id="nothing but an effort"),
     ],
 )
 def test_drop_list(drop: tuple[str, ...], body: ccmux.Json, expected: ccmux.Json) -> None:
