@@ -3987,7 +3987,10 @@ def with_tool_changes(body: Json) -> Json:
         name, definition = changed_tool(block)
         if definition:
             tools[name] = definition
-        (gone.add if block["type"] == "tool_removal" else gone.discard)(name)
+        if block["type"] == "tool_removal":
+            gone.add(name)
+        else:
+            gone.discard(name)
     return {**body, "tools": [tool for name, tool in tools.items() if name not in gone]}
 
 
@@ -5303,7 +5306,8 @@ class GeminiStream:
 # The other direction: a Chat Completions request becomes a Messages request, which any provider can serve,
 # and the Anthropic events of the answer become Chat Completions chunks.
 
-# The Messages API needs a limit, and most clients of OpenAI's set none: Claude Code's own, and one for small models.
+# The Messages API needs a limit, and most clients of OpenAI's set none: Claude Code's own, and a lower one where the
+# most that a model can make is not known.
 CHAT_MAX_TOKENS, CHAT_MAX_UNKNOWN = 32000, 16384
 
 
@@ -5870,7 +5874,7 @@ class Dialect:
     version: str = "/v1"  # what a bare host is followed by
     is_local: bool = False  # answered in this process
     passes: str = ""  # the client format whose answers are relayed as they come
-    searches_alone: bool = False  # takes its web search not beside functions
+    searches_alone: bool = False  # takes web search only where there are no functions beside it
 
 
 DIALECTS: dict[str, Dialect] = {
