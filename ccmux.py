@@ -6296,6 +6296,11 @@ def chat_passed_on(given: Json, to: Upstream) -> Json:
     out = {**given, "model": to.model, "stream": given.get("stream") is True}
     if out["stream"] and to.quirks.stream_options:
         out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}
+    effort = given.get("reasoning_effort")
+    if f"effort.{effort}" in to.skip:
+        out["reasoning_effort"] = wanted_effort(
+            {"output_config": {"effort": effort}}, efforts_of(to, EFFORTS)
+        )
     return without(out | to.quirks.extra_body, to)
 
 

@@ -1166,6 +1166,21 @@ async def test_a_thinking_that_an_openai_client_may_not_ask_for_is_claude_codes_
     assert [call.json.get("thinking", {}).get("type") for call in a.calls] == ["enabled", None, "adaptive"]
 
 
+async def test_an_effort_that_a_model_has_not_becomes_one_that_it_has_for_openai_clients_too(
+    tmp_path: Path,
+) -> None:
+    def answers(call: fs.UpstreamCall) -> Any:
+        refusal = fs.status(
+            400, message="Invalid value: 'max'. Supported values are: 'low', 'medium', and 'high'."
+        )
+        return (refusal if call.json["reasoning_effort"] == "max" else fs.answer()).steps(call)
+
+    async with stage(tmp_path, (fs.Behaviour(answers),), formats="openai") as (proxy, (a,)):
+        for effort in ("max", "max", "low"):
+            assert await chat(proxy, reasoning_effort=effort) == HELLO
+    assert [call.json["reasoning_effort"] for call in a.calls] == ["max", "xhigh", "xhigh", "low"]
+
+
 async def test_a_wrong_value_of_one_openai_client_takes_nothing_from_the_next(tmp_path: Path) -> None:
     def answers(call: fs.UpstreamCall) -> Any:
         refusal = fs.status(400, message="max_tokens: Input should be greater than or equal to 1")
