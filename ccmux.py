@@ -9818,11 +9818,11 @@ def without_tool_type(body: Json) -> Json:
 
 
 def without_reasoning(body: Json) -> Json:
-    """The body without thinking and an effort, as each asks for reasoning."""
+    """The body without thinking, its editing and an effort, as each asks for reasoning."""
     if "thinking" not in body and not effort_of(body):
         return body
     config = {k: v for k, v in as_object(body.get("output_config")).items() if k != "effort"}
-    rest = {k: v for k, v in body.items() if k not in ("thinking", "output_config")}
+    rest = {k: v for k, v in body.items() if k not in ("thinking", "context_management", "output_config")}
     return {**rest, "output_config": config} if config else rest
 
 

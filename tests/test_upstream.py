@@ -405,7 +405,11 @@ TEXT = {"type": "text", "data": "words"}
         ),
         pytest.param(
             ("reasoning",),
-            {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low", "format": {}}},
+            {
+                "thinking": {"type": "adaptive"},
+                "context_management": {"edits": []},
+                "output_config": {"effort": "low", "format": {}},
+            },
             {"output_config": {"format": {}}},
             id="thinking and effort",
         ),
