@@ -7897,7 +7897,7 @@ class Store:
         return write.result
 
     def close(self, timeout: float = 10) -> None:
-        """Writes what waits, and gives the lock back."""
+        """Writes what waits, copies the write-ahead log back as far as it can be, gives the lock back."""
         self.closing.set()
         if self.thread:
             self.queue.put(None)
@@ -7908,7 +7908,12 @@ class Store:
             self.watcher.join(timeout)
         for reader in self.readers:
             reader.close()
-        self.db.close()  # the last one to close copies the write-ahead log back
+        if (
+            self.lock_file
+        ):  # closing copies the log back only where nobody else has the file open, a browser, say
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("pragma wal_checkpoint(passive)")
+        self.db.close()
         if self.lock_file:
             self.lock_file.close()
 

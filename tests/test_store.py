@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import random
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -1064,6 +1065,19 @@ async def test_a_command_that_ends_beside_a_long_report_holds_up_nobody(
             assert not ending.is_alive()
             await place(store, user, "r2", 100)
     assert not (tmp_path / "a.db-wal").exists()
+
+
+async def test_what_a_server_wrote_is_in_its_file_when_it_has_ended(tmp_path: Path) -> None:
+    """Though a browser has the file open, which keeps SQLite from doing so by itself."""
+    address = f"{(tmp_path / 'a.db').as_uri()}?mode=ro"
+    async with server_store(tmp_path / "a.db") as store:
+        store.add_user("ann", 10_000)
+        browser = sqlite3.connect(address, uri=True)
+        browser.execute("select * from users").fetchall()
+    shutil.copy(tmp_path / "a.db", tmp_path / "copy.db")
+    browser.close()
+    with contextlib.closing(ccmux.Store(str(tmp_path / "copy.db"))) as copy:
+        assert [user.name for user in copy.users()] == ["ann"]
 
 
 async def test_for_a_process_that_keeps_the_database_many_wait_no_longer_than_one(
