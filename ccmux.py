@@ -7908,9 +7908,8 @@ class Store:
             self.watcher.join(timeout)
         for reader in self.readers:
             reader.close()
-        if (
-            self.lock_file
-        ):  # closing copies the log back only where nobody else has the file open, a browser, say
+        if self.lock_file:
+            # `db.close` does it only where nobody else has the file open, a database browser, say.
             with contextlib.suppress(sqlite3.Error):
                 self.db.execute("pragma wal_checkpoint(passive)")
         self.db.close()
