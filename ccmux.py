@@ -11923,7 +11923,7 @@ def secret_marks(text: str) -> dict[str, str]:
     """Each literal secret as a config text spells it, longest first, with the mark that stands for it."""
     try:
         tables = tomllib.loads(text)
-        shown = "\n".join(texts_of(masked_table(tables)))
+        shown = shown_text(tables)
         # A short one that stands in the open as well ("ollama", "none") is no secret, and marks would hide names.
         secret = {s for s in literal_secrets(tables) if len(s) >= 12 or s not in shown}
         found = {raw for raw, value in string_values(text) if value in secret}
@@ -12010,7 +12010,7 @@ async def put_config(request: web.Request) -> web.StreamResponse:
 def check_kept(old: Json, new: Json, kept: set[str]) -> None:
     """ConfigError where a secret that the editor never saw would be shown, or sent elsewhere."""
     secret = kept & {*literal_secrets(old), *literal_secrets(new)}
-    before, after = ("\n".join(texts_of(masked_table(tables))) for tables in (old, new))
+    before, after = shown_text(old), shown_text(new)
     if any(s in after and s not in before for s in secret):
         raise ConfigError("a [kept-...] mark may only stand where its key stood")
     tokens = [str(as_object(tables.get("server")).get("admin_token")) for tables in (old, new)]
@@ -12025,6 +12025,11 @@ def check_kept(old: Json, new: Json, kept: set[str]) -> None:
         moved = address_of(row) != address_of(was)
         if secret.intersection(secret_texts(row)).difference([] if moved else secret_texts(was)):
             raise ConfigError(f"provider {name!r} has a new address: type its key again, or use $NAME")
+
+
+def shown_text(tables: Json) -> str:
+    """All keys and texts that are no secrets; between two of them what no secret has in it."""
+    return "\0".join(texts_of(masked_table(tables)))
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -616,6 +616,11 @@ def test_strings_are_found_as_toml_has_them(text: str, strings: list[tuple[str, 
     assert list(ccmux.string_values(text)) == strings
 
 
+def test_names_that_follow_one_another_are_no_key_of_two_lines() -> None:
+    text = '[[providers]]\nname = "ab"\nx.api_key = "b\\nx"\n'
+    assert list(ccmux.secret_marks(text)) == ["b\\nx"]
+
+
 async def test_a_short_key_hides_no_names_and_breaks_no_mark(tmp_path: Path) -> None:
     [mark] = ccmux.secret_marks(f'[[providers]]\napi_key = "{SECRET}"').values()
     rows = [("ollama", "ollama"), ("q", SECRET), ("r", mark[-3:-1])]
