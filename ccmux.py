@@ -1090,7 +1090,7 @@ class Quirks:
     files: bool = opt(False, "takes PDF files as content parts")
     vision: bool = opt(True, "takes images")
     vision_models: str = opt(
-        "", "models that do, where vision is false or media dropped (regular expression)", regex=True
+        "", "models that take images where vision is false or media dropped (regular expression)", regex=True
     )
     web_search: str = opt("", "how it searches the web", choices=("", "options", "plugin", "responses"))
     schema: str = opt("", "tool schema cleaning", choices=("", "gemini"))
@@ -1174,7 +1174,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Credits:
-    enforce: bool = opt(False, "whether who has no balance is refused")
+    enforce: bool = opt(False, "whether a user without a balance is refused")
     markup_percent: Decimal = opt(Decimal(0), "added to the provider's cost", least=0, most=100_000)
     default_price: Price = opt(
         Price(Decimal(5), Decimal(25)), "for models with no known price, when enforcing"
@@ -12763,17 +12763,17 @@ function moneyCard(entries) {
     "No transactions. Credit that is added and what requests cost is listed here."));
 }
 function connectCard(models) {
-  const url = location.origin, key = SESSION.getItem(SECRET) ? "YOUR_CCMUX_KEY" : "ccmux-local";
+  const url = location.origin, key = SESSION.getItem(SECRET) ? "YOUR-CCMUX-KEY" : "ccmux-local";
   const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_AUTH_TOKEN: key };
   const shells = [["bash, zsh", (n, v) => `export ${n}='${v}'`], ["fish", (n, v) => `set -gx ${n} '${v}'`],
     ["PowerShell", (n, v) => `$env:${n} = '${v}'`], ["cmd", (n, v) => `set ${n}=${v}`]];
   const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", {}, name), copyable(
     [...Object.entries(values).map(([key, value]) => line(key, value)), "claude"].join("\n")));
   return card("Point Claude Code here", null,
-    el("p", { class: "muted" }, "Paste these lines into a terminal; the last one starts Claude Code.",
+    el("p", { class: "muted" }, "Paste these lines into a terminal; the last one starts Claude Code",
+    models.length ? `, whose /model also takes names such as ${models[0].name}.` : ".",
     key !== "ccmux-local" && ` Put your key where ${key} stands.`,
-    models.length ? ` Its /model also takes names such as ${models[0].name}.` : "",
-    " Where ccmux.py is, `python3 ccmux.py code` does it all, and sets what auto mode needs."), shells.map(block));
+    " On this server's machine `python3 ccmux.py code` does it all, and sets what auto mode needs."), shells.map(block));
 }
 
 /* Forms, built from the config's own declarations of its keys: {name, kind, help, default, choices}. */
@@ -14303,7 +14303,7 @@ def start_text(config: Config, port: int, token: str) -> str:
         f"  dashboard  {url}/",
         f"  admin      {url}/admin#token={urllib.parse.quote(token, safe='')}",
         *["  others     put the name or address they use into allowed_hosts of [server]"] * is_unnamed,
-        "  Claude Code, in another terminal; `ccmux.py code` sets these and what auto mode needs:",
+        "  Claude Code, in another terminal (`ccmux.py code` does this, and sets what auto mode needs):",
         f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key}",
         "    claude",
     ])  # fmt: skip

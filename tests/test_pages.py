@@ -371,7 +371,7 @@ async def test_signing_in_with_a_users_key(browser: Browser, provider: Anthropic
             await page.keyboard.press("Enter")
             await expect(page.locator(".tiles")).to_contain_text("$5.00")
             await expect(page.locator(".tiles")).to_contain_text("by ann")
-            await expect(page.locator("main")).to_contain_text("Put your key where YOUR_CCMUX_KEY stands")
+            await expect(page.locator("main")).to_contain_text("Put your key where YOUR-CCMUX-KEY stands")
 
 
 @needs_browser
