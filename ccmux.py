@@ -13366,8 +13366,7 @@ function modelDialog(old) {
   const row = old || { name: "", mappings: [{}] }, hash = S.config_hash;
   const made = controls(S.fields.models.filter((f) => f.name !== "mappings"), row);
   const order = (t) => t.priority ?? 1;
-  const targets = sequence([...(row.mappings || [])].sort((a, b) => order(a) - order(b)), mappingItem,
-    "target");
+  const targets = sequence([...(row.mappings || [])].sort((a, b) => order(a) - order(b)), mappingItem, "target");
   const save = async () => {
     const rows = targets.read(), isOrdered = rows.every((t, n) => !n || order(rows[n - 1]) <= order(t));
     const table = { ...made.read(), mappings: isOrdered ? rows : rows.map((t, n) => ({ ...t, priority: n + 1 })) };

@@ -235,6 +235,18 @@ async def test_a_closed_terminal_drains_too(tmp_path: Path) -> None:
         assert await end(proxy) == 0
 
 
+async def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        async with served(tmp_path, fs.answer(), fs.answer()) as (proxy, _):
+            assert proxy.process is not None
+            proxy.process.send_signal(signal.SIGHUP)
+            for _ in range(2):  # once the first is answered, it has heard the signal
+                full()(await ask(proxy))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_an_idle_server_ends_quickly_and_well(number: signal.Signals, tmp_path: Path) -> None:
     async with served(tmp_path, fs.answer()) as (proxy, _):
