@@ -11744,10 +11744,10 @@ def kept_secrets(old: Json, new: Json) -> Json:
 
 def unmasked(old: Any, new: Any) -> Any:
     """What a form gives for a table, with the old one's secrets for the masks in it; without those it has none for."""
-    if is_mask(new) or (old is not None and new == masked_table(old)):
+    if is_mask(new):
         return old
-    if isinstance(new, list):  # an item may have moved
-        return [unmasked(None, item) for item in new]
+    if isinstance(new, list):  # where it has changed, an item may have moved
+        return old if new == masked_table(old) else [unmasked(None, item) for item in new]
     if not isinstance(new, dict):
         return new
     items = {key: unmasked(as_object(old).get(key), value) for key, value in new.items()}

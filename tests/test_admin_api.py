@@ -206,6 +206,10 @@ async def test_a_key_inside_a_body_stays_but_never_goes_to_another_address(tmp_p
         assert saved["quirks"] == {"extra_body": {"headers": {}, "deep": {"n": 1.5}, "all": [{"n": 2}]}}
 
 
+def test_a_one_in_a_body_may_become_true() -> None:
+    assert ccmux.unmasked({"seed": 1, "think": 1}, {"seed": 1, "think": True})["think"] is True
+
+
 async def test_an_empty_key_clears_it(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, fake):
         await admin.put(
