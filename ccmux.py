@@ -14165,7 +14165,7 @@ class RemoteEncoding(Encoding):
 def count_texts(source: str) -> int:
     """That process: says its encoding's name, then answers each list of texts with their lengths."""
     # Ctrl-C, and what ends a whole control group: the server still answers, and ends this by closing its stdin.
-    for number in {*ASKED, *ENDING_SIGNALS}:
+    for number in (signal.SIGINT, *ENDING_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     encoding = load_encoding(source)
     answer: Any = encoding and encoding.name
@@ -14206,25 +14206,25 @@ async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) 
 
 
 def stop_on_signals() -> asyncio.Event:
-    """The event that the first SIGINT or SIGTERM sets, or a terminal that is closed (but under nohup)."""
-    stop = asyncio.Event()
+    """The event that SIGINT and SIGTERM set (the second of them ends at once), or, but under nohup, a closed terminal."""
+    stop, asked = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in {*ASKED, *ENDING_SIGNALS}:
-        with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
-            if number in ASKED or signal.getsignal(number) != signal.SIG_IGN:
-                loop.add_signal_handler(number, stop_or_exit, stop, number)
+
+    def ask(number: int) -> None:
+        if asked.is_set():
+            os._exit(128 + number)
+        asked.set()
+        stop.set()
+
+    with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ask, number)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            loop.add_signal_handler(signal.SIGHUP, stop.set)
     return stop
 
 
-ASKED = (signal.SIGINT, signal.SIGTERM)  # by somebody
 ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-def stop_or_exit(stop: asyncio.Event, number: int) -> None:
-    """The first signal asks for an orderly end, the second ends at once; a closed terminal may send several."""
-    if stop.is_set() and number in ASKED:
-        os._exit(128 + number)
-    stop.set()
 
 
 async def drain(state: State, server: asyncio.Server) -> None:

@@ -222,13 +222,13 @@ async def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path:
 
 
 async def test_a_closed_terminal_drains_too(tmp_path: Path) -> None:
-    """The kernel and the shell may both tell of it."""
+    """The kernel and the shell may both tell of it, and who ends a session asks as well."""
     async with served(tmp_path, fs.gated_answer()) as (proxy, a):
         asked = asyncio.create_task(ask(proxy))
         await a.called(1)
         assert proxy.process is not None
-        for _ in range(2):
-            proxy.process.send_signal(signal.SIGHUP)
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            proxy.process.send_signal(number)
             await refuses_connections(proxy)
         a.open_gate()
         full()(await asked)
