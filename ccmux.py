@@ -1419,10 +1419,11 @@ class Loader:
 
 
 def preset_at(preset: Json, base_url: str) -> Json:
-    """What a row inherits with an address of its own: no quirks at one that is not the vendor's."""
-    is_elsewhere = bool(base_url) and not re.search(preset.get("hosts", ""), base_url)
-    left = ("hosts", "quirks") if is_elsewhere else ("hosts",)
-    return {key: value for key, value in preset.items() if key not in left}
+    """What a row inherits with an address of its own: at one that is not the vendor's no quirks, and a key that need not be."""
+    if not base_url or re.search(preset.get("hosts", ""), base_url):
+        return {key: value for key, value in preset.items() if key != "hosts"}
+    rest = {key: value for key, value in preset.items() if key not in ("hosts", "quirks")}
+    return {**rest, "api_key": f"${{{preset['api_key'].removeprefix('$')}:-}}"}
 
 
 @functools.cache
@@ -6059,7 +6060,7 @@ def check_sign_in(provider: Provider) -> None:
     """ConfigError where two things want to be the Authorization header: a key, and a user in the address."""
     style = provider.quirks.auth or DIALECTS[provider.format].auth
     has_user = "@" in urllib.parse.urlsplit(provider.base_url).netloc
-    if has_user and provider.api_key and style in ("bearer", "both"):
+    if has_user and any(provider.api_key) and style in ("bearer", "both"):
         where = f"[[providers]] {provider.name!r}: key 'base_url'"
         raise ConfigError(
             f"{where} has a user, and api_key needs the same header, Authorization: leave out one of them"

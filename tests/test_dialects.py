@@ -194,6 +194,9 @@ def test_what_is_openais_own_is_not_asked_of_a_server_of_its_format(base_url: st
     assert (ccmux.dialect_of(provider, "codex-7b") is DIALECTS["openai"]) is not is_openais
     [given] = ccmux.load_config(rows + 'quirks.effort = ["low"]\n', {"OPENAI_API_KEY": "k"}).providers
     assert given.quirks.effort == ("low",)
+    [keyless] = ccmux.load_config(rows, {}).providers
+    assert keyless.usable is not is_openais
+    assert [*keyless.api_key] == [""]
 
 
 def test_a_vendors_other_address_keeps_its_quirks() -> None:
@@ -209,6 +212,7 @@ def test_a_vendors_other_address_keeps_its_quirks() -> None:
     [
         ("openai", "k", "", True),
         ("openai", "", "", False),
+        ("openai", "${UNSET:-}", "", False),
         ("openai", "k", "x-api-key", False),
         ("anthropic", "k", "", False),
         ("anthropic", "k", "both", True),
