@@ -880,9 +880,13 @@ async def test_polling_stops_while_the_page_is_hidden(
     )
     async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, "about:blank") as page:
         await page.clock.install()
-        for url, every in ((proxy.url, 31_000), (admin_url(proxy), 6_000)):
+        answers: list[str] = []
+        page.on("response", lambda response: answers.append(response.url))
+        for url, every, at_first in ((proxy.url, 31_000, 0), (admin_url(proxy), 6_000, 2)):
             await page.goto(url)
             await page.wait_for_selector("main .tiles")
+            while sum("/requests?limit=100" in answer for answer in answers) < at_first:
+                await page.wait_for_event("response")  # the log is read again once it is followed
             asked: list[str] = []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
             await page.evaluate(hide, True)
