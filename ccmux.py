@@ -632,7 +632,7 @@ class Element(typing.NamedTuple):
         """Bytes of memory it takes, roughly, with what is made of it. The values of a run are those of elements."""
         if type(self.value) is Run:
             return 1024 + 2 * len(self.raw)
-        return 1024 + 3 * len(self.raw) + 256 * self.raw.count(b"{")
+        return 1024 + 3 * len(self.raw) + 256 * self.raw.count(b"{") + 128 * self.raw.count(b"[")
 
 
 class RequestReader:
@@ -6060,7 +6060,7 @@ def check_sign_in(provider: Provider) -> None:
     """ConfigError where two things want to be the Authorization header: a key, and a user in the address."""
     style = provider.quirks.auth or DIALECTS[provider.format].auth
     has_user = "@" in urllib.parse.urlsplit(provider.base_url).netloc
-    if has_user and any(provider.api_key) and style in ("bearer", "both"):
+    if has_user and provider.usable and any(provider.api_key) and style in ("bearer", "both"):
         where = f"[[providers]] {provider.name!r}: key 'base_url'"
         raise ConfigError(
             f"{where} has a user, and api_key needs the same header, Authorization: leave out one of them"
@@ -9595,6 +9595,7 @@ class Plan:
         place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
         if not name or not self.once(name, *place):
             return False
+        forget_oldest(self.relay.learnt)
         self.relay.learnt[place] = self.relay.not_taken(self.call, slot) | {name}
         return True
 
@@ -12585,7 +12586,7 @@ const FAULTS = { http_400: "request refused", http_401: "key refused", http_402:
 const faultWord = (error) => FAULTS[error] || (/^http_5/.test(error) ? "server fault" : error.slice(0, 50));
 const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.status < 500 ? "warn" : "bad",
   `${row.status} ${faultWord(row.error)}`);
-const chargeOf = (row) => (row.cost_microusd === null ? "no price" : usd(row.charge_microusd));
+const chargeOf = (row) => (row.cost_microusd === null && !row.charge_microusd ? "no price" : usd(row.charge_microusd));
 const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "–";
 function requestColumns(admin) {
   return [

@@ -213,6 +213,7 @@ def test_a_vendors_other_address_keeps_its_quirks() -> None:
         ("openai", "k", "", True),
         ("openai", "", "", False),
         ("openai", "${UNSET:-}", "", False),
+        ("openai", "$UNSET", "", False),  # it is switched off for that
         ("openai", "k", "x-api-key", False),
         ("anthropic", "k", "", False),
         ("anthropic", "k", "both", True),

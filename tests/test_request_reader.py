@@ -549,3 +549,14 @@ def test_no_more_is_kept_with_a_part_than_a_dozen_things() -> None:
         assert made.once(number, lambda: number) == number  # noqa: B023
         assert made.once(number, lambda: -1) == number
         assert len(made) <= made.MOST
+
+
+@pytest.mark.parametrize("unit", ["[]", "{}", "[1]", "[[]]", '{"a":1}', '"a"'])
+def test_an_element_weighs_what_it_takes(unit: str) -> None:
+    """Else what clients send would take several times the memory that the reader may."""
+    raw = b'{"role":"user","x":[%b]}' % b",".join([unit.encode()] * 20_000)
+    tracemalloc.start()
+    value = json.loads(raw)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert ccmux.Element(raw, value).weight >= taken
