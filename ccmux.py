@@ -1419,11 +1419,14 @@ class Loader:
 
 
 def preset_at(preset: Json, base_url: str) -> Json:
-    """What a row inherits with an address of its own: at one that is not the vendor's no quirks, and a key that need not be."""
+    """What a row inherits with an address of its own: at one that is not the vendor's the key need not be set, and the
+    vendor's own way to search the web is not to be had.
+    """
+    row = {key: value for key, value in preset.items() if key != "hosts"}
     if not base_url or re.search(preset.get("hosts", ""), base_url):
-        return {key: value for key, value in preset.items() if key != "hosts"}
-    rest = {key: value for key, value in preset.items() if key not in ("hosts", "quirks")}
-    return {**rest, "api_key": f"${{{preset['api_key'].removeprefix('$')}:-}}"}
+        return row
+    key = f"${{{preset['api_key'].removeprefix('$')}:-}}"
+    return {**row, "api_key": key, "quirks": {**row["quirks"], "web_search": "options"}}
 
 
 @functools.cache
@@ -5974,7 +5977,7 @@ PRESET_QUIRKS: dict[str, Json] = {
     "litellm": {"auth": "bearer"},
 }
 PRESET_KEYS: dict[str, Json] = {  # what a row sets beside quirks; a local server loads its model first
-    # A server of one's own has the type for its format: what else the row says is of OpenAI's models, there and at Azure.
+    # Elsewhere the type may mean a relay to OpenAI's models, or the format alone: what such a server refuses is learnt.
     "openai": {"hosts": r"(?i)//(?:[\w-]+\.)*(?:api\.openai|azure)\.com(?:[:/]|$)"},
     "openrouter": {"headers": {"HTTP-Referer": "https://github.com/ccmux", "X-Title": "ccmux"}},
     **{name: {"first_byte_timeout": 600} for name in ("ollama", "lmstudio", "llamacpp")},

@@ -185,15 +185,16 @@ def test_who_searches_the_web_by_responses_is_asked_there(
         ("https://notazure.com/v1", False),
     ],
 )
-def test_what_is_openais_own_is_not_asked_of_a_server_of_its_format(base_url: str, is_openais: bool) -> None:
-    """vLLM ends a turn at an effort it has no word for; others pass over a web search, and a model makes it up."""
+def test_a_server_of_openais_format_needs_no_key_and_searches_by_chat(
+    base_url: str, is_openais: bool
+) -> None:
+    """What else it does not take is learnt from its refusal: a relay to OpenAI's models takes it."""
     rows = f'[[providers]]\nname = "o"\ntype = "openai"\nbase_url = "{base_url}"\n'
     [provider] = ccmux.load_config(rows, {"OPENAI_API_KEY": "k"}).providers
-    assert (provider.quirks == ccmux.Quirks()) is not is_openais
-    assert (provider.format, provider.api_key) == ("openai", ("k",))
-    assert (ccmux.dialect_of(provider, "codex-7b") is DIALECTS["openai"]) is not is_openais
-    [given] = ccmux.load_config(rows + 'quirks.effort = ["low"]\n', {"OPENAI_API_KEY": "k"}).providers
-    assert given.quirks.effort == ("low",)
+    assert (provider.format, provider.api_key, provider.quirks.effort) == ("openai", ("k",), ccmux.EFFORTS)
+    assert provider.quirks.web_search == ("responses" if is_openais else "options")
+    [given] = ccmux.load_config(rows + "quirks.effort = []\n", {"OPENAI_API_KEY": "k"}).providers
+    assert given.quirks.effort == ()
     [keyless] = ccmux.load_config(rows, {}).providers
     assert keyless.usable is not is_openais
     assert [*keyless.api_key] == [""]
