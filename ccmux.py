@@ -13185,6 +13185,7 @@ async function liveLog(place) {
           drawSoon();
         }
       } catch { /* the server restarts, or the view is left */ }
+      stream.abort(); /* where it was the reading beside it that failed */
       await new Promise((resolve) => setTimeout(resolve, 2000));
     }
   };

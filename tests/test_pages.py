@@ -1276,6 +1276,24 @@ async def test_an_overview_whose_token_was_changed_asks_for_the_new_one(
 
 
 @needs_browser
+async def test_a_stream_beside_which_the_log_cannot_be_read_is_given_back(
+    browser: Browser, tmp_path: Path
+) -> None:
+    """It held one of the browser's six connections for as long as the page was open."""
+    asked: list[str] = []
+
+    async def second_fails(route: Route) -> None:
+        asked.append(route.request.url)
+        await (route.abort() if len(asked) == 2 else route.continue_())
+
+    async with in_process(tmp_path, "") as proxy, opened(browser, "about:blank") as page:
+        await page.route("**/requests?limit=100", second_fails)
+        await page.goto(admin_url(proxy))
+        await until(lambda: len(asked) > 2, "the log was read again")
+        await until(lambda: len(proxy.state.listeners) == 1, "the first stream was closed")
+
+
+@needs_browser
 async def test_what_may_not_be_copied_is_selected(browser: Browser, tmp_path: Path) -> None:
     async with in_process(tmp_path, "") as proxy, opened(browser, "about:blank") as page:
         await page.add_init_script('Object.defineProperty(navigator, "clipboard", { value: undefined });')
