@@ -1116,7 +1116,9 @@ class Quirks:
         return object()
 
 
-PROVIDER_KEYS_HELP = 'the key, "$NAME" for an environment variable, "passthrough" for the client\'s own; several between commas take turns'
+PROVIDER_KEYS_HELP = (
+    'the key, "$NAME" for an environment variable, "passthrough" for the client\'s own; several take turns'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -7661,11 +7663,8 @@ class Store:
             self.db = self.connect(self.migrate)
             if max_page_count:
                 self.db.execute(f"pragma max_page_count = {int(max_page_count)}")
-        except (
-            sqlite3.Error,
-            OSError,
-            UnicodeDecodeError,
-        ) as error:  # the last: SQLite's words quote the file
+        # A UnicodeDecodeError where SQLite's words quote the file.
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
 
     def connect(self, prepare: Callable[[sqlite3.Connection], None] = lambda db: None) -> sqlite3.Connection:
@@ -11751,8 +11750,12 @@ def unmasked(old: Any, new: Any) -> Any:
     """What a form gives for a table, with the old one's secrets for the masks in it; without those it has none for."""
     if is_mask(new):
         return old
-    if isinstance(new, list):  # where it has changed, an item may have moved
-        return old if new == masked_table(old) else [unmasked(None, item) for item in new]
+    if isinstance(new, list):
+        if new == masked_table(old):
+            return old
+        if any(map(is_mask, new)):  # where it has changed, an item may have moved
+            raise ApiError(400, "quirks: type the keys in a list again where the list has changed")
+        return [unmasked(None, item) for item in new]
     if not isinstance(new, dict):
         return new
     items = {key: unmasked(as_object(old).get(key), value) for key, value in new.items()}
@@ -12853,7 +12856,7 @@ const CONTROLS = {
     input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
     const parts = () => input.value.split(",").map((v) => v.trim()).filter(Boolean);
     const gone = el("input", { type: "checkbox" });
-    const node = labelled(labelOf(field), input, field.help);
+    const node = labelled(labelOf(field), input, field.help + (field.name === "api_key" ? ", commas between them" : ""));
     if (now) node.append(el("label", {}, gone, "take the stored one away"));
     return { input, node, get: () => (gone.checked ? "" : parts().length > 1 ? parts() : parts()[0]) };
   },

@@ -210,6 +210,14 @@ def test_a_one_in_a_body_may_become_true() -> None:
     assert ccmux.unmasked({"seed": 1, "think": 1}, {"seed": 1, "think": True})["think"] is True
 
 
+def test_a_key_added_to_a_masked_list_asks_for_all_of_them() -> None:
+    stored = {"api_key": ["sk-of-one", "sk-of-another"]}
+    masks = ccmux.masked_table(stored)["api_key"]
+    assert ccmux.unmasked(stored, {"api_key": masks}) == stored
+    with pytest.raises(ccmux.ApiError, match="type the keys in a list again"):
+        ccmux.unmasked(stored, {"api_key": [*masks, "sk-new"]})
+
+
 async def test_an_empty_key_clears_it(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, fake):
         await admin.put(

@@ -1139,6 +1139,8 @@ async def test_a_tried_answer_is_added_piece_by_piece(
         await page.get_by_label("Model asked for").fill("up/unpriced")
         await page.click("button:text-is('Send')")
         await expect(page.locator("main")).to_contain_text("100 out, no price")
+        by_default_price = "chargeOf({ cost_microusd: null, charge_microusd: 1500000 })"
+        assert await page.evaluate(by_default_price) == await page.evaluate("usd(1500000)")
 
 
 @needs_browser
