@@ -7484,19 +7484,21 @@ MIGRATIONS = (
     """,
     "alter table holds add column id text generated always as (request_id) virtual;",  # others may read it by that name
 )
-SUMS = {  # what must be equal: users whose figure differs from its rows
-    "balance": "select name from users left join "
-    "(select user_id, sum(amount_microusd) as total from ledger group by user_id) on user_id = id "
-    "where balance_microusd != coalesce(total, 0)",
-    "held": "select name from users left join "
-    "(select user_id, sum(amount_microusd) as total from holds group by user_id) on user_id = id "
-    "where held_microusd != coalesce(total, 0)",
-    "spent": "with told as (select user_id, day, microusd from spent), "
-    "found as (select user_id, substr(time, 1, 10), -sum(amount_microusd) from ledger "
-    "where kind in ('charge', 'refund', 'interrupted') group by 1, 2) "
-    "select name from users where id in (select user_id from (select * from told except select * from found) "
-    "union select user_id from (select * from found except select * from told))",
-}
+WRONG_SUMS = """
+    with told as (select user_id, day, microusd from spent),
+    found as (
+        select user_id, substr(time, 1, 10), -sum(amount_microusd) from ledger
+        where kind in ('charge', 'refund', 'interrupted') group by 1, 2
+    )
+    select 'balance', name from users
+    where balance_microusd != (select coalesce(sum(amount_microusd), 0) from ledger where user_id = users.id)
+    union all select 'held', name from users
+    where held_microusd != (select coalesce(sum(amount_microusd), 0) from holds where user_id = users.id)
+    union all select 'spent', name from users where id in (
+        select user_id from (select * from told except select * from found)
+        union select user_id from (select * from found except select * from told)
+    )
+"""
 SUMS_EVERY = 3600.0  # seconds
 SIBLINGS = 8  # requests in flight from which on a commit waits for company, as PostgreSQL's commit_siblings
 LINGER = 0.002  # seconds that it waits
@@ -8253,19 +8255,8 @@ class Store:
 
     def sums_problem(self) -> str:
         """Which sum is not what its rows say; "" where all are sound."""
-
-        def wrong(db: sqlite3.Connection) -> list[tuple[str, str]]:
-            return [(what, row[0]) for what, sql in SUMS.items() for row in db.execute(sql)]
-
-        if self.reader is self.db:
-            found = self.do(wrong)
-        else:
-            self.reader.execute("begin")  # one snapshot for all sums
-            try:
-                found = wrong(self.reader)
-            finally:
-                self.reader.execute("commit")
-        return "; ".join(f"{what} of user {name} differs from its rows" for what, name in found)
+        wrong = self.reader.execute(WRONG_SUMS)  # one statement, so all of it is of one moment
+        return "; ".join(f"{what} of user {name} differs from its rows" for what, name in wrong)
 
     def watch_sums(self) -> None:
         """A thread of the server's: checks the sums at start and every hour, and says so where one differs."""
