@@ -7632,7 +7632,7 @@ class Write:
     """One operation on its way to the writer thread."""
 
     run: Callable[[sqlite3.Connection], Any]
-    future: asyncio.Future[Any] | None = None
+    future: asyncio.Future[Any] | concurrent.futures.Future[Any] | None = None
     keep: bool = False  # tried again until it can be written
     sync: bool = True  # told of only once it would outlive a power cut
     result: Any = None
@@ -7890,16 +7890,12 @@ class Store:
         if self.thread is None:
             with self.transaction():
                 return run(self.db)
-        done = threading.Event()
-        write = Write(lambda db: run(db))
-        write.future = typing.cast("asyncio.Future[Any]", Waiter(done))
-        self.queue.put(write)
-        while not done.wait(1):
-            if not self.thread.is_alive() and not done.is_set():
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.queue.put(Write(run, future))
+        while not concurrent.futures.wait([future], 1).done:
+            if not self.thread.is_alive() and not future.done():
                 raise sqlite3.OperationalError("the database is closed")
-        if write.error:
-            raise write.error
-        return write.result
+        return future.result()
 
     def close(self, timeout: float = 10) -> None:
         """Writes what waits, copies the write-ahead log back as far as it can be, gives the lock back."""
@@ -8324,13 +8320,6 @@ def is_busy(error: Exception) -> bool:
     return is_sqlite and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
-class Waiter:
-    """The part of a future that a thread waits on instead of a loop."""
-
-    def __init__(self, done: threading.Event) -> None:
-        self.event = done
-
-
 def cannot_write(error: Exception) -> ApiError:
     """For a request that must not go on, as its cost could not be written down."""
     log.error("the ledger could not be written: %s", error)
@@ -8339,22 +8328,22 @@ def cannot_write(error: Exception) -> ApiError:
 
 
 def tell(batch: list[Write]) -> None:
-    """Resolves the futures of written operations: one call into the loop for all of a loop's."""
-    loops: dict[asyncio.AbstractEventLoop, list[Write]] = {}
+    """Resolves the futures of written operations; those of the event loop with one call into it."""
+    awaited, loop = [], None
     for write in batch:
-        if isinstance(write.future, Waiter):
-            write.future.event.set()
-        elif write.future is not None:
-            loops.setdefault(write.future.get_loop(), []).append(write)
-    for loop, writes in loops.items():
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
-            loop.call_soon_threadsafe(resolve_all, writes)
+        if isinstance(write.future, asyncio.Future):
+            awaited.append(write)
+            loop = write.future.get_loop()
+        else:
+            resolve_all([write])
+    if loop:
+        with contextlib.suppress(RuntimeError):  # it has ended, and nobody waits any more
+            loop.call_soon_threadsafe(resolve_all, awaited)
 
 
 def resolve_all(writes: list[Write]) -> None:
     for write in writes:
-        assert write.future is not None
-        if write.future.done():
+        if write.future is None or write.future.done():
             continue
         if write.error:
             write.future.set_exception(write.error)
