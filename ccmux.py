@@ -7507,6 +7507,9 @@ SLOW_DISK = 0.005  # seconds from which on a write would hold up the event loop
 BUSY = 10.0  # seconds that a write waits for another process
 
 
+BUDGET_COLUMNS = ("day_microusd", "week_microusd", "month_microusd")  # columns
+
+
 @dataclass(frozen=True, slots=True)
 class User:
     """Micro-dollars; a budget of None is none."""
@@ -7515,9 +7518,7 @@ class User:
     name: str
     balance: int
     held: int
-    day_budget: int | None
-    week_budget: int | None
-    month_budget: int | None
+    budgets: dict[str, int | None]  # by BUDGET_COLUMNS
     disabled: bool
     created: str
     note: str = ""
@@ -7958,26 +7959,22 @@ class Store:
                 "Ask whoever runs this ccmux for credit, or ask for a cheaper model"
             )
             raise ApiError(402, text, should_retry=False, cause="no_credit")
-        today = self.now().astimezone(UTC)
-        for name, start, end in periods(today):
+        now = self.now()
+        for name, start, end in periods(now):
             budget = row[f"{name}_microusd"]
             if budget is not None and (spent := spent_since(db, user_id, start)) >= budget:
                 text = (
                     f"the {name}'s budget of {money(budget)} is used up ({money(spent)} spent). "
                     f"It resets at {end:%Y-%m-%d %H:%M} UTC; ask whoever runs this ccmux to raise it"
                 )
-                wait = (end - today).total_seconds()
                 raise ApiError(
-                    429, text, type="billing_error", retry_after=wait, should_retry=False, cause="budget"
-                )
-        busy = db.execute("select count(*) from holds where user_id = ?", (user_id,)).fetchone()[0]
+                    429, text, type="billing_error", retry_after=(end - now).total_seconds(),
+                    should_retry=False, cause="budget",
+                )  # fmt: skip
+        (busy,) = db.execute("select count(*) from holds where user_id = ?", (user_id,)).fetchone()
         if busy >= max_concurrent:
-            raise ApiError(
-                429,
-                f"{busy} requests at once are the limit; wait for one to end",
-                retry_after=1,
-                cause="busy",
-            )
+            text = f"{busy} requests at once are the limit; wait for one to end"
+            raise ApiError(429, text, retry_after=1, cause="busy")
 
     def answered(self, hold: Hold, floor: int) -> None:
         """The upstream has begun to answer, or (floor 0) failed to: from now on a crash charges `floor`."""
@@ -8043,12 +8040,10 @@ class Store:
     def make_user(
         self, db: sqlite3.Connection, name: str, budgets: Mapping[str, int | None], note: str
     ) -> User:
-        columns = ("day_microusd", "week_microusd", "month_microusd")
-        values = [budgets.get(column) for column in columns]
         db.execute(
-            "insert into users (name, note, created, day_microusd, week_microusd, month_microusd) values (?, ?, ?, ?, ?, ?) "
+            f"insert into users (name, note, created, {', '.join(BUDGET_COLUMNS)}) values (?, ?, ?, ?, ?, ?) "  # noqa: S608
             "on conflict (name) do nothing",
-            (name, note, iso(self.now()), *values),
+            (name, note, iso(self.now()), *map(budgets.get, BUDGET_COLUMNS)),
         )
         return user_of(db.execute("select * from users where name = ?", (name,)).fetchone())
 
@@ -8094,11 +8089,11 @@ class Store:
         return key
 
     def set_budgets(self, name: str, budgets: Mapping[str, int | None]) -> User:
-        """Budgets by column (day_microusd, week_microusd, month_microusd); what is not named stays."""
+        """Budgets by column; what is not named stays."""
         user = self.known(name)
 
         def run(db: sqlite3.Connection) -> None:
-            for column in budgets.keys() & {"day_microusd", "week_microusd", "month_microusd"}:
+            for column in budgets.keys() & {*BUDGET_COLUMNS}:
                 db.execute(f"update users set {column} = ? where id = ?", (budgets[column], user.id))  # noqa: S608
 
         self.do(run)
@@ -8141,38 +8136,28 @@ class Store:
 
     def user_json(self, user: User) -> Json:
         """The user shape of the JSON endpoints."""
-        today = self.now().astimezone(UTC)
-        starts = {name: start for name, start, _ in periods(today)}
+        today, week, month = (spent_since(self.reader, user.id, start) for _, start, _ in periods(self.now()))
         return {
             "name": user.name, "balance_microusd": user.balance, "held_microusd": user.held,
-            "spent_today_microusd": spent_since(self.reader, user.id, starts["day"]),
-            "spent_week_microusd": spent_since(self.reader, user.id, starts["week"]),
-            "spent_month_microusd": spent_since(self.reader, user.id, starts["month"]),
-            "budgets": {
-                "day_microusd": user.day_budget, "week_microusd": user.week_budget, "month_microusd": user.month_budget,
-            },
-            "disabled": user.disabled, "created": user.created, "note": user.note,
+            "spent_today_microusd": today, "spent_week_microusd": week, "spent_month_microusd": month,
+            "budgets": user.budgets, "disabled": user.disabled, "created": user.created, "note": user.note,
         }  # fmt: skip
 
     def budget_headers(self, user: User) -> dict[str, str]:
-        """`anthropic-ratelimit-unified-*` for users with a budget, so that Claude Code can show how much is
-        left.
-        """
-        budgets = {"day": user.day_budget, "week": user.week_budget, "month": user.month_budget}
-        if not any(budget is not None for budget in budgets.values()):
+        """For users with a budget, so that Claude Code can show how much is left."""
+        if set(user.budgets.values()) == {None}:
             return {}
         used = [
             (spent_since(self.reader, user.id, start) / max(budget, 1), end)
-            for name, start, end in periods(self.now().astimezone(UTC))
-            if (budget := budgets[name]) is not None
+            for name, start, end in periods(self.now())
+            if (budget := user.budgets[f"{name}_microusd"]) is not None
         ]
         share, end = max(used, key=lambda pair: pair[0])
         status = "rejected" if share >= 1 else "allowed_warning" if share >= 0.8 else "allowed"
-        prefix = "anthropic-ratelimit-unified"
         return {
-            f"{prefix}-status": status,
-            f"{prefix}-reset": str(int(end.timestamp())),
-            f"{prefix}-utilization": f"{min(share, 1):.4f}",
+            "anthropic-ratelimit-unified-status": status,
+            "anthropic-ratelimit-unified-reset": str(int(end.timestamp())),
+            "anthropic-ratelimit-unified-utilization": f"{min(share, 1):.4f}",
         }
 
     # Lists, reports, exports.
@@ -8409,8 +8394,8 @@ def new_key() -> str:
 
 def user_of(row: sqlite3.Row) -> User:
     return User(
-        row["id"], row["name"], row["balance_microusd"], row["held_microusd"], row["day_microusd"],
-        row["week_microusd"], row["month_microusd"], bool(row["disabled"]), row["created"], row["note"],
+        row["id"], row["name"], row["balance_microusd"], row["held_microusd"],
+        {column: row[column] for column in BUDGET_COLUMNS}, bool(row["disabled"]), row["created"], row["note"],
     )  # fmt: skip
 
 

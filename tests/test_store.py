@@ -92,7 +92,7 @@ async def place(
 def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path: Path) -> None:
     store = ccmux.Store(str(tmp_path / "a.db"))
     user, key = store.add_user("ann", 5_000_000, {"day_microusd": 1}, "a friend")
-    assert (user.balance, user.day_budget, user.note) == (5_000_000, 1, "a friend")
+    assert (user.balance, user.budgets["day_microusd"], user.note) == (5_000_000, 1, "a friend")
     found = store.authenticate(key)
     assert found is not None
     assert found.name == "ann"
