@@ -7539,25 +7539,25 @@ class Settlement:
 
     request_id: str
     user: str
-    session: str
-    agent: str
-    asked: str
-    route: str
-    provider: str
-    model: str
-    stream: bool
     status: int
     error: str
-    attempts: int
     usage: Usage
-    cost: int | None
-    markup: int | None
     charge: int
-    price: Json | None
-    first_token_ms: int | None
-    duration_ms: int
-    stop_reason: str
-    trail: list[list[str]]
+    cost: int | None = None
+    markup: int | None = None
+    price: Json | None = None
+    session: str = ""
+    agent: str = ""
+    asked: str = ""
+    route: str = ""
+    provider: str = ""
+    model: str = ""
+    stream: bool = False
+    attempts: int = 0
+    first_token_ms: int | None = None
+    duration_ms: int = 0
+    stop_reason: str = ""
+    trail: list[list[str]] = field(default_factory=list)
     time: str = ""  # when it was settled
 
 
@@ -7582,10 +7582,10 @@ def settlement_row(done: Settlement) -> Json:
     row = {
         "time": done.time, "request_id": done.request_id, "user": done.user,
         "session": done.session, "agent": done.agent, "asked": done.asked, "route": done.route,
-        "provider": done.provider, "model": done.model, "stream": int(done.stream), "status": done.status,
+        "provider": done.provider, "model": done.model, "stream": done.stream, "status": done.status,
         "error": done.error, "attempts": done.attempts, "input_tokens": usage.input, "output_tokens": usage.output,
         "cache_read_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write,
-        "cache_write_1h_tokens": usage.cache_write_1h, "estimated": int(usage.estimated), "cost_microusd": done.cost,
+        "cache_write_1h_tokens": usage.cache_write_1h, "estimated": usage.estimated, "cost_microusd": done.cost,
         "markup_microusd": done.markup, "charge_microusd": done.charge, "first_token_ms": done.first_token_ms,
         "duration_ms": done.duration_ms, "stop_reason": done.stop_reason or "", "price": compact(done.price).decode(),
         "trail": compact(done.trail).decode(),
@@ -7607,7 +7607,7 @@ def iso(moment: datetime) -> str:
 
 
 def key_hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(key.encode()).digest()
 
 
 @contextlib.contextmanager
@@ -7676,13 +7676,12 @@ class Store:
             db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
             on_failure.callback(db.close)
             db.row_factory = sqlite3.Row
-            use_wal(db)
+            # SQLite itself does not wait where another process is switching a new file to write-ahead logging.
+            patiently(lambda: db.execute("pragma journal_mode = wal"), BUSY)
             db.execute("pragma synchronous = full")
             db.execute("pragma wal_autocheckpoint = 4000")  # pages: one written often is copied back once
             db.execute("pragma foreign_keys = on")
-            db.execute(
-                "pragma recursive_triggers = on"
-            )  # else `replace` removes ledger rows past their trigger
+            db.execute("pragma recursive_triggers = on")  # else `replace` gets past the ledger's triggers
             prepare(db)
             on_failure.pop_all()
         return db
@@ -7737,16 +7736,10 @@ class Store:
     def recover(self) -> None:
         """Each hold that a dead server left becomes an `interrupted` entry for its floor."""
         with self.transaction():
-            for hold in self.db.execute(
-                "select h.*, u.name from holds h join users u on u.id = h.user_id"
-            ).fetchall():
-                floor = hold["floor_microusd"]
-                done = Settlement(
-                    request_id=hold["request_id"], user=hold["name"], session="", agent="", asked="", route="",
-                    provider="", model="", stream=False, status=499, error="interrupted", attempts=0,
-                    usage=Usage(estimated=True), cost=None, markup=None, charge=floor, price=None,
-                    first_token_ms=None, duration_ms=0, stop_reason="", trail=[],
-                )  # fmt: skip
+            query = "select request_id, name, floor_microusd from holds join users on users.id = user_id"
+            for request_id, user, floor in self.db.execute(query).fetchall():
+                usage, time = Usage(estimated=True), iso(self.now())
+                done = Settlement(request_id, user, 499, "interrupted", usage, floor, time=time)
                 self.write_settlement(self.db, done, "interrupted")
 
     @contextlib.contextmanager
@@ -7796,12 +7789,9 @@ class Store:
         item = first
         while item is not None:
             batch.append(item)
-            if len(batch) == 512:
+            if len(batch) == 512 or self.queue.empty():
                 return batch, True
-            try:
-                item = self.queue.get_nowait()
-            except queue.Empty:
-                return batch, True
+            item = self.queue.get()
         return batch, False
 
     def write_batch(self, batch: list[Write]) -> list[Write]:
@@ -8007,7 +7997,6 @@ class Store:
 
     def write_settlement(self, db: sqlite3.Connection, done: Settlement, kind: str) -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
-        done.time = done.time or iso(self.now())
         db.execute("delete from holds where request_id = ?", (done.request_id,))
         new = db.execute(INSERT_REQUEST, settlement_row(done)).rowcount
         if new and (done.charge or kind == "interrupted"):
@@ -8064,15 +8053,7 @@ class Store:
             user = self.make_user(db, name, budgets or {}, note)
             db.execute("insert into keys values (?, ?)", (key_hash(key), user.id))
             if credit:
-                enter(
-                    db,
-                    name,
-                    "topup",
-                    credit,
-                    iso(self.now()),
-                    f"start:{name}:{secrets.token_hex(8)}",
-                    note="first credit",
-                )
+                enter(db, name, "topup", credit, iso(self.now()), f"start:{name}", note="first credit")
 
         self.do(run)
         return self.known(name), key
@@ -8281,11 +8262,6 @@ REPORT_KEYS = {
 }  # fmt: skip
 
 
-def use_wal(db: sqlite3.Connection) -> None:
-    """Write-ahead logging. SQLite itself does not wait where another process is switching a new file to it."""
-    patiently(lambda: db.execute("pragma journal_mode = wal"), BUSY)
-
-
 def patiently(run: Callable[[], object], seconds: float) -> None:
     """Tries again for so many seconds while another process has the database."""
     end = time.monotonic() + seconds
@@ -8431,10 +8407,9 @@ def spent_since(db: sqlite3.Connection, user_id: int, start: datetime) -> int:
 
 def money(microdollars: int) -> str:
     """Micro-dollars for a person."""
-    sign, whole = ("-" if microdollars < 0 else ""), abs(microdollars)
-    return f"{sign}${whole // 10**6}.{whole % 10**6:06}".rstrip("0").ljust(
-        len(sign) + len(str(whole // 10**6)) + 4, "0"
-    )
+    dollars, rest = divmod(abs(microdollars), 10**6)
+    decimals = f"{rest:06}".rstrip("0").ljust(2, "0")
+    return f"{'-' if microdollars < 0 else ''}${dollars}.{decimals}"
 
 
 def csv_text(rows: Iterable[Json], columns: Iterable[str]) -> str:

@@ -721,6 +721,16 @@ async def test_an_odd_stop_reason_does_not_keep_a_settlement_from_the_ledger(odd
         assert [r["charge_microusd"] for r in store.requests("ann")] == [50]
 
 
+async def test_the_live_row_of_a_request_is_the_one_that_is_read_later() -> None:
+    async with server_store(":memory:") as store:
+        store.add_user("ann", 1000)
+        done = settlement("r1", usage=ccmux.Usage(1, 2, estimated=True))
+        await store.settle(done)
+        (read,) = store.requests("ann")
+        live = {**ccmux.settlement_row(done), "id": read["id"], "price": done.price, "trail": done.trail}
+        assert ccmux.compact(dict(sorted(live.items()))) == ccmux.compact(dict(sorted(read.items())))
+
+
 async def test_what_can_never_be_written_is_told_and_holds_up_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
