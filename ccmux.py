@@ -7795,10 +7795,7 @@ class Store:
         return batch, False
 
     def write_batch(self, batch: list[Write]) -> list[Write]:
-        """Writes a batch in one transaction, or, where that fails, one by one.
-
-        Returns what must be tried again.
-        """
+        """Writes a batch in one transaction, or, where that fails, one by one; returns what must be tried again."""
         try:
             with self.transaction(sync=any(write.sync for write in batch)):
                 for write in batch:
@@ -7814,8 +7811,6 @@ class Store:
         try:
             write.result, write.error = write.run(self.db), None
         except ApiError as error:
-            if write.keep:
-                raise  # never to be lost in silence: write_each tells
             write.error = error
 
     def write_each(self, batch: list[Write], patience: float) -> list[Write]:
@@ -7824,14 +7819,14 @@ class Store:
         for write in batch:
             try:
                 with self.transaction(write.sync, patience):
-                    write.result, write.error = write.run(self.db), None
+                    self.attempt(write)
             except Exception as error:  # whatever it is, those behind it are written, and `error` is told
-                write.error = error
                 if write.keep and isinstance(error, sqlite3.OperationalError):  # full, locked, read-only
                     kept.append(write)
                     continue
                 if write.keep:
                     log.exception("a settlement cannot be written")
+                write.error = error
             tell([write])
         return kept
 
@@ -7968,10 +7963,10 @@ class Store:
 
     def answered(self, hold: Hold, floor: int) -> None:
         """The upstream has begun to answer, or (floor 0) failed to: from now on a crash charges `floor`."""
-        note = "update holds set floor_microusd = ? where request_id = ?"
 
         def run(db: sqlite3.Connection) -> bool:
-            db.execute(note, (floor, hold.request_id))
+            query = "update holds set floor_microusd = ? where request_id = ?"
+            db.execute(query, (floor, hold.request_id))
             return True
 
         if not self.at_once(run):
