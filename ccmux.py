@@ -7643,9 +7643,7 @@ class Write:
 class Store:
     """The ledger, the users and the request log. Reads on the caller's thread; whoever writes has `writing`."""
 
-    def __init__(
-        self, path: str, *, max_page_count: int = 0, now: Callable[[], datetime] = lambda: datetime.now(UTC)
-    ) -> None:
+    def __init__(self, path: str, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         """Opens and migrates the database (made with mode 0600); ConfigError in one line where that fails."""
         self.path, self.now = path, now
         self.lock_file: typing.IO[str] | None = None
@@ -7664,8 +7662,6 @@ class Store:
             if path != ":memory:" and not os.path.exists(path):
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self.db = self.connect(self.migrate)
-            if max_page_count:
-                self.db.execute(f"pragma max_page_count = {int(max_page_count)}")
         # A UnicodeDecodeError where SQLite's words quote the file.
         except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
@@ -8141,27 +8137,22 @@ class Store:
     def transactions(self, name: str, limit: int = 50, before: int = 0) -> list[Json]:
         """Ledger rows of a user, newest first; `before` is an id."""
         rows = self.reader.execute(
-            "select l.* from ledger l join users u on u.id = l.user_id "
-            "where u.name = ? and l.id < ? order by l.id desc limit ?",
+            "select l.id, time, kind, amount_microusd, l.balance_microusd, request_id, l.note "
+            "from ledger l join users u on u.id = user_id where name = ? and l.id < ? order by l.id desc limit ?",
             (name, before or MAX_ID, limit),
         )
-        columns = ("id", "time", "kind", "amount_microusd", "balance_microusd", "request_id", "note")
-        return [{c: row[c] for c in columns} for row in rows]
+        return [dict(row) for row in rows]
 
     def requests(self, name: str | None = None, limit: int = 50, before: int = 0) -> list[Json]:
         """Rows of the request log, newest first, of one user or of all; with id, price and trail."""
+        where, values = within("", "", name)
         rows = self.reader.execute(
-            f"select * from requests where {'user = ? and ' if name else ''}id < ? order by id desc limit ?",  # noqa: S608
-            (*([name] if name else []), before or MAX_ID, limit),
+            f"select * from requests where {where} and id < ? order by id desc limit ?",  # noqa: S608
+            (*values, before or MAX_ID, limit),
         )
+        parsed = ("price", "trail")
         return [
-            {
-                **usage_row(row),
-                "id": row["id"],
-                "price": json.loads(row["price"]),
-                "trail": json.loads(row["trail"]),
-            }
-            for row in rows
+            {**usage_row(row), "id": row["id"], **{c: json.loads(row[c]) for c in parsed}} for row in rows
         ]
 
     def report(self, by: str, since: str = "", until: str = "", user: str | None = None) -> list[Json]:
@@ -8171,11 +8162,11 @@ class Store:
         """
         if by not in REPORT_KEYS:
             raise ConfigError(f"report by {by!r}: {known_names(by, REPORT_KEYS)}")
-        sums = ", ".join(f"sum({c}) as {c}" for c in (*TOKEN_COLUMNS, "charge_microusd"))
+        summed = (*TOKEN_COLUMNS, "charge_microusd", "cost_microusd", "markup_microusd")
+        sums = ", ".join(f"coalesce(sum({c}), 0) as {c}" for c in summed)
         where, values = within(since, until, user)
         rows = self.reader.execute(
             f"select {REPORT_KEYS[by]} as key, count(*) as requests, {sums}, "  # noqa: S608
-            "coalesce(sum(cost_microusd), 0) as cost_microusd, coalesce(sum(markup_microusd), 0) as markup_microusd, "
             "sum(cost_microusd is null) as unpriced, sum(estimated) as estimated, "
             "cast(avg(first_token_ms) as integer) as first_token_ms, sum(duration_ms) as duration_ms "
             f"from requests where {where} group by key order by "
@@ -8187,20 +8178,13 @@ class Store:
     def repriced(
         self, by: str, since: str, until: str, price: Price, markup_percent: Decimal, user: str | None = None
     ) -> dict[str, int]:
-        """What the same requests would have cost on a model of that price: charge by report key,
-        micro-dollars.
-        """
-        columns = ", ".join(TOKEN_COLUMNS)
+        """What the same requests would have cost on a model of that price: charge by report key, micro-dollars."""
         where, values = within(since, until, user)
-        rows = self.reader.execute(
-            f"select {REPORT_KEYS[by]} as key, {columns} from requests where {where}",  # noqa: S608
-            values,
-        )
-        out: dict[str, int] = {}
-        for row in rows:
-            usage = Usage(*(row[c] for c in TOKEN_COLUMNS))
-            out[row["key"]] = out.get(row["key"], 0) + charge_of(usage, price, markup_percent).charge
-        return out
+        query = f"select {REPORT_KEYS[by]}, {', '.join(TOKEN_COLUMNS)} from requests where {where}"  # noqa: S608
+        charges: Counter[str] = Counter()
+        for key, *tokens in self.reader.execute(query, values):
+            charges[key] += charge_of(Usage(*tokens), price, markup_percent).charge
+        return charges
 
     def export(self, since: str = "", until: str = "", user: str | None = None) -> Iterator[Json]:
         """Usage rows, oldest first."""
