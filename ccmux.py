@@ -6374,7 +6374,6 @@ def demo_input(tool: Json, words: str) -> Json:
 # above:input/output/read/write(/1 h write), that price a whole request once its prompt passes that. Anthropic's
 # 1 h write costs twice the input. Google's gemini-4-argon and -carbon cost half of this until December 2026;
 # gemini-3.6-flash to -3.8-flash will cost the double from January 2027.
-PRICES_DATE = "2026-11-27"
 PRICE_ROWS = """
 claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sft
 claude-fable-5           1000000  128000    10    50      1   12.5  20 st
@@ -6482,26 +6481,23 @@ def price_table() -> dict[str, Facts]:
 
 
 def price_row(row: str) -> tuple[str, Facts]:
-    name, context, max_output, input, output, read, write, write_1h, refuses, *tiers = row.split()
-    price = price_of_columns(input, output, read, write, write_1h)
-    above = []
-    for tier in tiers:
-        size, _, columns = tier.partition(":")
-        above.append((int(size), price_of_columns(*columns.split("/"))))
-    price = dataclasses.replace(price, tiers=tuple(above))
-    sampling, forced_tool, thinking_off = (letter not in refuses for letter in "sft")
+    name, context, max_output, *columns = row.split()
+    tiers = (tier.split(":") for tier in columns[6:])
+    above = tuple((int(size), price_of_columns(prices.split("/"))) for size, prices in tiers)
+    price = price_of_columns(columns[:5], above)
+    sampling, forced_tool, thinking_off = (letter not in columns[5] for letter in "sft")
     return name.lower(), Facts(int(context), int(max_output), sampling, forced_tool, thinking_off, price)
 
 
-def price_of_columns(input: str, output: str, *cache: str) -> Price:
-    read, write, write_1h, *_ = [*(None if each == "-" else Decimal(each) for each in cache), None]
-    return Price(Decimal(input), Decimal(output), read, write, write_1h)
+def price_of_columns(columns: Sequence[str], tiers: tuple[tuple[int, Price], ...] = ()) -> Price:
+    known = {kind: Decimal(each) for kind, each in zip(PRICE_KINDS, columns, strict=False) if each != "-"}
+    return Price(**known, tiers=tiers)
 
 
+PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 FREE = Price(Decimal(0), Decimal(0))
-_MODEL_SUFFIX = re.compile(
-    r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|@default$|-v\d(?::\d)?$|:[a-z]+$|\[1m\]$"
-)
+# A date, an alias, Bedrock's version, OpenRouter's tag, Claude Code's mark of a long context.
+_MODEL_SUFFIX = re.compile(r"(?:[-@]20\d{6}|-20\d\d-\d\d-\d\d|-latest|@default|-v\d(?::\d)?|:[a-z]+|\[1m\])$")
 
 
 def facts_of(model: str) -> Facts:
@@ -6551,7 +6547,8 @@ def charged_price(config: Config, target: Target, model_name: str) -> Price | No
 
 def with_markup(price: Price, percent: Decimal) -> Price:
     """What a user pays for a million tokens, where a provider takes `price`."""
-    return at_percent(price, 100 + percent)
+    kinds = {k: each * (100 + percent) / 100 for k in PRICE_KINDS if (each := getattr(price, k)) is not None}
+    return Price(**kinds, tiers=tuple((above, with_markup(tier, percent)) for above, tier in price.tiers))
 
 
 def fast_price(price: Price) -> Price:
@@ -6559,12 +6556,7 @@ def fast_price(price: Price) -> Price:
 
     https://platform.claude.com/docs/en/build-with-claude/fast-mode (November 2026: Opus 5.5, Opus 5, Opus 4.8)
     """
-    return at_percent(price, Decimal(200))
-
-
-def at_percent(price: Price, percent: Decimal) -> Price:
-    kinds = {k: each * percent / 100 for k in PRICE_KINDS if (each := getattr(price, k)) is not None}
-    return Price(**kinds, tiers=tuple((above, at_percent(tier, percent)) for above, tier in price.tiers))
+    return with_markup(price, Decimal(100))
 
 
 @dataclass(frozen=True, slots=True)
@@ -6581,20 +6573,17 @@ def exact_cost(usage: Usage, price: Price) -> Decimal:
     above = [tier for tier in price.tiers if usage.prompt > tier[0]]
     price = max(above, key=lambda tier: tier[0])[1] if above else price
     exact = usage.input * price.input + usage.output * price.output
-    for n, each in (
-        (usage.cache_read, price.cache_read), (usage.cache_write, price.cache_write),
-        (usage.cache_write_1h, price.cache_write_1h),
-    ):  # fmt: skip
-        if n:
-            exact += n * (price.input if each is None else each)
+    for kind in PRICE_KINDS[2:]:
+        if tokens := getattr(usage, kind):
+            each = getattr(price, kind)
+            exact += tokens * (price.input if each is None else each)
     return exact
 
 
 def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
     """The charge of an answer: the exact sum, without and with markup, each rounded up to a micro-dollar."""
     exact = exact_cost(usage, price)
-    cost = math.ceil(exact)
-    charge = math.ceil(exact * (100 + markup_percent) / 100)
+    cost, charge = math.ceil(exact), math.ceil(exact * (100 + markup_percent) / 100)
     return Charge(cost, charge - cost, charge)
 
 
@@ -6610,9 +6599,6 @@ def price_json(price: Price) -> Json:
     if price.tiers:
         out["tiers"] = [{"above": above, **price_json(tier)} for above, tier in price.tiers]
     return out
-
-
-PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 
 
 # Counting. Every family of models has a framing: which vocabulary, and what messages and tools cost beyond
