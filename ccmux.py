@@ -6660,11 +6660,13 @@ class Framing:
     message: int = 4  # three and the role
     tools: int = 9
     tools_forced: int = 9
-    result: float = 0
-    call: float = 3
+    result: int = 0
+    call: int = 3
     is_claude: bool = False
-    image_side: int = 0  # pixels
-    image: tuple[int, int] = (85, 170)  # Claude: (largest, unused); OpenAI: (an image, and each of its tiles)
+    image: tuple[int, int] = (
+        85,
+        170,
+    )  # an image and each of its tiles; Claude: longest side in pixels, most tokens
 
     def factor(self, vocabulary: str) -> float:
         """Of a count by that vocabulary; an estimate is made as o200k would count."""
@@ -6697,11 +6699,11 @@ def claude_framing(name: str) -> Framing:
     version = (int(match[1]), int(match[2] or 0)) if match else (4, 0)
     encoding = f"claude-{version[0]}.{version[1]}"
     if version < (4, 7):
-        return Framing(encoding, FACTORS_TO_46, 7, 0, 497, 589, 8, 12, True, 1568, (1568, 0))
+        return Framing(encoding, FACTORS_TO_46, 7, 0, 497, 589, 8, 12, True, (1568, 1568))
     base, tools, forced = (12 if version < (5, 0) else 7), 290, 410
     if version == (4, 7):
         tools, forced = 675, 804
-    return Framing(encoding, FACTORS_FROM_47, base, 0, tools, forced, 10, 15, True, 2576, (4784, 0))
+    return Framing(encoding, FACTORS_FROM_47, base, 0, tools, forced, 10, 15, True, (2576, 4784))
 
 
 class TokenCounter:
@@ -6763,7 +6765,8 @@ class TokenCounter:
         try:
             counts = self.thread.submit(Work(parts, encoding).run).result(self.patience)
         except OSError:
-            counts = Work(parts, ESTIMATE).run()
+            encoding = ESTIMATE
+            counts = Work(parts, encoding).run()
         return math.ceil(counts[()] * framing.factor(encoding.name))
 
     def look_up(self, items: Sequence[Item], framing: Framing, encoding: Encoding) -> Looked:
@@ -6930,44 +6933,39 @@ def holds_media(content: Any, depth: int = 0) -> bool:
 
 def items_of(body: Json) -> list[Item]:
     """What a request is counted by. The system prompt is a message, as it is to OpenAI's models."""
-    tools = offered_tools(body)
     messages = messages_of(body)
-    digests = each(messages, digest)
+    items = [Item(m, "", *d) for m, d in zip(messages, each(messages, digest), strict=True)]
     if body.get("system"):
         system = {"role": "system", "content": body["system"]}
-        messages, digests = [system, *messages], [digest(system), *digests]
-    # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
-    joins = next((n for n, m in enumerate(messages) if m.get("role") == "system"), None) if tools else None
-    items = [Item(m, "", *d) for m, d in zip(messages, digests, strict=True)]
-    if joins is not None:
-        items[joins] = items[joins]._replace(kind="joined")
-    if tools:
+        items.insert(0, Item(system, "", *digest(system)))
+    if tools := offered_tools(body):
+        # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
+        joins = next((n for n, item in enumerate(items) if item.value.get("role") == "system"), None)
+        if joins is not None:
+            items[joins] = items[joins]._replace(kind="joined")
         choice = body.get("tool_choice") or body.get("function_call")
         offer = {"tools": tools, "has_system": joins is not None, "choice": choice}
         items.append(Item(offer, "tools", *digest(offer)))
     return items
 
 
-def digest(value: Json) -> tuple[int, int]:
-    """A hash of a JSON object, and its size in bytes or so. What is kept in a list of it has a digest of its own."""
+def digest(value: Any) -> tuple[int, int]:
+    """A hash of a JSON value, and its size in bytes or so. What is kept in a list of it has a digest of its own."""
     if type(value) is Kept:
         return value.made.once(digest, lambda: digest(dict(value)))
-    rest, parts = {}, []
-    for key, member in value.items():
+    rest, parts = {}, list[tuple[int, int]]()
+    for key, member in value.items() if isinstance(value, dict) else [("", value)]:
         if isinstance(member, list) and Kept in map(type, member):
-            parts += [digest(part if isinstance(part, dict) else {"": part}) for part in member]
+            parts += map(digest, member)
             member = len(member)
         rest[key] = member
-    whole = packed(rest)
-    return hash((whole, *parts)), len(whole) + sum(size for _, size in parts)
-
-
-def packed(value: Any) -> bytes:
-    """A JSON value to be hashed; marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON."""
     try:
-        return marshal.dumps(value, 2)
+        whole = marshal.dumps(
+            rest, 2
+        )  # this version writes equal values as equal bytes; ten times as fast as JSON
     except ValueError:  # nested too deeply
-        return marshal.dumps(list(strings_in(value)), 2)
+        whole = marshal.dumps(list(strings_in(rest)), 2)
+    return hash((whole, *parts)), len(whole) + sum(size for _, size in parts)
 
 
 def slices(text: str) -> Iterator[str]:
@@ -7012,7 +7010,7 @@ class Piece:
 
     def __init__(self, item: Item, key: Key, framing: Framing, vocabulary: str) -> None:
         self.key, self.framing, self.factor = key, framing, framing.factor(vocabulary)
-        self.salt = (vocabulary, framing.is_claude)
+        self.vocabulary = vocabulary
         self.parts: list[Part] = []
         self.fixed = 0.0
         if item.kind == "tools":
@@ -7021,7 +7019,7 @@ class Piece:
             self.add_message(item.value, "\n" if item.kind and not framing.is_claude else "")
 
     def add(self, key: Any, make: Callable[[], str | int]) -> None:
-        self.parts.append(Part((*self.salt, key), make))
+        self.parts.append(Part((self.vocabulary, key), make))
 
     def add_text(self, given: Any) -> None:
         if given:
@@ -7029,8 +7027,7 @@ class Piece:
             self.add(hash(text), lambda: text)
 
     def add_value(self, value: Any, render: Callable[[Any], str]) -> None:
-        key, _ = digest(value if isinstance(value, dict) else {"": value})
-        self.add((render, key), functools.partial(rendered, render, value))
+        self.add((render, digest(value)), functools.partial(rendered, render, value))
 
     def add_message(self, message: Json, ending: str) -> None:
         self.fixed += self.framing.message
@@ -7117,18 +7114,15 @@ def claude_tools(tools: list[Json]) -> str:
 
 def openai_namespace(tools: list[Json]) -> str:
     """Tools as OpenAI renders them for its models, as github.com/hmarr/openai-chat-tokens found out."""
-    functions = (
-        typescript_function(str(t.get("name") or ""), t.get("description"), as_object(t.get("input_schema")))
-        for t in tools
-    )
+    functions = map(typescript_function, tools)
     return "\n".join(["namespace functions {", "", *functions, "} // namespace functions"])
 
 
-def typescript_function(name: str, description: Any, schema: Json) -> str:
-    head = f"// {description}\n" if description else ""
-    if not as_object(schema.get("properties")):
-        return f"{head}type {name} = () => any;\n"
-    return f"{head}type {name} = (_: {{\n{typescript_members(schema, 0)}\n}}) => any;\n"
+def typescript_function(tool: Json) -> str:
+    members = typescript_members(as_object(tool.get("input_schema")), 0)
+    parameters = f"_: {{\n{members}\n}}" if members else ""
+    head = f"// {tool['description']}\n" if tool.get("description") else ""
+    return f"{head}type {tool.get('name') or ''} = ({parameters}) => any;\n"
 
 
 def typescript_members(schema: Json, indent: int) -> str:
@@ -7166,8 +7160,9 @@ def image_tokens(block: Json, framing: Framing) -> int:
         return IMAGE_TOKENS
     if not framing.is_claude:
         return openai_image_tokens(*size, *framing.image)
-    scale = min(1.0, framing.image_side / max(size))
-    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), framing.image[0])
+    side, most = framing.image
+    scale = min(1.0, side / max(size))
+    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), most)
 
 
 def openai_image_tokens(width: int, height: int, base: int, tile: int) -> int:
@@ -7273,7 +7268,7 @@ PATTERNS = {  # as in tiktoken_ext.openai_public, whose functions would download
 def find_vocabulary(name: str) -> Path | None:
     """The vocabulary's file with the right hash; None where there is none."""
     file_name, sha256 = VOCABULARIES[name]
-    named = [os.environ.get(variable) for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
+    named = map(os.environ.get, ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"))
     for folder in filter(None, [*named, "~/.ccmux/tiktoken"]):
         try:
             path = expanded(folder) / file_name

@@ -671,6 +671,13 @@ async def test_an_estimate_where_the_counting_process_is_gone() -> None:
     assert counter.count_text("x" * 37, "gpt-5") == 10 and not knows(counter, "x" * 37, gone)
 
 
+def test_an_estimate_of_an_answer_is_the_same_whatever_could_not_count_it() -> None:
+    gone, text = Gone(), "x" * 3700
+    gone.name = "claude"
+    without = TokenCounter(lambda name: None).count_text(text, "claude-sonnet-4-5")
+    assert TokenCounter(lambda name: gone).count_text(text, "claude-sonnet-4-5") == without == 1180
+
+
 # The process that counts for a server.
 
 
