@@ -6953,7 +6953,8 @@ def digest(value: Any) -> tuple[int, int]:
     """A hash of a JSON value, and its size in bytes or so. What is kept in a list of it has a digest of its own."""
     if type(value) is Kept:
         return value.made.once(digest, lambda: digest(dict(value)))
-    rest, parts = {}, list[tuple[int, int]]()
+    rest: Json = {}
+    parts: list[tuple[int, int]] = []
     for key, member in value.items() if isinstance(value, dict) else [("", value)]:
         if isinstance(member, list) and Kept in map(type, member):
             parts += map(digest, member)
