@@ -7508,9 +7508,8 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    user_id: int
-    amount: int
     request_id: str
+    amount: int
 
 
 @dataclass(slots=True)  # freezing would double what it takes to make one
@@ -7785,7 +7784,7 @@ class Store:
         return []
 
     def attempt(self, write: Write) -> None:
-        """One operation inside the batch's transaction. A refusal is its own: it comes before it writes."""
+        """One operation inside a transaction. A refusal leaves others in it alone: it comes before anything is written."""
         try:
             write.result, write.error = write.run(self.db), None
         except ApiError as error:
@@ -7811,29 +7810,32 @@ class Store:
     def put(
         self, run: Callable[[sqlite3.Connection], Any], *, keep: bool = False, sync: bool = True
     ) -> asyncio.Future[Any]:
-        """Queues an operation; the future resolves when it is written."""
+        """Writes at once, else queues what is to be written; the future resolves when it is."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.queue.put(Write(run, future, keep, sync))
+        write = Write(run, future, keep, sync)
+        if self.at_once(write):
+            resolve_all([write])
+        else:
+            self.queue.put(write)
         return future
 
-    def at_once(self, run: Callable[[sqlite3.Connection], T], sync: bool = False) -> T | None:
-        """A write on the event loop's thread: to wake the other takes longer than to write.
+    def at_once(self, write: Write) -> bool:
+        """Writes on the event loop's thread: to wake the writer takes longer than that.
 
-        None where the queue is the better place: others would write too (or wait for the sync), somebody is writing
+        False where the queue is the better place: others would write too (or wait for the sync), somebody is writing
         just now, the disk was slow, or it cannot be written.
         """
         began = time.monotonic()
-        if self.open_holds >= (1 if sync else SIBLINGS) or began < self.slow_until:
-            return None
+        if self.open_holds >= (1 if write.sync else SIBLINGS) or began < self.slow_until:
+            return False
         if not self.writing.acquire(blocking=False):
-            return None
+            return False
         try:
-            with transaction(self.db, sync, patience=0):
-                return run(self.db)
-        except ApiError:
-            raise
-        except Exception:  # the queue tries again, and tells
-            return None
+            with transaction(self.db, write.sync, patience=0):
+                self.attempt(write)
+            return True
+        except Exception:  # the writer tries again, and tells
+            return False
         finally:
             self.unchecked += 1
             self.writing.release()
@@ -7886,32 +7888,28 @@ class Store:
     async def hold(
         self, user_id: int, request_id: str, amount: int, *, enforce: bool, max_concurrent: int
     ) -> Hold:
-        """Sets credit aside for a request.
-
-        ApiError 402 without funds, 429 for a budget or too many at once.
-        """
+        """Sets credit aside for a request; ApiError 402 without funds, 429 for a budget or too many at once."""
         is_given_up = False
 
-        def run(db: sqlite3.Connection) -> Hold:
+        def run(db: sqlite3.Connection) -> None:
             if is_given_up:  # its settlement was not queued behind it, perhaps, but written already
-                return Hold(user_id, 0, request_id)
+                return
             if enforce:
                 self.check_funds(db, user_id, amount, max_concurrent)
             db.execute(
                 "insert into holds (request_id, user_id, amount_microusd, time) values (?, ?, ?, ?)",
                 (request_id, user_id, amount, iso(self.now())),
             )
-            return Hold(user_id, amount, request_id)
 
         self.open_holds += 1
         try:
-            hold: Hold = self.at_once(run) or await self.put(run, sync=False)
+            await self.put(run, sync=False)
         except (sqlite3.Error, OverflowError) as error:  # the latter: an amount beyond SQLite's integers
             raise cannot_write(error) from None
         except asyncio.CancelledError:
             is_given_up = True
             raise
-        return hold
+        return Hold(request_id, amount)
 
     def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
         row = db.execute("select * from users where id = ?", (user_id,)).fetchone()
@@ -7941,32 +7939,14 @@ class Store:
 
     def answered(self, hold: Hold, floor: int) -> None:
         """The upstream has begun to answer, or (floor 0) failed to: from now on a crash charges `floor`."""
-
-        def run(db: sqlite3.Connection) -> bool:
-            query = "update holds set floor_microusd = ? where request_id = ?"
-            db.execute(query, (floor, hold.request_id))
-            return True
-
-        if not self.at_once(run):
-            self.queue.put(Write(run, sync=False))
+        query = "update holds set floor_microusd = ? where request_id = ?"
+        self.put(lambda db: db.execute(query, (floor, hold.request_id)), sync=False)
 
     def settle(self, done: Settlement) -> asyncio.Future[None]:
-        """The one settlement of a request: written where no other is open, else queued without waiting.
-
-        What cannot be written is kept until it can.
-        """
+        """The one settlement of a request, without waiting; what cannot be written is kept until it can."""
         self.open_holds -= 1
         done.time = iso(self.now())
-
-        def run(db: sqlite3.Connection) -> bool:
-            self.write_settlement(db, done, "charge")
-            return True
-
-        if not self.at_once(run, sync=True):
-            return self.put(run, keep=True)
-        settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        settled.set_result(None)
-        return settled
+        return self.put(lambda db: self.write_settlement(db, done, "charge"), keep=True)
 
     def write_settlement(self, db: sqlite3.Connection, done: Settlement, kind: str) -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
