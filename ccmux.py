@@ -6608,8 +6608,8 @@ def price_json(price: Price) -> Json:
 
 SLICE = 65_536  # characters: a megabyte of one whitespace run makes the encoder panic
 SMALL = 16_384  # bytes of new messages that are counted ahead of longer ones
-LIMIT = 3  # seconds until an estimate will do, in a server
-PATIENCE = 0.01  # the same for who cannot await
+LIMIT = 3  # seconds that a server waits for a count before it estimates
+PATIENCE = 0.01  # the same where the event loop would wait
 CACHE_SIZE = 20_000
 RECENT = 1000  # counts that wait for their true usage
 SAMPLES = 50  # true usages that a factor is the average of
@@ -6619,15 +6619,15 @@ PDF_PAGE_TOKENS = 2500
 
 
 class Encoding:
-    """What counts texts: by `encode`, which makes as many items of a text as it has tokens, or elsewhere."""
+    """What counts texts, by `encode`, which makes an item a token. A subclass may count in another process."""
 
-    is_gone = False  # for good: only what is elsewhere can be
+    is_gone = False  # for good, as only another process can be
 
     def __init__(self, name: str, encode: Callable[[str], Sequence[int]]) -> None:
         self.name, self.encode = name, encode
 
     def lengths(self, texts: list[str]) -> list[int]:
-        """May take its time; OSError where it is gone."""
+        """The tokens of each; may take long. OSError where the encoding is gone."""
         return [self.length(text) for text in texts]
 
     def length(self, text: str) -> int:
@@ -6643,7 +6643,7 @@ class Encoding:
 
 
 def guess(text: str) -> Sequence[int]:
-    """As many as a text has tokens, by its bytes: good to a fifth."""
+    """About as many items as a text has tokens, by its bytes: good to a fifth."""
     return range(math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.7))
 
 
@@ -6725,10 +6725,7 @@ class TokenCounter:
         self.recent: OrderedDict[tuple[str, str, int], float] = OrderedDict()
 
     async def count(self, body: Json, provider: str, model: str, items: Sequence[Item] | None = None) -> int:
-        """Input tokens of a whole request.
-
-        `items` is what `items_of` says of the body, for who counts the same one twice.
-        """
+        """Input tokens of a whole request; `items` is `items_of(body)`, where a caller has it already."""
         framing, place = framing_of(model), (provider, model)
         items = items_of(body) if items is None else items
         looked = self.look_up(items, framing, self.load(framing.encoding) or ESTIMATE)
@@ -6749,7 +6746,7 @@ class TokenCounter:
         return self.estimated(items, framing, place)
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
-        """The same for who cannot await: an estimate where patience ends first."""
+        """The same for a caller that cannot await: an estimate where `patience` ends first."""
         framing, place, items = framing_of(model), (provider, model), items_of(body)
         with contextlib.suppress(OSError):
             if encoding := self.load(framing.encoding):
@@ -6759,7 +6756,7 @@ class TokenCounter:
         return self.estimated(items, framing, place)
 
     def count_text(self, text: str, model: str) -> int:
-        """Tokens of a text that a model made; for who cannot await, too."""
+        """Tokens of a text that a model made; for a caller that cannot await, too."""
         framing, parts = framing_of(model), [Part((), lambda: text)]
         encoding = self.load(framing.encoding) or ESTIMATE
         try:
@@ -6770,7 +6767,7 @@ class TokenCounter:
         return math.ceil(counts[()] * framing.factor(encoding.name))
 
     def look_up(self, items: Sequence[Item], framing: Framing, encoding: Encoding) -> Looked:
-        """What of a request was counted before by that encoding, and those messages of it that were not."""
+        """The tokens of the messages that this encoding has counted before, and the messages that it has not."""
         looked = Looked(encoding, framing, framing.base)
         family = hash((framing, encoding.name))
         for item in items:
@@ -6783,7 +6780,7 @@ class TokenCounter:
         return looked
 
     def take_apart(self, looked: Looked) -> list[Part]:
-        """Makes pieces of the new messages; those of their parts that were not counted before, each once."""
+        """Takes the new messages apart; returns those of their parts that were not counted before, each once."""
         looked.pieces = [Piece(item, key, looked.framing, looked.encoding.name) for item, key in looked.new]
         fresh: dict[Key, Part] = {}
         for part in (part for piece in looked.pieces for part in piece.parts):
@@ -6864,14 +6861,14 @@ class Looked:
 
 
 class Work:
-    """Parts on their way to their counts, in steps of a slice or so, each for a thread."""
+    """Counts parts, in steps of a slice or so, each of which may run in a thread."""
 
     def __init__(self, parts: Sequence[Part], encoding: Encoding) -> None:
         self.encoding, self.counts = encoding, {part.key: 0 for part in parts}
         self.left = ((part.key, made) for part in parts for made in part.slices())
 
     def step(self) -> bool:
-        """Counts the next parts; whether there may be more. Raises OSError as an encoding does."""
+        """Counts the next parts; returns whether there may be more. OSError as an encoding's."""
         keys, texts, size = [], [], 0
         for key, made in self.left:
             if isinstance(made, int):
@@ -6887,7 +6884,6 @@ class Work:
         return size >= SLICE // 2
 
     def run(self) -> dict[Key, int]:
-        """All of it."""
         while self.step():
             pass
         return self.counts
@@ -6909,8 +6905,8 @@ MOST_FRAMING = 1000  # tokens around a request's messages
 def is_surely_within(raw: bytes, body: Json, limit: int) -> bool:
     """Whether a request's bytes are so few that it has at most `limit` tokens, which then needs no count.
 
-    No token is shorter than a byte. Left aside are tool schemas that are nothing but commas, as they are counted with
-    a space after each; images and documents have more tokens than their bytes tell.
+    No token is shorter than a byte. (A tool schema of nothing but commas could have more: it is counted with a space
+    after each.) Images and documents may have more tokens than bytes.
     """
     fits = bool(raw) and len(raw) * LARGEST_FACTOR + MOST_FRAMING <= limit
     return fits and not holds_media(body.get("system")) and not any(each(messages_of(body), shows_media))
@@ -7379,11 +7375,10 @@ class Vocabulary:
 # Store (SQLite)
 # ----------------------------------------------------------------------------------------------------------
 # Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers
-# keep, in one SQLite file that the server and the command line share. One thread writes; whatever waits is
-# committed together. What moves money is synced to the disk before anyone is told; a hold need only outlive this
-# process, so it waits for no disk, and is there after a power cut if anything that followed it is. Where nobody else
-# is writing, the event loop writes a hold itself, over the same connection, and the settlement of a request that is
-# the only one.
+# keep, in one SQLite file that the server and the command line share. One thread writes, and commits together all
+# that waits. What moves money is synced to the disk before anyone is told. A hold need only outlive this process, so
+# it waits for no disk; after a power cut it is there if anything written later is. Where nobody else is writing, the
+# event loop itself writes a hold, and the settlement of a request that is the only one.
 
 LOCAL_USER = "local"  # the user of everyone who needs no key
 USER_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
@@ -7482,10 +7477,10 @@ WRONG_SUMS = """
     )
 """
 SUMS_EVERY = 3600.0  # seconds
-SIBLINGS = 8  # requests in flight from which on a commit waits for company, as PostgreSQL's commit_siblings
+SIBLINGS = 8  # with so many requests in flight a commit waits for company, as PostgreSQL's commit_siblings
 LINGER = 0.002  # seconds that it waits
-CHECKPOINT_EVERY = 100  # commits; a log that is written over, and not longer, syncs 0.15 ms sooner
-SLOW_DISK = 0.005  # seconds from which on a write would hold up the event loop
+CHECKPOINT_EVERY = 100  # commits; a log that is overwritten instead of growing syncs 0.15 ms sooner
+SLOW_DISK = 0.005  # seconds: a write that takes as long holds up the event loop
 BUSY = 10.0  # seconds that a write waits for another process
 
 
@@ -7514,9 +7509,7 @@ class Hold:
 
 @dataclass(slots=True)  # freezing would double what it takes to make one
 class Settlement:
-    """One client request as the request log keeps it: all that explains its charge. cost None: no known
-    price.
-    """
+    """One client request as the request log keeps it: all that explains its charge. cost None: no known price."""
 
     request_id: str
     user: str
@@ -7558,20 +7551,16 @@ TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
 
 
 def settlement_row(done: Settlement) -> Json:
-    """A settlement as the row of the request log, in the column names of DESIGN's usage row."""
+    """A settlement as the row of the request log, by the names of its columns."""
     usage = done.usage
-    row = {
-        "time": done.time, "request_id": done.request_id, "user": done.user,
-        "session": done.session, "agent": done.agent, "asked": done.asked, "route": done.route,
-        "provider": done.provider, "model": done.model, "stream": done.stream, "status": done.status,
-        "error": done.error, "attempts": done.attempts, "input_tokens": usage.input, "output_tokens": usage.output,
-        "cache_read_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write,
-        "cache_write_1h_tokens": usage.cache_write_1h, "estimated": usage.estimated, "cost_microusd": done.cost,
-        "markup_microusd": done.markup, "charge_microusd": done.charge, "first_token_ms": done.first_token_ms,
-        "duration_ms": done.duration_ms, "stop_reason": done.stop_reason or "", "price": compact(done.price).decode(),
-        "trail": compact(done.trail).decode(),
+    differing = {
+        "input_tokens": usage.input, "output_tokens": usage.output, "cache_read_tokens": usage.cache_read,
+        "cache_write_tokens": usage.cache_write, "cache_write_1h_tokens": usage.cache_write_1h,
+        "estimated": usage.estimated, "cost_microusd": done.cost, "markup_microusd": done.markup,
+        "charge_microusd": done.charge, "stop_reason": done.stop_reason or "",
+        "price": compact(done.price).decode(), "trail": compact(done.trail).decode(),
     }  # fmt: skip
-    return {k: storable(v) for k, v in row.items()}
+    return {c: storable(differing[c] if c in differing else getattr(done, c)) for c in REQUEST_COLUMNS}
 
 
 def storable(value: Any) -> Any:
@@ -7616,7 +7605,7 @@ class Write:
     run: Callable[[sqlite3.Connection], Any]
     future: asyncio.Future[Any] | concurrent.futures.Future[Any] | None = None
     keep: bool = False  # tried again until it can be written
-    sync: bool = True  # told of only once it would outlive a power cut
+    sync: bool = True  # on the disk before anyone is told
     result: Any = None
     error: BaseException | None = None
 
@@ -7635,8 +7624,11 @@ class Store:
         self.local = threading.local()
         self.readers: list[sqlite3.Connection] = []
         self.queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
-        self.local_known: tuple[User | None, float] = (None, 0.0)  # and until when
-        self.slow_until, self.slow_for = 0.0, 0.0  # the event loop writes nothing until then; seconds
+        self.local_known: tuple[User | None, float] = (None, 0.0)  # the local user, and until when it holds
+        self.slow_until, self.slow_for = (
+            0.0,
+            0.0,
+        )  # until when the event loop writes nothing; for how many seconds
         self.unchecked = 0  # commits since the last checkpoint
         self.open_holds = 0  # requests that have not settled yet
         try:
@@ -7648,10 +7640,9 @@ class Store:
             raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
 
     def connect(self, prepare: Callable[[sqlite3.Connection], None] = lambda db: None) -> sqlite3.Connection:
-        """A connection of ours, once it is set up and prepared; where that fails it is closed."""
-        with contextlib.ExitStack() as on_failure:
-            db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
-            on_failure.callback(db.close)
+        """A connection, set up and prepared; closed again where that fails."""
+        db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        try:
             db.row_factory = sqlite3.Row
             # SQLite itself does not wait where another process is switching a new file to write-ahead logging.
             patiently(lambda: db.execute("pragma journal_mode = wal"), BUSY)
@@ -7660,7 +7651,9 @@ class Store:
             db.execute("pragma foreign_keys = on")
             db.execute("pragma recursive_triggers = on")  # else `replace` gets past the ledger's triggers
             prepare(db)
-            on_failure.pop_all()
+        except BaseException:
+            db.close()
+            raise
         return db
 
     @property
@@ -7671,8 +7664,7 @@ class Store:
         if not hasattr(self.local, "db"):
             self.local.db = self.connect()
             self.readers.append(self.local.db)
-        db: sqlite3.Connection = self.local.db
-        return db
+        return typing.cast("sqlite3.Connection", self.local.db)
 
     def migrate(self, db: sqlite3.Connection) -> None:
         """Brings the schema up to date; several processes may be at it at once."""
@@ -7704,7 +7696,7 @@ class Store:
             raise ConfigError(f"database {self.path} cannot be written: {error}") from None
         if self.watcher:
             self.watcher.start()
-        # The writer does both: by themselves they would hold up the event loop.
+        # The writer copies back and waits; on this connection SQLite would do so on the event loop, too.
         self.db.execute("pragma wal_autocheckpoint = 0")
         self.db.execute("pragma busy_timeout = 0")
         self.thread = threading.Thread(target=self.write_forever, name="ccmux-store", daemon=True)
@@ -7744,7 +7736,7 @@ class Store:
                 return
 
     def checkpoint(self) -> None:
-        """Copies the write-ahead log back now and then; what readers or a full disk hinder is done the next time."""
+        """Now and then copies the write-ahead log back; what readers or a full disk prevent is done the next time."""
         if self.unchecked >= CHECKPOINT_EVERY:
             try:
                 with self.writing:
@@ -7761,7 +7753,7 @@ class Store:
         return []
 
     def take_waiting(self, first: Write | None) -> tuple[list[Write], bool]:
-        """What is on the queue; and whether more may come (None is the last word)."""
+        """What is on the queue, and whether more may come: a None on it ends it."""
         batch: list[Write] = []
         item = first
         while item is not None:
@@ -7844,7 +7836,7 @@ class Store:
                 self.queue.put(Write(lambda db: None, sync=False))  # wakes the writer, who looks
 
     def note_pace(self, seconds: float) -> None:
-        """After a slow write on the event loop none for a second, after another one for two, and up to a minute."""
+        """After a slow write the event loop writes nothing for a second, after the next for two, up to a minute."""
         if seconds < SLOW_DISK:
             self.slow_for = 0.0
         else:
@@ -8218,8 +8210,9 @@ def patiently(run: Callable[[], object], seconds: float) -> None:
 
 def is_busy(error: Exception) -> bool:
     """Whether another process has the database."""
-    is_sqlite = isinstance(error, sqlite3.OperationalError)
-    return is_sqlite and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    return (
+        getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    )  # the rest of the code says why
 
 
 def cannot_write(error: Exception) -> ApiError:
@@ -8230,7 +8223,7 @@ def cannot_write(error: Exception) -> ApiError:
 
 
 def tell(batch: list[Write]) -> None:
-    """Resolves the futures of written operations; those of the event loop with one call into it."""
+    """Resolves the futures of what was written; those of the event loop with one call into it."""
     awaited, loop = [], None
     for write in batch:
         if isinstance(write.future, asyncio.Future):
@@ -8317,7 +8310,7 @@ def user_of(row: sqlite3.Row) -> User:
 
 
 def within(since: str, until: str, user: str | None = None) -> tuple[str, list[str]]:
-    """A condition on requests, and its values. Only what limits is in it, or no index would serve it."""
+    """A condition on requests, and its values; of given limits only, as no index serves a condition on all."""
     limits = {"time >= ?": since, "time < ?": until, "user = ?": user}
     given = {clause: value for clause, value in limits.items() if value}
     return " and ".join(["true", *given]), list(given.values())
