@@ -6726,7 +6726,7 @@ class TokenCounter:
 
     async def count(self, body: Json, provider: str, model: str, items: Sequence[Item] | None = None) -> int:
         """Input tokens of a whole request; `items` is `items_of(body)`, where a caller has it already."""
-        framing, place = framing_of(model), (provider, model)
+        framing, place = framing_of(model), place_of(provider, model)
         items = items_of(body) if items is None else items
         looked = self.look_up(items, framing, self.load(framing.encoding) or ESTIMATE)
         if not looked.new:
@@ -6747,7 +6747,7 @@ class TokenCounter:
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
         """The same for a caller that cannot await: an estimate where `patience` ends first."""
-        framing, place, items = framing_of(model), (provider, model), items_of(body)
+        framing, place, items = framing_of(model), place_of(provider, model), items_of(body)
         with contextlib.suppress(OSError):
             if encoding := self.load(framing.encoding):
                 looked = self.look_up(items, framing, encoding)
@@ -6819,19 +6819,25 @@ class TokenCounter:
 
         Only a count made here, for this very (provider, model), from a vocabulary, has something to teach.
         """
-        tokens = self.recent.get((provider, model, counted), 0.0)
+        place = place_of(provider, model)
+        tokens = self.recent.get((*place, counted), 0.0)
         if tokens <= 0 or true <= 0:
             return
-        factor, samples = self.factors.get((provider, model), (1.0, 0))
+        factor, samples = self.factors.get(place, (1.0, 0))
         samples = min(samples + 1, SAMPLES)
         factor += (min(max(true / tokens, 0.5), 2.5) - factor) / samples
-        self.factors[provider, model] = (factor, samples)
+        self.factors[place] = (factor, samples)
 
     def export(self) -> list[tuple[str, str, float, int]]:
         return [(*key, *value) for key, value in self.factors.items()]
 
     def restore(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
         self.factors.update({(p, m): (factor, samples) for p, m, factor, samples in rows})
+
+
+def place_of(provider: str, model: str) -> tuple[str, str]:
+    """What a count is remembered by until its true usage comes; a client may send a name of megabytes."""
+    return provider, model[:LONGEST_NAME]
 
 
 Key = tuple[Any, ...]  # ends with a hash of what was counted; Python's own, which nobody can foresee
@@ -7564,7 +7570,7 @@ def settlement_row(done: Settlement) -> Json:
 
 
 def storable(value: Any) -> Any:
-    """What SQLite takes: half a surrogate pair, from JSON's \\ud800 or a header's bytes, is written out."""
+    """What SQLite takes: half a surrogate pair, from JSON's \\ud800 or the bytes of a header or a terminal, is written out."""
     if value is None or isinstance(value, int):
         return value
     text = str(value)  # an upstream's stop_reason may be anything
@@ -7977,7 +7983,7 @@ class Store:
         db.execute(
             f"insert into users (name, note, created, {', '.join(BUDGET_COLUMNS)}) values (?, ?, ?, ?, ?, ?) "  # noqa: S608
             "on conflict (name) do nothing",
-            (name, note, iso(self.now()), *map(budgets.get, BUDGET_COLUMNS)),
+            (name, storable(note), iso(self.now()), *map(budgets.get, BUDGET_COLUMNS)),
         )
         return user_of(db.execute("select * from users where name = ?", (name,)).fetchone())
 
@@ -8047,7 +8053,7 @@ class Store:
         return self.known(name)
 
     def user(self, name: str) -> User | None:
-        row = self.reader.execute("select * from users where name = ?", (name,)).fetchone()
+        row = self.reader.execute("select * from users where name = ?", (storable(name),)).fetchone()
         return user_of(row) if row else None
 
     def known(self, name: str) -> User:
@@ -8185,7 +8191,7 @@ class Store:
         return [tuple(row) for row in rows]
 
     def save_calibration(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
-        given = list(rows)
+        given = [(storable(provider), storable(model), *learnt) for provider, model, *learnt in rows]
         self.do(lambda db: db.executemany("insert or replace into calibration values (?, ?, ?, ?)", given))
 
 
@@ -8261,7 +8267,7 @@ def enter(
     db.execute(
         "insert into ledger (time, user_id, kind, amount_microusd, balance_microusd, request_id, note, key) "
         "select ?, id, ?, ?, balance_microusd + ?, ?, ?, ? from users where name = ? on conflict (key) do nothing",
-        (moment, kind, amount, amount, request_id, note, key, name),
+        (moment, kind, amount, amount, request_id, storable(note), key, name),
     )
 
 
@@ -8313,7 +8319,7 @@ def within(since: str, until: str, user: str | None = None) -> tuple[str, list[s
     """A condition on requests, and its values; of given limits only, as no index serves a condition on all."""
     limits = {"time >= ?": since, "time < ?": until, "user = ?": user}
     given = {clause: value for clause, value in limits.items() if value}
-    return " and ".join(["true", *given]), list(given.values())
+    return " and ".join(["true", *given]), list(map(storable, given.values()))
 
 
 def usage_row(row: sqlite3.Row) -> Json:

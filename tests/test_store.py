@@ -731,6 +731,19 @@ async def test_the_live_row_of_a_request_is_the_one_that_is_read_later() -> None
         assert ccmux.compact(dict(sorted(live.items()))) == ccmux.compact(dict(sorted(read.items())))
 
 
+def test_half_a_surrogate_pair_is_written_out(tmp_path: Path) -> None:
+    """As in a note typed at a terminal of another encoding, and in a model's name out of JSON."""
+    with contextlib.closing(ccmux.Store(str(tmp_path / "a.db"))) as store:
+        assert store.add_user("ann", note="caf\udce9")[0].note == "caf\\udce9"
+        store.credit("ann", 5, "caf\udce9")
+        assert store.transactions("ann")[0]["note"] == "caf\\udce9"
+        with pytest.raises(ccmux.ConfigError, match="no user"):
+            store.credit("ann\udce9", 5)
+        assert store.report("user", user="ann\udce9") == []
+        store.save_calibration([("p", "m\ud800", 1.5, 3)])
+        assert store.load_calibration() == [("p", "m\\ud800", 1.5, 3)]
+
+
 async def test_what_can_never_be_written_is_told_and_holds_up_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
