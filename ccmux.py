@@ -6893,7 +6893,7 @@ class Work:
 
 
 class Item(typing.NamedTuple):
-    """A message or the tools of a request, and a hash by which its count is found again."""
+    """A message of a request, or its tools, and a hash by which its count is found again."""
 
     value: Json
     kind: str  # "", "joined" (the tools follow in the same message) or "tools"
@@ -7000,10 +7000,10 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 class Piece:
-    """An item taken apart for counting: parts that are looked up by their hash, and what is `fixed`.
+    """An item taken apart: parts, whose counts are looked up by their hash, and `fixed` tokens beside them.
 
-    Reads Messages API requests, and OpenAI Chat ones too (names, calls, functions where those put them), so
-    that the formulas can be measured against recorded usage of both.
+    Reads Messages API requests, and OpenAI Chat's names, calls and functions too, so that the formulas can be
+    measured against recorded usage of both.
     """
 
     def __init__(self, item: Item, key: Key, framing: Framing, vocabulary: str) -> None:
@@ -7216,7 +7216,7 @@ def jpeg_size(head: bytes) -> tuple[int, int]:
 
 
 def pdf_tokens(data: str, factor: float) -> int:
-    """Tokens of a PDF in base64, by its page objects, at least one; before the factor, which is for texts."""
+    """Tokens of a PDF in base64, by its page objects (at least one); divided by the factor, which is for texts."""
     pages = len(re.findall(rb"/Type\s*/Page(?!s)", base64_head(data, len(data))))
     return math.ceil(PDF_PAGE_TOKENS * max(1, pages) / factor)
 
@@ -7348,7 +7348,7 @@ class Vocabulary:
         return None
 
     def load(self, name: str) -> Encoding | None:
-        """Loads an encoding now; for the command line, and for the thread. Names with one source share it."""
+        """Loads an encoding now, for the command line and in the thread. Names with one source share it."""
         with self.lock, contextlib.suppress(OSError):  # what cannot be had now is tried again later
             if name not in self.loaded:
                 source = source_of(name)
@@ -7356,7 +7356,7 @@ class Vocabulary:
         return self.loaded.get(name)
 
     def forget_missing(self) -> None:
-        """What is not there, or no more, is looked for again: after a download, and now and then."""
+        """Lets what was not there, or is gone, be looked for again: after a download, and once a minute."""
         for name in {*self.loading, *self.loaded}:
             encoding = self.loaded.get(name)
             if encoding is None or encoding.is_gone:
@@ -7484,8 +7484,7 @@ CHECKPOINT_EVERY = 100  # commits; a log that is overwritten instead of growing 
 SLOW_DISK = 0.005  # seconds: a write that takes as long holds up the event loop
 BUSY = 10.0  # seconds that a write waits for another process
 
-
-BUDGET_COLUMNS = ("day_microusd", "week_microusd", "month_microusd")  # columns
+BUDGET_COLUMNS = ("day_microusd", "week_microusd", "month_microusd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -7565,7 +7564,7 @@ def settlement_row(done: Settlement) -> Json:
 
 
 def storable(value: Any) -> Any:
-    """What SQLite takes: half a surrogate pair, from JSON's \\ud800 or the bytes of a header or a terminal, is written out."""
+    """As SQLite takes it: half a surrogate pair (JSON's \\ud800, a byte of a header or terminal) is written out."""
     if value is None or isinstance(value, int):
         return value
     text = str(value)  # an upstream's stop_reason may be anything
