@@ -23,7 +23,7 @@ import pytest
 import vocabulary
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from proxy_harness import in_process
 
@@ -444,7 +444,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(keys, values), st.sampled_from(["gpt-5", "claude-opus-4-7"]))
 def test_any_json_is_counted(body: Json, model: str) -> None:
     once = count(body, model)
@@ -463,7 +463,7 @@ dense = st.one_of(  # much to count in few bytes
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(dense, st.sampled_from(["gpt-5", "gpt-4", "claude-sonnet-4-5", "claude-opus-4-7"]))
 def test_a_request_that_is_surely_within_a_limit_counts_no_more(body: Json, model: str) -> None:
     assert not is_surely_within(compact(body), body, count(body, model) - 1)
@@ -505,7 +505,7 @@ def test_content_nested_too_deeply_to_look_at_is_counted() -> None:
 
 
 @given(st.text(alphabet="ab \n", max_size=50).map(lambda text: text * 9000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_slices_join_to_the_text(text: str) -> None:
     parts = list(slices(text))
     assert "".join(parts) == text
