@@ -6374,7 +6374,6 @@ def demo_input(tool: Json, words: str) -> Json:
 # above:input/output/read/write(/1 h write), that price a whole request once its prompt passes that. Anthropic's
 # 1 h write costs twice the input. Google's gemini-4-argon and -carbon cost half of this until December 2026;
 # gemini-3.6-flash to -3.8-flash will cost the double from January 2027.
-PRICES_DATE = "2026-11-27"
 PRICE_ROWS = """
 claude-fable-5-1         1000000  128000    10    50   0.25   12.5  20 sft
 claude-fable-5           1000000  128000    10    50      1   12.5  20 st
@@ -6482,26 +6481,23 @@ def price_table() -> dict[str, Facts]:
 
 
 def price_row(row: str) -> tuple[str, Facts]:
-    name, context, max_output, input, output, read, write, write_1h, refuses, *tiers = row.split()
-    price = price_of_columns(input, output, read, write, write_1h)
-    above = []
-    for tier in tiers:
-        size, _, columns = tier.partition(":")
-        above.append((int(size), price_of_columns(*columns.split("/"))))
-    price = dataclasses.replace(price, tiers=tuple(above))
-    sampling, forced_tool, thinking_off = (letter not in refuses for letter in "sft")
+    name, context, max_output, *columns = row.split()
+    tiers = (tier.split(":") for tier in columns[6:])
+    above = tuple((int(size), price_of_columns(prices.split("/"))) for size, prices in tiers)
+    price = price_of_columns(columns[:5], above)
+    sampling, forced_tool, thinking_off = (letter not in columns[5] for letter in "sft")
     return name.lower(), Facts(int(context), int(max_output), sampling, forced_tool, thinking_off, price)
 
 
-def price_of_columns(input: str, output: str, *cache: str) -> Price:
-    read, write, write_1h, *_ = [*(None if each == "-" else Decimal(each) for each in cache), None]
-    return Price(Decimal(input), Decimal(output), read, write, write_1h)
+def price_of_columns(columns: Sequence[str], tiers: tuple[tuple[int, Price], ...] = ()) -> Price:
+    known = {kind: Decimal(each) for kind, each in zip(PRICE_KINDS, columns, strict=False) if each != "-"}
+    return Price(**known, tiers=tiers)
 
 
+PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 FREE = Price(Decimal(0), Decimal(0))
-_MODEL_SUFFIX = re.compile(
-    r"[-@]20\d{6}$|-20\d\d-\d\d-\d\d$|-latest$|@default$|-v\d(?::\d)?$|:[a-z]+$|\[1m\]$"
-)
+# A date, an alias, Bedrock's version, OpenRouter's tag, Claude Code's mark of a long context.
+_MODEL_SUFFIX = re.compile(r"(?:[-@]20\d{6}|-20\d\d-\d\d-\d\d|-latest|@default|-v\d(?::\d)?|:[a-z]+|\[1m\])$")
 
 
 def facts_of(model: str) -> Facts:
@@ -6551,7 +6547,8 @@ def charged_price(config: Config, target: Target, model_name: str) -> Price | No
 
 def with_markup(price: Price, percent: Decimal) -> Price:
     """What a user pays for a million tokens, where a provider takes `price`."""
-    return at_percent(price, 100 + percent)
+    kinds = {k: each * (100 + percent) / 100 for k in PRICE_KINDS if (each := getattr(price, k)) is not None}
+    return Price(**kinds, tiers=tuple((above, with_markup(tier, percent)) for above, tier in price.tiers))
 
 
 def fast_price(price: Price) -> Price:
@@ -6559,12 +6556,7 @@ def fast_price(price: Price) -> Price:
 
     https://platform.claude.com/docs/en/build-with-claude/fast-mode (November 2026: Opus 5.5, Opus 5, Opus 4.8)
     """
-    return at_percent(price, Decimal(200))
-
-
-def at_percent(price: Price, percent: Decimal) -> Price:
-    kinds = {k: each * percent / 100 for k in PRICE_KINDS if (each := getattr(price, k)) is not None}
-    return Price(**kinds, tiers=tuple((above, at_percent(tier, percent)) for above, tier in price.tiers))
+    return with_markup(price, Decimal(100))
 
 
 @dataclass(frozen=True, slots=True)
@@ -6581,20 +6573,17 @@ def exact_cost(usage: Usage, price: Price) -> Decimal:
     above = [tier for tier in price.tiers if usage.prompt > tier[0]]
     price = max(above, key=lambda tier: tier[0])[1] if above else price
     exact = usage.input * price.input + usage.output * price.output
-    for n, each in (
-        (usage.cache_read, price.cache_read), (usage.cache_write, price.cache_write),
-        (usage.cache_write_1h, price.cache_write_1h),
-    ):  # fmt: skip
-        if n:
-            exact += n * (price.input if each is None else each)
+    for kind in PRICE_KINDS[2:]:
+        if tokens := getattr(usage, kind):
+            each = getattr(price, kind)
+            exact += tokens * (price.input if each is None else each)
     return exact
 
 
 def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
     """The charge of an answer: the exact sum, without and with markup, each rounded up to a micro-dollar."""
     exact = exact_cost(usage, price)
-    cost = math.ceil(exact)
-    charge = math.ceil(exact * (100 + markup_percent) / 100)
+    cost, charge = math.ceil(exact), math.ceil(exact * (100 + markup_percent) / 100)
     return Charge(cost, charge - cost, charge)
 
 
@@ -6612,9 +6601,6 @@ def price_json(price: Price) -> Json:
     return out
 
 
-PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
-
-
 # Counting. Every family of models has a framing: which vocabulary, and what messages and tools cost beyond
 # their text. A request is counted block by block and each block's count is kept by its hash, so that a turn
 # of a long conversation costs what its last message costs. True usage then teaches a factor for each
@@ -6622,8 +6608,8 @@ PRICE_KINDS = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
 
 SLICE = 65_536  # characters: a megabyte of one whitespace run makes the encoder panic
 SMALL = 16_384  # bytes of new messages that are counted ahead of longer ones
-LIMIT = 3  # seconds until an estimate will do, in a server
-PATIENCE = 0.01  # the same for who cannot await
+LIMIT = 3  # seconds that a server waits for a count before it estimates
+PATIENCE = 0.01  # the same where the event loop would wait
 CACHE_SIZE = 20_000
 RECENT = 1000  # counts that wait for their true usage
 SAMPLES = 50  # true usages that a factor is the average of
@@ -6633,15 +6619,15 @@ PDF_PAGE_TOKENS = 2500
 
 
 class Encoding:
-    """What counts texts: by `encode`, which makes as many items of a text as it has tokens, or elsewhere."""
+    """What counts texts, by `encode`, which makes an item a token. A subclass may count in another process."""
 
-    is_gone = False  # for good: only what is elsewhere can be
+    is_gone = False  # for good, as only another process can be
 
     def __init__(self, name: str, encode: Callable[[str], Sequence[int]]) -> None:
         self.name, self.encode = name, encode
 
     def lengths(self, texts: list[str]) -> list[int]:
-        """May take its time; OSError where it is gone."""
+        """The tokens of each; may take long. OSError where the encoding is gone."""
         return [self.length(text) for text in texts]
 
     def length(self, text: str) -> int:
@@ -6657,7 +6643,7 @@ class Encoding:
 
 
 def guess(text: str) -> Sequence[int]:
-    """As many as a text has tokens, by its bytes: good to a fifth."""
+    """About as many items as a text has tokens, by its bytes: good to a fifth."""
     return range(math.ceil(len(text.encode("utf-8", "surrogatepass")) / 3.7))
 
 
@@ -6674,11 +6660,10 @@ class Framing:
     message: int = 4  # three and the role
     tools: int = 9
     tools_forced: int = 9
-    result: float = 0
-    call: float = 3
+    result: int = 0
+    call: int = 3
     is_claude: bool = False
-    image_side: int = 0  # pixels
-    image: tuple[int, int] = (85, 170)  # Claude: (largest, unused); OpenAI: (an image, and each of its tiles)
+    image: tuple[int, int] = (85, 170)  # an image and each of its tiles; Claude: largest side, most tokens
 
     def factor(self, vocabulary: str) -> float:
         """Of a count by that vocabulary; an estimate is made as o200k would count."""
@@ -6711,11 +6696,11 @@ def claude_framing(name: str) -> Framing:
     version = (int(match[1]), int(match[2] or 0)) if match else (4, 0)
     encoding = f"claude-{version[0]}.{version[1]}"
     if version < (4, 7):
-        return Framing(encoding, FACTORS_TO_46, 7, 0, 497, 589, 8, 12, True, 1568, (1568, 0))
+        return Framing(encoding, FACTORS_TO_46, 7, 0, 497, 589, 8, 12, True, (1568, 1568))
     base, tools, forced = (12 if version < (5, 0) else 7), 290, 410
     if version == (4, 7):
         tools, forced = 675, 804
-    return Framing(encoding, FACTORS_FROM_47, base, 0, tools, forced, 10, 15, True, 2576, (4784, 0))
+    return Framing(encoding, FACTORS_FROM_47, base, 0, tools, forced, 10, 15, True, (2576, 4784))
 
 
 class TokenCounter:
@@ -6737,11 +6722,8 @@ class TokenCounter:
         self.recent: OrderedDict[tuple[str, str, int], float] = OrderedDict()
 
     async def count(self, body: Json, provider: str, model: str, items: Sequence[Item] | None = None) -> int:
-        """Input tokens of a whole request.
-
-        `items` is what `items_of` says of the body, for who counts the same one twice.
-        """
-        framing, place = framing_of(model), (provider, model)
+        """Input tokens of a whole request; `items` is `items_of(body)`, where a caller has it already."""
+        framing, place = framing_of(model), place_of(provider, model)
         items = items_of(body) if items is None else items
         looked = self.look_up(items, framing, self.load(framing.encoding) or ESTIMATE)
         if not looked.new:
@@ -6761,8 +6743,8 @@ class TokenCounter:
         return self.estimated(items, framing, place)
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
-        """The same for who cannot await: an estimate where patience ends first."""
-        framing, place, items = framing_of(model), (provider, model), items_of(body)
+        """The same for a caller that cannot await: an estimate where `patience` ends first."""
+        framing, place, items = framing_of(model), place_of(provider, model), items_of(body)
         with contextlib.suppress(OSError):
             if encoding := self.load(framing.encoding):
                 looked = self.look_up(items, framing, encoding)
@@ -6771,17 +6753,18 @@ class TokenCounter:
         return self.estimated(items, framing, place)
 
     def count_text(self, text: str, model: str) -> int:
-        """Tokens of a text that a model made; for who cannot await, too."""
+        """Tokens of a text that a model made; for a caller that cannot await, too."""
         framing, parts = framing_of(model), [Part((), lambda: text)]
         encoding = self.load(framing.encoding) or ESTIMATE
         try:
             counts = self.thread.submit(Work(parts, encoding).run).result(self.patience)
         except OSError:
-            counts = Work(parts, ESTIMATE).run()
+            encoding = ESTIMATE
+            counts = Work(parts, encoding).run()
         return math.ceil(counts[()] * framing.factor(encoding.name))
 
     def look_up(self, items: Sequence[Item], framing: Framing, encoding: Encoding) -> Looked:
-        """What of a request was counted before by that encoding, and those messages of it that were not."""
+        """The tokens of the messages that this encoding has counted before, and the messages that it has not."""
         looked = Looked(encoding, framing, framing.base)
         family = hash((framing, encoding.name))
         for item in items:
@@ -6794,7 +6777,7 @@ class TokenCounter:
         return looked
 
     def take_apart(self, looked: Looked) -> list[Part]:
-        """Makes pieces of the new messages; those of their parts that were not counted before, each once."""
+        """Takes the new messages apart; returns those of their parts that were not counted before, each once."""
         looked.pieces = [Piece(item, key, looked.framing, looked.encoding.name) for item, key in looked.new]
         fresh: dict[Key, Part] = {}
         for part in (part for piece in looked.pieces for part in piece.parts):
@@ -6833,19 +6816,25 @@ class TokenCounter:
 
         Only a count made here, for this very (provider, model), from a vocabulary, has something to teach.
         """
-        tokens = self.recent.get((provider, model, counted), 0.0)
+        place = place_of(provider, model)
+        tokens = self.recent.get((*place, counted), 0.0)
         if tokens <= 0 or true <= 0:
             return
-        factor, samples = self.factors.get((provider, model), (1.0, 0))
+        factor, samples = self.factors.get(place, (1.0, 0))
         samples = min(samples + 1, SAMPLES)
         factor += (min(max(true / tokens, 0.5), 2.5) - factor) / samples
-        self.factors[provider, model] = (factor, samples)
+        self.factors[place] = (factor, samples)
 
     def export(self) -> list[tuple[str, str, float, int]]:
         return [(*key, *value) for key, value in self.factors.items()]
 
     def restore(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
         self.factors.update({(p, m): (factor, samples) for p, m, factor, samples in rows})
+
+
+def place_of(provider: str, model: str) -> tuple[str, str]:
+    """What a count is remembered by until its true usage comes; a client may send a name of megabytes."""
+    return provider, model[:LONGEST_NAME]
 
 
 Key = tuple[Any, ...]  # ends with a hash of what was counted; Python's own, which nobody can foresee
@@ -6875,14 +6864,14 @@ class Looked:
 
 
 class Work:
-    """Parts on their way to their counts, in steps of a slice or so, each for a thread."""
+    """Counts parts, in steps of a slice or so, each of which may run in a thread."""
 
     def __init__(self, parts: Sequence[Part], encoding: Encoding) -> None:
         self.encoding, self.counts = encoding, {part.key: 0 for part in parts}
         self.left = ((part.key, made) for part in parts for made in part.slices())
 
     def step(self) -> bool:
-        """Counts the next parts; whether there may be more. Raises OSError as an encoding does."""
+        """Counts the next parts; returns whether there may be more. OSError as an encoding's."""
         keys, texts, size = [], [], 0
         for key, made in self.left:
             if isinstance(made, int):
@@ -6898,14 +6887,13 @@ class Work:
         return size >= SLICE // 2
 
     def run(self) -> dict[Key, int]:
-        """All of it."""
         while self.step():
             pass
         return self.counts
 
 
 class Item(typing.NamedTuple):
-    """A message or the tools of a request, and a hash by which its count is found again."""
+    """A message of a request, or its tools, and a hash by which its count is found again."""
 
     value: Json
     kind: str  # "", "joined" (the tools follow in the same message) or "tools"
@@ -6920,8 +6908,8 @@ MOST_FRAMING = 1000  # tokens around a request's messages
 def is_surely_within(raw: bytes, body: Json, limit: int) -> bool:
     """Whether a request's bytes are so few that it has at most `limit` tokens, which then needs no count.
 
-    No token is shorter than a byte. Left aside are tool schemas that are nothing but commas, as they are counted with
-    a space after each; images and documents have more tokens than their bytes tell.
+    No token is shorter than a byte. (A tool schema of nothing but commas could have more: it is counted with a space
+    after each.) Images and documents may have more tokens than bytes.
     """
     fits = bool(raw) and len(raw) * LARGEST_FACTOR + MOST_FRAMING <= limit
     return fits and not holds_media(body.get("system")) and not any(each(messages_of(body), shows_media))
@@ -6944,44 +6932,38 @@ def holds_media(content: Any, depth: int = 0) -> bool:
 
 def items_of(body: Json) -> list[Item]:
     """What a request is counted by. The system prompt is a message, as it is to OpenAI's models."""
-    tools = offered_tools(body)
     messages = messages_of(body)
-    digests = each(messages, digest)
+    items = [Item(m, "", *d) for m, d in zip(messages, each(messages, digest), strict=True)]
     if body.get("system"):
         system = {"role": "system", "content": body["system"]}
-        messages, digests = [system, *messages], [digest(system), *digests]
-    # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
-    joins = next((n for n, m in enumerate(messages) if m.get("role") == "system"), None) if tools else None
-    items = [Item(m, "", *d) for m, d in zip(messages, digests, strict=True)]
-    if joins is not None:
-        items[joins] = items[joins]._replace(kind="joined")
-    if tools:
+        items.insert(0, Item(system, "", *digest(system)))
+    if tools := offered_tools(body):
+        # OpenAI's tools stand in a system message: the request's own is joined to it by a newline.
+        joins = next((n for n, item in enumerate(items) if item.value.get("role") == "system"), None)
+        if joins is not None:
+            items[joins] = items[joins]._replace(kind="joined")
         choice = body.get("tool_choice") or body.get("function_call")
         offer = {"tools": tools, "has_system": joins is not None, "choice": choice}
         items.append(Item(offer, "tools", *digest(offer)))
     return items
 
 
-def digest(value: Json) -> tuple[int, int]:
-    """A hash of a JSON object, and its size in bytes or so. What is kept in a list of it has a digest of its own."""
+def digest(value: Any) -> tuple[int, int]:
+    """A hash of a JSON value, and its size in bytes or so. What is kept in a list of it has a digest of its own."""
     if type(value) is Kept:
         return value.made.once(digest, lambda: digest(dict(value)))
-    rest, parts = {}, []
-    for key, member in value.items():
+    rest: Json = {}
+    parts: list[tuple[int, int]] = []
+    for key, member in value.items() if isinstance(value, dict) else [("", value)]:
         if isinstance(member, list) and Kept in map(type, member):
-            parts += [digest(part if isinstance(part, dict) else {"": part}) for part in member]
+            parts += map(digest, member)
             member = len(member)
         rest[key] = member
-    whole = packed(rest)
-    return hash((whole, *parts)), len(whole) + sum(size for _, size in parts)
-
-
-def packed(value: Any) -> bytes:
-    """A JSON value to be hashed; marshal's version 2 writes equal values as equal bytes, ten times as fast as JSON."""
-    try:
-        return marshal.dumps(value, 2)
+    try:  # ten times as fast as JSON; version 2 writes equal values as equal bytes
+        whole = marshal.dumps(rest, 2)
     except ValueError:  # nested too deeply
-        return marshal.dumps(list(strings_in(value)), 2)
+        whole = marshal.dumps(list(strings_in(rest)), 2)
+    return hash((whole, *parts)), len(whole) + sum(size for _, size in parts)
 
 
 def slices(text: str) -> Iterator[str]:
@@ -7018,15 +7000,15 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 class Piece:
-    """An item taken apart for counting: parts that are looked up by their hash, and what is `fixed`.
+    """An item taken apart: parts, whose counts are looked up by their hash, and `fixed` tokens beside them.
 
-    Reads Messages API requests, and OpenAI Chat ones too (names, calls, functions where those put them), so
-    that the formulas can be measured against recorded usage of both.
+    Reads Messages API requests, and OpenAI Chat's names, calls and functions too, so that the formulas can be
+    measured against recorded usage of both.
     """
 
     def __init__(self, item: Item, key: Key, framing: Framing, vocabulary: str) -> None:
         self.key, self.framing, self.factor = key, framing, framing.factor(vocabulary)
-        self.salt = (vocabulary, framing.is_claude)
+        self.vocabulary = vocabulary
         self.parts: list[Part] = []
         self.fixed = 0.0
         if item.kind == "tools":
@@ -7035,7 +7017,7 @@ class Piece:
             self.add_message(item.value, "\n" if item.kind and not framing.is_claude else "")
 
     def add(self, key: Any, make: Callable[[], str | int]) -> None:
-        self.parts.append(Part((*self.salt, key), make))
+        self.parts.append(Part((self.vocabulary, key), make))
 
     def add_text(self, given: Any) -> None:
         if given:
@@ -7043,8 +7025,7 @@ class Piece:
             self.add(hash(text), lambda: text)
 
     def add_value(self, value: Any, render: Callable[[Any], str]) -> None:
-        key, _ = digest(value if isinstance(value, dict) else {"": value})
-        self.add((render, key), functools.partial(rendered, render, value))
+        self.add((render, digest(value)), functools.partial(rendered, render, value))
 
     def add_message(self, message: Json, ending: str) -> None:
         self.fixed += self.framing.message
@@ -7121,7 +7102,7 @@ def offered_tools(body: Json) -> list[Json]:
         for f in map(as_object, functions)
         if f
     ]
-    return [*client_tools(body), *openai] if openai else client_tools(body)
+    return [*client_tools(body), *openai]
 
 
 def claude_tools(tools: list[Json]) -> str:
@@ -7131,18 +7112,15 @@ def claude_tools(tools: list[Json]) -> str:
 
 def openai_namespace(tools: list[Json]) -> str:
     """Tools as OpenAI renders them for its models, as github.com/hmarr/openai-chat-tokens found out."""
-    functions = (
-        typescript_function(str(t.get("name") or ""), t.get("description"), as_object(t.get("input_schema")))
-        for t in tools
-    )
+    functions = map(typescript_function, tools)
     return "\n".join(["namespace functions {", "", *functions, "} // namespace functions"])
 
 
-def typescript_function(name: str, description: Any, schema: Json) -> str:
-    head = f"// {description}\n" if description else ""
-    if not as_object(schema.get("properties")):
-        return f"{head}type {name} = () => any;\n"
-    return f"{head}type {name} = (_: {{\n{typescript_members(schema, 0)}\n}}) => any;\n"
+def typescript_function(tool: Json) -> str:
+    members = typescript_members(as_object(tool.get("input_schema")), 0)
+    parameters = f"_: {{\n{members}\n}}" if members else ""
+    head = f"// {tool['description']}\n" if tool.get("description") else ""
+    return f"{head}type {tool.get('name') or ''} = ({parameters}) => any;\n"
 
 
 def typescript_members(schema: Json, indent: int) -> str:
@@ -7180,8 +7158,9 @@ def image_tokens(block: Json, framing: Framing) -> int:
         return IMAGE_TOKENS
     if not framing.is_claude:
         return openai_image_tokens(*size, *framing.image)
-    scale = min(1.0, framing.image_side / max(size))
-    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), framing.image[0])
+    side, most = framing.image
+    scale = min(1.0, side / max(size))
+    return min(math.ceil(size[0] * scale / 28) * math.ceil(size[1] * scale / 28), most)
 
 
 def openai_image_tokens(width: int, height: int, base: int, tile: int) -> int:
@@ -7237,7 +7216,7 @@ def jpeg_size(head: bytes) -> tuple[int, int]:
 
 
 def pdf_tokens(data: str, factor: float) -> int:
-    """Tokens of a PDF in base64, by its page objects, at least one; before the factor, which is for texts."""
+    """Tokens of a PDF in base64, by its page objects (at least one); divided by the factor, which is for texts."""
     pages = len(re.findall(rb"/Type\s*/Page(?!s)", base64_head(data, len(data))))
     return math.ceil(PDF_PAGE_TOKENS * max(1, pages) / factor)
 
@@ -7287,7 +7266,7 @@ PATTERNS = {  # as in tiktoken_ext.openai_public, whose functions would download
 def find_vocabulary(name: str) -> Path | None:
     """The vocabulary's file with the right hash; None where there is none."""
     file_name, sha256 = VOCABULARIES[name]
-    named = [os.environ.get(variable) for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
+    named = map(os.environ.get, ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"))
     for folder in filter(None, [*named, "~/.ccmux/tiktoken"]):
         try:
             path = expanded(folder) / file_name
@@ -7369,7 +7348,7 @@ class Vocabulary:
         return None
 
     def load(self, name: str) -> Encoding | None:
-        """Loads an encoding now; for the command line, and for the thread. Names with one source share it."""
+        """Loads an encoding now, for the command line and in the thread. Names with one source share it."""
         with self.lock, contextlib.suppress(OSError):  # what cannot be had now is tried again later
             if name not in self.loaded:
                 source = source_of(name)
@@ -7377,7 +7356,7 @@ class Vocabulary:
         return self.loaded.get(name)
 
     def forget_missing(self) -> None:
-        """What is not there, or no more, is looked for again: after a download, and now and then."""
+        """Lets what was not there, or is gone, be looked for again: after a download, and once a minute."""
         for name in {*self.loading, *self.loaded}:
             encoding = self.loaded.get(name)
             if encoding is None or encoding.is_gone:
@@ -7397,11 +7376,10 @@ class Vocabulary:
 # Store (SQLite)
 # ----------------------------------------------------------------------------------------------------------
 # Money is integer micro-dollars and never a cached number: balances, holds and sums are rows that triggers
-# keep, in one SQLite file that the server and the command line share. One thread writes; whatever waits is
-# committed together. What moves money is synced to the disk before anyone is told; a hold need only outlive this
-# process, so it waits for no disk, and is there after a power cut if anything that followed it is. Where nobody else
-# is writing, the event loop writes a hold itself, over the same connection, and the settlement of a request that is
-# the only one.
+# keep, in one SQLite file that the server and the command line share. One thread writes, and commits together all
+# that waits. What moves money is synced to the disk before anyone is told. A hold need only outlive this process, so
+# it waits for no disk; after a power cut it is there if anything written later is. Where nobody else is writing, the
+# event loop itself writes a hold, and the settlement of a request that is the only one.
 
 LOCAL_USER = "local"  # the user of everyone who needs no key
 USER_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
@@ -7484,25 +7462,29 @@ MIGRATIONS = (
     """,
     "alter table holds add column id text generated always as (request_id) virtual;",  # others may read it by that name
 )
-SUMS = {  # what must be equal: users whose figure differs from its rows
-    "balance": "select name from users left join "
-    "(select user_id, sum(amount_microusd) as total from ledger group by user_id) on user_id = id "
-    "where balance_microusd != coalesce(total, 0)",
-    "held": "select name from users left join "
-    "(select user_id, sum(amount_microusd) as total from holds group by user_id) on user_id = id "
-    "where held_microusd != coalesce(total, 0)",
-    "spent": "with told as (select user_id, day, microusd from spent), "
-    "found as (select user_id, substr(time, 1, 10), -sum(amount_microusd) from ledger "
-    "where kind in ('charge', 'refund', 'interrupted') group by 1, 2) "
-    "select name from users where id in (select user_id from (select * from told except select * from found) "
-    "union select user_id from (select * from found except select * from told))",
-}
+WRONG_SUMS = """
+    with told as (select user_id, day, microusd from spent),
+    found as (
+        select user_id, substr(time, 1, 10), -sum(amount_microusd) from ledger
+        where kind in ('charge', 'refund', 'interrupted') group by 1, 2
+    )
+    select 'balance', name from users
+    where balance_microusd != (select coalesce(sum(amount_microusd), 0) from ledger where user_id = users.id)
+    union all select 'held', name from users
+    where held_microusd != (select coalesce(sum(amount_microusd), 0) from holds where user_id = users.id)
+    union all select 'spent', name from users where id in (
+        select user_id from (select * from told except select * from found)
+        union select user_id from (select * from found except select * from told)
+    )
+"""
 SUMS_EVERY = 3600.0  # seconds
-SIBLINGS = 8  # requests in flight from which on a commit waits for company, as PostgreSQL's commit_siblings
+SIBLINGS = 8  # with so many requests in flight a commit waits for company, as PostgreSQL's commit_siblings
 LINGER = 0.002  # seconds that it waits
-CHECKPOINT_EVERY = 100  # commits; a log that is written over, and not longer, syncs 0.15 ms sooner
-SLOW_DISK = 0.005  # seconds from which on a write would hold up the event loop
+CHECKPOINT_EVERY = 100  # commits; a log that is overwritten instead of growing syncs 0.15 ms sooner
+SLOW_DISK = 0.005  # seconds: a write that takes as long holds up the event loop
 BUSY = 10.0  # seconds that a write waits for another process
+
+BUDGET_COLUMNS = ("day_microusd", "week_microusd", "month_microusd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -7513,9 +7495,7 @@ class User:
     name: str
     balance: int
     held: int
-    day_budget: int | None
-    week_budget: int | None
-    month_budget: int | None
+    budgets: dict[str, int | None]  # by BUDGET_COLUMNS
     disabled: bool
     created: str
     note: str = ""
@@ -7523,38 +7503,35 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    user_id: int
-    amount: int
     request_id: str
+    amount: int
 
 
 @dataclass(slots=True)  # freezing would double what it takes to make one
 class Settlement:
-    """One client request as the request log keeps it: all that explains its charge. cost None: no known
-    price.
-    """
+    """One client request as the request log keeps it: all that explains its charge. cost None: no known price."""
 
     request_id: str
     user: str
-    session: str
-    agent: str
-    asked: str
-    route: str
-    provider: str
-    model: str
-    stream: bool
     status: int
     error: str
-    attempts: int
     usage: Usage
-    cost: int | None
-    markup: int | None
     charge: int
-    price: Json | None
-    first_token_ms: int | None
-    duration_ms: int
-    stop_reason: str
-    trail: list[list[str]]
+    cost: int | None = None
+    markup: int | None = None
+    price: Json | None = None
+    session: str = ""
+    agent: str = ""
+    asked: str = ""
+    route: str = ""
+    provider: str = ""
+    model: str = ""
+    stream: bool = False
+    attempts: int = 0
+    first_token_ms: int | None = None
+    duration_ms: int = 0
+    stop_reason: str = ""
+    trail: list[list[str]] = field(default_factory=list)
     time: str = ""  # when it was settled
 
 
@@ -7574,24 +7551,20 @@ TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
 
 
 def settlement_row(done: Settlement) -> Json:
-    """A settlement as the row of the request log, in the column names of DESIGN's usage row."""
+    """A settlement as the row of the request log, by the names of its columns."""
     usage = done.usage
-    row = {
-        "time": done.time, "request_id": done.request_id, "user": done.user,
-        "session": done.session, "agent": done.agent, "asked": done.asked, "route": done.route,
-        "provider": done.provider, "model": done.model, "stream": int(done.stream), "status": done.status,
-        "error": done.error, "attempts": done.attempts, "input_tokens": usage.input, "output_tokens": usage.output,
-        "cache_read_tokens": usage.cache_read, "cache_write_tokens": usage.cache_write,
-        "cache_write_1h_tokens": usage.cache_write_1h, "estimated": int(usage.estimated), "cost_microusd": done.cost,
-        "markup_microusd": done.markup, "charge_microusd": done.charge, "first_token_ms": done.first_token_ms,
-        "duration_ms": done.duration_ms, "stop_reason": done.stop_reason or "", "price": compact(done.price).decode(),
-        "trail": compact(done.trail).decode(),
+    differing = {
+        "input_tokens": usage.input, "output_tokens": usage.output, "cache_read_tokens": usage.cache_read,
+        "cache_write_tokens": usage.cache_write, "cache_write_1h_tokens": usage.cache_write_1h,
+        "estimated": usage.estimated, "cost_microusd": done.cost, "markup_microusd": done.markup,
+        "charge_microusd": done.charge, "stop_reason": done.stop_reason or "",
+        "price": compact(done.price).decode(), "trail": compact(done.trail).decode(),
     }  # fmt: skip
-    return {k: storable(v) for k, v in row.items()}
+    return {c: storable(differing[c] if c in differing else getattr(done, c)) for c in REQUEST_COLUMNS}
 
 
 def storable(value: Any) -> Any:
-    """What SQLite takes: half a surrogate pair, from JSON's \\ud800 or a header's bytes, is written out."""
+    """As SQLite takes it: half a surrogate pair (JSON's \\ud800, a byte of a header or terminal) is written out."""
     if value is None or isinstance(value, int):
         return value
     text = str(value)  # an upstream's stop_reason may be anything
@@ -7604,7 +7577,7 @@ def iso(moment: datetime) -> str:
 
 
 def key_hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(key.encode()).digest()
 
 
 @contextlib.contextmanager
@@ -7630,9 +7603,9 @@ class Write:
     """One operation on its way to the writer thread."""
 
     run: Callable[[sqlite3.Connection], Any]
-    future: asyncio.Future[Any] | None = None
+    future: asyncio.Future[Any] | concurrent.futures.Future[Any] | None = None
     keep: bool = False  # tried again until it can be written
-    sync: bool = True  # told of only once it would outlive a power cut
+    sync: bool = True  # on the disk before anyone is told
     result: Any = None
     error: BaseException | None = None
 
@@ -7640,9 +7613,7 @@ class Write:
 class Store:
     """The ledger, the users and the request log. Reads on the caller's thread; whoever writes has `writing`."""
 
-    def __init__(
-        self, path: str, *, max_page_count: int = 0, now: Callable[[], datetime] = lambda: datetime.now(UTC)
-    ) -> None:
+    def __init__(self, path: str, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         """Opens and migrates the database (made with mode 0600); ConfigError in one line where that fails."""
         self.path, self.now = path, now
         self.lock_file: typing.IO[str] | None = None
@@ -7653,35 +7624,33 @@ class Store:
         self.local = threading.local()
         self.readers: list[sqlite3.Connection] = []
         self.queue: queue.SimpleQueue[Write | None] = queue.SimpleQueue()
-        self.local_known: tuple[User | None, float] = (None, 0.0)  # and until when
-        self.slow_until, self.slow_for = 0.0, 0.0  # the event loop writes nothing until then; seconds
+        self.local_known: tuple[User | None, float] = (None, 0.0)  # the local user, and until when it holds
+        self.slow_until, self.slow_for = 0.0, 0.0  # until when the loop writes nothing, and for how long
         self.unchecked = 0  # commits since the last checkpoint
         self.open_holds = 0  # requests that have not settled yet
         try:
             if path != ":memory:" and not os.path.exists(path):
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self.db = self.connect(self.migrate)
-            if max_page_count:
-                self.db.execute(f"pragma max_page_count = {int(max_page_count)}")
         # A UnicodeDecodeError where SQLite's words quote the file.
         except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"database {path}: {error}; [server] database says where it is") from None
 
     def connect(self, prepare: Callable[[sqlite3.Connection], None] = lambda db: None) -> sqlite3.Connection:
-        """A connection of ours, once it is set up and prepared; where that fails it is closed."""
-        with contextlib.ExitStack() as on_failure:
-            db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
-            on_failure.callback(db.close)
+        """A connection, set up and prepared; closed again where that fails."""
+        db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        try:
             db.row_factory = sqlite3.Row
-            use_wal(db)
+            # SQLite itself does not wait where another process is switching a new file to write-ahead logging.
+            patiently(lambda: db.execute("pragma journal_mode = wal"), BUSY)
             db.execute("pragma synchronous = full")
             db.execute("pragma wal_autocheckpoint = 4000")  # pages: one written often is copied back once
             db.execute("pragma foreign_keys = on")
-            db.execute(
-                "pragma recursive_triggers = on"
-            )  # else `replace` removes ledger rows past their trigger
+            db.execute("pragma recursive_triggers = on")  # else `replace` gets past the ledger's triggers
             prepare(db)
-            on_failure.pop_all()
+        except BaseException:
+            db.close()
+            raise
         return db
 
     @property
@@ -7692,8 +7661,7 @@ class Store:
         if not hasattr(self.local, "db"):
             self.local.db = self.connect()
             self.readers.append(self.local.db)
-        db: sqlite3.Connection = self.local.db
-        return db
+        return typing.cast("sqlite3.Connection", self.local.db)
 
     def migrate(self, db: sqlite3.Connection) -> None:
         """Brings the schema up to date; several processes may be at it at once."""
@@ -7725,7 +7693,7 @@ class Store:
             raise ConfigError(f"database {self.path} cannot be written: {error}") from None
         if self.watcher:
             self.watcher.start()
-        # The writer does both: by themselves they would hold up the event loop.
+        # The writer copies back and waits; on this connection SQLite would do so on the event loop, too.
         self.db.execute("pragma wal_autocheckpoint = 0")
         self.db.execute("pragma busy_timeout = 0")
         self.thread = threading.Thread(target=self.write_forever, name="ccmux-store", daemon=True)
@@ -7734,16 +7702,10 @@ class Store:
     def recover(self) -> None:
         """Each hold that a dead server left becomes an `interrupted` entry for its floor."""
         with self.transaction():
-            for hold in self.db.execute(
-                "select h.*, u.name from holds h join users u on u.id = h.user_id"
-            ).fetchall():
-                floor = hold["floor_microusd"]
-                done = Settlement(
-                    request_id=hold["request_id"], user=hold["name"], session="", agent="", asked="", route="",
-                    provider="", model="", stream=False, status=499, error="interrupted", attempts=0,
-                    usage=Usage(estimated=True), cost=None, markup=None, charge=floor, price=None,
-                    first_token_ms=None, duration_ms=0, stop_reason="", trail=[],
-                )  # fmt: skip
+            query = "select request_id, name, floor_microusd from holds join users on users.id = user_id"
+            for request_id, user, floor in self.db.execute(query).fetchall():
+                usage, time = Usage(estimated=True), iso(self.now())
+                done = Settlement(request_id, user, 499, "interrupted", usage, floor, time=time)
                 self.write_settlement(self.db, done, "interrupted")
 
     @contextlib.contextmanager
@@ -7771,7 +7733,7 @@ class Store:
                 return
 
     def checkpoint(self) -> None:
-        """Copies the write-ahead log back now and then; what readers or a full disk hinder is done the next time."""
+        """Now and then copies the write-ahead log back; what readers or a full disk prevent is done the next time."""
         if self.unchecked >= CHECKPOINT_EVERY:
             try:
                 with self.writing:
@@ -7788,24 +7750,18 @@ class Store:
         return []
 
     def take_waiting(self, first: Write | None) -> tuple[list[Write], bool]:
-        """What is on the queue; and whether more may come (None is the last word)."""
+        """What is on the queue, and whether more may come: a None on it ends it."""
         batch: list[Write] = []
         item = first
         while item is not None:
             batch.append(item)
-            if len(batch) == 512:
+            if len(batch) == 512 or self.queue.empty():
                 return batch, True
-            try:
-                item = self.queue.get_nowait()
-            except queue.Empty:
-                return batch, True
+            item = self.queue.get()
         return batch, False
 
     def write_batch(self, batch: list[Write]) -> list[Write]:
-        """Writes a batch in one transaction, or, where that fails, one by one.
-
-        Returns what must be tried again.
-        """
+        """Writes a batch in one transaction, or, where that fails, one by one; returns what must be tried again."""
         try:
             with self.transaction(sync=any(write.sync for write in batch)):
                 for write in batch:
@@ -7817,12 +7773,10 @@ class Store:
         return []
 
     def attempt(self, write: Write) -> None:
-        """One operation inside the batch's transaction. A refusal is its own: it comes before it writes."""
+        """One operation inside a transaction. A refusal leaves others in it alone: it comes before anything is written."""
         try:
             write.result, write.error = write.run(self.db), None
         except ApiError as error:
-            if write.keep:
-                raise  # never to be lost in silence: write_each tells
             write.error = error
 
     def write_each(self, batch: list[Write], patience: float) -> list[Write]:
@@ -7831,43 +7785,46 @@ class Store:
         for write in batch:
             try:
                 with self.transaction(write.sync, patience):
-                    write.result, write.error = write.run(self.db), None
+                    self.attempt(write)
             except Exception as error:  # whatever it is, those behind it are written, and `error` is told
-                write.error = error
                 if write.keep and isinstance(error, sqlite3.OperationalError):  # full, locked, read-only
                     kept.append(write)
                     continue
                 if write.keep:
                     log.exception("a settlement cannot be written")
+                write.error = error
             tell([write])
         return kept
 
     def put(
         self, run: Callable[[sqlite3.Connection], Any], *, keep: bool = False, sync: bool = True
     ) -> asyncio.Future[Any]:
-        """Queues an operation; the future resolves when it is written."""
+        """Writes at once, else queues what is to be written; the future resolves when it is."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.queue.put(Write(run, future, keep, sync))
+        write = Write(run, future, keep, sync)
+        if self.at_once(write):
+            resolve_all([write])
+        else:
+            self.queue.put(write)
         return future
 
-    def at_once(self, run: Callable[[sqlite3.Connection], T], sync: bool = False) -> T | None:
-        """A write on the event loop's thread: to wake the other takes longer than to write.
+    def at_once(self, write: Write) -> bool:
+        """Writes on the event loop's thread: to wake the writer takes longer than that.
 
-        None where the queue is the better place: others would write too (or wait for the sync), somebody is writing
+        False where the queue is the better place: others would write too (or wait for the sync), somebody is writing
         just now, the disk was slow, or it cannot be written.
         """
         began = time.monotonic()
-        if self.open_holds >= (1 if sync else SIBLINGS) or began < self.slow_until:
-            return None
+        if self.open_holds >= (1 if write.sync else SIBLINGS) or began < self.slow_until:
+            return False
         if not self.writing.acquire(blocking=False):
-            return None
+            return False
         try:
-            with transaction(self.db, sync, patience=0):
-                return run(self.db)
-        except ApiError:
-            raise
-        except Exception:  # the queue tries again, and tells
-            return None
+            with transaction(self.db, write.sync, patience=0):
+                self.attempt(write)
+            return True
+        except Exception:  # the writer tries again, and tells
+            return False
         finally:
             self.unchecked += 1
             self.writing.release()
@@ -7876,7 +7833,7 @@ class Store:
                 self.queue.put(Write(lambda db: None, sync=False))  # wakes the writer, who looks
 
     def note_pace(self, seconds: float) -> None:
-        """After a slow write on the event loop none for a second, after another one for two, and up to a minute."""
+        """After a slow write the event loop writes nothing for a second, after the next for two, up to a minute."""
         if seconds < SLOW_DISK:
             self.slow_for = 0.0
         else:
@@ -7888,16 +7845,12 @@ class Store:
         if self.thread is None:
             with self.transaction():
                 return run(self.db)
-        done = threading.Event()
-        write = Write(lambda db: run(db))
-        write.future = typing.cast("asyncio.Future[Any]", Waiter(done))
-        self.queue.put(write)
-        while not done.wait(1):
-            if not self.thread.is_alive() and not done.is_set():
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.queue.put(Write(run, future))
+        while not concurrent.futures.wait([future], 1).done:
+            if not self.thread.is_alive() and not future.done():
                 raise sqlite3.OperationalError("the database is closed")
-        if write.error:
-            raise write.error
-        return write.result
+        return future.result()
 
     def close(self, timeout: float = 10) -> None:
         """Writes what waits, copies the write-ahead log back as far as it can be, gives the lock back."""
@@ -7924,32 +7877,28 @@ class Store:
     async def hold(
         self, user_id: int, request_id: str, amount: int, *, enforce: bool, max_concurrent: int
     ) -> Hold:
-        """Sets credit aside for a request.
-
-        ApiError 402 without funds, 429 for a budget or too many at once.
-        """
+        """Sets credit aside for a request; ApiError 402 without funds, 429 for a budget or too many at once."""
         is_given_up = False
 
-        def run(db: sqlite3.Connection) -> Hold:
+        def run(db: sqlite3.Connection) -> None:
             if is_given_up:  # its settlement was not queued behind it, perhaps, but written already
-                return Hold(user_id, 0, request_id)
+                return
             if enforce:
                 self.check_funds(db, user_id, amount, max_concurrent)
             db.execute(
                 "insert into holds (request_id, user_id, amount_microusd, time) values (?, ?, ?, ?)",
                 (request_id, user_id, amount, iso(self.now())),
             )
-            return Hold(user_id, amount, request_id)
 
         self.open_holds += 1
         try:
-            hold: Hold = self.at_once(run) or await self.put(run, sync=False)
+            await self.put(run, sync=False)
         except (sqlite3.Error, OverflowError) as error:  # the latter: an amount beyond SQLite's integers
             raise cannot_write(error) from None
         except asyncio.CancelledError:
             is_given_up = True
             raise
-        return hold
+        return Hold(request_id, amount)
 
     def check_funds(self, db: sqlite3.Connection, user_id: int, amount: int, max_concurrent: int) -> None:
         row = db.execute("select * from users where id = ?", (user_id,)).fetchone()
@@ -7960,59 +7909,36 @@ class Store:
                 "Ask whoever runs this ccmux for credit, or ask for a cheaper model"
             )
             raise ApiError(402, text, should_retry=False, cause="no_credit")
-        today = self.now().astimezone(UTC)
-        for name, start, end in periods(today):
+        now = self.now()
+        for name, start, end in periods(now):
             budget = row[f"{name}_microusd"]
             if budget is not None and (spent := spent_since(db, user_id, start)) >= budget:
                 text = (
                     f"the {name}'s budget of {money(budget)} is used up ({money(spent)} spent). "
                     f"It resets at {end:%Y-%m-%d %H:%M} UTC; ask whoever runs this ccmux to raise it"
                 )
-                wait = (end - today).total_seconds()
                 raise ApiError(
-                    429, text, type="billing_error", retry_after=wait, should_retry=False, cause="budget"
-                )
-        busy = db.execute("select count(*) from holds where user_id = ?", (user_id,)).fetchone()[0]
+                    429, text, type="billing_error", retry_after=(end - now).total_seconds(),
+                    should_retry=False, cause="budget",
+                )  # fmt: skip
+        (busy,) = db.execute("select count(*) from holds where user_id = ?", (user_id,)).fetchone()
         if busy >= max_concurrent:
-            raise ApiError(
-                429,
-                f"{busy} requests at once are the limit; wait for one to end",
-                retry_after=1,
-                cause="busy",
-            )
+            text = f"{busy} requests at once are the limit; wait for one to end"
+            raise ApiError(429, text, retry_after=1, cause="busy")
 
     def answered(self, hold: Hold, floor: int) -> None:
         """The upstream has begun to answer, or (floor 0) failed to: from now on a crash charges `floor`."""
-        note = "update holds set floor_microusd = ? where request_id = ?"
-
-        def run(db: sqlite3.Connection) -> bool:
-            db.execute(note, (floor, hold.request_id))
-            return True
-
-        if not self.at_once(run):
-            self.queue.put(Write(run, sync=False))
+        query = "update holds set floor_microusd = ? where request_id = ?"
+        self.put(lambda db: db.execute(query, (floor, hold.request_id)), sync=False)
 
     def settle(self, done: Settlement) -> asyncio.Future[None]:
-        """The one settlement of a request: written where no other is open, else queued without waiting.
-
-        What cannot be written is kept until it can.
-        """
+        """The one settlement of a request, without waiting; what cannot be written is kept until it can."""
         self.open_holds -= 1
         done.time = iso(self.now())
-
-        def run(db: sqlite3.Connection) -> bool:
-            self.write_settlement(db, done, "charge")
-            return True
-
-        if not self.at_once(run, sync=True):
-            return self.put(run, keep=True)
-        settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        settled.set_result(None)
-        return settled
+        return self.put(lambda db: self.write_settlement(db, done, "charge"), keep=True)
 
     def write_settlement(self, db: sqlite3.Connection, done: Settlement, kind: str) -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
-        done.time = done.time or iso(self.now())
         db.execute("delete from holds where request_id = ?", (done.request_id,))
         new = db.execute(INSERT_REQUEST, settlement_row(done)).rowcount
         if new and (done.charge or kind == "interrupted"):
@@ -8025,9 +7951,8 @@ class Store:
         """The user a key belongs to. Looked up by hash, so no time tells how much of a key was right."""
         if not KEY_FORM.fullmatch(key):
             return None
-        row = self.reader.execute(
-            "select u.* from keys k join users u on u.id = k.user_id where k.hash = ?", (key_hash(key),)
-        ).fetchone()
+        query = "select users.* from keys join users on id = user_id where hash = ?"
+        row = self.reader.execute(query, (key_hash(key),)).fetchone()
         return user_of(row) if row else None
 
     def local_user(self) -> User:
@@ -8045,12 +7970,10 @@ class Store:
     def make_user(
         self, db: sqlite3.Connection, name: str, budgets: Mapping[str, int | None], note: str
     ) -> User:
-        columns = ("day_microusd", "week_microusd", "month_microusd")
-        values = [budgets.get(column) for column in columns]
         db.execute(
-            "insert into users (name, note, created, day_microusd, week_microusd, month_microusd) values (?, ?, ?, ?, ?, ?) "
+            f"insert into users (name, note, created, {', '.join(BUDGET_COLUMNS)}) values (?, ?, ?, ?, ?, ?) "  # noqa: S608
             "on conflict (name) do nothing",
-            (name, note, iso(self.now()), *values),
+            (name, storable(note), iso(self.now()), *map(budgets.get, BUDGET_COLUMNS)),
         )
         return user_of(db.execute("select * from users where name = ?", (name,)).fetchone())
 
@@ -8059,9 +7982,8 @@ class Store:
     ) -> tuple[User, str]:
         """A new user and the key, which is not kept; ConfigError for a bad or taken name."""
         if not USER_NAME.fullmatch(name) or name == LOCAL_USER:
-            raise ConfigError(
-                f"user name {name!r}: use 1 to 64 letters, digits or . _ @ - (and not {LOCAL_USER!r})"
-            )
+            rule = f"use 1 to 64 letters, digits or . _ @ - (and not {LOCAL_USER!r})"
+            raise ConfigError(f"user name {name!r}: {rule}")
         key = new_key()
 
         def run(db: sqlite3.Connection) -> None:
@@ -8071,15 +7993,7 @@ class Store:
             user = self.make_user(db, name, budgets or {}, note)
             db.execute("insert into keys values (?, ?)", (key_hash(key), user.id))
             if credit:
-                enter(
-                    db,
-                    name,
-                    "topup",
-                    credit,
-                    iso(self.now()),
-                    f"start:{name}:{secrets.token_hex(8)}",
-                    note="first credit",
-                )
+                enter(db, name, "topup", credit, iso(self.now()), f"start:{name}", note="first credit")
 
         self.do(run)
         return self.known(name), key
@@ -8096,11 +8010,11 @@ class Store:
         return key
 
     def set_budgets(self, name: str, budgets: Mapping[str, int | None]) -> User:
-        """Budgets by column (day_microusd, week_microusd, month_microusd); what is not named stays."""
+        """Budgets by column; what is not named stays."""
         user = self.known(name)
 
         def run(db: sqlite3.Connection) -> None:
-            for column in budgets.keys() & {"day_microusd", "week_microusd", "month_microusd"}:
+            for column in budgets.keys() & {*BUDGET_COLUMNS}:
                 db.execute(f"update users set {column} = ? where id = ?", (budgets[column], user.id))  # noqa: S608
 
         self.do(run)
@@ -8122,13 +8036,12 @@ class Store:
         query = "select amount_microusd from ledger where key = ?"
         (entered,) = self.reader.execute(query, (once,)).fetchone()
         if entered != amount:
-            raise ConfigError(
-                f"{entered / 1e6:.2f} dollars were entered already by this form; nothing more is changed"
-            )
+            there = f"{entered / 1e6:.2f} dollars were entered already"
+            raise ConfigError(f"{there} by this form; nothing more is changed")
         return self.known(name)
 
     def user(self, name: str) -> User | None:
-        row = self.reader.execute("select * from users where name = ?", (name,)).fetchone()
+        row = self.reader.execute("select * from users where name = ?", (storable(name),)).fetchone()
         return user_of(row) if row else None
 
     def known(self, name: str) -> User:
@@ -8143,38 +8056,28 @@ class Store:
 
     def user_json(self, user: User) -> Json:
         """The user shape of the JSON endpoints."""
-        today = self.now().astimezone(UTC)
-        starts = {name: start for name, start, _ in periods(today)}
+        today, week, month = (spent_since(self.reader, user.id, start) for _, start, _ in periods(self.now()))
         return {
             "name": user.name, "balance_microusd": user.balance, "held_microusd": user.held,
-            "spent_today_microusd": spent_since(self.reader, user.id, starts["day"]),
-            "spent_week_microusd": spent_since(self.reader, user.id, starts["week"]),
-            "spent_month_microusd": spent_since(self.reader, user.id, starts["month"]),
-            "budgets": {
-                "day_microusd": user.day_budget, "week_microusd": user.week_budget, "month_microusd": user.month_budget,
-            },
-            "disabled": user.disabled, "created": user.created, "note": user.note,
+            "spent_today_microusd": today, "spent_week_microusd": week, "spent_month_microusd": month,
+            "budgets": user.budgets, "disabled": user.disabled, "created": user.created, "note": user.note,
         }  # fmt: skip
 
     def budget_headers(self, user: User) -> dict[str, str]:
-        """`anthropic-ratelimit-unified-*` for users with a budget, so that Claude Code can show how much is
-        left.
-        """
-        budgets = {"day": user.day_budget, "week": user.week_budget, "month": user.month_budget}
-        if not any(budget is not None for budget in budgets.values()):
+        """For users with a budget, so that Claude Code can show how much is left."""
+        if set(user.budgets.values()) == {None}:
             return {}
         used = [
             (spent_since(self.reader, user.id, start) / max(budget, 1), end)
-            for name, start, end in periods(self.now().astimezone(UTC))
-            if (budget := budgets[name]) is not None
+            for name, start, end in periods(self.now())
+            if (budget := user.budgets[f"{name}_microusd"]) is not None
         ]
         share, end = max(used, key=lambda pair: pair[0])
         status = "rejected" if share >= 1 else "allowed_warning" if share >= 0.8 else "allowed"
-        prefix = "anthropic-ratelimit-unified"
         return {
-            f"{prefix}-status": status,
-            f"{prefix}-reset": str(int(end.timestamp())),
-            f"{prefix}-utilization": f"{min(share, 1):.4f}",
+            "anthropic-ratelimit-unified-status": status,
+            "anthropic-ratelimit-unified-reset": str(int(end.timestamp())),
+            "anthropic-ratelimit-unified-utilization": f"{min(share, 1):.4f}",
         }
 
     # Lists, reports, exports.
@@ -8182,28 +8085,21 @@ class Store:
     def transactions(self, name: str, limit: int = 50, before: int = 0) -> list[Json]:
         """Ledger rows of a user, newest first; `before` is an id."""
         rows = self.reader.execute(
-            "select l.* from ledger l join users u on u.id = l.user_id "
-            "where u.name = ? and l.id < ? order by l.id desc limit ?",
+            "select l.id, time, kind, amount_microusd, l.balance_microusd, request_id, l.note "
+            "from ledger l join users u on u.id = user_id where name = ? and l.id < ? order by l.id desc limit ?",
             (name, before or MAX_ID, limit),
         )
-        columns = ("id", "time", "kind", "amount_microusd", "balance_microusd", "request_id", "note")
-        return [{c: row[c] for c in columns} for row in rows]
+        return [dict(row) for row in rows]
 
     def requests(self, name: str | None = None, limit: int = 50, before: int = 0) -> list[Json]:
         """Rows of the request log, newest first, of one user or of all; with id, price and trail."""
+        where, values = within("", "", name)
         rows = self.reader.execute(
-            f"select * from requests where {'user = ? and ' if name else ''}id < ? order by id desc limit ?",  # noqa: S608
-            (*([name] if name else []), before or MAX_ID, limit),
+            f"select * from requests where {where} and id < ? order by id desc limit ?",  # noqa: S608
+            (*values, before or MAX_ID, limit),
         )
-        return [
-            {
-                **usage_row(row),
-                "id": row["id"],
-                "price": json.loads(row["price"]),
-                "trail": json.loads(row["trail"]),
-            }
-            for row in rows
-        ]
+        parsed = ("price", "trail")
+        return [{**usage_row(r), "id": r["id"], **{c: json.loads(r[c]) for c in parsed}} for r in rows]
 
     def report(self, by: str, since: str = "", until: str = "", user: str | None = None) -> list[Json]:
         """What requests cost, grouped by user, model, provider, day, month, session or agent; micro-dollars.
@@ -8212,11 +8108,11 @@ class Store:
         """
         if by not in REPORT_KEYS:
             raise ConfigError(f"report by {by!r}: {known_names(by, REPORT_KEYS)}")
-        sums = ", ".join(f"sum({c}) as {c}" for c in (*TOKEN_COLUMNS, "charge_microusd"))
+        summed = (*TOKEN_COLUMNS, "charge_microusd", "cost_microusd", "markup_microusd")
+        sums = ", ".join(f"coalesce(sum({c}), 0) as {c}" for c in summed)
         where, values = within(since, until, user)
         rows = self.reader.execute(
             f"select {REPORT_KEYS[by]} as key, count(*) as requests, {sums}, "  # noqa: S608
-            "coalesce(sum(cost_microusd), 0) as cost_microusd, coalesce(sum(markup_microusd), 0) as markup_microusd, "
             "sum(cost_microusd is null) as unpriced, sum(estimated) as estimated, "
             "cast(avg(first_token_ms) as integer) as first_token_ms, sum(duration_ms) as duration_ms "
             f"from requests where {where} group by key order by "
@@ -8228,20 +8124,13 @@ class Store:
     def repriced(
         self, by: str, since: str, until: str, price: Price, markup_percent: Decimal, user: str | None = None
     ) -> dict[str, int]:
-        """What the same requests would have cost on a model of that price: charge by report key,
-        micro-dollars.
-        """
-        columns = ", ".join(TOKEN_COLUMNS)
+        """What the same requests would have cost on a model of that price: charge by report key, micro-dollars."""
         where, values = within(since, until, user)
-        rows = self.reader.execute(
-            f"select {REPORT_KEYS[by]} as key, {columns} from requests where {where}",  # noqa: S608
-            values,
-        )
-        out: dict[str, int] = {}
-        for row in rows:
-            usage = Usage(*(row[c] for c in TOKEN_COLUMNS))
-            out[row["key"]] = out.get(row["key"], 0) + charge_of(usage, price, markup_percent).charge
-        return out
+        query = f"select {REPORT_KEYS[by]}, {', '.join(TOKEN_COLUMNS)} from requests where {where}"  # noqa: S608
+        charges: Counter[str] = Counter()
+        for key, *tokens in self.reader.execute(query, values):
+            charges[key] += charge_of(Usage(*tokens), price, markup_percent).charge
+        return charges
 
     def export(self, since: str = "", until: str = "", user: str | None = None) -> Iterator[Json]:
         """Usage rows, oldest first."""
@@ -8253,19 +8142,8 @@ class Store:
 
     def sums_problem(self) -> str:
         """Which sum is not what its rows say; "" where all are sound."""
-
-        def wrong(db: sqlite3.Connection) -> list[tuple[str, str]]:
-            return [(what, row[0]) for what, sql in SUMS.items() for row in db.execute(sql)]
-
-        if self.reader is self.db:
-            found = self.do(wrong)
-        else:
-            self.reader.execute("begin")  # one snapshot for all sums
-            try:
-                found = wrong(self.reader)
-            finally:
-                self.reader.execute("commit")
-        return "; ".join(f"{what} of user {name} differs from its rows" for what, name in found)
+        wrong = self.reader.execute(WRONG_SUMS)  # one statement, so all of it is of one moment
+        return "; ".join(f"{what} of user {name} differs from its rows" for what, name in wrong)
 
     def watch_sums(self) -> None:
         """A thread of the server's: checks the sums at start and every hour, and says so where one differs."""
@@ -8299,7 +8177,7 @@ class Store:
         return [tuple(row) for row in rows]
 
     def save_calibration(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
-        given = list(rows)
+        given = [(storable(provider), storable(model), *learnt) for provider, model, *learnt in rows]
         self.do(lambda db: db.executemany("insert or replace into calibration values (?, ?, ?, ?)", given))
 
 
@@ -8307,11 +8185,6 @@ REPORT_KEYS = {
     "user": "user", "model": "model", "provider": "provider", "session": "session", "agent": "agent",
     "day": "substr(time, 1, 10)", "month": "substr(time, 1, 7)",
 }  # fmt: skip
-
-
-def use_wal(db: sqlite3.Connection) -> None:
-    """Write-ahead logging. SQLite itself does not wait where another process is switching a new file to it."""
-    patiently(lambda: db.execute("pragma journal_mode = wal"), BUSY)
 
 
 def patiently(run: Callable[[], object], seconds: float) -> None:
@@ -8328,16 +8201,8 @@ def patiently(run: Callable[[], object], seconds: float) -> None:
 
 
 def is_busy(error: Exception) -> bool:
-    """Whether another process has the database."""
-    is_sqlite = isinstance(error, sqlite3.OperationalError)
-    return is_sqlite and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-
-
-class Waiter:
-    """The part of a future that a thread waits on instead of a loop."""
-
-    def __init__(self, done: threading.Event) -> None:
-        self.event = done
+    """Whether another process has the database, whatever the upper bits of the code say of why."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def cannot_write(error: Exception) -> ApiError:
@@ -8348,22 +8213,22 @@ def cannot_write(error: Exception) -> ApiError:
 
 
 def tell(batch: list[Write]) -> None:
-    """Resolves the futures of written operations: one call into the loop for all of a loop's."""
-    loops: dict[asyncio.AbstractEventLoop, list[Write]] = {}
+    """Resolves the futures of what was written; those of the event loop with one call into it."""
+    awaited, loop = [], None
     for write in batch:
-        if isinstance(write.future, Waiter):
-            write.future.event.set()
-        elif write.future is not None:
-            loops.setdefault(write.future.get_loop(), []).append(write)
-    for loop, writes in loops.items():
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits any more
-            loop.call_soon_threadsafe(resolve_all, writes)
+        if isinstance(write.future, asyncio.Future):
+            awaited.append(write)
+            loop = write.future.get_loop()
+        else:
+            resolve_all([write])
+    if loop:
+        with contextlib.suppress(RuntimeError):  # it has ended, and nobody waits any more
+            loop.call_soon_threadsafe(resolve_all, awaited)
 
 
 def resolve_all(writes: list[Write]) -> None:
     for write in writes:
-        assert write.future is not None
-        if write.future.done():
+        if write.future is None or write.future.done():
             continue
         if write.error:
             write.future.set_exception(write.error)
@@ -8386,7 +8251,7 @@ def enter(
     db.execute(
         "insert into ledger (time, user_id, kind, amount_microusd, balance_microusd, request_id, note, key) "
         "select ?, id, ?, ?, balance_microusd + ?, ?, ?, ? from users where name = ? on conflict (key) do nothing",
-        (moment, kind, amount, amount, request_id, note, key, name),
+        (moment, kind, amount, amount, request_id, storable(note), key, name),
     )
 
 
@@ -8429,16 +8294,16 @@ def new_key() -> str:
 
 def user_of(row: sqlite3.Row) -> User:
     return User(
-        row["id"], row["name"], row["balance_microusd"], row["held_microusd"], row["day_microusd"],
-        row["week_microusd"], row["month_microusd"], bool(row["disabled"]), row["created"], row["note"],
+        row["id"], row["name"], row["balance_microusd"], row["held_microusd"],
+        {column: row[column] for column in BUDGET_COLUMNS}, bool(row["disabled"]), row["created"], row["note"],
     )  # fmt: skip
 
 
 def within(since: str, until: str, user: str | None = None) -> tuple[str, list[str]]:
-    """A condition on requests, and its values. Only what limits is in it, or no index would serve it."""
+    """A condition on requests, and its values; of given limits only, as no index serves a condition on all."""
     limits = {"time >= ?": since, "time < ?": until, "user = ?": user}
     given = {clause: value for clause, value in limits.items() if value}
-    return " and ".join(["true", *given]), list(given.values())
+    return " and ".join(["true", *given]), list(map(storable, given.values()))
 
 
 def usage_row(row: sqlite3.Row) -> Json:
@@ -8457,19 +8322,15 @@ def periods(now: datetime) -> list[tuple[str, datetime, datetime]]:
 
 
 def spent_since(db: sqlite3.Connection, user_id: int, start: datetime) -> int:
-    row = db.execute(
-        "select coalesce(sum(microusd), 0) from spent where user_id = ? and day >= ?",
-        (user_id, f"{start:%Y-%m-%d}"),
-    ).fetchone()
-    return int(row[0])
+    query = "select coalesce(sum(microusd), 0) from spent where user_id = ? and day >= ?"
+    return int(db.execute(query, (user_id, f"{start:%Y-%m-%d}")).fetchone()[0])
 
 
 def money(microdollars: int) -> str:
     """Micro-dollars for a person."""
-    sign, whole = ("-" if microdollars < 0 else ""), abs(microdollars)
-    return f"{sign}${whole // 10**6}.{whole % 10**6:06}".rstrip("0").ljust(
-        len(sign) + len(str(whole // 10**6)) + 4, "0"
-    )
+    dollars, rest = divmod(abs(microdollars), 10**6)
+    decimals = f"{rest:06}".rstrip("0").ljust(2, "0")
+    return f"{'-' if microdollars < 0 else ''}${dollars}.{decimals}"
 
 
 def csv_text(rows: Iterable[Json], columns: Iterable[str]) -> str:

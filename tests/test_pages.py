@@ -1054,7 +1054,7 @@ async def test_a_save_asks_before_the_dialogs_other_form_is_lost(
             await expect(page.locator("#status")).to_contain_text("Nothing is saved")
             await expect(page.get_by_label("Amount, dollars")).to_have_value("10")
             ann = proxy.state.store.known("ann")
-            assert (ann.balance, ann.day_budget, ann.disabled) == (0, None, False)
+            assert (ann.balance, ann.budgets["day_microusd"], ann.disabled) == (0, None, False)
             await page.evaluate("window.confirm = () => true; 0")
             await page.click("dialog button:text-is('Change credit')")
             await expect(page.locator("main")).to_contain_text("$10.00")

@@ -8,7 +8,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ccmux import (
@@ -201,6 +201,7 @@ prices = st.builds(
     plain, tiers,
 )  # fmt: skip
 markups = st.decimals(0, 1000, places=3)
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a machine may be busy
 
 
 def first(pair: tuple[int, Price]) -> int:
@@ -220,6 +221,7 @@ def exact(usage: Usage, at: Price) -> Fraction:
     return total
 
 
+@unhurried
 @given(usages, prices, markups)
 def test_charge_is_exact(usage: Usage, at: Price, markup: Decimal) -> None:
     cost = exact(usage, at)
@@ -230,11 +232,13 @@ def test_charge_is_exact(usage: Usage, at: Price, markup: Decimal) -> None:
     assert got.markup == got.charge - got.cost >= 0
 
 
+@unhurried
 @given(usages, prices)
 def test_fast_mode_costs_twice_as_much(usage: Usage, at: Price) -> None:
     assert exact_cost(usage, fast_price(at)) == 2 * exact_cost(usage, at)
 
 
+@unhurried
 @given(tokens, tokens, prices, markups)
 def test_hold(count: int, max_tokens: int, at: Price, markup: Decimal) -> None:
     output = min(max_tokens, 4096)
@@ -244,6 +248,7 @@ def test_hold(count: int, max_tokens: int, at: Price, markup: Decimal) -> None:
     assert floor == charge_of(Usage(count), at, markup).charge <= held
 
 
+@unhurried
 @given(prices)
 def test_stored_price_is_exact(at: Price) -> None:
     stored = json.loads(json.dumps(price_json(at)))

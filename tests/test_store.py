@@ -92,7 +92,7 @@ async def place(
 def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path: Path) -> None:
     store = ccmux.Store(str(tmp_path / "a.db"))
     user, key = store.add_user("ann", 5_000_000, {"day_microusd": 1}, "a friend")
-    assert (user.balance, user.day_budget, user.note) == (5_000_000, 1, "a friend")
+    assert (user.balance, user.budgets["day_microusd"], user.note) == (5_000_000, 1, "a friend")
     found = store.authenticate(key)
     assert found is not None
     assert found.name == "ann"
@@ -719,6 +719,29 @@ async def test_an_odd_stop_reason_does_not_keep_a_settlement_from_the_ledger(odd
         await asyncio.wait_for(store.settle(settlement("r1", 50, stop_reason=odd)), 5)
         assert (store.known("ann").balance, store.known("ann").held) == (950, 0)
         assert [r["charge_microusd"] for r in store.requests("ann")] == [50]
+
+
+async def test_the_live_row_of_a_request_is_the_one_that_is_read_later() -> None:
+    async with server_store(":memory:") as store:
+        store.add_user("ann", 1000)
+        done = settlement("r1", usage=ccmux.Usage(1, 2, estimated=True))
+        await store.settle(done)
+        (read,) = store.requests("ann")
+        live = {**ccmux.settlement_row(done), "id": read["id"], "price": done.price, "trail": done.trail}
+        assert ccmux.compact(dict(sorted(live.items()))) == ccmux.compact(dict(sorted(read.items())))
+
+
+def test_half_a_surrogate_pair_is_written_out(tmp_path: Path) -> None:
+    """As in a note typed at a terminal of another encoding, and in a model's name out of JSON."""
+    with contextlib.closing(ccmux.Store(str(tmp_path / "a.db"))) as store:
+        assert store.add_user("ann", note="caf\udce9")[0].note == "caf\\udce9"
+        store.credit("ann", 5, "caf\udce9")
+        assert store.transactions("ann")[0]["note"] == "caf\\udce9"
+        with pytest.raises(ccmux.ConfigError, match="no user"):
+            store.credit("ann\udce9", 5)
+        assert store.report("user", user="ann\udce9") == []
+        store.save_calibration([("p", "m\ud800", 1.5, 3)])
+        assert store.load_calibration() == [("p", "m\\ud800", 1.5, 3)]
 
 
 async def test_what_can_never_be_written_is_told_and_holds_up_nobody(

@@ -23,7 +23,7 @@ import pytest
 import vocabulary
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from proxy_harness import in_process
 
@@ -444,7 +444,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(keys, values), st.sampled_from(["gpt-5", "claude-opus-4-7"]))
 def test_any_json_is_counted(body: Json, model: str) -> None:
     once = count(body, model)
@@ -463,7 +463,7 @@ dense = st.one_of(  # much to count in few bytes
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(dense, st.sampled_from(["gpt-5", "gpt-4", "claude-sonnet-4-5", "claude-opus-4-7"]))
 def test_a_request_that_is_surely_within_a_limit_counts_no_more(body: Json, model: str) -> None:
     assert not is_surely_within(compact(body), body, count(body, model) - 1)
@@ -505,7 +505,7 @@ def test_content_nested_too_deeply_to_look_at_is_counted() -> None:
 
 
 @given(st.text(alphabet="ab \n", max_size=50).map(lambda text: text * 9000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_slices_join_to_the_text(text: str) -> None:
     parts = list(slices(text))
     assert "".join(parts) == text
@@ -669,6 +669,13 @@ async def test_an_estimate_where_the_counting_process_is_gone() -> None:
         user("x" * 37), "p", "gpt-5"
     )
     assert counter.count_text("x" * 37, "gpt-5") == 10 and not knows(counter, "x" * 37, gone)
+
+
+def test_an_estimate_of_an_answer_is_the_same_whatever_could_not_count_it() -> None:
+    gone, text = Gone(), "x" * 3700
+    gone.name = "claude"
+    without = TokenCounter(lambda name: None).count_text(text, "claude-sonnet-4-5")
+    assert TokenCounter(lambda name: gone).count_text(text, "claude-sonnet-4-5") == without == 1180
 
 
 # The process that counts for a server.
@@ -861,6 +868,14 @@ def test_nothing_is_learnt_from() -> None:
     assert counter.count_now(user("estimated"), "p", "gpt-5") == counted + 1
     counter.observe("p", "gpt-5", counted + 1, 50)
     assert counter.factors == {}
+
+
+def test_what_is_remembered_of_a_count_is_small() -> None:
+    """However long the model's name that the client made up."""
+    counter, name = TokenCounter(lambda name: Words()), "m" * 100_000
+    counter.observe("p", name, counter.count_now(user("word " * 93), "p", name), 150)
+    assert counter.count_now(user("word " * 93), "p", name) == 150
+    assert all(len(model) < 1000 for _, model, *_ in [*counter.recent, *counter.export()])
 
 
 def test_factors_survive_a_restart() -> None:
