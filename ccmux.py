@@ -858,9 +858,9 @@ class Made(dict[Any, Any]):
 
 
 class MadeOfTurn(Made):
-    """The same of a turn: `results_in`, `called_in` and one translation. Of several, each takes more memory than it."""
+    """The same of a turn: one translation. Of several, each takes more memory than it."""
 
-    MOST = 3
+    MOST = 1
 
 
 class Kept(dict[str, Any]):
@@ -3497,6 +3497,12 @@ class Upstream:
     def files(self) -> bool:
         return self.quirks.files and "files" not in self.skip
 
+    @property
+    def caches(self) -> bool:
+        """Whether this model takes cache_control."""
+        names = self.quirks.cache_control
+        return bool(names and re.search(names, self.model))
+
 
 def openai_request(body: Json, to: Upstream) -> Json:
     """A Messages request as a Chat Completions request; ApiError 400 for what cannot be served."""
@@ -3542,9 +3548,17 @@ class Turn:
     def is_silent(self) -> bool:
         """Whether it is an answer of nothing but thoughts, of which no format leaves anything."""
         return self.role == "assistant" and not any(
-            b.get("type") == "tool_use" or says_something(b) for b in self.blocks
+            b.get("type") == "tool_use" or words_of(b) for b in self.blocks
         )
 
+    @property
+    def calls(self) -> dict[str, Json]:
+        """The tool calls by id, in order, which the next turn is to answer; of a repeated id the last one."""
+        return calls_of(self.blocks) if self.role == "assistant" else {}
+
+
+# Stands before the first turn, and behind the last, where it answers calls that nobody has.
+NOTHING = Turn("user", [])
 
 MIDWAY_SYSTEM = "ccmux_system"  # the type of a block that was a system message in mid-conversation
 
@@ -3586,7 +3600,6 @@ def system_blocks(body: Json) -> list[Json]:
 
 
 def calls_of(blocks: list[Json]) -> dict[str, Json]:
-    """The tool calls of an assistant turn by id, in order; of a repeated id the last one."""
     return {str(b.get("id") or ""): b for b in blocks if b.get("type") == "tool_use"}
 
 
@@ -3629,11 +3642,13 @@ def result_parts(block: Json | None) -> tuple[str, list[Json]]:
 
 def block_text(block: Json) -> str:
     """Any block as text, for dialects that have no form of it: never an error, never silence."""
-    kind = block.get("type")
+    kind, text = block.get("type"), block.get("text")
     if kind == MIDWAY_SYSTEM:
-        return reminder(str(block.get("text") or ""))
-    if isinstance(block.get("text"), str):
-        return str(block["text"])
+        return reminder(str(text or ""))
+    if kind == "text" or isinstance(text, str):
+        return str(text or "")
+    if kind == "image":
+        return "[an image was left out: this model does not take images]"
     if kind == "search_result":
         return f"{block.get('title') or ''}\n{block.get('source') or ''}\n{text_of(block.get('content'))}".strip()
     if kind == "document":
@@ -3646,6 +3661,27 @@ def block_text(block: Json) -> str:
         found = [r for r in blocks_of(block.get("content")) if r.get("url")]
         return "\n".join(f"[{r.get('title') or ''}]({r['url']})" for r in found)
     return readable(block)
+
+
+def words_of(block: Json) -> str:
+    """What an assistant's block says; calls and thoughts are written in their own places."""
+    is_apart = block.get("type") in ("tool_use", "thinking", "redacted_thinking", "server_tool_use")
+    return "" if is_apart else block_text(block)
+
+
+def parts_of(blocks: Iterable[Json], part: Callable[[Json, Upstream], Json], to: Upstream) -> list[Json]:
+    """A user's blocks as content parts, each made by `part`; results and what no user says are left out."""
+    apart = ("tool_result", "tool_use", "thinking", "redacted_thinking")
+    parts = [part(block, to) for block in blocks if block.get("type") not in apart]
+    return [p for p in parts if p.get("text") != ""]
+
+
+def roles_of(blocks: list[Json], system: str, to: Upstream) -> list[tuple[str, list[Json]]]:
+    """A user's blocks by role: `system` is that of system messages in mid-conversation, where the upstream takes them."""
+    if not to.quirks.midway_system:
+        return [("user", blocks)]
+    groups = itertools.groupby(blocks, lambda block: system if block.get("type") == MIDWAY_SYSTEM else "user")
+    return [(role, [{**b, "type": "text"} if role == system else b for b in group]) for role, group in groups]
 
 
 def document_text(block: Json) -> str:
@@ -3686,16 +3722,13 @@ def media_url(block: Json) -> str:
 
 
 def openai_messages(body: Json, to: Upstream) -> list[Json]:
-    keep_cache = bool(to.quirks.cache_control and re.search(to.quirks.cache_control, to.model))
-    write = OpenAIMessages(to, keep_cache)
-    if blocks := system_blocks(body):
-        write.say("system", [write.text_part(b) for b in blocks])
-    given, before = messages_of(body), write.messages
+    system = openai_content([openai_part(b, to) for b in system_blocks(body)])
+    before: list[Json] = [{"role": "system", "content": system}] if system else []
+    given = messages_of(body)
     run, behind = (given.run, given.apart[1]) if type(given) is Elements else (Run(()), given)
-    make = functools.partial(OpenAIRun, run, to, keep_cache)
-    known = run.made.once((OpenAIRun, to.quirks.token, to.model, to.skip), make)
-    rest, calls = openai_turns(turns_of(behind, known.last), known.calls, to, keep_cache)
-    rest += openai_turn(Turn("user", []), calls, to, keep_cache)
+    key = (OpenAIRun, to.quirks.token, to.model, to.skip)
+    known = run.made.once(key, functools.partial(OpenAIRun, run, to))
+    rest = openai_turns([known.before, *turns_of(behind, known.last), NOTHING], to)
     return Elements([*before, *known.messages.values, *rest], known.messages, len(before))
 
 
@@ -3704,161 +3737,131 @@ class OpenAIRun:
     before where that turn may come to nothing.
     """
 
-    def __init__(self, run: Run, to: Upstream, keep_cache: bool) -> None:
-        turns = turns_of(run.values)
-        end = len(turns) - (2 if turns and turns[-1].is_silent else 1)
-        messages, self.calls = openai_turns(turns[:end], (), to, keep_cache)
-        self.messages, self.last = Run(messages), turns[end:]
+    def __init__(self, run: Run, to: Upstream) -> None:
+        turns = [NOTHING, *turns_of(run.values)]
+        end = max(1, len(turns) - (2 if turns[-1].is_silent else 1))
+        self.messages = Run(openai_turns(turns[:end], to))
+        self.before, self.last = turns[end - 1], turns[end:]
 
 
-def openai_turns(
-    turns: list[Turn], calls: tuple[str, ...], to: Upstream, keep_cache: bool
-) -> tuple[list[Json], tuple[str, ...]]:
-    """Turns as messages; `calls` are the ids of those that the first of them answers, then of those left open."""
+def openai_turns(turns: list[Turn], to: Upstream) -> list[Json]:
+    """The turns behind the first as messages; each answers the calls of the one before it."""
     messages: list[Json] = []
-    for turn in turns:
+    for before, turn in itertools.pairwise(turns):
+        calls = before.calls
+        make = functools.partial(openai_turn, turn, calls, to)
         # What is kept with a turn is no larger than it: results for calls that it leaves open are made anew.
-        if turn.made is None or len(calls) > turn.made.once(results_in, functools.partial(results_in, turn)):
-            messages += openai_turn(turn, calls, to, keep_cache)
-            calls = called_in(turn)
+        if turn.made is None or (calls and len(calls) > len(results_of(turn.blocks))):
+            messages += make()
         else:
-            key = (to.quirks.token, to.model, to.skip, *calls)
-            messages += turn.made.once(key, functools.partial(kept_turn, turn, calls, to, keep_cache))
-            calls = turn.made.once(called_in, functools.partial(called_in, turn))
-    return messages, calls
+            messages += turn.made.once((to.quirks.token, to.model, to.skip, *calls), make)
+    return messages
 
 
-def openai_turn(turn: Turn, calls: tuple[str, ...], to: Upstream, keep_cache: bool) -> list[Json]:
-    """A turn as messages; `calls` are the ids of those in the turn before, which this one is to answer."""
-    write = OpenAIMessages(to, keep_cache)
-    if turn.role == "user":
-        write.user(turn.blocks, calls)
-    else:
-        write.assistant(turn.blocks)
-    return write.messages
+def openai_turn(turn: Turn, calls: Iterable[str], to: Upstream) -> list[Json]:
+    """A turn as messages; `calls` are the ids of those that it is to answer."""
+    is_user = turn.role == "user"
+    made = openai_user(turn.blocks, calls, to) if is_user else openai_assistant(turn.blocks, to)
+    return made if turn.made is None else [Kept(message) for message in made]
 
 
-def kept_turn(turn: Turn, calls: tuple[str, ...], to: Upstream, keep_cache: bool) -> list[Json]:
-    return [Kept(message) for message in openai_turn(turn, calls, to, keep_cache)]
+def openai_user(blocks: list[Json], calls: Iterable[str], to: Upstream) -> list[Json]:
+    """Tool results in the order of their calls, then what moved out of them, then the rest of the turn.
+
+    A call that was never answered gets a neutral result; upstreams refuse one without.
+    """
+    results, messages, moved = results_of(blocks), [], []
+    for client_id in calls:
+        result = results.get(client_id)
+        text, media = result_parts(result)
+        moved += media
+        id = upstream_tool_id(client_id, to.quirks.tool_id)
+        content = openai_content([openai_text(text, result or {}, to)])
+        messages.append({"role": "tool", "tool_call_id": id, "content": content})
+    for role, group in roles_of([*moved, *blocks], "system", to):
+        if content := openai_content(parts_of(group, openai_part, to)):
+            openai_say(messages, role, content, to)
+    return messages
 
 
-def results_in(turn: Turn) -> int:
-    return len(results_of(turn.blocks))
-
-
-def called_in(turn: Turn) -> tuple[str, ...]:
-    return tuple(calls_of(turn.blocks)) if turn.role == "assistant" else ()
-
-
-class OpenAIMessages:
-    """Writes turns as Chat Completions messages."""
-
-    def __init__(self, to: Upstream, keep_cache: bool) -> None:
-        self.to, self.keep_cache = to, keep_cache
-        self.messages: list[Json] = []
-
-    def say(self, role: str, parts: list[Json]) -> None:
-        """A message of parts; a plain string where they are only text."""
-        if not parts:
+def openai_say(messages: list[Json], role: str, content: str | list[Json], to: Upstream) -> None:
+    """Appends a message; what the user says behind a result joins it, or has a word between, where they cannot be neighbours."""
+    before = messages[-1] if messages else {}
+    if role == "user" and before.get("role") == "tool" and not to.user_after_tool:
+        if isinstance(content, str) and isinstance(before["content"], str):
+            # An answer made up in each round would be one for the model to copy.
+            before["content"] = "\n\n".join(filter(None, (before["content"], content)))
             return
-        content: Any = parts
-        if all(p.keys() == {"type", "text"} for p in parts):
-            content = "\n\n".join(p["text"] for p in parts)
-        before = self.messages[-1] if self.messages else {}
-        if role == "user" and before.get("role") == "tool" and not self.to.user_after_tool:
-            if isinstance(content, str) and isinstance(before["content"], str):
-                # An answer made up in each round would be one for the model to copy.
-                before["content"] = "\n\n".join(filter(None, (before["content"], content)))
-                return
-            self.messages.append({"role": "assistant", "content": "I have the results."})
-        self.messages.append({"role": role, "content": content})
+        messages.append({"role": "assistant", "content": "I have the results."})
+    messages.append({"role": role, "content": content})
 
-    def text_part(self, block: Json) -> Json:
-        part = {"type": "text", "text": block_text(block)}
-        if self.keep_cache and isinstance(block.get("cache_control"), dict):
-            part["cache_control"] = block["cache_control"]
-        return part
 
-    def assistant(self, blocks: list[Json]) -> None:
-        calls = calls_of(blocks)
-        text = "\n\n".join(block_text(b) for b in blocks if says_something(b))
-        message: Json = {"role": "assistant", "content": text or None, **self.thoughts(blocks, bool(calls))}
-        if calls:
-            extras = {k: v for p in self.payloads(blocks) for k, v in as_object(p.get("extra")).items()}
-            if self.to.quirks.reasoning_key == "extra_content" and wants_signatures(self.to.model):
-                extras.setdefault(next(iter(calls)), {"google": {"thought_signature": NO_SIGNATURE}})
-            message["tool_calls"] = [self.call(block, extras.get(id)) for id, block in calls.items()]
-        if text or calls:
-            self.messages.append(message)
+def openai_content(parts: list[Json]) -> str | list[Json]:
+    """Content parts, or a plain string where they are only text."""
+    if all(p.keys() == {"type", "text"} for p in parts):
+        return "\n\n".join(p["text"] for p in parts)
+    return parts
 
-    def call(self, block: Json, extra: Any) -> Json:
-        function = {"name": upstream_name(str(block.get("name") or "")), "arguments": tool_arguments(block)}
-        call = {"id": self.id(block.get("id")), "type": "function", "function": function}
-        return {**call, "extra_content": extra} if extra else call
 
-    def payloads(self, blocks: list[Json]) -> list[Json]:
-        """What this very model's answers left in the signatures of thinking blocks."""
-        return [p for b in blocks if (p := signed_payload(b)) and p.get("model") == self.to.model]
+def openai_part(block: Json, to: Upstream) -> Json:
+    """A block as a content part."""
+    kind, url = block.get("type"), media_url(block) if "source" in block else ""
+    if kind == "image" and url and to.vision:
+        return {"type": "image_url", "image_url": {"url": url}}
+    if kind == "document" and to.files and url.startswith("data:application/pdf"):
+        name = str(block.get("title") or "document.pdf")
+        return {"type": "file", "file": {"filename": name, "file_data": url}}
+    return openai_text(block_text(block), block, to)
 
-    def id(self, client_id: Any) -> str:
-        return upstream_tool_id(str(client_id or ""), self.to.quirks.tool_id)
 
-    def thoughts(self, blocks: list[Json], has_calls: bool) -> Json:
-        """Earlier thinking, where this upstream wants it back."""
-        quirks = self.to.quirks
-        if quirks.reasoning_key == "reasoning_details":
-            details = [d for p in self.payloads(blocks) for d in p.get("details") or []]
-            return {"reasoning_details": details} if details else {}
-        if quirks.reasoning_replay == "none" or (quirks.reasoning_replay == "tool_turns" and not has_calls):
-            return {}
-        thinking = "\n\n".join(str(b.get("thinking") or "") for b in blocks if b.get("type") == "thinking")
-        # DeepSeek and Kimi refuse a tool round whose assistant message lacks the key (seen November 2026), and Kimi one
-        # where it is empty (github.com/earendil-works/pi/pull/4178).
-        empty = " " if quirks.reasoning_replay == "tool_turns" else ""
-        return {quirks.reasoning_key: thinking or empty} if thinking or empty else {}
+def openai_text(text: str, block: Json, to: Upstream) -> Json:
+    """A text as a content part, marked for the cache as its block is, where the upstream knows such marks."""
+    part: Json = {"type": "text", "text": text}
+    if isinstance(block.get("cache_control"), dict) and to.caches:
+        part["cache_control"] = block["cache_control"]
+    return part
 
-    def user(self, blocks: list[Json], calls: Iterable[str]) -> None:
-        """Tool results in the order of their calls, then what moved out of them, then the rest of the turn.
 
-        A call that was never answered gets a neutral result; upstreams refuse one without.
-        """
-        results = results_of(blocks)
-        moved: list[Json] = []
-        for client_id in calls:
-            result = results.get(client_id)
-            text, media = result_parts(result)
-            content: Any = text
-            if result and self.keep_cache and isinstance(result.get("cache_control"), dict):
-                content = [{"type": "text", "text": text, "cache_control": result["cache_control"]}]
-            self.messages.append({"role": "tool", "tool_call_id": self.id(client_id), "content": content})
-            moved.extend(part for block in media for part in self.parts(block))
-        parts = moved
-        for block in blocks:
-            if block.get("type") == "tool_result":
-                continue
-            if block.get("type") == MIDWAY_SYSTEM and self.to.quirks.midway_system:
-                self.say("user", parts)
-                parts = []
-                self.say("system", [{"type": "text", "text": str(block.get("text") or "")}])
-            else:
-                parts.extend(self.parts(block))
-        self.say("user", parts)
+def openai_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
+    calls = calls_of(blocks)
+    text = "\n\n".join(filter(None, map(words_of, blocks)))
+    if not text and not calls:
+        return []
+    message: Json = {"role": "assistant", "content": text or None, **openai_thoughts(blocks, bool(calls), to)}
+    if calls:
+        extras = {k: v for p in own_payloads(blocks, to) for k, v in as_object(p.get("extra")).items()}
+        if to.quirks.reasoning_key == "extra_content" and wants_signatures(to.model):
+            extras.setdefault(next(iter(calls)), {"google": {"thought_signature": NO_SIGNATURE}})
+        message["tool_calls"] = [openai_call(block, extras.get(id), to) for id, block in calls.items()]
+    return [message]
 
-    def parts(self, block: Json) -> list[Json]:
-        """A user block as content parts."""
-        kind, url = block.get("type"), media_url(block)
-        if kind == "image":
-            if not url:
-                return []
-            if not self.to.vision:
-                return [{"type": "text", "text": "[an image was left out: this model does not take images]"}]
-            return [{"type": "image_url", "image_url": {"url": url}}]
-        if kind == "document" and self.to.files and url.startswith("data:application/pdf"):
-            name = str(block.get("title") or "document.pdf")
-            return [{"type": "file", "file": {"filename": name, "file_data": url}}]
-        if kind in ("thinking", "redacted_thinking", "tool_use") or not block_text(block):
-            return []
-        return [self.text_part(block)]
+
+def openai_call(block: Json, extra: Any, to: Upstream) -> Json:
+    id = upstream_tool_id(str(block.get("id") or ""), to.quirks.tool_id)
+    function = {"name": upstream_name(str(block.get("name") or "")), "arguments": tool_arguments(block)}
+    call = {"id": id, "type": "function", "function": function}
+    return {**call, "extra_content": extra} if extra else call
+
+
+def openai_thoughts(blocks: list[Json], has_calls: bool, to: Upstream) -> Json:
+    """Earlier thinking, where this upstream wants it back."""
+    quirks = to.quirks
+    if quirks.reasoning_key == "reasoning_details":
+        details = [d for p in own_payloads(blocks, to) for d in p.get("details") or []]
+        return {"reasoning_details": details} if details else {}
+    if quirks.reasoning_replay == "none" or (quirks.reasoning_replay == "tool_turns" and not has_calls):
+        return {}
+    thinking = "\n\n".join(str(b.get("thinking") or "") for b in blocks if b.get("type") == "thinking")
+    # DeepSeek and Kimi refuse a tool round whose assistant message lacks the key (seen November 2026), and Kimi one
+    # where it is empty (github.com/earendil-works/pi/pull/4178).
+    if not thinking and quirks.reasoning_replay == "tool_turns":
+        thinking = " "
+    return {quirks.reasoning_key: thinking} if thinking else {}
+
+
+def own_payloads(blocks: list[Json], to: Upstream) -> list[Json]:
+    """What this very model's answers left in the signatures of thinking blocks."""
+    return [p for b in blocks if (p := signed_payload(b)) and p.get("model") == to.model]
 
 
 # https://ai.google.dev/gemini-api/docs/thinking: 2.5 takes a budget, later ones a level, none takes both.
@@ -3873,13 +3876,6 @@ NO_SIGNATURE = "skip_thought_signature_validator"
 def wants_signatures(model: str) -> bool:
     """Whether a Gemini model refuses a turn whose first call lacks the thought signature it was made with."""
     return not _NEVER_THINKS.search(model) and not _THINKS_BY_BUDGET.search(model)
-
-
-def says_something(block: Json) -> bool:
-    """Whether an assistant block has words to show; calls and thoughts are written in their own places."""
-    if block.get("type") in ("tool_use", "thinking", "redacted_thinking", "server_tool_use"):
-        return False
-    return block.get("type") != "text" or bool(block.get("text"))
 
 
 # Names and ids. Upstreams take 64 characters of [A-Za-z0-9_-]; both are mapped without a memory of what was
@@ -4740,38 +4736,23 @@ def responses_tool_choice(body: Json, to: Upstream) -> Json:
 
 def responses_input(body: Json, to: Upstream) -> list[Json]:
     items: list[Json] = []
-    calls: dict[str, Json] = {}
-    for turn in turns_of(messages_of(body)):
-        results = results_of(turn.blocks) if turn.role == "user" else {}
-        items += [responses_result(id, results.get(id), to) for id in calls]
-        calls = {} if turn.role == "user" else calls_of(turn.blocks)
-        items += responses_user(turn.blocks, to) if turn.role == "user" else responses_turn(turn.blocks, to)
-    return items + [responses_result(id, None, to) for id in calls]
-
-
-def responses_user(blocks: list[Json], to: Upstream) -> list[Json]:
-    """A user turn without its tool results: one message, cut where a system message stands in it."""
-    items: list[Json] = []
-    for block in blocks:
-        if block.get("type") in ("tool_result", "tool_use", "thinking", "redacted_thinking"):
+    for before, turn in itertools.pairwise([NOTHING, *turns_of(messages_of(body)), NOTHING]):
+        if turn.role == "assistant":
+            items += responses_turn(turn.blocks, to)
             continue
-        is_system = block.get("type") == MIDWAY_SYSTEM and to.quirks.midway_system
-        role = "developer" if is_system else "user"
-        part = {"type": "input_text", "text": str(block["text"])} if is_system else responses_part(block, to)
-        if not items or items[-1]["role"] != role:
-            items.append({"type": "message", "role": role, "content": []})
-        if part.get("text") != "":
-            items[-1]["content"].append(part)
-    return [item for item in items if item["content"]]
+        results = results_of(turn.blocks)
+        items += [responses_result(id, results.get(id), to) for id in before.calls]
+        for role, group in roles_of(turn.blocks, "developer", to):
+            if parts := parts_of(group, responses_part, to):
+                items.append({"type": "message", "role": role, "content": parts})
+    return items
 
 
 def responses_part(block: Json, to: Upstream) -> Json:
     """A block as an input content part."""
-    kind, url = block.get("type"), media_url(block)
+    kind, url = block.get("type"), media_url(block) if "source" in block else ""
     if kind == "image" and url and to.vision:
         return {"type": "input_image", "image_url": url, "detail": "auto"}
-    if kind == "image":
-        return {"type": "input_text", "text": "[an image was left out]"}
     takes_file = kind == "document" and "files" not in to.skip
     if takes_file and url.startswith("data:application/pdf"):
         return {"type": "input_file", "filename": str(block.get("title") or "document.pdf"), "file_data": url}
@@ -4788,7 +4769,7 @@ def responses_result(client_id: str, block: Json | None, to: Upstream) -> Json:
         output: Any = result_parts(block)[0]
     else:
         failed = [{"type": "input_text", "text": "Error:"}] if block and block.get("is_error") else []
-        output = failed + [p for b in content if (p := responses_part(b, to)).get("text") != ""]
+        output = failed + parts_of(content, responses_part, to)
     return {"type": "function_call_output", "call_id": id, "output": output}
 
 
@@ -4805,7 +4786,7 @@ def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
                 items.append(kept["item"])
         elif block.get("type") == "tool_use":
             items.append(responses_call(block, to))
-        elif says_something(block) and (text := block_text(block)):
+        elif text := words_of(block):
             message = {"type": "message", "role": "assistant", "content": text}
             items.append({**message, "phase": phase} if phase in ("commentary", "final_answer") else message)
     # "Item 'rs_...' of type 'reasoning' was provided without its required following item" is a 400.
@@ -5116,21 +5097,14 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
 
 def gemini_contents(body: Json, to: Upstream) -> list[Json]:
     contents: list[Json] = []
-
-    def say(role: str, parts: list[Json]) -> None:
+    for before, turn in itertools.pairwise([NOTHING, *turns_of(messages_of(body)), NOTHING]):
+        is_user = turn.role == "user"
+        role = "user" if is_user else "model"
+        parts = gemini_user(turn.blocks, before.calls, to) if is_user else gemini_turn(turn.blocks, to)
         if parts and contents and contents[-1]["role"] == role:
             contents[-1]["parts"] += parts
         elif parts:
             contents.append({"role": role, "parts": parts})
-
-    calls: dict[str, Json] = {}
-    for turn in turns_of(messages_of(body)):
-        if turn.role == "user":
-            say("user", gemini_user(turn.blocks, calls, to))
-        else:
-            say("model", gemini_turn(turn.blocks, to))
-        calls = calls_of(turn.blocks) if turn.role == "assistant" else {}
-    say("user", gemini_user([], calls, to))
     # It refuses a request without contents, and one that begins with a function call.
     begins = bool(contents) and contents[0]["role"] == "user"
     return contents if begins else [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
@@ -5139,19 +5113,15 @@ def gemini_contents(body: Json, to: Upstream) -> list[Json]:
 def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> list[Json]:
     """Function responses in the order of their calls, what moved out of them, then the rest of the turn."""
     results = results_of(blocks)
-    media = [m for id in calls for m in result_parts(results.get(id))[1]]
-    skip = ("tool_result", "tool_use", "thinking", "redacted_thinking")
-    rest = media + [b for b in blocks if b.get("type") not in skip]
+    moved = [block for id in calls for block in result_parts(results.get(id))[1]]
     answers = [gemini_result(call, results.get(id)) for id, call in calls.items()]
-    return answers + [p for block in rest if (p := gemini_part(block, to)).get("text") != ""]
+    return answers + parts_of([*moved, *blocks], gemini_part, to)
 
 
 def gemini_part(block: Json, to: Upstream) -> Json:
     """A user block as a part. Media are the only blocks it has a form of."""
     kind, source, url = block.get("type"), as_object(block.get("source")), media_url(block)
-    if kind == "image" and not (url and to.vision):
-        return {"text": "[an image was left out]"}
-    if kind not in ("image", "document") or not url:
+    if kind not in ("image", "document") or not url or (kind == "image" and not to.vision):
         return {"text": block_text(block)}
     mime = str(source.get("media_type") or ("image/png" if kind == "image" else "application/pdf"))
     if url.startswith("data:"):
@@ -5179,7 +5149,7 @@ def gemini_turn(blocks: list[Json], to: Upstream) -> list[Json]:
             signature = signatures.get(id) or (NO_SIGNATURE if id == first else "")
             signed = {"thoughtSignature": str(signature)} if signature else {}
             parts.append({"functionCall": gemini_call(block), **signed})
-        elif says_something(block) and (text := block_text(block)):
+        elif text := words_of(block):
             parts.append({"text": text})
     return parts
 

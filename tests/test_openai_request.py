@@ -212,6 +212,11 @@ def test_cache_control_stays_for_models_that_take_it() -> None:
             id="unknown block as text",
         ),
         pytest.param(
+            [user({"type": "image", "source": {"type": "file", "file_id": "f"}})],
+            [{"role": "user", "content": "[an image was left out: this model does not take images]"}],
+            id="an image that is not here",
+        ),
+        pytest.param(
             [user("a"), user("b")], [{"role": "user", "content": "a\n\nb"}], id="turns of one role are merged"
         ),
         pytest.param(
@@ -442,6 +447,20 @@ def test_a_call_at_the_very_end_is_answered_neutrally() -> None:
             [thinking("why"), {"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "a"}],
             {"content": "a"},
             id="thinking and redacted thinking dropped",
+        ),
+        pytest.param(
+            [
+                {"type": "text", "text": "a"},
+                {"type": "web_search_tool_result"},
+                {"type": "text", "text": "b"},
+            ],
+            {"content": "a\n\nb"},
+            id="a search that found nothing is no blank paragraph",
+        ),
+        pytest.param(
+            [PNG],
+            {"content": "[an image was left out: this model does not take images]"},
+            id="an image is not written out",
         ),
     ],
 )
