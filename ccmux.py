@@ -3497,6 +3497,11 @@ class Upstream:
     def files(self) -> bool:
         return self.quirks.files and "files" not in self.skip
 
+    def tool_choice(self, kind: str) -> str:
+        """A type of tool_choice; auto in place of one that forces a call, where the model refuses that."""
+        takes_it = kind not in ("any", "tool") or (self.quirks.forced_tool and self.facts.forced_tool)
+        return kind if takes_it else "auto"
+
     @property
     def caches(self) -> bool:
         """Whether this model takes cache_control."""
@@ -3515,13 +3520,14 @@ def openai_request(body: Json, to: Upstream) -> Json:
         out["tools"] = tools
         out.update(openai_tool_choice(body, to))
     out.update(openai_limits(body, to))
-    out.update(sampling(body, to, ("temperature", "top_p", *(("top_k",) if quirks.top_k else ()))))
+    out.update(
+        sampling(body, to, ("temperature", "top_p", "top_k") if quirks.top_k else ("temperature", "top_p"))
+    )
     if effort := wanted_effort(body, efforts_of(to)):
         out["reasoning_effort"] = effort
     if schema := json_schema_of(body):
-        named = {"name": "answer", "schema": schema["schema"]}
-        strict = {"strict": schema["strict"]} if "strict" in schema else {}
-        out["response_format"] = {"type": "json_schema", "json_schema": {**named, **strict}}
+        named = {"name": "answer"} | {k: schema[k] for k in ("schema", "strict") if k in schema}
+        out["response_format"] = {"type": "json_schema", "json_schema": named}
     if quirks.prompt_cache_key and to.session:
         out["prompt_cache_key"] = to.session[:64]
     out.update(web_search_keys(body, to))
@@ -3894,8 +3900,11 @@ def upstream_name(name: str) -> str:
 def plain_name(name: str) -> str:
     if _PLAIN_NAME.fullmatch(name):
         return name
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:55]}_{digest}"
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:55]}_{digest_of(name)[:8]}"
+
+
+def digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def tool_names(body: Json) -> dict[str, str]:
@@ -3907,26 +3916,13 @@ def client_tool_id(upstream_id: str) -> str:
     """An upstream's call id as one that Anthropic clients take; `upstream_tool_id` turns it back."""
     if _PLAIN_NAME.fullmatch(upstream_id):
         return upstream_id
-    data = upstream_id.encode("utf-8", "surrogatepass")
-    packed = base64.urlsafe_b64encode(data).decode().rstrip("=")
-    return f"ccx_{packed}" if len(packed) <= 60 else f"cch_{hashlib.sha256(data).hexdigest()[:48]}"
-
-
-def new_tool_id(upstream_id: str, out: AnthropicStream) -> str:
-    """A call's id that is new to the conversation, as some servers number the calls of each answer from 0: Claude Code
-    would lose the results of all but the first, and the model ask for ever (seen with 2.1.330).
-    """
-    id = client_tool_id(upstream_id)
-    if id in out.tool_ids:
-        id = client_tool_id(f"{upstream_id}\0{made_up_id('', out, out.index)[:8]}")
-    out.tool_ids.add(id)
-    return id
+    packed = base64.urlsafe_b64encode(upstream_id.encode("utf-8", "surrogatepass")).decode().rstrip("=")
+    return f"ccx_{packed}" if len(packed) <= 60 else f"cch_{digest_of(upstream_id)[:48]}"
 
 
 def made_up_id(prefix: str, out: AnthropicStream, place: Any) -> str:
     """An id for what came without one: the same for the same place in the same answer."""
-    digest = hashlib.sha256(f"{out.message_id} {place}".encode("utf-8", "surrogatepass")).hexdigest()
-    return prefix + digest[:24]
+    return prefix + digest_of(f"{out.message_id} {place}")[:24]
 
 
 def tool_ids(body: Json) -> set[str]:
@@ -3936,20 +3932,17 @@ def tool_ids(body: Json) -> set[str]:
 
 
 def upstream_tool_id(client_id: str, pattern: str = "") -> str:
-    """The id an upstream gets: its own where the client's was made from it, one of the pattern it insists on."""
+    """The id an upstream gets: its own where the client's was made from it, nine characters where it insists on a form."""
     if pattern and not re.fullmatch(pattern, client_id):
-        digest = hashlib.sha256(client_id.encode("utf-8", "surrogatepass")).digest()
-        return base64.b32encode(digest).decode().lower()[:9]
+        return digest_of(client_id)[:9]
     if client_id.startswith("ccx_"):
+        packed = client_id[4:]
         try:
-            packed = client_id[4:]
             data = base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4))
             return data.decode("utf-8", "surrogatepass").partition("\0")[0]
         except ValueError:
             return client_id
-    if _PLAIN_NAME.fullmatch(client_id):
-        return client_id
-    return f"cch_{hashlib.sha256(client_id.encode('utf-8', 'surrogatepass')).hexdigest()[:48]}"
+    return client_id if _PLAIN_NAME.fullmatch(client_id) else f"cch_{digest_of(client_id)[:48]}"
 
 
 def client_tools(body: Json) -> list[Json]:
@@ -3996,11 +3989,6 @@ def with_tool_changes(body: Json) -> Json:
     return {**body, "tools": [tool for name, tool in tools.items() if name not in gone]}
 
 
-def is_left_out(tool: Json) -> bool:
-    """Whether it is a server tool that no translation has a form of."""
-    return not is_client_tool(tool) and not is_web_search(tool)
-
-
 def is_client_tool(tool: Json) -> bool:
     return bool(tool.get("name")) and tool.get("type") in (None, "", "custom")
 
@@ -4022,14 +4010,7 @@ def tool_schema(tool: Json, cleaning: str) -> Json:
     schema = as_object(tool.get("input_schema"))
     if cleaning == "gemini":
         schema = gemini_schema({**schema, "type": "object"})
-    if schema.get("type") != "object" or not isinstance(schema.get("properties"), dict):
-        properties = schema.get("properties")
-        schema = {
-            **schema,
-            "type": "object",
-            "properties": properties if isinstance(properties, dict) else {},
-        }
-    return schema
+    return {**schema, "type": "object", "properties": as_object(schema.get("properties"))}
 
 
 GEMINI_SCHEMA_KEYS = {
@@ -4037,8 +4018,6 @@ GEMINI_SCHEMA_KEYS = {
     "pattern",
 }  # fmt: skip
 GEMINI_FORMATS = {"enum", "date-time", "int32", "int64", "float", "double"}
-
-
 MAX_SCHEMA_PARTS = 10_000
 
 
@@ -4147,15 +4126,12 @@ def gemini_type(kind: Any) -> Json:
 
 def openai_tool_choice(body: Json, to: Upstream) -> Json:
     choice = as_object(body.get("tool_choice"))
-    kind = choice.get("type")
-    out: Json = {}
-    if kind in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
-        out["tool_choice"] = "auto"
-    elif kind == "tool":
-        name = upstream_name(str(choice.get("name") or ""))
-        out["tool_choice"] = {"type": "function", "function": {"name": name}}
-    elif kind in ("auto", "any", "none"):
-        out["tool_choice"] = {"auto": "auto", "any": "required", "none": "none"}[kind]
+    name = upstream_name(str(choice.get("name") or ""))
+    forms = {
+        "auto": "auto", "any": "required", "none": "none", "tool": {"type": "function", "function": {"name": name}},
+    }  # fmt: skip
+    kind = to.tool_choice(str(choice.get("type")))
+    out: Json = {"tool_choice": forms[kind]} if kind in forms else {}
     if choice.get("disable_parallel_tool_use"):
         out["parallel_tool_calls"] = False
     return out
@@ -4182,18 +4158,12 @@ def openai_limits(body: Json, to: Upstream) -> Json:
 def output_limit(body: Json, facts: Facts) -> int:
     """max_tokens, no more than the model can make; 0 where the client set none."""
     limit = body.get("max_tokens")
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        return 0
-    return min(limit, facts.max_output) if facts.max_output else limit
+    return max(min(limit, facts.max_output or limit), 0) if type(limit) is int else 0
 
 
-def sampling(body: Json, to: Upstream, keys: tuple[str, ...]) -> Json:
+def sampling(body: Json, to: Upstream, keys: Iterable[str]) -> Json:
     """Sampling parameters, for models that take them."""
-    if not to.facts.sampling:
-        return {}
-    return {
-        k: body[k] for k in keys if isinstance(body.get(k), (int, float)) and not isinstance(body[k], bool)
-    }
+    return {k: body[k] for k in keys if type(body.get(k)) in (int, float)} if to.facts.sampling else {}
 
 
 BUDGET_EFFORTS = ((1024, "minimal"), (4097, "low"), (12289, "medium"), (24577, "high"))
@@ -4208,7 +4178,7 @@ def wanted_effort(body: Json, allowed: tuple[str, ...]) -> str:
     if not allowed or thinking.get("type") == "disabled":
         return ""
     budget = thinking.get("budget_tokens")
-    if not effort and thinking.get("type") == "enabled" and isinstance(budget, int):
+    if not effort and thinking.get("type") == "enabled" and type(budget) is int:
         effort = next((name for below, name in BUDGET_EFFORTS if budget < below), "xhigh")
     if effort not in EFFORTS:
         return ""
@@ -4294,6 +4264,42 @@ OPENAI_STOP = {  # all others end the turn
 GAVE_UP = {"error", "insufficient_system_resource", "network_error", "abort", "function_call_filter"}
 
 
+def call_id(name: str, given: str, out: AnthropicStream, place: Any) -> str:
+    """The id of a call that begins in the answer; ApiError 502 where it has no name.
+
+    It is new to the conversation, as some servers number the calls of each answer from 0: Claude Code would lose the
+    results of all but the first, and the model ask for ever (seen with 2.1.330).
+    """
+    if not name:
+        raise broken_stream("the provider sent a tool call without a name")
+    upstream_id = given or made_up_id("toolu_", out, place)
+    id = client_tool_id(upstream_id)
+    if id in out.tool_ids:
+        id = client_tool_id(f"{upstream_id}\0{made_up_id('', out, out.index)[:8]}")
+    out.tool_ids.add(id)
+    return id
+
+
+def end_call(
+    out: AnthropicStream, name: str, pieces: list[str], sent: str = "", is_cut: bool = False
+) -> None:
+    """Writes what is left of a call's arguments; ApiError 502 where they are not one JSON object, but for those that the
+    answer's limit cut off.
+    """
+    text = whole_arguments(pieces)
+    if not text and is_cut:
+        text = "".join(pieces)  # Anthropic's own end like this; the client asks the model to go on
+        out.cut_off = True
+    if text is None or not text.startswith(sent):
+        raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
+    out.tool_input(text[len(sent) :])
+    out.close()
+
+
+def argument_text(given: Any) -> str:
+    return given if isinstance(given, str) else json.dumps(given)
+
+
 @dataclass(slots=True)
 class ToolCall:
     """A tool call as it arrives in pieces."""
@@ -4339,27 +4345,18 @@ class OpenAIStream:
             self.finish()
             return
         chunk = parsed(data)
-        if chunk is None:
+        if not isinstance(chunk, dict):
             raise not_a_stream(data, "OpenAI stream")
-        choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        if not isinstance(choices, list) or chunk.get("error"):  # OpenRouter sends both
-            choices = self.other(name, chunk)
+        is_known = "choices" in chunk or "usage" in chunk
+        if chunk.get("error") or name == "error" or (not is_known and chunk.get("detail")):
+            raise error_of_event(chunk)
         if chunk.get("usage") or chunk.get("x_groq"):
             self.note_usage(chunk)
-        for choice in choices:
+        for choice in as_list(chunk.get("choices")):
             if isinstance(choice, dict) and not choice.get("index"):
                 if choice.get("usage"):  # Moonshot's
                     self.note_usage(choice)
                 self.choice(choice)
-
-    def other(self, name: str, chunk: Any) -> list[Json]:
-        """A chunk without choices: an error, or something that carries at most usage."""
-        is_error = isinstance(chunk, dict) and (
-            chunk.get("error") or (chunk.get("detail") and "usage" not in chunk)
-        )
-        if is_error or name == "error" or not isinstance(chunk, dict):
-            raise error_of_event(chunk if isinstance(chunk, (dict, list)) else {"error": str(chunk)})
-        return []
 
     def note_usage(self, chunk: Json) -> None:
         groq = as_object(chunk.get("x_groq"))
@@ -4402,7 +4399,7 @@ class OpenAIStream:
 
     def reasoning(self, delta: Json) -> None:
         details = delta.get("reasoning_details")
-        if self.live and not (details and self.end_if_whole(self.live)):
+        if self.live and (not details or self.in_call()):
             return  # the thought belongs to a block that has ended; the details must come back all the same
         text = delta.get("reasoning_content") or delta.get("reasoning")
         if isinstance(details, list) and details:
@@ -4434,17 +4431,17 @@ class OpenAIStream:
 
     def show(self, text: str) -> None:
         """Text; beside an unfinished call it waits, because blocks never interleave."""
-        if self.live and not self.end_if_whole(self.live):
+        if self.in_call():
             self.late.append(text)
             return
         self.details = []
         self.out.text(text)
 
-    def end_if_whole(self, call: ToolCall) -> bool:
-        whole = bool(call.pieces) and bool(whole_arguments(call.pieces))
-        if whole:
-            self.end_call(call)
-        return whole
+    def in_call(self) -> bool:
+        """Whether a call is open and lacks something; a whole one is ended here."""
+        if self.live and whole_arguments(self.live.pieces):
+            self.end_call(self.live)
+        return self.live is not None
 
     def tool_piece(self, piece: Json) -> None:
         function = as_object(piece.get("function"))
@@ -4452,12 +4449,9 @@ class OpenAIStream:
         call.id = call.id or str(piece.get("id") or "")
         call.name = call.name or str(function.get("name") or "")
         call.extra = call.extra or as_object(piece.get("extra_content"))
-        arguments = function.get("arguments")
-        if isinstance(arguments, (dict, list)):
-            call.guarded = True
-            arguments = json.dumps(arguments)
-        if isinstance(arguments, str) and arguments:
-            call.pieces.append(arguments)
+        if (arguments := function.get("arguments")) not in (None, ""):
+            call.guarded = call.guarded or not isinstance(arguments, str)
+            call.pieces.append(argument_text(arguments))
         self.stream_call(call)
 
     def call_of(self, piece: Json) -> ToolCall:
@@ -4484,26 +4478,14 @@ class OpenAIStream:
     def begin(self, call: ToolCall) -> None:
         self.details = []
         self.live = call
-        id = call.id or made_up_id("toolu_", self.out, f"{self.out.index} {len(self.calls)}")
-        id = new_tool_id(id, self.out)
+        id = call_id(call.name, call.id, self.out, f"{self.out.index} {len(self.calls)}")
         if call.extra:
             self.out.keep({"extra": {id: call.extra}, "model": self.to.model})
         self.out.tool(id, self.names.get(call.name, call.name))
 
     def end_call(self, call: ToolCall) -> None:
-        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object, but for those
-        that max_tokens cut off.
-        """
-        text, sent = whole_arguments(call.pieces), "".join(call.pieces[: call.sent])
-        if not (text and text.strip()) and self.stop_reason == "max_tokens":
-            text = "".join(call.pieces)  # Anthropic's own end like this; the client asks the model to go on
-            self.out.cut_off = True
-        if text is None or not text.startswith(sent):
-            raise broken_stream(
-                f"the provider sent arguments of tool {call.name!r} that are not a JSON object"
-            )
-        self.out.tool_input(text[len(sent) :])
-        self.out.close()
+        sent, is_cut = "".join(call.pieces[: call.sent]), self.stop_reason == "max_tokens"
+        end_call(self.out, call.name, call.pieces, sent, is_cut)
         self.calls = {k: c for k, c in self.calls.items() if c is not call}
         self.live = None
 
@@ -4518,8 +4500,6 @@ class OpenAIStream:
         if self.live:
             self.end_call(self.live)
         for call in [c for c in self.calls.values() if c.name or "".join(c.pieces).strip()]:
-            if not call.name:
-                raise broken_stream("the provider sent a tool call without a name")
             self.begin(call)
             self.end_call(call)
         if "".join(self.late).strip():
@@ -4556,8 +4536,7 @@ def begins_another(call: ToolCall, piece: Json) -> bool:
     function, id = as_object(piece.get("function")), str(piece.get("id") or "")
     if not function.get("name") or (id and call.id):
         return bool(function.get("name")) and id != call.id
-    arguments, known = function.get("arguments"), "".join(call.pieces)
-    said = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    said, known = argument_text(function.get("arguments")), "".join(call.pieces)
     is_own = said.lstrip()[:1] == "{" and said != known and known.strip() not in ("", "{}")
     return is_own and known.rstrip()[-1] == "}" and bool(whole_arguments([known]))
 
@@ -4583,7 +4562,7 @@ def whole_arguments(pieces: list[str]) -> str | None:
         if isinstance(value, str):  # encoded twice
             reading, value = value, parsed(value)
         if isinstance(value, dict):
-            return reading
+            return reading if reading.strip() else ""
         if value is None and reading.strip() == "null":
             return ""
     return None
@@ -4611,7 +4590,7 @@ class ThinkTags:
     """Splits a leading <think>...</think>, cut anywhere, from the text that follows it."""
 
     def __init__(self) -> None:
-        self.mode = "start"  # start: may still open with the tag; thinking; text
+        self.mode = "start"  # start: may still open with the tag; thinking; after: the tag has closed; text
         self.rest = ""
 
     def feed(self, text: str) -> list[tuple[str, str]]:
@@ -4626,26 +4605,19 @@ class ThinkTags:
                 self.mode = "text"
         if self.mode == "thinking":
             thought, tag, after = self.rest.partition("</think>")
-            if tag:
-                out.append(("thinking", thought))
-                self.mode, self.rest = "text", after.lstrip("\n")
-            else:
-                cut = len(thought) - overlap(thought, "</think>")
-                out.append(("thinking", thought[:cut]))
-                self.rest = thought[cut:]
+            held = 0 if tag else next((n for n in range(7, 0, -1) if thought.endswith("</think>"[:n])), 0)
+            out.append(("thinking", thought[: len(thought) - held]))
+            self.mode, self.rest = ("after", after) if tag else ("thinking", thought[len(thought) - held :])
+        if self.mode == "after" and (rest := self.rest.lstrip("\n")):
+            self.mode, self.rest = "text", rest
         if self.mode == "text":
             out.append(("text", self.rest))
             self.rest = ""
         return [(kind, part) for kind, part in out if part]
 
     def finish(self) -> list[tuple[str, str]]:
-        rest, self.rest = self.rest, ""
-        return [("thinking" if self.mode == "thinking" else "text", rest)] if rest else []
-
-
-def overlap(text: str, tag: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `tag`."""
-    return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
+        kind = "thinking" if self.mode == "thinking" else "text"
+        return [(kind, self.rest)] if self.rest and self.mode != "after" else []
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4895,8 +4867,9 @@ class ResponsesStream:
 
     def begin(self, key: Any, item: Json) -> None:
         self.live, self.live_key = {**item, "arguments": ""}, key
-        id = new_tool_id(str(item.get("call_id") or made_up_id("call_", self.out, key)), self.out)
-        self.out.tool(id, self.names.get(str(item["name"]), str(item["name"])))
+        name = str(item.get("name") or "")
+        id = call_id(name, str(item.get("call_id") or ""), self.out, key)
+        self.out.tool(id, self.names.get(name, name))
 
     def item_done(self, key: Any, item: Json) -> None:
         """An item is whole; it waits for a call that is still open."""
@@ -4934,24 +4907,12 @@ class ResponsesStream:
             self.out.keep(self.kept(item=kept))
 
     def call_done(self, key: Any, item: Json) -> None:
-        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object, but for those
-        that the output's limit cut off.
-        """
         if not self.live:
-            if not item.get("name"):
-                raise broken_stream("the provider sent a tool call without a name")
             self.begin(key, item)
         given = item.get("arguments") or (self.live or {}).get("arguments")
         sent = "".join(self.sent.get(key, ()))
-        text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
-        if not text and item.get("status") == "incomplete":
-            text = str(given or sent)
-            self.out.cut_off = True
-        if text is None or not text.startswith(sent):
-            name = item.get("name")
-            raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
-        self.out.tool_input(text[len(sent) :])
-        self.out.close()
+        is_cut = item.get("status") == "incomplete"
+        end_call(self.out, str(item.get("name")), [argument_text(given or sent)], sent, is_cut)
         self.live = None
         waiting, self.waiting = self.waiting, []
         for place, other in waiting:
@@ -5049,18 +5010,16 @@ def gemini_function(tool: Json) -> Json:
 
 def gemini_tool_config(body: Json, to: Upstream) -> Json:
     choice = as_object(body.get("tool_choice"))
-    kind = str(choice.get("type"))
+    kind = to.tool_choice(str(choice.get("type")))
     config: Json = {"mode": {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}.get(kind)}
-    if config["mode"] == "ANY" and not (to.quirks.forced_tool and to.facts.forced_tool):
-        config["mode"] = "AUTO"
-    elif kind == "tool":
+    if kind == "tool":
         config["allowedFunctionNames"] = [upstream_name(str(choice.get("name")))]
     return {"toolConfig": {"functionCallingConfig": config}} if config["mode"] else {}
 
 
 def gemini_config(body: Json, to: Upstream) -> Json:
     names = {"temperature": "temperature", "top_p": "topP", "top_k": "topK"}
-    out: Json = {names[k]: v for k, v in sampling(body, to, tuple(names)).items()}
+    out: Json = {names[k]: v for k, v in sampling(body, to, names).items()}
     if limit := output_limit(body, to.facts):
         out["maxOutputTokens"] = limit
     if texts := [s for s in as_list(body.get("stop_sequences")) if isinstance(s, str) and s]:
@@ -5088,7 +5047,7 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
     levels = EFFORTS if by_budget else ("low", "medium", "high", *above)
     effort, budget = wanted_effort(body, efforts_of(to, levels)), thinking.get("budget_tokens")
     out: Json = {"includeThoughts": True} if thinking.get("type") in ("enabled", "adaptive") else {}
-    if by_budget and isinstance(budget, int) and not isinstance(budget, bool):
+    if by_budget and type(budget) is int:
         out["thinkingBudget"] = min(max(budget, 512), GEMINI_BUDGETS["max"])
     elif effort:
         out.update({"thinkingBudget": GEMINI_BUDGETS[effort]} if by_budget else {"thinkingLevel": effort})
@@ -5250,20 +5209,14 @@ class GeminiStream:
             self.call(call, part.get("thoughtSignature"))
 
     def call(self, call: Json, signature: Any) -> None:
-        name, args = str(call.get("name") or ""), call.get("args")
-        if not name:
-            raise broken_stream("the provider sent a tool call without a name")
-        id = new_tool_id(str(call.get("id") or made_up_id("toolu_", self.out, self.calls)), self.out)
+        name = str(call.get("name") or "")
+        id = call_id(name, str(call.get("id") or ""), self.out, self.calls)
         self.calls += 1
         if isinstance(signature, str) and signature:
             kept = {"dialect": "gemini", "model": self.to.model, "call": id, "signature": signature}
             self.out.keep(kept)
-        text = json.dumps(args) if isinstance(args, dict) else whole_arguments([str(args or "{}")])
-        if text is None:
-            raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
         self.out.tool(id, self.names.get(name, name))
-        self.out.tool_input(text)
-        self.out.close()
+        end_call(self.out, name, [argument_text(call.get("args") or {})])
 
     def finish(self) -> None:
         """The end of the bytes, which is how this format ends; an error where no finishReason came before."""
@@ -5974,8 +5927,8 @@ PRESETS: dict[str, Json] = dict(map(preset, PRESET_ROWS.strip().splitlines()))
 def left_out(body: Json, dialect: Dialect) -> list[str]:
     """The types of those server tools that a translated request does without."""
     is_crowd = dialect.searches_alone and bool(client_tools(body))
-    left = (t for t in tools_of(body) if is_left_out(t) or (is_crowd and is_web_search(t)))
-    return [str(t.get("type"))[:64] for t in left]
+    others = [t for t in tools_of(body) if not is_client_tool(t)]
+    return [str(t.get("type"))[:64] for t in others if is_crowd or not is_web_search(t)]
 
 
 CHAT = "chat/completions"  # what a model that is served by Responses alone does not take
