@@ -3513,7 +3513,9 @@ def openai_request(body: Json, to: Upstream) -> Json:
     """A Messages request as a Chat Completions request; ApiError 400 for what cannot be served."""
     quirks = to.quirks
     tools = each(client_tools(body), OPENAI_TOOLS[quirks.schema])
-    out: Json = {"model": to.model, "messages": openai_messages(body, to), "stream": True}
+    system = openai_content([openai_part(b, to) for b in system_blocks(body)])
+    before = [{"role": "system", "content": system}] if system else []
+    out: Json = {"model": to.model, "messages": translated(body, openai_turn, to, before), "stream": True}
     if quirks.stream_options:
         out["stream_options"] = {"include_usage": True}
     if tools:
@@ -3585,6 +3587,51 @@ def joined_turns(given: Iterable[Turn]) -> list[Turn]:
         alike = list(neighbours)
         turns.append(alike[0] if len(alike) == 1 else Turn(role, [b for t in alike for b in t.blocks]))
     return turns
+
+
+# What writes a turn in a dialect's form; with the calls by id that the turn is to answer.
+WriteTurn = Callable[[Turn, dict[str, Json], Upstream], list[Json]]
+
+
+def translated(body: Json, write: WriteTurn, to: Upstream, before: Sequence[Json] = ()) -> Elements:
+    """A request's messages in a dialect's form, behind those of it that come `before`; what is kept is written once."""
+    given = messages_of(body)
+    run, behind = (given.run, given.apart[1]) if type(given) is Elements else (Run(()), given)
+    key = (write, to.quirks.token, to.model, to.skip)
+    known = run.made.once(key, functools.partial(WrittenRun, run, write, to))
+    rest = written([known.before, *turns_of(behind, known.last), NOTHING], write, to)
+    return Elements([*before, *known.messages.values, *rest], known.messages, len(before))
+
+
+class WrittenRun:
+    """A run of messages as written, but for its last turn, which may go on behind it, and the one before where that turn
+    may come to nothing.
+    """
+
+    def __init__(self, run: Run, write: WriteTurn, to: Upstream) -> None:
+        turns = [NOTHING, *turns_of(run.values)]
+        end = max(1, len(turns) - (2 if turns[-1].is_silent else 1))
+        self.messages = Run(written(turns[:end], write, to))
+        self.before, self.last = turns[end - 1], turns[end:]
+
+
+def written(turns: list[Turn], write: WriteTurn, to: Upstream) -> list[Json]:
+    """The turns behind the first in a dialect's form; each answers the calls of the one before it."""
+    messages: list[Json] = []
+    place = (write, to.quirks.token, to.model, to.skip)
+    for before, turn in itertools.pairwise(turns):
+        calls = before.calls
+        # What is kept with a turn is no larger than it: results for calls that it leaves open are made anew.
+        if turn.made is None or len(calls) > len(turn.blocks):
+            messages += write(turn, calls, to)
+        else:
+            key = (*place, *calls, *[str(call.get("name")) for call in calls.values()])
+            messages += turn.made.once(key, functools.partial(write_kept, turn, calls, write, to))
+    return messages
+
+
+def write_kept(turn: Turn, calls: dict[str, Json], write: WriteTurn, to: Upstream) -> list[Json]:
+    return [Kept(message) for message in write(turn, calls, to)]
 
 
 def turn_of(message: Json) -> Turn:
@@ -3727,56 +3774,14 @@ def media_url(block: Json) -> str:
     return str(source.get("url") or "")
 
 
-def openai_messages(body: Json, to: Upstream) -> list[Json]:
-    system = openai_content([openai_part(b, to) for b in system_blocks(body)])
-    before: list[Json] = [{"role": "system", "content": system}] if system else []
-    given = messages_of(body)
-    run, behind = (given.run, given.apart[1]) if type(given) is Elements else (Run(()), given)
-    key = (OpenAIRun, to.quirks.token, to.model, to.skip)
-    known = run.made.once(key, functools.partial(OpenAIRun, run, to))
-    rest = openai_turns([known.before, *turns_of(behind, known.last), NOTHING], to)
-    return Elements([*before, *known.messages.values, *rest], known.messages, len(before))
-
-
-class OpenAIRun:
-    """A run of messages as Chat Completions messages, but for its last turn, which may go on behind it, and the one
-    before where that turn may come to nothing.
-    """
-
-    def __init__(self, run: Run, to: Upstream) -> None:
-        turns = [NOTHING, *turns_of(run.values)]
-        end = max(1, len(turns) - (2 if turns[-1].is_silent else 1))
-        self.messages = Run(openai_turns(turns[:end], to))
-        self.before, self.last = turns[end - 1], turns[end:]
-
-
-def openai_turns(turns: list[Turn], to: Upstream) -> list[Json]:
-    """The turns behind the first as messages; each answers the calls of the one before it."""
-    messages: list[Json] = []
-    for before, turn in itertools.pairwise(turns):
-        calls = before.calls
-        make = functools.partial(openai_turn, turn, calls, to)
-        # What is kept with a turn is no larger than it: results for calls that it leaves open are made anew.
-        if turn.made is None or (calls and len(calls) > len(results_of(turn.blocks))):
-            messages += make()
-        else:
-            messages += turn.made.once((to.quirks.token, to.model, to.skip, *calls), make)
-    return messages
-
-
-def openai_turn(turn: Turn, calls: Iterable[str], to: Upstream) -> list[Json]:
-    """A turn as messages; `calls` are the ids of those that it is to answer."""
-    is_user = turn.role == "user"
-    made = openai_user(turn.blocks, calls, to) if is_user else openai_assistant(turn.blocks, to)
-    return made if turn.made is None else [Kept(message) for message in made]
-
-
-def openai_user(blocks: list[Json], calls: Iterable[str], to: Upstream) -> list[Json]:
+def openai_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
     """Tool results in the order of their calls, then what moved out of them, then the rest of the turn.
 
     A call that was never answered gets a neutral result; upstreams refuse one without.
     """
-    results, messages, moved = results_of(blocks), [], []
+    if turn.role == "assistant":
+        return openai_assistant(turn.blocks, to)
+    results, messages, moved = results_of(turn.blocks), [], []
     for client_id in calls:
         result = results.get(client_id)
         text, media = result_parts(result)
@@ -3784,7 +3789,7 @@ def openai_user(blocks: list[Json], calls: Iterable[str], to: Upstream) -> list[
         id = upstream_tool_id(client_id, to.quirks.tool_id)
         content = openai_content([openai_text(text, result or {}, to)])
         messages.append({"role": "tool", "tool_call_id": id, "content": content})
-    for role, group in roles_of([*moved, *blocks], "system", to):
+    for role, group in roles_of([*moved, *turn.blocks], "system", to):
         if content := openai_content(parts_of(group, openai_part, to)):
             openai_say(messages, role, content, to)
     return messages
@@ -4630,7 +4635,12 @@ class ThinkTags:
 
 def responses_request(body: Json, to: Upstream) -> Json:
     """A Messages request as a Responses request; ApiError 400 for what cannot be served."""
-    out: Json = {"model": to.model, "input": responses_input(body, to), "stream": True, "store": False}
+    out: Json = {
+        "model": to.model,
+        "input": translated(body, responses_turn, to),
+        "stream": True,
+        "store": False,
+    }
     if system := "\n\n".join(str(b["text"]) for b in system_blocks(body)):
         out["instructions"] = system
     if tools := responses_tools(body, to):
@@ -4680,13 +4690,11 @@ def refused_effort(message: str, param: str) -> str:
 
 
 def responses_tools(body: Json, to: Upstream) -> list[Json]:
-    tools: list[Json] = []
-    for tool in client_tools(body):
-        described = {"description": str(tool["description"])} if tool.get("description") else {}
-        schema = tool_schema(tool, to.quirks.schema)
-        # strict is true where it is left out, and then refuses most schemas.
-        name = upstream_name(str(tool["name"]))
-        tools.append({"type": "function", "name": name, **described, "parameters": schema, "strict": False})
+    # strict is true where it is left out, and then refuses most schemas.
+    tools: list[Json] = [
+        {"type": "function", **tool["function"], "strict": False}
+        for tool in each(client_tools(body), OPENAI_TOOLS[to.quirks.schema])
+    ]
     if search := web_search_of(body):
         domains = [d for d in as_list(search.get("allowed_domains")) if isinstance(d, str)]
         filters = {"filters": {"allowed_domains": domains}} if domains else {}
@@ -4706,17 +4714,14 @@ def responses_tool_choice(body: Json, to: Upstream) -> Json:
     return out
 
 
-def responses_input(body: Json, to: Upstream) -> list[Json]:
-    items: list[Json] = []
-    for before, turn in itertools.pairwise([NOTHING, *turns_of(messages_of(body)), NOTHING]):
-        if turn.role == "assistant":
-            items += responses_turn(turn.blocks, to)
-            continue
-        results = results_of(turn.blocks)
-        items += [responses_result(id, results.get(id), to) for id in before.calls]
-        for role, group in roles_of(turn.blocks, "developer", to):
-            if parts := parts_of(group, responses_part, to):
-                items.append({"type": "message", "role": role, "content": parts})
+def responses_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
+    if turn.role == "assistant":
+        return responses_assistant(turn.blocks, to)
+    results = results_of(turn.blocks)
+    items = [responses_result(id, results.get(id), to) for id in calls]
+    for role, group in roles_of(turn.blocks, "developer", to):
+        if parts := parts_of(group, responses_part, to):
+            items.append({"type": "message", "role": role, "content": parts})
     return items
 
 
@@ -4745,7 +4750,7 @@ def responses_result(client_id: str, block: Json | None, to: Upstream) -> Json:
     return {"type": "function_call_output", "call_id": id, "output": output}
 
 
-def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
+def responses_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
     """An assistant turn: messages, calls, and the reasoning items that this very model made."""
     items: list[Json] = []
     phase = None
@@ -4991,7 +4996,7 @@ def gemini_request(body: Json, to: Upstream) -> Json:
     out: Json = {"contents": gemini_contents(body, to)}
     if blocks := system_blocks(body):
         out["systemInstruction"] = {"parts": [{"text": str(b["text"])} for b in blocks]}
-    if declarations := [gemini_function(tool) for tool in client_tools(body)]:
+    if declarations := each(client_tools(body), gemini_function):
         out["tools"] = [{"functionDeclarations": declarations}]
         out.update(gemini_tool_config(body, to))
     elif web_search_of(body):
@@ -5003,9 +5008,10 @@ def gemini_request(body: Json, to: Upstream) -> Json:
 
 
 def gemini_function(tool: Json) -> Json:
-    out: Json = {"name": upstream_name(str(tool["name"])), "description": str(tool.get("description") or "")}
-    schema = tool_schema(tool, "gemini")
-    return {**out, "parameters": schema} if schema["properties"] else out
+    function: Json = {"description": "", **openai_tool("gemini", tool)["function"]}
+    if not function["parameters"]["properties"]:
+        del function["parameters"]
+    return function
 
 
 def gemini_tool_config(body: Json, to: Upstream) -> Json:
@@ -5055,26 +5061,27 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
 
 
 def gemini_contents(body: Json, to: Upstream) -> list[Json]:
-    contents: list[Json] = []
-    for before, turn in itertools.pairwise([NOTHING, *turns_of(messages_of(body)), NOTHING]):
-        is_user = turn.role == "user"
-        role = "user" if is_user else "model"
-        parts = gemini_user(turn.blocks, before.calls, to) if is_user else gemini_turn(turn.blocks, to)
-        if parts and contents and contents[-1]["role"] == role:
-            contents[-1]["parts"] += parts
-        elif parts:
-            contents.append({"role": role, "parts": parts})
+    contents: list[Json] = translated(body, gemini_turn, to)
+    if any(
+        a["role"] == b["role"] for a, b in itertools.pairwise(contents)
+    ):  # around a turn that comes to nothing
+        groups = itertools.groupby(contents, lambda content: content["role"])
+        contents = [{"role": role, "parts": [p for c in group for p in c["parts"]]} for role, group in groups]
     # It refuses a request without contents, and one that begins with a function call.
     begins = bool(contents) and contents[0]["role"] == "user"
     return contents if begins else [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
 
 
-def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> list[Json]:
+def gemini_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
     """Function responses in the order of their calls, what moved out of them, then the rest of the turn."""
-    results = results_of(blocks)
-    moved = [block for id in calls for block in result_parts(results.get(id))[1]]
-    answers = [gemini_result(call, results.get(id)) for id, call in calls.items()]
-    return answers + parts_of([*moved, *blocks], gemini_part, to)
+    if turn.role == "assistant":
+        parts, role = gemini_assistant(turn.blocks, to), "model"
+    else:
+        results = results_of(turn.blocks)
+        moved = [block for id in calls for block in result_parts(results.get(id))[1]]
+        answers = [gemini_result(call, results.get(id)) for id, call in calls.items()]
+        parts, role = answers + parts_of([*moved, *turn.blocks], gemini_part, to), "user"
+    return [{"role": role, "parts": parts}] if parts else []
 
 
 def gemini_part(block: Json, to: Upstream) -> Json:
@@ -5096,10 +5103,10 @@ def gemini_result(call: Json, block: Json | None) -> Json:
     return {"functionResponse": {**named, "response": response}}
 
 
-def gemini_turn(blocks: list[Json], to: Upstream) -> list[Json]:
+def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
     """An assistant turn. Of parallel calls only the first has a signature, and must have one."""
-    kept = [p for b in blocks if (p := signed_payload(b)) and p.get("dialect") == "gemini"]
-    signatures = {str(p.get("call")): p.get("signature") for p in kept if p.get("model") == to.model}
+    kept = [p for p in own_payloads(blocks, to) if p.get("dialect") == "gemini"]
+    signatures = {str(p.get("call")): p.get("signature") for p in kept}
     first = next(iter(calls_of(blocks)), "") if wants_signatures(to.model) else None
     parts: list[Json] = []
     for block in without_repeated_calls(blocks):
