@@ -4191,9 +4191,21 @@ def wanted_effort(body: Json, allowed: tuple[str, ...]) -> str:
     return fitting[-1] if fitting else allowed[0]
 
 
+EFFORTS_UNKNOWN = (  # models (a regular expression): https://platform.claude.com/docs/en/build-with-claude/effort
+    (r"claude-(?:opus-|sonnet-)?4[-.]6", ("minimal", "xhigh")),
+    (r"claude-(?:opus-)?4[-.]5", ("minimal", "xhigh", "max")),
+)
+
+
+@functools.lru_cache(1024)
+def unknown_efforts(model: str) -> tuple[str, ...]:
+    return next((levels for models, levels in EFFORTS_UNKNOWN if re.search(models, model)), ())
+
+
 def efforts_of(to: Upstream, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The levels of effort that an upstream takes, but for those that a 400 has refused."""
-    return tuple(e for e in to.quirks.effort or usual if f"effort.{e}" not in to.skip)
+    """The levels of effort that an upstream takes, but for those that the model does not know or a 400 has refused."""
+    unknown = unknown_efforts(to.model)
+    return tuple(e for e in to.quirks.effort or usual if e not in unknown and f"effort.{e}" not in to.skip)
 
 
 def json_schema_of(body: Json) -> Json | None:
@@ -9725,7 +9737,7 @@ def without_dropped(body: Json, to: Upstream) -> Json:
             body = DROPS[name](body)
         elif name in body:
             body = {k: v for k, v in body.items() if k != name}
-    body = with_known_effort(body, to.quirks.effort)
+    body = with_known_effort(body, efforts_of(to, EFFORTS))
     return body | to.quirks.extra_body if to.quirks.extra_body else body
 
 
