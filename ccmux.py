@@ -3767,6 +3767,8 @@ def file_text(source: Json) -> str:
 
 def media_url(block: Json) -> str:
     """An image's or document's URL, or a data: URL of its base64; "" where there is neither."""
+    if "source" not in block:
+        return ""
     source = as_object(block.get("source"))
     if source.get("type") == "base64" and source.get("data"):
         default = "image/png" if block.get("type") == "image" else "application/pdf"
@@ -3816,7 +3818,7 @@ def openai_content(parts: list[Json]) -> str | list[Json]:
 
 def openai_part(block: Json, to: Upstream) -> Json:
     """A block as a content part."""
-    kind, url = block.get("type"), media_url(block) if "source" in block else ""
+    kind, url = block.get("type"), media_url(block)
     if kind == "image" and url and to.vision:
         return {"type": "image_url", "image_url": {"url": url}}
     if kind == "document" and to.files and url.startswith("data:application/pdf"):
@@ -4226,7 +4228,9 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
     tool = web_search_of(body)
     if tool is None:
         return {}
-    options = {"web_search_options": web_search_options(tool)}
+    place = search_place(tool)
+    where = {"user_location": {"type": "approximate", "approximate": place}} if place else {}
+    options = {"web_search_options": where}
     # "responses": of the models that are made for it here (gpt-5-search-api).
     forms: Json = {"plugin": {"plugins": [{"id": "web"}]}, "options": options, "responses": options}
     keys = as_object(forms.get(to.quirks.web_search))
@@ -4239,12 +4243,10 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
     )
 
 
-def web_search_options(tool: Json) -> Json:
-    place = tool.get("user_location")
-    if not isinstance(place, dict):
-        return {}
-    known = {k: v for k, v in place.items() if k in ("city", "country", "region", "timezone") and v}
-    return {"user_location": {"type": "approximate", "approximate": known}}
+def search_place(tool: Json) -> Json:
+    """Where the user is, as far as a web search may know: city, country, region, timezone."""
+    place = as_object(tool.get("user_location"))
+    return {k: v for k, v in place.items() if k in ("city", "country", "region", "timezone") and v}
 
 
 def openai_usage(usage: Any) -> Usage | None:
@@ -4345,7 +4347,7 @@ class OpenAIStream:
         self.refused = False
         self.calls: dict[Any, ToolCall] = {}
         self.live: ToolCall | None = None
-        self.think = ThinkTags() if to.quirks.think_tags else None
+        self.think = ThinkTags(out.thinking, self.show) if to.quirks.think_tags else None
         self.details: list[Json] = []
         self.late: list[str] = []  # text that came beside an unfinished call
 
@@ -4431,7 +4433,7 @@ class OpenAIStream:
         if self.think is None:
             self.show(text)
         else:
-            self.show_parts(self.think.feed(text))
+            self.think.feed(text)
 
     def content_parts(self, content: Any) -> None:
         """Content as parts: texts, and Mistral's thinking, which is a list of texts itself."""
@@ -4441,10 +4443,6 @@ class OpenAIStream:
                 self.reasoning({"reasoning": "".join(texts)})
             elif part.get("type") == "text":
                 self.content(str(part.get("text") or ""))
-
-    def show_parts(self, parts: list[tuple[str, str]]) -> None:
-        for kind, part in parts:
-            self.out.thinking(part) if kind == "thinking" else self.show(part)
 
     def show(self, text: str) -> None:
         """Text; beside an unfinished call it waits, because blocks never interleave."""
@@ -4513,7 +4511,7 @@ class OpenAIStream:
         if not self.finish_reason and not self.to.quirks.lax_finish:
             raise broken_stream()
         if self.think is not None:
-            self.show_parts(self.think.finish())
+            self.think.finish()
         if self.live:
             self.end_call(self.live)
         for call in [c for c in self.calls.values() if c.name or "".join(c.pieces).strip()]:
@@ -4606,14 +4604,13 @@ def merge_details(known: list[Json], new: list[Json]) -> list[Json]:
 class ThinkTags:
     """Splits a leading <think>...</think>, cut anywhere, from the text that follows it."""
 
-    def __init__(self) -> None:
+    def __init__(self, thinking: Callable[[str], None], text: Callable[[str], None]) -> None:
+        self.thinking, self.text = thinking, text  # where each goes
         self.mode = "start"  # start: may still open with the tag; thinking; after: the tag has closed; text
         self.rest = ""
 
-    def feed(self, text: str) -> list[tuple[str, str]]:
-        """(kind, text) pieces, kind "thinking" or "text"."""
+    def feed(self, text: str) -> None:
         self.rest += text
-        out: list[tuple[str, str]] = []
         if self.mode == "start":
             begin = self.rest.lstrip()
             if begin.startswith("<think>"):
@@ -4623,18 +4620,17 @@ class ThinkTags:
         if self.mode == "thinking":
             thought, tag, after = self.rest.partition("</think>")
             held = 0 if tag else next((n for n in range(7, 0, -1) if thought.endswith("</think>"[:n])), 0)
-            out.append(("thinking", thought[: len(thought) - held]))
+            self.thinking(thought[: len(thought) - held])
             self.mode, self.rest = ("after", after) if tag else ("thinking", thought[len(thought) - held :])
         if self.mode == "after" and (rest := self.rest.lstrip("\n")):
             self.mode, self.rest = "text", rest
         if self.mode == "text":
-            out.append(("text", self.rest))
+            self.text(self.rest)
             self.rest = ""
-        return [(kind, part) for kind, part in out if part]
 
-    def finish(self) -> list[tuple[str, str]]:
-        kind = "thinking" if self.mode == "thinking" else "text"
-        return [(kind, self.rest)] if self.rest and self.mode != "after" else []
+    def finish(self) -> None:
+        if self.rest and self.mode != "after":
+            (self.thinking if self.mode == "thinking" else self.text)(self.rest)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4710,7 +4706,7 @@ def responses_tools(body: Json, to: Upstream) -> list[Json]:
     if search := web_search_of(body):
         domains = [d for d in as_list(search.get("allowed_domains")) if isinstance(d, str)]
         filters = {"filters": {"allowed_domains": domains}} if domains else {}
-        place = as_object(web_search_options(search).get("user_location")).get("approximate")
+        place = search_place(search)
         where = {"user_location": {"type": "approximate", **place}} if place else {}
         tools.append({"type": "web_search", **filters, **where})
     return tools
@@ -4739,7 +4735,7 @@ def responses_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Jso
 
 def responses_part(block: Json, to: Upstream) -> Json:
     """A block as an input content part."""
-    kind, url = block.get("type"), media_url(block) if "source" in block else ""
+    kind, url = block.get("type"), media_url(block)
     if kind == "image" and url and to.vision:
         return {"type": "input_image", "image_url": url, "detail": "auto"}
     takes_file = kind == "document" and "files" not in to.skip
@@ -5719,8 +5715,6 @@ def chat_error(error: ApiError, request_id: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 # Dialects and presets (tables)
 # ----------------------------------------------------------------------------------------------------------
-
-
 # All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of
 # PRESETS.
 
@@ -5827,24 +5821,17 @@ class Dialect:
 
 DIALECTS: dict[str, Dialect] = {
     "anthropic": Dialect(
-        "/messages",
-        AnthropicEvents,
-        passes="anthropic",
-        auth="x-api-key",
+        "/messages", AnthropicEvents, passes="anthropic", auth="x-api-key",
         headers=(("anthropic-version", "2023-06-01"),),
     ),
     "openai": Dialect("/chat/completions", OpenAIStream, openai_request, passes="chat"),
     "responses": Dialect("/responses", ResponsesStream, responses_request),
     "gemini": Dialect(
-        "/models/{model}:streamGenerateContent?alt=sse",
-        GeminiStream,
-        gemini_request,
-        "x-goog-api-key",
-        version="/v1beta",
-        searches_alone=True,
+        "/models/{model}:streamGenerateContent?alt=sse", GeminiStream, gemini_request, auth="x-goog-api-key",
+        version="/v1beta", searches_alone=True,
     ),
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
-}
+}  # fmt: skip
 
 # Base URLs, key variables and quirks from the vendors' documentation and the projects' own code, November
 # 2026; the last column is the model of a start without a config. A preset is a provider table whose `type` is
@@ -5889,14 +5876,13 @@ demo                 demo      -                                                
 EFFORTS_3 = ["low", "medium", "high"]
 FOREIGN = {"drop": ["billing_header"]}  # it changes with each prompt and spoils prompt caches
 PRESET_QUIRKS: dict[str, Json] = {
-    "openai": {"effort": [*EFFORTS], "prompt_cache_key": True, "files": True}
-    | {"web_search": "responses", "codex": "codex"},
+    "openai": {
+        "effort": [*EFFORTS], "prompt_cache_key": True, "files": True, "web_search": "responses", "codex": "codex",
+    },
     "openrouter": {
-        "cache_control": "claude|gemini|qwen",
-        "reasoning_key": "reasoning_details",
-        "effort": [*EFFORTS],
-    }
-    | {"files": True, "web_search": "plugin", "transient": "Provider returned error"},
+        "cache_control": "claude|gemini|qwen", "reasoning_key": "reasoning_details", "effort": [*EFFORTS],
+        "files": True, "web_search": "plugin", "transient": "Provider returned error",
+    },
     "openrouter-anthropic": {"auth": "bearer"},
     # GLM-5.3 always thinks, and at its most where it is not told how much.
     "zai-openai": {"reasoning_replay": "tool_turns", "effort": ["low", "high", "max"]},
@@ -5919,7 +5905,7 @@ PRESET_QUIRKS: dict[str, Json] = {
     "mistral": {"tool_id": "[A-Za-z0-9]{9}", "user_after_tool": False},
     "xai": {"effort": EFFORTS_3, "web_search": "responses"},  # efforts: grok-4.3 and later; the others say no
     "litellm": {"auth": "bearer"},
-}
+}  # fmt: skip
 PRESET_KEYS: dict[str, Json] = {  # what a row sets beside quirks; a local server loads its model first
     # Elsewhere the type may mean a relay to OpenAI's models, or the format alone: what such a server refuses is learnt.
     "openai": {"hosts": r"(?i)//(?:[\w-]+\.)*(?:api\.openai|azure)\.com(?:[:/]|$)"},
@@ -6043,9 +6029,7 @@ class WholeMessage:
     def end(self, events: list[Json]) -> bytes:
         message = collect([*self.events, *events])
         for block in as_list(message.get("content")):
-            if isinstance(
-                block.get("input"), str
-            ):  # cut off: a client that does not stream takes no part of it
+            if isinstance(block.get("input"), str):  # cut off: no part of it is for this client
                 block["input"] = {}
         return compact(message)
 
@@ -6200,10 +6184,11 @@ class ChatTap:
             self.end(block)
             return b""
         chunk = parsed(data or "{}")
-        if not isinstance(chunk, dict) or chunk.get("error") or name == "error":
-            self.error = (
-                error_of_event(chunk) if isinstance(chunk, dict) else not_a_stream(data, "OpenAI stream")
-            )
+        if not isinstance(chunk, dict):
+            self.error = not_a_stream(data, "OpenAI stream")
+            return b""
+        if chunk.get("error") or name == "error":
+            self.error = error_of_event(chunk)
             return b""
         self.usage = openai_usage(chunk.get("usage")) or self.usage
         choices = [c for c in as_list(chunk.get("choices")) if isinstance(c, dict)]
@@ -6244,11 +6229,9 @@ def chat_passed_on(given: Json, to: Upstream) -> Json:
     out = {**given, "model": to.model, "stream": given.get("stream") is True}
     if out["stream"] and to.quirks.stream_options:
         out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}
-    effort = given.get("reasoning_effort")
-    if f"effort.{effort}" in to.skip:
-        out["reasoning_effort"] = wanted_effort(
-            {"output_config": {"effort": effort}}, efforts_of(to, EFFORTS)
-        )
+    if f"effort.{given.get('reasoning_effort')}" in to.skip:
+        asked = {"output_config": {"effort": given["reasoning_effort"]}}
+        out["reasoning_effort"] = wanted_effort(asked, efforts_of(to, EFFORTS))
     return without(out | to.quirks.extra_body, to)
 
 
@@ -6261,7 +6244,8 @@ def demo_events(body: Json, message_id: str) -> list[Json]:
     turns = turns_of(messages_of(body))
     last = turns[-1].blocks if turns else []
     words = " ".join(_REMINDER.sub("", text) for _, text in newest_words(messages_of(body))).strip()
-    tool = demo_tool(body, words)
+    tools = client_tools(body)
+    tool = next((t for t in tools if re.search(rf"\b{re.escape(str(t['name']))}\b", words, re.I)), None)
     if results := results_of(last):
         text = "\n".join(result_parts(r)[0] for r in results.values())
         say(
@@ -6286,11 +6270,6 @@ def demo_events(body: Json, message_id: str) -> list[Json]:
 def say(out: AnthropicStream, text: str) -> None:
     for word in re.findall(r"\S+\s*", text):
         out.text(word)
-
-
-def demo_tool(body: Json, words: str) -> Json | None:
-    named = [t for t in client_tools(body) if re.search(rf"\b{re.escape(str(t['name']))}\b", words, re.I)]
-    return named[0] if named else None
 
 
 def demo_input(tool: Json, words: str) -> Json:
