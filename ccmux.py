@@ -3561,11 +3561,11 @@ class Turn:
 
     @property
     def calls(self) -> dict[str, Json]:
-        """The tool calls by id, in order, which the next turn is to answer; of a repeated id the last one."""
+        """The tool calls by id, in order, for the next turn to answer; of a repeated id the last one."""
         return calls_of(self.blocks) if self.role == "assistant" else {}
 
 
-# Stands before the first turn, and behind the last, where it answers calls that nobody has.
+# Stands before the first turn, and behind the last, where it answers the calls that nobody has answered.
 NOTHING = Turn("user", [])
 
 MIDWAY_SYSTEM = "ccmux_system"  # the type of a block that was a system message in mid-conversation
@@ -3798,7 +3798,7 @@ def openai_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
 
 
 def openai_say(messages: list[Json], role: str, content: str | list[Json], to: Upstream) -> None:
-    """Appends a message; what the user says behind a result joins it, or has a word between, where they cannot be neighbours."""
+    """Appends a message. Where none of the user's may follow a result, its text joins that, or a word stands between."""
     before = messages[-1] if messages else {}
     if role == "user" and before.get("role") == "tool" and not to.user_after_tool:
         if isinstance(content, str) and isinstance(before["content"], str):
