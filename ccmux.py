@@ -3674,8 +3674,13 @@ NO_RESULT = "No result was recorded for this call."
 
 def tool_arguments(block: Json) -> str:
     """A tool call's input as JSON text; null or a value that is no object becomes {}."""
-    given = block.get("input")
-    return readable(given if isinstance(given, dict) else {})
+    return readable(as_object(block.get("input")))
+
+
+def id_and_name(call: Json, to: Upstream) -> tuple[str, str]:
+    """A tool call's id and its tool's name as the upstream gets them."""
+    id = upstream_tool_id(str(call.get("id") or ""), to.quirks.tool_id)
+    return id, upstream_name(str(call.get("name") or ""))
 
 
 def result_parts(block: Json | None) -> tuple[str, list[Json]]:
@@ -3850,9 +3855,8 @@ def openai_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
 
 
 def openai_call(block: Json, extra: Any, to: Upstream) -> Json:
-    id = upstream_tool_id(str(block.get("id") or ""), to.quirks.tool_id)
-    function = {"name": upstream_name(str(block.get("name") or "")), "arguments": tool_arguments(block)}
-    call = {"id": id, "type": "function", "function": function}
+    id, name = id_and_name(block, to)
+    call = {"id": id, "type": "function", "function": {"name": name, "arguments": tool_arguments(block)}}
     return {**call, "extra_content": extra} if extra else call
 
 
@@ -4770,7 +4774,9 @@ def responses_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
             if is_own and as_object(kept.get("item")).get("type") == "reasoning":
                 items.append(kept["item"])
         elif block.get("type") == "tool_use":
-            items.append(responses_call(block, to))
+            id, name = id_and_name(block, to)
+            call = {"type": "function_call", "call_id": id, "name": name, "arguments": tool_arguments(block)}
+            items.append(call)
         elif text := words_of(block):
             message = {"type": "message", "role": "assistant", "content": text}
             items.append({**message, "phase": phase} if phase in ("commentary", "final_answer") else message)
@@ -4778,12 +4784,6 @@ def responses_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
     while items and items[-1]["type"] == "reasoning":
         items.pop()
     return items
-
-
-def responses_call(block: Json, to: Upstream) -> Json:
-    id = upstream_tool_id(str(block.get("id") or ""), to.quirks.tool_id)
-    name = upstream_name(str(block.get("name") or ""))
-    return {"type": "function_call", "call_id": id, "name": name, "arguments": tool_arguments(block)}
 
 
 def responses_usage(usage: Any) -> Usage | None:
@@ -5087,7 +5087,7 @@ def gemini_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
     else:
         results = results_of(turn.blocks)
         moved = [block for id in calls for block in result_parts(results.get(id))[1]]
-        answers = [gemini_result(call, results.get(id)) for id, call in calls.items()]
+        answers = [gemini_result(call, results.get(id), to) for id, call in calls.items()]
         parts, role = answers + parts_of([*moved, *turn.blocks], gemini_part, to), "user"
     return [{"role": role, "parts": parts}] if parts else []
 
@@ -5103,12 +5103,11 @@ def gemini_part(block: Json, to: Upstream) -> Json:
     return {"fileData": {"mimeType": mime, "fileUri": url}}
 
 
-def gemini_result(call: Json, block: Json | None) -> Json:
-    text = result_parts(block)[0]
+def gemini_result(call: Json, block: Json | None, to: Upstream) -> Json:
+    text, (id, name) = result_parts(block)[0], id_and_name(call, to)
     failed = bool(block and block.get("is_error"))
     response = {"error": text.removeprefix("Error: ")} if failed else {"output": text}
-    named = {key: value for key, value in gemini_call(call).items() if key != "args"}
-    return {"functionResponse": {**named, "response": response}}
+    return {"functionResponse": {"id": id, "name": name, "response": response}}
 
 
 def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
@@ -5118,20 +5117,15 @@ def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
     first = next(iter(calls_of(blocks)), "") if wants_signatures(to.model) else None
     parts: list[Json] = []
     for block in without_repeated_calls(blocks):
-        id = str(block.get("id") or "")
         if block.get("type") == "tool_use":
-            signature = signatures.get(id) or (NO_SIGNATURE if id == first else "")
+            client_id, (id, name) = str(block.get("id") or ""), id_and_name(block, to)
+            signature = signatures.get(client_id) or (NO_SIGNATURE if client_id == first else "")
             signed = {"thoughtSignature": str(signature)} if signature else {}
-            parts.append({"functionCall": gemini_call(block), **signed})
+            call = {"id": id, "name": name, "args": as_object(block.get("input"))}
+            parts.append({"functionCall": call, **signed})
         elif text := words_of(block):
             parts.append({"text": text})
     return parts
-
-
-def gemini_call(block: Json) -> Json:
-    given = block.get("input")
-    name, id = upstream_name(str(block.get("name") or "")), upstream_tool_id(str(block.get("id") or ""))
-    return {"id": id, "name": name, "args": given if isinstance(given, dict) else {}}
 
 
 def gemini_usage(usage: Any) -> Usage | None:
@@ -6275,8 +6269,7 @@ def say(out: AnthropicStream, text: str) -> None:
 def demo_input(tool: Json, words: str) -> Json:
     """Values for a tool's required properties: what stands in quotes or backticks in the prompt, in order."""
     schema = as_object(tool.get("input_schema"))
-    quoted = re.findall(r"`([^`]+)`|\"([^\"]+)\"|'([^']+)'", words)
-    given = [next(filter(None, groups)) for groups in quoted]
+    given = [found[1] for found in re.findall(r"([`\"'])(.+?)\1", words, re.S)]
     empty = {"number": 1, "integer": 1, "boolean": False, "array": [], "object": {}}
     values: Json = {}
     for name in as_list(schema.get("required")):
