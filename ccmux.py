@@ -4954,13 +4954,14 @@ class ResponsesStream:
 
     def told_late(self, output: list[Json]) -> None:
         """Some servers tell items only in the last event, all or some, and may count them otherwise than before."""
-        if not self.done:
-            for key, item in enumerate(output):
-                self.item_done(key, item)
-            return
-        for key, item in enumerate([item for item in output if told_as(item) not in self.told]):
-            if item.get("type") in ("message", "function_call"):
-                self.item_done(("late", key), item)
+        told, is_all = {*self.told}, not self.done
+        for place, item in enumerate(output):
+            id = str(item.get("id"))
+            key = id if id in self.sent else place
+            if is_all and key in self.sent:
+                self.item_done(key, item)  # what is left of it
+            elif told_as(item) not in told and (is_all or item.get("type") in ("message", "function_call")):
+                self.item_done(("late", place), item)
 
     def finish(self) -> None:
         """The end of the bytes, which is an error unless the answer has ended."""
