@@ -3551,6 +3551,7 @@ class Turn:
     role: str
     blocks: list[Json]
     made: Made | None = field(default=None, compare=False)  # where it is one message, and that is kept
+    calls: dict[str, Json] = field(default_factory=dict)  # of an answer, for the next turn to answer
 
     @property
     def is_silent(self) -> bool:
@@ -3558,11 +3559,6 @@ class Turn:
         return self.role == "assistant" and not any(
             b.get("type") == "tool_use" or words_of(b) for b in self.blocks
         )
-
-    @property
-    def calls(self) -> dict[str, Json]:
-        """The tool calls by id, in order, for the next turn to answer; of a repeated id the last one."""
-        return calls_of(self.blocks) if self.role == "assistant" else {}
 
 
 # Stands before the first turn, and behind the last, where it answers the calls that nobody has answered.
@@ -3585,7 +3581,7 @@ def joined_turns(given: Iterable[Turn]) -> list[Turn]:
     turns = []
     for role, neighbours in itertools.groupby(given, lambda turn: turn.role):
         alike = list(neighbours)
-        turns.append(alike[0] if len(alike) == 1 else Turn(role, [b for t in alike for b in t.blocks]))
+        turns.append(alike[0] if len(alike) == 1 else new_turn(role, [b for t in alike for b in t.blocks]))
     return turns
 
 
@@ -3625,7 +3621,7 @@ def written(turns: list[Turn], write: WriteTurn, to: Upstream) -> list[Json]:
         if turn.made is None or len(calls) > len(turn.blocks):
             messages += write(turn, calls, to)
         else:
-            key = (*place, *calls, *[str(call.get("name")) for call in calls.values()])
+            key = (*place, *calls, *[str(call.get("name")) for call in calls.values()]) if calls else place
             messages += turn.made.once(key, functools.partial(write_kept, turn, calls, write, to))
     return messages
 
@@ -3639,7 +3635,11 @@ def turn_of(message: Json) -> Turn:
     if message.get("role") == "system":
         blocks = [{"type": MIDWAY_SYSTEM, "text": text_of(blocks) or "\n".join(map(block_text, blocks))}]
     made = MadeOfTurn() if type(message) is Kept else None
-    return Turn("assistant" if message.get("role") == "assistant" else "user", blocks, made)
+    return new_turn("assistant" if message.get("role") == "assistant" else "user", blocks, made)
+
+
+def new_turn(role: str, blocks: list[Json], made: Made | None = None) -> Turn:
+    return Turn(role, blocks, made, calls_of(blocks) if role == "assistant" else {})
 
 
 def reminder(text: str) -> str:
@@ -3653,6 +3653,7 @@ def system_blocks(body: Json) -> list[Json]:
 
 
 def calls_of(blocks: list[Json]) -> dict[str, Json]:
+    """The tool calls by id, in order; of a repeated id the last one."""
     return {str(b.get("id") or ""): b for b in blocks if b.get("type") == "tool_use"}
 
 
