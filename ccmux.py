@@ -858,9 +858,9 @@ class Made(dict[Any, Any]):
 
 
 class MadeOfTurn(Made):
-    """The same of a turn: `results_in`, `called_in` and one translation. Of several, each takes more memory than it."""
+    """The same of a turn: one translation. Of several, each takes more memory than it."""
 
-    MOST = 3
+    MOST = 1
 
 
 class Kept(dict[str, Any]):
@@ -3497,25 +3497,39 @@ class Upstream:
     def files(self) -> bool:
         return self.quirks.files and "files" not in self.skip
 
+    def tool_choice(self, kind: str) -> str:
+        """A type of tool_choice; auto in place of one that forces a call, where the model refuses that."""
+        takes_it = kind not in ("any", "tool") or (self.quirks.forced_tool and self.facts.forced_tool)
+        return kind if takes_it else "auto"
+
+    @property
+    def caches(self) -> bool:
+        """Whether this model takes cache_control."""
+        names = self.quirks.cache_control
+        return bool(names and re.search(names, self.model))
+
 
 def openai_request(body: Json, to: Upstream) -> Json:
     """A Messages request as a Chat Completions request; ApiError 400 for what cannot be served."""
     quirks = to.quirks
     tools = each(client_tools(body), OPENAI_TOOLS[quirks.schema])
-    out: Json = {"model": to.model, "messages": openai_messages(body, to), "stream": True}
+    system = openai_content([openai_part(b, to) for b in system_blocks(body)])
+    before = [{"role": "system", "content": system}] if system else []
+    out: Json = {"model": to.model, "messages": translated(body, openai_turn, to, before), "stream": True}
     if quirks.stream_options:
         out["stream_options"] = {"include_usage": True}
     if tools:
         out["tools"] = tools
         out.update(openai_tool_choice(body, to))
     out.update(openai_limits(body, to))
-    out.update(sampling(body, to, ("temperature", "top_p", *(("top_k",) if quirks.top_k else ()))))
+    out.update(
+        sampling(body, to, ("temperature", "top_p", "top_k") if quirks.top_k else ("temperature", "top_p"))
+    )
     if effort := wanted_effort(body, efforts_of(to)):
         out["reasoning_effort"] = effort
     if schema := json_schema_of(body):
-        named = {"name": "answer", "schema": schema["schema"]}
-        strict = {"strict": schema["strict"]} if "strict" in schema else {}
-        out["response_format"] = {"type": "json_schema", "json_schema": {**named, **strict}}
+        named = {"name": "answer"} | {k: schema[k] for k in ("schema", "strict") if k in schema}
+        out["response_format"] = {"type": "json_schema", "json_schema": named}
     if quirks.prompt_cache_key and to.session:
         out["prompt_cache_key"] = to.session[:64]
     out.update(web_search_keys(body, to))
@@ -3537,14 +3551,18 @@ class Turn:
     role: str
     blocks: list[Json]
     made: Made | None = field(default=None, compare=False)  # where it is one message, and that is kept
+    calls: dict[str, Json] = field(default_factory=dict)  # of an answer, for the next turn to answer
 
     @property
     def is_silent(self) -> bool:
         """Whether it is an answer of nothing but thoughts, of which no format leaves anything."""
         return self.role == "assistant" and not any(
-            b.get("type") == "tool_use" or says_something(b) for b in self.blocks
+            b.get("type") == "tool_use" or words_of(b) for b in self.blocks
         )
 
+
+# Stands before the first turn, and behind the last, where it answers the calls that nobody has answered.
+NOTHING = Turn("user", [])
 
 MIDWAY_SYSTEM = "ccmux_system"  # the type of a block that was a system message in mid-conversation
 
@@ -3563,8 +3581,53 @@ def joined_turns(given: Iterable[Turn]) -> list[Turn]:
     turns = []
     for role, neighbours in itertools.groupby(given, lambda turn: turn.role):
         alike = list(neighbours)
-        turns.append(alike[0] if len(alike) == 1 else Turn(role, [b for t in alike for b in t.blocks]))
+        turns.append(alike[0] if len(alike) == 1 else new_turn(role, [b for t in alike for b in t.blocks]))
     return turns
+
+
+# What writes a turn in a dialect's form; with the calls by id that the turn is to answer.
+WriteTurn = Callable[[Turn, dict[str, Json], Upstream], list[Json]]
+
+
+def translated(body: Json, write: WriteTurn, to: Upstream, before: Sequence[Json] = ()) -> Elements:
+    """A request's messages in a dialect's form, behind those of it that come `before`; what is kept is written once."""
+    given = messages_of(body)
+    run, behind = (given.run, given.apart[1]) if type(given) is Elements else (Run(()), given)
+    key = (write, to.quirks.token, to.model, to.skip)
+    known = run.made.once(key, functools.partial(WrittenRun, run, write, to))
+    rest = written([known.before, *turns_of(behind, known.last), NOTHING], write, to)
+    return Elements([*before, *known.messages.values, *rest], known.messages, len(before))
+
+
+class WrittenRun:
+    """A run of messages as written, but for its last turn, which may go on behind it, and the one before where that turn
+    may come to nothing.
+    """
+
+    def __init__(self, run: Run, write: WriteTurn, to: Upstream) -> None:
+        turns = [NOTHING, *turns_of(run.values)]
+        end = max(1, len(turns) - (2 if turns[-1].is_silent else 1))
+        self.messages = Run(written(turns[:end], write, to))
+        self.before, self.last = turns[end - 1], turns[end:]
+
+
+def written(turns: list[Turn], write: WriteTurn, to: Upstream) -> list[Json]:
+    """The turns behind the first in a dialect's form; each answers the calls of the one before it."""
+    messages: list[Json] = []
+    place = (write, to.quirks.token, to.model, to.skip)
+    for before, turn in itertools.pairwise(turns):
+        calls = before.calls
+        # What is kept with a turn is no larger than it: results for calls that it leaves open are made anew.
+        if turn.made is None or len(calls) > len(turn.blocks):
+            messages += write(turn, calls, to)
+        else:
+            key = (*place, *calls, *[str(call.get("name")) for call in calls.values()]) if calls else place
+            messages += turn.made.once(key, functools.partial(write_kept, turn, calls, write, to))
+    return messages
+
+
+def write_kept(turn: Turn, calls: dict[str, Json], write: WriteTurn, to: Upstream) -> list[Json]:
+    return [Kept(message) for message in write(turn, calls, to)]
 
 
 def turn_of(message: Json) -> Turn:
@@ -3572,7 +3635,11 @@ def turn_of(message: Json) -> Turn:
     if message.get("role") == "system":
         blocks = [{"type": MIDWAY_SYSTEM, "text": text_of(blocks) or "\n".join(map(block_text, blocks))}]
     made = MadeOfTurn() if type(message) is Kept else None
-    return Turn("assistant" if message.get("role") == "assistant" else "user", blocks, made)
+    return new_turn("assistant" if message.get("role") == "assistant" else "user", blocks, made)
+
+
+def new_turn(role: str, blocks: list[Json], made: Made | None = None) -> Turn:
+    return Turn(role, blocks, made, calls_of(blocks) if role == "assistant" else {})
 
 
 def reminder(text: str) -> str:
@@ -3586,7 +3653,7 @@ def system_blocks(body: Json) -> list[Json]:
 
 
 def calls_of(blocks: list[Json]) -> dict[str, Json]:
-    """The tool calls of an assistant turn by id, in order; of a repeated id the last one."""
+    """The tool calls by id, in order; of a repeated id the last one."""
     return {str(b.get("id") or ""): b for b in blocks if b.get("type") == "tool_use"}
 
 
@@ -3608,8 +3675,13 @@ NO_RESULT = "No result was recorded for this call."
 
 def tool_arguments(block: Json) -> str:
     """A tool call's input as JSON text; null or a value that is no object becomes {}."""
-    given = block.get("input")
-    return readable(given if isinstance(given, dict) else {})
+    return readable(as_object(block.get("input")))
+
+
+def id_and_name(call: Json, to: Upstream) -> tuple[str, str]:
+    """A tool call's id and its tool's name as the upstream gets them."""
+    id = upstream_tool_id(str(call.get("id") or ""), to.quirks.tool_id)
+    return id, upstream_name(str(call.get("name") or ""))
 
 
 def result_parts(block: Json | None) -> tuple[str, list[Json]]:
@@ -3629,11 +3701,13 @@ def result_parts(block: Json | None) -> tuple[str, list[Json]]:
 
 def block_text(block: Json) -> str:
     """Any block as text, for dialects that have no form of it: never an error, never silence."""
-    kind = block.get("type")
+    kind, text = block.get("type"), block.get("text")
     if kind == MIDWAY_SYSTEM:
-        return reminder(str(block.get("text") or ""))
-    if isinstance(block.get("text"), str):
-        return str(block["text"])
+        return reminder(str(text or ""))
+    if kind == "text" or isinstance(text, str):
+        return str(text or "")
+    if kind == "image":
+        return "[an image was left out: this model does not take images]"
     if kind == "search_result":
         return f"{block.get('title') or ''}\n{block.get('source') or ''}\n{text_of(block.get('content'))}".strip()
     if kind == "document":
@@ -3646,6 +3720,27 @@ def block_text(block: Json) -> str:
         found = [r for r in blocks_of(block.get("content")) if r.get("url")]
         return "\n".join(f"[{r.get('title') or ''}]({r['url']})" for r in found)
     return readable(block)
+
+
+def words_of(block: Json) -> str:
+    """What an assistant's block says; calls and thoughts are written in their own places."""
+    is_apart = block.get("type") in ("tool_use", "thinking", "redacted_thinking", "server_tool_use")
+    return "" if is_apart else block_text(block)
+
+
+def parts_of(blocks: Iterable[Json], part: Callable[[Json, Upstream], Json], to: Upstream) -> list[Json]:
+    """A user's blocks as content parts, each made by `part`; results and what no user says are left out."""
+    apart = ("tool_result", "tool_use", "thinking", "redacted_thinking")
+    parts = [part(block, to) for block in blocks if block.get("type") not in apart]
+    return [p for p in parts if p.get("text") != ""]
+
+
+def roles_of(blocks: list[Json], system: str, to: Upstream) -> list[tuple[str, list[Json]]]:
+    """A user's blocks by role: `system` is that of system messages in mid-conversation, where the upstream takes them."""
+    if not to.quirks.midway_system:
+        return [("user", blocks)]
+    groups = itertools.groupby(blocks, lambda block: system if block.get("type") == MIDWAY_SYSTEM else "user")
+    return [(role, [{**b, "type": "text"} if role == system else b for b in group]) for role, group in groups]
 
 
 def document_text(block: Json) -> str:
@@ -3678,6 +3773,8 @@ def file_text(source: Json) -> str:
 
 def media_url(block: Json) -> str:
     """An image's or document's URL, or a data: URL of its base64; "" where there is neither."""
+    if "source" not in block:
+        return ""
     source = as_object(block.get("source"))
     if source.get("type") == "base64" and source.get("data"):
         default = "image/png" if block.get("type") == "image" else "application/pdf"
@@ -3685,180 +3782,104 @@ def media_url(block: Json) -> str:
     return str(source.get("url") or "")
 
 
-def openai_messages(body: Json, to: Upstream) -> list[Json]:
-    keep_cache = bool(to.quirks.cache_control and re.search(to.quirks.cache_control, to.model))
-    write = OpenAIMessages(to, keep_cache)
-    if blocks := system_blocks(body):
-        write.say("system", [write.text_part(b) for b in blocks])
-    given, before = messages_of(body), write.messages
-    run, behind = (given.run, given.apart[1]) if type(given) is Elements else (Run(()), given)
-    make = functools.partial(OpenAIRun, run, to, keep_cache)
-    known = run.made.once((OpenAIRun, to.quirks.token, to.model, to.skip), make)
-    rest, calls = openai_turns(turns_of(behind, known.last), known.calls, to, keep_cache)
-    rest += openai_turn(Turn("user", []), calls, to, keep_cache)
-    return Elements([*before, *known.messages.values, *rest], known.messages, len(before))
+def openai_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
+    """Tool results in the order of their calls, then what moved out of them, then the rest of the turn.
 
-
-class OpenAIRun:
-    """A run of messages as Chat Completions messages, but for its last turn, which may go on behind it, and the one
-    before where that turn may come to nothing.
+    A call that was never answered gets a neutral result; upstreams refuse one without.
     """
-
-    def __init__(self, run: Run, to: Upstream, keep_cache: bool) -> None:
-        turns = turns_of(run.values)
-        end = len(turns) - (2 if turns and turns[-1].is_silent else 1)
-        messages, self.calls = openai_turns(turns[:end], (), to, keep_cache)
-        self.messages, self.last = Run(messages), turns[end:]
-
-
-def openai_turns(
-    turns: list[Turn], calls: tuple[str, ...], to: Upstream, keep_cache: bool
-) -> tuple[list[Json], tuple[str, ...]]:
-    """Turns as messages; `calls` are the ids of those that the first of them answers, then of those left open."""
-    messages: list[Json] = []
-    for turn in turns:
-        # What is kept with a turn is no larger than it: results for calls that it leaves open are made anew.
-        if turn.made is None or len(calls) > turn.made.once(results_in, functools.partial(results_in, turn)):
-            messages += openai_turn(turn, calls, to, keep_cache)
-            calls = called_in(turn)
-        else:
-            key = (to.quirks.token, to.model, to.skip, *calls)
-            messages += turn.made.once(key, functools.partial(kept_turn, turn, calls, to, keep_cache))
-            calls = turn.made.once(called_in, functools.partial(called_in, turn))
-    return messages, calls
+    if turn.role == "assistant":
+        return openai_assistant(turn.blocks, to)
+    results, messages, moved = results_of(turn.blocks), [], []
+    for client_id in calls:
+        result = results.get(client_id)
+        text, media = result_parts(result)
+        moved += media
+        id = upstream_tool_id(client_id, to.quirks.tool_id)
+        content = openai_content([openai_text(text, result or {}, to)])
+        messages.append({"role": "tool", "tool_call_id": id, "content": content})
+    for role, group in roles_of([*moved, *turn.blocks], "system", to):
+        if content := openai_content(parts_of(group, openai_part, to)):
+            openai_say(messages, role, content, to)
+    return messages
 
 
-def openai_turn(turn: Turn, calls: tuple[str, ...], to: Upstream, keep_cache: bool) -> list[Json]:
-    """A turn as messages; `calls` are the ids of those in the turn before, which this one is to answer."""
-    write = OpenAIMessages(to, keep_cache)
-    if turn.role == "user":
-        write.user(turn.blocks, calls)
-    else:
-        write.assistant(turn.blocks)
-    return write.messages
-
-
-def kept_turn(turn: Turn, calls: tuple[str, ...], to: Upstream, keep_cache: bool) -> list[Json]:
-    return [Kept(message) for message in openai_turn(turn, calls, to, keep_cache)]
-
-
-def results_in(turn: Turn) -> int:
-    return len(results_of(turn.blocks))
-
-
-def called_in(turn: Turn) -> tuple[str, ...]:
-    return tuple(calls_of(turn.blocks)) if turn.role == "assistant" else ()
-
-
-class OpenAIMessages:
-    """Writes turns as Chat Completions messages."""
-
-    def __init__(self, to: Upstream, keep_cache: bool) -> None:
-        self.to, self.keep_cache = to, keep_cache
-        self.messages: list[Json] = []
-
-    def say(self, role: str, parts: list[Json]) -> None:
-        """A message of parts; a plain string where they are only text."""
-        if not parts:
+def openai_say(messages: list[Json], role: str, content: str | list[Json], to: Upstream) -> None:
+    """Appends a message. Where none of the user's may follow a result, its text joins that, or a word stands between."""
+    before = messages[-1] if messages else {}
+    if role == "user" and before.get("role") == "tool" and not to.user_after_tool:
+        if isinstance(content, str) and isinstance(before["content"], str):
+            # An answer made up in each round would be one for the model to copy.
+            before["content"] = "\n\n".join(filter(None, (before["content"], content)))
             return
-        content: Any = parts
-        if all(p.keys() == {"type", "text"} for p in parts):
-            content = "\n\n".join(p["text"] for p in parts)
-        before = self.messages[-1] if self.messages else {}
-        if role == "user" and before.get("role") == "tool" and not self.to.user_after_tool:
-            if isinstance(content, str) and isinstance(before["content"], str):
-                # An answer made up in each round would be one for the model to copy.
-                before["content"] = "\n\n".join(filter(None, (before["content"], content)))
-                return
-            self.messages.append({"role": "assistant", "content": "I have the results."})
-        self.messages.append({"role": role, "content": content})
+        messages.append({"role": "assistant", "content": "I have the results."})
+    messages.append({"role": role, "content": content})
 
-    def text_part(self, block: Json) -> Json:
-        part = {"type": "text", "text": block_text(block)}
-        if self.keep_cache and isinstance(block.get("cache_control"), dict):
-            part["cache_control"] = block["cache_control"]
-        return part
 
-    def assistant(self, blocks: list[Json]) -> None:
-        calls = calls_of(blocks)
-        text = "\n\n".join(block_text(b) for b in blocks if says_something(b))
-        message: Json = {"role": "assistant", "content": text or None, **self.thoughts(blocks, bool(calls))}
-        if calls:
-            extras = {k: v for p in self.payloads(blocks) for k, v in as_object(p.get("extra")).items()}
-            if self.to.quirks.reasoning_key == "extra_content" and wants_signatures(self.to.model):
-                extras.setdefault(next(iter(calls)), {"google": {"thought_signature": NO_SIGNATURE}})
-            message["tool_calls"] = [self.call(block, extras.get(id)) for id, block in calls.items()]
-        if text or calls:
-            self.messages.append(message)
+def openai_content(parts: list[Json]) -> str | list[Json]:
+    """Content parts, or a plain string where they are only text."""
+    if all(p.keys() == {"type", "text"} for p in parts):
+        return "\n\n".join(p["text"] for p in parts)
+    return parts
 
-    def call(self, block: Json, extra: Any) -> Json:
-        function = {"name": upstream_name(str(block.get("name") or "")), "arguments": tool_arguments(block)}
-        call = {"id": self.id(block.get("id")), "type": "function", "function": function}
-        return {**call, "extra_content": extra} if extra else call
 
-    def payloads(self, blocks: list[Json]) -> list[Json]:
-        """What this very model's answers left in the signatures of thinking blocks."""
-        return [p for b in blocks if (p := signed_payload(b)) and p.get("model") == self.to.model]
+def openai_part(block: Json, to: Upstream) -> Json:
+    """A block as a content part."""
+    kind, url = block.get("type"), media_url(block)
+    if kind == "image" and url and to.vision:
+        return {"type": "image_url", "image_url": {"url": url}}
+    if kind == "document" and to.files and url.startswith("data:application/pdf"):
+        name = str(block.get("title") or "document.pdf")
+        return {"type": "file", "file": {"filename": name, "file_data": url}}
+    return openai_text(block_text(block), block, to)
 
-    def id(self, client_id: Any) -> str:
-        return upstream_tool_id(str(client_id or ""), self.to.quirks.tool_id)
 
-    def thoughts(self, blocks: list[Json], has_calls: bool) -> Json:
-        """Earlier thinking, where this upstream wants it back."""
-        quirks = self.to.quirks
-        if quirks.reasoning_key == "reasoning_details":
-            details = [d for p in self.payloads(blocks) for d in p.get("details") or []]
-            return {"reasoning_details": details} if details else {}
-        if quirks.reasoning_replay == "none" or (quirks.reasoning_replay == "tool_turns" and not has_calls):
-            return {}
-        thinking = "\n\n".join(str(b.get("thinking") or "") for b in blocks if b.get("type") == "thinking")
-        # DeepSeek and Kimi refuse a tool round whose assistant message lacks the key (seen November 2026), and Kimi one
-        # where it is empty (github.com/earendil-works/pi/pull/4178).
-        empty = " " if quirks.reasoning_replay == "tool_turns" else ""
-        return {quirks.reasoning_key: thinking or empty} if thinking or empty else {}
+def openai_text(text: str, block: Json, to: Upstream) -> Json:
+    """A text as a content part, marked for the cache as its block is, where the upstream knows such marks."""
+    part: Json = {"type": "text", "text": text}
+    if isinstance(block.get("cache_control"), dict) and to.caches:
+        part["cache_control"] = block["cache_control"]
+    return part
 
-    def user(self, blocks: list[Json], calls: Iterable[str]) -> None:
-        """Tool results in the order of their calls, then what moved out of them, then the rest of the turn.
 
-        A call that was never answered gets a neutral result; upstreams refuse one without.
-        """
-        results = results_of(blocks)
-        moved: list[Json] = []
-        for client_id in calls:
-            result = results.get(client_id)
-            text, media = result_parts(result)
-            content: Any = text
-            if result and self.keep_cache and isinstance(result.get("cache_control"), dict):
-                content = [{"type": "text", "text": text, "cache_control": result["cache_control"]}]
-            self.messages.append({"role": "tool", "tool_call_id": self.id(client_id), "content": content})
-            moved.extend(part for block in media for part in self.parts(block))
-        parts = moved
-        for block in blocks:
-            if block.get("type") == "tool_result":
-                continue
-            if block.get("type") == MIDWAY_SYSTEM and self.to.quirks.midway_system:
-                self.say("user", parts)
-                parts = []
-                self.say("system", [{"type": "text", "text": str(block.get("text") or "")}])
-            else:
-                parts.extend(self.parts(block))
-        self.say("user", parts)
+def openai_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
+    calls = calls_of(blocks)
+    text = "\n\n".join(filter(None, map(words_of, blocks)))
+    if not text and not calls:
+        return []
+    message: Json = {"role": "assistant", "content": text or None, **openai_thoughts(blocks, bool(calls), to)}
+    if calls:
+        extras = {k: v for p in own_payloads(blocks, to) for k, v in as_object(p.get("extra")).items()}
+        if to.quirks.reasoning_key == "extra_content" and wants_signatures(to.model):
+            extras.setdefault(next(iter(calls)), {"google": {"thought_signature": NO_SIGNATURE}})
+        message["tool_calls"] = [openai_call(block, extras.get(id), to) for id, block in calls.items()]
+    return [message]
 
-    def parts(self, block: Json) -> list[Json]:
-        """A user block as content parts."""
-        kind, url = block.get("type"), media_url(block)
-        if kind == "image":
-            if not url:
-                return []
-            if not self.to.vision:
-                return [{"type": "text", "text": "[an image was left out: this model does not take images]"}]
-            return [{"type": "image_url", "image_url": {"url": url}}]
-        if kind == "document" and self.to.files and url.startswith("data:application/pdf"):
-            name = str(block.get("title") or "document.pdf")
-            return [{"type": "file", "file": {"filename": name, "file_data": url}}]
-        if kind in ("thinking", "redacted_thinking", "tool_use") or not block_text(block):
-            return []
-        return [self.text_part(block)]
+
+def openai_call(block: Json, extra: Any, to: Upstream) -> Json:
+    id, name = id_and_name(block, to)
+    call = {"id": id, "type": "function", "function": {"name": name, "arguments": tool_arguments(block)}}
+    return {**call, "extra_content": extra} if extra else call
+
+
+def openai_thoughts(blocks: list[Json], has_calls: bool, to: Upstream) -> Json:
+    """Earlier thinking, where this upstream wants it back."""
+    quirks = to.quirks
+    if quirks.reasoning_key == "reasoning_details":
+        details = [d for p in own_payloads(blocks, to) for d in p.get("details") or []]
+        return {"reasoning_details": details} if details else {}
+    if quirks.reasoning_replay == "none" or (quirks.reasoning_replay == "tool_turns" and not has_calls):
+        return {}
+    thinking = "\n\n".join(str(b.get("thinking") or "") for b in blocks if b.get("type") == "thinking")
+    # DeepSeek and Kimi refuse a tool round whose assistant message lacks the key (seen November 2026), and Kimi one
+    # where it is empty (github.com/earendil-works/pi/pull/4178).
+    if not thinking and quirks.reasoning_replay == "tool_turns":
+        thinking = " "
+    return {quirks.reasoning_key: thinking} if thinking else {}
+
+
+def own_payloads(blocks: list[Json], to: Upstream) -> list[Json]:
+    """What this very model's answers left in the signatures of thinking blocks."""
+    return [p for b in blocks if (p := signed_payload(b)) and p.get("model") == to.model]
 
 
 # https://ai.google.dev/gemini-api/docs/thinking: 2.5 takes a budget, later ones a level, none takes both.
@@ -3873,13 +3894,6 @@ NO_SIGNATURE = "skip_thought_signature_validator"
 def wants_signatures(model: str) -> bool:
     """Whether a Gemini model refuses a turn whose first call lacks the thought signature it was made with."""
     return not _NEVER_THINKS.search(model) and not _THINKS_BY_BUDGET.search(model)
-
-
-def says_something(block: Json) -> bool:
-    """Whether an assistant block has words to show; calls and thoughts are written in their own places."""
-    if block.get("type") in ("tool_use", "thinking", "redacted_thinking", "server_tool_use"):
-        return False
-    return block.get("type") != "text" or bool(block.get("text"))
 
 
 # Names and ids. Upstreams take 64 characters of [A-Za-z0-9_-]; both are mapped without a memory of what was
@@ -3898,8 +3912,11 @@ def upstream_name(name: str) -> str:
 def plain_name(name: str) -> str:
     if _PLAIN_NAME.fullmatch(name):
         return name
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:55]}_{digest}"
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:55]}_{digest_of(name)[:8]}"
+
+
+def digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def tool_names(body: Json) -> dict[str, str]:
@@ -3911,26 +3928,13 @@ def client_tool_id(upstream_id: str) -> str:
     """An upstream's call id as one that Anthropic clients take; `upstream_tool_id` turns it back."""
     if _PLAIN_NAME.fullmatch(upstream_id):
         return upstream_id
-    data = upstream_id.encode("utf-8", "surrogatepass")
-    packed = base64.urlsafe_b64encode(data).decode().rstrip("=")
-    return f"ccx_{packed}" if len(packed) <= 60 else f"cch_{hashlib.sha256(data).hexdigest()[:48]}"
-
-
-def new_tool_id(upstream_id: str, out: AnthropicStream) -> str:
-    """A call's id that is new to the conversation, as some servers number the calls of each answer from 0: Claude Code
-    would lose the results of all but the first, and the model ask for ever (seen with 2.1.330).
-    """
-    id = client_tool_id(upstream_id)
-    if id in out.tool_ids:
-        id = client_tool_id(f"{upstream_id}\0{made_up_id('', out, out.index)[:8]}")
-    out.tool_ids.add(id)
-    return id
+    packed = base64.urlsafe_b64encode(upstream_id.encode("utf-8", "surrogatepass")).decode().rstrip("=")
+    return f"ccx_{packed}" if len(packed) <= 60 else f"cch_{digest_of(upstream_id)[:48]}"
 
 
 def made_up_id(prefix: str, out: AnthropicStream, place: Any) -> str:
     """An id for what came without one: the same for the same place in the same answer."""
-    digest = hashlib.sha256(f"{out.message_id} {place}".encode("utf-8", "surrogatepass")).hexdigest()
-    return prefix + digest[:24]
+    return prefix + digest_of(f"{out.message_id} {place}")[:24]
 
 
 def tool_ids(body: Json) -> set[str]:
@@ -3940,20 +3944,17 @@ def tool_ids(body: Json) -> set[str]:
 
 
 def upstream_tool_id(client_id: str, pattern: str = "") -> str:
-    """The id an upstream gets: its own where the client's was made from it, one of the pattern it insists on."""
+    """The id an upstream gets: its own where the client's was made from it, nine characters where it insists on a form."""
     if pattern and not re.fullmatch(pattern, client_id):
-        digest = hashlib.sha256(client_id.encode("utf-8", "surrogatepass")).digest()
-        return base64.b32encode(digest).decode().lower()[:9]
+        return digest_of(client_id)[:9]
     if client_id.startswith("ccx_"):
+        packed = client_id[4:]
         try:
-            packed = client_id[4:]
             data = base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4))
             return data.decode("utf-8", "surrogatepass").partition("\0")[0]
         except ValueError:
             return client_id
-    if _PLAIN_NAME.fullmatch(client_id):
-        return client_id
-    return f"cch_{hashlib.sha256(client_id.encode('utf-8', 'surrogatepass')).hexdigest()[:48]}"
+    return client_id if _PLAIN_NAME.fullmatch(client_id) else f"cch_{digest_of(client_id)[:48]}"
 
 
 def client_tools(body: Json) -> list[Json]:
@@ -4000,11 +4001,6 @@ def with_tool_changes(body: Json) -> Json:
     return {**body, "tools": [tool for name, tool in tools.items() if name not in gone]}
 
 
-def is_left_out(tool: Json) -> bool:
-    """Whether it is a server tool that no translation has a form of."""
-    return not is_client_tool(tool) and not is_web_search(tool)
-
-
 def is_client_tool(tool: Json) -> bool:
     return bool(tool.get("name")) and tool.get("type") in (None, "", "custom")
 
@@ -4026,14 +4022,7 @@ def tool_schema(tool: Json, cleaning: str) -> Json:
     schema = as_object(tool.get("input_schema"))
     if cleaning == "gemini":
         schema = gemini_schema({**schema, "type": "object"})
-    if schema.get("type") != "object" or not isinstance(schema.get("properties"), dict):
-        properties = schema.get("properties")
-        schema = {
-            **schema,
-            "type": "object",
-            "properties": properties if isinstance(properties, dict) else {},
-        }
-    return schema
+    return {**schema, "type": "object", "properties": as_object(schema.get("properties"))}
 
 
 GEMINI_SCHEMA_KEYS = {
@@ -4041,8 +4030,6 @@ GEMINI_SCHEMA_KEYS = {
     "pattern",
 }  # fmt: skip
 GEMINI_FORMATS = {"enum", "date-time", "int32", "int64", "float", "double"}
-
-
 MAX_SCHEMA_PARTS = 10_000
 
 
@@ -4151,15 +4138,12 @@ def gemini_type(kind: Any) -> Json:
 
 def openai_tool_choice(body: Json, to: Upstream) -> Json:
     choice = as_object(body.get("tool_choice"))
-    kind = choice.get("type")
-    out: Json = {}
-    if kind in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
-        out["tool_choice"] = "auto"
-    elif kind == "tool":
-        name = upstream_name(str(choice.get("name") or ""))
-        out["tool_choice"] = {"type": "function", "function": {"name": name}}
-    elif kind in ("auto", "any", "none"):
-        out["tool_choice"] = {"auto": "auto", "any": "required", "none": "none"}[kind]
+    name = upstream_name(str(choice.get("name") or ""))
+    forms = {
+        "auto": "auto", "any": "required", "none": "none", "tool": {"type": "function", "function": {"name": name}},
+    }  # fmt: skip
+    kind = to.tool_choice(str(choice.get("type")))
+    out: Json = {"tool_choice": forms[kind]} if kind in forms else {}
     if choice.get("disable_parallel_tool_use"):
         out["parallel_tool_calls"] = False
     return out
@@ -4186,18 +4170,12 @@ def openai_limits(body: Json, to: Upstream) -> Json:
 def output_limit(body: Json, facts: Facts) -> int:
     """max_tokens, no more than the model can make; 0 where the client set none."""
     limit = body.get("max_tokens")
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        return 0
-    return min(limit, facts.max_output) if facts.max_output else limit
+    return max(min(limit, facts.max_output or limit), 0) if type(limit) is int else 0
 
 
-def sampling(body: Json, to: Upstream, keys: tuple[str, ...]) -> Json:
+def sampling(body: Json, to: Upstream, keys: Iterable[str]) -> Json:
     """Sampling parameters, for models that take them."""
-    if not to.facts.sampling:
-        return {}
-    return {
-        k: body[k] for k in keys if isinstance(body.get(k), (int, float)) and not isinstance(body[k], bool)
-    }
+    return {k: body[k] for k in keys if type(body.get(k)) in (int, float)} if to.facts.sampling else {}
 
 
 BUDGET_EFFORTS = ((1024, "minimal"), (4097, "low"), (12289, "medium"), (24577, "high"))
@@ -4212,7 +4190,7 @@ def wanted_effort(body: Json, allowed: tuple[str, ...]) -> str:
     if not allowed or thinking.get("type") == "disabled":
         return ""
     budget = thinking.get("budget_tokens")
-    if not effort and thinking.get("type") == "enabled" and isinstance(budget, int):
+    if not effort and thinking.get("type") == "enabled" and type(budget) is int:
         effort = next((name for below, name in BUDGET_EFFORTS if budget < below), "xhigh")
     if effort not in EFFORTS:
         return ""
@@ -4220,9 +4198,21 @@ def wanted_effort(body: Json, allowed: tuple[str, ...]) -> str:
     return fitting[-1] if fitting else allowed[0]
 
 
+EFFORTS_UNKNOWN = (  # models (a regular expression): https://platform.claude.com/docs/en/build-with-claude/effort
+    (r"claude-(?:opus-|sonnet-)?4[-.]6", ("minimal", "xhigh")),
+    (r"claude-(?:opus-)?4[-.]5", ("minimal", "xhigh", "max")),
+)
+
+
+@functools.lru_cache(1024)
+def unknown_efforts(model: str) -> tuple[str, ...]:
+    return next((levels for models, levels in EFFORTS_UNKNOWN if re.search(models, model)), ())
+
+
 def efforts_of(to: Upstream, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The levels of effort that an upstream takes, but for those that a 400 has refused."""
-    return tuple(e for e in to.quirks.effort or usual if f"effort.{e}" not in to.skip)
+    """The levels of effort that an upstream takes, but for those that the model does not know or a 400 has refused."""
+    unknown = unknown_efforts(to.model)
+    return tuple(e for e in to.quirks.effort or usual if e not in unknown and f"effort.{e}" not in to.skip)
 
 
 def json_schema_of(body: Json) -> Json | None:
@@ -4243,7 +4233,9 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
     tool = web_search_of(body)
     if tool is None:
         return {}
-    options = {"web_search_options": web_search_options(tool)}
+    place = search_place(tool)
+    where = {"user_location": {"type": "approximate", "approximate": place}} if place else {}
+    options = {"web_search_options": where}
     # "responses": of the models that are made for it here (gpt-5-search-api).
     forms: Json = {"plugin": {"plugins": [{"id": "web"}]}, "options": options, "responses": options}
     keys = as_object(forms.get(to.quirks.web_search))
@@ -4256,12 +4248,10 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
     )
 
 
-def web_search_options(tool: Json) -> Json:
-    place = tool.get("user_location")
-    if not isinstance(place, dict):
-        return {}
-    known = {k: v for k, v in place.items() if k in ("city", "country", "region", "timezone") and v}
-    return {"user_location": {"type": "approximate", "approximate": known}}
+def search_place(tool: Json) -> Json:
+    """Where the user is, as far as a web search may know: city, country, region, timezone."""
+    place = as_object(tool.get("user_location"))
+    return {k: v for k, v in place.items() if k in ("city", "country", "region", "timezone") and v}
 
 
 def openai_usage(usage: Any) -> Usage | None:
@@ -4298,6 +4288,42 @@ OPENAI_STOP = {  # all others end the turn
 GAVE_UP = {"error", "insufficient_system_resource", "network_error", "abort", "function_call_filter"}
 
 
+def call_id(name: str, given: str, out: AnthropicStream, place: Any) -> str:
+    """The id of a call that begins in the answer; ApiError 502 where it has no name.
+
+    It is new to the conversation, as some servers number the calls of each answer from 0: Claude Code would lose the
+    results of all but the first, and the model ask for ever (seen with 2.1.330).
+    """
+    if not name:
+        raise broken_stream("the provider sent a tool call without a name")
+    upstream_id = given or made_up_id("toolu_", out, place)
+    id = client_tool_id(upstream_id)
+    if id in out.tool_ids:
+        id = client_tool_id(f"{upstream_id}\0{made_up_id('', out, out.index)[:8]}")
+    out.tool_ids.add(id)
+    return id
+
+
+def end_call(
+    out: AnthropicStream, name: str, pieces: list[str], sent: str = "", is_cut: bool = False
+) -> None:
+    """Writes what is left of a call's arguments; ApiError 502 where they are not one JSON object, but for those that the
+    answer's limit cut off.
+    """
+    text = whole_arguments(pieces)
+    if not text and is_cut:
+        text = "".join(pieces)  # Anthropic's own end like this; the client asks the model to go on
+        out.cut_off = True
+    if text is None or not text.startswith(sent):
+        raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
+    out.tool_input(text[len(sent) :])
+    out.close()
+
+
+def argument_text(given: Any) -> str:
+    return given if isinstance(given, str) else json.dumps(given)
+
+
 @dataclass(slots=True)
 class ToolCall:
     """A tool call as it arrives in pieces."""
@@ -4326,7 +4352,7 @@ class OpenAIStream:
         self.refused = False
         self.calls: dict[Any, ToolCall] = {}
         self.live: ToolCall | None = None
-        self.think = ThinkTags() if to.quirks.think_tags else None
+        self.think = ThinkTags(out.thinking, self.show) if to.quirks.think_tags else None
         self.details: list[Json] = []
         self.late: list[str] = []  # text that came beside an unfinished call
 
@@ -4343,27 +4369,18 @@ class OpenAIStream:
             self.finish()
             return
         chunk = parsed(data)
-        if chunk is None:
+        if not isinstance(chunk, dict):
             raise not_a_stream(data, "OpenAI stream")
-        choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        if not isinstance(choices, list) or chunk.get("error"):  # OpenRouter sends both
-            choices = self.other(name, chunk)
+        is_known = "choices" in chunk or "usage" in chunk
+        if chunk.get("error") or name == "error" or (not is_known and chunk.get("detail")):
+            raise error_of_event(chunk)
         if chunk.get("usage") or chunk.get("x_groq"):
             self.note_usage(chunk)
-        for choice in choices:
+        for choice in as_list(chunk.get("choices")):
             if isinstance(choice, dict) and not choice.get("index"):
                 if choice.get("usage"):  # Moonshot's
                     self.note_usage(choice)
                 self.choice(choice)
-
-    def other(self, name: str, chunk: Any) -> list[Json]:
-        """A chunk without choices: an error, or something that carries at most usage."""
-        is_error = isinstance(chunk, dict) and (
-            chunk.get("error") or (chunk.get("detail") and "usage" not in chunk)
-        )
-        if is_error or name == "error" or not isinstance(chunk, dict):
-            raise error_of_event(chunk if isinstance(chunk, (dict, list)) else {"error": str(chunk)})
-        return []
 
     def note_usage(self, chunk: Json) -> None:
         groq = as_object(chunk.get("x_groq"))
@@ -4406,7 +4423,7 @@ class OpenAIStream:
 
     def reasoning(self, delta: Json) -> None:
         details = delta.get("reasoning_details")
-        if self.live and not (details and self.end_if_whole(self.live)):
+        if self.live and (not details or self.in_call()):
             return  # the thought belongs to a block that has ended; the details must come back all the same
         text = delta.get("reasoning_content") or delta.get("reasoning")
         if isinstance(details, list) and details:
@@ -4421,7 +4438,7 @@ class OpenAIStream:
         if self.think is None:
             self.show(text)
         else:
-            self.show_parts(self.think.feed(text))
+            self.think.feed(text)
 
     def content_parts(self, content: Any) -> None:
         """Content as parts: texts, and Mistral's thinking, which is a list of texts itself."""
@@ -4432,23 +4449,19 @@ class OpenAIStream:
             elif part.get("type") == "text":
                 self.content(str(part.get("text") or ""))
 
-    def show_parts(self, parts: list[tuple[str, str]]) -> None:
-        for kind, part in parts:
-            self.out.thinking(part) if kind == "thinking" else self.show(part)
-
     def show(self, text: str) -> None:
         """Text; beside an unfinished call it waits, because blocks never interleave."""
-        if self.live and not self.end_if_whole(self.live):
+        if self.in_call():
             self.late.append(text)
             return
         self.details = []
         self.out.text(text)
 
-    def end_if_whole(self, call: ToolCall) -> bool:
-        whole = bool(call.pieces) and bool(whole_arguments(call.pieces))
-        if whole:
-            self.end_call(call)
-        return whole
+    def in_call(self) -> bool:
+        """Whether a call is open and lacks something; a whole one is ended here."""
+        if self.live and whole_arguments(self.live.pieces):
+            self.end_call(self.live)
+        return self.live is not None
 
     def tool_piece(self, piece: Json) -> None:
         function = as_object(piece.get("function"))
@@ -4456,12 +4469,9 @@ class OpenAIStream:
         call.id = call.id or str(piece.get("id") or "")
         call.name = call.name or str(function.get("name") or "")
         call.extra = call.extra or as_object(piece.get("extra_content"))
-        arguments = function.get("arguments")
-        if isinstance(arguments, (dict, list)):
-            call.guarded = True
-            arguments = json.dumps(arguments)
-        if isinstance(arguments, str) and arguments:
-            call.pieces.append(arguments)
+        if (arguments := function.get("arguments")) not in (None, ""):
+            call.guarded = call.guarded or not isinstance(arguments, str)
+            call.pieces.append(argument_text(arguments))
         self.stream_call(call)
 
     def call_of(self, piece: Json) -> ToolCall:
@@ -4488,26 +4498,14 @@ class OpenAIStream:
     def begin(self, call: ToolCall) -> None:
         self.details = []
         self.live = call
-        id = call.id or made_up_id("toolu_", self.out, f"{self.out.index} {len(self.calls)}")
-        id = new_tool_id(id, self.out)
+        id = call_id(call.name, call.id, self.out, f"{self.out.index} {len(self.calls)}")
         if call.extra:
             self.out.keep({"extra": {id: call.extra}, "model": self.to.model})
         self.out.tool(id, self.names.get(call.name, call.name))
 
     def end_call(self, call: ToolCall) -> None:
-        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object, but for those
-        that max_tokens cut off.
-        """
-        text, sent = whole_arguments(call.pieces), "".join(call.pieces[: call.sent])
-        if not (text and text.strip()) and self.stop_reason == "max_tokens":
-            text = "".join(call.pieces)  # Anthropic's own end like this; the client asks the model to go on
-            self.out.cut_off = True
-        if text is None or not text.startswith(sent):
-            raise broken_stream(
-                f"the provider sent arguments of tool {call.name!r} that are not a JSON object"
-            )
-        self.out.tool_input(text[len(sent) :])
-        self.out.close()
+        sent, is_cut = "".join(call.pieces[: call.sent]), self.stop_reason == "max_tokens"
+        end_call(self.out, call.name, call.pieces, sent, is_cut)
         self.calls = {k: c for k, c in self.calls.items() if c is not call}
         self.live = None
 
@@ -4518,12 +4516,10 @@ class OpenAIStream:
         if not self.finish_reason and not self.to.quirks.lax_finish:
             raise broken_stream()
         if self.think is not None:
-            self.show_parts(self.think.finish())
+            self.think.finish()
         if self.live:
             self.end_call(self.live)
         for call in [c for c in self.calls.values() if c.name or "".join(c.pieces).strip()]:
-            if not call.name:
-                raise broken_stream("the provider sent a tool call without a name")
             self.begin(call)
             self.end_call(call)
         if "".join(self.late).strip():
@@ -4560,8 +4556,7 @@ def begins_another(call: ToolCall, piece: Json) -> bool:
     function, id = as_object(piece.get("function")), str(piece.get("id") or "")
     if not function.get("name") or (id and call.id):
         return bool(function.get("name")) and id != call.id
-    arguments, known = function.get("arguments"), "".join(call.pieces)
-    said = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    said, known = argument_text(function.get("arguments")), "".join(call.pieces)
     is_own = said.lstrip()[:1] == "{" and said != known and known.strip() not in ("", "{}")
     return is_own and known.rstrip()[-1] == "}" and bool(whole_arguments([known]))
 
@@ -4587,7 +4582,7 @@ def whole_arguments(pieces: list[str]) -> str | None:
         if isinstance(value, str):  # encoded twice
             reading, value = value, parsed(value)
         if isinstance(value, dict):
-            return reading
+            return reading if reading.strip() else ""
         if value is None and reading.strip() == "null":
             return ""
     return None
@@ -4614,14 +4609,13 @@ def merge_details(known: list[Json], new: list[Json]) -> list[Json]:
 class ThinkTags:
     """Splits a leading <think>...</think>, cut anywhere, from the text that follows it."""
 
-    def __init__(self) -> None:
-        self.mode = "start"  # start: may still open with the tag; thinking; text
+    def __init__(self, thinking: Callable[[str], None], text: Callable[[str], None]) -> None:
+        self.thinking, self.text = thinking, text  # where each goes
+        self.mode = "start"  # start: may still open with the tag; thinking; after: the tag has closed; text
         self.rest = ""
 
-    def feed(self, text: str) -> list[tuple[str, str]]:
-        """(kind, text) pieces, kind "thinking" or "text"."""
+    def feed(self, text: str) -> None:
         self.rest += text
-        out: list[tuple[str, str]] = []
         if self.mode == "start":
             begin = self.rest.lstrip()
             if begin.startswith("<think>"):
@@ -4630,26 +4624,18 @@ class ThinkTags:
                 self.mode = "text"
         if self.mode == "thinking":
             thought, tag, after = self.rest.partition("</think>")
-            if tag:
-                out.append(("thinking", thought))
-                self.mode, self.rest = "text", after.lstrip("\n")
-            else:
-                cut = len(thought) - overlap(thought, "</think>")
-                out.append(("thinking", thought[:cut]))
-                self.rest = thought[cut:]
+            held = 0 if tag else next((n for n in range(7, 0, -1) if thought.endswith("</think>"[:n])), 0)
+            self.thinking(thought[: len(thought) - held])
+            self.mode, self.rest = ("after", after) if tag else ("thinking", thought[len(thought) - held :])
+        if self.mode == "after" and (rest := self.rest.lstrip("\n")):
+            self.mode, self.rest = "text", rest
         if self.mode == "text":
-            out.append(("text", self.rest))
+            self.text(self.rest)
             self.rest = ""
-        return [(kind, part) for kind, part in out if part]
 
-    def finish(self) -> list[tuple[str, str]]:
-        rest, self.rest = self.rest, ""
-        return [("thinking" if self.mode == "thinking" else "text", rest)] if rest else []
-
-
-def overlap(text: str, tag: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `tag`."""
-    return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
+    def finish(self) -> None:
+        if self.rest and self.mode != "after":
+            (self.thinking if self.mode == "thinking" else self.text)(self.rest)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4662,7 +4648,12 @@ def overlap(text: str, tag: str) -> int:
 
 def responses_request(body: Json, to: Upstream) -> Json:
     """A Messages request as a Responses request; ApiError 400 for what cannot be served."""
-    out: Json = {"model": to.model, "input": responses_input(body, to), "stream": True, "store": False}
+    out: Json = {
+        "model": to.model,
+        "input": translated(body, responses_turn, to),
+        "stream": True,
+        "store": False,
+    }
     if system := "\n\n".join(str(b["text"]) for b in system_blocks(body)):
         out["instructions"] = system
     if tools := responses_tools(body, to):
@@ -4712,17 +4703,15 @@ def refused_effort(message: str, param: str) -> str:
 
 
 def responses_tools(body: Json, to: Upstream) -> list[Json]:
-    tools: list[Json] = []
-    for tool in client_tools(body):
-        described = {"description": str(tool["description"])} if tool.get("description") else {}
-        schema = tool_schema(tool, to.quirks.schema)
-        # strict is true where it is left out, and then refuses most schemas.
-        name = upstream_name(str(tool["name"]))
-        tools.append({"type": "function", "name": name, **described, "parameters": schema, "strict": False})
+    # strict is true where it is left out, and then refuses most schemas.
+    tools: list[Json] = [
+        {"type": "function", **tool["function"], "strict": False}
+        for tool in each(client_tools(body), OPENAI_TOOLS[to.quirks.schema])
+    ]
     if search := web_search_of(body):
         domains = [d for d in as_list(search.get("allowed_domains")) if isinstance(d, str)]
         filters = {"filters": {"allowed_domains": domains}} if domains else {}
-        place = as_object(web_search_options(search).get("user_location")).get("approximate")
+        place = search_place(search)
         where = {"user_location": {"type": "approximate", **place}} if place else {}
         tools.append({"type": "web_search", **filters, **where})
     return tools
@@ -4738,31 +4727,15 @@ def responses_tool_choice(body: Json, to: Upstream) -> Json:
     return out
 
 
-def responses_input(body: Json, to: Upstream) -> list[Json]:
-    items: list[Json] = []
-    calls: dict[str, Json] = {}
-    for turn in turns_of(messages_of(body)):
-        results = results_of(turn.blocks) if turn.role == "user" else {}
-        items += [responses_result(id, results.get(id), to) for id in calls]
-        calls = {} if turn.role == "user" else calls_of(turn.blocks)
-        items += responses_user(turn.blocks, to) if turn.role == "user" else responses_turn(turn.blocks, to)
-    return items + [responses_result(id, None, to) for id in calls]
-
-
-def responses_user(blocks: list[Json], to: Upstream) -> list[Json]:
-    """A user turn without its tool results: one message, cut where a system message stands in it."""
-    items: list[Json] = []
-    for block in blocks:
-        if block.get("type") in ("tool_result", "tool_use", "thinking", "redacted_thinking"):
-            continue
-        is_system = block.get("type") == MIDWAY_SYSTEM and to.quirks.midway_system
-        role = "developer" if is_system else "user"
-        part = {"type": "input_text", "text": str(block["text"])} if is_system else responses_part(block, to)
-        if not items or items[-1]["role"] != role:
-            items.append({"type": "message", "role": role, "content": []})
-        if part.get("text") != "":
-            items[-1]["content"].append(part)
-    return [item for item in items if item["content"]]
+def responses_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
+    if turn.role == "assistant":
+        return responses_assistant(turn.blocks, to)
+    results = results_of(turn.blocks)
+    items = [responses_result(id, results.get(id), to) for id in calls]
+    for role, group in roles_of(turn.blocks, "developer", to):
+        if parts := parts_of(group, responses_part, to):
+            items.append({"type": "message", "role": role, "content": parts})
+    return items
 
 
 def responses_part(block: Json, to: Upstream) -> Json:
@@ -4770,8 +4743,6 @@ def responses_part(block: Json, to: Upstream) -> Json:
     kind, url = block.get("type"), media_url(block)
     if kind == "image" and url and to.vision:
         return {"type": "input_image", "image_url": url, "detail": "auto"}
-    if kind == "image":
-        return {"type": "input_text", "text": "[an image was left out]"}
     takes_file = kind == "document" and "files" not in to.skip
     if takes_file and url.startswith("data:application/pdf"):
         return {"type": "input_file", "filename": str(block.get("title") or "document.pdf"), "file_data": url}
@@ -4788,11 +4759,11 @@ def responses_result(client_id: str, block: Json | None, to: Upstream) -> Json:
         output: Any = result_parts(block)[0]
     else:
         failed = [{"type": "input_text", "text": "Error:"}] if block and block.get("is_error") else []
-        output = failed + [p for b in content if (p := responses_part(b, to)).get("text") != ""]
+        output = failed + parts_of(content, responses_part, to)
     return {"type": "function_call_output", "call_id": id, "output": output}
 
 
-def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
+def responses_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
     """An assistant turn: messages, calls, and the reasoning items that this very model made."""
     items: list[Json] = []
     phase = None
@@ -4804,20 +4775,16 @@ def responses_turn(blocks: list[Json], to: Upstream) -> list[Json]:
             if is_own and as_object(kept.get("item")).get("type") == "reasoning":
                 items.append(kept["item"])
         elif block.get("type") == "tool_use":
-            items.append(responses_call(block, to))
-        elif says_something(block) and (text := block_text(block)):
+            id, name = id_and_name(block, to)
+            call = {"type": "function_call", "call_id": id, "name": name, "arguments": tool_arguments(block)}
+            items.append(call)
+        elif text := words_of(block):
             message = {"type": "message", "role": "assistant", "content": text}
             items.append({**message, "phase": phase} if phase in ("commentary", "final_answer") else message)
     # "Item 'rs_...' of type 'reasoning' was provided without its required following item" is a 400.
     while items and items[-1]["type"] == "reasoning":
         items.pop()
     return items
-
-
-def responses_call(block: Json, to: Upstream) -> Json:
-    id = upstream_tool_id(str(block.get("id") or ""), to.quirks.tool_id)
-    name = upstream_name(str(block.get("name") or ""))
-    return {"type": "function_call", "call_id": id, "name": name, "arguments": tool_arguments(block)}
 
 
 def responses_usage(usage: Any) -> Usage | None:
@@ -4914,8 +4881,9 @@ class ResponsesStream:
 
     def begin(self, key: Any, item: Json) -> None:
         self.live, self.live_key = {**item, "arguments": ""}, key
-        id = new_tool_id(str(item.get("call_id") or made_up_id("call_", self.out, key)), self.out)
-        self.out.tool(id, self.names.get(str(item["name"]), str(item["name"])))
+        name = str(item.get("name") or "")
+        id = call_id(name, str(item.get("call_id") or ""), self.out, key)
+        self.out.tool(id, self.names.get(name, name))
 
     def item_done(self, key: Any, item: Json) -> None:
         """An item is whole; it waits for a call that is still open."""
@@ -4953,24 +4921,12 @@ class ResponsesStream:
             self.out.keep(self.kept(item=kept))
 
     def call_done(self, key: Any, item: Json) -> None:
-        """Sends what is left of a call's arguments; ApiError 502 where they are not one JSON object, but for those
-        that the output's limit cut off.
-        """
         if not self.live:
-            if not item.get("name"):
-                raise broken_stream("the provider sent a tool call without a name")
             self.begin(key, item)
         given = item.get("arguments") or (self.live or {}).get("arguments")
         sent = "".join(self.sent.get(key, ()))
-        text = json.dumps(given) if isinstance(given, dict) else whole_arguments([str(given or sent)])
-        if not text and item.get("status") == "incomplete":
-            text = str(given or sent)
-            self.out.cut_off = True
-        if text is None or not text.startswith(sent):
-            name = item.get("name")
-            raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
-        self.out.tool_input(text[len(sent) :])
-        self.out.close()
+        is_cut = item.get("status") == "incomplete"
+        end_call(self.out, str(item.get("name")), [argument_text(given or sent)], sent, is_cut)
         self.live = None
         waiting, self.waiting = self.waiting, []
         for place, other in waiting:
@@ -4999,13 +4955,14 @@ class ResponsesStream:
 
     def told_late(self, output: list[Json]) -> None:
         """Some servers tell items only in the last event, all or some, and may count them otherwise than before."""
-        if not self.done:
-            for key, item in enumerate(output):
-                self.item_done(key, item)
-            return
-        for key, item in enumerate([item for item in output if told_as(item) not in self.told]):
-            if item.get("type") in ("message", "function_call"):
-                self.item_done(("late", key), item)
+        told, is_all = {*self.told}, not self.done
+        for place, item in enumerate(output):
+            id = str(item.get("id"))
+            key = id if id in self.sent else place
+            if is_all and key in self.sent:
+                self.item_done(key, item)  # what is left of it
+            elif told_as(item) not in told and (is_all or item.get("type") in ("message", "function_call")):
+                self.item_done(("late", place), item)
 
     def finish(self) -> None:
         """The end of the bytes, which is an error unless the answer has ended."""
@@ -5049,7 +5006,7 @@ def gemini_request(body: Json, to: Upstream) -> Json:
     out: Json = {"contents": gemini_contents(body, to)}
     if blocks := system_blocks(body):
         out["systemInstruction"] = {"parts": [{"text": str(b["text"])} for b in blocks]}
-    if declarations := [gemini_function(tool) for tool in client_tools(body)]:
+    if declarations := each(client_tools(body), gemini_function):
         out["tools"] = [{"functionDeclarations": declarations}]
         out.update(gemini_tool_config(body, to))
     elif web_search_of(body):
@@ -5061,25 +5018,24 @@ def gemini_request(body: Json, to: Upstream) -> Json:
 
 
 def gemini_function(tool: Json) -> Json:
-    out: Json = {"name": upstream_name(str(tool["name"])), "description": str(tool.get("description") or "")}
-    schema = tool_schema(tool, "gemini")
-    return {**out, "parameters": schema} if schema["properties"] else out
+    function: Json = {"description": "", **openai_tool("gemini", tool)["function"]}
+    if not function["parameters"]["properties"]:
+        del function["parameters"]
+    return function
 
 
 def gemini_tool_config(body: Json, to: Upstream) -> Json:
     choice = as_object(body.get("tool_choice"))
-    kind = str(choice.get("type"))
+    kind = to.tool_choice(str(choice.get("type")))
     config: Json = {"mode": {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}.get(kind)}
-    if config["mode"] == "ANY" and not (to.quirks.forced_tool and to.facts.forced_tool):
-        config["mode"] = "AUTO"
-    elif kind == "tool":
+    if kind == "tool":
         config["allowedFunctionNames"] = [upstream_name(str(choice.get("name")))]
     return {"toolConfig": {"functionCallingConfig": config}} if config["mode"] else {}
 
 
 def gemini_config(body: Json, to: Upstream) -> Json:
     names = {"temperature": "temperature", "top_p": "topP", "top_k": "topK"}
-    out: Json = {names[k]: v for k, v in sampling(body, to, tuple(names)).items()}
+    out: Json = {names[k]: v for k, v in sampling(body, to, names).items()}
     if limit := output_limit(body, to.facts):
         out["maxOutputTokens"] = limit
     if texts := [s for s in as_list(body.get("stop_sequences")) if isinstance(s, str) and s]:
@@ -5107,7 +5063,7 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
     levels = EFFORTS if by_budget else ("low", "medium", "high", *above)
     effort, budget = wanted_effort(body, efforts_of(to, levels)), thinking.get("budget_tokens")
     out: Json = {"includeThoughts": True} if thinking.get("type") in ("enabled", "adaptive") else {}
-    if by_budget and isinstance(budget, int) and not isinstance(budget, bool):
+    if by_budget and type(budget) is int:
         out["thinkingBudget"] = min(max(budget, 512), GEMINI_BUDGETS["max"])
     elif effort:
         out.update({"thinkingBudget": GEMINI_BUDGETS[effort]} if by_budget else {"thinkingLevel": effort})
@@ -5115,43 +5071,33 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
 
 
 def gemini_contents(body: Json, to: Upstream) -> list[Json]:
-    contents: list[Json] = []
-
-    def say(role: str, parts: list[Json]) -> None:
-        if parts and contents and contents[-1]["role"] == role:
-            contents[-1]["parts"] += parts
-        elif parts:
-            contents.append({"role": role, "parts": parts})
-
-    calls: dict[str, Json] = {}
-    for turn in turns_of(messages_of(body)):
-        if turn.role == "user":
-            say("user", gemini_user(turn.blocks, calls, to))
-        else:
-            say("model", gemini_turn(turn.blocks, to))
-        calls = calls_of(turn.blocks) if turn.role == "assistant" else {}
-    say("user", gemini_user([], calls, to))
+    contents: list[Json] = translated(body, gemini_turn, to)
+    if any(
+        a["role"] == b["role"] for a, b in itertools.pairwise(contents)
+    ):  # around a turn that comes to nothing
+        groups = itertools.groupby(contents, lambda content: content["role"])
+        contents = [{"role": role, "parts": [p for c in group for p in c["parts"]]} for role, group in groups]
     # It refuses a request without contents, and one that begins with a function call.
     begins = bool(contents) and contents[0]["role"] == "user"
     return contents if begins else [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
 
 
-def gemini_user(blocks: list[Json], calls: dict[str, Json], to: Upstream) -> list[Json]:
+def gemini_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
     """Function responses in the order of their calls, what moved out of them, then the rest of the turn."""
-    results = results_of(blocks)
-    media = [m for id in calls for m in result_parts(results.get(id))[1]]
-    skip = ("tool_result", "tool_use", "thinking", "redacted_thinking")
-    rest = media + [b for b in blocks if b.get("type") not in skip]
-    answers = [gemini_result(call, results.get(id)) for id, call in calls.items()]
-    return answers + [p for block in rest if (p := gemini_part(block, to)).get("text") != ""]
+    if turn.role == "assistant":
+        parts, role = gemini_assistant(turn.blocks, to), "model"
+    else:
+        results = results_of(turn.blocks)
+        moved = [block for id in calls for block in result_parts(results.get(id))[1]]
+        answers = [gemini_result(call, results.get(id), to) for id, call in calls.items()]
+        parts, role = answers + parts_of([*moved, *turn.blocks], gemini_part, to), "user"
+    return [{"role": role, "parts": parts}] if parts else []
 
 
 def gemini_part(block: Json, to: Upstream) -> Json:
     """A user block as a part. Media are the only blocks it has a form of."""
     kind, source, url = block.get("type"), as_object(block.get("source")), media_url(block)
-    if kind == "image" and not (url and to.vision):
-        return {"text": "[an image was left out]"}
-    if kind not in ("image", "document") or not url:
+    if kind not in ("image", "document") or not url or (kind == "image" and not to.vision):
         return {"text": block_text(block)}
     mime = str(source.get("media_type") or ("image/png" if kind == "image" else "application/pdf"))
     if url.startswith("data:"):
@@ -5159,35 +5105,29 @@ def gemini_part(block: Json, to: Upstream) -> Json:
     return {"fileData": {"mimeType": mime, "fileUri": url}}
 
 
-def gemini_result(call: Json, block: Json | None) -> Json:
-    text = result_parts(block)[0]
+def gemini_result(call: Json, block: Json | None, to: Upstream) -> Json:
+    text, (id, name) = result_parts(block)[0], id_and_name(call, to)
     failed = bool(block and block.get("is_error"))
     response = {"error": text.removeprefix("Error: ")} if failed else {"output": text}
-    named = {key: value for key, value in gemini_call(call).items() if key != "args"}
-    return {"functionResponse": {**named, "response": response}}
+    return {"functionResponse": {"id": id, "name": name, "response": response}}
 
 
-def gemini_turn(blocks: list[Json], to: Upstream) -> list[Json]:
+def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
     """An assistant turn. Of parallel calls only the first has a signature, and must have one."""
-    kept = [p for b in blocks if (p := signed_payload(b)) and p.get("dialect") == "gemini"]
-    signatures = {str(p.get("call")): p.get("signature") for p in kept if p.get("model") == to.model}
+    kept = [p for p in own_payloads(blocks, to) if p.get("dialect") == "gemini"]
+    signatures = {str(p.get("call")): p.get("signature") for p in kept}
     first = next(iter(calls_of(blocks)), "") if wants_signatures(to.model) else None
     parts: list[Json] = []
     for block in without_repeated_calls(blocks):
-        id = str(block.get("id") or "")
         if block.get("type") == "tool_use":
-            signature = signatures.get(id) or (NO_SIGNATURE if id == first else "")
+            client_id, (id, name) = str(block.get("id") or ""), id_and_name(block, to)
+            signature = signatures.get(client_id) or (NO_SIGNATURE if client_id == first else "")
             signed = {"thoughtSignature": str(signature)} if signature else {}
-            parts.append({"functionCall": gemini_call(block), **signed})
-        elif says_something(block) and (text := block_text(block)):
+            call = {"id": id, "name": name, "args": as_object(block.get("input"))}
+            parts.append({"functionCall": call, **signed})
+        elif text := words_of(block):
             parts.append({"text": text})
     return parts
-
-
-def gemini_call(block: Json) -> Json:
-    given = block.get("input")
-    name, id = upstream_name(str(block.get("name") or "")), upstream_tool_id(str(block.get("id") or ""))
-    return {"id": id, "name": name, "args": given if isinstance(given, dict) else {}}
 
 
 def gemini_usage(usage: Any) -> Usage | None:
@@ -5280,20 +5220,14 @@ class GeminiStream:
             self.call(call, part.get("thoughtSignature"))
 
     def call(self, call: Json, signature: Any) -> None:
-        name, args = str(call.get("name") or ""), call.get("args")
-        if not name:
-            raise broken_stream("the provider sent a tool call without a name")
-        id = new_tool_id(str(call.get("id") or made_up_id("toolu_", self.out, self.calls)), self.out)
+        name = str(call.get("name") or "")
+        id = call_id(name, str(call.get("id") or ""), self.out, self.calls)
         self.calls += 1
         if isinstance(signature, str) and signature:
             kept = {"dialect": "gemini", "model": self.to.model, "call": id, "signature": signature}
             self.out.keep(kept)
-        text = json.dumps(args) if isinstance(args, dict) else whole_arguments([str(args or "{}")])
-        if text is None:
-            raise broken_stream(f"the provider sent arguments of tool {name!r} that are not a JSON object")
         self.out.tool(id, self.names.get(name, name))
-        self.out.tool_input(text)
-        self.out.close()
+        end_call(self.out, name, [argument_text(call.get("args") or {})])
 
     def finish(self) -> None:
         """The end of the bytes, which is how this format ends; an error where no finishReason came before."""
@@ -5777,8 +5711,6 @@ def chat_error(error: ApiError, request_id: str) -> Json:
 # ----------------------------------------------------------------------------------------------------------
 # Dialects and presets (tables)
 # ----------------------------------------------------------------------------------------------------------
-
-
 # All that differs between wire formats is a row of DIALECTS; all that differs between vendors is a row of
 # PRESETS.
 
@@ -5885,24 +5817,17 @@ class Dialect:
 
 DIALECTS: dict[str, Dialect] = {
     "anthropic": Dialect(
-        "/messages",
-        AnthropicEvents,
-        passes="anthropic",
-        auth="x-api-key",
+        "/messages", AnthropicEvents, passes="anthropic", auth="x-api-key",
         headers=(("anthropic-version", "2023-06-01"),),
     ),
     "openai": Dialect("/chat/completions", OpenAIStream, openai_request, passes="chat"),
     "responses": Dialect("/responses", ResponsesStream, responses_request),
     "gemini": Dialect(
-        "/models/{model}:streamGenerateContent?alt=sse",
-        GeminiStream,
-        gemini_request,
-        "x-goog-api-key",
-        version="/v1beta",
-        searches_alone=True,
+        "/models/{model}:streamGenerateContent?alt=sse", GeminiStream, gemini_request, auth="x-goog-api-key",
+        version="/v1beta", searches_alone=True,
     ),
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
-}
+}  # fmt: skip
 
 # Base URLs, key variables and quirks from the vendors' documentation and the projects' own code, November
 # 2026; the last column is the model of a start without a config. A preset is a provider table whose `type` is
@@ -5947,14 +5872,13 @@ demo                 demo      -                                                
 EFFORTS_3 = ["low", "medium", "high"]
 FOREIGN = {"drop": ["billing_header"]}  # it changes with each prompt and spoils prompt caches
 PRESET_QUIRKS: dict[str, Json] = {
-    "openai": {"effort": [*EFFORTS], "prompt_cache_key": True, "files": True}
-    | {"web_search": "responses", "codex": "codex"},
+    "openai": {
+        "effort": [*EFFORTS], "prompt_cache_key": True, "files": True, "web_search": "responses", "codex": "codex",
+    },
     "openrouter": {
-        "cache_control": "claude|gemini|qwen",
-        "reasoning_key": "reasoning_details",
-        "effort": [*EFFORTS],
-    }
-    | {"files": True, "web_search": "plugin", "transient": "Provider returned error"},
+        "cache_control": "claude|gemini|qwen", "reasoning_key": "reasoning_details", "effort": [*EFFORTS],
+        "files": True, "web_search": "plugin", "transient": "Provider returned error",
+    },
     "openrouter-anthropic": {"auth": "bearer"},
     # GLM-5.3 always thinks, and at its most where it is not told how much.
     "zai-openai": {"reasoning_replay": "tool_turns", "effort": ["low", "high", "max"]},
@@ -5977,7 +5901,7 @@ PRESET_QUIRKS: dict[str, Json] = {
     "mistral": {"tool_id": "[A-Za-z0-9]{9}", "user_after_tool": False},
     "xai": {"effort": EFFORTS_3, "web_search": "responses"},  # efforts: grok-4.3 and later; the others say no
     "litellm": {"auth": "bearer"},
-}
+}  # fmt: skip
 PRESET_KEYS: dict[str, Json] = {  # what a row sets beside quirks; a local server loads its model first
     # Elsewhere the type may mean a relay to OpenAI's models, or the format alone: what such a server refuses is learnt.
     "openai": {"hosts": r"(?i)//(?:[\w-]+\.)*(?:api\.openai|azure)\.com(?:[:/]|$)"},
@@ -6004,8 +5928,8 @@ PRESETS: dict[str, Json] = dict(map(preset, PRESET_ROWS.strip().splitlines()))
 def left_out(body: Json, dialect: Dialect) -> list[str]:
     """The types of those server tools that a translated request does without."""
     is_crowd = dialect.searches_alone and bool(client_tools(body))
-    left = (t for t in tools_of(body) if is_left_out(t) or (is_crowd and is_web_search(t)))
-    return [str(t.get("type"))[:64] for t in left]
+    others = [t for t in tools_of(body) if not is_client_tool(t)]
+    return [str(t.get("type"))[:64] for t in others if is_crowd or not is_web_search(t)]
 
 
 CHAT = "chat/completions"  # what a model that is served by Responses alone does not take
@@ -6101,9 +6025,7 @@ class WholeMessage:
     def end(self, events: list[Json]) -> bytes:
         message = collect([*self.events, *events])
         for block in as_list(message.get("content")):
-            if isinstance(
-                block.get("input"), str
-            ):  # cut off: a client that does not stream takes no part of it
+            if isinstance(block.get("input"), str):  # cut off: no part of it is for this client
                 block["input"] = {}
         return compact(message)
 
@@ -6258,10 +6180,11 @@ class ChatTap:
             self.end(block)
             return b""
         chunk = parsed(data or "{}")
-        if not isinstance(chunk, dict) or chunk.get("error") or name == "error":
-            self.error = (
-                error_of_event(chunk) if isinstance(chunk, dict) else not_a_stream(data, "OpenAI stream")
-            )
+        if not isinstance(chunk, dict):
+            self.error = not_a_stream(data, "OpenAI stream")
+            return b""
+        if chunk.get("error") or name == "error":
+            self.error = error_of_event(chunk)
             return b""
         self.usage = openai_usage(chunk.get("usage")) or self.usage
         choices = [c for c in as_list(chunk.get("choices")) if isinstance(c, dict)]
@@ -6302,11 +6225,9 @@ def chat_passed_on(given: Json, to: Upstream) -> Json:
     out = {**given, "model": to.model, "stream": given.get("stream") is True}
     if out["stream"] and to.quirks.stream_options:
         out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}
-    effort = given.get("reasoning_effort")
-    if f"effort.{effort}" in to.skip:
-        out["reasoning_effort"] = wanted_effort(
-            {"output_config": {"effort": effort}}, efforts_of(to, EFFORTS)
-        )
+    if f"effort.{given.get('reasoning_effort')}" in to.skip:
+        asked = {"output_config": {"effort": given["reasoning_effort"]}}
+        out["reasoning_effort"] = wanted_effort(asked, efforts_of(to, EFFORTS))
     return without(out | to.quirks.extra_body, to)
 
 
@@ -6319,7 +6240,8 @@ def demo_events(body: Json, message_id: str) -> list[Json]:
     turns = turns_of(messages_of(body))
     last = turns[-1].blocks if turns else []
     words = " ".join(_REMINDER.sub("", text) for _, text in newest_words(messages_of(body))).strip()
-    tool = demo_tool(body, words)
+    tools = client_tools(body)
+    tool = next((t for t in tools if re.search(rf"\b{re.escape(str(t['name']))}\b", words, re.I)), None)
     if results := results_of(last):
         text = "\n".join(result_parts(r)[0] for r in results.values())
         say(
@@ -6346,16 +6268,10 @@ def say(out: AnthropicStream, text: str) -> None:
         out.text(word)
 
 
-def demo_tool(body: Json, words: str) -> Json | None:
-    named = [t for t in client_tools(body) if re.search(rf"\b{re.escape(str(t['name']))}\b", words, re.I)]
-    return named[0] if named else None
-
-
 def demo_input(tool: Json, words: str) -> Json:
     """Values for a tool's required properties: what stands in quotes or backticks in the prompt, in order."""
     schema = as_object(tool.get("input_schema"))
-    quoted = re.findall(r"`([^`]+)`|\"([^\"]+)\"|'([^']+)'", words)
-    given = [next(filter(None, groups)) for groups in quoted]
+    given = [found[1] for found in re.findall(r"([`\"'])(.+?)\1", words, re.S)]
     empty = {"number": 1, "integer": 1, "boolean": False, "array": [], "object": {}}
     values: Json = {}
     for name in as_list(schema.get("required")):
@@ -9656,7 +9572,7 @@ def without_dropped(body: Json, to: Upstream) -> Json:
             body = DROPS[name](body)
         elif name in body:
             body = {k: v for k, v in body.items() if k != name}
-    body = with_known_effort(body, to.quirks.effort)
+    body = with_known_effort(body, efforts_of(to, EFFORTS))
     return body | to.quirks.extra_body if to.quirks.extra_body else body
 
 

@@ -271,6 +271,30 @@ def test_the_clients_own_bytes_go_on_where_nothing_must_change() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "asked", "sent"),
+    [
+        ("claude-opus-4-6", "xhigh", "high"),
+        ("claude-sonnet-4-6", "max", "max"),
+        ("anthropic/claude-opus-4.6", "xhigh", "high"),
+        ("claude-opus-4-5-20251101", "max", "high"),
+        ("claude-opus-4-7", "xhigh", "xhigh"),
+        ("claude-sonnet-5-5", "xhigh", "xhigh"),
+        ("glm-5.3", "xhigh", "xhigh"),
+    ],
+)
+def test_a_claude_that_does_not_know_an_effort_gets_the_next_lower_one(
+    model: str, asked: str, sent: str
+) -> None:
+    body = {"model": model, "messages": [user("hi")], "output_config": {"effort": asked}}
+    raw = ccmux.compact(body)
+    found = ccmux.forwarded(call_of(body, raw), upstream(model))
+    assert json.loads(found)["output_config"]["effort"] == sent
+    assert (found is raw) == (asked == sent)
+    by_chat = ccmux.openai_request(body, upstream(model, effort=ccmux.EFFORTS))
+    assert by_chat["reasoning_effort"] == sent
+
+
+@pytest.mark.parametrize(
     ("model", "format", "kept"),
     [
         ("claude-sonnet-4-6", "chat", {"temperature"}),

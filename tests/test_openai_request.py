@@ -35,8 +35,10 @@ from ccmux import (
     Run,
     Upstream,
     client_tool_id,
+    gemini_request,
     gemini_schema,
     openai_request,
+    responses_request,
     sign,
     tool_names,
     upstream_name,
@@ -212,12 +214,22 @@ def test_cache_control_stays_for_models_that_take_it() -> None:
             id="unknown block as text",
         ),
         pytest.param(
+            [user({"type": "image", "source": {"type": "file", "file_id": "f"}})],
+            [{"role": "user", "content": "[an image was left out: this model does not take images]"}],
+            id="an image that is not here",
+        ),
+        pytest.param(
             [user("a"), user("b")], [{"role": "user", "content": "a\n\nb"}], id="turns of one role are merged"
         ),
         pytest.param(
             [user("a"), assistant(thinking("hm")), user("b")],
             [{"role": "user", "content": "a\n\nb"}],
             id="turns around one of nothing but thinking are merged",
+        ),
+        pytest.param(
+            [user("a"), assistant({"type": "web_search_tool_result"}), user("b")],
+            [{"role": "user", "content": "a\n\nb"}],
+            id="turns around one of a search that found nothing are merged",
         ),
         pytest.param(
             [user("a"), {"role": "system", "content": "mode on"}],
@@ -248,9 +260,19 @@ def test_what_is_kept_of_a_conversation_may_end_anywhere_in_it() -> None:
     ]
     expected = openai_request({"messages": turns}, PLAIN)["messages"]
     assert [m["role"] for m in expected] == ["user", "assistant", "tool", "user"]
-    for end in range(len(turns) + 1):
-        elements = Elements(turns, Run(turns[:end]))
-        assert openai_request({"messages": elements}, PLAIN)["messages"] == expected
+    for translate in (openai_request, responses_request, gemini_request):
+        expected = translate({"messages": turns}, PLAIN)
+        for end in range(len(turns) + 1):
+            elements = Elements(turns, Run(turns[:end]))
+            assert translate({"messages": elements}, PLAIN) == expected
+
+
+@pytest.mark.parametrize("translate", [openai_request, responses_request, gemini_request])
+def test_an_image_that_a_model_does_not_take_is_said_to_be_left_out(translate: Any) -> None:
+    body = {"messages": [user("x", PNG), CALLED, user(tool_result("t1", [PNG]))]}
+    sent = json.dumps(translate(body, upstream("m", vision=False)))
+    assert sent.count("[an image was left out: this model does not take images]") == 2
+    assert "iVBORw0KGgo=" not in sent
 
 
 def test_files_and_vision_by_quirk() -> None:
@@ -442,6 +464,20 @@ def test_a_call_at_the_very_end_is_answered_neutrally() -> None:
             [thinking("why"), {"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "a"}],
             {"content": "a"},
             id="thinking and redacted thinking dropped",
+        ),
+        pytest.param(
+            [
+                {"type": "text", "text": "a"},
+                {"type": "web_search_tool_result"},
+                {"type": "text", "text": "b"},
+            ],
+            {"content": "a\n\nb"},
+            id="a search that found nothing is no blank paragraph",
+        ),
+        pytest.param(
+            [PNG],
+            {"content": "[an image was left out: this model does not take images]"},
+            id="an image is not written out",
         ),
     ],
 )

@@ -123,6 +123,12 @@ BASH = used("Bash", command="ls")
             id="arguments in pieces",
         ),
         pytest.param([calls(call(0, "c", "Bash", LS)), *end("tool_calls")], [BASH], id="arguments with the name"),
+        pytest.param([calls(call(0, "c", "Bash", " ")), *end("tool_calls")], [used("Bash")], id="blank arguments"),
+        pytest.param(
+            [calls(call(0, "c", "Bash", " ")), text("and"), calls(call(0, arguments=LS)), *end("tool_calls")],
+            [BASH, said("and")],
+            id="text behind blank arguments",
+        ),
         pytest.param(
             [calls(call(0, "c", "Bash", {"command": "ls"})), *end("tool_calls")], [BASH], id="arguments as an object"
         ),
@@ -272,6 +278,8 @@ def test_content(events: list[Any], expected: Any) -> None:
         (["no <think>x</think>"], [said("no <think>x</think>")]),
         (["<thi", "s"], [said("<this")]),
         (["<think>only"], [thought("only")]),
+        (["<think>why", "</think>", "\n", "\nso"], [thought("why"), said("so")]),
+        (["<think>why</think>", "\n"], [thought("why")]),
     ],
 )
 def test_think_tags_by_quirk(pieces: list[str], expected: Any) -> None:

@@ -434,10 +434,27 @@ def test_a_kept_message_that_stands_twice_calls_its_tool_once() -> None:
         assert translate(kept, upstream("gpt-5")) == translate(plain, upstream("gpt-5"))
 
 
+def test_a_kept_result_answers_the_call_it_follows() -> None:
+    reader, to = Reader(), upstream("gemini-3.8-flash")
+    results = [{"type": "tool_result", "tool_use_id": "a", "content": "found" * 50}]
+    for name in ("Read", "Grep"):
+        call = {"type": "tool_use", "id": "a", "name": name, "input": {}}
+        body = {
+            "messages": [
+                message("go"),
+                {"role": "assistant", "content": [call]},
+                {"role": "user", "content": results},
+            ]
+        }
+        sent = ccmux.gemini_request(reader.read(ccmux.compact(body)), to)
+        assert sent["contents"][2]["parts"][0]["functionResponse"]["name"] == name
+
+
 def test_one_translation_is_kept_with_a_turn() -> None:
     kept = Reader().read(ccmux.compact(conversation(3)))
     for model in "abcd":
         ccmux.openai_request(kept, upstream(model))
+        ccmux.gemini_request(kept, upstream(model))
     made = [ccmux.once(message, ccmux.turn_of).made for message in kept["messages"]]
     assert [sum(isinstance(value, list) for value in (m or {}).values()) for m in made] == [1, 1, 1]
 

@@ -219,6 +219,18 @@ def test_a_call_that_has_the_number_of_the_text_before_it() -> None:
     assert [b.get("text") or b.get("input") for b in collect(found)["content"]] == ["Looking.", {"a": 1}]
 
 
+@pytest.mark.parametrize(
+    "place", [{"item_id": "m1"}, {"output_index": 3}], ids=["by id", "counted otherwise"]
+)
+@pytest.mark.parametrize("told", ["hi", "h"], ids=["whole", "in part"])
+def test_a_text_whose_item_is_never_told_done_goes_out_once(place: Any, told: str) -> None:
+    piece = {"type": "response.output_text.delta", **place, "delta": told}
+    found, error = read(stream_of(ResponsesStream, CODEX), sse(piece, completed({**MESSAGE, "id": "m1"})))
+    assert error is None
+    (text,) = [b["text"] for b in collect(found)["content"]]
+    assert text == ("hi" if "item_id" in place else told)
+
+
 def test_a_text_that_goes_on_beside_a_call() -> None:
     whole = {"type": "message", "content": [{"type": "output_text", "text": "abcdefg"}]}
     data = sse(
