@@ -2350,52 +2350,47 @@ class SseDecoder:
 
         ApiError 502 when it grows past the limit.
         """
+        if not self.rest and data.endswith(b"\n\n"):
+            return data  # as most pieces are
         if self.rest and not _LINE_END.search(data) and not self.rest.endswith(b"\r"):
             whole = b""  # a piece out of the midst of an event, which may be megabytes: nothing of it is looked at again
             self.rest += data
         else:
-            data = bytes(self.rest) + data if self.rest else data
-            # `in` would raise and catch an exception inside, as bytes may also be asked for a number.
-            end = data.rfind(b"\n\n") + 2 if data.find(b"\r") < 0 else last_blank_line(data)
-            whole = data[:end] if end > 1 else b""
-            if self.rest or len(whole) < len(data):
-                self.rest = bytearray(data[len(whole) :])
+            data = bytes(self.rest) + data
+            end = last_blank_line(data)
+            whole, self.rest = data[:end], bytearray(data[end:])
         if len(self.rest) > self.limit:
             raise broken_stream(f"the provider sent an event of more than {self.limit} bytes")
         return whole
 
     def feed(self, data: bytes) -> list[bytes]:
         """The whole event blocks that `data` completes, each with the blank line that ends it."""
-        return split_blocks(self.cut(data))
+        whole = self.cut(data)
+        if b"\r" not in whole:
+            *blocks, rest = whole.split(b"\n\n")  # the rest: a line end beyond the last pair, as in b"\n\n\n"
+            return [block + b"\n\n" for block in blocks] + ([rest] if rest else [])
+        ends = [0, *(m.end() for m in _BLANK_LINE.finditer(whole))]
+        return [whole[a:b] for a, b in itertools.pairwise(ends)]
 
     def finish(self) -> bytes:
         """A last block whose blank line never came, with one."""
         rest, self.rest = bytes(self.rest), bytearray()
-        if not rest.strip() or rest.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):
-            return rest if rest.strip() else b""
-        return rest + b"\n\n"
+        if not rest.strip():
+            return b""
+        return rest if rest.endswith(b"\r\r") else rest + b"\n\n"
 
 
 _LINE_END = re.compile(rb"[\r\n]")
-_BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)")
+_BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)+")
 
 
 def last_blank_line(data: bytes) -> int:
-    """Where the last event of `data` ends; 0 where none does.
-
-    A CR at the very end may be half of a CR LF: it waits.
-    """
-    end = len(data) - 1 if data.endswith(b"\r") else len(data)
+    """Where the last event of `data` ends; 0 where none does."""
+    if b"\r" not in data:
+        at = data.rfind(b"\n\n")
+        return at + 2 if at >= 0 else 0
+    end = len(data) - data.endswith(b"\r")  # that one may be half of a CR LF: it waits
     return max((m.end() for m in _BLANK_LINE.finditer(data, 0, end)), default=0)
-
-
-def split_blocks(whole: bytes) -> list[bytes]:
-    """Whole events, cut apart; each keeps its end."""
-    if b"\r" not in whole:
-        *blocks, rest = whole.split(b"\n\n")  # the rest: a line end beyond the last pair, as in b"\n\n\n"
-        return [block + b"\n\n" for block in blocks] + ([rest] if rest else [])
-    ends = [0, *(m.end() for m in _BLANK_LINE.finditer(whole))]
-    return [whole[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def event_of(block: bytes) -> tuple[str, str]:
@@ -3159,49 +3154,41 @@ class AnthropicTap:
         self.error: ApiError | None = None
         self.error_relayed = False  # the upstream's own error event is among the bytes already
         self.ending = b""  # message_stop and what follows it: sent once the settlement is durable
-        self.relayed: list[bytes] = []  # not looked at yet for its texts
-        self.unread = 0  # bytes of it
+        self.unread = bytearray()  # relayed, and not looked at yet for its texts
         self.texts: list[str] = []
 
     def feed(self, data: bytes) -> bytes:
-        is_whole = not self.decoder.rest and data.endswith(b"\n\n")
-        whole = data if is_whole else self.decoder.cut(data)
-        out = whole if is_whole and self.is_plain(whole) else b"".join(self.looked_at(whole))
-        if out:
-            self.relayed.append(out)
-            self.unread += len(out)
-            if self.unread > self.MOST_UNREAD:
-                self.read_texts()
+        out = whole = self.decoder.cut(data)
+        # `in` would raise and catch an exception inside, as bytes may also be asked for a number.
+        if not self.has_content or self.ended or whole.find(b"message_") >= 0 or whole.find(b"error") >= 0:
+            out = b"".join(self.looked_at(whole))
+        self.unread += out
+        if len(self.unread) > self.MOST_UNREAD:
+            self.read_texts()
         return out
 
-    def is_plain(self, data: bytes) -> bool:
-        """Whether nothing in it can end or break the stream, or carry usage."""
-        return self.has_content and not self.ended and data.find(b"message_") < 0 and data.find(b"error") < 0
-
     def looked_at(self, whole: bytes) -> Iterator[bytes]:
-        """What goes out of whole events: each is read, but those that are plain go out in one piece."""
-        if b"\r" in whole:
-            yield from (b if self.is_plain(b) else self.relay(b) for b in split_blocks(whole))
-            return
+        """What goes out of whole events: each is read, but runs of those that need not be go out in one piece."""
         at = 0
-        while at < len(whole):
+        while self.error is None:
             if self.has_content and not self.ended:
                 marks = [mark for word in (b"message_", b"error") if (mark := whole.find(word, at)) >= 0]
                 end = whole.rfind(b"\n\n", at, min(marks)) + 2 if marks else len(whole)
                 if end > 1:
                     yield whole[at:end]
                     at = end
-            end = whole.find(b"\n\n", at) + 2
-            end = end if end > 1 else len(whole)
-            yield self.relay(whole[at:end])
-            at = end
+            match = _BLANK_LINE.search(whole, at)
+            if match is None:
+                return
+            yield self.relay(whole[at : match.end()])
+            at = match.end()
 
     def finish(self) -> bytes:
         """The end of the upstream's bytes: without a message_stop it is a fault."""
         rest = self.decoder.finish()
-        if rest and not self.seen_event and rest.lstrip()[:1] in (b"{", b"[", b"<"):
-            return self.fail(not_a_stream(rest.decode("utf-8", "replace"), "event stream"))
-        out = self.relay(rest) if rest and not is_cut_off(rest) else b""
+        if not self.seen_event and rest.lstrip().startswith((b"{", b"[", b"<")):
+            self.error = not_a_stream(rest.decode("utf-8", "replace"), "event stream")
+        out = b"" if is_cut_off(rest) else self.relay(rest)
         if not self.ended and self.error is None:
             self.error = broken_stream()
         return out
@@ -3223,7 +3210,8 @@ class AnthropicTap:
         except (ValueError, RecursionError, AttributeError):
             if self.has_content or name not in ("", "message_start", "error"):
                 return block  # the client's own parser is the judge of it
-            return self.fail(not_a_stream(data, "event stream"))
+            self.error = not_a_stream(data, "event stream")
+            return b""
         return self.look(kind, event, block)
 
     def look(self, kind: str, event: Json, block: bytes) -> bytes:
@@ -3241,22 +3229,15 @@ class AnthropicTap:
             self.usage_broken |= not (self.output_told and self.usage and self.usage.prompt)
             return b""
         elif kind == "error":
-            return self.fail(error_of_event(event), self.scrubbed(block))
+            self.error, self.error_relayed = error_of_event(event), self.has_content
+            text = self.scrub_text(block.decode("utf-8", "surrogateescape"))
+            return text.encode("utf-8", "surrogateescape") if self.has_content else b""
         return block
 
     def note_usage(self, usage: Any) -> None:
         known = anthropic_usage(usage, self.usage)
-        self.usage_broken = self.usage_broken or (known is None and bool(usage))
+        self.usage_broken |= known is None and bool(usage)
         self.usage = known or self.usage
-
-    def scrubbed(self, block: bytes) -> bytes:
-        text = block.decode("utf-8", "surrogateescape")
-        return self.scrub_text(text).encode("utf-8", "surrogateescape")
-
-    def fail(self, error: ApiError, block: bytes = b"") -> bytes:
-        self.error = error
-        self.error_relayed = bool(block) and self.has_content
-        return block if self.error_relayed else b""
 
     def output_text(self) -> str:
         """What the model made so far, for a count where the upstream gave none."""
@@ -3265,14 +3246,10 @@ class AnthropicTap:
 
     def read_texts(self) -> None:
         """Keeps the texts of what was relayed and lets go of its bytes."""
-        for _, data in events_of(b"".join(self.relayed)):
-            try:
-                delta = event_json(data or "{}").get("delta") or {}
-            except (ValueError, RecursionError, AttributeError):
-                continue
+        for _, data in events_of(bytes(self.unread)):
+            delta = as_object(as_object(parsed(data)).get("delta"))
             self.texts.extend(str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k))
-        self.relayed.clear()
-        self.unread = 0
+        self.unread.clear()
 
 
 def is_cut_off(block: bytes) -> bool:
