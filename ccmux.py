@@ -2486,10 +2486,6 @@ class Asked:
     tokens: int  # counted input tokens; 0 where nothing needed the count
     name: str  # the model asked for, without [1m]
 
-    @property
-    def request_class(self) -> str:
-        return self.headers.get("x-claude-code-request-class", "")
-
 
 @dataclass(frozen=True, slots=True)
 class Pick:
@@ -2506,13 +2502,12 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
     trail: list[tuple[str, str]] = []
     for reason, step in ROUTE_STEPS:
         pick = step(asked)
-        trail.append((reason, (pick.note or pick.model)[:200]))  # a name may be out of the prompt
         targets = resolve(config, pick.model) if pick.model else ()
-        if pick.model and not targets:
-            trail[-1] = (reason, f"names {pick.model[:100]}, which nobody serves")
+        is_unserved = pick.model and not targets  # which may be anything out of the prompt
+        note = f"names {pick.model[:100]}, which nobody serves" if is_unserved else pick.note[:200]
+        trail.append((reason, note))
         if targets:
-            roomy = long_context_instead(asked, pick, targets, trail)
-            return roomy or Route(pick.model, reason, tuple(trail), targets, pick.body)
+            return roomy_route(asked, Route(pick.model, reason, tuple(trail), targets, pick.body))
     raise no_such_model(config, asked.name)
 
 
@@ -2543,16 +2538,14 @@ def asked_model(body: Json) -> str:
     return re.sub(r"(?i)\[1m\]$", "", name)
 
 
-def long_context_instead(
-    asked: Asked, pick: Pick, targets: tuple[Target, ...], trail: list[tuple[str, str]]
-) -> Route | None:
-    """The long_context route, where it is set and the model picked is too small for what was counted."""
-    roomy = asked.config.router.long_context
-    context = context_of(asked.config, pick.model, targets)
-    if not roomy or not context or asked.tokens <= context or pick.model == roomy:
-        return None
-    trail.append(("long_context", f"{asked.tokens} tokens are more than the {context} of {pick.model}"))
-    return Route(roomy, "long_context", tuple(trail), resolve(asked.config, roomy), pick.body)
+def roomy_route(asked: Asked, route: Route) -> Route:
+    """The route, or that of long_context where it is set and the model is too small for what was counted."""
+    roomy, context = asked.config.router.long_context, context_of(asked.config, route.model, route.targets)
+    if not roomy or not context or asked.tokens <= context or route.model == roomy:
+        return route
+    note = f"{asked.tokens} tokens are more than the {context} of {route.model}"
+    trail = (*route.trail, ("long_context", note))
+    return Route(roomy, "long_context", trail, resolve(asked.config, roomy), route.body)
 
 
 def context_of(config: Config, name: str, targets: tuple[Target, ...]) -> int:
@@ -2564,8 +2557,8 @@ def resolve(config: Config, name: str) -> tuple[Target, ...]:
     """The targets behind a name, first to be tried first; () when nobody serves it."""
     if (model := config.model(name)) and model.mappings:
         return tuple(sorted(model.mappings, key=lambda t: t.priority))
-    head, slash, rest = name.partition("/")
-    if slash and rest:
+    head, _, rest = name.partition("/")
+    if rest:
         if config.provider(head):
             return (Target(head, rest),)
         if head == "anthropic":
@@ -2583,18 +2576,18 @@ def rule_step(asked: Asked) -> Pick:
     rules = asked.config.router.rules
     if not rules:
         return Pick(note="no prompt rules")
-    at = newest_words(messages_of(asked.body))
+    turn, texts = newest_words(messages_of(asked.body))
     for number, rule in enumerate(rules, 1):
-        for index, text in reversed(at):
+        for block, text in reversed(texts.items()):
             try:
-                words = search_words(rule.pattern, text)
+                found = search_words(rule.pattern, text)
             except TimeoutError:  # of whoever called `choose_route`
                 return Pick(
                     note=f"rule {number} takes too long on this prompt: it and those below are passed over"
                 )
-            if words:
-                name = fill_groups(rule.model, words.match)
-                changed = without_words(asked.body, index, words) if rule.strip else None
+            if found:
+                name = fill_groups(rule.model, found[0])
+                changed = without_words(asked.body, turn, block, *found) if rule.strip else None
                 return Pick(name, f"rule {number} matches: {name}", changed)
     return Pick(note="no rule matches")
 
@@ -2620,55 +2613,45 @@ _REMINDER = re.compile(
 )
 
 
-def newest_words(messages: list[Json]) -> list[tuple[tuple[int, int], str]]:
-    """The text blocks of the newest turn in which the user typed something: ((message, block), text).
+def newest_words(messages: list[Json]) -> tuple[int, dict[int, str]]:
+    """The number of the newest message in which the user typed something, and its texts by the number of their block.
 
     Later turns that only carry tool results belong to the same prompt, so that a tool round stays on its model.
     """
-    for number in range(len(messages) - 1, -1, -1):
-        if messages[number].get("role") != "user":
-            continue
-        blocks = enumerate(blocks_of(messages[number].get("content")))
-        typed = [((number, n), str(b.get("text") or "")) for n, b in blocks if b.get("type") == "text"]
-        if any(_REMINDER.sub("", text).strip() for _, text in typed):
-            return typed
-    return []
+    for turn in range(len(messages) - 1, -1, -1):
+        if messages[turn].get("role") == "user":
+            blocks = enumerate(blocks_of(messages[turn].get("content")))
+            texts = {n: str(b.get("text") or "") for n, b in blocks if b.get("type") == "text"}
+            if any(_REMINDER.sub("", text).strip() for text in texts.values()):
+                return turn, texts
+    return 0, {}
 
 
-class Words(typing.NamedTuple):
-    """A match in a part of a text, and where that part begins."""
-
-    match: re.Match[str]
-    offset: int
-
-
-def search_words(pattern: re.Pattern[str], text: str) -> Words | None:
-    """The first match outside of <system-reminder> text."""
+def search_words(pattern: re.Pattern[str], text: str) -> tuple[re.Match[str], int] | None:
+    """The first match outside of <system-reminder> text, with the place in `text` that it counts from."""
     start = 0
     for reminder in (*_REMINDER.finditer(text), None):
         end = reminder.start() if reminder else len(text)
         part = text[start:end]
         if part.strip() and (match := pattern.search(part)):
-            return Words(match, start)
+            return match, start
         start = reminder.end() if reminder else end
     return None
 
 
-def without_words(body: Json, at: tuple[int, int], words: Words) -> Json:
+def without_words(body: Json, turn: int, block: int, match: re.Match[str], offset: int) -> Json:
     """The request without the words a rule matched; as it is where they are all of a text.
 
     Anthropic refuses an empty text block.
     """
-    number, index = at
     messages = list(messages_of(body))
-    blocks = list(blocks_of(messages[number].get("content")))
-    text = str(blocks[index]["text"])
-    start, end = (words.offset + n for n in words.match.span())
-    rest = text[:start] + text[end:].lstrip()
+    blocks = blocks_of(messages[turn].get("content"))
+    text = str(blocks[block]["text"])
+    rest = text[: offset + match.start()] + text[offset + match.end() :].lstrip()
     if not rest.strip():
         return body
-    blocks[index] = {**blocks[index], "text": rest}
-    messages[number] = {**messages[number], "content": blocks}
+    blocks[block] = {**blocks[block], "text": rest}
+    messages[turn] = {**messages[turn], "content": blocks}
     return {**body, "messages": messages}
 
 
@@ -2677,10 +2660,10 @@ _SUBAGENT_TAG = re.compile(r"<CCM-SUBAGENT-MODEL>([^<]*)</CCM-SUBAGENT-MODEL>")
 
 def tag_step(asked: Asked) -> Pick:
     system = asked.body.get("system")
-    for index, block in enumerate(blocks_of(system)):
+    blocks = blocks_of(system)
+    for index, block in enumerate(blocks):
         text = str(block.get("text") or "")
         if "<CCM-SUBAGENT-MODEL>" in text and (match := _SUBAGENT_TAG.search(text)):
-            blocks: Any = blocks_of(system)
             blocks[index] = {**block, "text": _SUBAGENT_TAG.sub("", text)}
             kept = [b for b in blocks if b.get("text") != "" or b.get("type") != "text"]
             changed = {**asked.body, "system": kept if isinstance(system, list) else text_of(kept)}
@@ -2711,8 +2694,7 @@ def is_web_search(tool: Json) -> bool:
 
 
 def newest_turn_has_image(asked: Asked) -> str:
-    messages = messages_of(asked.body)
-    for message in reversed(messages):
+    for message in reversed(messages_of(asked.body)):
         if message.get("role") == "assistant":
             break
         if message.get("role") == "user" and any(holds_image(b) for b in blocks_of(message.get("content"))):
@@ -2730,17 +2712,20 @@ def is_long(asked: Asked) -> str:
     return f"{asked.tokens} tokens are more than {limit}" if asked.tokens > limit else ""
 
 
+def is_of_class(asked: Asked, *classes: str) -> str:
+    told = asked.headers.get("x-claude-code-request-class", "")
+    return f"request class {told}" if told in classes else ""
+
+
 def is_compaction(asked: Asked) -> str:
-    return "request class compaction" if asked.request_class == "compaction" else ""
+    return is_of_class(asked, "compaction")
 
 
 def is_background(asked: Asked) -> str:
-    if asked.request_class in ("auxiliary", "side_reply"):
-        return f"request class {asked.request_class}"
     regex = asked.config.router.background_regex
-    return (
-        f"{asked.name} matches background_regex" if regex and regex.search(asked.name[:LONGEST_NAME]) else ""
-    )
+    matches = regex and regex.search(asked.name[:LONGEST_NAME])
+    by_name = f"{asked.name} matches background_regex" if matches else ""
+    return is_of_class(asked, "auxiliary", "side_reply") or by_name
 
 
 def is_claudes_own(config: Config, name: str) -> bool:
@@ -2758,8 +2743,8 @@ def asked_step(asked: Asked) -> Pick:
 
 
 def is_subagent(asked: Asked) -> str:
-    if asked.request_class in ("subagent", "workflow"):
-        return f"request class {asked.request_class}"
+    if why := is_of_class(asked, "subagent", "workflow"):
+        return why
     if asked.headers.get("x-claude-code-agent-id"):
         return "an agent-id header"
     first = next(iter(blocks_of(asked.body.get("system"))), {})
@@ -2789,9 +2774,9 @@ def in_plan_mode(body: Json) -> bool:
         if mode:
             return bool(mode == "plan")
     messages = messages_of(body)
-    typed = newest_words(messages)
-    start = max(typed[0][0][0] - 1, 0) if typed else 0
-    said = "\n".join(text_of(m.get("content")) for m in messages[start:] if m.get("role") != "assistant")
+    turn, _ = newest_words(messages)
+    newest = messages[max(turn - 1, 0) :]
+    said = "\n".join(text_of(m.get("content")) for m in newest if m.get("role") != "assistant")
     # The plan may be approved on the way.
     return said.rfind("Plan mode is active") > said.rfind("Exited Plan Mode")
 
@@ -2803,14 +2788,12 @@ def row_step(asked: Asked) -> Pick:
 
 
 def default_step(asked: Asked) -> Pick:
-    router = asked.config.router
-    if not is_claudes_own(asked.config, asked.name):
-        if router.fallback_provider:
-            name = f"{router.fallback_provider}/{asked.name}"
-            return Pick(name, f"nobody serves {asked.name}: {name}")
-        return Pick(note=f"{asked.name} is not one of Claude's own names, and no fallback_provider is set")
-    name = default_model(asked.config, asked.name)
-    return Pick(name, name) if name else Pick(note="no default, no [[models]] row and no provider")
+    if is_claudes_own(asked.config, asked.name):
+        name = default_model(asked.config, asked.name)
+        return Pick(name, name or "no default, no [[models]] row and no provider")
+    if fallback := asked.config.router.fallback_provider:
+        return Pick(f"{fallback}/{asked.name}", f"nobody serves {asked.name}: {fallback}/{asked.name}")
+    return Pick(note=f"{asked.name} is not one of Claude's own names, and no fallback_provider is set")
 
 
 def default_model(config: Config, asked: str) -> str:
@@ -6295,7 +6278,7 @@ def demo_events(body: Json, message_id: str) -> list[Json]:
     out = AnthropicStream(message_id, str(body.get("model")), Usage(input=len(str(body)) // 4))
     turns = turns_of(messages_of(body))
     last = turns[-1].blocks if turns else []
-    words = " ".join(_REMINDER.sub("", text) for _, text in newest_words(messages_of(body))).strip()
+    words = " ".join(_REMINDER.sub("", text) for text in newest_words(messages_of(body))[1].values()).strip()
     tool = demo_tool(body, words)
     if results := results_of(last):
         text = "\n".join(result_parts(r)[0] for r in results.values())
