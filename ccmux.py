@@ -2907,10 +2907,10 @@ class AnthropicStream:
         }  # fmt: skip
         self.events.append({"type": "message_start", "message": message})
 
-    def open(self, kind: str, block: Json) -> None:
+    def open(self, block: Json) -> None:
         self.close()
         self.start()
-        self.kind = kind
+        self.kind = block["type"]
         self.index += 1
         self.events.append({"type": "content_block_start", "index": self.index, "content_block": block})
 
@@ -2933,28 +2933,26 @@ class AnthropicStream:
         if not text:
             return
         if self.kind != "text":
-            self.open("text", {"type": "text", "text": ""})
-        self.has_content = True
+            self.open({"type": "text", "text": ""})
         self.text_parts.append(text)
-        delta = {"type": "text_delta", "text": text}
-        self.events.append({"type": "content_block_delta", "index": self.index, "delta": delta})
+        self.delta({"type": "text_delta", "text": text})
 
     def thinking(self, text: str) -> None:
         if not text:
             return
         if self.kind != "thinking":
-            self.open("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+            self.open({"type": "thinking", "thinking": "", "signature": ""})
         self.text_parts.append(text)
         self.delta({"type": "thinking_delta", "thinking": text})
 
     def keep(self, payload: Json) -> None:
         """Data that must come back with the next request: it rides in a thinking block's signature."""
         if self.kind != "thinking":
-            self.open("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+            self.open({"type": "thinking", "thinking": "", "signature": ""})
         self.signature.update(payload)
 
     def tool(self, id: str, name: str) -> None:
-        self.open("tool", {"type": "tool_use", "id": id, "name": name, "input": {}})
+        self.open({"type": "tool_use", "id": id, "name": name, "input": {}})
         self.has_tool = True
         self.text_parts.append(name)
 
@@ -2965,10 +2963,11 @@ class AnthropicStream:
 
     def whole(self, block: Json) -> None:
         """A block that arrives in one piece: server_tool_use, web_search_tool_result, ..."""
-        given = block.get("input") if block.get("type") == "server_tool_use" else None
-        self.open("whole", {**block, "input": {}} if given is not None else block)
-        if given is not None:
-            self.delta({"type": "input_json_delta", "partial_json": json.dumps(given)})
+        if "input" in block:
+            self.open({**block, "input": {}})
+            self.delta({"type": "input_json_delta", "partial_json": json.dumps(block["input"])})
+        else:
+            self.open(block)
         self.close()
 
     def finish(self, stop_reason: str, stop_sequence: str | None = None) -> None:
@@ -3008,9 +3007,8 @@ MAX_COUNT = 10**8  # a token count above this is a provider's bug
 
 def token_number(value: Any) -> int | None:
     """A token count as an upstream gave it; None where it is missing or absurd."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        return None
-    return int(value) if 0 <= value <= MAX_COUNT and int(value) == value else None
+    is_count = type(value) in (int, float) and 0 <= value <= MAX_COUNT and int(value) == value
+    return int(value) if is_count else None
 
 
 def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
@@ -3021,31 +3019,21 @@ def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
     if not isinstance(usage, dict):
         return before
     usage = with_compactions(usage) if "iterations" in usage else usage
-    prompt = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    if before and usage.get("input_tokens") == 0 and not any(map(usage.get, prompt)):
+    if before and usage.get("input_tokens") == 0 and not any(map(usage.get, PROMPT_COUNTS)):
         # No prompt is empty: what message_start told is not told again (seen: github.com/envoyproxy/ai-gateway/pull/1631).
         usage = {"output_tokens": usage.get("output_tokens")}
+    keys = {"input": "input_tokens", "output": "output_tokens", "cache_read": "cache_read_input_tokens"}
+    told: Json = {name: token_number(usage[k]) for name, k in keys.items() if usage.get(k) is not None}
+    if None in told.values() or (before is None and told.keys().isdisjoint(("input", "output"))):
+        return None
     known = before or Usage()
-    counts = {
-        k: token_number(usage.get(k)) for k in ("input_tokens", "output_tokens", "cache_read_input_tokens")
-    }
-    if any(usage.get(k) is not None and n is None for k, n in counts.items()):
-        return None
+    if "speed" in usage:
+        told["fast"] = usage["speed"] == "fast"
     write, write_1h = cache_writes(usage, known)
-    if before is None and counts["input_tokens"] is None and counts["output_tokens"] is None:
-        return None
+    return dataclasses.replace(known, **told, cache_write=write, cache_write_1h=write_1h)
 
-    def pick(new: int | None, old: int) -> int:
-        return old if new is None else new
 
-    return Usage(
-        input=pick(counts["input_tokens"], known.input),
-        output=pick(counts["output_tokens"], known.output),
-        cache_read=pick(counts["cache_read_input_tokens"], known.cache_read),
-        cache_write=write,
-        cache_write_1h=write_1h,
-        fast=usage["speed"] == "fast" if "speed" in usage else known.fast,
-    )
+PROMPT_COUNTS = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
 
 def with_compactions(usage: Json) -> Json:
@@ -3054,9 +3042,8 @@ def with_compactions(usage: Json) -> Json:
     https://platform.claude.com/docs/en/build-with-claude/compaction#understanding-usage
     """
     rounds = [i for i in map(as_object, as_list(usage["iterations"])) if i.get("type") == "compaction"]
-    kinds = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    more = {kind: sum(token_number(i.get(kind)) or 0 for i in rounds) for kind in kinds}
-    told = {kind: token_number(usage.get(kind)) for kind in kinds}
+    told = {kind: token_number(usage.get(kind)) for kind in (*PROMPT_COUNTS, "output_tokens")}
+    more = {kind: sum(token_number(i.get(kind)) or 0 for i in rounds) for kind in told}
     return usage | {kind: n + more[kind] for kind, n in told.items() if n is not None}
 
 
@@ -3076,17 +3063,19 @@ def cache_writes(usage: Json, known: Usage) -> tuple[int, int]:
 def collect(events: Iterable[Json]) -> Json:
     """The whole message that a stream of events amounts to."""
     message: Json = {}
-    partial: dict[int, list[str]] = {}
+    block: Json = {}
+    pieces: list[str] = []  # of the block
     for event in events:
         kind = event["type"]
         if kind == "message_start":
             message = {**event["message"], "content": []}
         elif kind == "content_block_start":
-            message["content"].append(dict(event["content_block"]))
+            block, pieces = dict(event["content_block"]), []
+            message["content"].append(block)
         elif kind == "content_block_delta":
-            apply_delta(message["content"][-1], event["delta"], partial.setdefault(event["index"], []))
+            apply_delta(block, event["delta"], pieces)
         elif kind == "content_block_stop":
-            close_block(message["content"][-1], "".join(partial.pop(event["index"], [])))
+            close_block(block, "".join(pieces))
         elif kind == "message_delta":
             usage = {**message["usage"], **(event.get("usage") or {})}
             message = {**message, **event["delta"], "usage": usage}
@@ -3271,7 +3260,7 @@ def status_of_error(payload: Any) -> int:
     for key in ("status", "code", "status_code", "type"):
         value = detail.get(key)
         if isinstance(value, str):
-            value = int(value) if value.isdigit() else STATUS_OF_TYPE.get(value, 0)
+            value = int(value) if re.fullmatch(r"\d{3}", value) else STATUS_OF_TYPE.get(value, 0)
         if isinstance(value, int) and 400 <= value < 600:
             return value
     return 502
@@ -3279,68 +3268,61 @@ def status_of_error(payload: Any) -> int:
 
 def error_detail(payload: Any) -> Json:
     """The object that describes an error, wherever a vendor puts it."""
-    if isinstance(payload, list):
-        payload = payload[0] if payload else {}
-    if not isinstance(payload, dict):
-        return {}
-    errors = payload.get("error") or payload.get("errors")
-    inner = errors[0] if isinstance(errors, list) and errors else errors
+    payload = as_object(first_of(payload))
+    inner = first_of(payload.get("error") or payload.get("errors"))
     return inner if isinstance(inner, dict) else payload
+
+
+def first_of(value: Any) -> Any:
+    """The first element where it is a list that has one, else the value."""
+    return value[0] if isinstance(value, list) and value else value
 
 
 def error_words(payload: Any) -> str:
     """The human part of an upstream's error body; "" where there is none."""
-    if isinstance(payload, list):
-        payload = payload[0] if payload else {}
+    payload = first_of(payload)
     if not isinstance(payload, dict):
         return str(payload)[:500] if payload else ""
     detail = error_detail(payload)
-    metadata = detail.get("metadata")
-    raw = as_object(metadata).get("raw")  # OpenRouter puts the provider's own words there
-    others = (payload.get(key) for key in ("error", "errors", "detail", "message", "msg"))
-    for value in (detail.get("message"), *others):
-        if value:
-            words = value if isinstance(value, str) else json.dumps(value)
-            return f"{words}: {raw}" if isinstance(raw, str) and raw else words
-    return ""
+    others = map(payload.get, ("error", "errors", "detail", "message", "msg"))
+    told = next(filter(None, (detail.get("message"), *others)), "")
+    words = told if isinstance(told, str) else json.dumps(told)
+    raw = as_object(detail.get("metadata")).get("raw")  # OpenRouter puts the provider's own words there
+    return f"{words}: {raw}" if words and raw and isinstance(raw, str) else words
 
 
-def upstream_error(
-    status: int, payload: Any, *, tokens: int = 0, context: int = 0, headers: Mapping[str, str] | None = None
-) -> ApiError:
-    """An upstream's error as the client gets it: overflow in the words Claude Code acts on, the rest by
-    status.
-    """
+def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int = 0) -> ApiError:
+    """An upstream's error as the client gets it: an overflow in the words Claude Code acts on, the rest by status."""
     words = error_words(payload)
-    if status == 400 and _KEY_REFUSED.search(words):
+    if not 400 <= status < 600:
+        message = f"the provider answered with status {status}, which is no answer to this request"
+        return ApiError(502, message, retry=retry_class(status))
+    if status == 400 and re.search(_KEY_REFUSED, words):
         status = 401
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         if parts := output_overflow(words, tokens):
-            message = (
-                f"input length and `max_tokens` exceed context limit: {parts[0]} + {parts[1]} > {parts[2]}"
-            )
+            message = "input length and `max_tokens` exceed context limit: {} + {} > {}".format(*parts)
             message += ", decrease input length or `max_tokens` and try again"
-        return ApiError(400, message, retry=Retry.LARGER, headers=headers, cause="overflow")
-    if status in (400, 422) and (most := _MOST_OUTPUT.search(words)):
-        asked = max(int(n) for n in (most[1] or 0, most[2] or 0, int(most[3]) + 1))
+        return ApiError(400, message, retry=Retry.LARGER, cause="overflow")
+    if status in (400, 422) and (most := re.search(_MOST_OUTPUT, words)):
+        asked = max(number_of(most[1] or most[2] or "0"), number_of(most[3]) + 1)
         message = f"max_tokens: {asked} > {most[3]}, which is the maximum allowed number of output tokens for this model"
-        return ApiError(400, message, retry=Retry.NO, headers=headers, cause="overflow")
+        return ApiError(400, message, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
-    if not 400 <= status < 600:
-        message = f"the provider answered with status {status}, which is no answer to this request"
-    sent = status if 400 <= status < 600 else 502
-    error = ApiError(sent, message, retry=retry_class(status), headers=headers)
+    error = ApiError(status, message, retry=retry_class(status))
     error.param = str(error_detail(payload).get("param") or "")
     return error
 
 
+# Patterns of errors are texts: Python compiles them where an error comes, and not at each start.
+
 # Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
-_KEY_REFUSED = re.compile(
+_KEY_REFUSED = (
     r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
 )
 
-_OVERFLOW = re.compile(
+_OVERFLOW = (
     r"(?i)prompt (?:is )?too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
     r"(?:maximum |available )?context|context ?window|prompt token count of|input token count|input is too long|"
     r"maximum prompt length|longer than the (?:maximum )?model(?:'s context)? length|too large for model with|"
@@ -3352,7 +3334,7 @@ _OVERFLOW = re.compile(
     r"exceed max message tokens|maximum allowed input length|configured context size|tokens_limit_reached|"
     r".inputs. (?:tokens \+|must have less than)"
 )
-_LIMIT = re.compile(r"(?i)(?:maximum context length (?:is|of)|max_new_tokens. must be <=) (\d[\d,]*)")
+_LIMIT = r"(?i)(?:maximum context length (?:is|of)|max_new_tokens. must be <=) (\d[\d,]*)"
 LEAST_CONTEXT = 4000  # below it are years and error codes
 _LEAVE_ALONE = re.compile(
     r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
@@ -3360,35 +3342,36 @@ _LEAVE_ALONE = re.compile(
 
 
 def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, int] | None:
-    """(tokens sent, tokens allowed) where an error says that the prompt does not fit; None where it says
-    another thing.
+    """(tokens sent, tokens allowed) where an error says that the prompt does not fit, else None.
 
     Vendors name the two numbers in any order, or one, or none: what was sent is always the larger.
     """
     detail = error_detail(payload)
-    if (
-        not _OVERFLOW.search(f"{words} {detail.get('code')} {detail.get('type')}")
-        or "input length and `max_tokens`" in words
-    ):
+    told = f"{words} {detail.get('code')} {detail.get('type')}"
+    if "input length and `max_tokens`" in words or not re.search(_OVERFLOW, told):
         return None
     sent, allowed = token_number(detail.get("n_prompt_tokens")), token_number(detail.get("n_ctx"))
-    numbers = sorted({int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", words)}, reverse=True)
-    numbers = [n for n in numbers if LEAST_CONTEXT <= n <= MAX_COUNT]
-    # Where more than two numbers stand, the others are parts of what was sent.
-    if named := _LIMIT.search(words):
-        allowed = allowed or token_number(int(named[1].replace(",", "")))
-    if len(numbers) >= 2:
+    found = {number_of(n) for n in re.findall(r"\d[\d,]*\d", words)}
+    numbers = sorted((n for n in found if LEAST_CONTEXT <= n <= MAX_COUNT), reverse=True)
+    if named := re.search(_LIMIT, words):
+        allowed = allowed or token_number(number_of(named[1]))
+    if len(numbers) >= 2:  # where more stand there, they are parts of what was sent
         sent, allowed = sent or numbers[0], allowed or numbers[1]
     limit = allowed or (numbers[0] if numbers else 0) or context or max(tokens - 1, 1)
     return max(sent or tokens, limit + 1), limit
 
 
-_WANTED_OUTPUT = re.compile(
+def number_of(digits: str) -> int:
+    """A number in an error's words; Python refuses to read one of thousands of digits."""
+    return int(digits.replace(",", "")[:20])
+
+
+_WANTED_OUTPUT = (
     r"requested (\d+) output tokens|(\d+) (?:in the completion|in the output|tokens for the completion)|"
     r"is too large: (\d+)|(\d+) .max_new_tokens"
 )
-_OTHER_INPUT = re.compile(r"(\d+) .?inputs?.? tokens|requested (?:about |a total of )?(\d+) tokens")
-_MOST_OUTPUT = re.compile(  # OpenAI, vLLM, Groq, DeepSeek, Ark, Qwen, and what relays say
+_OTHER_INPUT = r"(\d+) .?inputs?.? tokens|requested (?:about |a total of )?(\d+) tokens"
+_MOST_OUTPUT = (  # OpenAI, vLLM, Groq, DeepSeek, Ark, Qwen, and what relays say
     r"max_(?:completion_)?tokens(?:=(\d+) ?|\W(?:for `[^`]*`)?.{0,90}?(?: (\d+)\W.{0,30}?)?)(?:at most|cannot be greater than|"
     r"less than or equal to|[Ee]xpected a value <=|range of max_tokens is \[1,|should be \[1,|limited to|"
     r"exceeds model's maximum output tokens \()[ `a-z_=]*(\d{3,})"
@@ -3401,12 +3384,11 @@ def output_overflow(words: str, tokens: int) -> tuple[int, int, int] | None:
 
     Claude Code asks again for less, once it is told in Anthropic's words.
     """
-    limit, wanted = _LIMIT.search(words), _WANTED_OUTPUT.search(words)
-    given = _OTHER_INPUT.search(words)
+    limit, wanted, given = (re.search(p, words) for p in (_LIMIT, _WANTED_OUTPUT, _OTHER_INPUT))
     if not (limit and wanted and given):
         return None
-    context, output = int(limit[1].replace(",", "")), int(next(filter(None, wanted.groups())))
-    input = int(given[1]) if given[1] else int(given[2]) - output
+    context, output = number_of(limit[1]), number_of(next(filter(None, wanted.groups())))
+    input = number_of(given[1]) if given[1] else number_of(given[2]) - output
     if "at least" in words:  # vLLM stops counting where it is too much
         input = max(input, tokens)
     return (input, output, context) if 0 < input <= context - LEAST_OUTPUT else None
@@ -3416,7 +3398,7 @@ def not_a_stream(text: str, what: str) -> ApiError:
     """For a 200 whose body is HTML, plain JSON or rubbish instead of a stream: its own error, else a 502."""
     payload = parsed(text)
     if isinstance(payload, (dict, list)) and error_words(payload):
-        return error_of_event(payload if isinstance(payload, dict) else {"error": error_detail(payload)})
+        return error_of_event(payload)
     start = " ".join(text.split())[:120]
     return broken_stream(f"the provider's answer is not an {what}; it begins: {start}")
 
