@@ -2513,10 +2513,8 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
 
 def no_such_model(config: Config, name: str) -> ApiError:
     unset = [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
-    hint = "; ".join([instead_of(config, name), *unset])
-    return ApiError(
-        404, f"model: {name[:LONGEST_NAME]!r} is served by no provider; {hint}", should_retry=False
-    )
+    words = [f"model: {name[:LONGEST_NAME]!r} is served by no provider", instead_of(config, name), *unset]
+    return ApiError(404, "; ".join(words), should_retry=False)
 
 
 def instead_of(config: Config, name: str) -> str:
@@ -2697,14 +2695,14 @@ def newest_turn_has_image(asked: Asked) -> str:
     for message in reversed(messages_of(asked.body)):
         if message.get("role") == "assistant":
             break
-        if message.get("role") == "user" and any(holds_image(b) for b in blocks_of(message.get("content"))):
+        if message.get("role") == "user" and any(map(holds_image, blocks_of(message.get("content")))):
             return "an image in the newest turn"
     return ""
 
 
 def holds_image(block: Json) -> bool:
     inner = blocks_of(block.get("content")) if block.get("type") == "tool_result" else []
-    return block.get("type") == "image" or any(b.get("type") == "image" for b in inner)
+    return any(b.get("type") == "image" for b in (block, *inner))
 
 
 def is_long(asked: Asked) -> str:
@@ -2854,9 +2852,7 @@ def sign(payload: Json | None = None) -> str:
 
 
 def signed_payload(block: Json) -> Json | None:
-    """What `sign` put into a thinking block's signature (or a redacted block's data); None if it is not
-    ccmux's.
-    """
+    """What `sign` put into a thinking block's signature, or a redacted block's data; None where it is not ccmux's."""
     signature = block.get("signature") or block.get("data")
     if not isinstance(signature, str) or not signature.startswith(SIGNATURE_TAG):
         return None
@@ -3061,48 +3057,37 @@ def cache_writes(usage: Json, known: Usage) -> tuple[int, int]:
 
 
 def collect(events: Iterable[Json]) -> Json:
-    """The whole message that a stream of events amounts to."""
+    """The whole message that the events of an `AnthropicStream` amount to."""
     message: Json = {}
     block: Json = {}
     pieces: list[str] = []  # of the block
     for event in events:
-        kind = event["type"]
+        kind, delta = event["type"], event.get("delta", {})
         if kind == "message_start":
             message = {**event["message"], "content": []}
         elif kind == "content_block_start":
             block, pieces = dict(event["content_block"]), []
             message["content"].append(block)
+        elif kind == "content_block_delta" and delta["type"] == "signature_delta":
+            block["signature"] = delta["signature"]
         elif kind == "content_block_delta":
-            apply_delta(block, event["delta"], pieces)
+            pieces.append(delta[DELTA_FIELDS[delta["type"]]])
         elif kind == "content_block_stop":
             close_block(block, "".join(pieces))
         elif kind == "message_delta":
-            usage = {**message["usage"], **(event.get("usage") or {})}
-            message = {**message, **event["delta"], "usage": usage}
+            message |= {**delta, "usage": {**message["usage"], **event["usage"]}}
     return message
 
 
 DELTA_FIELDS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
 
 
-def apply_delta(block: Json, delta: Json, parts: list[str]) -> None:
-    kind = delta["type"]
-    if kind in DELTA_FIELDS:
-        parts.append(delta[DELTA_FIELDS[kind]])
-    elif kind == "signature_delta":
-        block["signature"] = delta["signature"]
-    elif kind == "citations_delta":
-        block["citations"] = [*(block.get("citations") or []), delta["citation"]]
-
-
 def close_block(block: Json, text: str) -> None:
     if block["type"] in ("text", "thinking"):
         block[block["type"]] += text
     elif text:
-        try:
-            block["input"] = json.loads(text)
-        except ValueError:
-            block["input"] = text  # cut off by the answer's limit
+        value = parsed(text)
+        block["input"] = text if value is None else value  # cut off by the answer's limit
 
 
 class AnthropicTap:
