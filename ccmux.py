@@ -3075,7 +3075,7 @@ def collect(events: Iterable[Json]) -> Json:
         elif kind == "content_block_stop":
             close_block(block, "".join(pieces))
         elif kind == "message_delta":
-            message |= {**delta, "usage": {**message["usage"], **event["usage"]}}
+            message |= {**delta, "usage": event["usage"]}
     return message
 
 
@@ -5297,16 +5297,18 @@ def messages_request(body: Json) -> Json:
 
 
 # https://platform.claude.com/docs/en/build-with-claude/effort: the others take it.
-_WITHOUT_EFFORT = re.compile(r"claude-(?:3|haiku-4|sonnet-4[-.]5|(?:sonnet|opus)-4(?:[-.][01]\b|-20))")
+_WITHOUT_EFFORT = r"claude-(?:3|haiku-4|sonnet-4[-.]5|(?:sonnet|opus)-4(?:[-.][01]\b|-20))"
 
 
 def fitting_request(body: Json, to: Upstream) -> Json:
     """What `messages_request` made, without what this very model of an Anthropic-format upstream is known to refuse."""
     if not to.facts.thinking_off:
         body = thinking_by_effort(body)
-    dropped = (*to.skip,) if to.facts.sampling else (*to.skip, "temperature", "top_p")
-    if "claude" in to.model and "temperature" in body:
-        dropped = (*dropped, "top_p")  # Claude 4.5 and 4.6 refuse the two together
+    dropped = set(to.skip)
+    if not to.facts.sampling:
+        dropped |= {"temperature", "top_p"}
+    elif "claude" in to.model and "temperature" in body:
+        dropped.add("top_p")  # Claude 4.5 and 4.6 refuse the two together
     out = {k: v for k, v in body.items() if k not in dropped}
     if isinstance(heat := out.get("temperature"), (int, float)):
         out["temperature"] = min(heat, 1)  # OpenAI's and Gemini's go to 2
@@ -5322,10 +5324,7 @@ def fitting_request(body: Json, to: Upstream) -> Json:
         out["output_config"] = claude_config(config, to)
     choice = as_object(out.get("tool_choice"))
     if choice.get("type") in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
-        out["tool_choice"] = {
-            "type": "auto",
-            **{k: v for k, v in choice.items() if k not in ("type", "name")},
-        }
+        out["tool_choice"] = {k: v for k, v in choice.items() if k != "name"} | {"type": "auto"}
     return out
 
 
@@ -5339,7 +5338,7 @@ def thinking_by_effort(body: Json) -> Json:
 
 def claude_config(config: Json, to: Upstream) -> Json:
     """An output_config with the efforts, and in the subset of JSON schema, that Claude takes."""
-    takes_effort = not _WITHOUT_EFFORT.search(to.model) and "output_config.effort" not in to.skip
+    takes_effort = not re.search(_WITHOUT_EFFORT, to.model) and "output_config.effort" not in to.skip
     out = {k: v for k, v in config.items() if k != "effort" or takes_effort}
     if out.get("effort") == "minimal":
         out["effort"] = "low"
@@ -5506,7 +5505,7 @@ def chat_calls(message: Json, number: int) -> list[Json]:
     return blocks
 
 
-_DATA_URL = re.compile(r"data:([\w.+/-]+)(?:;[^;,]*)*;base64,(.*)", re.S)
+_DATA_URL = r"(?s)data:([\w.+/-]+)(?:;[^;,]*)*;base64,(.*)"
 
 
 def cache_mark(given: Json) -> Json:
@@ -5515,8 +5514,9 @@ def cache_mark(given: Json) -> Json:
 
 
 def chat_blocks(content: Any) -> list[Json]:
-    """Content parts as Anthropic blocks, which Cursor sends as such; ApiError 400 for audio and the like. Blank texts, a
-    400 there, are left out.
+    """Content parts, among them blocks of Anthropic's own (Cursor's), as blocks; ApiError 400 for audio and the like.
+
+    Blank texts are left out, as Anthropic refuses them.
     """
     blocks = [{**chat_block(part), **cache_mark(part)} for part in blocks_of(content)]
     return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
@@ -5537,7 +5537,7 @@ def chat_block(part: Json) -> Json:
     given = as_object(part.get(kind)) or {"url": part.get(kind)}
     url = str(given.get("url") or given.get("file_data") or "")
     source: Json = {"type": "url", "url": url}
-    if data := _DATA_URL.fullmatch(url):
+    if data := re.fullmatch(_DATA_URL, url):
         source = data_source(data[1], data[2])
     elif not url.startswith(("http://", "https://")):
         raise ApiError(400, f"messages: {kind} needs a base64 data: URL or an http(s) URL")
@@ -5572,16 +5572,21 @@ def chat_finish(message: Json, old_form: bool) -> str:
 def chat_usage(given: Any) -> Json:
     """Usage of the Messages API as OpenAI counts it: cached tokens and those of a cache write within the prompt."""
     usage = anthropic_usage(given, Usage()) or Usage()
-    total = {"prompt_tokens": usage.prompt, "completion_tokens": usage.output}
-    details = {
-        "cached_tokens": usage.cache_read,
-        "cache_write_tokens": usage.cache_write + usage.cache_write_1h,
+    written = usage.cache_write + usage.cache_write_1h
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.output,
+        "total_tokens": usage.prompt + usage.output,
+        "prompt_tokens_details": {"cached_tokens": usage.cache_read, "cache_write_tokens": written},
     }
-    return {**total, "total_tokens": usage.prompt + usage.output, "prompt_tokens_details": details}
+
+
+def chat_id(message: Json) -> str:
+    return f"chatcmpl-{str(message['id']).removeprefix('msg_')}"
 
 
 class ChatWriter:
-    """Anthropic events as Chat Completions chunks. `created`: seconds since 1970."""
+    """The events of an `AnthropicStream` as Chat Completions chunks. `created`: seconds since 1970."""
 
     def __init__(self, model: str, created: int, include_usage: bool = False, old_form: bool = False) -> None:
         self.head: Json = {"id": "", "object": "chat.completion.chunk", "created": created, "model": model}
@@ -5591,63 +5596,62 @@ class ChatWriter:
         self.in_call = self.has_arguments = False
 
     def feed(self, events: list[Json]) -> bytes:
-        return b"".join(self.encode(chunk) for event in events for chunk in self.chunks(event))
+        return b"".join(map(self.chunk, events))
 
     def end(self, events: list[Json]) -> bytes:
-        """The last event, with usage where it was asked for, and the mark that ends an OpenAI stream."""
-        last = {**self.head, "choices": [], "usage": chat_usage(self.usage)}
-        return self.feed(events) + (self.encode(last) if self.include_usage else b"") + b"data: [DONE]\n\n"
+        """The last events, with usage where it was asked for, and the mark that ends an OpenAI stream."""
+        last = self.feed(events)
+        if self.include_usage:
+            last += self.encode([], usage=chat_usage(self.usage))
+        return last + b"data: [DONE]\n\n"
 
-    def encode(self, chunk: Json) -> bytes:
-        return b"data: %s\n\n" % compact(chunk)
+    def encode(self, choices: list[Json], **more: Json) -> bytes:
+        return b"data: %s\n\n" % compact({**self.head, "choices": choices, **more})
 
-    def chunks(self, event: Json) -> list[Json]:
-        kind = event["type"]
+    def chunk(self, event: Json) -> bytes:
+        """What an event adds to the message; b"" for an event that OpenAI's format has no form of."""
+        kind, block = event["type"], event.get("content_block", {})
+        delta: Json = {}
         reason = None
-        if kind == "message_start":
-            self.head["id"] = f"chatcmpl-{str(event['message'].get('id') or '').removeprefix('msg_')}"
-            self.usage = as_object(event["message"].get("usage"))
-            delta: Json = {"role": "assistant", "content": ""}
-        elif kind == "message_delta":
-            self.usage = {**self.usage, **as_object(event.get("usage"))}
-            delta, reason = {}, chat_finish(event["delta"], self.old_form)
-        else:
-            delta = self.delta(event)
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return [{**self.head, "choices": [choice]}] if delta or reason else []
-
-    def delta(self, event: Json) -> Json:
-        """What an event adds to the message; {} for events that OpenAI's format has no form of."""
-        kind = event["type"]
-        block, delta = as_object(event.get("content_block")), as_object(event.get("delta"))
-        if kind == "content_block_start" and block.get("type") == "tool_use":
+        if kind == "content_block_delta":
+            delta = self.piece(event["delta"])
+        elif kind == "message_start":
+            self.head["id"] = chat_id(event["message"])
+            delta = {"role": "assistant", "content": ""}
+        elif kind == "content_block_start" and block["type"] == "tool_use":
             self.calls += 1
             self.in_call, self.has_arguments = True, False
-            function = {"name": block.get("name"), "arguments": ""}
-            return self.call(function, id=block.get("id"), type="function")
-        if kind == "content_block_stop":
+            delta = self.call({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
+        elif kind == "content_block_stop":
             is_bare, self.in_call = self.in_call and not self.has_arguments, False
-            return self.call({"arguments": "{}"}) if is_bare else {}
-        if delta.get("type") == "text_delta":
+            delta = self.call({"arguments": "{}"}) if is_bare else {}
+        elif kind == "message_delta":
+            self.usage, reason = event["usage"], chat_finish(event["delta"], self.old_form)
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return self.encode([choice]) if delta or reason else b""
+
+    def piece(self, delta: Json) -> Json:
+        if delta["type"] == "text_delta":
             return {"content": delta["text"]}
-        if delta.get("type") == "thinking_delta":
+        if delta["type"] == "thinking_delta":
             return {"reasoning_content": delta["thinking"]}
-        if delta.get("type") == "input_json_delta" and self.in_call and delta["partial_json"]:
+        if delta["type"] == "input_json_delta" and self.in_call:
             self.has_arguments = True
             return self.call({"arguments": delta["partial_json"]})
         return {}
 
-    def call(self, function: Json, **more: Any) -> Json:
+    def call(self, function: Json, **more: str) -> Json:
         if self.old_form:
             return {} if self.calls else {"function_call": function}
         return {"tool_calls": [{"index": self.calls, **more, "function": function}]}
 
 
 class ChatCompletion:
-    """Anthropic events as one chat.completion, for a client that does not stream."""
+    """The events of an `AnthropicStream` as one chat.completion, for a client that does not stream."""
 
     def __init__(self, model: str, created: int, old_form: bool = False) -> None:
-        self.model, self.created, self.old_form = model, created, old_form
+        self.head: Json = {"object": "chat.completion", "created": created, "model": model}
+        self.old_form = old_form
         self.events: list[Json] = []
 
     def feed(self, events: list[Json]) -> bytes:
@@ -5656,40 +5660,34 @@ class ChatCompletion:
 
     def end(self, events: list[Json]) -> bytes:
         answer = collect([*self.events, *events])
-        id = f"chatcmpl-{str(answer.get('id') or '').removeprefix('msg_')}"
-        message = chat_message(answer)
+        message = chat_message(answer["content"])
         if self.old_form and (calls := message.pop("tool_calls", None)):
             message["function_call"] = calls[0]["function"]
         reason = chat_finish(answer, self.old_form)
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        head = {"id": id, "object": "chat.completion", "created": self.created, "model": self.model}
-        return compact({**head, "choices": [choice], "usage": chat_usage(answer.get("usage"))})
+        usage = chat_usage(answer["usage"])
+        return compact({"id": chat_id(answer), **self.head, "choices": [choice], "usage": usage})
 
 
-def chat_message(answer: Json) -> Json:
-    """A whole Anthropic message as OpenAI's assistant message."""
-    blocks = blocks_of(answer.get("content"))
-    text = "".join(b["text"] for b in blocks if b.get("type") == "text")
-    thinking = "".join(b["thinking"] for b in blocks if b.get("type") == "thinking")
-    calls = [whole_call(b) for b in blocks if b.get("type") == "tool_use"]
+def chat_message(blocks: list[Json]) -> Json:
+    """An answer's blocks as OpenAI's assistant message."""
+    text = "".join(b["text"] for b in blocks if b["type"] == "text")
+    thinking = "".join(b["thinking"] for b in blocks if b["type"] == "thinking")
+    calls = [whole_call(b) for b in blocks if b["type"] == "tool_use"]
     optional = {"reasoning_content": thinking, "tool_calls": calls}
     out = {"role": "assistant", "content": text or None, "refusal": None}
     return out | {key: value for key, value in optional.items() if value}
 
 
 def whole_call(block: Json) -> Json:
-    given = block["input"]
-    arguments = given if isinstance(given, str) else tool_arguments(block)
-    function = {"name": block["name"], "arguments": arguments}
+    given = block["input"]  # a text where it was cut off
+    function = {"name": block["name"], "arguments": given if isinstance(given, str) else readable(given)}
     return {"id": block["id"], "type": "function", "function": function}
 
 
 CHAT_CODES = {
-    401: "invalid_api_key",
-    402: "insufficient_quota",
-    404: "model_not_found",
-    429: "rate_limit_exceeded",
-}
+    401: "invalid_api_key", 402: "insufficient_quota", 404: "model_not_found", 429: "rate_limit_exceeded",
+}  # fmt: skip
 
 
 def chat_error(error: ApiError, request_id: str) -> Json:
