@@ -2525,7 +2525,7 @@ def instead_of(config: Config, name: str) -> str:
     return known_names(name, known) if known else "the config names none (`ccmux.py init` writes one)"
 
 
-# Characters of a model's name that are looked at: all of a true one. A pattern could search in 100 KB for minutes.
+# Characters of a model's name that patterns look at: in 100 KB one could search for minutes. No true name is as long.
 LONGEST_NAME = 256
 
 
@@ -2671,7 +2671,7 @@ def tag_step(asked: Asked) -> Pick:
 
 
 def slot_step(slot: str, applies: Callable[[Asked], str]) -> Callable[[Asked], Pick]:
-    """A step whose model is a [router] key; `applies` says why it does, or "" and it does not."""
+    """A step whose model is a [router] key; `applies` tells why it is taken, "" where it is not."""
 
     def step(asked: Asked) -> Pick:
         model = getattr(asked.config.router, slot)
@@ -2726,14 +2726,14 @@ def is_background(asked: Asked) -> str:
     return is_of_class(asked, "auxiliary", "side_reply") or by_name
 
 
-def is_claudes_own(config: Config, name: str) -> bool:
-    """Whether a name is one that Claude Code picks by itself, and the rules decide about."""
-    regex = config.router.auto_map_regex
-    return bool(regex and regex.pattern and regex.search(name[:LONGEST_NAME]))
+def is_claudes_own(asked: Asked) -> bool:
+    """Whether the name is one that Claude Code picks by itself, and the rules decide about."""
+    regex = asked.config.router.auto_map_regex
+    return bool(regex and regex.pattern and regex.search(asked.name[:LONGEST_NAME]))
 
 
 def asked_step(asked: Asked) -> Pick:
-    if is_claudes_own(asked.config, asked.name):
+    if is_claudes_own(asked):
         return Pick(note=f"{asked.name} is one of Claude's own names")
     if resolve(asked.config, asked.name):
         return Pick(asked.name, f"{asked.name} was asked for")
@@ -2786,7 +2786,7 @@ def row_step(asked: Asked) -> Pick:
 
 
 def default_step(asked: Asked) -> Pick:
-    if is_claudes_own(asked.config, asked.name):
+    if is_claudes_own(asked):
         name = default_model(asked.config, asked.name)
         return Pick(name, name or "no default, no [[models]] row and no provider")
     if fallback := asked.config.router.fallback_provider:
@@ -5245,8 +5245,9 @@ CHAT_MAX_TOKENS, CHAT_MAX_UNKNOWN = 32000, 16384
 
 
 def chat_request(body: Json) -> tuple[Json, ApiError | None]:
-    """A Chat Completions request as a Messages request to route and count by, and why no Messages request can say it all:
-    an upstream of the client's own format may serve it.
+    """A Chat Completions request as a Messages request, and the error where that cannot say all of it.
+
+    Then it is only to route and count by: an upstream of the client's own format may serve what the client sent.
     """
     try:
         return messages_request(body), None
@@ -5254,7 +5255,7 @@ def chat_request(body: Json) -> tuple[Json, ApiError | None]:
         if not isinstance(body.get("messages"), list):
             raise
         messages = [servable(message) for message in messages_of(body)]
-        return messages_request({**body, "n": 1, "response_format": None, "messages": messages}), error
+        return messages_request({**body, "n": 1, "messages": messages}), error
 
 
 def servable(message: Json) -> Json:
@@ -5274,7 +5275,7 @@ def messages_request(body: Json) -> Json:
     if body.get("n") not in (None, 1):
         raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
     system, messages = chat_conversation(messages_of(body))
-    limits = (body.get("max_completion_tokens"), body.get("max_tokens"))
+    limits = map(body.get, ("max_completion_tokens", "max_tokens"))
     limit = next((n for n in limits if n and n != -1), None)  # -1: llama.cpp's and LM Studio's "no limit"
     if as_object(body.get("response_format")).get("type") == "json_object":
         system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
@@ -5414,9 +5415,9 @@ def messages_tools(body: Json) -> Json:
     """Functions in today's form, the old one and Anthropic's own (Cursor's, where the model's name has "claude" in it),
     web search, and the choice among them.
     """
-    given_tools = [*as_list(body.get("tools")), *({"function": f} for f in as_list(body.get("functions")))]
+    old = [{"function": f} for f in as_list(body.get("functions"))]
     tools: list[Json] = []
-    for tool in map(as_object, given_tools):
+    for tool in map(as_object, (*as_list(body.get("tools")), *old)):
         is_flat = tool.get("type") == "function" or "input_schema" in tool
         function = as_object(tool.get("function")) or (tool if is_flat else {})
         if name := function.get("name"):
@@ -5433,13 +5434,14 @@ def messages_tools(body: Json) -> Json:
     named = as_object(given)
     name = (as_object(named.get("function")) or named).get("name")
     kind = str(named.get("type") if named else given)
-    choice: Json = {"type": {"required": "any", "any": "any", "none": "none"}.get(kind, "auto")}
-    if name:
-        choice = {"type": "tool", "name": str(name)}
+    choice: Json = {"type": "tool", "name": str(name)} if name else {"type": CHAT_CHOICES.get(kind, "auto")}
     is_single = body.get("parallel_tool_calls") is False or is_old_form(body)
     if is_single and choice["type"] != "none":
         choice["disable_parallel_tool_use"] = True
     return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
+
+
+CHAT_CHOICES = {"required": "any", "any": "any", "none": "none"}
 
 
 def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
