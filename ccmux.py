@@ -2592,15 +2592,9 @@ def rule_step(asked: Asked) -> Pick:
 
 def fill_groups(template: str, match: re.Match[str]) -> str:
     """`$1`, `$name` and `${name}` in a rule's model, filled from the match."""
-
-    def group(reference: re.Match[str]) -> str:
-        name = reference[1] or reference[2]
-        try:
-            return match[int(name) if name.isdecimal() else name] or ""
-        except IndexError:
-            return ""
-
-    return re.sub(r"\$(?:\{(\w+)\}|(\d+|[A-Za-z_]\w*))", group, template)
+    groups = match.groupdict() | {str(n): text for n, text in enumerate((match[0], *match.groups()))}
+    reference = r"\$(?:\{(\w+)\}|(\d+|[A-Za-z_]\w*))"
+    return re.sub(reference, lambda name: groups.get(name[1] or name[2]) or "", template)
 
 
 # What Claude Code (2.1.330) puts among the user's words: reminders; and beside a tool result that it loaded a tool or a
@@ -2627,13 +2621,11 @@ def newest_words(messages: list[Json]) -> tuple[int, dict[int, str]]:
 
 def search_words(pattern: re.Pattern[str], text: str) -> tuple[re.Match[str], int] | None:
     """The first match outside of <system-reminder> text, with the place in `text` that it counts from."""
-    start = 0
-    for reminder in (*_REMINDER.finditer(text), None):
-        end = reminder.start() if reminder else len(text)
+    edges = [0, *(edge for found in _REMINDER.finditer(text) for edge in found.span()), len(text)]
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
         part = text[start:end]
         if part.strip() and (match := pattern.search(part)):
             return match, start
-        start = reminder.end() if reminder else end
     return None
 
 
@@ -2670,14 +2662,21 @@ def tag_step(asked: Asked) -> Pick:
     return Pick(note="no <CCM-SUBAGENT-MODEL> tag in the system prompt")
 
 
-def slot_step(slot: str, applies: Callable[[Asked], str]) -> Callable[[Asked], Pick]:
-    """A step whose model is a [router] key; `applies` tells why it is taken, "" where it is not."""
+SLOT_OF_CLASS = {
+    "compaction": "compaction", "auxiliary": "background", "side_reply": "background", "subagent": "subagent",
+    "workflow": "subagent",
+}  # fmt: skip
+
+
+def slot_step(slot: str, applies: Callable[[Asked], str] = lambda asked: "") -> Callable[[Asked], Pick]:
+    """A step whose model is a [router] key: taken by request class, or where `applies` tells why ("": it does not)."""
 
     def step(asked: Asked) -> Pick:
         model = getattr(asked.config.router, slot)
         if not model:
             return Pick(note="not set")
-        why = applies(asked)
+        told = asked.headers.get("x-claude-code-request-class", "")
+        why = f"request class {told}" if SLOT_OF_CLASS.get(told) == slot else applies(asked)
         return Pick(model, f"{why}: {model}") if why else Pick(note="does not apply")
 
     return step
@@ -2710,20 +2709,10 @@ def is_long(asked: Asked) -> str:
     return f"{asked.tokens} tokens are more than {limit}" if asked.tokens > limit else ""
 
 
-def is_of_class(asked: Asked, *classes: str) -> str:
-    told = asked.headers.get("x-claude-code-request-class", "")
-    return f"request class {told}" if told in classes else ""
-
-
-def is_compaction(asked: Asked) -> str:
-    return is_of_class(asked, "compaction")
-
-
 def is_background(asked: Asked) -> str:
     regex = asked.config.router.background_regex
     matches = regex and regex.search(asked.name[:LONGEST_NAME])
-    by_name = f"{asked.name} matches background_regex" if matches else ""
-    return is_of_class(asked, "auxiliary", "side_reply") or by_name
+    return f"{asked.name} matches background_regex" if matches else ""
 
 
 def is_claudes_own(asked: Asked) -> bool:
@@ -2741,8 +2730,6 @@ def asked_step(asked: Asked) -> Pick:
 
 
 def is_subagent(asked: Asked) -> str:
-    if why := is_of_class(asked, "subagent", "workflow"):
-        return why
     if asked.headers.get("x-claude-code-agent-id"):
         return "an agent-id header"
     first = next(iter(blocks_of(asked.body.get("system"))), {})
@@ -2809,7 +2796,7 @@ ROUTE_STEPS: tuple[tuple[str, Callable[[Asked], Pick]], ...] = (
     ("websearch", slot_step("websearch", offers_web_search)),
     ("image", slot_step("image", newest_turn_has_image)),
     ("long_context", slot_step("long_context", is_long)),
-    ("compaction", slot_step("compaction", is_compaction)),
+    ("compaction", slot_step("compaction")),
     ("background", slot_step("background", is_background)),
     ("asked", asked_step),
     ("subagent", slot_step("subagent", is_subagent)),
