@@ -3130,8 +3130,6 @@ class AnthropicTap:
     def finish(self) -> bytes:
         """The end of the upstream's bytes: without a message_stop it is a fault."""
         rest = self.decoder.finish()
-        if not self.seen_event and rest.lstrip().startswith((b"{", b"[", b"<")):
-            self.error = not_a_stream(rest.decode("utf-8", "replace"), "event stream")
         out = b"" if is_cut_off(rest) else self.relay(rest)
         if not self.ended and self.error is None:
             self.error = broken_stream()
@@ -3145,6 +3143,9 @@ class AnthropicTap:
             self.ending += block
             return b""
         name, data = event_of(block)
+        if not data and not self.seen_event and block.lstrip().startswith((b"{", b"[", b"<")):
+            self.error = not_a_stream(block.decode("utf-8", "replace"), "event stream")
+            return b""
         if not data:
             return block
         self.seen_event = True
