@@ -2352,7 +2352,7 @@ class SseDecoder:
         """
         if not self.rest and data.endswith(b"\n\n"):
             return data  # as most pieces are
-        if self.rest and not _LINE_END.search(data) and not self.rest.endswith(b"\r"):
+        if self.rest and not (self.rest.endswith(b"\r") or b"\n" in data or b"\r" in data):
             whole = b""  # a piece out of the midst of an event, which may be megabytes: nothing of it is looked at again
             self.rest += data
         else:
@@ -2380,7 +2380,6 @@ class SseDecoder:
         return rest if rest.endswith(b"\r\r") else rest + b"\n\n"
 
 
-_LINE_END = re.compile(rb"[\r\n]")
 _BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)+")
 
 
@@ -2473,7 +2472,7 @@ class Route:
     reason: str
     trail: tuple[tuple[str, str], ...]
     targets: tuple[Target, ...]
-    body: Json | None = None  # the request with what routing takes out of it; None: as it came
+    body: Json | None = None  # the request without what routing takes out of it; None: as it came
 
 
 @dataclass(frozen=True, slots=True)
@@ -2503,7 +2502,8 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
     for reason, step in ROUTE_STEPS:
         pick = step(asked)
         targets = resolve(config, pick.model) if pick.model else ()
-        is_unserved = pick.model and not targets  # which may be anything out of the prompt
+        is_unserved = pick.model and not targets
+        # A name may be any words of the prompt's, so no more than its beginning is kept.
         note = f"names {pick.model[:100]}, which nobody serves" if is_unserved else pick.note[:200]
         trail.append((reason, note))
         if targets:
@@ -3143,11 +3143,11 @@ class AnthropicTap:
             self.ending += block
             return b""
         name, data = event_of(block)
-        if not data and not self.seen_event and block.lstrip().startswith((b"{", b"[", b"<")):
+        if not data:
+            if self.seen_event or not block.lstrip().startswith((b"{", b"[", b"<")):
+                return block
             self.error = not_a_stream(block.decode("utf-8", "replace"), "event stream")
             return b""
-        if not data:
-            return block
         self.seen_event = True
         try:
             event = event_json(data)
@@ -3373,7 +3373,7 @@ def not_a_stream(text: str, what: str) -> ApiError:
     if isinstance(payload, (dict, list)) and error_words(payload):
         return error_of_event(payload)
     start = " ".join(text.split())[:120]
-    return broken_stream(f"the provider's answer is not an {what}; it begins: {start}")
+    return broken_stream(f"the provider's answer is no {what}; it begins: {start}")
 
 
 # ----------------------------------------------------------------------------------------------------------
