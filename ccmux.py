@@ -2365,12 +2365,7 @@ class SseDecoder:
 
     def feed(self, data: bytes) -> list[bytes]:
         """The whole event blocks that `data` completes, each with the blank line that ends it."""
-        whole = self.cut(data)
-        if b"\r" not in whole:
-            *blocks, rest = whole.split(b"\n\n")  # the rest: a line end beyond the last pair, as in b"\n\n\n"
-            return [block + b"\n\n" for block in blocks] + ([rest] if rest else [])
-        ends = [0, *(m.end() for m in _BLANK_LINE.finditer(whole))]
-        return [whole[a:b] for a, b in itertools.pairwise(ends)]
+        return split_blocks(self.cut(data))
 
     def finish(self) -> bytes:
         """A last block whose blank line never came, with one."""
@@ -2385,11 +2380,22 @@ _BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)+")
 
 def last_blank_line(data: bytes) -> int:
     """Where the last event of `data` ends; 0 where none does."""
-    if b"\r" not in data:
+    if (
+        data.find(b"\r") < 0
+    ):  # `in` would raise and catch an exception inside, as bytes may also be asked for a number
         at = data.rfind(b"\n\n")
         return at + 2 if at >= 0 else 0
     end = len(data) - data.endswith(b"\r")  # that one may be half of a CR LF: it waits
     return max((m.end() for m in _BLANK_LINE.finditer(data, 0, end)), default=0)
+
+
+def split_blocks(whole: bytes) -> list[bytes]:
+    """Whole events, cut apart; each keeps its end."""
+    if b"\r" not in whole:
+        *blocks, rest = whole.split(b"\n\n")  # the rest: a line end beyond the last pair, as in b"\n\n\n"
+        return [block + b"\n\n" for block in blocks] + ([rest] if rest else [])
+    ends = [0, *(m.end() for m in _BLANK_LINE.finditer(whole))]
+    return [whole[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def event_of(block: bytes) -> tuple[str, str]:
@@ -3098,34 +3104,37 @@ class AnthropicTap:
         self.error: ApiError | None = None
         self.error_relayed = False  # the upstream's own error event is among the bytes already
         self.ending = b""  # message_stop and what follows it: sent once the settlement is durable
-        self.unread = bytearray()  # relayed, and not looked at yet for its texts
+        self.relayed: list[bytes] = []  # not looked at yet for its texts
+        self.unread = 0  # bytes of it
         self.texts: list[str] = []
 
     def feed(self, data: bytes) -> bytes:
         out = whole = self.decoder.cut(data)
-        # `in` would raise and catch an exception inside, as bytes may also be asked for a number.
         if not self.has_content or self.ended or whole.find(b"message_") >= 0 or whole.find(b"error") >= 0:
             out = b"".join(self.looked_at(whole))
-        self.unread += out
-        if len(self.unread) > self.MOST_UNREAD:
+        self.relayed.append(out)
+        self.unread += len(out)
+        if self.unread > self.MOST_UNREAD:
             self.read_texts()
         return out
 
     def looked_at(self, whole: bytes) -> Iterator[bytes]:
         """What goes out of whole events: each is read, but runs of those that need not be go out in one piece."""
+        if b"\r" in whole:
+            yield from map(self.relay, split_blocks(whole))
+            return
         at = 0
-        while self.error is None:
+        while at < len(whole) and self.error is None:
             if self.has_content and not self.ended:
                 marks = [mark for word in (b"message_", b"error") if (mark := whole.find(word, at)) >= 0]
                 end = whole.rfind(b"\n\n", at, min(marks)) + 2 if marks else len(whole)
                 if end > 1:
                     yield whole[at:end]
                     at = end
-            match = _BLANK_LINE.search(whole, at)
-            if match is None:
-                return
-            yield self.relay(whole[at : match.end()])
-            at = match.end()
+            end = whole.find(b"\n\n", at) + 2
+            end = end if end > 1 else len(whole)
+            yield self.relay(whole[at:end])
+            at = end
 
     def finish(self) -> bytes:
         """The end of the upstream's bytes: without a message_stop it is a fault."""
@@ -3191,10 +3200,11 @@ class AnthropicTap:
 
     def read_texts(self) -> None:
         """Keeps the texts of what was relayed and lets go of its bytes."""
-        for _, data in events_of(bytes(self.unread)):
+        for _, data in events_of(b"".join(self.relayed)):
             delta = as_object(as_object(parsed(data)).get("delta"))
             self.texts.extend(str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k))
-        self.unread.clear()
+        self.relayed.clear()
+        self.unread = 0
 
 
 def is_cut_off(block: bytes) -> bool:
