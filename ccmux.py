@@ -2380,9 +2380,8 @@ _BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)+")
 
 def last_blank_line(data: bytes) -> int:
     """Where the last event of `data` ends; 0 where none does."""
-    if (
-        data.find(b"\r") < 0
-    ):  # `in` would raise and catch an exception inside, as bytes may also be asked for a number
+    # `in` would raise and catch an exception inside, as bytes may also be asked for a number.
+    if data.find(b"\r") < 0:
         at = data.rfind(b"\n\n")
         return at + 2 if at >= 0 else 0
     end = len(data) - data.endswith(b"\r")  # that one may be half of a CR LF: it waits
@@ -3383,7 +3382,7 @@ def not_a_stream(text: str, what: str) -> ApiError:
     if isinstance(payload, (dict, list)) and error_words(payload):
         return error_of_event(payload)
     start = " ".join(text.split())[:120]
-    return broken_stream(f"the provider's answer is no {what}; it begins: {start}")
+    return broken_stream(f"the provider's answer is not an {what}; it begins: {start}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5565,20 +5564,17 @@ CHAT_FINISH = {
 
 
 def chat_finish(message: Json, old_form: bool) -> str:
-    reason = CHAT_FINISH.get(str(message.get("stop_reason")), "stop")
+    reason = CHAT_FINISH.get(message["stop_reason"], "stop")
     return "function_call" if old_form and reason == "tool_calls" else reason
 
 
-def chat_usage(given: Any) -> Json:
+def chat_usage(usage: Json) -> Json:
     """Usage of the Messages API as OpenAI counts it: cached tokens and those of a cache write within the prompt."""
-    usage = anthropic_usage(given, Usage()) or Usage()
-    written = usage.cache_write + usage.cache_write_1h
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.output,
-        "total_tokens": usage.prompt + usage.output,
-        "prompt_tokens_details": {"cached_tokens": usage.cache_read, "cache_write_tokens": written},
-    }
+    cached, written = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
+    prompt, output = usage["input_tokens"] + cached + written, usage["output_tokens"]
+    details = {"cached_tokens": cached, "cache_write_tokens": written}
+    counts = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+    return {**counts, "prompt_tokens_details": details}
 
 
 def chat_id(message: Json) -> str:
