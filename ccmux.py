@@ -5691,7 +5691,7 @@ def chat_error(error: ApiError, request_id: str) -> Json:
     # A max_tokens above the model's is an overflow, too, but no conversation to be cut down.
     is_too_long = error.cause == "overflow" and error.retry is Retry.LARGER
     code = "context_length_exceeded" if is_too_long else CHAT_CODES.get(error.status)
-    detail = {"message": error.message, "type": error.type, "param": None, "code": code}
+    detail = {"message": error.message, "type": error.type, "param": error.param or None, "code": code}
     return {"error": detail, "request_id": request_id}
 
 
