@@ -2352,13 +2352,12 @@ class SseDecoder:
         """
         if not self.rest and data.endswith(b"\n\n"):
             return data  # as most pieces are
-        if self.rest and not (self.rest.endswith(b"\r") or b"\n" in data or b"\r" in data):
-            whole = b""  # a piece out of the midst of an event, which may be megabytes: nothing of it is looked at again
-            self.rest += data
+        seam = bytes(self.rest[-3:]) + data  # an end may have begun in the rest, which may be megabytes
+        whole = b""
+        if end := last_blank_line(seam):
+            whole, self.rest = bytes(self.rest[:-3]) + seam[:end], bytearray(seam[end:])
         else:
-            data = bytes(self.rest) + data
-            end = last_blank_line(data)
-            whole, self.rest = data[:end], bytearray(data[end:])
+            self.rest += data
         if len(self.rest) > self.limit:
             raise broken_stream(f"the provider sent an event of more than {self.limit} bytes")
         return whole
