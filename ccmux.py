@@ -2350,16 +2350,14 @@ class SseDecoder:
 
         ApiError 502 when it grows past the limit.
         """
-        if self.rest and not _LINE_END.search(data) and not self.rest.endswith(b"\r"):
-            whole = b""  # a piece out of the midst of an event, which may be megabytes: nothing of it is looked at again
-            self.rest += data
+        if not self.rest and data.endswith(b"\n\n"):
+            return data  # as most pieces are
+        seam = bytes(self.rest[-3:]) + data  # an end may have begun in the rest, which may be megabytes
+        whole = b""
+        if end := last_blank_line(seam):
+            whole, self.rest = bytes(self.rest[:-3]) + seam[:end], bytearray(seam[end:])
         else:
-            data = bytes(self.rest) + data if self.rest else data
-            # `in` would raise and catch an exception inside, as bytes may also be asked for a number.
-            end = data.rfind(b"\n\n") + 2 if data.find(b"\r") < 0 else last_blank_line(data)
-            whole = data[:end] if end > 1 else b""
-            if self.rest or len(whole) < len(data):
-                self.rest = bytearray(data[len(whole) :])
+            self.rest += data
         if len(self.rest) > self.limit:
             raise broken_stream(f"the provider sent an event of more than {self.limit} bytes")
         return whole
@@ -2371,21 +2369,21 @@ class SseDecoder:
     def finish(self) -> bytes:
         """A last block whose blank line never came, with one."""
         rest, self.rest = bytes(self.rest), bytearray()
-        if not rest.strip() or rest.endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):
-            return rest if rest.strip() else b""
-        return rest + b"\n\n"
+        if not rest.strip():
+            return b""
+        return rest if rest.endswith(b"\r\r") else rest + b"\n\n"
 
 
-_LINE_END = re.compile(rb"[\r\n]")
-_BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)")
+_BLANK_LINE = re.compile(rb"(?:\r\n|\r(?!\n)|\n)(?:\r\n|\r(?!\n)|\n)+")
 
 
 def last_blank_line(data: bytes) -> int:
-    """Where the last event of `data` ends; 0 where none does.
-
-    A CR at the very end may be half of a CR LF: it waits.
-    """
-    end = len(data) - 1 if data.endswith(b"\r") else len(data)
+    """Where the last event of `data` ends; 0 where none does."""
+    # `in` would raise and catch an exception inside, as bytes may also be asked for a number.
+    if data.find(b"\r") < 0:
+        at = data.rfind(b"\n\n")
+        return at + 2 if at >= 0 else 0
+    end = len(data) - data.endswith(b"\r")  # that one may be half of a CR LF: it waits
     return max((m.end() for m in _BLANK_LINE.finditer(data, 0, end)), default=0)
 
 
@@ -2478,7 +2476,7 @@ class Route:
     reason: str
     trail: tuple[tuple[str, str], ...]
     targets: tuple[Target, ...]
-    body: Json | None = None  # the request with what routing takes out of it; None: as it came
+    body: Json | None = None  # the request without what routing takes out of it; None: as it came
 
 
 @dataclass(frozen=True, slots=True)
@@ -2490,10 +2488,6 @@ class Asked:
     config: Config
     tokens: int  # counted input tokens; 0 where nothing needed the count
     name: str  # the model asked for, without [1m]
-
-    @property
-    def request_class(self) -> str:
-        return self.headers.get("x-claude-code-request-class", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -2511,22 +2505,20 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
     trail: list[tuple[str, str]] = []
     for reason, step in ROUTE_STEPS:
         pick = step(asked)
-        trail.append((reason, (pick.note or pick.model)[:200]))  # a name may be out of the prompt
         targets = resolve(config, pick.model) if pick.model else ()
-        if pick.model and not targets:
-            trail[-1] = (reason, f"names {pick.model[:100]}, which nobody serves")
+        is_unserved = pick.model and not targets
+        # A name may be any words of the prompt's, so no more than its beginning is kept.
+        note = f"names {pick.model[:100]}, which nobody serves" if is_unserved else pick.note[:200]
+        trail.append((reason, note))
         if targets:
-            roomy = long_context_instead(asked, pick, targets, trail)
-            return roomy or Route(pick.model, reason, tuple(trail), targets, pick.body)
+            return roomy_route(asked, Route(pick.model, reason, tuple(trail), targets, pick.body))
     raise no_such_model(config, asked.name)
 
 
 def no_such_model(config: Config, name: str) -> ApiError:
     unset = [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
-    hint = "; ".join([instead_of(config, name), *unset])
-    return ApiError(
-        404, f"model: {name[:LONGEST_NAME]!r} is served by no provider; {hint}", should_retry=False
-    )
+    words = [f"model: {name[:LONGEST_NAME]!r} is served by no provider", instead_of(config, name), *unset]
+    return ApiError(404, "; ".join(words), should_retry=False)
 
 
 def instead_of(config: Config, name: str) -> str:
@@ -2537,7 +2529,7 @@ def instead_of(config: Config, name: str) -> str:
     return known_names(name, known) if known else "the config names none (`ccmux.py init` writes one)"
 
 
-# Characters of a model's name that are looked at: all of a true one. A pattern could search in 100 KB for minutes.
+# Characters of a model's name that patterns look at: in 100 KB one could search for minutes. No true name is as long.
 LONGEST_NAME = 256
 
 
@@ -2548,16 +2540,14 @@ def asked_model(body: Json) -> str:
     return re.sub(r"(?i)\[1m\]$", "", name)
 
 
-def long_context_instead(
-    asked: Asked, pick: Pick, targets: tuple[Target, ...], trail: list[tuple[str, str]]
-) -> Route | None:
-    """The long_context route, where it is set and the model picked is too small for what was counted."""
-    roomy = asked.config.router.long_context
-    context = context_of(asked.config, pick.model, targets)
-    if not roomy or not context or asked.tokens <= context or pick.model == roomy:
-        return None
-    trail.append(("long_context", f"{asked.tokens} tokens are more than the {context} of {pick.model}"))
-    return Route(roomy, "long_context", tuple(trail), resolve(asked.config, roomy), pick.body)
+def roomy_route(asked: Asked, route: Route) -> Route:
+    """The route, or that of long_context where it is set and the model is too small for what was counted."""
+    roomy, context = asked.config.router.long_context, context_of(asked.config, route.model, route.targets)
+    if not roomy or not context or asked.tokens <= context or route.model == roomy:
+        return route
+    note = f"{asked.tokens} tokens are more than the {context} of {route.model}"
+    trail = (*route.trail, ("long_context", note))
+    return Route(roomy, "long_context", trail, resolve(asked.config, roomy), route.body)
 
 
 def context_of(config: Config, name: str, targets: tuple[Target, ...]) -> int:
@@ -2569,8 +2559,8 @@ def resolve(config: Config, name: str) -> tuple[Target, ...]:
     """The targets behind a name, first to be tried first; () when nobody serves it."""
     if (model := config.model(name)) and model.mappings:
         return tuple(sorted(model.mappings, key=lambda t: t.priority))
-    head, slash, rest = name.partition("/")
-    if slash and rest:
+    head, _, rest = name.partition("/")
+    if rest:
         if config.provider(head):
             return (Target(head, rest),)
         if head == "anthropic":
@@ -2588,33 +2578,27 @@ def rule_step(asked: Asked) -> Pick:
     rules = asked.config.router.rules
     if not rules:
         return Pick(note="no prompt rules")
-    at = newest_words(messages_of(asked.body))
+    turn, texts = newest_words(messages_of(asked.body))
     for number, rule in enumerate(rules, 1):
-        for index, text in reversed(at):
+        for block, text in reversed(texts.items()):
             try:
-                words = search_words(rule.pattern, text)
+                found = search_words(rule.pattern, text)
             except TimeoutError:  # of whoever called `choose_route`
                 return Pick(
                     note=f"rule {number} takes too long on this prompt: it and those below are passed over"
                 )
-            if words:
-                name = fill_groups(rule.model, words.match)
-                changed = without_words(asked.body, index, words) if rule.strip else None
+            if found:
+                name = fill_groups(rule.model, found[0])
+                changed = without_words(asked.body, turn, block, *found) if rule.strip else None
                 return Pick(name, f"rule {number} matches: {name}", changed)
     return Pick(note="no rule matches")
 
 
 def fill_groups(template: str, match: re.Match[str]) -> str:
     """`$1`, `$name` and `${name}` in a rule's model, filled from the match."""
-
-    def group(reference: re.Match[str]) -> str:
-        name = reference[1] or reference[2]
-        try:
-            return match[int(name) if name.isdecimal() else name] or ""
-        except IndexError:
-            return ""
-
-    return re.sub(r"\$(?:\{(\w+)\}|(\d+|[A-Za-z_]\w*))", group, template)
+    groups = match.groupdict() | {str(n): text for n, text in enumerate((match[0], *match.groups()))}
+    reference = r"\$(?:\{(\w+)\}|(\d+|[A-Za-z_]\w*))"
+    return re.sub(reference, lambda name: groups.get(name[1] or name[2]) or "", template)
 
 
 # What Claude Code (2.1.330) puts among the user's words: reminders; and beside a tool result that it loaded a tool or a
@@ -2625,55 +2609,43 @@ _REMINDER = re.compile(
 )
 
 
-def newest_words(messages: list[Json]) -> list[tuple[tuple[int, int], str]]:
-    """The text blocks of the newest turn in which the user typed something: ((message, block), text).
+def newest_words(messages: list[Json]) -> tuple[int, dict[int, str]]:
+    """The number of the newest message in which the user typed something, and its texts by the number of their block.
 
     Later turns that only carry tool results belong to the same prompt, so that a tool round stays on its model.
     """
-    for number in range(len(messages) - 1, -1, -1):
-        if messages[number].get("role") != "user":
-            continue
-        blocks = enumerate(blocks_of(messages[number].get("content")))
-        typed = [((number, n), str(b.get("text") or "")) for n, b in blocks if b.get("type") == "text"]
-        if any(_REMINDER.sub("", text).strip() for _, text in typed):
-            return typed
-    return []
+    for turn in range(len(messages) - 1, -1, -1):
+        if messages[turn].get("role") == "user":
+            blocks = enumerate(blocks_of(messages[turn].get("content")))
+            texts = {n: str(b.get("text") or "") for n, b in blocks if b.get("type") == "text"}
+            if any(_REMINDER.sub("", text).strip() for text in texts.values()):
+                return turn, texts
+    return 0, {}
 
 
-class Words(typing.NamedTuple):
-    """A match in a part of a text, and where that part begins."""
-
-    match: re.Match[str]
-    offset: int
-
-
-def search_words(pattern: re.Pattern[str], text: str) -> Words | None:
-    """The first match outside of <system-reminder> text."""
-    start = 0
-    for reminder in (*_REMINDER.finditer(text), None):
-        end = reminder.start() if reminder else len(text)
+def search_words(pattern: re.Pattern[str], text: str) -> tuple[re.Match[str], int] | None:
+    """The first match outside of <system-reminder> text, with the place in `text` that it counts from."""
+    edges = [0, *(edge for found in _REMINDER.finditer(text) for edge in found.span()), len(text)]
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
         part = text[start:end]
         if part.strip() and (match := pattern.search(part)):
-            return Words(match, start)
-        start = reminder.end() if reminder else end
+            return match, start
     return None
 
 
-def without_words(body: Json, at: tuple[int, int], words: Words) -> Json:
+def without_words(body: Json, turn: int, block: int, match: re.Match[str], offset: int) -> Json:
     """The request without the words a rule matched; as it is where they are all of a text.
 
     Anthropic refuses an empty text block.
     """
-    number, index = at
     messages = list(messages_of(body))
-    blocks = list(blocks_of(messages[number].get("content")))
-    text = str(blocks[index]["text"])
-    start, end = (words.offset + n for n in words.match.span())
-    rest = text[:start] + text[end:].lstrip()
+    blocks = blocks_of(messages[turn].get("content"))
+    text = str(blocks[block]["text"])
+    rest = text[: offset + match.start()] + text[offset + match.end() :].lstrip()
     if not rest.strip():
         return body
-    blocks[index] = {**blocks[index], "text": rest}
-    messages[number] = {**messages[number], "content": blocks}
+    blocks[block] = {**blocks[block], "text": rest}
+    messages[turn] = {**messages[turn], "content": blocks}
     return {**body, "messages": messages}
 
 
@@ -2682,10 +2654,10 @@ _SUBAGENT_TAG = re.compile(r"<CCM-SUBAGENT-MODEL>([^<]*)</CCM-SUBAGENT-MODEL>")
 
 def tag_step(asked: Asked) -> Pick:
     system = asked.body.get("system")
-    for index, block in enumerate(blocks_of(system)):
+    blocks = blocks_of(system)
+    for index, block in enumerate(blocks):
         text = str(block.get("text") or "")
         if "<CCM-SUBAGENT-MODEL>" in text and (match := _SUBAGENT_TAG.search(text)):
-            blocks: Any = blocks_of(system)
             blocks[index] = {**block, "text": _SUBAGENT_TAG.sub("", text)}
             kept = [b for b in blocks if b.get("text") != "" or b.get("type") != "text"]
             changed = {**asked.body, "system": kept if isinstance(system, list) else text_of(kept)}
@@ -2694,14 +2666,21 @@ def tag_step(asked: Asked) -> Pick:
     return Pick(note="no <CCM-SUBAGENT-MODEL> tag in the system prompt")
 
 
-def slot_step(slot: str, applies: Callable[[Asked], str]) -> Callable[[Asked], Pick]:
-    """A step whose model is a [router] key; `applies` says why it does, or "" and it does not."""
+SLOT_OF_CLASS = {
+    "compaction": "compaction", "auxiliary": "background", "side_reply": "background", "subagent": "subagent",
+    "workflow": "subagent",
+}  # fmt: skip
+
+
+def slot_step(slot: str, applies: Callable[[Asked], str] = lambda asked: "") -> Callable[[Asked], Pick]:
+    """A step whose model is a [router] key: taken by request class, or where `applies` tells why ("": it does not)."""
 
     def step(asked: Asked) -> Pick:
         model = getattr(asked.config.router, slot)
         if not model:
             return Pick(note="not set")
-        why = applies(asked)
+        told = asked.headers.get("x-claude-code-request-class", "")
+        why = f"request class {told}" if SLOT_OF_CLASS.get(told) == slot else applies(asked)
         return Pick(model, f"{why}: {model}") if why else Pick(note="does not apply")
 
     return step
@@ -2716,18 +2695,17 @@ def is_web_search(tool: Json) -> bool:
 
 
 def newest_turn_has_image(asked: Asked) -> str:
-    messages = messages_of(asked.body)
-    for message in reversed(messages):
+    for message in reversed(messages_of(asked.body)):
         if message.get("role") == "assistant":
             break
-        if message.get("role") == "user" and any(holds_image(b) for b in blocks_of(message.get("content"))):
+        if message.get("role") == "user" and any(map(holds_image, blocks_of(message.get("content")))):
             return "an image in the newest turn"
     return ""
 
 
 def holds_image(block: Json) -> bool:
     inner = blocks_of(block.get("content")) if block.get("type") == "tool_result" else []
-    return block.get("type") == "image" or any(b.get("type") == "image" for b in inner)
+    return any(b.get("type") == "image" for b in (block, *inner))
 
 
 def is_long(asked: Asked) -> str:
@@ -2735,27 +2713,20 @@ def is_long(asked: Asked) -> str:
     return f"{asked.tokens} tokens are more than {limit}" if asked.tokens > limit else ""
 
 
-def is_compaction(asked: Asked) -> str:
-    return "request class compaction" if asked.request_class == "compaction" else ""
-
-
 def is_background(asked: Asked) -> str:
-    if asked.request_class in ("auxiliary", "side_reply"):
-        return f"request class {asked.request_class}"
     regex = asked.config.router.background_regex
-    return (
-        f"{asked.name} matches background_regex" if regex and regex.search(asked.name[:LONGEST_NAME]) else ""
-    )
+    matches = regex and regex.search(asked.name[:LONGEST_NAME])
+    return f"{asked.name} matches background_regex" if matches else ""
 
 
-def is_claudes_own(config: Config, name: str) -> bool:
-    """Whether a name is one that Claude Code picks by itself, and the rules decide about."""
-    regex = config.router.auto_map_regex
-    return bool(regex and regex.pattern and regex.search(name[:LONGEST_NAME]))
+def is_claudes_own(asked: Asked) -> bool:
+    """Whether the name is one that Claude Code picks by itself, and the rules decide about."""
+    regex = asked.config.router.auto_map_regex
+    return bool(regex and regex.pattern and regex.search(asked.name[:LONGEST_NAME]))
 
 
 def asked_step(asked: Asked) -> Pick:
-    if is_claudes_own(asked.config, asked.name):
+    if is_claudes_own(asked):
         return Pick(note=f"{asked.name} is one of Claude's own names")
     if resolve(asked.config, asked.name):
         return Pick(asked.name, f"{asked.name} was asked for")
@@ -2763,8 +2734,6 @@ def asked_step(asked: Asked) -> Pick:
 
 
 def is_subagent(asked: Asked) -> str:
-    if asked.request_class in ("subagent", "workflow"):
-        return f"request class {asked.request_class}"
     if asked.headers.get("x-claude-code-agent-id"):
         return "an agent-id header"
     first = next(iter(blocks_of(asked.body.get("system"))), {})
@@ -2794,9 +2763,9 @@ def in_plan_mode(body: Json) -> bool:
         if mode:
             return bool(mode == "plan")
     messages = messages_of(body)
-    typed = newest_words(messages)
-    start = max(typed[0][0][0] - 1, 0) if typed else 0
-    said = "\n".join(text_of(m.get("content")) for m in messages[start:] if m.get("role") != "assistant")
+    turn, _ = newest_words(messages)
+    newest = messages[max(turn - 1, 0) :]
+    said = "\n".join(text_of(m.get("content")) for m in newest if m.get("role") != "assistant")
     # The plan may be approved on the way.
     return said.rfind("Plan mode is active") > said.rfind("Exited Plan Mode")
 
@@ -2808,14 +2777,12 @@ def row_step(asked: Asked) -> Pick:
 
 
 def default_step(asked: Asked) -> Pick:
-    router = asked.config.router
-    if not is_claudes_own(asked.config, asked.name):
-        if router.fallback_provider:
-            name = f"{router.fallback_provider}/{asked.name}"
-            return Pick(name, f"nobody serves {asked.name}: {name}")
-        return Pick(note=f"{asked.name} is not one of Claude's own names, and no fallback_provider is set")
-    name = default_model(asked.config, asked.name)
-    return Pick(name, name) if name else Pick(note="no default, no [[models]] row and no provider")
+    if is_claudes_own(asked):
+        name = default_model(asked.config, asked.name)
+        return Pick(name, name or "no default, no [[models]] row and no provider")
+    if fallback := asked.config.router.fallback_provider:
+        return Pick(f"{fallback}/{asked.name}", f"nobody serves {asked.name}: {fallback}/{asked.name}")
+    return Pick(note=f"{asked.name} is not one of Claude's own names, and no fallback_provider is set")
 
 
 def default_model(config: Config, asked: str) -> str:
@@ -2833,7 +2800,7 @@ ROUTE_STEPS: tuple[tuple[str, Callable[[Asked], Pick]], ...] = (
     ("websearch", slot_step("websearch", offers_web_search)),
     ("image", slot_step("image", newest_turn_has_image)),
     ("long_context", slot_step("long_context", is_long)),
-    ("compaction", slot_step("compaction", is_compaction)),
+    ("compaction", slot_step("compaction")),
     ("background", slot_step("background", is_background)),
     ("asked", asked_step),
     ("subagent", slot_step("subagent", is_subagent)),
@@ -2876,9 +2843,7 @@ def sign(payload: Json | None = None) -> str:
 
 
 def signed_payload(block: Json) -> Json | None:
-    """What `sign` put into a thinking block's signature (or a redacted block's data); None if it is not
-    ccmux's.
-    """
+    """What `sign` put into a thinking block's signature, or a redacted block's data; None where it is not ccmux's."""
     signature = block.get("signature") or block.get("data")
     if not isinstance(signature, str) or not signature.startswith(SIGNATURE_TAG):
         return None
@@ -2929,10 +2894,10 @@ class AnthropicStream:
         }  # fmt: skip
         self.events.append({"type": "message_start", "message": message})
 
-    def open(self, kind: str, block: Json) -> None:
+    def open(self, block: Json) -> None:
         self.close()
         self.start()
-        self.kind = kind
+        self.kind = block["type"]
         self.index += 1
         self.events.append({"type": "content_block_start", "index": self.index, "content_block": block})
 
@@ -2955,28 +2920,26 @@ class AnthropicStream:
         if not text:
             return
         if self.kind != "text":
-            self.open("text", {"type": "text", "text": ""})
-        self.has_content = True
+            self.open({"type": "text", "text": ""})
         self.text_parts.append(text)
-        delta = {"type": "text_delta", "text": text}
-        self.events.append({"type": "content_block_delta", "index": self.index, "delta": delta})
+        self.delta({"type": "text_delta", "text": text})
 
     def thinking(self, text: str) -> None:
         if not text:
             return
         if self.kind != "thinking":
-            self.open("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+            self.open({"type": "thinking", "thinking": "", "signature": ""})
         self.text_parts.append(text)
         self.delta({"type": "thinking_delta", "thinking": text})
 
     def keep(self, payload: Json) -> None:
         """Data that must come back with the next request: it rides in a thinking block's signature."""
         if self.kind != "thinking":
-            self.open("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+            self.open({"type": "thinking", "thinking": "", "signature": ""})
         self.signature.update(payload)
 
     def tool(self, id: str, name: str) -> None:
-        self.open("tool", {"type": "tool_use", "id": id, "name": name, "input": {}})
+        self.open({"type": "tool_use", "id": id, "name": name, "input": {}})
         self.has_tool = True
         self.text_parts.append(name)
 
@@ -2987,10 +2950,11 @@ class AnthropicStream:
 
     def whole(self, block: Json) -> None:
         """A block that arrives in one piece: server_tool_use, web_search_tool_result, ..."""
-        given = block.get("input") if block.get("type") == "server_tool_use" else None
-        self.open("whole", {**block, "input": {}} if given is not None else block)
-        if given is not None:
-            self.delta({"type": "input_json_delta", "partial_json": json.dumps(given)})
+        if "input" in block:
+            self.open({**block, "input": {}})
+            self.delta({"type": "input_json_delta", "partial_json": json.dumps(block["input"])})
+        else:
+            self.open(block)
         self.close()
 
     def finish(self, stop_reason: str, stop_sequence: str | None = None) -> None:
@@ -3030,9 +2994,8 @@ MAX_COUNT = 10**8  # a token count above this is a provider's bug
 
 def token_number(value: Any) -> int | None:
     """A token count as an upstream gave it; None where it is missing or absurd."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        return None
-    return int(value) if 0 <= value <= MAX_COUNT and int(value) == value else None
+    is_count = type(value) in (int, float) and 0 <= value <= MAX_COUNT and int(value) == value
+    return int(value) if is_count else None
 
 
 def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
@@ -3043,31 +3006,21 @@ def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
     if not isinstance(usage, dict):
         return before
     usage = with_compactions(usage) if "iterations" in usage else usage
-    prompt = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    if before and usage.get("input_tokens") == 0 and not any(map(usage.get, prompt)):
+    if before and usage.get("input_tokens") == 0 and not any(map(usage.get, PROMPT_COUNTS)):
         # No prompt is empty: what message_start told is not told again (seen: github.com/envoyproxy/ai-gateway/pull/1631).
         usage = {"output_tokens": usage.get("output_tokens")}
+    keys = {"input": "input_tokens", "output": "output_tokens", "cache_read": "cache_read_input_tokens"}
+    told: Json = {name: token_number(usage[k]) for name, k in keys.items() if usage.get(k) is not None}
+    if None in told.values() or (before is None and told.keys().isdisjoint(("input", "output"))):
+        return None
     known = before or Usage()
-    counts = {
-        k: token_number(usage.get(k)) for k in ("input_tokens", "output_tokens", "cache_read_input_tokens")
-    }
-    if any(usage.get(k) is not None and n is None for k, n in counts.items()):
-        return None
+    if "speed" in usage:
+        told["fast"] = usage["speed"] == "fast"
     write, write_1h = cache_writes(usage, known)
-    if before is None and counts["input_tokens"] is None and counts["output_tokens"] is None:
-        return None
+    return dataclasses.replace(known, **told, cache_write=write, cache_write_1h=write_1h)
 
-    def pick(new: int | None, old: int) -> int:
-        return old if new is None else new
 
-    return Usage(
-        input=pick(counts["input_tokens"], known.input),
-        output=pick(counts["output_tokens"], known.output),
-        cache_read=pick(counts["cache_read_input_tokens"], known.cache_read),
-        cache_write=write,
-        cache_write_1h=write_1h,
-        fast=usage["speed"] == "fast" if "speed" in usage else known.fast,
-    )
+PROMPT_COUNTS = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
 
 def with_compactions(usage: Json) -> Json:
@@ -3076,9 +3029,8 @@ def with_compactions(usage: Json) -> Json:
     https://platform.claude.com/docs/en/build-with-claude/compaction#understanding-usage
     """
     rounds = [i for i in map(as_object, as_list(usage["iterations"])) if i.get("type") == "compaction"]
-    kinds = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    more = {kind: sum(token_number(i.get(kind)) or 0 for i in rounds) for kind in kinds}
-    told = {kind: token_number(usage.get(kind)) for kind in kinds}
+    told = {kind: token_number(usage.get(kind)) for kind in (*PROMPT_COUNTS, "output_tokens")}
+    more = {kind: sum(token_number(i.get(kind)) or 0 for i in rounds) for kind in told}
     return usage | {kind: n + more[kind] for kind, n in told.items() if n is not None}
 
 
@@ -3096,46 +3048,37 @@ def cache_writes(usage: Json, known: Usage) -> tuple[int, int]:
 
 
 def collect(events: Iterable[Json]) -> Json:
-    """The whole message that a stream of events amounts to."""
+    """The whole message that the events of an `AnthropicStream` amount to."""
     message: Json = {}
-    partial: dict[int, list[str]] = {}
+    block: Json = {}
+    pieces: list[str] = []  # of the block
     for event in events:
-        kind = event["type"]
+        kind, delta = event["type"], event.get("delta", {})
         if kind == "message_start":
             message = {**event["message"], "content": []}
         elif kind == "content_block_start":
-            message["content"].append(dict(event["content_block"]))
+            block, pieces = dict(event["content_block"]), []
+            message["content"].append(block)
+        elif kind == "content_block_delta" and delta["type"] == "signature_delta":
+            block["signature"] = delta["signature"]
         elif kind == "content_block_delta":
-            apply_delta(message["content"][-1], event["delta"], partial.setdefault(event["index"], []))
+            pieces.append(delta[DELTA_FIELDS[delta["type"]]])
         elif kind == "content_block_stop":
-            close_block(message["content"][-1], "".join(partial.pop(event["index"], [])))
+            close_block(block, "".join(pieces))
         elif kind == "message_delta":
-            usage = {**message["usage"], **(event.get("usage") or {})}
-            message = {**message, **event["delta"], "usage": usage}
+            message |= {**delta, "usage": event["usage"]}
     return message
 
 
 DELTA_FIELDS = {"text_delta": "text", "thinking_delta": "thinking", "input_json_delta": "partial_json"}
 
 
-def apply_delta(block: Json, delta: Json, parts: list[str]) -> None:
-    kind = delta["type"]
-    if kind in DELTA_FIELDS:
-        parts.append(delta[DELTA_FIELDS[kind]])
-    elif kind == "signature_delta":
-        block["signature"] = delta["signature"]
-    elif kind == "citations_delta":
-        block["citations"] = [*(block.get("citations") or []), delta["citation"]]
-
-
 def close_block(block: Json, text: str) -> None:
     if block["type"] in ("text", "thinking"):
         block[block["type"]] += text
     elif text:
-        try:
-            block["input"] = json.loads(text)
-        except ValueError:
-            block["input"] = text  # cut off by the answer's limit
+        value = parsed(text)
+        block["input"] = text if value is None else value  # cut off by the answer's limit
 
 
 class AnthropicTap:
@@ -3164,27 +3107,22 @@ class AnthropicTap:
         self.texts: list[str] = []
 
     def feed(self, data: bytes) -> bytes:
-        is_whole = not self.decoder.rest and data.endswith(b"\n\n")
-        whole = data if is_whole else self.decoder.cut(data)
-        out = whole if is_whole and self.is_plain(whole) else b"".join(self.looked_at(whole))
-        if out:
-            self.relayed.append(out)
-            self.unread += len(out)
-            if self.unread > self.MOST_UNREAD:
-                self.read_texts()
+        out = whole = self.decoder.cut(data)
+        if not self.has_content or self.ended or whole.find(b"message_") >= 0 or whole.find(b"error") >= 0:
+            out = b"".join(self.looked_at(whole))
+        self.relayed.append(out)
+        self.unread += len(out)
+        if self.unread > self.MOST_UNREAD:
+            self.read_texts()
         return out
 
-    def is_plain(self, data: bytes) -> bool:
-        """Whether nothing in it can end or break the stream, or carry usage."""
-        return self.has_content and not self.ended and data.find(b"message_") < 0 and data.find(b"error") < 0
-
     def looked_at(self, whole: bytes) -> Iterator[bytes]:
-        """What goes out of whole events: each is read, but those that are plain go out in one piece."""
+        """What goes out of whole events: each is read, but runs of those that need not be go out in one piece."""
         if b"\r" in whole:
-            yield from (b if self.is_plain(b) else self.relay(b) for b in split_blocks(whole))
+            yield from map(self.relay, split_blocks(whole))
             return
         at = 0
-        while at < len(whole):
+        while at < len(whole) and self.error is None:
             if self.has_content and not self.ended:
                 marks = [mark for word in (b"message_", b"error") if (mark := whole.find(word, at)) >= 0]
                 end = whole.rfind(b"\n\n", at, min(marks)) + 2 if marks else len(whole)
@@ -3199,9 +3137,7 @@ class AnthropicTap:
     def finish(self) -> bytes:
         """The end of the upstream's bytes: without a message_stop it is a fault."""
         rest = self.decoder.finish()
-        if rest and not self.seen_event and rest.lstrip()[:1] in (b"{", b"[", b"<"):
-            return self.fail(not_a_stream(rest.decode("utf-8", "replace"), "event stream"))
-        out = self.relay(rest) if rest and not is_cut_off(rest) else b""
+        out = b"" if is_cut_off(rest) else self.relay(rest)
         if not self.ended and self.error is None:
             self.error = broken_stream()
         return out
@@ -3215,7 +3151,10 @@ class AnthropicTap:
             return b""
         name, data = event_of(block)
         if not data:
-            return block
+            if self.seen_event or not block.lstrip().startswith((b"{", b"[", b"<")):
+                return block
+            self.error = not_a_stream(block.decode("utf-8", "replace"), "event stream")
+            return b""
         self.seen_event = True
         try:
             event = event_json(data)
@@ -3223,7 +3162,8 @@ class AnthropicTap:
         except (ValueError, RecursionError, AttributeError):
             if self.has_content or name not in ("", "message_start", "error"):
                 return block  # the client's own parser is the judge of it
-            return self.fail(not_a_stream(data, "event stream"))
+            self.error = not_a_stream(data, "event stream")
+            return b""
         return self.look(kind, event, block)
 
     def look(self, kind: str, event: Json, block: bytes) -> bytes:
@@ -3241,22 +3181,15 @@ class AnthropicTap:
             self.usage_broken |= not (self.output_told and self.usage and self.usage.prompt)
             return b""
         elif kind == "error":
-            return self.fail(error_of_event(event), self.scrubbed(block))
+            self.error, self.error_relayed = error_of_event(event), self.has_content
+            text = self.scrub_text(block.decode("utf-8", "surrogateescape"))
+            return text.encode("utf-8", "surrogateescape") if self.has_content else b""
         return block
 
     def note_usage(self, usage: Any) -> None:
         known = anthropic_usage(usage, self.usage)
-        self.usage_broken = self.usage_broken or (known is None and bool(usage))
+        self.usage_broken |= known is None and bool(usage)
         self.usage = known or self.usage
-
-    def scrubbed(self, block: bytes) -> bytes:
-        text = block.decode("utf-8", "surrogateescape")
-        return self.scrub_text(text).encode("utf-8", "surrogateescape")
-
-    def fail(self, error: ApiError, block: bytes = b"") -> bytes:
-        self.error = error
-        self.error_relayed = bool(block) and self.has_content
-        return block if self.error_relayed else b""
 
     def output_text(self) -> str:
         """What the model made so far, for a count where the upstream gave none."""
@@ -3266,10 +3199,7 @@ class AnthropicTap:
     def read_texts(self) -> None:
         """Keeps the texts of what was relayed and lets go of its bytes."""
         for _, data in events_of(b"".join(self.relayed)):
-            try:
-                delta = event_json(data or "{}").get("delta") or {}
-            except (ValueError, RecursionError, AttributeError):
-                continue
+            delta = as_object(as_object(parsed(data)).get("delta"))
             self.texts.extend(str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k))
         self.relayed.clear()
         self.unread = 0
@@ -3311,7 +3241,7 @@ def status_of_error(payload: Any) -> int:
     for key in ("status", "code", "status_code", "type"):
         value = detail.get(key)
         if isinstance(value, str):
-            value = int(value) if value.isdigit() else STATUS_OF_TYPE.get(value, 0)
+            value = int(value) if re.fullmatch(r"\d{3}", value) else STATUS_OF_TYPE.get(value, 0)
         if isinstance(value, int) and 400 <= value < 600:
             return value
     return 502
@@ -3319,68 +3249,61 @@ def status_of_error(payload: Any) -> int:
 
 def error_detail(payload: Any) -> Json:
     """The object that describes an error, wherever a vendor puts it."""
-    if isinstance(payload, list):
-        payload = payload[0] if payload else {}
-    if not isinstance(payload, dict):
-        return {}
-    errors = payload.get("error") or payload.get("errors")
-    inner = errors[0] if isinstance(errors, list) and errors else errors
+    payload = as_object(first_of(payload))
+    inner = first_of(payload.get("error") or payload.get("errors"))
     return inner if isinstance(inner, dict) else payload
+
+
+def first_of(value: Any) -> Any:
+    """The first element where it is a list that has one, else the value."""
+    return value[0] if isinstance(value, list) and value else value
 
 
 def error_words(payload: Any) -> str:
     """The human part of an upstream's error body; "" where there is none."""
-    if isinstance(payload, list):
-        payload = payload[0] if payload else {}
+    payload = first_of(payload)
     if not isinstance(payload, dict):
         return str(payload)[:500] if payload else ""
     detail = error_detail(payload)
-    metadata = detail.get("metadata")
-    raw = as_object(metadata).get("raw")  # OpenRouter puts the provider's own words there
-    others = (payload.get(key) for key in ("error", "errors", "detail", "message", "msg"))
-    for value in (detail.get("message"), *others):
-        if value:
-            words = value if isinstance(value, str) else json.dumps(value)
-            return f"{words}: {raw}" if isinstance(raw, str) and raw else words
-    return ""
+    others = map(payload.get, ("error", "errors", "detail", "message", "msg"))
+    told = next(filter(None, (detail.get("message"), *others)), "")
+    words = told if isinstance(told, str) else json.dumps(told)
+    raw = as_object(detail.get("metadata")).get("raw")  # OpenRouter puts the provider's own words there
+    return f"{words}: {raw}" if words and raw and isinstance(raw, str) else words
 
 
-def upstream_error(
-    status: int, payload: Any, *, tokens: int = 0, context: int = 0, headers: Mapping[str, str] | None = None
-) -> ApiError:
-    """An upstream's error as the client gets it: overflow in the words Claude Code acts on, the rest by
-    status.
-    """
+def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int = 0) -> ApiError:
+    """An upstream's error as the client gets it: an overflow in the words Claude Code acts on, the rest by status."""
     words = error_words(payload)
-    if status == 400 and _KEY_REFUSED.search(words):
+    if not 400 <= status < 600:
+        message = f"the provider answered with status {status}, which is no answer to this request"
+        return ApiError(502, message, retry=retry_class(status))
+    if status == 400 and re.search(_KEY_REFUSED, words):
         status = 401
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         if parts := output_overflow(words, tokens):
-            message = (
-                f"input length and `max_tokens` exceed context limit: {parts[0]} + {parts[1]} > {parts[2]}"
-            )
+            message = "input length and `max_tokens` exceed context limit: {} + {} > {}".format(*parts)
             message += ", decrease input length or `max_tokens` and try again"
-        return ApiError(400, message, retry=Retry.LARGER, headers=headers, cause="overflow")
-    if status in (400, 422) and (most := _MOST_OUTPUT.search(words)):
-        asked = max(int(n) for n in (most[1] or 0, most[2] or 0, int(most[3]) + 1))
+        return ApiError(400, message, retry=Retry.LARGER, cause="overflow")
+    if status in (400, 422) and (most := re.search(_MOST_OUTPUT, words)):
+        asked = max(number_of(most[1] or most[2] or "0"), number_of(most[3]) + 1)
         message = f"max_tokens: {asked} > {most[3]}, which is the maximum allowed number of output tokens for this model"
-        return ApiError(400, message, retry=Retry.NO, headers=headers, cause="overflow")
+        return ApiError(400, message, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
-    if not 400 <= status < 600:
-        message = f"the provider answered with status {status}, which is no answer to this request"
-    sent = status if 400 <= status < 600 else 502
-    error = ApiError(sent, message, retry=retry_class(status), headers=headers)
+    error = ApiError(status, message, retry=retry_class(status))
     error.param = str(error_detail(payload).get("param") or "")
     return error
 
 
+# Patterns of errors are texts: Python compiles them where an error comes, and not at each start.
+
 # Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
-_KEY_REFUSED = re.compile(
+_KEY_REFUSED = (
     r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
 )
 
-_OVERFLOW = re.compile(
+_OVERFLOW = (
     r"(?i)prompt (?:is )?too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
     r"(?:maximum |available )?context|context ?window|prompt token count of|input token count|input is too long|"
     r"maximum prompt length|longer than the (?:maximum )?model(?:'s context)? length|too large for model with|"
@@ -3392,7 +3315,7 @@ _OVERFLOW = re.compile(
     r"exceed max message tokens|maximum allowed input length|configured context size|tokens_limit_reached|"
     r".inputs. (?:tokens \+|must have less than)"
 )
-_LIMIT = re.compile(r"(?i)(?:maximum context length (?:is|of)|max_new_tokens. must be <=) (\d[\d,]*)")
+_LIMIT = r"(?i)(?:maximum context length (?:is|of)|max_new_tokens. must be <=) (\d[\d,]*)"
 LEAST_CONTEXT = 4000  # below it are years and error codes
 _LEAVE_ALONE = re.compile(
     r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
@@ -3400,35 +3323,36 @@ _LEAVE_ALONE = re.compile(
 
 
 def overflow(words: str, payload: Any, tokens: int, context: int) -> tuple[int, int] | None:
-    """(tokens sent, tokens allowed) where an error says that the prompt does not fit; None where it says
-    another thing.
+    """(tokens sent, tokens allowed) where an error says that the prompt does not fit, else None.
 
     Vendors name the two numbers in any order, or one, or none: what was sent is always the larger.
     """
     detail = error_detail(payload)
-    if (
-        not _OVERFLOW.search(f"{words} {detail.get('code')} {detail.get('type')}")
-        or "input length and `max_tokens`" in words
-    ):
+    told = f"{words} {detail.get('code')} {detail.get('type')}"
+    if "input length and `max_tokens`" in words or not re.search(_OVERFLOW, told):
         return None
     sent, allowed = token_number(detail.get("n_prompt_tokens")), token_number(detail.get("n_ctx"))
-    numbers = sorted({int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d", words)}, reverse=True)
-    numbers = [n for n in numbers if LEAST_CONTEXT <= n <= MAX_COUNT]
-    # Where more than two numbers stand, the others are parts of what was sent.
-    if named := _LIMIT.search(words):
-        allowed = allowed or token_number(int(named[1].replace(",", "")))
-    if len(numbers) >= 2:
+    found = {number_of(n) for n in re.findall(r"\d[\d,]*\d", words)}
+    numbers = sorted((n for n in found if LEAST_CONTEXT <= n <= MAX_COUNT), reverse=True)
+    if named := re.search(_LIMIT, words):
+        allowed = allowed or token_number(number_of(named[1]))
+    if len(numbers) >= 2:  # where more stand there, they are parts of what was sent
         sent, allowed = sent or numbers[0], allowed or numbers[1]
     limit = allowed or (numbers[0] if numbers else 0) or context or max(tokens - 1, 1)
     return max(sent or tokens, limit + 1), limit
 
 
-_WANTED_OUTPUT = re.compile(
+def number_of(digits: str) -> int:
+    """A number in an error's words; Python refuses to read one of thousands of digits."""
+    return int(digits.replace(",", "")[:20])
+
+
+_WANTED_OUTPUT = (
     r"requested (\d+) output tokens|(\d+) (?:in the completion|in the output|tokens for the completion)|"
     r"is too large: (\d+)|(\d+) .max_new_tokens"
 )
-_OTHER_INPUT = re.compile(r"(\d+) .?inputs?.? tokens|requested (?:about |a total of )?(\d+) tokens")
-_MOST_OUTPUT = re.compile(  # OpenAI, vLLM, Groq, DeepSeek, Ark, Qwen, and what relays say
+_OTHER_INPUT = r"(\d+) .?inputs?.? tokens|requested (?:about |a total of )?(\d+) tokens"
+_MOST_OUTPUT = (  # OpenAI, vLLM, Groq, DeepSeek, Ark, Qwen, and what relays say
     r"max_(?:completion_)?tokens(?:=(\d+) ?|\W(?:for `[^`]*`)?.{0,90}?(?: (\d+)\W.{0,30}?)?)(?:at most|cannot be greater than|"
     r"less than or equal to|[Ee]xpected a value <=|range of max_tokens is \[1,|should be \[1,|limited to|"
     r"exceeds model's maximum output tokens \()[ `a-z_=]*(\d{3,})"
@@ -3441,12 +3365,11 @@ def output_overflow(words: str, tokens: int) -> tuple[int, int, int] | None:
 
     Claude Code asks again for less, once it is told in Anthropic's words.
     """
-    limit, wanted = _LIMIT.search(words), _WANTED_OUTPUT.search(words)
-    given = _OTHER_INPUT.search(words)
+    limit, wanted, given = (re.search(p, words) for p in (_LIMIT, _WANTED_OUTPUT, _OTHER_INPUT))
     if not (limit and wanted and given):
         return None
-    context, output = int(limit[1].replace(",", "")), int(next(filter(None, wanted.groups())))
-    input = int(given[1]) if given[1] else int(given[2]) - output
+    context, output = number_of(limit[1]), number_of(next(filter(None, wanted.groups())))
+    input = number_of(given[1]) if given[1] else number_of(given[2]) - output
     if "at least" in words:  # vLLM stops counting where it is too much
         input = max(input, tokens)
     return (input, output, context) if 0 < input <= context - LEAST_OUTPUT else None
@@ -3456,7 +3379,7 @@ def not_a_stream(text: str, what: str) -> ApiError:
     """For a 200 whose body is HTML, plain JSON or rubbish instead of a stream: its own error, else a 502."""
     payload = parsed(text)
     if isinstance(payload, (dict, list)) and error_words(payload):
-        return error_of_event(payload if isinstance(payload, dict) else {"error": error_detail(payload)})
+        return error_of_event(payload)
     start = " ".join(text.split())[:120]
     return broken_stream(f"the provider's answer is not an {what}; it begins: {start}")
 
@@ -5252,8 +5175,9 @@ CHAT_MAX_TOKENS, CHAT_MAX_UNKNOWN = 32000, 16384
 
 
 def chat_request(body: Json) -> tuple[Json, ApiError | None]:
-    """A Chat Completions request as a Messages request to route and count by, and why no Messages request can say it all:
-    an upstream of the client's own format may serve it.
+    """A Chat Completions request as a Messages request, and the error where that cannot say all of it.
+
+    Then it is only to route and count by: an upstream of the client's own format may serve what the client sent.
     """
     try:
         return messages_request(body), None
@@ -5261,7 +5185,7 @@ def chat_request(body: Json) -> tuple[Json, ApiError | None]:
         if not isinstance(body.get("messages"), list):
             raise
         messages = [servable(message) for message in messages_of(body)]
-        return messages_request({**body, "n": 1, "response_format": None, "messages": messages}), error
+        return messages_request({**body, "n": 1, "messages": messages}), error
 
 
 def servable(message: Json) -> Json:
@@ -5281,7 +5205,7 @@ def messages_request(body: Json) -> Json:
     if body.get("n") not in (None, 1):
         raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
     system, messages = chat_conversation(messages_of(body))
-    limits = (body.get("max_completion_tokens"), body.get("max_tokens"))
+    limits = map(body.get, ("max_completion_tokens", "max_tokens"))
     limit = next((n for n in limits if n and n != -1), None)  # -1: llama.cpp's and LM Studio's "no limit"
     if as_object(body.get("response_format")).get("type") == "json_object":
         system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
@@ -5304,16 +5228,18 @@ def messages_request(body: Json) -> Json:
 
 
 # https://platform.claude.com/docs/en/build-with-claude/effort: the others take it.
-_WITHOUT_EFFORT = re.compile(r"claude-(?:3|haiku-4|sonnet-4[-.]5|(?:sonnet|opus)-4(?:[-.][01]\b|-20))")
+_WITHOUT_EFFORT = r"claude-(?:3|haiku-4|sonnet-4[-.]5|(?:sonnet|opus)-4(?:[-.][01]\b|-20))"
 
 
 def fitting_request(body: Json, to: Upstream) -> Json:
     """What `messages_request` made, without what this very model of an Anthropic-format upstream is known to refuse."""
     if not to.facts.thinking_off:
         body = thinking_by_effort(body)
-    dropped = (*to.skip,) if to.facts.sampling else (*to.skip, "temperature", "top_p")
-    if "claude" in to.model and "temperature" in body:
-        dropped = (*dropped, "top_p")  # Claude 4.5 and 4.6 refuse the two together
+    dropped = set(to.skip)
+    if not to.facts.sampling:
+        dropped |= {"temperature", "top_p"}
+    elif "claude" in to.model and "temperature" in body:
+        dropped.add("top_p")  # Claude 4.5 and 4.6 refuse the two together
     out = {k: v for k, v in body.items() if k not in dropped}
     if isinstance(heat := out.get("temperature"), (int, float)):
         out["temperature"] = min(heat, 1)  # OpenAI's and Gemini's go to 2
@@ -5329,10 +5255,7 @@ def fitting_request(body: Json, to: Upstream) -> Json:
         out["output_config"] = claude_config(config, to)
     choice = as_object(out.get("tool_choice"))
     if choice.get("type") in ("any", "tool") and not (to.quirks.forced_tool and to.facts.forced_tool):
-        out["tool_choice"] = {
-            "type": "auto",
-            **{k: v for k, v in choice.items() if k not in ("type", "name")},
-        }
+        out["tool_choice"] = {k: v for k, v in choice.items() if k != "name"} | {"type": "auto"}
     return out
 
 
@@ -5346,7 +5269,7 @@ def thinking_by_effort(body: Json) -> Json:
 
 def claude_config(config: Json, to: Upstream) -> Json:
     """An output_config with the efforts, and in the subset of JSON schema, that Claude takes."""
-    takes_effort = not _WITHOUT_EFFORT.search(to.model) and "output_config.effort" not in to.skip
+    takes_effort = not re.search(_WITHOUT_EFFORT, to.model) and "output_config.effort" not in to.skip
     out = {k: v for k, v in config.items() if k != "effort" or takes_effort}
     if out.get("effort") == "minimal":
         out["effort"] = "low"
@@ -5422,9 +5345,9 @@ def messages_tools(body: Json) -> Json:
     """Functions in today's form, the old one and Anthropic's own (Cursor's, where the model's name has "claude" in it),
     web search, and the choice among them.
     """
-    given_tools = [*as_list(body.get("tools")), *({"function": f} for f in as_list(body.get("functions")))]
+    old = [{"function": f} for f in as_list(body.get("functions"))]
     tools: list[Json] = []
-    for tool in map(as_object, given_tools):
+    for tool in map(as_object, (*as_list(body.get("tools")), *old)):
         is_flat = tool.get("type") == "function" or "input_schema" in tool
         function = as_object(tool.get("function")) or (tool if is_flat else {})
         if name := function.get("name"):
@@ -5441,13 +5364,14 @@ def messages_tools(body: Json) -> Json:
     named = as_object(given)
     name = (as_object(named.get("function")) or named).get("name")
     kind = str(named.get("type") if named else given)
-    choice: Json = {"type": {"required": "any", "any": "any", "none": "none"}.get(kind, "auto")}
-    if name:
-        choice = {"type": "tool", "name": str(name)}
+    choice: Json = {"type": "tool", "name": str(name)} if name else {"type": CHAT_CHOICES.get(kind, "auto")}
     is_single = body.get("parallel_tool_calls") is False or is_old_form(body)
     if is_single and choice["type"] != "none":
         choice["disable_parallel_tool_use"] = True
     return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
+
+
+CHAT_CHOICES = {"required": "any", "any": "any", "none": "none"}
 
 
 def chat_conversation(given: list[Json]) -> tuple[list[Json], list[Json]]:
@@ -5513,7 +5437,7 @@ def chat_calls(message: Json, number: int) -> list[Json]:
     return blocks
 
 
-_DATA_URL = re.compile(r"data:([\w.+/-]+)(?:;[^;,]*)*;base64,(.*)", re.S)
+_DATA_URL = r"(?s)data:([\w.+/-]+)(?:;[^;,]*)*;base64,(.*)"
 
 
 def cache_mark(given: Json) -> Json:
@@ -5522,8 +5446,9 @@ def cache_mark(given: Json) -> Json:
 
 
 def chat_blocks(content: Any) -> list[Json]:
-    """Content parts as Anthropic blocks, which Cursor sends as such; ApiError 400 for audio and the like. Blank texts, a
-    400 there, are left out.
+    """Content parts, among them blocks of Anthropic's own (Cursor's), as blocks; ApiError 400 for audio and the like.
+
+    Blank texts are left out, as Anthropic refuses them.
     """
     blocks = [{**chat_block(part), **cache_mark(part)} for part in blocks_of(content)]
     return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
@@ -5544,7 +5469,7 @@ def chat_block(part: Json) -> Json:
     given = as_object(part.get(kind)) or {"url": part.get(kind)}
     url = str(given.get("url") or given.get("file_data") or "")
     source: Json = {"type": "url", "url": url}
-    if data := _DATA_URL.fullmatch(url):
+    if data := re.fullmatch(_DATA_URL, url):
         source = data_source(data[1], data[2])
     elif not url.startswith(("http://", "https://")):
         raise ApiError(400, f"messages: {kind} needs a base64 data: URL or an http(s) URL")
@@ -5572,23 +5497,25 @@ CHAT_FINISH = {
 
 
 def chat_finish(message: Json, old_form: bool) -> str:
-    reason = CHAT_FINISH.get(str(message.get("stop_reason")), "stop")
+    reason = CHAT_FINISH.get(message["stop_reason"], "stop")
     return "function_call" if old_form and reason == "tool_calls" else reason
 
 
-def chat_usage(given: Any) -> Json:
+def chat_usage(usage: Json) -> Json:
     """Usage of the Messages API as OpenAI counts it: cached tokens and those of a cache write within the prompt."""
-    usage = anthropic_usage(given, Usage()) or Usage()
-    total = {"prompt_tokens": usage.prompt, "completion_tokens": usage.output}
-    details = {
-        "cached_tokens": usage.cache_read,
-        "cache_write_tokens": usage.cache_write + usage.cache_write_1h,
-    }
-    return {**total, "total_tokens": usage.prompt + usage.output, "prompt_tokens_details": details}
+    cached, written = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
+    prompt, output = usage["input_tokens"] + cached + written, usage["output_tokens"]
+    details = {"cached_tokens": cached, "cache_write_tokens": written}
+    counts = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+    return {**counts, "prompt_tokens_details": details}
+
+
+def chat_id(message: Json) -> str:
+    return f"chatcmpl-{str(message['id']).removeprefix('msg_')}"
 
 
 class ChatWriter:
-    """Anthropic events as Chat Completions chunks. `created`: seconds since 1970."""
+    """The events of an `AnthropicStream` as Chat Completions chunks. `created`: seconds since 1970."""
 
     def __init__(self, model: str, created: int, include_usage: bool = False, old_form: bool = False) -> None:
         self.head: Json = {"id": "", "object": "chat.completion.chunk", "created": created, "model": model}
@@ -5598,63 +5525,62 @@ class ChatWriter:
         self.in_call = self.has_arguments = False
 
     def feed(self, events: list[Json]) -> bytes:
-        return b"".join(self.encode(chunk) for event in events for chunk in self.chunks(event))
+        return b"".join(map(self.chunk, events))
 
     def end(self, events: list[Json]) -> bytes:
-        """The last event, with usage where it was asked for, and the mark that ends an OpenAI stream."""
-        last = {**self.head, "choices": [], "usage": chat_usage(self.usage)}
-        return self.feed(events) + (self.encode(last) if self.include_usage else b"") + b"data: [DONE]\n\n"
+        """The last events, with usage where it was asked for, and the mark that ends an OpenAI stream."""
+        last = self.feed(events)
+        if self.include_usage:
+            last += self.encode([], usage=chat_usage(self.usage))
+        return last + b"data: [DONE]\n\n"
 
-    def encode(self, chunk: Json) -> bytes:
-        return b"data: %s\n\n" % compact(chunk)
+    def encode(self, choices: list[Json], **more: Json) -> bytes:
+        return b"data: %s\n\n" % compact({**self.head, "choices": choices, **more})
 
-    def chunks(self, event: Json) -> list[Json]:
-        kind = event["type"]
+    def chunk(self, event: Json) -> bytes:
+        """What an event adds to the message; b"" for an event that OpenAI's format has no form of."""
+        kind, block = event["type"], event.get("content_block", {})
+        delta: Json = {}
         reason = None
-        if kind == "message_start":
-            self.head["id"] = f"chatcmpl-{str(event['message'].get('id') or '').removeprefix('msg_')}"
-            self.usage = as_object(event["message"].get("usage"))
-            delta: Json = {"role": "assistant", "content": ""}
-        elif kind == "message_delta":
-            self.usage = {**self.usage, **as_object(event.get("usage"))}
-            delta, reason = {}, chat_finish(event["delta"], self.old_form)
-        else:
-            delta = self.delta(event)
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return [{**self.head, "choices": [choice]}] if delta or reason else []
-
-    def delta(self, event: Json) -> Json:
-        """What an event adds to the message; {} for events that OpenAI's format has no form of."""
-        kind = event["type"]
-        block, delta = as_object(event.get("content_block")), as_object(event.get("delta"))
-        if kind == "content_block_start" and block.get("type") == "tool_use":
+        if kind == "content_block_delta":
+            delta = self.piece(event["delta"])
+        elif kind == "message_start":
+            self.head["id"] = chat_id(event["message"])
+            delta = {"role": "assistant", "content": ""}
+        elif kind == "content_block_start" and block["type"] == "tool_use":
             self.calls += 1
             self.in_call, self.has_arguments = True, False
-            function = {"name": block.get("name"), "arguments": ""}
-            return self.call(function, id=block.get("id"), type="function")
-        if kind == "content_block_stop":
+            delta = self.call({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
+        elif kind == "content_block_stop":
             is_bare, self.in_call = self.in_call and not self.has_arguments, False
-            return self.call({"arguments": "{}"}) if is_bare else {}
-        if delta.get("type") == "text_delta":
+            delta = self.call({"arguments": "{}"}) if is_bare else {}
+        elif kind == "message_delta":
+            self.usage, reason = event["usage"], chat_finish(event["delta"], self.old_form)
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return self.encode([choice]) if delta or reason else b""
+
+    def piece(self, delta: Json) -> Json:
+        if delta["type"] == "text_delta":
             return {"content": delta["text"]}
-        if delta.get("type") == "thinking_delta":
+        if delta["type"] == "thinking_delta":
             return {"reasoning_content": delta["thinking"]}
-        if delta.get("type") == "input_json_delta" and self.in_call and delta["partial_json"]:
+        if delta["type"] == "input_json_delta" and self.in_call:
             self.has_arguments = True
             return self.call({"arguments": delta["partial_json"]})
         return {}
 
-    def call(self, function: Json, **more: Any) -> Json:
+    def call(self, function: Json, **more: str) -> Json:
         if self.old_form:
             return {} if self.calls else {"function_call": function}
         return {"tool_calls": [{"index": self.calls, **more, "function": function}]}
 
 
 class ChatCompletion:
-    """Anthropic events as one chat.completion, for a client that does not stream."""
+    """The events of an `AnthropicStream` as one chat.completion, for a client that does not stream."""
 
     def __init__(self, model: str, created: int, old_form: bool = False) -> None:
-        self.model, self.created, self.old_form = model, created, old_form
+        self.head: Json = {"object": "chat.completion", "created": created, "model": model}
+        self.old_form = old_form
         self.events: list[Json] = []
 
     def feed(self, events: list[Json]) -> bytes:
@@ -5663,40 +5589,34 @@ class ChatCompletion:
 
     def end(self, events: list[Json]) -> bytes:
         answer = collect([*self.events, *events])
-        id = f"chatcmpl-{str(answer.get('id') or '').removeprefix('msg_')}"
-        message = chat_message(answer)
+        message = chat_message(answer["content"])
         if self.old_form and (calls := message.pop("tool_calls", None)):
             message["function_call"] = calls[0]["function"]
         reason = chat_finish(answer, self.old_form)
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        head = {"id": id, "object": "chat.completion", "created": self.created, "model": self.model}
-        return compact({**head, "choices": [choice], "usage": chat_usage(answer.get("usage"))})
+        usage = chat_usage(answer["usage"])
+        return compact({"id": chat_id(answer), **self.head, "choices": [choice], "usage": usage})
 
 
-def chat_message(answer: Json) -> Json:
-    """A whole Anthropic message as OpenAI's assistant message."""
-    blocks = blocks_of(answer.get("content"))
-    text = "".join(b["text"] for b in blocks if b.get("type") == "text")
-    thinking = "".join(b["thinking"] for b in blocks if b.get("type") == "thinking")
-    calls = [whole_call(b) for b in blocks if b.get("type") == "tool_use"]
+def chat_message(blocks: list[Json]) -> Json:
+    """An answer's blocks as OpenAI's assistant message."""
+    text = "".join(b["text"] for b in blocks if b["type"] == "text")
+    thinking = "".join(b["thinking"] for b in blocks if b["type"] == "thinking")
+    calls = [whole_call(b) for b in blocks if b["type"] == "tool_use"]
     optional = {"reasoning_content": thinking, "tool_calls": calls}
     out = {"role": "assistant", "content": text or None, "refusal": None}
     return out | {key: value for key, value in optional.items() if value}
 
 
 def whole_call(block: Json) -> Json:
-    given = block["input"]
-    arguments = given if isinstance(given, str) else tool_arguments(block)
-    function = {"name": block["name"], "arguments": arguments}
+    given = block["input"]  # a text where it was cut off
+    function = {"name": block["name"], "arguments": given if isinstance(given, str) else readable(given)}
     return {"id": block["id"], "type": "function", "function": function}
 
 
 CHAT_CODES = {
-    401: "invalid_api_key",
-    402: "insufficient_quota",
-    404: "model_not_found",
-    429: "rate_limit_exceeded",
-}
+    401: "invalid_api_key", 402: "insufficient_quota", 404: "model_not_found", 429: "rate_limit_exceeded",
+}  # fmt: skip
 
 
 def chat_error(error: ApiError, request_id: str) -> Json:
@@ -5704,7 +5624,7 @@ def chat_error(error: ApiError, request_id: str) -> Json:
     # A max_tokens above the model's is an overflow, too, but no conversation to be cut down.
     is_too_long = error.cause == "overflow" and error.retry is Retry.LARGER
     code = "context_length_exceeded" if is_too_long else CHAT_CODES.get(error.status)
-    detail = {"message": error.message, "type": error.type, "param": None, "code": code}
+    detail = {"message": error.message, "type": error.type, "param": error.param or None, "code": code}
     return {"error": detail, "request_id": request_id}
 
 
@@ -6239,7 +6159,7 @@ def demo_events(body: Json, message_id: str) -> list[Json]:
     out = AnthropicStream(message_id, str(body.get("model")), Usage(input=len(str(body)) // 4))
     turns = turns_of(messages_of(body))
     last = turns[-1].blocks if turns else []
-    words = " ".join(_REMINDER.sub("", text) for _, text in newest_words(messages_of(body))).strip()
+    words = " ".join(_REMINDER.sub("", text) for text in newest_words(messages_of(body))[1].values()).strip()
     tools = client_tools(body)
     tool = next((t for t in tools if re.search(rf"\b{re.escape(str(t['name']))}\b", words, re.I)), None)
     if results := results_of(last):

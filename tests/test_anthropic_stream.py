@@ -414,6 +414,11 @@ def test_an_error_after_content_is_relayed_without_keys_and_ends_it() -> None:
     assert not t.ended
 
 
+def test_nothing_goes_out_behind_an_error_that_came_with_it() -> None:
+    head, delta = STREAM[: STREAM.index(b"event: message_delta")], b"event: content_block_delta\ndata: {}\n\n"
+    assert drained(tap(), head + ERROR + delta) == head + ERROR.replace(b"the-secret", b"[key]")
+
+
 @pytest.mark.parametrize("at", range(0, len(STREAM) - 60, 97))
 def test_a_stream_that_ends_early_is_an_error(at: int) -> None:
     t = tap()
@@ -437,7 +442,9 @@ def test_a_last_event_without_its_blank_line_is_the_end() -> None:
         pytest.param(b'{"type":"error","error":{"type":"rate_limit_error","message":"slow"}}', 429,
                      id="limit"),
         pytest.param(b'{"error":{"message":"no","code":400}}', 400, id="another vendor's"),
+        pytest.param(b'{"error":{"message":"no","code":400}}\n\n', 400, id="JSON with a blank line behind it"),
         pytest.param(b"<html><body>502 Bad Gateway</body></html>", 502, id="HTML"),
+        pytest.param(b"<html>\n\n502 Bad Gateway\n\n</html>", 502, id="HTML with blank lines"),
         pytest.param(b'data: {"error": {"message": "no", "type": "rate_limit_error"}}\n\n', 429,
                      id="as an event"),
         pytest.param(b"data: not json\n\n", 502, id="an event that is not JSON"),
@@ -504,6 +511,8 @@ def test_retry_class(status: int, retry: Retry) -> None:
         pytest.param({}, 502, "the provider answered with status 502 and no message", id="nothing"),
         pytest.param({"error": {"code": 9999, "message": "x"}}, 502, "x", id="a code that is no status"),
         pytest.param({"error": {"code": 200, "message": "x"}}, 502, "x", id="a code that is no error"),
+        pytest.param({"error": {"code": "9" * 5000, "message": "x"}}, 502, "x", id="an endless code"),
+        pytest.param({"error": {"code": "²", "message": "x"}}, 502, "x", id="a digit that is no number"),
     ],
 )  # fmt: skip
 def test_error_of_an_event(event: Any, status: int, words: str) -> None:
@@ -704,6 +713,7 @@ def test_too_much_output_asked_for_is_told_so_that_the_client_asks_for_less(
             "value <= 12288, but got 32000 instead.", "12289 > 12288", id="Ark",
         ),
         pytest.param("max_completion_tokens is limited to 16384 for glm-5.2", "16385 > 16384", id="a relay"),
+        pytest.param(f"max_tokens={'9' * 5000} cannot be greater than 8192", f"{'9' * 20} > 8192", id="endless"),
         pytest.param(
             "max_tokens (98304) exceeds model's maximum output tokens (65536)", "65537 > 65536", id="another relay"
         ),
@@ -756,6 +766,9 @@ def test_an_overflow_told_by_its_code(payload: Json) -> None:
         pytest.param("maximum context length is 8192 tokens", 9000, 0, (9000, 8192), id="the limit alone"),
         pytest.param(
             "maximum context length is 8192 tokens", 50, 0, (8193, 8192), id="the limit above the count"
+        ),
+        pytest.param(
+            "prompt is too long: [" + "1," * 5000 + "1]", 150, 100, (150, 100), id="tokens told one by one"
         ),
     ],
 )

@@ -45,6 +45,7 @@ from ccmux import (
     gemini_request,
     messages_request,
     responses_request,
+    upstream_error,
     without_foreign_thinking,
 )
 
@@ -759,6 +760,11 @@ def test_errors(error: ApiError, type: str, code: str | None) -> None:
         "error": {"message": error.message, "type": type, "param": None, "code": code},
         "request_id": "req_1",
     }
+
+
+def test_an_error_names_the_parameter_that_the_upstream_did() -> None:
+    error = upstream_error(400, {"error": {"message": "Not a map.", "param": "logit_bias"}})
+    assert chat_error(error, "req_1")["error"]["param"] == "logit_bias"
 
 
 # From an Anthropic-format upstream

@@ -114,6 +114,13 @@ def test_an_event_past_the_limit_is_refused(end: bytes) -> None:
     assert (caught.value.status, caught.value.retry, caught.value.cause) == (502, Retry.SAME, "stream")
 
 
+def test_an_event_of_many_lines_costs_no_time() -> None:
+    decoder = SseDecoder()
+    for _ in range(16_000):  # minutes, where all that has come is looked at again with each
+        assert decoder.cut(b"data: " + b"x" * 1000 + b"\n") == b""
+    assert len(decoder.rest) == 16_000 * 1007
+
+
 def test_many_events_past_the_limit_together_are_fine() -> None:
     assert len(SseDecoder(limit=1000).feed(b"data: a\n\n" * 1000)) == 1000
 
