@@ -11194,13 +11194,12 @@ async def body_of(request: web.Request, known: Iterable[str]) -> Json:
     return body
 
 
-def number_in(body: Json, name: str, *, optional: bool = False) -> int | None:
-    """A whole number of micro-dollars out of a body; None only where optional."""
+def microusd_in(body: Json, name: str, least: int = 0) -> int | None:
+    """A whole number of micro-dollars out of a body; None where it is left out or null."""
     value = body.get(name)
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 10**15:
-        raise ApiError(400, f"{name}: must be a whole number of micro-dollars (1 dollar is 1000000)")
+    if value is not None and (type(value) is not int or not least <= value <= 10**15):
+        words = f"{name}: must be a whole number of micro-dollars (1 dollar is 1000000), at least {least}"
+        raise ApiError(400, words)
     return value
 
 
@@ -11217,10 +11216,7 @@ def budgets_in(body: Json) -> dict[str, int | None]:
     columns = ("day_microusd", "week_microusd", "month_microusd")
     if not isinstance(given, dict) or any(key not in columns for key in given):
         raise ApiError(400, f"budgets: an object with {', '.join(columns)}")
-    found = {key: number_in(given, key, optional=True) for key in given}
-    if any(value is not None and value < 0 for value in found.values()):
-        raise ApiError(400, "budgets: must not be below 0; null takes one away")
-    return found
+    return {key: microusd_in(given, key) for key in given}
 
 
 async def table_response(
@@ -11243,7 +11239,7 @@ def rows_json(name: str, rows: Iterable[Json]) -> bytes:
     return b'{"%b": [%b]}' % (name.encode(), b", ".join(json.dumps(row).encode() for row in rows))
 
 
-async def export_response(store: Store, request: web.Request, user: str | None = None) -> web.Response:
+async def export_response(request: web.Request, store: Store, user: str | None) -> web.Response:
     """The usage rows of a period, of one user or of all."""
     since, until = query_time(request, "since"), query_time(request, "until")
     read = functools.partial(store.export, since, until, user)
@@ -11253,10 +11249,15 @@ async def export_response(store: Store, request: web.Request, user: str | None =
 # For users.
 
 
-async def get_me(request: web.Request) -> web.StreamResponse:
+def own_store(request: web.Request) -> tuple[Store, str]:
+    """The store, and the name of the user whose key the request has."""
     state = state_of(request)
-    user, _ = client_of(request, state)
-    return web.json_response(state.store.user_json(state.store.known(user.name)))
+    return state.store, client_of(request, state)[0].name
+
+
+async def get_me(request: web.Request) -> web.StreamResponse:
+    store, user = own_store(request)
+    return web.json_response(store.user_json(store.known(user)))
 
 
 async def get_my_models(request: web.Request) -> web.StreamResponse:
@@ -11288,37 +11289,30 @@ def is_unpriced(config: Config, name: str) -> bool:
 
 
 async def get_my_usage(request: web.Request) -> web.StreamResponse:
-    state = state_of(request)
-    user, _ = client_of(request, state)
+    store, user = own_store(request)
     by = query_choice(request, "by", ("day", "model", "session"), "day")
     days = min(max(query_number(request, "days", 30), 1), 3660)
-    since = iso(
-        datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=days - 1)
-    )
-    rows = await asyncio.to_thread(state.store.report, by, since, "", user.name)
+    since = iso_text(f"{datetime.now(UTC).date() - timedelta(days=days - 1)}")
+    rows = await asyncio.to_thread(store.report, by, since, "", user)
     return web.json_response({"usage": rows, "by": by, "days": days})
 
 
 async def get_my_transactions(request: web.Request) -> web.StreamResponse:
-    state = state_of(request)
-    user, _ = client_of(request, state)
-    return web.json_response({"transactions": state.store.transactions(user.name, *page_query(request))})
+    store, user = own_store(request)
+    return web.json_response({"transactions": store.transactions(user, *page_query(request))})
 
 
 async def get_my_requests(request: web.Request) -> web.StreamResponse:
-    state = state_of(request)
-    user, _ = client_of(request, state)
-    return web.json_response({"requests": state.store.requests(user.name, *page_query(request))})
+    store, user = own_store(request)
+    return web.json_response({"requests": store.requests(user, *page_query(request))})
 
 
 async def get_my_export(request: web.Request) -> web.StreamResponse:
-    state = state_of(request)
-    user, _ = client_of(request, state)
-    return await export_response(state.store, request, user.name)
+    return await export_response(request, *own_store(request))
 
 
 async def post_purchase(request: web.Request) -> web.StreamResponse:
-    client_of(request, state_of(request))
+    own_store(request)
     raise ApiError(
         501, "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page"
     )
@@ -11336,17 +11330,12 @@ async def post_user(request: web.Request) -> web.StreamResponse:
     """A new user; the only answer that ever has the key in it."""
     state = require_admin(request)
     body = await body_of(request, ("name", "credit_microusd", "budgets", "note"))
-    start = int(state.config.credits.starting_credit * 10**6)
-    credit = number_in(body, "credit_microusd", optional=True)
-    if credit is not None and credit < 0:
-        raise ApiError(400, "credit_microusd: must not be below 0")
+    credit = microusd_in(body, "credit_microusd")
+    if credit is None:
+        credit = int(state.config.credits.starting_credit * 10**6)
     with operator_errors():
         user, key = await asyncio.to_thread(
-            state.store.add_user,
-            text_in(body, "name", 64),
-            start if credit is None else credit,
-            budgets_in(body),
-            text_in(body, "note"),
+            state.store.add_user, text_in(body, "name", 64), credit, budgets_in(body), text_in(body, "note")
         )
     return web.json_response({**state.store.user_json(user), "key": key}, status=201)
 
@@ -11380,8 +11369,9 @@ async def patch_user(request: web.Request) -> web.StreamResponse:
 async def post_credit(request: web.Request) -> web.StreamResponse:
     store = require_admin(request).store
     body = await body_of(request, ("amount_microusd", "note", "key"))
-    amount = number_in(body, "amount_microusd")
-    assert amount is not None
+    amount = microusd_in(body, "amount_microusd", -(10**15))
+    if amount is None:
+        raise ApiError(400, "amount_microusd: is missing")
     with operator_errors():
         note, key = text_in(body, "note"), text_in(body, "key", 100)
         user = await asyncio.to_thread(store.credit, request.match_info["name"], amount, note, key)
@@ -11428,7 +11418,7 @@ def as_if_price(config: Config, name: str) -> Price:
 
 
 async def get_export(request: web.Request) -> web.StreamResponse:
-    return await export_response(require_admin(request).store, request)
+    return await export_response(request, require_admin(request).store, None)
 
 
 async def get_requests(request: web.Request) -> web.StreamResponse:
@@ -11613,49 +11603,57 @@ def preset_json(row: Json) -> Json:
     return {"url": url, **{key: row[key] for key in ("type", "base_url", "api_key", "default")}}
 
 
-def config_text(state: State) -> tuple[str, Path]:
-    """The config file's text and place; where there is no file (any more), the text in use."""
-    path = Path(state.config.path).expanduser() if state.config.path else ccmux_home() / "config.toml"
-    if not state.config.path:
-        return state.config.text, path
+def config_place(state: State) -> Path:
+    """The config file; where none was found, the one that the first save makes."""
+    return Path(state.config.path).expanduser() if state.config.path else ccmux_home() / "config.toml"
+
+
+def config_text(state: State) -> str:
+    """The config file's text; where there is no file (any more), the text in use."""
+    path = config_place(state)
     try:
-        return toml_text(path), path
+        return toml_text(path) if state.config.path else state.config.text
     except FileNotFoundError:
-        return state.config.text, path
+        return state.config.text
     except (OSError, UnicodeDecodeError) as error:
         raise ApiError(409, f"{path.name} cannot be read ({type(error).__name__}); mend it by hand") from None
 
 
-def config_tables(state: State) -> Json:
-    """The file as parsed; ApiError 409 where it is broken, as a form cannot save into it."""
-    text, path = config_text(state)
+def config_table(state: State, root: str, name: str | None) -> Json:
+    """`[root]`, or the row of `[[root]]` with that name, as the file has it; {} where it is not there.
+
+    ApiError 409 where the file is broken, as a form cannot save into it.
+    """
     try:
-        return load_config(text, os.environ, str(path)).tables
+        table = load_config(config_text(state), os.environ, str(config_place(state))).tables.get(root)
     except ConfigError as error:
         words = f"the config file is broken, mend it under Config first: {error}"
         raise ApiError(409, words) from None
+    if name is None:
+        return as_object(table)
+    return next((row for row in as_list(table) if row.get("name") == name), {})
 
 
-def store_text(state: State, text: str, given_hash: Any) -> str:
-    """Checks and saves a new config text and swaps it in; the new hash.
+def store_text(state: State, text: str, given_hash: Any) -> web.Response:
+    """Checks and saves a new config text and swaps it in; the answer carries the new hash.
 
     ApiError 400 where it is wrong, 409 stale.
     """
-    current, path = config_text(state)
-    if given_hash != hash_text(current):
+    current, path = hash_text(config_text(state)), config_place(state)
+    if given_hash != current:
         raise ApiError(
             409, "the config has changed since this page was loaded; load it again (nothing was saved)"
         )
     try:
         config = load_config(text, os.environ, str(path))
         check_binding(config)
-        save_config(path, text, hash_text(current))
+        save_config(path, text, current)
     except StaleError as error:
         raise ApiError(409, str(error)) from None
     except (ConfigError, OSError) as error:
         raise ApiError(400, str(error)) from None
     adopt_config(state, config)
-    return config.text_hash
+    return web.json_response({"hash": config.text_hash})
 
 
 AT_START = ("host", "port", "database", "max_connections")  # keys of [server] that only a start can change
@@ -11689,61 +11687,75 @@ def forget_faults(state: State, providers: set[str]) -> None:
             del faults[slot]
 
 
+def put_table(root: str) -> Callable[[web.Request], Any]:
+    """The handler that replaces `[root]`, or makes or replaces the row of `[[root]]` that the address names."""
+
+    async def put(request: web.Request) -> web.StreamResponse:
+        state, name = require_admin(request), request.match_info.get("name")
+        table = strict_json(await read_body(request))
+        hash = table.pop("hash", None)
+        table = table.pop("table", table)  # its keys may also stand beside hash
+        if not isinstance(table, dict):
+            raise ApiError(400, "table: must be an object with the TOML's own keys")
+        if name is not None:
+            table = {"name": name, **table}
+        old = config_table(state, root, name)
+        is_moved = address_of(table) != address_of(old)  # no secret goes along to another address
+        return save_table(state, root, name, with_secrets({} if is_moved else old, table), hash)
+
+    return put
+
+
+def delete_row(root: str) -> Callable[[web.Request], Any]:
+    """The handler that takes away the row of `[[root]]` that the address names."""
+
+    async def delete(request: web.Request) -> web.StreamResponse:
+        state, name = require_admin(request), request.match_info["name"]
+        if users := users_of(state.config, root, name):
+            words = f"{root[:-1]} {name!r} is used by {', '.join(users)}; change that first"
+            raise ApiError(409, words)
+        body = await body_of(request, ("hash",))
+        if not config_table(state, root, name):
+            raise ApiError(404, f"there is no {root[:-1]} {name!r}")
+        return save_table(state, root, name, None, body.get("hash"))
+
+    return delete
+
+
+def users_of(config: Config, root: str, name: str) -> list[str]:
+    """What names a provider or a model."""
+    if root == "providers":
+        return [f"model {m.name}" for m in config.models if any(t.provider == name for t in m.mappings)]
+    return [f"[router] {slot}" for slot in ROUTE_SLOTS if getattr(config.router, slot) == name]
+
+
 def save_table(state: State, root: str, name: str | None, table: Json | None, hash: Any) -> web.Response:
-    """Saves one table; the answer carries the new hash."""
-    config_tables(state)
     try:
-        edited = edit_toml(config_text(state)[0], root, name, table)
+        edited = edit_toml(config_text(state), root, name, table)
     except ConfigError as error:
         raise ApiError(400, str(error)) from None
-    return web.json_response({"hash": store_text(state, edited, hash)})
+    return store_text(state, edited, hash)
 
 
-async def table_of(request: web.Request) -> tuple[Json, Any]:
-    """`{table, hash}` of a PUT; the keys of a table may also stand beside hash."""
-    body = strict_json(await read_body(request))
-    hash = body.pop("hash", None)
-    table = body.pop("table", body)
-    if not isinstance(table, dict):
-        raise ApiError(400, "table: must be an object with the TOML's own keys")
-    return table, hash
+def with_secrets(old: Json, new: Json) -> Json:
+    """The new table with the old one's secrets where it leaves them out, or has null or a mask for them; "" clears
+    a key.
+    """
+    before = as_object(old.get("headers"))
+    headers = old.get("headers") if new.get("headers") is None else new["headers"]
+    if isinstance(headers, dict):
+        headers = without_nulls({name: kept(before.get(name), text) for name, text in headers.items()})
+    table = {**new, "headers": headers}
+    for key in SECRET_KEYS:
+        table[key] = None if new.get(key) == "" else kept(old.get(key), new.get(key))
+    if "quirks" in new:
+        table["quirks"] = unmasked(old.get("quirks"), new["quirks"])
+    return without_nulls(table)
 
 
-def old_row(state: State, root: str, name: str) -> Json:
-    """The row as the file has it, secrets as written; {} for a new one."""
-    rows = as_list(config_tables(state).get(root))
-    return next((row for row in rows if row.get("name") == name), {})
-
-
-async def put_provider(request: web.Request) -> web.StreamResponse:
-    """Makes or replaces a provider. A key left out stays, but never goes along to another address."""
-    state = require_admin(request)
-    name = request.match_info["name"]
-    table, hash = await table_of(request)
-    table = {"name": name, **table}
-    old = old_row(state, "providers", name)
-    kept = kept_secrets(old, table)
-    moved = address_of(table) != address_of(old)
-    if "quirks" in table:
-        table["quirks"] = unmasked({} if moved else old.get("quirks"), table["quirks"])
-    if kept and moved:
-        typed = {k: v for k, v in as_object(table.get("headers")).items() if v is not None and not is_mask(v)}
-        kept = {**dict.fromkeys(kept), **({"headers": typed} if typed else {})}
-    table |= kept
-    table = {k: v for k, v in table.items() if v is not None and not (k == "api_key" and v == "")}
-    return save_table(state, "providers", name, table, hash)
-
-
-def kept_secrets(old: Json, new: Json) -> Json:
-    """The secrets of the old table that the new one leaves out (or has null, or masked, for)."""
-    kept = {k: old[k] for k in SECRET_KEYS if k in old and (new.get(k) is None or is_mask(new[k]))}
-    if "headers" in old:
-        before, given = old["headers"], new.get("headers")
-        items = as_object(before if given is None else given).items()
-        headers = {k: before.get(k, "") if v is None or is_mask(v) else v for k, v in items}
-        if headers != given:
-            kept["headers"] = headers
-    return kept
+def kept(old: Any, new: Any) -> Any:
+    """A secret that a form gives: the old one where it gives none, or a mask."""
+    return old if new is None or is_mask(new) else new
 
 
 def unmasked(old: Any, new: Any) -> Any:
@@ -11776,53 +11788,8 @@ def address_of(row: Json) -> str:
     return str(row.get("base_url") or preset.get("base_url") or "").rstrip("/")
 
 
-async def delete_provider(request: web.Request) -> web.StreamResponse:
-    state = require_admin(request)
-    name = request.match_info["name"]
-    users = [m.name for m in state.config.models if any(t.provider == name for t in m.mappings)]
-    if users:
-        raise ApiError(409, f"provider {name!r} is used by model {', '.join(users)}; change them first")
-    return await remove_row(request, "providers", name)
-
-
-async def remove_row(request: web.Request, root: str, name: str) -> web.StreamResponse:
-    state = require_admin(request)
-    body = await body_of(request, ("hash",))
-    if not old_row(state, root, name):
-        raise ApiError(404, f"there is no {root[:-1]} {name!r}")
-    return save_table(state, root, name, None, body.get("hash"))
-
-
-async def put_model(request: web.Request) -> web.StreamResponse:
-    state = require_admin(request)
-    table, hash = await table_of(request)
-    name = request.match_info["name"]
-    return save_table(state, "models", name, {"name": name, **without_nulls(table)}, hash)
-
-
 def without_nulls(table: Json) -> Json:
     return {k: v for k, v in table.items() if v is not None}
-
-
-async def delete_model(request: web.Request) -> web.StreamResponse:
-    state = require_admin(request)
-    name = request.match_info["name"]
-    slots = [slot for slot in ROUTE_SLOTS if getattr(state.config.router, slot) == name]
-    if slots:
-        raise ApiError(409, f"model {name!r} is what [router] {', '.join(slots)} names; change that first")
-    return await remove_row(request, "models", name)
-
-
-def put_single(root: str) -> Callable[[web.Request], Any]:
-    """The handler that replaces a single table: [router], [credits] or [server]."""
-
-    async def put(request: web.Request) -> web.StreamResponse:
-        state = require_admin(request)
-        table, hash = await table_of(request)
-        table |= kept_secrets(as_object(config_tables(state).get(root)), table)
-        return save_table(state, root, None, without_nulls(table), hash)
-
-    return put
 
 
 def provider_model(config: Config, provider: Provider) -> str:
@@ -11917,7 +11884,7 @@ def next_page(listed: Json) -> str | None:
 
 async def get_config(request: web.Request) -> web.StreamResponse:
     """The file's text, broken or not; literal secrets in it are shown as marks that a save turns back."""
-    text = config_text(require_admin(request))[0]
+    text = config_text(require_admin(request))
     return web.json_response({"text": without_secrets(text, secret_marks(text)), "hash": hash_text(text)})
 
 
@@ -11998,7 +11965,7 @@ async def put_config(request: web.Request) -> web.StreamResponse:
     body = await body_of(request, ("text", "hash"))
     text = text_in(body, "text", 2**20)
     after, old, kept = text, state.config.tables, set()
-    current = config_text(state)[0]
+    current = config_text(state)
     for secret, mark in reversed(secret_marks(current).items()):  # a short one may be part of another's mark
         if mark in after:
             after = after.replace(mark, secret)
@@ -12012,7 +11979,7 @@ async def put_config(request: web.Request) -> web.StreamResponse:
         raise ApiError(400, str(error)) from None
     except (ValueError, RecursionError):
         pass  # told below, with its place
-    return web.json_response({"hash": store_text(state, after, body.get("hash"))})
+    return store_text(state, after, body.get("hash"))
 
 
 def check_kept(old: Json, new: Json, kept: set[str]) -> None:
@@ -12054,19 +12021,18 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 async def get_backups(request: web.Request) -> web.StreamResponse:
-    _, path = config_text(require_admin(request))
-    found = [(p, p.stat()) for p in backup_paths(path.resolve()) if p.exists()]
+    path = config_place(require_admin(request))
+    found = [(p.name, p.stat()) for p in backup_paths(path.resolve()) if p.exists()]
     rows = [
-        {"name": p.name, "time": iso(datetime.fromtimestamp(s.st_mtime, UTC)), "bytes": s.st_size}
-        for p, s in found
+        {"name": name, "time": iso(datetime.fromtimestamp(stat.st_mtime, UTC)), "bytes": stat.st_size}
+        for name, stat in found
     ]
     return web.json_response({"backups": rows})
 
 
 def backup_text(request: web.Request) -> str:
     """The text of the backup that the address names; ApiError 404 where there is none."""
-    _, path = config_text(require_admin(request))
-    name = request.match_info["name"]
+    path, name = config_place(require_admin(request)), request.match_info["name"]
     try:
         return toml_text(next(p for p in backup_paths(path.resolve()) if p.name == name))
     except (StopIteration, FileNotFoundError):
@@ -12077,7 +12043,7 @@ def backup_text(request: web.Request) -> str:
 
 async def get_backup(request: web.Request) -> web.StreamResponse:
     """A backup's text and what restoring it would change, as a unified diff; secrets as in `get_config`."""
-    text, now = backup_text(request), config_text(state_of(request))[0]
+    text, now = backup_text(request), config_text(state_of(request))
     marks = secret_marks(now) | secret_marks(text)
     shown, current = (without_secrets(t, marks) for t in (text, now))
     lines = difflib.unified_diff(current.splitlines(), shown.splitlines(), "now", "then", lineterm="")
@@ -12089,7 +12055,7 @@ async def post_backup(request: web.Request) -> web.StreamResponse:
     state, text = require_admin(request), backup_text(request)
     body = await body_of(request, ("hash",))
     try:
-        return web.json_response({"hash": store_text(state, text, body.get("hash"))})
+        return store_text(state, text, body.get("hash"))
     except ApiError as error:  # an error about a misplaced secret would quote it
         raise ApiError(error.status, without_secrets(error.message, secret_marks(text))) from None
 
@@ -12100,7 +12066,6 @@ async def post_try(request: web.Request) -> web.StreamResponse:
     given = await body_of(request, ("body",))
     body = {"max_tokens": 1024, **as_object(given.get("body")), "stream": True}
     call = await plan_call(request, state, body, b"")
-    call.body = {**call.body, "stream": True}
     return await Try(request, state, call, state.store.local_user()).serve()
 
 
@@ -12147,13 +12112,13 @@ def admin_routes() -> list[web.RouteDef]:
         web.get("/api/export", get_my_export),
         web.post("/api/purchase", post_purchase),
         web.get("/admin/api/state", get_state),
-        web.put("/admin/api/providers/{name}", put_provider),
-        web.delete("/admin/api/providers/{name}", delete_provider),
+        web.put("/admin/api/providers/{name}", put_table("providers")),
+        web.delete("/admin/api/providers/{name}", delete_row("providers")),
         web.post("/admin/api/providers/{name}/test", post_provider_test),
         web.get("/admin/api/providers/{name}/models", get_provider_models),
-        web.put("/admin/api/models/{name:.+}", put_model),
-        web.delete("/admin/api/models/{name:.+}", delete_model),
-        *(web.put(f"/admin/api/{root}", put_single(root)) for root in ("router", "credits", "server")),
+        web.put("/admin/api/models/{name:.+}", put_table("models")),
+        web.delete("/admin/api/models/{name:.+}", delete_row("models")),
+        *(web.put(f"/admin/api/{root}", put_table(root)) for root in ("router", "credits", "server")),
         web.get("/admin/api/config", get_config),
         web.put("/admin/api/config", put_config),
         web.get("/admin/api/backups", get_backups),
