@@ -12314,10 +12314,20 @@ function fill(node, ...children) {
   return node;
 }
 const refill = (node, ...children) => { node.replaceChildren(); return fill(node, ...children); };
-/* A button; the status line tells what its work failed at. */
+/* Work that is not begun anew while it goes on: a double click, or a poll of a server that hangs. */
+function once(work) {
+  let busy = false;
+  return async () => {
+    if (busy) return;
+    busy = true;
+    try { await work(); } finally { busy = false; }
+  };
+}
+/* A button; the status line tells what its work failed at. Work that saved something gives words that say so. */
 function button(label, work, props) {
-  const onclick = async () => { try { await work(); } catch (error) { tellError(error); } };
-  return el("button", { type: "button", onclick, ...props }, label);
+  const onclick = once(async () => { try { await saved(await work(), node); } catch (error) { tellError(error); } });
+  const node = el("button", { type: "button", onclick, ...props }, label);
+  return node;
 }
 const card = (title, tools, ...body) =>
   el("section", { class: "card" }, el("div", { class: "head" }, el("h2", {}, title), tools), ...body);
@@ -12476,13 +12486,8 @@ function redraw(node, ...children) {
 /* Asks again every few seconds while the page is seen and no text on it is selected, to be copied perhaps. */
 function poll(refresh, every) {
   const fail = (error) => (error.status === 401 ? start() : tellError(error)); /* the token was changed */
-  let busy = false; /* a server that hangs is asked once */
-  const timer = setInterval(async () => {
-    if (busy || document.hidden || String(getSelection())) return;
-    busy = true;
-    await refresh().catch(fail);
-    busy = false;
-  }, every);
+  const ask = once(() => refresh().catch(fail));
+  const timer = setInterval(() => { if (!document.hidden && !String(getSelection())) ask(); }, every);
   return () => clearInterval(timer);
 }
 
@@ -12607,35 +12612,34 @@ async function showRow(row) {
   else fill(again, el("p", { class: "muted" },
     "The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
 }
-/* The status line goes along: what stands outside of a modal dialog is not read out. */
+const isDirty = (within = document) => within.querySelector("[data-dirty]");
+const mayLeave = (within) => !isDirty(within) || confirm("Leave without saving what you changed?");
+/* One dialog is open at a time. The status line goes along: what stands outside of it is not read out. */
+let closeDialog = () => {};
 function openDialog(title, ...body) {
-  const node = el("dialog", { "aria-label": title });
-  const mayLeave = () => !node.querySelector("[data-dirty]") || confirm("Leave without saving what you changed?");
-  const opener = document.activeElement;
-  const gone = () => {
-    if (!node.isConnected) return; /* a close() is heard of a second time, later */
-    if (node.contains(STATUS)) document.body.append(STATUS);
+  closeDialog();
+  const opener = document.activeElement, leave = button("Close", () => { if (mayLeave(node)) closeDialog(); });
+  const node = el("dialog", { "aria-label": title }, el("div", { class: "head" }, el("h2", {}, title), leave), ...body);
+  closeDialog = () => {
+    closeDialog = () => {};
+    document.body.append(STATUS);
     node.remove();
-    if (opener.isConnected) return; /* the browser has given it the focus back; a log's row was drawn anew */
-    const again = [...document.querySelectorAll("[data-key]")].find((e) => e.dataset.key === opener.dataset.key);
-    if (again) again.focus();
+    const isDrawnAnew = (e) => e.dataset.key === opener.dataset.key; /* as a log's row may be */
+    const back = opener.isConnected ? opener : [...document.querySelectorAll("[data-key]")].find(isDrawnAnew);
+    if (back) back.focus({ preventScroll: true });
   };
-  const close = () => { node.close(); gone(); };
-  node.addEventListener("cancel", (event) => { if (!mayLeave()) event.preventDefault(); });
-  node.addEventListener("close", gone);
-  const leave = button("Close", () => { if (mayLeave()) close(); });
+  node.addEventListener("close", () => { if (node.isConnected) closeDialog(); });
   /* Browsers let a page refuse `cancel` once, not to a second Escape. */
+  node.addEventListener("cancel", (event) => { if (!mayLeave(node)) event.preventDefault(); });
   node.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing) return;
     event.preventDefault();
     leave.click();
   });
-  fill(node, el("div", { class: "head" }, el("h2", {}, title), leave), ...body);
   document.body.append(node);
   node.showModal();
   node.append(STATUS);
   (node.querySelector("input, select, textarea") || leave).focus();
-  return close;
 }
 
 /* Dashboard: one user's own numbers. */
@@ -12884,7 +12888,7 @@ function controls(fields, table) {
     of: (name) => made.find((m) => m.field.name === name) };
 }
 
-/* A form that keeps what was typed when a save fails. `save` throws a Failure then. */
+/* A form that keeps what was typed when a save fails. `save` throws a Failure then, and gives words where it saved. */
 function formOf(nodes, save, { label = "Save", extra = [], made = [], keeps = true } = {}) {
   const error = el("p", { class: "error", role: "alert" }), send = el("button", { class: "main" }, label);
   const form = el("form", { novalidate: true }, nodes, error, el("div", { class: "row" }, send, extra));
@@ -12898,7 +12902,7 @@ function formOf(nodes, save, { label = "Save", extra = [], made = [], keeps = tr
     send.disabled = true;
     delete form.dataset.dirty;
     try {
-      await save();
+      await saved(await save(), form);
     } catch (failure) {
       dirty();
       showFailure(failure, error, made);
@@ -12921,7 +12925,6 @@ function showFailure(failure, error, made) {
   wrong.node.append(error);
   input.focus();
 }
-const isDirty = () => document.querySelector("[data-dirty]");
 addEventListener("beforeunload", (event) => { if (isDirty()) event.preventDefault(); });
 
 /* Rows that can be moved, removed and added: `make(row)` -> {node, read}. */
@@ -12989,11 +12992,11 @@ async function reload() {
 async function showTab(isFresh = false) {
   if (!S) return;
   const [key, , view] = TABS.find(([key]) => `#${key}` === location.hash) || TABS[0];
-  if (isDirty() && !confirm("Leave without saving what you changed?")) {
+  if (!mayLeave()) {
     history.replaceState(null, "", `#${shownTab}`);
     return;
   }
-  if (shownTab !== key) document.querySelectorAll("dialog").forEach((dialog) => dialog.close()); /* by Back */
+  if (shownTab !== key) closeDialog(); /* by Back */
   stopView();
   stopView = () => {};
   const isAgain = shownTab === key;
@@ -13016,8 +13019,11 @@ async function showTab(isFresh = false) {
       el("p", {}, error.message)));
   }
 }
-/* After a save: the newest state, and the view drawn again unless another form on it has unsaved changes. */
-async function saved(words) {
+/* After a save, which gives words: the dialog that it was made in closes, the newest state is read, and the view is
+   drawn again unless another form on it has unsaved changes. */
+async function saved(words, place) {
+  if (typeof words !== "string") return;
+  if (place.isConnected && place.closest("dialog")) closeDialog();
   await (isDirty() ? reload() : showTab());
   if (document.activeElement === document.body) $("main").focus(); /* what had the focus is drawn anew */
   tell(words);
@@ -13239,27 +13245,26 @@ function providerDialog(old) {
     if (Object.keys(own).length) table.quirks = own;
     checkName("providers", table.name, old);
     await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
-    close();
-    await saved(`Provider ${table.name} is saved.${old ? "" : " Test it, then give it a model."}`);
+    return `Provider ${table.name} is saved.${old ? "" : " Test it, then give it a model."}`;
   };
-  const remove = old && button("Delete", () => removeRow("providers", old.name, hash, usersOf(old.name),
-    close), { class: "danger" });
   const form = formOf([el("div", { class: "fields" },
     labelled("Type", type, "Not listed? Choose the one whose API it speaks (openai, mostly), and give its base URL."),
     first.nodes), to, el("details", {}, el("summary", {}, "More settings"), el("div", { class: "fields" },
       rest.nodes)),
   el("details", {}, el("summary", {}, "Quirks: how it differs from others of its format (a preset knows)"),
     el("div", { class: "fields" }, quirks.nodes))],
-  save, { extra: [remove], made: [...first.made, ...rest.made, ...quirks.made,
-    { field: { name: "type" }, input: type, node: type.parentNode }] });
-  const close = openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
+  save, { extra: [old && removeButton("providers", old.name, hash, usersOf)], made: [...first.made, ...rest.made,
+    ...quirks.made, { field: { name: "type" }, input: type, node: type.parentNode }] });
+  openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
 }
-async function removeRow(root, name, hash, users, close) {
-  if (users.length) return tell(`${name} is used by ${users.join(", ")}; change that first.`);
-  if (!confirm(`Delete ${name}?`)) return null;
-  await ask(path(root, name), "DELETE", { hash });
-  close();
-  return saved(`${name} is deleted.`);
+function removeButton(root, name, hash, namedBy) {
+  return button("Delete", async () => {
+    const users = namedBy(name);
+    if (users.length) throw new Failure(409, `${name} is used by ${users.join(", ")}; change that first.`);
+    if (!confirm(`Delete ${name}?`)) return null;
+    await ask(path(root, name), "DELETE", { hash });
+    return `${name} is deleted.`;
+  }, { class: "danger" });
 }
 function testDialog(name) {
   const result = el("div", { "aria-live": "polite" }), model = textBox("", { list: "found" }),
@@ -13279,13 +13284,7 @@ function testDialog(name) {
     refill(found, models.map((m) => el("option", { value: m })));
     refill(result, el("p", {}, count(models.length, "model")), el("pre", { tabindex: 0 }, models.join("\n")));
   };
-  let busy = false;
-  const run = (work) => async () => {
-    if (busy) return; /* a double click: each costs */
-    busy = true;
-    await work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
-    busy = false;
-  };
+  const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
   openDialog(`Test ${name}`, el("p", { class: "muted" },
     "Sends one tiny real request over the way all requests go."),
     labelled("Model", model, "empty: one that the config uses, or the preset's"), found,
@@ -13348,16 +13347,14 @@ function modelDialog(old) {
     if (!table.mappings.length) throw new Failure(400, "Add a target: without one nobody serves the model.");
     if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs a model at the provider.");
     await ask(path("models", old ? old.name : table.name), "PUT", { hash, table });
-    close();
-    await saved(`Model ${table.name} is saved.${old ? "" : " Under Router you choose what goes to it."}`);
+    return `Model ${table.name} is saved.${old ? "" : " Under Router you choose what goes to it."}`;
   };
-  const remove = old && button("Delete", () => removeRow("models", old.name, hash, routesOf(old.name),
-    close), { class: "danger" });
   const [name, ...others] = made.nodes;
   const form = formOf([el("div", { class: "fields" }, name), el("h3", {}, "Targets, the first tried first"),
     el("p", { class: "muted" }, "A target is a provider, and the name that the model has there."), targets.node,
-    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save, { extra: [remove], made: made.made });
-  const close = openDialog(old ? `Model ${old.name}` : "Add a model", form);
+    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save,
+  { extra: [old && removeButton("models", old.name, hash, routesOf)], made: made.made });
+  openDialog(old ? `Model ${old.name}` : "Add a model", form);
 }
 
 /* Router */
@@ -13394,7 +13391,7 @@ async function routerView() {
     const { rules: _, ...table } = made.read(), kept = rules.read();
     if (kept.some((rule) => !rule.pattern || !rule.model)) throw new Failure(400, "Each rule needs a pattern and a model.");
     ({ hash } = await ask(`${ROOT}/router`, "PUT", { hash, table: kept.length ? { ...table, rules: kept } : table }));
-    await saved("The router is saved.");
+    return "The router is saved.";
   };
   const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes),
     el("h3", {}, "Prompt rules, the first match wins"), rules.node, el("h3", {}, "Try the patterns"),
@@ -13490,15 +13487,13 @@ function addUserDialog() {
     const user = { name: name.value.trim(), budgets: budgets.read(), note: note.value,
       credit_microusd: dollarsIn(credit) };
     const told = await ask(`${ROOT}/users`, "POST", user);
-    close();
-    await saved(`User ${told.name} is made.`);
     keyDialog(told.name, told.key);
+    return `User ${told.name} is made.`;
   };
   const fields = [labelled("Name", name, "letters, digits and . _ @ -"), labelled("Credit, dollars", credit,
     "empty: what [credits] says"), labelled("Note", note), budgets.nodes];
   const made = [{ field: { name: "name" }, input: name, node: name.parentNode }];
-  const close = openDialog("Add a user", formOf(el("div", { class: "fields" }, fields), save,
-    { label: "Add", made }));
+  openDialog("Add a user", formOf(el("div", { class: "fields" }, fields), save, { label: "Add", made }));
 }
 function keyDialog(name, key) {
   openDialog(`Key of ${name}`, el("p", {},
@@ -13509,38 +13504,34 @@ async function userDialog(user) {
   const place = path("users", user.name), amount = numberBox("", { min: -1e9, max: 1e9 }), note = textBox(""),
     budgets = budgetBoxes(user.budgets);
   const key = crypto.randomUUID ? crypto.randomUUID() : String(Math.random());
-  const after = async (words) => { close(); await saved(words); };
   /* The dialog closes with a save, and with it the other form. */
-  const leaveOther = () => {
+  const send = (path, method, body) => {
     const isKept = isDirty() && !confirm("Leave without saving what you changed in the other form?");
     if (isKept) throw new Failure(0, "Nothing is saved.");
+    return ask(path, method, body);
   };
   const credit = async () => {
     const given = dollarsIn(amount);
     if (!given) throw new Failure(400, "Give an amount of dollars; below zero takes back.");
-    leaveOther();
-    await ask(`${place}/credit`, "POST", { amount_microusd: given, note: note.value, key });
-    await after(`Credit of ${user.name} is changed.`);
+    await send(`${place}/credit`, "POST", { amount_microusd: given, note: note.value, key });
+    return `Credit of ${user.name} is changed.`;
   };
   const setBudgets = async () => {
-    leaveOther();
-    await ask(place, "PATCH", { budgets: budgets.read() });
-    await after(`Budgets of ${user.name} are saved.`);
+    await send(place, "PATCH", { budgets: budgets.read() });
+    return `Budgets of ${user.name} are saved.`;
   };
   const toggle = async () => {
-    leaveOther();
-    await ask(place, "PATCH", { disabled: !user.disabled });
-    await after(`${user.name} is changed.`);
+    await send(place, "PATCH", { disabled: !user.disabled });
+    return `${user.name} is changed.`;
   };
   const rotate = async () => {
-    if (!confirm(`Make a new key for ${user.name}? The old one stops working at once.`)) return;
-    leaveOther();
-    const told = await ask(`${place}/key`, "POST");
-    await after("The key is new.");
+    if (!confirm(`Make a new key for ${user.name}? The old one stops working at once.`)) return null;
+    const told = await send(`${place}/key`, "POST");
     keyDialog(user.name, told.key);
+    return "The key is new.";
   };
   const ledger = el("div", {});
-  const close = openDialog(`User ${user.name}`,
+  openDialog(`User ${user.name}`,
     el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} of it set aside for running requests`),
     formOf(el("div", { class: "fields" }, labelled("Amount, dollars", amount, "below zero takes back"),
       labelled("Note", note)),
@@ -13680,7 +13671,7 @@ async function configView() {
   const text = el("textarea", { rows: 24, spellcheck: "false", value: config.text });
   const save = async () => {
     config.hash = (await ask(`${ROOT}/config`, "PUT", { text: text.value, hash: config.hash })).hash;
-    await saved("The config is saved and in use.");
+    return "The config is saved and in use.";
   };
   const read = { hash: S.config_hash };
   return [S.config_error && card("The file is broken; the config before it is in use", null,
@@ -13697,13 +13688,11 @@ async function configView() {
 }
 async function backupDialog(name, hash) {
   const { text, changes } = await ask(path("backups", name));
-  if (document.querySelector("dialog")) return; /* a double click */
   const restore = async () => {
     await ask(path("backups", name), "POST", { hash });
-    close();
-    await saved(`${name} is the config again.`);
+    return `${name} is the config again.`;
   };
-  const close = openDialog(`Backup ${name}`, el("h3", {}, "What restoring it changes"),
+  openDialog(`Backup ${name}`, el("h3", {}, "What restoring it changes"),
     el("pre", { tabindex: 0 }, changes || "Nothing: it says what the config says now."),
     el("details", {}, el("summary", {}, "The whole backup"), el("pre", { tabindex: 0 }, text)),
     formOf(el("p", { class: "muted" }, "The config as it is now becomes the newest backup."), restore,
@@ -13716,7 +13705,7 @@ function settingsCard(root, title, read) {
     const table = made.read(), token = table.admin_token;
     read.hash = (await ask(`${ROOT}/${root}`, "PUT", { hash: read.hash, table })).hash;
     if (token && !token.includes("$")) SESSION.setItem(SECRET, token); /* this tab stays signed in */
-    await saved(`${title}: saved.`);
+    return `${title}: saved.`;
   };
   const note = root === "server" && el("p", { class: "muted" },
     "Host, port, database and max connections change at the next start.");
