@@ -12297,9 +12297,10 @@ function el(tag, props, ...children) {
 function svg(tag, props, ...children) {
   return fill(setProps(document.createElementNS("http://www.w3.org/2000/svg", tag), props), ...children);
 }
+const isNothing = (value) => value === null || value === undefined || value === false;
 function setProps(node, props) {
   for (const [name, value] of Object.entries(props || {})) {
-    if (value === null || value === undefined || value === false) continue;
+    if (isNothing(value)) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (name === "value") node.value = value;
     else node.setAttribute(name, value === true ? "" : value);
@@ -12307,10 +12308,7 @@ function setProps(node, props) {
   return node;
 }
 function fill(node, ...children) {
-  for (const child of children.flat(9)) {
-    if (child === null || child === undefined || child === false) continue;
-    node.append(child instanceof Node ? child : document.createTextNode(String(child)));
-  }
+  node.append(...children.flat(9).filter((child) => !isNothing(child)));
   return node;
 }
 const refill = (node, ...children) => { node.replaceChildren(); return fill(node, ...children); };
@@ -12343,9 +12341,14 @@ function table(label, columns, rows, shown) {
     el("table", {}, el("thead", {}, el("tr", {}, head)),
       el("tbody", {}, rows.map((row) => el("tr", {}, columns.map((c) => cell(c, row)))))));
 }
+/* Columns that show one field of a row, and the button of a row. */
+const textOf = (title, name, kind = "text") => [title, (row) => row[name] || "–", kind];
+const numberOf = (title, name, shown = whole) => [title, (row) => shown(row[name]), "num"];
+const rowButton = (label, name, work) => button(label, work,
+  { class: "small", "aria-label": `${label} ${name}`, "data-key": `${label} ${name}` });
 
 /* Numbers and times for people. */
-const whole = (n) => (n === null || n === undefined ? "–" : Number(n).toLocaleString("en-US"));
+const whole = (n) => (isNothing(n) ? "–" : Number(n).toLocaleString("en-US"));
 const count = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
 function short(n) {
   const units = [[1e9, "B"], [1e6, "M"], [1e3, "k"]];
@@ -12353,24 +12356,24 @@ function short(n) {
   return letter ? Number((n / size).toPrecision(3)) + letter : String(Math.round(n || 0));
 }
 function usd(micro) {
-  if (micro === null || micro === undefined) return "–";
+  if (isNothing(micro)) return "–";
   const dollars = micro / 1e6 || 0, tiny = dollars !== 0 && Math.abs(dollars) < 0.1;
   return dollars.toLocaleString("en-US", { style: "currency", currency: "USD", minimumFractionDigits: 2,
     maximumFractionDigits: tiny ? 6 : 2 });
 }
-const seconds = (ms) => (ms === null || ms === undefined ? "–"
-  : `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`);
+const seconds = (ms) => (isNothing(ms) ? "–" : `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`);
 const percent = (share) => (Number.isFinite(share) ? `${(share * 100).toFixed(1)} %` : "–");
 function when(time) {
-  const at = new Date(typeof time === "number" ? time * 1000 : time);
-  const today = at.toDateString() === new Date().toDateString();
-  const text = at.toLocaleString(undefined, today ? { timeStyle: "medium" } : { dateStyle: "short",
-    timeStyle: "short" });
-  return el("time", { datetime: at.toISOString(), title: at.toISOString() }, text);
+  const at = new Date(time), isToday = at.toDateString() === new Date().toDateString();
+  const shown = isToday ? { timeStyle: "medium" } : { dateStyle: "short", timeStyle: "short" };
+  return el("time", { datetime: time, title: time }, at.toLocaleString(undefined, shown));
 }
+const capital = (word) => word[0].toUpperCase() + word.slice(1);
 const sum = (rows, name) => rows.reduce((total, row) => total + (row[name] || 0), 0);
-const tokensOf = (row) => (row.input_tokens || 0) + (row.output_tokens || 0) + (row.cache_read_tokens || 0)
-  + (row.cache_write_tokens || 0) + (row.cache_write_1h_tokens || 0);
+/* The kinds of tokens: what their columns and prices are called. */
+const KINDS = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"],
+  ["cache_write", "Cache write"], ["cache_write_1h", "1 h write"]];
+const tokensOf = (row) => KINDS.reduce((total, [kind]) => total + (row[`${kind}_tokens`] || 0), 0);
 
 /* Where the browser keeps nothing for a page, as with cookies blocked, the page does while it is open. */
 function keeper(storage) {
@@ -12387,27 +12390,23 @@ class Failure extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
 const SECRET = PAGE === "admin" ? "ccmux-admin-token" : "ccmux-key";
-function headersWith(type) {
+async function call(path, method = "GET", body = {}, signal = undefined) {
   /* Bytes, as a browser sends nothing else: what is no ASCII would be thrown out as if ccmux did not answer. */
   const secret = String.fromCharCode(...new TextEncoder().encode(SESSION.getItem(SECRET) || ""));
-  const headers = type ? { "content-type": type } : {};
-  if (secret) headers[PAGE === "admin" ? "authorization" : "x-api-key"] = PAGE === "admin"
-    ? `Bearer ${secret}` : secret;
-  return headers;
-}
-async function call(path, method = "GET", body = undefined, signal = undefined) {
+  const headers = { "content-type": "application/json" };
+  if (secret && PAGE === "admin") headers.authorization = `Bearer ${secret}`;
+  else if (secret) headers["x-api-key"] = secret;
+  const sent = method === "GET" ? undefined : JSON.stringify(body);
   let answer;
-  const sent = method === "GET" ? undefined : JSON.stringify(body || {});
   try {
-    answer = await fetch(path, { method, body: sent, signal, cache: "no-store",
-      headers: headersWith(sent && "application/json") });
+    answer = await fetch(path, { method, body: sent, signal, cache: "no-store", headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Failure(0, "ccmux does not answer: is it still running?");
   }
   if (answer.ok) return answer;
   const told = await answer.json().catch(() => ({}));
-  throw new Failure(answer.status, (told.error && told.error.message) || `status ${answer.status}`);
+  throw new Failure(answer.status, told.error?.message || `status ${answer.status}`);
 }
 const ask = async (path, method, body) => (await call(path, method, body)).json();
 async function download(path, name) {
@@ -12491,7 +12490,10 @@ function poll(refresh, every) {
   return () => clearInterval(timer);
 }
 
-function signIn(label, help, again) {
+const [SECRET_NAME, SECRET_HELP] = PAGE === "admin" ? ["Admin token", "ccmux printed a link with the token when it started; "
+  + "`ccmux.py token` prints it again. It stays in this tab."] : ["Your ccmux key",
+  "This server keeps an account for each user. Give your key to see yours; it stays in this tab."];
+function signIn(again) {
   const input = textBox("", { type: "password", required: true });
   const error = el("p", { class: "error", role: "alert" }, again);
   const submit = (event) => {
@@ -12500,11 +12502,11 @@ function signIn(label, help, again) {
     start();
   };
   refill($("main"), el("section", { class: "card signin" }, el("h2", {}, "Sign in"),
-    el("form", { onsubmit: submit }, el("p", {}, help), labelled(label, input), error,
+    el("form", { onsubmit: submit }, el("p", {}, SECRET_HELP), labelled(SECRET_NAME, input), error,
       el("div", { class: "row" }, el("button", { class: "main" }, "Sign in")))));
   input.focus();
 }
-async function signedIn(load, label, help) {
+async function signedIn(load) {
   try {
     return await load();
   } catch (error) {
@@ -12515,7 +12517,7 @@ async function signedIn(load, label, help) {
     }
     stopView();
     const words = error.status === 401 ? "That is not the right one." : error.message;
-    signIn(label, help, SESSION.getItem(SECRET) ? words : "");
+    signIn(SESSION.getItem(SECRET) ? words : "");
     SESSION.removeItem(SECRET);
     return null;
   }
@@ -12564,29 +12566,26 @@ const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.s
   `${row.status} ${faultWord(row.error)}`);
 const chargeOf = (row) => (row.cost_microusd === null && !row.charge_microusd ? "no price" : usd(row.charge_microusd));
 const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "–";
-function requestColumns(admin) {
-  return [
-    ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request",
-      "data-key": r.request_id }), "nowrap"],
-    ...(admin ? [["User", (r) => r.user, "nowrap"]] : [["Session", (r) => (r.session || "–").slice(0, 8),
-      "nowrap mono"]]),
-    ["Asked for", (r) => r.asked || "–", "text"], ["Answered by", target, "text"],
-      ["Why", (r) => r.route || "–", "nowrap"],
-    ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
-    ["Cost", chargeOf, "num"], ["Took", (r) => seconds(r.duration_ms), "num"],
-  ];
-}
+const REQUEST_COLUMNS = [
+  ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request",
+    "data-key": r.request_id }), "nowrap"],
+  PAGE === "admin" ? textOf("User", "user", "nowrap")
+    : ["Session", (r) => (r.session || "–").slice(0, 8), "nowrap mono"],
+  textOf("Asked for", "asked"), ["Answered by", target, "text"], textOf("Why", "route", "nowrap"),
+  ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
+  ["Cost", chargeOf, "num"], numberOf("Took", "duration_ms", seconds),
+];
 /* Why a request went where it went, and what it cost: of the log's row, as prompts are not kept. */
 function explanation(trail) {
-  const tried = trail.filter(([step]) => step !== "targets"), order = trail.find(([s]) => s === "targets");
-  return [table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note,
-    "text"]], tried, "No rules were tried."), order && el("p", {}, "Targets in order: ", order[1],
+  const tried = trail.filter(([step]) => step !== "targets"), order = trail.find(([step]) => step === "targets");
+  return [table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note, "text"]],
+    tried, "No rules were tried."), order && el("p", {}, "Targets in order: ", order[1],
     order[1].includes(", then ") && ". One that rests after faults, or is limited, is tried last.")];
 }
 function costTable(row) {
   const price = row.price || {}, tiers = price.tiers || [];
   const rate = ([kind]) => price[kind] ?? (price.input ? "as input" : "–");
-  const kinds = PRICES.filter(([kind]) => row[`${kind}_tokens`] || ["input", "output"].includes(kind));
+  const kinds = KINDS.filter(([kind]) => row[`${kind}_tokens`] || ["input", "output"].includes(kind));
   return [table("Tokens and price", [["Kind", ([, name]) => name, "nowrap"],
     ["Tokens", ([kind]) => whole(row[`${kind}_tokens`]), "num"], ["$ per million", rate, "num"]], kinds, ""),
   tiers.length > 0 && el("p", { class: "muted" }, `Another price above ${whole(tiers[0].above)} tokens.`),
@@ -12607,10 +12606,13 @@ async function showRow(row) {
     [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"], ["Value", ([n, v]) => shown(n, v), "text"]], fields, "")));
   if (PAGE !== "admin") return;
   const { held } = await ask(`${ROOT}/inspect`).catch(() => ({ held: [] }));
-  if (held.some((r) => r.id === row.request_id)) fill(again, button("Explain it again on today's rules",
-    async () => refill(again, explained(await explainHeld(row.request_id)))));
-  else fill(again, el("p", { class: "muted" },
-    "The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
+  const explain = async () => {
+    const whole = await ask(path("inspect", row.request_id));
+    refill(again, await explained(whole.client_request, whole.client_headers));
+  };
+  fill(again, held.some((r) => r.id === row.request_id) ? button("Explain it again on today's rules", explain)
+    : el("p", { class: "muted" },
+      "The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
 }
 const isDirty = (within = document) => within.querySelector("[data-dirty]");
 const mayLeave = (within) => !isDirty(within) || confirm("Leave without saving what you changed?");
@@ -12643,31 +12645,24 @@ function openDialog(title, ...body) {
 }
 
 /* Dashboard: one user's own numbers. */
-const KEY_WORDS = ["Your ccmux key",
-  "This server keeps an account for each user. Give your key to see yours; it stays in this tab."];
 async function dashboard() {
-  const paths = ["/api/me", "/api/usage?days=30&by=day", "/api/usage?days=30&by=model",
-    "/api/usage?days=30&by=session",
-    "/api/models", "/api/requests?limit=50", "/api/transactions?limit=50"];
-  const got = await signedIn(() => Promise.all(paths.map((path) => ask(path))), ...KEY_WORDS);
+  const paths = ["me", "usage?days=30&by=day", "usage?days=30&by=model", "usage?days=30&by=session", "models",
+    "requests?limit=50", "transactions?limit=50"];
+  const got = await signedIn(() => Promise.all(paths.map((path) => ask(`/api/${path}`))));
   if (!got) return;
-  const [me, days, models, sessions, offered, requests, entries] = got;
+  const [me, { usage: days }, { usage: used }, { usage: sessions }, { models }, { requests }, { transactions }] = got;
   if (me.name === "local" && SESSION.getItem(SECRET)) {
     SESSION.removeItem(SECRET);
     tell("No user here has that key: this is the local user.");
   }
-  const first = !requests.requests.length;
-  redraw($("main"), first && connectCard(offered.models), tiles(me, lastDays(days.usage, 30), days.usage),
-    budgetCard(me), spendCard(lastDays(days.usage, 30)),
-    el("div", { class: "two" }, topCard("Models used", "model", models.usage), topCard("Sessions", "session",
-      sessions.usage)),
-    requestCard(requests.requests), offeredCard(offered.models), moneyCard(entries.transactions),
-    !first && connectCard(offered.models));
+  const cards = [tiles(me, lastDays(days, 30), days), budgetCard(me), spendCard(lastDays(days, 30)),
+    el("div", { class: "two" }, topCard("Models used", "Model", used), topCard("Sessions", "Session", sessions)),
+    requestCard(requests), offeredCard(models), moneyCard(transactions)];
+  redraw($("main"), requests.length ? [cards, connectCard(models)] : [connectCard(models), cards]);
 }
 const isFree = (user) => user.name === "local" && user.balance_microusd <= 0;
 function tiles(me, days, rows) {
-  const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"),
-    output = sum(rows, "output_tokens");
+  const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"), output = sum(rows, "output_tokens");
   const written = sum(rows, "cache_write_tokens") + sum(rows, "cache_write_1h_tokens");
   const held = me.held_microusd ? `${usd(me.held_microusd)} set aside for running requests`
     : isFree(me) ? "no credit is needed here" : "nothing set aside";
@@ -12682,8 +12677,8 @@ function tiles(me, days, rows) {
     tile("Input tokens", short(fresh), `${short(written)} written to cache`),
     tile("Output tokens", short(output), "in 30 days"),
     tile("Read from cache", short(cached), `${percent(cached / (fresh + cached + written))} of all input`),
-    tile("First token", waited ? seconds(waited) : "–", busy ? `${Number((output / busy).toPrecision(3))} tokens/s`
-      : "no requests yet"));
+    tile("First token", waited ? seconds(waited) : "–",
+      busy ? `${Number((output / busy).toPrecision(3))} tokens/s` : "no requests yet"));
 }
 const budgetBars = (user) => budgetsOf(user).map(([period, used, limit]) => el("div", {},
   el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
@@ -12696,43 +12691,37 @@ const budgetsOf = (user) => [["day", "today"], ["week", "week"], ["month", "mont
   .map(([period, name]) => [period, user[`spent_${name}_microusd`], user.budgets[`${period}_microusd`]])
   .filter(([, , limit]) => limit !== null);
 function spendCard(days) {
-  if (!sum(days, "requests")) return card("Spend per day", null,
-    empty("Nothing was asked in the last 30 days."));
+  if (!sum(days, "requests")) return card("Spend per day", null, empty("Nothing was asked in the last 30 days."));
   const used = days.filter((d) => d.requests).reverse();
   const label = el("div", { class: "head muted" }, el("span", { class: "grow" }, days[0].key), days.at(-1).key);
-  return card("Spend per day", el("span", { class: "muted" },
-    `${usd(sum(days, "charge_microusd"))} in 30 days`), dayChart(days, "charge_microusd", usd), label,
-    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", usageColumns("Day"), used, "")));
+  return card("Spend per day", el("span", { class: "muted" }, `${usd(sum(days, "charge_microusd"))} in 30 days`),
+    dayChart(days, "charge_microusd", usd), label,
+    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", [...usageColumns("Day"), COST], used, "")));
 }
-const usageColumns = (title) => [
-  [title, (r) => r.key || "none", "text"], ["Requests", (r) => whole(r.requests), "num"],
-  ["Input", (r) => short(r.input_tokens), "num"], ["Output", (r) => short(r.output_tokens), "num"],
-  ["Cache read", (r) => short(r.cache_read_tokens), "num"],
-  ["Cost", (r) => (r.unpriced === r.requests ? "no price" : usd(r.charge_microusd)), "num"],
-];
+const usageColumns = (title) => [[title, (r) => r.key || "none", "text"], numberOf("Requests", "requests"),
+  numberOf("Input", "input_tokens", short), numberOf("Output", "output_tokens", short),
+  numberOf("Cache read", "cache_read_tokens", short)];
+const COST = ["Cost", (r) => (r.unpriced === r.requests ? "no price" : usd(r.charge_microusd)), "num"];
 const topCard = (title, by, rows) => card(title, null,
-  table(title, usageColumns(by === "model" ? "Model" : "Session"), rows.slice(0, 10),
-    "Nothing yet: it fills as you work."));
-const requestCard = (rows) => card("Last requests", [
-  button("Export CSV", () => download("/api/export?format=csv", "ccmux-usage.csv")),
-  button("Export JSON", () => download("/api/export?format=json", "ccmux-usage.json"))],
-  table("Last requests", requestColumns(false), rows,
-    "No requests yet. Point Claude Code here and ask it something."));
+  table(title, [...usageColumns(by), COST], rows.slice(0, 10), "Nothing yet: it fills as you work."));
+const requestCard = (rows) => card("Last requests",
+  ["csv", "json"].map((format) => button(`Export ${format.toUpperCase()}`,
+    () => download(`/api/export?format=${format}`, `ccmux-usage.${format}`))),
+  table("Last requests", REQUEST_COLUMNS, rows, "No requests yet. Point Claude Code here and ask it something."));
 /* Claude Code lists only names with claude or anthropic in them, so ccmux offers each with this in front too. */
 const seenAs = ({ name }) => (name.startsWith("anthropic/") ? name : `anthropic/${name}`);
 function offeredCard(models) {
-  const price = (kind) => (m) => (m.price && m.price[kind] !== undefined ? `$${Number(m.price[kind])}` : "–");
-  const columns = [["Ask for", (m) => m.name, "text mono"], ["Claude Code sees", seenAs, "text mono"],
-    ["Goes to", (m) => m.targets.join(", then "), "text"],
-    ["Context", (m) => (m.context ? short(m.context) : "–"), "num"], ["Input", price("input"), "num"],
-    ["Output", price("output"), "num"], ["Cache read", price("cache_read"), "num"]];
-  return card("Models", el("span", { class: "muted" }, "US dollars per million tokens"),
-    table("Models", columns, models,
+  const price = ([kind, title]) => [title, ({ price }) => (price?.[kind] ? `$${Number(price[kind])}` : "–"), "num"];
+  const columns = [textOf("Ask for", "name", "text mono"), ["Claude Code sees", seenAs, "text mono"],
+    ["Goes to", (m) => m.targets.join(", then "), "text"], CONTEXT, ...KINDS.slice(0, 3).map(price)];
+  return card("Models", el("span", { class: "muted" }, "US dollars per million tokens"), table("Models", columns, models,
     "No models yet. Whoever runs this server adds a provider and a model on the admin page."));
 }
-const ledgerTable = (entries, shown) => table("Transactions", [["Time", (t) => when(t.time), "nowrap"],
-  ["Kind", (t) => t.kind, "nowrap"], ["Note", (t) => t.note || t.request_id || "–", "text"],
-  ["Amount", (t) => usd(t.amount_microusd), "num"], ["Balance", (t) => usd(t.balance_microusd), "num"]], entries, shown);
+const CONTEXT = ["Context", (m) => (m.context ? short(m.context) : "–"), "num"];
+const TIME = ["Time", (r) => when(r.time), "nowrap"];
+const ledgerTable = (entries, shown) => table("Transactions", [TIME, textOf("Kind", "kind", "nowrap"),
+  ["Note", (t) => t.note || t.request_id || "–", "text"], numberOf("Amount", "amount_microusd", usd),
+  numberOf("Balance", "balance_microusd", usd)], entries, shown);
 function moneyCard(entries) {
   const buy = () => openDialog("Buy credits", el("p", {},
     "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page."));
@@ -12764,12 +12753,14 @@ function labelled(label, input, help, wide) {
 }
 const textBox = (value, props) => el("input", { type: "text", autocomplete: "off", spellcheck: "false",
   value, ...props });
-const numberBox = (value, props) => el("input", { type: "number", step: "any", value: value ?? "",
-  ...props });
-function selectBox(options, value) {
-  const node = el("select", {}, options.map(([key, label]) => el("option", { value: key }, label ?? key)));
-  if (!options.some(([key]) => key === value) && value) node.append(el("option", { value }, value));
-  node.value = value ?? options[0]?.[0] ?? "";
+const numberBox = (value, props) => el("input", { type: "number", step: "any", value: value ?? "", ...props });
+const options = (names) => names.map((value) => el("option", { value }));
+/* Choices: [value, label], or a value alone. */
+function selectBox(choices, value = "") {
+  const known = choices.map((choice) => [choice].flat());
+  if (value && !known.some(([key]) => key === value)) known.push([value]);
+  const node = el("select", {}, known.map(([key, label]) => el("option", { value: key }, label ?? key)));
+  node.value = value;
   return node;
 }
 /* What a number box says, undefined where it is empty. Browsers give what is no number as "" too. */
@@ -12780,8 +12771,6 @@ function numberIn(input, name = input.labels[0].textContent) {
   if (rangeOverflow) throw new Failure(400, `${name}: must be at most ${whole(input.max)}`);
   return input.value === "" ? undefined : Number(input.value);
 }
-const PRICES = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"],
-  ["cache_write", "Cache write"], ["cache_write_1h", "1 h write"]];
 
 const AS_IT_IS = "as the preset or format has it";
 /* A control for each kind: (field, value) -> {node, get}; get() is undefined for "leave the key out". */
@@ -12792,7 +12781,7 @@ const CONTROLS = {
     return { input, get: () => (isPattern ? input.value : input.value.trim()) };
   },
   choice(field, value) {
-    const input = selectBox([...(field.default ? [] : [["", field.maybe ? AS_IT_IS : "–"]]), ...field.choices.map((c) => [c])],
+    const input = selectBox([...(field.default ? [] : [["", field.maybe ? AS_IT_IS : "–"]]), ...field.choices],
       value ?? field.default);
     return { input, get: () => input.value };
   },
@@ -12802,7 +12791,7 @@ const CONTROLS = {
   },
   bool(field, value) {
     const now = value ?? (field.maybe ? "" : field.default), words = now ? "yes" : "no";
-    const input = selectBox([...(field.maybe ? [["", AS_IT_IS]] : []), ["yes"], ["no"]], now === "" ? "" : words);
+    const input = selectBox([...(field.maybe ? [["", AS_IT_IS]] : []), "yes", "no"], now === "" ? "" : words);
     return { input, get: () => (input.value ? input.value === "yes" : undefined) };
   },
   list(field, value) {
@@ -12817,8 +12806,7 @@ const CONTROLS = {
   },
   secret(field, value) {
     if (field.name === "headers") return headerControl(field, value);
-    const now = [value].flat().filter((v) => v && v.set).map((v) => v.reference
-      || `ends in ${v.last4 || "…"}`).join(", ");
+    const now = keysSet(value, (last4) => `ends in ${last4 || "…"}`);
     /* Browsers fill the password they know, this page's token, into every other such box. */
     const input = textBox("", { type: "password", autocomplete: "new-password",
       placeholder: now ? `set (${now}); empty keeps it` : "not set" });
@@ -12830,11 +12818,11 @@ const CONTROLS = {
     return { input, node, get: () => (gone.checked ? "" : parts().length > 1 ? parts() : parts()[0]) };
   },
   price(field, value) {
-    const given = value || {}, boxes = PRICES.map(([kind]) => numberBox(given[kind], { min: 0 }));
-    const node = fieldset(field, "prices", boxes.map((box, n) => labelled(PRICES[n][1], box)));
-    const pairs = () => boxes.map((b, n) => [PRICES[n][0], numberIn(b, field.name)])
+    const given = value || {}, boxes = KINDS.map(([kind]) => numberBox(given[kind], { min: 0 }));
+    const node = fieldset(field, "prices", boxes.map((box, n) => labelled(KINDS[n][1], box)));
+    const pairs = () => boxes.map((b, n) => [KINDS[n][0], numberIn(b, field.name)])
       .filter(([, dollars]) => dollars !== undefined);
-    const others = Object.entries(given).filter(([name]) => !PRICES.some(([kind]) => kind === name)); /* tiers */
+    const others = Object.entries(given).filter(([name]) => !KINDS.some(([kind]) => kind === name)); /* tiers */
     return { node, get: () => (pairs().length ? Object.fromEntries([...others, ...pairs()]) : undefined) };
   },
   table(field, value) {
@@ -12862,8 +12850,7 @@ function headerControl(field, value) {
 }
 const fieldset = (field, kind, boxes) => el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
   el("div", { class: kind }, boxes), el("span", { class: "help" }, field.help));
-const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ")
-  .replace("Api", "API").replace(" url", " URL");
+const labelOf = (field) => capital(field.name).replace(/_/g, " ").replace("Api", "API").replace(" url", " URL");
 
 /* Controls for some fields of a table. read() is the table with what was changed; a key whose control was made
    empty is left out. What was not changed stays as it was written: an empty list may overrule a preset's. */
@@ -12967,10 +12954,8 @@ function sequence(rows, make, what) {
 let S = null, stopView = () => {}, shownTab = "", visit = 0;
 const ROOT = "/admin/api";
 const path = (...parts) => [ROOT, ...parts.map(encodeURIComponent)].join("/");
-const TABS = [["overview", "Overview", overview], ["providers", "Providers", providersView],
-  ["models", "Models", modelsView],
-  ["router", "Router", routerView], ["users", "Users", usersView], ["billing", "Billing", billingView],
-  ["try", "Try", tryView], ["inspect", "Inspect", inspectView], ["config", "Config", configView]];
+const VIEWS = { overview, providers: providersView, models: modelsView, router: routerView, users: usersView,
+  billing: billingView, try: tryView, inspect: inspectView, config: configView };
 
 async function admin() {
   const given = /^#token=(.+)$/.exec(location.hash);
@@ -12980,9 +12965,7 @@ async function admin() {
     SESSION.setItem(SECRET, token);
     history.replaceState(null, "", "/admin#overview");
   }
-  if (await signedIn(reload, "Admin token",
-    "ccmux printed a link with the token when it started; `ccmux.py token` "
-    + "prints it again. It stays in this tab.")) showTab(true);
+  if (await signedIn(reload)) showTab(true);
 }
 async function reload() {
   S = await ask(`${ROOT}/state`);
@@ -12991,7 +12974,7 @@ async function reload() {
 }
 async function showTab(isFresh = false) {
   if (!S) return;
-  const [key, , view] = TABS.find(([key]) => `#${key}` === location.hash) || TABS[0];
+  const named = location.hash.slice(1), key = Object.hasOwn(VIEWS, named) ? named : "overview";
   if (!mayLeave()) {
     history.replaceState(null, "", `#${shownTab}`);
     return;
@@ -13003,20 +12986,17 @@ async function showTab(isFresh = false) {
   shownTab = key;
   /* What a view began must end with it, also where it is left before it is drawn. */
   const mine = ++visit, whenLeft = (stop) => { if (mine === visit) stopView = stop; else stop(); };
-  if (!$("tabs").children.length) fill($("tabs"), TABS.map(([name, label]) => el("a", { href: `#${name}` }, label)));
-  for (const link of $("tabs").children) {
-    if (link.hash === `#${key}`) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  }
+  redraw($("tabs"), Object.keys(VIEWS).map((name) => el("a", { href: `#${name}`, "aria-current": name === key && "page" },
+    capital(name))));
   try {
     if (!isFresh) await reload();
-    const nodes = mine === visit && await view(whenLeft);
-    if (mine === visit && !(isAgain && isDirty())) (isAgain ? redraw : refill)($("main"), nodes); /* what was typed meanwhile stays */
+    const nodes = mine === visit && await VIEWS[key](whenLeft);
+    if (mine !== visit || (isAgain && isDirty())) return; /* what was typed meanwhile stays */
+    (isAgain ? redraw : refill)($("main"), nodes);
   } catch (error) {
     if (mine !== visit) return;
     if (error.status === 401) admin();
-    else refill($("main"), card("That did not work", button("Try again", () => showTab()),
-      el("p", {}, error.message)));
+    else refill($("main"), card("That did not work", button("Try again", () => showTab()), el("p", {}, error.message)));
   }
 }
 /* After a save, which gives words: the dialog that it was made in closes, the newest state is read, and the view is
@@ -13033,7 +13013,7 @@ async function saved(words, place) {
 const STATES = { ok: ["ok", "working"], disabled: ["", "switched off"], cooling: ["warn", "limited for now"],
   "half-open": ["warn", "being tried again"], open: ["bad", "resting after faults"], unusable: ["bad", "cannot be used"] };
 const problemOf = ({ state, problem }) => state === "unusable" && el("div", { class: "help" }, problem);
-const refusesKey = ({ outcomes }) => ["http_401", "http_403"].includes((outcomes.at(-1) || {}).error);
+const refusesKey = ({ outcomes }) => ["http_401", "http_403"].includes(outcomes.at(-1)?.error);
 function stateBadge(name) {
   const health = S.providers[name] || { state: "unusable", outcomes: [] };
   if (refusesKey(health) && !["disabled", "unusable"].includes(health.state)) return badge("bad", "refuses its key");
@@ -13047,17 +13027,17 @@ function problems(broke) {
   if (!rowsOf("providers").length) add("warn", "no provider",
     "Add one to have anything to send requests to.", "providers");
   const first = Object.values(S.providers).find((p) => !["disabled", "unusable"].includes(p.state));
-  if (first && first.format === "demo" && !S.routes.default && !rowsOf("models").length) add("warn", "demo",
+  if (first?.format === "demo" && !S.routes.default && !rowsOf("models").length) add("warn", "demo",
     "The built-in demo answers what Claude Code asks for. Add a provider, then a model of it", "providers");
   for (const user of broke) add("warn", user.name, "has no credit left, so requests are refused", "users");
   for (const [name, health] of Object.entries(S.providers)) {
-    const last = health.outcomes.at(-1);
+    const error = health.outcomes.at(-1)?.error;
     const next = health.next_try_s ? `, tried again in ${Math.ceil(health.next_try_s)} s` : "";
     if (health.state === "disabled") continue;
     if (health.problem) add("bad", name, health.problem, "providers");
     else if (refusesKey(health)) add("bad", name, "refuses its key", "providers");
     else if (["open", "half-open", "cooling"].includes(health.state)) {
-      add("warn", name, `${STATES[health.state][1]}${next}${last && last.error ? `: ${faultWord(last.error)}` : ""}`, "providers");
+      add("warn", name, `${STATES[health.state][1]}${next}${error ? `: ${faultWord(error)}` : ""}`, "providers");
     }
   }
   if (S.unpriced.length) {
@@ -13076,23 +13056,21 @@ function problemCard(broke) {
   const found = problems(broke);
   if (!found.length) return card("All is well", badge("ok", "no problems"));
   const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), ` ${text.replace(/\.$/, "")}.`,
-    tab && [" See ", el("a", { href: `#${tab}` }, TABS.find(([key]) => key === tab)[1])]);
+    tab && [" See ", el("a", { href: `#${tab}` }, capital(tab))]);
   const node = card(`${count(found.length, "thing")} to look at`, null, el("ul", {}, found.map(item)));
   node.classList.add("problems", ...(found.some(([kind]) => kind === "bad") ? [] : ["mild"]));
   return node;
 }
 function beats(outcomes) {
-  const good = outcomes.filter((o) => o.ok).length;
-  return el("div", { class: "beats", role: "img",
-    "aria-label": `${good} of the last ${outcomes.length} requests went well` },
-    outcomes.map((o) => el("i", { class: o.ok ? "ok" : "bad", title: `${o.status} in ${o.ms} ms ${faultWord(o.error)}` })));
+  const label = `${outcomes.filter((o) => o.ok).length} of the last ${outcomes.length} requests went well`;
+  const beat = (o) => el("i", { class: o.ok ? "ok" : "bad", title: `${o.status} in ${o.ms} ms ${faultWord(o.error)}` });
+  return el("div", { class: "beats", role: "img", "aria-label": label }, outcomes.map(beat));
 }
 function healthCard() {
-  const rows = Object.entries(S.providers);
-  return card("Providers", null, table("Provider health", [["Provider", ([n]) => n, "text"],
-    ["State", ([n]) => stateBadge(n), "nowrap"],
-    ["Last requests", ([, h]) => beats(h.outcomes)], ["Running now", ([, h]) => whole(h.active), "num"],
-    ["Average time", ([, h]) => seconds(h.latency_ms), "num"]], rows,
+  const rows = Object.entries(S.providers).map(([name, health]) => ({ name, ...health }));
+  return card("Providers", null, table("Provider health", [textOf("Provider", "name"),
+    ["State", (p) => stateBadge(p.name), "nowrap"], ["Last requests", (p) => beats(p.outcomes)],
+    numberOf("Running now", "active"), numberOf("Average time", "latency_ms", seconds)], rows,
   "No providers yet. Add one under Providers: with a preset, a key is enough."));
 }
 async function overview(whenLeft) {
@@ -13111,8 +13089,8 @@ async function overview(whenLeft) {
     const of = (name) => [sum(today.report, name), sum([...before.report, ...today.report], name)];
     const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
     redraw(top, problemCard(broke), el("div", { class: "tiles" },
-      tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent),
-        `${usd(spentEver)} in all`),
+      tile("Requests today", whole(now), `${whole(ever)} in all`),
+      tile("Charged today", usd(spent), `${usd(spentEver)} in all`),
       tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "of all kinds, in UTC"),
       tile("Running for", duration(S.uptime_s), S.path || "no config file yet")), healthCard());
   };
@@ -13126,15 +13104,15 @@ const duration = (s) => (s < 3600 ? `${Math.floor(s / 60)} min` : s < 172800 ? `
   : `${Math.floor(s / 86400)} days`);
 async function liveLog(place) {
   const newest = async () => (await ask(`${ROOT}/requests?limit=100`)).requests;
-  let rows = await newest(), shown = rows, paused = false;
+  let rows = await newest(), shown = rows, paused = false, stream = new AbortController();
   const ended = new AbortController();
-  let stream = new AbortController();
   const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
     type: "search" });
-  const isWanted = (row) => `${faultWord(row.error)} ${JSON.stringify(row)}`.toLowerCase().includes(filter.value.toLowerCase());
+  const isWanted = (row) => `${faultWord(row.error)} ${JSON.stringify(row)}`.toLowerCase()
+    .includes(filter.value.toLowerCase());
   const draw = () => {
     if (!paused) shown = rows;
-    redraw(place, table("Requests", requestColumns(true), shown.filter(isWanted),
+    redraw(place, table("Requests", REQUEST_COLUMNS, shown.filter(isWanted),
       shown.length ? "Nothing fits the filter." : "No requests yet. They appear here as they end."));
   };
   let timer = 0; /* many requests at once are drawn once */
@@ -13174,7 +13152,7 @@ const rowsOf = (root) => S.config[root] || [], tableOf = (root) => S.config[root
 /* A save under another row's name would take that row's place. */
 function checkName(root, name, old) {
   if (!name) throw new Failure(400, "name: give it a name");
-  if (name !== (old || {}).name && rowsOf(root).some((row) => row.name === name)) {
+  if (name !== old?.name && rowsOf(root).some((row) => row.name === name)) {
     throw new Failure(400, `name: there is ${name} already; edit that one, or choose another name`);
   }
   const users = old && name !== old.name ? (root === "models" ? routesOf : usersOf)(old.name) : [];
@@ -13183,26 +13161,23 @@ function checkName(root, name, old) {
       + "change both names in the whole file, under Config");
   }
 }
-const usersOf = (name) => rowsOf("models").filter((m) => (m.mappings
-  || []).some((t) => t.provider === name)).map((m) => m.name);
+const usersOf = (name) => rowsOf("models").filter((m) => m.mappings?.some((t) => t.provider === name)).map((m) => m.name);
 const hostOf = (url) => { try { return new URL(url).host; } catch { return url || "–"; } };
-function keyWord(key) {
-  const known = [key].flat().filter((k) => k && k.set);
-  return known.length ? known.map((k) => k.reference || `set, …${k.last4}`).join(", ") : "none";
-}
+/* The keys that are set, as far as the server tells them: a variable by its name, else the last four. */
+const keysSet = (key, ending) => [key].flat().filter((k) => k?.set)
+  .map((k) => k.reference || ending(k.last4)).join(", ");
 function providersView() {
-  const columns = [["Name", (p) => p.name, "text"],
-    ["", (p) => [button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` }),
-      button("Test", () => testDialog(p.name), { class: "small", "data-key": p.name, "aria-label": `Test ${p.name}` })],
+  const columns = [textOf("Name", "name"),
+    ["", (p) => [rowButton("Edit", p.name, () => providerDialog(p)), rowButton("Test", p.name, () => testDialog(p.name))],
       "act"],
     ["State", (p) => [stateBadge(p.name), problemOf(S.providers[p.name] || {})], "text"],
     ["Type", (p) => p.type || p.provider_type, "nowrap"],
-    ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
-    ["Key", (p) => keyWord(p.api_key), "text"],
+    ["Sends to", (p) => hostOf(S.providers[p.name]?.url), "text mono"],
+    ["Key", (p) => keysSet(p.api_key, (last4) => `set, …${last4}`) || "none", "text"],
     ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"]];
   return card("Providers", button("Add a provider", () => providerDialog(null), { class: "main" }),
-    table("Providers", columns,
-    rowsOf("providers"), "None yet. Add one: choose a preset, give it a key, save, and test it."));
+    table("Providers", columns, rowsOf("providers"),
+      "None yet. Add one: choose a preset, give it a key, save, and test it."));
 }
 function providerDialog(old) {
   const row = old || { name: "", type: "" }, hash = S.config_hash, list = S.fields.providers;
@@ -13214,15 +13189,16 @@ function providerDialog(old) {
   const quirks = controls(S.fields.quirks.map((f) => ({ ...f, maybe: true, default: f.kind === "list" ? [] : "" })),
     row.quirks || {});
   const types = new Set([...Object.keys(S.presets), ...S.formats]);
-  const type = selectBox([["", "choose …"], ...[...types].map((t) => [t])], row.type || row.provider_type || "");
+  const type = selectBox([["", "choose …"], ...types], row.type || row.provider_type || "");
   const to = el("p", { class: "muted" }), name = first.of("name").input, url = first.of("base_url").input;
   const key = first.of("api_key").input;
-  const addressOf = (kind, given) => given || (S.presets[kind] || {}).base_url || "";
+  const addressOf = (kind, given) => given || S.presets[kind]?.base_url || "";
   const chosen = () => {
     const preset = S.presets[type.value] || {}, place = addressOf(type.value, url.value);
     const isMoved = old && place !== addressOf(row.type || row.provider_type, row.base_url);
-    const known = old && !isMoved ? (S.providers[old.name] || {}).url : !url.value && preset.url;
-    to.textContent = place ? `Requests and the key go to ${known || hostOf(place)}.` : "Give the address that requests go to.";
+    const known = old && !isMoved ? S.providers[old.name]?.url : !url.value && preset.url;
+    to.textContent = place ? `Requests and the key go to ${known || hostOf(place)}.`
+      : "Give the address that requests go to.";
     if (isMoved) to.textContent += " The key must be typed again for a new address.";
     url.placeholder = preset.base_url || "https://host/v1";
     if (preset.api_key && !old) key.placeholder = `the key, or ${preset.api_key} from the environment`;
@@ -13247,14 +13223,13 @@ function providerDialog(old) {
     await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
     return `Provider ${table.name} is saved.${old ? "" : " Test it, then give it a model."}`;
   };
-  const form = formOf([el("div", { class: "fields" },
-    labelled("Type", type, "Not listed? Choose the one whose API it speaks (openai, mostly), and give its base URL."),
-    first.nodes), to, el("details", {}, el("summary", {}, "More settings"), el("div", { class: "fields" },
-      rest.nodes)),
-  el("details", {}, el("summary", {}, "Quirks: how it differs from others of its format (a preset knows)"),
-    el("div", { class: "fields" }, quirks.nodes))],
-  save, { extra: [old && removeButton("providers", old.name, hash, usersOf)], made: [...first.made, ...rest.made,
-    ...quirks.made, { field: { name: "type" }, input: type, node: type.parentNode }] });
+  const more = (title, nodes) => el("details", {}, el("summary", {}, title), el("div", { class: "fields" }, nodes));
+  const typeField = labelled("Type", type,
+    "Not listed? Choose the one whose API it speaks (openai, mostly), and give its base URL.");
+  const form = formOf([el("div", { class: "fields" }, typeField, first.nodes), to, more("More settings", rest.nodes),
+    more("Quirks: how it differs from others of its format (a preset knows)", quirks.nodes)], save,
+  { extra: old && removeButton("providers", old.name, hash, usersOf), made: [...first.made, ...rest.made,
+    ...quirks.made, { field: { name: "type" }, input: type, node: typeField }] });
   openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
 }
 function removeButton(root, name, hash, namedBy) {
@@ -13266,74 +13241,75 @@ function removeButton(root, name, hash, namedBy) {
     return `${name} is deleted.`;
   }, { class: "danger" });
 }
+/* A box for a model's name at a provider, and what fills its list with the names that the provider gives. */
+function modelBox(value) {
+  const list = el("datalist", { id: `found${++lastId}` }), input = textBox(value, { list: list.id });
+  const fetchNames = async (provider) => {
+    const { models } = await ask(`${path("providers", provider)}/models`);
+    refill(list, options(models));
+    return models;
+  };
+  return { input, list, fetchNames };
+}
 function testDialog(name) {
-  const result = el("div", { "aria-live": "polite" }), model = textBox("", { list: "found" }),
-    found = el("datalist", { id: "found" });
+  const result = el("div", { "aria-live": "polite" }), model = modelBox("");
   const test = async () => {
     refill(result, "Asking …");
-    const told = await ask(`${path("providers", name)}/test`, "POST",
-      model.value ? { model: model.value.trim() } : {});
-    refill(result, el("p", {}, badge(told.ok ? "ok" : "bad",
-      told.ok ? "works" : `failed with ${told.status}`),
+    const told = await ask(`${path("providers", name)}/test`, "POST", { model: model.input.value.trim() });
+    refill(result, el("p", {}, badge(told.ok ? "ok" : "bad", told.ok ? "works" : `failed with ${told.status}`),
       ` ${seconds(told.ms)}, model ${told.model || "none: fetch the list and choose one"}`),
-        el("pre", {}, told.text || told.error || "an empty answer"));
+    el("pre", {}, told.text || told.error || "an empty answer"));
     await showTab(); /* the list behind tells the new state */
   };
   const fetchNames = async () => {
-    const { models } = await ask(`${path("providers", name)}/models`);
-    refill(found, models.map((m) => el("option", { value: m })));
-    refill(result, el("p", {}, count(models.length, "model")), el("pre", { tabindex: 0 }, models.join("\n")));
+    const names = await model.fetchNames(name);
+    refill(result, el("p", {}, count(names.length, "model")), el("pre", { tabindex: 0 }, names.join("\n")));
   };
   const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
-  openDialog(`Test ${name}`, el("p", { class: "muted" },
-    "Sends one tiny real request over the way all requests go."),
-    labelled("Model", model, "empty: one that the config uses, or the preset's"), found,
-    el("div", { class: "row" }, button("Test", run(test), { class: "main" }), button("Fetch the model list",
-      run(fetchNames))), result);
+  openDialog(`Test ${name}`, el("p", { class: "muted" }, "Sends one tiny real request over the way all requests go."),
+    labelled("Model", model.input, "empty: one that the config uses, or the preset's"), model.list,
+    el("div", { class: "row" }, button("Test", run(test), { class: "main" }),
+      button("Fetch the model list", run(fetchNames))), result);
 }
 
 /* Models */
 const routesOf = (name) => [...Object.keys(S.routes).filter((slot) => S.routes[slot] === name),
   ...(tableOf("router").rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
 const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}` : "built-in table");
-const namesList = () => el("datalist", { id: "names" },
-  S.names.map((n) => el("option", { value: n })));
+const namesList = () => el("datalist", { id: "names" }, options(S.names));
 function modelsView() {
-  const columns = [["Ask for", (m) => m.name, "text mono"],
-    ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` }), "act"],
-    ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ")
-      || "nothing yet", "text"], ["Claude Code sees", seenAs, "text mono"],
-      ["Used by", (m) => routesOf(m.name).join(", ") || (m === first && !S.routes.default ? "default, as the first" : "–"), "text"],
-    ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
-      : priceWord(m.price)), "nowrap"],
-    ["Context", (m) => (m.context ? short(m.context) : "–"), "num"]];
-  const [first] = rowsOf("models");
-  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
-  return [card("Models", button("Add a model", () => modelDialog(null),
-    { class: "main", disabled: !rowsOf("providers").length }), table("Models", columns, rowsOf("models"),
-      rowsOf("providers").length ? "None yet. A model is a name of your own for one or more models of providers, tried in order."
-        : "Add a provider first; then give its models names here.")),
-  listed.length ? card("Listed by providers", null,
-    table("Listed models", [["Ask for", (m) => m.name, "text mono"],
-    ["Provider", (m) => m.provider, "text"]], listed, "")) : null];
+  const [first] = rowsOf("models"), providers = rowsOf("providers");
+  const firstWord = (m) => (m === first && !S.routes.default ? "default, as the first" : "–");
+  const columns = [textOf("Ask for", "name", "text mono"),
+    ["", (m) => rowButton("Edit", m.name, () => modelDialog(m)), "act"],
+    ["Goes to", (m) => m.mappings?.map((t) => `${t.provider}/${t.actual_model}`).join(", then ") || "nothing yet", "text"],
+    ["Claude Code sees", seenAs, "text mono"],
+    ["Used by", (m) => routesOf(m.name).join(", ") || firstWord(m), "text"],
+    ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known") : priceWord(m.price)), "nowrap"],
+    CONTEXT];
+  const listed = providers.flatMap((p) => (p.models || []).map((name) => ({ name, provider: p.name })));
+  return [card("Models", button("Add a model", () => modelDialog(null), { class: "main", disabled: !providers.length }),
+    table("Models", columns, rowsOf("models"), providers.length
+      ? "None yet. A model is a name of your own for one or more models of providers, tried in order."
+      : "Add a provider first; then give its models names here.")),
+  listed.length > 0 && card("Listed by providers", null, table("Listed models",
+    [textOf("Ask for", "name", "text mono"), textOf("Provider", "provider")], listed, ""))];
 }
 function mappingItem(row) {
   const names = rowsOf("providers").map((p) => p.name);
-  const provider = selectBox(names.map((n) => [n]), row.provider || names.at(-1)); /* the last was added last */
-  const list = `found${++lastId}`, model = textBox(row.actual_model || "", { list }),
-    found = el("datalist", { id: list });
+  const provider = selectBox(names, row.provider || names.at(-1)); /* the last was added last */
+  const model = modelBox(row.actual_model || "");
   const fetchNames = async () => {
-    const { models } = await ask(`${path("providers", provider.value)}/models`);
-    refill(found, models.map((m) => el("option", { value: m })));
-    model.focus();
-    tell(`${count(models.length, "model")}: type, or press the down arrow, to choose one.`);
+    const found = await model.fetchNames(provider.value);
+    model.input.focus();
+    tell(`${count(found.length, "model")}: type, or press the down arrow, to choose one.`);
   };
   const own = controls(S.fields.mappings.filter((f) => ["price", "context"].includes(f.name)), row);
   const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider),
-    labelled("Model at the provider", model), found,
-    button("Fetch list", fetchNames)), el("details", { open: Boolean(row.price) },
-      el("summary", {}, "Price and context of this target alone"), el("div", { class: "fields" }, own.nodes)));
-  return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.value.trim() }) };
+    labelled("Model at the provider", model.input), model.list, button("Fetch list", fetchNames)),
+  el("details", { open: Boolean(row.price) }, el("summary", {}, "Price and context of this target alone"),
+    el("div", { class: "fields" }, own.nodes)));
+  return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.input.value.trim() }) };
 }
 function modelDialog(old) {
   const row = old || { name: "", mappings: [{}] }, hash = S.config_hash;
@@ -13353,7 +13329,7 @@ function modelDialog(old) {
   const form = formOf([el("div", { class: "fields" }, name), el("h3", {}, "Targets, the first tried first"),
     el("p", { class: "muted" }, "A target is a provider, and the name that the model has there."), targets.node,
     el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save,
-  { extra: [old && removeButton("models", old.name, hash, routesOf)], made: made.made });
+  { extra: old && removeButton("models", old.name, hash, routesOf), made: made.made });
   openDialog(old ? `Model ${old.name}` : "Add a model", form);
 }
 
@@ -13375,15 +13351,13 @@ function ruleItem(row) {
 async function routerView() {
   const row = tableOf("router");
   let hash = S.config_hash;
-  const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (f.name in S.routes
-    ? { ...f, list: "names" } : f));
+  const fields = S.fields.router.filter((f) => f.name !== "rules")
+    .map((f) => (f.name in S.routes ? { ...f, list: "names" } : f));
   const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "rule");
   const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div", {});
   const attempt = () => {
-    const of = (name) => made.of(name).input.value;
-    refill(results, el("p", {}, "Claude's own name (auto_map_regex): ", matchWord(of("auto_map_regex"),
-      sample.value)),
-      el("p", {}, "Background name (background_regex): ", matchWord(of("background_regex"), sample.value)),
+    const line = (title, name) => el("p", {}, `${title} (${name}): `, matchWord(made.of(name).input.value, sample.value));
+    refill(results, line("Claude's own name", "auto_map_regex"), line("Background name", "background_regex"),
       rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, `, el("code", {}, rule.pattern || "empty"), " ",
         matchWord(rule.pattern, words.value))));
   };
@@ -13395,27 +13369,24 @@ async function routerView() {
   };
   const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes),
     el("h3", {}, "Prompt rules, the first match wins"), rules.node, el("h3", {}, "Try the patterns"),
-      el("div", { class: "row" }, labelled("A model name", sample),
-      labelled("A user's words", words)), results], save, { made: made.made });
+    el("div", { class: "row" }, labelled("A model name", sample), labelled("A user's words", words)), results], save,
+  { made: made.made });
   form.addEventListener("input", attempt);
   form.addEventListener("change", attempt);
   attempt();
   return [card("Router", null, el("p", { class: "muted" },
-    "Which model a request goes to: the first rule that applies and has a model ",
-    "wins. An empty one is passed over."), form), await explainCard()];
+    "Which model a request goes to: the first rule that applies and has a model wins. An empty one is passed over."),
+  form), await explainCard()];
 }
 const sampleBody = (model, text) => ({ model, max_tokens: 1024, messages: [{ role: "user", content: text }] });
-const explainHeld = async (id) => {
-  const held = await ask(path("inspect", id));
-  return ask(`${ROOT}/explain`, "POST", { body: held.client_request, headers: held.client_headers });
-};
-const explained = (told) => [el("p", {}, badge("ok", told.reason),
-  ` goes to ${told.model}; ${count(told.tokens, "token")} counted`,
-  told.factor !== 1 && ` (by ${told.factor.toFixed(2)}, as its answers there have told)`), explanation(told.trail),
-el("h3", {}, "Targets, and the most it can cost there"),
-table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider, "text"],
-  ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]], told.targets,
-"No targets.")];
+async function explained(body, headers) {
+  const told = await ask(`${ROOT}/explain`, "POST", { body, headers });
+  const columns = [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], textOf("Provider", "provider"),
+    textOf("Model", "model", "text mono"), numberOf("At most", "ceiling_microusd", usd)];
+  return [el("p", {}, badge("ok", told.reason), ` goes to ${told.model}; ${count(told.tokens, "token")} counted`,
+    told.factor !== 1 && ` (by ${told.factor.toFixed(2)}, as its answers there have told)`), explanation(told.trail),
+  el("h3", {}, "Targets, and the most it can cost there"), table("Targets", columns, told.targets, "No targets.")];
+}
 async function explainCard() {
   const body = el("textarea", { rows: 8, spellcheck: "false",
     value: JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2) });
@@ -13426,23 +13397,23 @@ async function explainCard() {
     isHeld(row) ? `${words(row)} (held whole)` : words(row)])]);
   const result = el("div", {});
   let headers = {};
-  recent.addEventListener("change", async () => {
+  const show = async () => {
     const row = requests.find((r) => r.request_id === recent.value);
     headers = {};
-    if (!row) return refill(result);
-    if (!isHeld(row)) return refill(result, el("h3", {}, "As it went"), explanation(row.trail), costTable(row));
-    try {
-      const whole = await ask(path("inspect", row.request_id));
-      headers = whole.client_headers;
-      body.value = JSON.stringify(whole.client_request, null, 2);
-      return await run();
-    } catch (error) { return tellError(error); }
-  });
+    if (!row) refill(result);
+    else if (!isHeld(row)) refill(result, el("h3", {}, "As it went"), explanation(row.trail), costTable(row));
+    else {
+      const held = await ask(path("inspect", row.request_id));
+      headers = held.client_headers;
+      body.value = JSON.stringify(held.client_request, null, 2);
+      await run();
+    }
+  };
+  recent.addEventListener("change", () => show().catch(tellError));
   const run = async () => {
     let parsed;
     try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400, `Not JSON: ${error.message}`); }
-    refill(result, el("h3", {}, "On the rules as they are now"),
-      explained(await ask(`${ROOT}/explain`, "POST", { body: parsed, headers })));
+    refill(result, el("h3", {}, "On the rules as they are now"), await explained(parsed, headers));
   };
   const form = formOf([labelled("A recent request", recent,
     "one that Inspect holds whole is explained anew; of any other you see what was noted when it went"),
@@ -13466,13 +13437,13 @@ function budgetBoxes(budgets) {
 }
 async function usersView() {
   const { users } = await ask(`${ROOT}/users`);
-  const columns = [["Name", (u) => u.name, "text"],
-    ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` }), "act"],
+  const columns = [textOf("Name", "name"),
+    ["", (u) => rowButton("Open", u.name, () => userDialog(u)), "act"],
     ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
-    ["Balance", (u) => (isFree(u) ? "–" : usd(u.balance_microusd)), "num"], ["Set aside", (u) => usd(u.held_microusd), "num"],
-    ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This week", (u) => usd(u.spent_week_microusd), "num"],
-    ["This month", (u) => usd(u.spent_month_microusd), "num"], ["Budgets", (u) => budgetsOf(u).map(
-      ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"]];
+    ["Balance", (u) => (isFree(u) ? "–" : usd(u.balance_microusd)), "num"], numberOf("Set aside", "held_microusd", usd),
+    numberOf("Today", "spent_today_microusd", usd), numberOf("This week", "spent_week_microusd", usd),
+    numberOf("This month", "spent_month_microusd", usd),
+    ["Budgets", (u) => budgetsOf(u).map(([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"]];
   return card("Users", button("Add a user", addUserDialog, { class: "main" }),
     !tableOf("server").require_key && el("p", { class: "muted" },
       "Who gives no key is the user local, and never refused. Require key, under Config, changes that."),
@@ -13534,13 +13505,13 @@ async function userDialog(user) {
   openDialog(`User ${user.name}`,
     el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} of it set aside for running requests`),
     formOf(el("div", { class: "fields" }, labelled("Amount, dollars", amount, "below zero takes back"),
-      labelled("Note", note)),
-      credit, { label: "Change credit" }), el("h3", {}, "Budgets"), user.name === "local" && el("p", { class: "muted" },
+      labelled("Note", note)), credit, { label: "Change credit" }),
+    el("h3", {}, "Budgets"), user.name === "local" && el("p", { class: "muted" },
       "The user local is never refused: these show how much is used, and limit nothing."), budgetBars(user),
-        formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets,
-      { label: "Save budgets" }), el("div", { class: "row" }, button("New key", rotate),
-        button(user.disabled ? "Enable" : "Disable", toggle,
-      { class: "danger" })), el("h3", {}, "Transactions"), ledger);
+    formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets, { label: "Save budgets" }),
+    el("div", { class: "row" }, button("New key", rotate),
+      button(user.disabled ? "Enable" : "Disable", toggle, { class: "danger" })),
+    el("h3", {}, "Transactions"), ledger);
   try {
     const { transactions } = await ask(`${place}/transactions?limit=100`);
     fill(ledger, ledgerTable(transactions, "Nothing yet."));
@@ -13550,7 +13521,7 @@ async function userDialog(user) {
 /* Billing */
 async function billingView() {
   const month = new Date().toISOString().slice(0, 8);
-  const by = selectBox(["user", "model", "provider", "day", "session", "month"].map((k) => [k]), "user");
+  const by = selectBox(["user", "model", "provider", "day", "session", "month"], "user");
   const since = el("input", { type: "date", value: `${month}01` }), until = el("input", { type: "date" });
   const other = textBox("", { list: "names" }), result = el("div", {});
   const query = () => new URLSearchParams({ by: by.value, since: since.value, until: until.value,
@@ -13558,22 +13529,20 @@ async function billingView() {
   const draw = async () => {
     const asked = String(query()), { report } = await ask(`${ROOT}/report?${asked}`);
     if (asked !== String(query())) return; /* the answer to what the form says now comes, too */
-    const title = by.value[0].toUpperCase() + by.value.slice(1);
-    const columns = [...usageColumns(title).slice(0, -1),
-      ["No price", (r) => whole(r.unpriced), "num"], ["Cost", (r) => usd(r.cost_microusd), "num"],
-      ["Markup", (r) => usd(r.markup_microusd), "num"], ["Charge", (r) => usd(r.charge_microusd), "num"],
-      ...(other.value.trim() ? [[`As ${other.value.trim()}`, (r) => usd(r.as_if_microusd), "num"]] : [])];
-    refill(result, table("Report", columns, report, "No requests in that time."),
-      report.length > 0 && el("p", { class: "muted" },
-        `In all ${count(sum(report, "requests"), "request")}, cost `,
-        `${usd(sum(report, "cost_microusd"))}, charged ${usd(sum(report, "charge_microusd"))}.`));
+    const columns = [...usageColumns(capital(by.value)), numberOf("No price", "unpriced"),
+      numberOf("Cost", "cost_microusd", usd), numberOf("Markup", "markup_microusd", usd),
+      numberOf("Charge", "charge_microusd", usd)];
+    if (other.value.trim()) columns.push(numberOf(`As ${other.value.trim()}`, "as_if_microusd", usd));
+    refill(result, table("Report", columns, report, "No requests in that time."), report.length > 0 && el("p",
+      { class: "muted" }, `In all ${count(sum(report, "requests"), "request")}, cost `,
+      `${usd(sum(report, "cost_microusd"))}, charged ${usd(sum(report, "charge_microusd"))}.`));
   };
+  const csv = (label, kind, name) => button(label, () => download(`${ROOT}/${kind}?format=csv&${query()}`, name));
   const form = formOf([namesList(), el("div", { class: "fields" }, labelled("By", by),
     labelled("From", since), labelled("Until", until, "that day not included; days are UTC"),
     labelled("As if on model", other, "what the same tokens would have cost there"))], draw,
-      { label: "Show", keeps: false,
-    extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`, "ccmux-report.csv")),
-      button("All rows as CSV", () => download(`${ROOT}/export?format=csv&${query()}`, "ccmux-usage.csv"))] });
+  { label: "Show", keeps: false, extra: [csv("Report as CSV", "report", "ccmux-report.csv"),
+    csv("All rows as CSV", "export", "ccmux-usage.csv")] });
   form.addEventListener("change", () => form.requestSubmit());
   await draw();
   return card("Usage and billing", null, form, result);
@@ -13585,17 +13554,15 @@ function tryView(whenLeft) {
   const prompt = el("textarea", { rows: 4, value: "Say hello in one sentence." });
   const output = el("pre", { tabindex: 0, role: "region", "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
     end = el("div", { "aria-live": "polite" });
-  let running = null;
+  let running = new AbortController();
   const onEvent = (event, data) => {
-    if (event === "ccmux") return showEnd(data);
-    if (data.type === "error") throw new Failure(500, data.error.message);
     const { text, thinking, partial_json: json } = data.delta || {};
-    output.append(text || thinking || json || ""); /* textContent += copies all before it, each time */
-    return null;
+    if (data.type === "error") throw new Failure(500, data.error.message);
+    if (event === "ccmux") showEnd(data);
+    else output.append(text || thinking || json || ""); /* textContent += copies all before it, each time */
   };
   const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
-    el("p", { class: "muted" },
-      `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${chargeOf(row)}, `,
+    el("p", { class: "muted" }, `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${chargeOf(row)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`),
     el("details", {}, el("summary", {}, "Why it went there"), explanation(row.trail)));
   const send = async () => {
@@ -13614,11 +13581,11 @@ function tryView(whenLeft) {
       refill(end, el("p", {}, "Stopped."));
     }
   };
-  whenLeft(() => { if (running) running.abort(); });
+  const stop = () => running.abort();
+  whenLeft(stop);
   const form = formOf([namesList(), el("div", { class: "row" }, labelled("Model asked for", model),
-    labelled("Most output tokens", limit)),
-    labelled("Prompt", prompt)], send, { label: "Send", keeps: false,
-      extra: [button("Stop", () => running && running.abort())] });
+    labelled("Most output tokens", limit)), labelled("Prompt", prompt)], send,
+  { label: "Send", keeps: false, extra: button("Stop", stop) });
   return card("Send a real request", null,
     el("p", { class: "muted" }, "It goes the way all requests go, and it costs what they cost."),
     form, output, end, el("details", {}, el("summary", {}, "Raw events"), raw));
@@ -13633,35 +13600,30 @@ async function inspectView(whenLeft) {
   };
   const tries = (text) => text.split("\n\n").map(pretty).join("\n\n");
   const show = async (id) => {
-    const whole = await ask(path("inspect", id)), text = () => new Blob([JSON.stringify(whole, null, 2)],
-      { type: "application/json" });
-    const headers = Object.entries(whole.client_headers).map(([name, value]) => `${name}: ${value}\n`).join("");
-    const panes = [["What the client sent", `${headers}\n${pretty(whole.client_request)}`.trim()],
-      ["What the provider got", tries(whole.upstream_request)], ["What it answered", tries(whole.upstream_answer)],
-      ["Events for the client", pretty(whole.events)]];
-    refill(detail, card(`Request ${id}`, button("Download JSON", () => download(text(), `ccmux-${id}.json`)),
-      el("div", { class: "two" },
-      panes.map(([title, text]) => el("div", {}, el("h3", {}, title),
-        el("pre", { tabindex: 0 }, text || "nothing"))))));
+    const held = await ask(path("inspect", id));
+    const file = new Blob([JSON.stringify(held, null, 2)], { type: "application/json" });
+    const headers = Object.entries(held.client_headers).map(([name, value]) => `${name}: ${value}\n`).join("");
+    const pane = (title, text) => el("div", {}, el("h3", {}, title), el("pre", { tabindex: 0 }, text || "nothing"));
+    refill(detail, card(`Request ${id}`, button("Download JSON", () => download(file, `ccmux-${id}.json`)),
+      el("div", { class: "two" }, pane("What the client sent", `${headers}\n${pretty(held.client_request)}`.trim()),
+        pane("What the provider got", tries(held.upstream_request)), pane("What it answered", tries(held.upstream_answer)),
+        pane("Events for the client", pretty(held.events)))));
   };
   const draw = (told) => {
     const left = told.on_for_s;
-    refill(state, left ? badge("ok", `on for ${Math.ceil(left / 60)} min more`) : badge("", "off"),
-      left ? button("Switch off and forget", () => put(0)) : button("Keep requests for 15 minutes",
-        () => put(15), { class: "main" }));
-    redraw(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"],
-      ["", (r) => button("Show", () => show(r.id),
-        { class: "small", "data-key": r.id, "aria-label": `Show ${r.id}` }), "act"],
-      ["Asked for", (r) => r.asked, "text"],
-      ["Why", (r) => r.route || "–", "nowrap"], ["Answered by", (r) => r.target || "–", "text"],
+    refill(state, left ? [badge("ok", `on for ${Math.ceil(left / 60)} min more`),
+      button("Switch off and forget", () => put(0))] : [badge("", "off"),
+      button("Keep requests for 15 minutes", () => put(15), { class: "main" })]);
+    redraw(list, table("Held requests", [TIME, ["", (r) => rowButton("Show", r.id, () => show(r.id)), "act"],
+      textOf("Asked for", "asked"), textOf("Why", "route", "nowrap"), textOf("Answered by", "target"),
       ["Status", (r) => r.status ?? "running", "nowrap"]], told.held,
     left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
   };
   const refresh = async () => draw(await ask(`${ROOT}/inspect`));
   await refresh();
   whenLeft(poll(refresh, 3000));
-  return [card("Inspect", state,
-    el("p", { class: "muted" }, "Keeps the last 20 requests whole, in memory only: what the client sent, ",
+  return [card("Inspect", state, el("p", { class: "muted" },
+    "Keeps the last 20 requests whole, in memory only: what the client sent, ",
     "what the provider got and answered, and what was made of it for the client. Keys are never in it."), list), detail];
 }
 
@@ -13674,16 +13636,13 @@ async function configView() {
     return "The config is saved and in use.";
   };
   const read = { hash: S.config_hash };
-  return [S.config_error && card("The file is broken; the config before it is in use", null,
-    el("pre", {}, S.config_error)),
-    settingsCard("credits", "Credits", read), settingsCard("server", "Server", read),
-    card("The whole file", el("span", { class: "muted" }, S.path || "not written yet"),
-      formOf(labelled("config.toml", text,
+  return [S.config_error && card("The file is broken; the config before it is in use", null, el("pre", {}, S.config_error)),
+    settingsCard("credits", read), settingsCard("server", read),
+    card("The whole file", el("span", { class: "muted" }, S.path || "not written yet"), formOf(labelled("config.toml", text,
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
-    card("Backups", null, table("Backups", [["File", (b) => b.name, "text mono"],
-      ["", (b) => button("Look", () => backupDialog(b.name, config.hash),
-        { class: "small", "aria-label": `Look at ${b.name}` }), "act"],
-      ["Written", (b) => when(b.time), "nowrap"], ["Bytes", (b) => whole(b.bytes), "num"]],
+    card("Backups", null, table("Backups", [textOf("File", "name", "text mono"),
+      ["", (b) => rowButton("Look", `at ${b.name}`, () => backupDialog(b.name, config.hash)), "act"],
+      ["Written", (b) => when(b.time), "nowrap"], numberOf("Bytes", "bytes")],
     backups, "None yet: a save keeps the file before it."))];
 }
 async function backupDialog(name, hash) {
@@ -13699,8 +13658,8 @@ async function backupDialog(name, hash) {
       { label: "Restore", keeps: false }));
 }
 /* Both tables were read as of read.hash, and a save of one leaves the other as it was read. */
-function settingsCard(root, title, read) {
-  const made = controls(S.fields[root], tableOf(root));
+function settingsCard(root, read) {
+  const made = controls(S.fields[root], tableOf(root)), title = capital(root);
   const save = async () => {
     const table = made.read(), token = table.admin_token;
     read.hash = (await ask(`${ROOT}/${root}`, "PUT", { hash: read.hash, table })).hash;
@@ -13720,7 +13679,7 @@ if (PAGE === "admin") addEventListener("hashchange",
   () => (location.hash.startsWith("#token=") ? admin() : showTab()));
 start();
 if (PAGE !== "admin") {
-  $("key").addEventListener("click", () => signIn(...KEY_WORDS));
+  $("key").addEventListener("click", () => signIn());
   poll(async () => { if (document.querySelector(".tiles")) await dashboard(); }, 30000);
 }
 """
