@@ -12327,10 +12327,14 @@ function button(label, work, props) {
   const node = el("button", { type: "button", onclick, ...props }, label);
   return node;
 }
-const card = (title, tools, ...body) =>
-  el("section", { class: "card" }, el("div", { class: "head" }, el("h2", {}, title), tools), ...body);
+/* A part of a page; beside its title buttons, or words. */
+const card = (title, tools, ...body) => el("section", { class: "card" }, el("div", { class: "head" },
+  el("h2", {}, title), typeof tools === "string" ? el("span", { class: "muted" }, tools) : tools), ...body);
 const badge = (kind, word) => el("span", { class: `status ${kind}` }, word);
-const empty = (...words) => el("p", { class: "empty" }, ...words);
+const empty = (words) => el("p", { class: "empty" }, words);
+const remark = (...words) => el("p", { class: "muted" }, ...words);
+const folded = (title, ...body) => el("details", {}, el("summary", {}, title), ...body);
+const grid = (...fields) => el("div", { class: "fields" }, ...fields);
 
 /* Columns: [title, cell of a row, class]. `shown` says what an empty table means and what to do. */
 function table(label, columns, rows, shown) {
@@ -12355,18 +12359,22 @@ function short(n) {
   const [size, letter] = units.find(([size]) => n >= size) || [1, ""];
   return letter ? Number((n / size).toPrecision(3)) + letter : String(Math.round(n || 0));
 }
+/* Formats are made once: making one takes longer than using it a hundred times. */
+const dollarsWith = (most) => new Intl.NumberFormat("en-US",
+  { style: "currency", currency: "USD", minimumFractionDigits: 2, maximumFractionDigits: most });
+const CENTS = dollarsWith(2), MICRO_DOLLARS = dollarsWith(6);
 function usd(micro) {
   if (isNothing(micro)) return "–";
-  const dollars = micro / 1e6 || 0, tiny = dollars !== 0 && Math.abs(dollars) < 0.1;
-  return dollars.toLocaleString("en-US", { style: "currency", currency: "USD", minimumFractionDigits: 2,
-    maximumFractionDigits: tiny ? 6 : 2 });
+  const dollars = micro / 1e6 || 0; /* no -0 */
+  return (Math.abs(dollars) < 0.1 && dollars ? MICRO_DOLLARS : CENTS).format(dollars);
 }
 const seconds = (ms) => (isNothing(ms) ? "–" : `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`);
 const percent = (share) => (Number.isFinite(share) ? `${(share * 100).toFixed(1)} %` : "–");
+const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
+const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "short", timeStyle: "short" });
 function when(time) {
   const at = new Date(time), isToday = at.toDateString() === new Date().toDateString();
-  const shown = isToday ? { timeStyle: "medium" } : { dateStyle: "short", timeStyle: "short" };
-  return el("time", { datetime: time, title: time }, at.toLocaleString(undefined, shown));
+  return el("time", { datetime: time, title: time }, (isToday ? CLOCK : DATE).format(at));
 }
 const capital = (word) => word[0].toUpperCase() + word.slice(1);
 const sum = (rows, name) => rows.reduce((total, row) => total + (row[name] || 0), 0);
@@ -12490,9 +12498,10 @@ function poll(refresh, every) {
   return () => clearInterval(timer);
 }
 
-const [SECRET_NAME, SECRET_HELP] = PAGE === "admin" ? ["Admin token", "ccmux printed a link with the token when it started; "
-  + "`ccmux.py token` prints it again. It stays in this tab."] : ["Your ccmux key",
-  "This server keeps an account for each user. Give your key to see yours; it stays in this tab."];
+const [SECRET_NAME, SECRET_HELP] = PAGE === "admin"
+  ? ["Admin token", "ccmux printed a link with the token when it started; `ccmux.py token` prints it again. "
+    + "It stays in this tab."]
+  : ["Your ccmux key", "This server keeps an account for each user. Give your key to see yours; it stays in this tab."];
 function signIn(again) {
   const input = textBox("", { type: "password", required: true });
   const error = el("p", { class: "error", role: "alert" }, again);
@@ -12534,21 +12543,22 @@ function tile(label, value, note, values) {
   return el("div", { class: "card" }, el("span", { class: "muted" }, label), el("span", { class: "big" }, value),
     note && el("span", { class: "muted" }, note), values && spark(values));
 }
-function dayChart(days, name, shown) {
-  const most = Math.max(...days.map((d) => d[name]), 1e-9), step = 900 / days.length;
+function dayChart(days) {
+  const most = Math.max(...days.map((d) => d.charge_microusd), 1e-9);
   const bar = (day, n) => {
-    const height = Math.max((day[name] / most) * 130, day[name] > 0 ? 2 : 0);
-    return svg("rect", { class: "bar", x: n * step + 2, y: 140 - height, width: step - 4, height, rx: 2 },
-      svg("title", {}, `${day.key}: ${shown(day[name])}, ${count(day.requests, "request")}`));
+    const height = Math.max((day.charge_microusd / most) * 130, day.charge_microusd > 0 ? 2 : 0);
+    return svg("rect", { class: "bar", x: n * 30 + 2, y: 140 - height, width: 26, height, rx: 2 },
+      svg("title", {}, `${day.key}: ${usd(day.charge_microusd)}, ${count(day.requests, "request")}`));
   };
   return svg("svg", { class: "chart", viewBox: "0 0 900 142", preserveAspectRatio: "none", role: "img",
-    "aria-label": `Bars of ${days.length} days, the highest ${shown(most)}` },
-    svg("line", { class: "axis", x1: 0, y1: 141, x2: 900, y2: 141 }), days.map(bar));
+    "aria-label": `Bars of ${days.length} days, the highest ${usd(most)}` },
+  svg("line", { class: "axis", x1: 0, y1: 141, x2: 900, y2: 141 }), days.map(bar));
 }
-function lastDays(rows, count) {
+/* The rows of the last 30 days, the ones without a request too. */
+function lastDays(rows) {
   const known = new Map(rows.map((row) => [row.key, row])), today = Date.now();
-  return Array.from({ length: count }, (_, n) => {
-    const key = new Date(today - (count - 1 - n) * 864e5).toISOString().slice(0, 10);
+  return Array.from({ length: 30 }, (_, n) => {
+    const key = new Date(today - (29 - n) * 864e5).toISOString().slice(0, 10);
     return known.get(key) || { key, requests: 0, charge_microusd: 0 };
   });
 }
@@ -12588,7 +12598,7 @@ function costTable(row) {
   const kinds = KINDS.filter(([kind]) => row[`${kind}_tokens`] || ["input", "output"].includes(kind));
   return [table("Tokens and price", [["Kind", ([, name]) => name, "nowrap"],
     ["Tokens", ([kind]) => whole(row[`${kind}_tokens`]), "num"], ["$ per million", rate, "num"]], kinds, ""),
-  tiers.length > 0 && el("p", { class: "muted" }, `Another price above ${whole(tiers[0].above)} tokens.`),
+  tiers.length > 0 && remark(`Another price above ${whole(tiers[0].above)} tokens.`),
   el("p", {}, row.cost_microusd === null ? "No price is known for this model, so its cost is not counted."
     : `Cost ${usd(row.cost_microusd)}, markup ${usd(row.markup_microusd)}, charged ${usd(row.charge_microusd)}.`)];
 }
@@ -12602,7 +12612,7 @@ async function showRow(row) {
   openDialog(`Request ${row.request_id}`, el("p", {}, statusBadge(row), ` ${row.asked || "–"} was asked for, `,
     `${target(row)} ${ended} (${row.route || "–"}, ${count(row.attempts, "attempt")})`),
   el("h3", {}, "Why"), explanation(row.trail), again, el("h3", {}, "Cost"), costTable(row),
-  el("details", {}, el("summary", {}, "All fields"), table("All fields",
+  folded("All fields", table("All fields",
     [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"], ["Value", ([n, v]) => shown(n, v), "text"]], fields, "")));
   if (PAGE !== "admin") return;
   const { held } = await ask(`${ROOT}/inspect`).catch(() => ({ held: [] }));
@@ -12611,8 +12621,7 @@ async function showRow(row) {
     refill(again, await explained(whole.client_request, whole.client_headers));
   };
   fill(again, held.some((r) => r.id === row.request_id) ? button("Explain it again on today's rules", explain)
-    : el("p", { class: "muted" },
-      "The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
+    : remark("The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
 }
 const isDirty = (within = document) => within.querySelector("[data-dirty]");
 const mayLeave = (within) => !isDirty(within) || confirm("Leave without saving what you changed?");
@@ -12655,7 +12664,7 @@ async function dashboard() {
     SESSION.removeItem(SECRET);
     tell("No user here has that key: this is the local user.");
   }
-  const cards = [tiles(me, lastDays(days, 30), days), budgetCard(me), spendCard(lastDays(days, 30)),
+  const cards = [tiles(me, lastDays(days), days), budgetCard(me), spendCard(lastDays(days)),
     el("div", { class: "two" }, topCard("Models used", "Model", used), topCard("Sessions", "Session", sessions)),
     requestCard(requests), offeredCard(models), moneyCard(transactions)];
   redraw($("main"), requests.length ? [cards, connectCard(models)] : [connectCard(models), cards]);
@@ -12685,7 +12694,7 @@ const budgetBars = (user) => budgetsOf(user).map(([period, used, limit]) => el("
   el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8,
     "aria-label": `budget of the ${period}` })));
 const budgetCard = (me) => budgetsOf(me).length > 0
-  && card("Budgets", el("span", { class: "muted" }, "UTC, a week begins on Monday"), budgetBars(me));
+  && card("Budgets", "UTC, a week begins on Monday", budgetBars(me));
 /* [period, spent, budget] of those that are set. */
 const budgetsOf = (user) => [["day", "today"], ["week", "week"], ["month", "month"]]
   .map(([period, name]) => [period, user[`spent_${name}_microusd`], user.budgets[`${period}_microusd`]])
@@ -12694,9 +12703,8 @@ function spendCard(days) {
   if (!sum(days, "requests")) return card("Spend per day", null, empty("Nothing was asked in the last 30 days."));
   const used = days.filter((d) => d.requests).reverse();
   const label = el("div", { class: "head muted" }, el("span", { class: "grow" }, days[0].key), days.at(-1).key);
-  return card("Spend per day", el("span", { class: "muted" }, `${usd(sum(days, "charge_microusd"))} in 30 days`),
-    dayChart(days, "charge_microusd", usd), label,
-    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", [...usageColumns("Day"), COST], used, "")));
+  return card("Spend per day", `${usd(sum(days, "charge_microusd"))} in 30 days`, dayChart(days), label,
+    folded("As a table", table("Spend per day", [...usageColumns("Day"), COST], used, "")));
 }
 const usageColumns = (title) => [[title, (r) => r.key || "none", "text"], numberOf("Requests", "requests"),
   numberOf("Input", "input_tokens", short), numberOf("Output", "output_tokens", short),
@@ -12714,7 +12722,7 @@ function offeredCard(models) {
   const price = ([kind, title]) => [title, ({ price }) => (price?.[kind] ? `$${Number(price[kind])}` : "–"), "num"];
   const columns = [textOf("Ask for", "name", "text mono"), ["Claude Code sees", seenAs, "text mono"],
     ["Goes to", (m) => m.targets.join(", then "), "text"], CONTEXT, ...KINDS.slice(0, 3).map(price)];
-  return card("Models", el("span", { class: "muted" }, "US dollars per million tokens"), table("Models", columns, models,
+  return card("Models", "US dollars per million tokens", table("Models", columns, models,
     "No models yet. Whoever runs this server adds a provider and a model on the admin page."));
 }
 const CONTEXT = ["Context", (m) => (m.context ? short(m.context) : "–"), "num"];
@@ -12736,7 +12744,7 @@ function connectCard(models) {
   const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", {}, name), copyable(
     [...Object.entries(values).map(([key, value]) => line(key, value)), "claude"].join("\n")));
   return card("Point Claude Code here", null,
-    el("p", { class: "muted" }, "Paste these lines into a terminal; the last one starts Claude Code",
+    remark("Paste these lines into a terminal; the last one starts Claude Code",
     models.length ? `, whose /model also takes names such as ${models[0].name}.` : ".",
     key !== "ccmux-local" && ` Put your key where ${key} stands.`,
     " On this server's machine `python3 ccmux.py code` does it all, and sets what auto mode needs."), shells.map(block));
@@ -12747,9 +12755,9 @@ let lastId = 0;
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 function labelled(label, input, help, wide) {
   input.id = input.id || `f${++lastId}`;
-  const note = help && el("span", { class: "help", id: `${input.id}h` }, help);
-  if (note) input.setAttribute("aria-describedby", note.id);
-  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input, note);
+  const hint = help && el("span", { class: "help", id: `${input.id}h` }, help);
+  if (hint) input.setAttribute("aria-describedby", hint.id);
+  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input, hint);
 }
 const textBox = (value, props) => el("input", { type: "text", autocomplete: "off", spellcheck: "false",
   value, ...props });
@@ -12856,8 +12864,9 @@ const labelOf = (field) => capital(field.name).replace(/_/g, " ").replace("Api",
    empty is left out. What was not changed stays as it was written: an empty list may overrule a preset's. */
 function controls(fields, table) {
   const made = fields.map((field) => {
-    const value = table[field.name], control = CONTROLS[field.kind](field, value);
+    const control = CONTROLS[field.kind](field, table[field.name]);
     const node = control.node || labelled(labelOf(field), control.input, field.help, control.wide);
+    node.dataset.field = field.name;
     return { field, first: control.get(), ...control, node };
   });
   const read = (start = table) => {
@@ -12871,14 +12880,13 @@ function controls(fields, table) {
     }
     return out;
   };
-  return { nodes: made.map((m) => m.node), read, made,
-    of: (name) => made.find((m) => m.field.name === name) };
+  return { nodes: made.map((m) => m.node), read, input: (name) => made.find((m) => m.field.name === name).input };
 }
 
 /* A form that keeps what was typed when a save fails. `save` throws a Failure then, and gives words where it saved. */
-function formOf(nodes, save, { label = "Save", extra = [], made = [], keeps = true } = {}) {
+function formOf(nodes, save, { label = "Save", extra = [], keeps = true } = {}) {
   const error = el("p", { class: "error", role: "alert" }), send = el("button", { class: "main" }, label);
-  const form = el("form", { novalidate: true }, nodes, error, el("div", { class: "row" }, send, extra));
+  const row = el("div", { class: "row" }, send, extra), form = el("form", { novalidate: true }, nodes, error, row);
   const dirty = () => { if (keeps) form.dataset.dirty = "yes"; };
   form.addEventListener("input", dirty);
   form.addEventListener("change", dirty);
@@ -12886,13 +12894,14 @@ function formOf(nodes, save, { label = "Save", extra = [], made = [], keeps = tr
     event.preventDefault();
     for (const mark of form.querySelectorAll("[aria-invalid]")) mark.removeAttribute("aria-invalid");
     error.textContent = "";
+    row.before(error); /* it may have stood beside a field */
     send.disabled = true;
     delete form.dataset.dirty;
     try {
       await saved(await save(), form);
     } catch (failure) {
       dirty();
-      showFailure(failure, error, made);
+      showFailure(failure, error, form);
     }
     send.disabled = false;
     if (document.activeElement === document.body) send.focus(); /* what is disabled loses it */
@@ -12900,16 +12909,16 @@ function formOf(nodes, save, { label = "Save", extra = [], made = [], keeps = tr
   return form;
 }
 /* The message stands in the form, and beside the field that it names. */
-function showFailure(failure, error, made) {
-  error.textContent = failure.message;
-  if (failure.status === 409) fill(error, " ", button("Load the newest", () => location.reload(),
-    { class: "small" }));
-  const wrong = made.find(({ field }) => new RegExp(`\\b${field.name}\\b`).test(failure.message));
-  const input = wrong && (wrong.input || wrong.node.querySelector("input"));
-  if (!input) return;
+function showFailure({ status, message }, error, form) {
+  error.textContent = message;
+  if (status === 409) fill(error, " ", button("Load the newest", () => location.reload(), { class: "small" }));
+  const isNamed = (field) => new RegExp(`\\b${field.dataset.field}\\b`).test(message);
+  const wrong = [...form.querySelectorAll("[data-field]:not(.item *)")].find(isNamed);
+  if (!wrong) return;
+  const input = wrong.querySelector("input, select, textarea");
   input.setAttribute("aria-invalid", "true");
-  (wrong.node.closest("details") || {}).open = true;
-  wrong.node.append(error);
+  (wrong.closest("details") || {}).open = true;
+  wrong.append(error);
   input.focus();
 }
 addEventListener("beforeunload", (event) => { if (isDirty()) event.preventDefault(); });
@@ -13086,12 +13095,11 @@ async function overview(whenLeft) {
     const [before, today, { users }] = await Promise.all([past, ask(`${ROOT}/report?by=provider&since=${since}`),
       tableOf("credits").enforce ? ask(`${ROOT}/users`) : { users: [] }]);
     const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled && !isFree(user));
-    const of = (name) => [sum(today.report, name), sum([...before.report, ...today.report], name)];
-    const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
+    const now = today.report, ever = [...before.report, ...now];
     redraw(top, problemCard(broke), el("div", { class: "tiles" },
-      tile("Requests today", whole(now), `${whole(ever)} in all`),
-      tile("Charged today", usd(spent), `${usd(spentEver)} in all`),
-      tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "of all kinds, in UTC"),
+      tile("Requests today", whole(sum(now, "requests")), `${whole(sum(ever, "requests"))} in all`),
+      tile("Charged today", usd(sum(now, "charge_microusd")), `${usd(sum(ever, "charge_microusd"))} in all`),
+      tile("Tokens today", short(now.reduce((total, row) => total + tokensOf(row), 0)), "of all kinds, in UTC"),
       tile("Running for", duration(S.uptime_s), S.path || "no config file yet")), healthCard());
   };
   await draw();
@@ -13190,8 +13198,8 @@ function providerDialog(old) {
     row.quirks || {});
   const types = new Set([...Object.keys(S.presets), ...S.formats]);
   const type = selectBox([["", "choose …"], ...types], row.type || row.provider_type || "");
-  const to = el("p", { class: "muted" }), name = first.of("name").input, url = first.of("base_url").input;
-  const key = first.of("api_key").input;
+  const to = remark(), name = first.input("name"), url = first.input("base_url");
+  const key = first.input("api_key");
   const addressOf = (kind, given) => given || S.presets[kind]?.base_url || "";
   const chosen = () => {
     const preset = S.presets[type.value] || {}, place = addressOf(type.value, url.value);
@@ -13223,13 +13231,12 @@ function providerDialog(old) {
     await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
     return `Provider ${table.name} is saved.${old ? "" : " Test it, then give it a model."}`;
   };
-  const more = (title, nodes) => el("details", {}, el("summary", {}, title), el("div", { class: "fields" }, nodes));
   const typeField = labelled("Type", type,
     "Not listed? Choose the one whose API it speaks (openai, mostly), and give its base URL.");
-  const form = formOf([el("div", { class: "fields" }, typeField, first.nodes), to, more("More settings", rest.nodes),
-    more("Quirks: how it differs from others of its format (a preset knows)", quirks.nodes)], save,
-  { extra: old && removeButton("providers", old.name, hash, usersOf), made: [...first.made, ...rest.made,
-    ...quirks.made, { field: { name: "type" }, input: type, node: typeField }] });
+  typeField.dataset.field = "type";
+  const form = formOf([grid(typeField, first.nodes), to, folded("More settings", grid(rest.nodes)),
+    folded("Quirks: how it differs from others of its format (a preset knows)", grid(quirks.nodes))], save,
+  { extra: old && removeButton("providers", old.name, hash, usersOf) });
   openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
 }
 function removeButton(root, name, hash, namedBy) {
@@ -13266,7 +13273,7 @@ function testDialog(name) {
     refill(result, el("p", {}, count(names.length, "model")), el("pre", { tabindex: 0 }, names.join("\n")));
   };
   const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
-  openDialog(`Test ${name}`, el("p", { class: "muted" }, "Sends one tiny real request over the way all requests go."),
+  openDialog(`Test ${name}`, remark("Sends one tiny real request over the way all requests go."),
     labelled("Model", model.input, "empty: one that the config uses, or the preset's"), model.list,
     el("div", { class: "row" }, button("Test", run(test), { class: "main" }),
       button("Fetch the model list", run(fetchNames))), result);
@@ -13308,7 +13315,7 @@ function mappingItem(row) {
   const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider),
     labelled("Model at the provider", model.input), model.list, button("Fetch list", fetchNames)),
   el("details", { open: Boolean(row.price) }, el("summary", {}, "Price and context of this target alone"),
-    el("div", { class: "fields" }, own.nodes)));
+    grid(own.nodes)));
   return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.input.value.trim() }) };
 }
 function modelDialog(old) {
@@ -13326,10 +13333,10 @@ function modelDialog(old) {
     return `Model ${table.name} is saved.${old ? "" : " Under Router you choose what goes to it."}`;
   };
   const [name, ...others] = made.nodes;
-  const form = formOf([el("div", { class: "fields" }, name), el("h3", {}, "Targets, the first tried first"),
-    el("p", { class: "muted" }, "A target is a provider, and the name that the model has there."), targets.node,
-    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save,
-  { extra: old && removeButton("models", old.name, hash, routesOf), made: made.made });
+  const form = formOf([grid(name), el("h3", {}, "Targets, the first tried first"),
+    remark("A target is a provider, and the name that the model has there."), targets.node,
+    el("h3", {}, "Facts"), grid(others)], save,
+  { extra: old && removeButton("models", old.name, hash, routesOf) });
   openDialog(old ? `Model ${old.name}` : "Add a model", form);
 }
 
@@ -13346,7 +13353,7 @@ function matchWord(text, sample) {
 }
 function ruleItem(row) {
   const made = controls(S.fields.rules, row);
-  return { node: el("div", { class: "fields" }, made.nodes), read: made.read };
+  return { node: grid(made.nodes), read: made.read };
 }
 async function routerView() {
   const row = tableOf("router");
@@ -13356,7 +13363,7 @@ async function routerView() {
   const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "rule");
   const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div", {});
   const attempt = () => {
-    const line = (title, name) => el("p", {}, `${title} (${name}): `, matchWord(made.of(name).input.value, sample.value));
+    const line = (title, name) => el("p", {}, `${title} (${name}): `, matchWord(made.input(name).value, sample.value));
     refill(results, line("Claude's own name", "auto_map_regex"), line("Background name", "background_regex"),
       rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, `, el("code", {}, rule.pattern || "empty"), " ",
         matchWord(rule.pattern, words.value))));
@@ -13367,16 +13374,14 @@ async function routerView() {
     ({ hash } = await ask(`${ROOT}/router`, "PUT", { hash, table: kept.length ? { ...table, rules: kept } : table }));
     return "The router is saved.";
   };
-  const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes),
-    el("h3", {}, "Prompt rules, the first match wins"), rules.node, el("h3", {}, "Try the patterns"),
-    el("div", { class: "row" }, labelled("A model name", sample), labelled("A user's words", words)), results], save,
-  { made: made.made });
+  const form = formOf([namesList(), grid(made.nodes), el("h3", {}, "Prompt rules, the first match wins"), rules.node,
+    el("h3", {}, "Try the patterns"),
+    el("div", { class: "row" }, labelled("A model name", sample), labelled("A user's words", words)), results], save);
   form.addEventListener("input", attempt);
   form.addEventListener("change", attempt);
   attempt();
-  return [card("Router", null, el("p", { class: "muted" },
-    "Which model a request goes to: the first rule that applies and has a model wins. An empty one is passed over."),
-  form), await explainCard()];
+  return [card("Router", null, remark("Which model a request goes to: the first rule that applies and has a model wins. ",
+    "An empty one is passed over."), form), await explainCard()];
 }
 const sampleBody = (model, text) => ({ model, max_tokens: 1024, messages: [{ role: "user", content: text }] });
 async function explained(body, headers) {
@@ -13419,7 +13424,7 @@ async function explainCard() {
     "one that Inspect holds whole is explained anew; of any other you see what was noted when it went"),
   labelled("Messages request (JSON)", body)], run, { label: "Explain", keeps: false });
   return card("Explain a request", null,
-    el("p", { class: "muted" }, "Shows each rule that is tried. Nothing is sent."), form, result);
+    remark("Shows each rule that is tried. Nothing is sent."), form, result);
 }
 
 /* Users */
@@ -13445,9 +13450,9 @@ async function usersView() {
     numberOf("This month", "spent_month_microusd", usd),
     ["Budgets", (u) => budgetsOf(u).map(([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"]];
   return card("Users", button("Add a user", addUserDialog, { class: "main" }),
-    !tableOf("server").require_key && el("p", { class: "muted" },
+    !tableOf("server").require_key && remark(
       "Who gives no key is the user local, and never refused. Require key, under Config, changes that."),
-    !tableOf("credits").enforce && el("p", { class: "muted" },
+    !tableOf("credits").enforce && remark(
       "Credit and budgets are counted, but refuse nobody yet. Enforce, under Config, changes that."),
     table("Users", columns, users,
       "No users. On this computer alone none is needed; on a network each person gets a key."));
@@ -13461,10 +13466,10 @@ function addUserDialog() {
     keyDialog(told.name, told.key);
     return `User ${told.name} is made.`;
   };
-  const fields = [labelled("Name", name, "letters, digits and . _ @ -"), labelled("Credit, dollars", credit,
-    "empty: what [credits] says"), labelled("Note", note), budgets.nodes];
-  const made = [{ field: { name: "name" }, input: name, node: name.parentNode }];
-  openDialog("Add a user", formOf(el("div", { class: "fields" }, fields), save, { label: "Add", made }));
+  const nameField = labelled("Name", name, "letters, digits and . _ @ -");
+  nameField.dataset.field = "name";
+  openDialog("Add a user", formOf(grid(nameField, labelled("Credit, dollars", credit, "empty: what [credits] says"),
+    labelled("Note", note), budgets.nodes), save, { label: "Add" }));
 }
 function keyDialog(name, key) {
   openDialog(`Key of ${name}`, el("p", {},
@@ -13504,11 +13509,11 @@ async function userDialog(user) {
   const ledger = el("div", {});
   openDialog(`User ${user.name}`,
     el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} of it set aside for running requests`),
-    formOf(el("div", { class: "fields" }, labelled("Amount, dollars", amount, "below zero takes back"),
-      labelled("Note", note)), credit, { label: "Change credit" }),
-    el("h3", {}, "Budgets"), user.name === "local" && el("p", { class: "muted" },
+    formOf(grid(labelled("Amount, dollars", amount, "below zero takes back"), labelled("Note", note)), credit,
+      { label: "Change credit" }),
+    el("h3", {}, "Budgets"), user.name === "local" && remark(
       "The user local is never refused: these show how much is used, and limit nothing."), budgetBars(user),
-    formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets, { label: "Save budgets" }),
+    formOf(grid(budgets.nodes), setBudgets, { label: "Save budgets" }),
     el("div", { class: "row" }, button("New key", rotate),
       button(user.disabled ? "Enable" : "Disable", toggle, { class: "danger" })),
     el("h3", {}, "Transactions"), ledger);
@@ -13533,13 +13538,13 @@ async function billingView() {
       numberOf("Cost", "cost_microusd", usd), numberOf("Markup", "markup_microusd", usd),
       numberOf("Charge", "charge_microusd", usd)];
     if (other.value.trim()) columns.push(numberOf(`As ${other.value.trim()}`, "as_if_microusd", usd));
-    refill(result, table("Report", columns, report, "No requests in that time."), report.length > 0 && el("p",
-      { class: "muted" }, `In all ${count(sum(report, "requests"), "request")}, cost `,
-      `${usd(sum(report, "cost_microusd"))}, charged ${usd(sum(report, "charge_microusd"))}.`));
+    refill(result, table("Report", columns, report, "No requests in that time."), report.length > 0 && remark(
+      `In all ${count(sum(report, "requests"), "request")}, cost ${usd(sum(report, "cost_microusd"))}, `,
+      `charged ${usd(sum(report, "charge_microusd"))}.`));
   };
   const csv = (label, kind, name) => button(label, () => download(`${ROOT}/${kind}?format=csv&${query()}`, name));
-  const form = formOf([namesList(), el("div", { class: "fields" }, labelled("By", by),
-    labelled("From", since), labelled("Until", until, "that day not included; days are UTC"),
+  const form = formOf([namesList(), grid(labelled("By", by), labelled("From", since),
+    labelled("Until", until, "that day not included; days are UTC"),
     labelled("As if on model", other, "what the same tokens would have cost there"))], draw,
   { label: "Show", keeps: false, extra: [csv("Report as CSV", "report", "ccmux-report.csv"),
     csv("All rows as CSV", "export", "ccmux-usage.csv")] });
@@ -13562,9 +13567,9 @@ function tryView(whenLeft) {
     else output.append(text || thinking || json || ""); /* textContent += copies all before it, each time */
   };
   const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
-    el("p", { class: "muted" }, `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${chargeOf(row)}, `,
+    remark(`${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${chargeOf(row)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`),
-    el("details", {}, el("summary", {}, "Why it went there"), explanation(row.trail)));
+    folded("Why it went there", explanation(row.trail)));
   const send = async () => {
     refill(end);
     output.textContent = raw.textContent = "";
@@ -13587,8 +13592,8 @@ function tryView(whenLeft) {
     labelled("Most output tokens", limit)), labelled("Prompt", prompt)], send,
   { label: "Send", keeps: false, extra: button("Stop", stop) });
   return card("Send a real request", null,
-    el("p", { class: "muted" }, "It goes the way all requests go, and it costs what they cost."),
-    form, output, end, el("details", {}, el("summary", {}, "Raw events"), raw));
+    remark("It goes the way all requests go, and it costs what they cost."),
+    form, output, end, folded("Raw events", raw));
 }
 
 /* Inspect */
@@ -13622,8 +13627,7 @@ async function inspectView(whenLeft) {
   const refresh = async () => draw(await ask(`${ROOT}/inspect`));
   await refresh();
   whenLeft(poll(refresh, 3000));
-  return [card("Inspect", state, el("p", { class: "muted" },
-    "Keeps the last 20 requests whole, in memory only: what the client sent, ",
+  return [card("Inspect", state, remark("Keeps the last 20 requests whole, in memory only: what the client sent, ",
     "what the provider got and answered, and what was made of it for the client. Keys are never in it."), list), detail];
 }
 
@@ -13638,7 +13642,7 @@ async function configView() {
   const read = { hash: S.config_hash };
   return [S.config_error && card("The file is broken; the config before it is in use", null, el("pre", {}, S.config_error)),
     settingsCard("credits", read), settingsCard("server", read),
-    card("The whole file", el("span", { class: "muted" }, S.path || "not written yet"), formOf(labelled("config.toml", text,
+    card("The whole file", S.path || "not written yet", formOf(labelled("config.toml", text,
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
     card("Backups", null, table("Backups", [textOf("File", "name", "text mono"),
       ["", (b) => rowButton("Look", `at ${b.name}`, () => backupDialog(b.name, config.hash)), "act"],
@@ -13653,8 +13657,8 @@ async function backupDialog(name, hash) {
   };
   openDialog(`Backup ${name}`, el("h3", {}, "What restoring it changes"),
     el("pre", { tabindex: 0 }, changes || "Nothing: it says what the config says now."),
-    el("details", {}, el("summary", {}, "The whole backup"), el("pre", { tabindex: 0 }, text)),
-    formOf(el("p", { class: "muted" }, "The config as it is now becomes the newest backup."), restore,
+    folded("The whole backup", el("pre", { tabindex: 0 }, text)),
+    formOf(remark("The config as it is now becomes the newest backup."), restore,
       { label: "Restore", keeps: false }));
 }
 /* Both tables were read as of read.hash, and a save of one leaves the other as it was read. */
@@ -13666,9 +13670,8 @@ function settingsCard(root, read) {
     if (token && !token.includes("$")) SESSION.setItem(SECRET, token); /* this tab stays signed in */
     return `${title}: saved.`;
   };
-  const note = root === "server" && el("p", { class: "muted" },
-    "Host, port, database and max connections change at the next start.");
-  return card(title, null, formOf([note, el("div", { class: "fields" }, made.nodes)], save, { made: made.made }));
+  const atStart = root === "server" && remark("Host, port, database and max connections change at the next start.");
+  return card(title, null, formOf([atStart, grid(made.nodes)], save));
 }
 
 /* Start */

@@ -229,6 +229,25 @@ async def test_an_error_stands_beside_its_field(
 
 
 @needs_browser
+async def test_an_error_of_no_field_does_not_stay_beside_the_last_one(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.get_by_label("Edit up").click()
+        await page.click("text=More settings")
+        await page.get_by_label("Max retries").fill("-1")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("dialog .field [role=alert]")).to_contain_text("max_retries")
+        await page.get_by_label("Max retries").fill("1")
+        await page.click("text=More settings")  # closed, so that what is in it is not seen
+        (tmp_path / "config.toml").write_text(config_of(provider, "other"))
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("dialog form > [role=alert]")).to_contain_text("has changed")
+        await expect(page.locator("dialog [role=alert]")).to_be_visible()
+
+
+@needs_browser
 async def test_hostile_names_are_text(browser: Browser, provider: AnthropicFake, tmp_path: Path) -> None:
     async with in_process(tmp_path, config_of(provider, HOSTILE)) as proxy:
         assert await ask(proxy, HOSTILE) == 200
