@@ -11430,12 +11430,10 @@ async def get_events(request: web.Request) -> web.StreamResponse:
     state = require_admin(request)
     rows: asyncio.Queue[Json] = asyncio.Queue(1000)
     state.listeners.add(rows)
-    head = {
-        "Content-Type": "text/event-stream",
-        "Cache-Control": "no-store",
-        "X-Content-Type-Options": "nosniff",
-    }
-    response = web.StreamResponse(headers={**head, "request-id": request[request_key()], "Server": "ccmux"})
+    response = web.StreamResponse(headers={
+        "Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+        "request-id": request[request_key()], "Server": "ccmux",
+    })  # fmt: skip
     try:
         await response.prepare(request)
         if request.method == "HEAD":
@@ -11495,13 +11493,15 @@ def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit:
 
 # The config, seen and edited.
 
-SECRET_KEYS = ("api_key", "admin_token")  # claude-code-mux has an api_key in [server]
+SECRET_KEYS = ("api_key", "admin_token", "headers")  # claude-code-mux has an api_key in [server]
 
 
 def masked(secret: Any) -> Any:
     """A secret as the admin page may see it: whether it is set, a reference as written, else its last four."""
     if isinstance(secret, list):
         return [masked(s) for s in secret]
+    if isinstance(secret, dict):
+        return {name: masked(text) for name, text in secret.items()}
     if not isinstance(secret, str) or not secret:
         return {"set": False, "last4": "", "reference": ""}
     if not is_literal(secret):
@@ -11512,20 +11512,12 @@ def masked(secret: Any) -> Any:
 def masked_table(table: Any) -> Any:
     """A parsed table without its secrets, as JSON has it."""
     if isinstance(table, dict):
-        out = {}
-        for key, value in table.items():
-            if key in SECRET_KEYS:
-                out[key] = masked(value)
-            elif key == "headers" and isinstance(value, dict):
-                out[key] = {name: masked(text) for name, text in value.items()}
-            else:
-                out[key] = masked_table(value)
-        return out
+        return {k: masked(v) if k in SECRET_KEYS else masked_table(v) for k, v in table.items()}
     if isinstance(table, list):
         return [masked_table(item) for item in table]
-    return (
-        float(table) if isinstance(table, Decimal) else table if isinstance(table, (str, int)) else str(table)
-    )
+    if isinstance(table, Decimal):
+        return float(table)
+    return table if isinstance(table, (str, int)) else str(table)
 
 
 def form_fields() -> Json:
@@ -11580,9 +11572,6 @@ async def get_state(request: web.Request) -> web.StreamResponse:
         "routes": {slot: getattr(config.router, slot) or "" for slot in ROUTE_SLOTS},
         "names": model_names(config),
         "unpriced": [name for name in model_names(config) if is_unpriced(config, name)],
-        "calibration": [
-            {"provider": p, "model": m, "factor": round(f, 4), "samples": n} for p, m, f, n in state.counter.export()
-        ],
         "vocabulary_missing": state.vocabulary.missing(),
     })  # fmt: skip
 
@@ -11741,11 +11730,7 @@ def with_secrets(old: Json, new: Json) -> Json:
     """The new table with the old one's secrets where it leaves them out, or has null or a mask for them; "" clears
     a key.
     """
-    before = as_object(old.get("headers"))
-    headers = old.get("headers") if new.get("headers") is None else new["headers"]
-    if isinstance(headers, dict):
-        headers = without_nulls({name: kept(before.get(name), text) for name, text in headers.items()})
-    table = {**new, "headers": headers}
+    table = dict(new)
     for key in SECRET_KEYS:
         table[key] = None if new.get(key) == "" else kept(old.get(key), new.get(key))
     if "quirks" in new:
@@ -11754,8 +11739,12 @@ def with_secrets(old: Json, new: Json) -> Json:
 
 
 def kept(old: Any, new: Any) -> Any:
-    """A secret that a form gives: the old one where it gives none, or a mask."""
-    return old if new is None or is_mask(new) else new
+    """A secret, or a table of them, that a form gives: the old one where it gives none, or a mask."""
+    if new is None or is_mask(new):
+        return old
+    if isinstance(new, dict):
+        return without_nulls({name: kept(as_object(old).get(name), text) for name, text in new.items()})
+    return new
 
 
 def unmasked(old: Any, new: Any) -> Any:
@@ -11777,7 +11766,7 @@ def unmasked(old: Any, new: Any) -> Any:
 def is_mask(value: Any) -> bool:
     """Whether it is what state shows for a secret; a pool with a new key among its masks is none."""
     if isinstance(value, dict):
-        return "set" in value and value.keys() <= masked("").keys()
+        return isinstance(value.get("set"), bool) and value.keys() <= masked("").keys()
     return isinstance(value, list) and bool(value) and all(map(is_mask, value))
 
 
@@ -11933,10 +11922,11 @@ def secret_texts(value: Any, is_secret: bool = False) -> Iterator[str]:
 @functools.lru_cache(1024)
 def is_secret_key(key: str) -> bool:
     """Whether a secret stands at a key, which may be misspelt; what is known by that very name is no slip."""
-    secret = (*SECRET_KEYS, "headers")
     classes = (Server, Router, PromptRule, Provider, Quirks, Model, Target, Price, Credits)
     known = {f.name for cls in classes for f in dataclasses.fields(cls)}
-    return key in secret or (key not in known and bool(difflib.get_close_matches(key.lower(), secret)))
+    return key in SECRET_KEYS or (
+        key not in known and bool(difflib.get_close_matches(key.lower(), SECRET_KEYS))
+    )
 
 
 def is_literal(secret: str) -> bool:
@@ -11973,24 +11963,21 @@ async def put_config(request: web.Request) -> web.StreamResponse:
     with contextlib.suppress(ValueError, RecursionError):
         old = tomllib.loads(current)
         kept = {value for raw, value in string_values(current) if raw in kept}
-    try:  # before anything else reads it: an error about a misplaced secret would quote it
+    # Before anything else reads it: an error about a misplaced secret would quote it. A broken text is told below.
+    with contextlib.suppress(ValueError, RecursionError):
         check_kept(old, tomllib.loads(after), kept)
-    except ConfigError as error:
-        raise ApiError(400, str(error)) from None
-    except (ValueError, RecursionError):
-        pass  # told below, with its place
     return store_text(state, after, body.get("hash"))
 
 
 def check_kept(old: Json, new: Json, kept: set[str]) -> None:
-    """ConfigError where a secret that the editor never saw would be shown, or sent elsewhere."""
+    """ApiError 400 where a secret that the editor never saw would be shown, or sent elsewhere."""
     secret = kept & {*literal_secrets(old), *literal_secrets(new)}
     before, after = shown_text(old), shown_text(new)
     if any(s in after and s not in before for s in secret):
-        raise ConfigError("a [kept-...] mark may only stand where its key stood")
+        raise ApiError(400, "a [kept-...] mark may only stand where its key stood")
     tokens = [str(as_object(tables.get("server")).get("admin_token")) for tables in (old, new)]
     if tokens[0] != tokens[1] and tokens[1] in secret:
-        raise ConfigError("[server]: key 'admin_token' may not be another's [kept-...] mark")
+        raise ApiError(400, "[server]: key 'admin_token' may not be another's [kept-...] mark")
     # `[providers]` is a slip for `[[providers]]`, and one row.
     given = old.get("providers")
     rows = {str(row.get("name")): row for row in map(as_object, as_list(given) or [given])}
@@ -11999,7 +11986,7 @@ def check_kept(old: Json, new: Json, kept: set[str]) -> None:
         was = rows.get(name, {})
         moved = address_of(row) != address_of(was)
         if secret.intersection(secret_texts(row)).difference([] if moved else secret_texts(was)):
-            raise ConfigError(f"provider {name!r} has a new address: type its key again, or use $NAME")
+            raise ApiError(400, f"provider {name!r} has a new address: type its key again, or use $NAME")
 
 
 def shown_text(tables: Json) -> str:
@@ -13721,7 +13708,7 @@ def page_policy() -> str:
     )
 
 
-def page_response(html: str) -> web.Response:
+async def get_page(html: str, request: web.Request) -> web.StreamResponse:
     headers = {
         "Content-Security-Policy": page_policy(),
         "X-Content-Type-Options": "nosniff",
@@ -13731,16 +13718,9 @@ def page_response(html: str) -> web.Response:
     return web.Response(text=html, content_type="text/html", charset="utf-8", headers=headers)
 
 
-async def get_dashboard(request: web.Request) -> web.StreamResponse:
-    return page_response(DASHBOARD)
-
-
-async def get_admin(request: web.Request) -> web.StreamResponse:
-    return page_response(ADMIN)
-
-
 def page_routes() -> list[web.RouteDef]:
-    return [web.get("/", get_dashboard), web.get("/admin", get_admin)]
+    pages = {"/": DASHBOARD, "/admin": ADMIN}
+    return [web.get(path, functools.partial(get_page, html)) for path, html in pages.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------
