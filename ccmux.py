@@ -12682,9 +12682,10 @@ const budgetBars = (user) => budgetsOf(user).map(([period, used, limit]) => el("
     "aria-label": `budget of the ${period}` })));
 const budgetCard = (me) => budgetsOf(me).length > 0
   && card("Budgets", "UTC, a week begins on Monday", budgetBars(me));
+const PERIODS = ["day", "week", "month"];
 /* [period, spent, budget] of those that are set. */
-const budgetsOf = (user) => [["day", "today"], ["week", "week"], ["month", "month"]]
-  .map(([period, name]) => [period, user[`spent_${name}_microusd`], user.budgets[`${period}_microusd`]])
+const budgetsOf = (user) => PERIODS.map((period) => [period,
+  user[`spent_${period === "day" ? "today" : period}_microusd`], user.budgets[`${period}_microusd`]])
   .filter(([, , limit]) => limit !== null);
 function spendCard(days) {
   if (!sum(days, "requests")) return card("Spend per day", null, empty("Nothing was asked in the last 30 days."));
@@ -12748,6 +12749,7 @@ function labelled(label, input, help, wide) {
 }
 const textBox = (value, props) => el("input", { type: "text", autocomplete: "off", spellcheck: "false",
   value, ...props });
+const textArea = (rows, value, props) => el("textarea", { rows, spellcheck: "false", value, ...props });
 const numberBox = (value, props) => el("input", { type: "number", step: "any", value: value ?? "", ...props });
 const options = (names) => names.map((value) => el("option", { value }));
 /* Choices: [value, label], or a value alone. */
@@ -12765,6 +12767,10 @@ function numberIn(input, name = input.labels[0].textContent) {
   if (rangeUnderflow) throw new Failure(400, `${name}: must be at least ${whole(input.min)}`);
   if (rangeOverflow) throw new Failure(400, `${name}: must be at most ${whole(input.max)}`);
   return input.value === "" ? undefined : Number(input.value);
+}
+const commaParts = (input) => input.value.split(",").map((part) => part.trim()).filter(Boolean);
+function jsonIn(input, place) {
+  try { return JSON.parse(input.value); } catch (error) { throw new Failure(400, `${place}${error.message}`); }
 }
 
 const AS_IT_IS = "as the preset or format has it";
@@ -12793,7 +12799,7 @@ const CONTROLS = {
     const given = value ?? field.default;
     if (!field.choices.length) {
       const input = textBox(given.join(", "), { placeholder: "separated by commas" });
-      return { input, get: () => input.value.split(",").map((v) => v.trim()).filter(Boolean) };
+      return { input, get: () => commaParts(input) };
     }
     const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c, checked: given.includes(c) }));
     const node = fieldset(field, "checks", boxes.map((box) => el("label", {}, box, box.value)));
@@ -12806,11 +12812,11 @@ const CONTROLS = {
     const input = textBox("", { type: "password", autocomplete: "new-password",
       placeholder: now ? `set (${now}); empty keeps it` : "not set" });
     input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
-    const parts = () => input.value.split(",").map((v) => v.trim()).filter(Boolean);
-    const gone = el("input", { type: "checkbox" });
-    const node = labelled(labelOf(field), input, field.help + (field.name === "api_key" ? ", commas between them" : ""));
+    const isPool = field.name === "api_key", gone = el("input", { type: "checkbox" });
+    const node = labelled(labelOf(field), input, field.help + (isPool ? ", commas between them" : ""));
     if (now) node.append(el("label", {}, gone, "take the stored one away"));
-    return { input, node, get: () => (gone.checked ? "" : parts().length > 1 ? parts() : parts()[0]) };
+    const typed = () => (isPool ? commaParts(input) : [input.value.trim()]);
+    return { input, node, get: () => (gone.checked ? "" : typed().length > 1 ? typed() : typed()[0] || undefined) };
   },
   price(field, value) {
     const given = value || {}, boxes = KINDS.map(([kind]) => numberBox(given[kind], { min: 0 }));
@@ -12821,20 +12827,13 @@ const CONTROLS = {
     return { node, get: () => (pairs().length ? Object.fromEntries([...others, ...pairs()]) : undefined) };
   },
   table(field, value) {
-    const input = el("textarea", { rows: 3, spellcheck: "false", value: value ? JSON.stringify(value, null,
-      1) : "" });
-    const get = () => {
-      try {
-        return input.value.trim() ? JSON.parse(input.value) : undefined;
-      } catch (error) { throw new Failure(400, `${field.name}: ${error.message}`); }
-    };
-    return { input, wide: true, get };
+    const input = textArea(3, value ? JSON.stringify(value, null, 1) : "");
+    return { input, wide: true, get: () => (input.value.trim() ? jsonIn(input, `${field.name}: `) : undefined) };
   },
 };
 function headerControl(field, value) {
   const lines = Object.keys(value || {}).map((name) => `${name}: [kept]`).join("\n");
-  const input = el("textarea", { rows: 2, spellcheck: "false", value: lines,
-    placeholder: "Name: value, one a line" });
+  const input = textArea(2, lines, { placeholder: "Name: value, one a line" });
   const pair = (line) => {
     const [name, ...rest] = line.split(":"), text = rest.join(":").trim();
     if (!rest.length) throw new Failure(400, `${field.name}: ${line.trim()} lacks a colon; write Name: value`);
@@ -12876,7 +12875,6 @@ function formOf(nodes, save, { label = "Save", extra = [], keeps = true } = {}) 
   const row = el("div", { class: "row" }, send, extra), form = el("form", { novalidate: true }, nodes, error, row);
   const dirty = () => { if (keeps) form.dataset.dirty = "yes"; };
   form.addEventListener("input", dirty);
-  form.addEventListener("change", dirty);
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     for (const mark of form.querySelectorAll("[aria-invalid]")) mark.removeAttribute("aria-invalid");
@@ -12913,7 +12911,7 @@ addEventListener("beforeunload", (event) => { if (isDirty()) event.preventDefaul
 /* Rows that can be moved, removed and added: `make(row)` -> {node, read}. */
 function sequence(rows, make, what) {
   const list = el("div", {}), items = [];
-  const touched = () => list.dispatchEvent(new Event("change", { bubbles: true }));
+  const touched = () => list.dispatchEvent(new Event("input", { bubbles: true }));
   const draw = () => {
     items.forEach(({ node }, n) => node.setAttribute("aria-label", `${what} ${n + 1}`));
     refill(list, items.map((item) => item.node));
@@ -13328,14 +13326,11 @@ function modelDialog(old) {
 }
 
 /* Router */
-function pattern(text) {
-  const flags = /^\(\?([ims]+)\)/.exec(text);
-  return new RegExp(flags ? text.slice(flags[0].length) : text, flags ? flags[1] : "");
-}
-function matchWord(text, sample) {
+function matchWord(pattern, sample) {
+  if (!pattern) return badge("", "matches nothing");
+  const [, flags, rest] = /^(?:\(\?([ims]+)\))?([^]*)$/.exec(pattern); /* Python's way to write flags */
   try {
-    if (!text) return badge("", "matches nothing");
-    return pattern(text).test(sample) ? badge("ok", "matches") : badge("", "does not match");
+    return new RegExp(rest, flags).test(sample) ? badge("ok", "matches") : badge("", "does not match");
   } catch { return badge("warn", "Python's own syntax, or wrong: saving tells"); }
 }
 function ruleItem(row) {
@@ -13365,7 +13360,6 @@ async function routerView() {
     el("h3", {}, "Try the patterns"),
     el("div", { class: "row" }, labelled("A model name", sample), labelled("A user's words", words)), results], save);
   form.addEventListener("input", attempt);
-  form.addEventListener("change", attempt);
   attempt();
   return [card("Router", null, remark("Which model a request goes to: the first rule that applies and has a model wins. ",
     "An empty one is passed over."), form), await explainCard()];
@@ -13380,8 +13374,7 @@ async function explained(body, headers) {
   el("h3", {}, "Targets, and the most it can cost there"), table("Targets", columns, told.targets, "No targets.")];
 }
 async function explainCard() {
-  const body = el("textarea", { rows: 8, spellcheck: "false",
-    value: JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2) });
+  const body = textArea(8, JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2));
   const [{ requests }, { held }] = await Promise.all([ask(`${ROOT}/requests?limit=50`), ask(`${ROOT}/inspect`)]);
   const isHeld = (row) => held.some((r) => r.id === row.request_id);
   const words = (row) => `${when(row.time).textContent} ${row.asked} → ${target(row)}`;
@@ -13402,11 +13395,8 @@ async function explainCard() {
     }
   };
   recent.addEventListener("change", () => show().catch(tellError));
-  const run = async () => {
-    let parsed;
-    try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400, `Not JSON: ${error.message}`); }
-    refill(result, el("h3", {}, "On the rules as they are now"), await explained(parsed, headers));
-  };
+  const run = async () => refill(result, el("h3", {}, "On the rules as they are now"),
+    await explained(jsonIn(body, "Not JSON: "), headers));
   const form = formOf([labelled("A recent request", recent,
     "one that Inspect holds whole is explained anew; of any other you see what was noted when it went"),
   labelled("Messages request (JSON)", body)], run, { label: "Explain", keeps: false });
@@ -13420,12 +13410,12 @@ function dollarsIn(input) {
   const dollars = numberIn(input);
   return dollars === undefined ? null : Math.round(dollars * 1e6);
 }
-const PERIODS = ["day", "week", "month"];
 function budgetBoxes(budgets) {
-  const shown = (n) => (n === null || n === undefined ? "" : n / 1e6);
-  const boxes = PERIODS.map((p) => numberBox(shown(budgets[`${p}_microusd`]), DOLLARS));
-  return { nodes: boxes.map((box, n) => labelled(`Budget a ${PERIODS[n]}, dollars`, box, "empty: none")),
-    read: () => Object.fromEntries(boxes.map((box, n) => [`${PERIODS[n]}_microusd`, dollarsIn(box)])) };
+  const made = PERIODS.map((period) => {
+    const name = `${period}_microusd`, box = numberBox(isNothing(budgets[name]) ? "" : budgets[name] / 1e6, DOLLARS);
+    return { node: labelled(`Budget a ${period}, dollars`, box, "empty: none"), read: () => [name, dollarsIn(box)] };
+  });
+  return { nodes: made.map(({ node }) => node), read: () => Object.fromEntries(made.map(({ read }) => read())) };
 }
 async function usersView() {
   const { users } = await ask(`${ROOT}/users`);
@@ -13467,32 +13457,23 @@ async function userDialog(user) {
   const place = path("users", user.name), amount = numberBox("", { min: -1e9, max: 1e9 }), note = textBox(""),
     budgets = budgetBoxes(user.budgets);
   const key = crypto.randomUUID ? crypto.randomUUID() : String(Math.random());
-  /* The dialog closes with a save, and with it the other form. */
-  const send = (path, method, body) => {
+  const send = async (words, path, method, body) => {
+    /* The dialog closes with a save, and with it the other form. */
     const isKept = isDirty() && !confirm("Leave without saving what you changed in the other form?");
     if (isKept) throw new Failure(0, "Nothing is saved.");
-    return ask(path, method, body);
+    const told = await ask(path, method, body);
+    if (told.key) keyDialog(user.name, told.key);
+    return words;
   };
-  const credit = async () => {
-    const given = dollarsIn(amount);
-    if (!given) throw new Failure(400, "Give an amount of dollars; below zero takes back.");
-    await send(`${place}/credit`, "POST", { amount_microusd: given, note: note.value, key });
-    return `Credit of ${user.name} is changed.`;
+  const credit = () => {
+    const body = { amount_microusd: dollarsIn(amount), note: note.value, key };
+    if (!body.amount_microusd) throw new Failure(400, "Give an amount of dollars; below zero takes back.");
+    return send(`Credit of ${user.name} is changed.`, `${place}/credit`, "POST", body);
   };
-  const setBudgets = async () => {
-    await send(place, "PATCH", { budgets: budgets.read() });
-    return `Budgets of ${user.name} are saved.`;
-  };
-  const toggle = async () => {
-    await send(place, "PATCH", { disabled: !user.disabled });
-    return `${user.name} is changed.`;
-  };
-  const rotate = async () => {
-    if (!confirm(`Make a new key for ${user.name}? The old one stops working at once.`)) return null;
-    const told = await send(`${place}/key`, "POST");
-    keyDialog(user.name, told.key);
-    return "The key is new.";
-  };
+  const setBudgets = () => send(`Budgets of ${user.name} are saved.`, place, "PATCH", { budgets: budgets.read() });
+  const toggle = () => send(`${user.name} is changed.`, place, "PATCH", { disabled: !user.disabled });
+  const rotate = () => confirm(`Make a new key for ${user.name}? The old one stops working at once.`)
+    && send("The key is new.", `${place}/key`, "POST");
   const ledger = el("div", {});
   openDialog(`User ${user.name}`,
     el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} of it set aside for running requests`),
@@ -13561,7 +13542,7 @@ function tryView(whenLeft) {
     refill(end);
     output.textContent = raw.textContent = "";
     running = new AbortController();
-    const body = { ...sampleBody(model.value.trim(), prompt.value), max_tokens: Number(limit.value) || 512 };
+    const body = { ...sampleBody(model.value.trim(), prompt.value), max_tokens: numberIn(limit) ?? 512 };
     try {
       const answer = await call(`${ROOT}/try`, "POST", { body }, running.signal);
       for await (const [event, data] of eventsOf(answer)) {
@@ -13621,7 +13602,7 @@ async function inspectView(whenLeft) {
 /* Config */
 async function configView() {
   const [config, { backups }] = await Promise.all([ask(`${ROOT}/config`), ask(`${ROOT}/backups`)]);
-  const text = el("textarea", { rows: 24, spellcheck: "false", value: config.text });
+  const text = textArea(24, config.text);
   const save = async () => {
     config.hash = (await ask(`${ROOT}/config`, "PUT", { text: text.value, hash: config.hash })).hash;
     return "The config is saved and in use.";
@@ -13662,13 +13643,11 @@ function settingsCard(root, read) {
 }
 
 /* Start */
-async function start() {
-  await (PAGE === "admin" ? admin() : dashboard());
-}
-if (PAGE === "admin") addEventListener("hashchange",
-  () => (location.hash.startsWith("#token=") ? admin() : showTab()));
+const start = () => (PAGE === "admin" ? admin() : dashboard());
 start();
-if (PAGE !== "admin") {
+if (PAGE === "admin") {
+  addEventListener("hashchange", () => (location.hash.startsWith("#token=") ? admin() : showTab()));
+} else {
   $("key").addEventListener("click", () => signIn());
   poll(async () => { if (document.querySelector(".tiles")) await dashboard(); }, 30000);
 }
