@@ -11283,11 +11283,6 @@ def model_json(config: Config, name: str) -> Json:
     }
 
 
-def is_unpriced(config: Config, name: str) -> bool:
-    targets = resolve(config, name)
-    return not targets or price_of(config, targets[0], name) is None
-
-
 async def get_my_usage(request: web.Request) -> web.StreamResponse:
     store, user = own_store(request)
     by = query_choice(request, "by", ("day", "model", "session"), "day")
@@ -11334,9 +11329,8 @@ async def post_user(request: web.Request) -> web.StreamResponse:
     if credit is None:
         credit = int(state.config.credits.starting_credit * 10**6)
     with operator_errors():
-        user, key = await asyncio.to_thread(
-            state.store.add_user, text_in(body, "name", 64), credit, budgets_in(body), text_in(body, "note")
-        )
+        name, budgets, note = text_in(body, "name", 64), budgets_in(body), text_in(body, "note")
+        user, key = await asyncio.to_thread(state.store.add_user, name, credit, budgets, note)
     return web.json_response({**state.store.user_json(user), "key": key}, status=201)
 
 
@@ -11347,9 +11341,8 @@ def operator_errors() -> Iterator[None]:
         yield
     except ConfigError as error:
         words = str(error)
-        raise ApiError(
-            404 if words.startswith("no user") else 409 if "already" in words else 400, words
-        ) from None
+        status = 404 if words.startswith("no user") else 409 if "already" in words else 400
+        raise ApiError(status, words) from None
 
 
 async def patch_user(request: web.Request) -> web.StreamResponse:
@@ -11557,6 +11550,8 @@ async def get_state(request: web.Request) -> web.StreamResponse:
     """Everything the admin page shows at its start; keys masked."""
     state = require_admin(request)
     config = state.config
+    names = model_names(config)
+    served = [(name, resolve(config, name)) for name in names]
     return web.json_response({
         "version": __version__,
         "uptime_s": round(time.monotonic() - state.started),
@@ -11570,8 +11565,8 @@ async def get_state(request: web.Request) -> web.StreamResponse:
         "formats": list(DIALECTS),
         "fields": form_fields(),
         "routes": {slot: getattr(config.router, slot) or "" for slot in ROUTE_SLOTS},
-        "names": model_names(config),
-        "unpriced": [name for name in model_names(config) if is_unpriced(config, name)],
+        "names": names,
+        "unpriced": [n for n, targets in served if not targets or price_of(config, targets[0], n) is None],
         "vocabulary_missing": state.vocabulary.missing(),
     })  # fmt: skip
 
@@ -11797,9 +11792,8 @@ async def test_provider(state: State, provider: Provider, model: str) -> Json:
     result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
     try:
         if not provider.usable or not model:
-            raise ApiError(
-                500, provider.problem or ("no model to try it with" if provider.enabled else "disabled")
-            )
+            why = provider.problem or ("no model to try it with" if provider.enabled else "disabled")
+            raise ApiError(500, why)
         await state.relay.run(call, sink)
         assert call.reader is not None
         result["text"] = text_of(json.loads(call.reader.ending).get("content"))[:200]
@@ -11878,8 +11872,8 @@ async def get_config(request: web.Request) -> web.StreamResponse:
 
 
 def without_secrets(text: str, marks: Mapping[str, str]) -> str:
-    for secret, mark in marks.items():
-        text = text.replace(secret, mark)
+    for secret in sorted(marks, key=len, reverse=True):  # a short one may be part of a longer one
+        text = text.replace(secret, marks[secret])
     return text
 
 
@@ -11894,8 +11888,8 @@ def secret_marks(text: str) -> dict[str, str]:
         found |= {raw for _, raw in _KEY_IN_COMMENT.findall(text) if is_literal(raw)}
     except (ValueError, RecursionError):
         # Where keys stand cannot be known in a broken file. Marks lose nothing, so any long word is one.
-        found = {w for w in re.findall(r"[^\s\"',=\[\]{}]{8,}", text) if not re.fullmatch(r"[a-z_.:/#-]+", w)}
-        found = {w for w in found if not w.startswith("$")}
+        words = re.findall(r"[^\s\"',=\[\]{}]{8,}", text)
+        found = {w for w in words if not re.fullmatch(r"\$.*|[a-z_.:/#-]+", w)}
     return {s: f"[kept-{hash_text(s)}]" for s in sorted(found, key=len, reverse=True)}
 
 

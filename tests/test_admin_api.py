@@ -343,6 +343,15 @@ async def test_a_backup_is_looked_at_and_restored(tmp_path: Path) -> None:
         assert admin.text == now
 
 
+async def test_a_backups_key_that_begins_with_todays_is_not_shown_past_it(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        (tmp_path / "config.toml.bak1").write_text(admin.text)
+        admin.file.write_text(admin.text.replace(SECRET, SECRET.removesuffix("-1234")))
+        seen = await admin.get("/admin/api/backups/config.toml.bak1")
+        assert "-1234" not in seen["text"] and "-1234" not in seen["changes"]
+        assert "[kept-" in seen["text"] and "[kept-" in seen["changes"]
+
+
 async def test_models_and_routes_are_edited_and_served_at_once(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, fake):
         mapping = {"provider": "p", "actual_model": "other", "priority": 1}
