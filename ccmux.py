@@ -12268,7 +12268,7 @@ meter { display: block; width: 100%; height: 14px; margin-bottom: 10px; }
 
 SCRIPT = r"""
 "use strict";
-const PAGE = document.body.dataset.page;
+const IS_ADMIN = document.body.dataset.page === "admin";
 const $ = (id) => document.getElementById(id);
 
 /* Nodes. Data gets into the page as text only: el() never parses markup. */
@@ -12378,12 +12378,12 @@ const SESSION = keeper("sessionStorage"), LASTING = keeper("localStorage");
 class Failure extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
-const SECRET = PAGE === "admin" ? "ccmux-admin-token" : "ccmux-key";
+const SECRET = IS_ADMIN ? "ccmux-admin-token" : "ccmux-key";
 async function call(path, method = "GET", body = {}, signal = undefined) {
   /* Bytes, as a browser sends nothing else: what is no ASCII would be thrown out as if ccmux did not answer. */
   const secret = String.fromCharCode(...new TextEncoder().encode(SESSION.getItem(SECRET) || ""));
   const headers = { "content-type": "application/json" };
-  if (secret && PAGE === "admin") headers.authorization = `Bearer ${secret}`;
+  if (secret && IS_ADMIN) headers.authorization = `Bearer ${secret}`;
   else if (secret) headers["x-api-key"] = secret;
   const sent = method === "GET" ? undefined : JSON.stringify(body);
   let answer;
@@ -12446,15 +12446,13 @@ function copyable(text) {
 /* Theme: the system's until the toggle was used. */
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
 const theme = () => LASTING.getItem("ccmux-theme") || (darkSystem.matches ? "dark" : "light");
+const otherTheme = () => (theme() === "dark" ? "light" : "dark");
 function showTheme() {
   document.documentElement.dataset.theme = theme();
-  $("theme").textContent = theme() === "dark" ? "Light" : "Dark";
-  $("theme").setAttribute("aria-label", `Switch to ${theme() === "dark" ? "light" : "dark"} colours`);
+  $("theme").textContent = capital(otherTheme());
+  $("theme").setAttribute("aria-label", `Switch to ${otherTheme()} colours`);
 }
-$("theme").addEventListener("click", () => {
-  LASTING.setItem("ccmux-theme", theme() === "dark" ? "light" : "dark");
-  showTheme();
-});
+$("theme").addEventListener("click", () => { LASTING.setItem("ccmux-theme", otherTheme()); showTheme(); });
 darkSystem.addEventListener("change", showTheme);
 showTheme();
 
@@ -12472,14 +12470,16 @@ function redraw(node, ...children) {
   if (focused) focused.focus({ preventScroll: true });
 }
 /* Asks again every few seconds while the page is seen and no text on it is selected, to be copied perhaps. */
-function poll(refresh, every) {
+function poll(refresh, every, left) {
   const fail = (error) => (error.status === 401 ? start() : tellError(error)); /* the token was changed */
   const ask = once(() => refresh().catch(fail));
-  const timer = setInterval(() => { if (!document.hidden && !String(getSelection())) ask(); }, every);
-  return () => clearInterval(timer);
+  const timer = setInterval(() => {
+    if (left?.aborted) clearInterval(timer);
+    else if (!document.hidden && !String(getSelection())) ask();
+  }, every);
 }
 
-const [SECRET_NAME, SECRET_HELP] = PAGE === "admin"
+const [SECRET_NAME, SECRET_HELP] = IS_ADMIN
   ? ["Admin token", "ccmux printed a link with the token when it started; `ccmux.py token` prints it again. "
     + "It stays in this tab."]
   : ["Your ccmux key", "This server keeps an account for each user. Give your key to see yours; it stays in this tab."];
@@ -12505,7 +12505,7 @@ async function signedIn(load) {
       else refill($("main"), card("ccmux did not answer", button("Try again", start), el("p", {}, error.message)));
       return null;
     }
-    stopView();
+    visit.abort();
     const words = error.status === 401 ? "That is not the right one." : error.message;
     signIn(SESSION.getItem(SECRET) ? words : "");
     SESSION.removeItem(SECRET);
@@ -12560,7 +12560,7 @@ const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "
 const REQUEST_COLUMNS = [
   ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request",
     "data-key": r.request_id }), "nowrap"],
-  PAGE === "admin" ? textOf("User", "user", "nowrap")
+  IS_ADMIN ? textOf("User", "user", "nowrap")
     : ["Session", (r) => (r.session || "–").slice(0, 8), "nowrap mono"],
   textOf("Asked for", "asked"), ["Answered by", target, "text"], textOf("Why", "route", "nowrap"),
   ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
@@ -12595,7 +12595,7 @@ async function showRow(row) {
   el("h3", {}, "Why"), explanation(row.trail), again, el("h3", {}, "Cost"), costTable(row),
   folded("All fields", table("All fields",
     [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"], ["Value", ([n, v]) => shown(n, v), "text"]], fields, "")));
-  if (PAGE !== "admin") return;
+  if (!IS_ADMIN) return;
   const { held } = await ask(`${ROOT}/inspect`).catch(() => ({ held: [] }));
   const explain = async () => {
     const whole = await ask(path("inspect", row.request_id));
@@ -12904,51 +12904,42 @@ addEventListener("beforeunload", (event) => { if (isDirty()) event.preventDefaul
 
 /* Rows that can be moved, removed and added: `make(row)` -> {node, read}. */
 function sequence(rows, make, what) {
-  const list = el("div", {}), items = [];
-  const touched = () => list.dispatchEvent(new Event("input", { bubbles: true }));
-  const draw = () => {
-    items.forEach(({ node }, n) => node.setAttribute("aria-label", `${what} ${n + 1}`));
-    refill(list, items.map((item) => item.node));
-  };
-  const move = (item, by) => {
-    const from = items.indexOf(item), to = from + by;
-    if (to < 0 || to >= items.length) return;
-    items.splice(from, 1);
-    items.splice(to, 0, item);
-    draw();
-    touched();
-    item.node.querySelector(by < 0 ? "[data-up]" : "[data-down]").focus();
+  const list = el("div", {}), readers = new Map();
+  const changed = () => {
+    [...list.children].forEach((item, n) => item.setAttribute("aria-label", `${what} ${n + 1}`));
+    list.dispatchEvent(new Event("input", { bubbles: true }));
   };
   const add = (row) => {
-    const item = make(row);
-    const remove = () => { items.splice(items.indexOf(item), 1); draw(); touched(); more.focus(); };
-    item.node = el("div", { class: "item", role: "group" }, item.node, el("div", { class: "row" },
-      button("Up", () => move(item, -1), { class: "small", "data-up": true }),
-      button("Down", () => move(item, 1), { class: "small", "data-down": true }),
-      button("Remove", remove, { class: "small danger" })));
-    items.push(item);
-    draw();
+    const { node, read } = make(row);
+    const move = (other, where) => { if (other) { other[where](item); changed(); } };
+    const up = button("Up", () => { move(item.previousSibling, "before"); up.focus(); }, { class: "small" });
+    const down = button("Down", () => { move(item.nextSibling, "after"); down.focus(); }, { class: "small" });
+    const remove = button("Remove", () => { item.remove(); changed(); more.focus(); }, { class: "small danger" });
+    const item = el("div", { class: "item", role: "group" }, node, el("div", { class: "row" }, up, down, remove));
+    readers.set(item, read);
+    list.append(item);
   };
   rows.forEach(add);
+  changed();
   const more = button(`Add a ${what}`, () => {
     add({});
-    touched();
-    items.at(-1).node.querySelector("input, select").focus();
+    changed();
+    list.lastChild.querySelector("input, select").focus();
   });
-  return { node: el("div", {}, list, more), read: () => items.map((item) => item.read()) };
+  return { node: el("div", {}, list, more), read: () => [...list.children].map((item) => readers.get(item)()) };
 }
 
-/* Admin: one view a tab. S is the server's last state; a form keeps the hash it was opened with. */
-let S = null, stopView = () => {}, shownTab = "", visit = 0;
+/* Admin: one view a tab. S is the server's last state; a form keeps the hash it was opened with. What a view begins
+   ends when it is left, which its signal tells. */
+let S = null, visit = new AbortController(), shownTab = "";
 const ROOT = "/admin/api";
 const path = (...parts) => [ROOT, ...parts.map(encodeURIComponent)].join("/");
 const VIEWS = { overview, providers: providersView, models: modelsView, router: routerView, users: usersView,
   billing: billingView, try: tryView, inspect: inspectView, config: configView };
 
 async function admin() {
-  const given = /^#token=(.+)$/.exec(location.hash);
-  if (given) {
-    let token = given[1];
+  let [, token] = /^#token=(.+)$/.exec(location.hash) || [];
+  if (token) {
     try { token = decodeURIComponent(token); } catch { /* typed by hand, with a percent sign of its own */ }
     SESSION.setItem(SECRET, token);
     history.replaceState(null, "", "/admin#overview");
@@ -12968,21 +12959,19 @@ async function showTab(isFresh = false) {
     return;
   }
   if (shownTab !== key) closeDialog(); /* by Back */
-  stopView();
-  stopView = () => {};
-  const isAgain = shownTab === key;
+  visit.abort();
+  visit = new AbortController();
+  const { signal } = visit, isAgain = shownTab === key;
   shownTab = key;
-  /* What a view began must end with it, also where it is left before it is drawn. */
-  const mine = ++visit, whenLeft = (stop) => { if (mine === visit) stopView = stop; else stop(); };
   redraw($("tabs"), Object.keys(VIEWS).map((name) => el("a", { href: `#${name}`, "aria-current": name === key && "page" },
     capital(name))));
   try {
     if (!isFresh) await reload();
-    const nodes = mine === visit && await VIEWS[key](whenLeft);
-    if (mine !== visit || (isAgain && isDirty())) return; /* what was typed meanwhile stays */
+    const nodes = !signal.aborted && await VIEWS[key](signal);
+    if (signal.aborted || (isAgain && isDirty())) return; /* what was typed meanwhile stays */
     (isAgain ? redraw : refill)($("main"), nodes);
   } catch (error) {
-    if (mine !== visit) return;
+    if (signal.aborted) return;
     if (error.status === 401) admin();
     else refill($("main"), card("That did not work", button("Try again", () => showTab()), el("p", {}, error.message)));
   }
@@ -13061,7 +13050,7 @@ function healthCard() {
     numberOf("Running now", "active"), numberOf("Average time", "latency_ms", seconds)], rows,
   "No providers yet. Add one under Providers: with a preset, a key is enough."));
 }
-async function overview(whenLeft) {
+async function overview(left) {
   const top = el("div", {}), log = el("div", { class: "log" });
   let since = "", past = null, live = null, shownDay = "";
   const draw = async () => {
@@ -13082,17 +13071,15 @@ async function overview(whenLeft) {
       tile("Running for", duration(S.uptime_s), S.path || "no config file yet")), healthCard());
   };
   await draw();
-  live = await liveLog(log);
-  const stopPoll = poll(async () => { await reload(); await draw(); }, 5000);
-  whenLeft(() => { stopPoll(); live.stop(); });
+  live = await liveLog(log, left);
+  poll(async () => { await reload(); await draw(); }, 5000, left);
   return [top, card("Requests", live.tools, log)];
 }
 const duration = (s) => (s < 3600 ? `${Math.floor(s / 60)} min` : s < 172800 ? `${(s / 3600).toFixed(1)} h`
   : `${Math.floor(s / 86400)} days`);
-async function liveLog(place) {
+async function liveLog(place, left) {
   const newest = async () => (await ask(`${ROOT}/requests?limit=100`)).requests;
   let rows = await newest(), shown = rows, paused = false, stream = new AbortController();
-  const ended = new AbortController();
   const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
     type: "search" });
   const isWanted = (row) => `${faultWord(row.error)} ${JSON.stringify(row)}`.toLowerCase()
@@ -13110,9 +13097,10 @@ async function liveLog(place) {
     if (!paused) draw();
   });
   /* A browser has six connections to a server, for all its tabs: a hidden page gives its own back. */
-  document.addEventListener("visibilitychange", () => { if (document.hidden) stream.abort(); }, { signal: ended.signal });
+  document.addEventListener("visibilitychange", () => { if (document.hidden) stream.abort(); }, { signal: left });
+  left.addEventListener("abort", () => stream.abort());
   const follow = async () => {
-    while (!ended.signal.aborted) {
+    while (!left.aborted) {
       if (!document.hidden) try {
         stream = new AbortController();
         const answer = await call(`${ROOT}/events`, "GET", undefined, stream.signal);
@@ -13131,7 +13119,7 @@ async function liveLog(place) {
   filter.addEventListener("input", draw);
   draw();
   follow();
-  return { tools: [filter, pause], draw, stop: () => { ended.abort(); stream.abort(); } };
+  return { tools: [filter, pause], draw };
 }
 
 /* Providers */
@@ -13516,18 +13504,12 @@ async function billingView() {
 }
 
 /* Try */
-function tryView(whenLeft) {
+function tryView(left) {
   const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }), limit = numberBox(512, { min: 1 });
   const prompt = el("textarea", { rows: 4, value: "Say hello in one sentence." });
   const output = el("pre", { tabindex: 0, role: "region", "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
     end = el("div", { "aria-live": "polite" });
   let running = new AbortController();
-  const onEvent = (event, data) => {
-    const { text, thinking, partial_json: json } = data.delta || {};
-    if (data.type === "error") throw new Failure(500, data.error.message);
-    if (event === "ccmux") showEnd(data);
-    else output.append(text || thinking || json || ""); /* textContent += copies all before it, each time */
-  };
   const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
     remark(`${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${chargeOf(row)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`),
@@ -13539,9 +13521,12 @@ function tryView(whenLeft) {
     const body = { ...sampleBody(model.value.trim(), prompt.value), max_tokens: numberIn(limit) ?? 512 };
     try {
       const answer = await call(`${ROOT}/try`, "POST", { body }, running.signal);
-      for await (const [event, data] of eventsOf(answer)) {
-        raw.append(`event: ${event}\ndata: ${data}\n\n`);
-        onEvent(event, JSON.parse(data));
+      for await (const [event, text] of eventsOf(answer)) {
+        const data = JSON.parse(text), delta = data.delta || {};
+        raw.append(`event: ${event}\ndata: ${text}\n\n`); /* textContent += copies all before it, each time */
+        output.append(delta.text || delta.thinking || delta.partial_json || "");
+        if (data.type === "error") throw new Failure(500, data.error.message);
+        if (event === "ccmux") showEnd(data);
       }
     } catch (error) {
       if (error.name !== "AbortError") throw error;
@@ -13549,7 +13534,7 @@ function tryView(whenLeft) {
     }
   };
   const stop = () => running.abort();
-  whenLeft(stop);
+  left.addEventListener("abort", stop);
   const form = formOf([namesList(), el("div", { class: "row" }, labelled("Model asked for", model),
     labelled("Most output tokens", limit)), labelled("Prompt", prompt)], send,
   { label: "Send", keeps: false, extra: button("Stop", stop) });
@@ -13559,9 +13544,8 @@ function tryView(whenLeft) {
 }
 
 /* Inspect */
-async function inspectView(whenLeft) {
+async function inspectView(left) {
   const list = el("div", {}), detail = el("div", {}), state = el("div", { class: "row" });
-  const put = async (minutes) => draw(await ask(`${ROOT}/inspect`, "PUT", { minutes }));
   const pretty = (value) => {
     try { return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null, 2); } catch { return value; }
   };
@@ -13577,18 +13561,18 @@ async function inspectView(whenLeft) {
         pane("Events for the client", pretty(held.events)))));
   };
   const draw = (told) => {
-    const left = told.on_for_s;
-    refill(state, left ? [badge("ok", `on for ${Math.ceil(left / 60)} min more`),
-      button("Switch off and forget", () => put(0))] : [badge("", "off"),
-      button("Keep requests for 15 minutes", () => put(15), { class: "main" })]);
+    const minutes = Math.ceil(told.on_for_s / 60);
+    refill(state, minutes ? [badge("ok", `on for ${minutes} min more`),
+      button("Switch off and forget", () => refresh("PUT", { minutes: 0 }))] : [badge("", "off"),
+      button("Keep requests for 15 minutes", () => refresh("PUT", { minutes: 15 }), { class: "main" })]);
     redraw(list, table("Held requests", [TIME, ["", (r) => rowButton("Show", r.id, () => show(r.id)), "act"],
       textOf("Asked for", "asked"), textOf("Why", "route", "nowrap"), textOf("Answered by", "target"),
       ["Status", (r) => r.status ?? "running", "nowrap"]], told.held,
-    left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
+    minutes ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
   };
-  const refresh = async () => draw(await ask(`${ROOT}/inspect`));
+  const refresh = async (...put) => draw(await ask(`${ROOT}/inspect`, ...put));
   await refresh();
-  whenLeft(poll(refresh, 3000));
+  poll(refresh, 3000, left);
   return [card("Inspect", state, remark("Keeps the last 20 requests whole, in memory only: what the client sent, ",
     "what the provider got and answered, and what was made of it for the client. Keys are never in it."), list), detail];
 }
@@ -13637,9 +13621,9 @@ function settingsCard(root, read) {
 }
 
 /* Start */
-const start = () => (PAGE === "admin" ? admin() : dashboard());
+const start = () => (IS_ADMIN ? admin() : dashboard());
 start();
-if (PAGE === "admin") {
+if (IS_ADMIN) {
   addEventListener("hashchange", () => (location.hash.startsWith("#token=") ? admin() : showTab()));
 } else {
   $("key").addEventListener("click", () => signIn());
