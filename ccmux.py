@@ -12271,22 +12271,19 @@ SCRIPT = r"""
 const IS_ADMIN = document.body.dataset.page === "admin";
 const $ = (id) => document.getElementById(id);
 
-/* Nodes. Data gets into the page as text only: el() never parses markup. */
-function el(tag, props, ...children) {
-  return fill(setProps(document.createElement(tag), props), ...children);
-}
-function svg(tag, props, ...children) {
-  return fill(setProps(document.createElementNS("http://www.w3.org/2000/svg", tag), props), ...children);
-}
+/* Nodes: el(tag, {property: value}?, child ...). Data gets into the page as text only: no markup is parsed. */
 const isNothing = (value) => value === null || value === undefined || value === false;
-function setProps(node, props) {
-  for (const [name, value] of Object.entries(props || {})) {
+const el = (tag, ...parts) => build(document.createElement(tag), parts);
+const svg = (tag, ...parts) => build(document.createElementNS("http://www.w3.org/2000/svg", tag), parts);
+function build(node, parts) {
+  const hasProps = parts[0]?.constructor === Object;
+  for (const [name, value] of hasProps ? Object.entries(parts[0]) : []) {
     if (isNothing(value)) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (name === "value") node.value = value;
     else node.setAttribute(name, value === true ? "" : value);
   }
-  return node;
+  return fill(node, ...(hasProps ? parts.slice(1) : parts));
 }
 function fill(node, ...children) {
   node.append(...children.flat(9).filter((child) => !isNothing(child)));
@@ -12310,11 +12307,11 @@ function button(label, work, props) {
 }
 /* A part of a page; beside its title buttons, or words. */
 const card = (title, tools, ...body) => el("section", { class: "card" }, el("div", { class: "head" },
-  el("h2", {}, title), typeof tools === "string" ? el("span", { class: "muted" }, tools) : tools), ...body);
+  el("h2", title), typeof tools === "string" ? el("span", { class: "muted" }, tools) : tools), ...body);
 const badge = (kind, word) => el("span", { class: `status ${kind}` }, word);
 const empty = (words) => el("p", { class: "empty" }, words);
 const remark = (...words) => el("p", { class: "muted" }, ...words);
-const folded = (title, ...body) => el("details", {}, el("summary", {}, title), ...body);
+const folded = (title, ...body) => el("details", el("summary", title), ...body);
 const grid = (...fields) => el("div", { class: "fields" }, ...fields);
 
 /* Columns: [title, cell of a row, class]. `shown` says what an empty table means and what to do. */
@@ -12323,8 +12320,8 @@ function table(label, columns, rows, shown) {
   const cell = ([, make, kind], row) => el("td", { class: kind }, make(row));
   const head = columns.map(([title, , kind]) => (title ? el("th", { scope: "col", class: kind }, title) : el("td")));
   return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label },
-    el("table", {}, el("thead", {}, el("tr", {}, head)),
-      el("tbody", {}, rows.map((row) => el("tr", {}, columns.map((c) => cell(c, row)))))));
+    el("table", el("thead", el("tr", head)),
+      el("tbody", rows.map((row) => el("tr", columns.map((c) => cell(c, row)))))));
 }
 /* Columns that show one field of a row, and the button of a row. */
 const textOf = (title, name, kind = "text") => [title, (row) => row[name] || "–", kind];
@@ -12491,25 +12488,24 @@ function signIn(again) {
     SESSION.setItem(SECRET, input.value.trim());
     start();
   };
-  refill($("main"), el("section", { class: "card signin" }, el("h2", {}, "Sign in"),
-    el("form", { onsubmit: submit }, el("p", {}, SECRET_HELP), labelled(SECRET_NAME, input), error,
+  refill($("main"), el("section", { class: "card signin" }, el("h2", "Sign in"),
+    el("form", { onsubmit: submit }, el("p", SECRET_HELP), labelled(SECRET_NAME, input), error,
       el("div", { class: "row" }, el("button", { class: "main" }, "Sign in")))));
   input.focus();
 }
-async function signedIn(load) {
+/* Shows the page, or asks for the secret without which it cannot be shown. */
+async function start() {
   try {
-    return await load();
+    await (IS_ADMIN ? admin() : dashboard());
   } catch (error) {
-    if (![401, 403, 429].includes(error.status)) {
-      if (document.querySelector(".tiles")) tellError(error); /* what is shown stays, and is asked for again */
-      else refill($("main"), card("ccmux did not answer", button("Try again", start), el("p", {}, error.message)));
-      return null;
-    }
-    visit.abort();
-    const words = error.status === 401 ? "That is not the right one." : error.message;
-    signIn(SESSION.getItem(SECRET) ? words : "");
-    SESSION.removeItem(SECRET);
-    return null;
+    if (!(error instanceof Failure)) throw error;
+    if ([401, 403, 429].includes(error.status)) {
+      visit.abort();
+      const words = error.status === 401 ? "That is not the right one." : error.message;
+      signIn(SESSION.getItem(SECRET) ? words : "");
+      SESSION.removeItem(SECRET);
+    } else if (document.querySelector(".tiles")) tellError(error); /* what is shown stays, and is asked for again */
+    else refill($("main"), card("ccmux did not answer", button("Try again", start), el("p", error.message)));
   }
 }
 
@@ -12529,7 +12525,7 @@ function dayChart(days) {
   const bar = (day, n) => {
     const height = Math.max((day.charge_microusd / most) * 130, day.charge_microusd > 0 ? 2 : 0);
     return svg("rect", { class: "bar", x: n * 30 + 2, y: 140 - height, width: 26, height, rx: 2 },
-      svg("title", {}, `${day.key}: ${usd(day.charge_microusd)}, ${count(day.requests, "request")}`));
+      svg("title", `${day.key}: ${usd(day.charge_microusd)}, ${count(day.requests, "request")}`));
   };
   return svg("svg", { class: "chart", viewBox: "0 0 900 142", preserveAspectRatio: "none", role: "img",
     "aria-label": `Bars of ${days.length} days, the highest ${usd(most)}` },
@@ -12560,8 +12556,7 @@ const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "
 const REQUEST_COLUMNS = [
   ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request",
     "data-key": r.request_id }), "nowrap"],
-  IS_ADMIN ? textOf("User", "user", "nowrap")
-    : ["Session", (r) => (r.session || "–").slice(0, 8), "nowrap mono"],
+  IS_ADMIN ? textOf("User", "user", "nowrap") : ["Session", (r) => (r.session || "–").slice(0, 8), "nowrap mono"],
   textOf("Asked for", "asked"), ["Answered by", target, "text"], textOf("Why", "route", "nowrap"),
   ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
   ["Cost", chargeOf, "num"], numberOf("Took", "duration_ms", seconds),
@@ -12570,7 +12565,7 @@ const REQUEST_COLUMNS = [
 function explanation(trail) {
   const tried = trail.filter(([step]) => step !== "targets"), order = trail.find(([step]) => step === "targets");
   return [table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note, "text"]],
-    tried, "No rules were tried."), order && el("p", {}, "Targets in order: ", order[1],
+    tried, "No rules were tried."), order && el("p", "Targets in order: ", order[1],
     order[1].includes(", then ") && ". One that rests after faults, or is limited, is tried last.")];
 }
 function costTable(row) {
@@ -12580,19 +12575,19 @@ function costTable(row) {
   return [table("Tokens and price", [["Kind", ([, name]) => name, "nowrap"],
     ["Tokens", ([kind]) => whole(row[`${kind}_tokens`]), "num"], ["$ per million", rate, "num"]], kinds, ""),
   tiers.length > 0 && remark(`Another price above ${whole(tiers[0].above)} tokens.`),
-  el("p", {}, row.cost_microusd === null ? "No price is known for this model, so its cost is not counted."
+  el("p", row.cost_microusd === null ? "No price is known for this model, so its cost is not counted."
     : `Cost ${usd(row.cost_microusd)}, markup ${usd(row.markup_microusd)}, charged ${usd(row.charge_microusd)}.`)];
 }
 async function showRow(row) {
   const shown = (name, value) => (name.endsWith("_microusd") ? usd(value) : name.endsWith("_ms")
     ? seconds(value) : value === "" || value === null ? "–" : String(value));
   const fields = Object.entries(row).filter(([name]) => !["trail", "price"].includes(name));
-  const again = el("div", {});
+  const again = el("div");
   const isAsked = row.attempts || row.error === "interrupted"; /* of which nothing more is known */
   const ended = row.status < 300 && !row.error ? "answered" : isAsked ? "did not answer to the end" : "was not asked";
-  openDialog(`Request ${row.request_id}`, el("p", {}, statusBadge(row), ` ${row.asked || "–"} was asked for, `,
+  openDialog(`Request ${row.request_id}`, el("p", statusBadge(row), ` ${row.asked || "–"} was asked for, `,
     `${target(row)} ${ended} (${row.route || "–"}, ${count(row.attempts, "attempt")})`),
-  el("h3", {}, "Why"), explanation(row.trail), again, el("h3", {}, "Cost"), costTable(row),
+  el("h3", "Why"), explanation(row.trail), again, el("h3", "Cost"), costTable(row),
   folded("All fields", table("All fields",
     [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"], ["Value", ([n, v]) => shown(n, v), "text"]], fields, "")));
   if (!IS_ADMIN) return;
@@ -12611,7 +12606,7 @@ let closeDialog = () => {};
 function openDialog(title, ...body) {
   closeDialog();
   const opener = document.activeElement, leave = button("Close", () => { if (mayLeave(node)) closeDialog(); });
-  const node = el("dialog", { "aria-label": title }, el("div", { class: "head" }, el("h2", {}, title), leave), ...body);
+  const node = el("dialog", { "aria-label": title }, el("div", { class: "head" }, el("h2", title), leave), ...body);
   closeDialog = () => {
     closeDialog = () => {};
     document.body.append(STATUS);
@@ -12638,9 +12633,8 @@ function openDialog(title, ...body) {
 async function dashboard() {
   const paths = ["me", "usage?days=30&by=day", "usage?days=30&by=model", "usage?days=30&by=session", "models",
     "requests?limit=50", "transactions?limit=50"];
-  const got = await signedIn(() => Promise.all(paths.map((path) => ask(`/api/${path}`))));
-  if (!got) return;
-  const [me, { usage: days }, { usage: used }, { usage: sessions }, { models }, { requests }, { transactions }] = got;
+  const [me, { usage: days }, { usage: used }, { usage: sessions }, { models }, { requests }, { transactions }]
+    = await Promise.all(paths.map((path) => ask(`/api/${path}`)));
   if (me.name === "local" && SESSION.getItem(SECRET)) {
     SESSION.removeItem(SECRET);
     tell("No user here has that key: this is the local user.");
@@ -12670,12 +12664,11 @@ function tiles(me, days, rows) {
     tile("First token", waited ? seconds(waited) : "–",
       busy ? `${Number((output / busy).toPrecision(3))} tokens/s` : "no requests yet"));
 }
-const budgetBars = (user) => budgetsOf(user).map(([period, used, limit]) => el("div", {},
-  el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
+const budgetBars = (user) => budgetsOf(user).map(([period, used, limit]) => el("div",
+  el("p", `${usd(used)} of ${usd(limit)} this ${period}`),
   el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8,
     "aria-label": `budget of the ${period}` })));
-const budgetCard = (me) => budgetsOf(me).length > 0
-  && card("Budgets", "UTC, a week begins on Monday", budgetBars(me));
+const budgetCard = (me) => budgetsOf(me).length > 0 && card("Budgets", "UTC, a week begins on Monday", budgetBars(me));
 const PERIODS = ["day", "week", "month"];
 /* [period, spent, budget] of those that are set. */
 const budgetsOf = (user) => PERIODS.map((period) => [period,
@@ -12713,7 +12706,7 @@ const ledgerTable = (entries, shown) => table("Transactions", [TIME, textOf("Kin
   ["Note", (t) => t.note || t.request_id || "–", "text"], numberOf("Amount", "amount_microusd", usd),
   numberOf("Balance", "balance_microusd", usd)], entries, shown);
 function moneyCard(entries) {
-  const buy = () => openDialog("Buy credits", el("p", {},
+  const buy = () => openDialog("Buy credits", el("p",
     "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page."));
   return card("Transactions", button("Buy credits", buy), ledgerTable(entries,
     "No transactions. Credit that is added and what requests cost is listed here."));
@@ -12723,7 +12716,7 @@ function connectCard(models) {
   const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_AUTH_TOKEN: key };
   const shells = [["bash, zsh", (n, v) => `export ${n}='${v}'`], ["fish", (n, v) => `set -gx ${n} '${v}'`],
     ["PowerShell", (n, v) => `$env:${n} = '${v}'`], ["cmd", (n, v) => `set ${n}=${v}`]];
-  const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", {}, name), copyable(
+  const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", name), copyable(
     [...Object.entries(values).map(([key, value]) => line(key, value)), "claude"].join("\n")));
   return card("Point Claude Code here", null,
     remark("Paste these lines into a terminal; the last one starts Claude Code",
@@ -12750,7 +12743,7 @@ const options = (names) => names.map((value) => el("option", { value }));
 function selectBox(choices, value = "") {
   const known = choices.map((choice) => [choice].flat());
   if (value && !known.some(([key]) => key === value)) known.push([value]);
-  const node = el("select", {}, known.map(([key, label]) => el("option", { value: key }, label ?? key)));
+  const node = el("select", known.map(([key, label]) => el("option", { value: key }, label ?? key)));
   node.value = value;
   return node;
 }
@@ -12796,7 +12789,7 @@ const CONTROLS = {
       return { input, get: () => commaParts(input) };
     }
     const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c, checked: given.includes(c) }));
-    const node = fieldset(field, "checks", boxes.map((box) => el("label", {}, box, box.value)));
+    const node = fieldset(field, "checks", boxes.map((box) => el("label", box, box.value)));
     return { node, get: () => boxes.filter((b) => b.checked).map((b) => b.value) };
   },
   secret(field, value) {
@@ -12808,7 +12801,7 @@ const CONTROLS = {
     input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
     const isPool = field.name === "api_key", gone = el("input", { type: "checkbox" });
     const node = labelled(labelOf(field), input, field.help + (isPool ? ", commas between them" : ""));
-    if (now) node.append(el("label", {}, gone, "take the stored one away"));
+    if (now) node.append(el("label", gone, "take the stored one away"));
     const typed = () => (isPool ? commaParts(input) : [input.value.trim()]);
     return { input, node, get: () => (gone.checked ? "" : typed().length > 1 ? typed() : typed()[0] || undefined) };
   },
@@ -12836,7 +12829,7 @@ function headerControl(field, value) {
   const get = () => Object.fromEntries(input.value.split("\n").filter((l) => l.trim()).map(pair));
   return { input, wide: true, get: () => (value || input.value.trim() ? get() : undefined) };
 }
-const fieldset = (field, kind, boxes) => el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
+const fieldset = (field, kind, boxes) => el("fieldset", { class: "field wide" }, el("legend", labelOf(field)),
   el("div", { class: kind }, boxes), el("span", { class: "help" }, field.help));
 const labelOf = (field) => capital(field.name).replace(/_/g, " ").replace("Api", "API").replace(" url", " URL");
 
@@ -12904,7 +12897,7 @@ addEventListener("beforeunload", (event) => { if (isDirty()) event.preventDefaul
 
 /* Rows that can be moved, removed and added: `make(row)` -> {node, read}. */
 function sequence(rows, make, what) {
-  const list = el("div", {}), readers = new Map();
+  const list = el("div"), readers = new Map();
   const changed = () => {
     [...list.children].forEach((item, n) => item.setAttribute("aria-label", `${what} ${n + 1}`));
     list.dispatchEvent(new Event("input", { bubbles: true }));
@@ -12926,7 +12919,7 @@ function sequence(rows, make, what) {
     changed();
     list.lastChild.querySelector("input, select").focus();
   });
-  return { node: el("div", {}, list, more), read: () => [...list.children].map((item) => readers.get(item)()) };
+  return { node: el("div", list, more), read: () => [...list.children].map((item) => readers.get(item)()) };
 }
 
 /* Admin: one view a tab. S is the server's last state; a form keeps the hash it was opened with. What a view begins
@@ -12944,12 +12937,12 @@ async function admin() {
     SESSION.setItem(SECRET, token);
     history.replaceState(null, "", "/admin#overview");
   }
-  if (await signedIn(reload)) showTab(true);
+  await reload();
+  await showTab(true);
 }
 async function reload() {
   S = await ask(`${ROOT}/state`);
   $("version").textContent = `ccmux ${S.version}`;
-  return S;
 }
 async function showTab(isFresh = false) {
   if (!S) return;
@@ -12972,8 +12965,8 @@ async function showTab(isFresh = false) {
     (isAgain ? redraw : refill)($("main"), nodes);
   } catch (error) {
     if (signal.aborted) return;
-    if (error.status === 401) admin();
-    else refill($("main"), card("That did not work", button("Try again", () => showTab()), el("p", {}, error.message)));
+    if (error.status === 401) start();
+    else refill($("main"), card("That did not work", button("Try again", () => showTab()), el("p", error.message)));
   }
 }
 /* After a save, which gives words: the dialog that it was made in closes, the newest state is read, and the view is
@@ -13032,9 +13025,9 @@ function problems(broke) {
 function problemCard(broke) {
   const found = problems(broke);
   if (!found.length) return card("All is well", badge("ok", "no problems"));
-  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), ` ${text.replace(/\.$/, "")}.`,
+  const item = ([kind, word, text, tab]) => el("li", badge(kind, word), ` ${text.replace(/\.$/, "")}.`,
     tab && [" See ", el("a", { href: `#${tab}` }, capital(tab))]);
-  const node = card(`${count(found.length, "thing")} to look at`, null, el("ul", {}, found.map(item)));
+  const node = card(`${count(found.length, "thing")} to look at`, null, el("ul", found.map(item)));
   node.classList.add("problems", ...(found.some(([kind]) => kind === "bad") ? [] : ["mild"]));
   return node;
 }
@@ -13051,7 +13044,7 @@ function healthCard() {
   "No providers yet. Add one under Providers: with a preset, a key is enough."));
 }
 async function overview(left) {
-  const top = el("div", {}), log = el("div", { class: "log" });
+  const top = el("div"), log = el("div", { class: "log" });
   let since = "", past = null, live = null, shownDay = "";
   const draw = async () => {
     const day = new Date().toISOString().slice(0, 10), localDay = new Date().toDateString();
@@ -13124,19 +13117,32 @@ async function liveLog(place, left) {
 
 /* Providers */
 const rowsOf = (root) => S.config[root] || [], tableOf = (root) => S.config[root] || {};
+/* What would name a row that is gone: models their providers, routes and rules their models. */
+const usersOf = (name) => rowsOf("models").filter((m) => m.mappings?.some((t) => t.provider === name)).map((m) => m.name);
+const routesOf = (name) => [...Object.keys(S.routes).filter((slot) => S.routes[slot] === name),
+  ...(tableOf("router").rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
+const NAMED_BY = { providers: usersOf, models: routesOf };
 /* A save under another row's name would take that row's place. */
 function checkName(root, name, old) {
+  const isNew = name !== old?.name, users = old && isNew ? NAMED_BY[root](old.name) : [];
   if (!name) throw new Failure(400, "name: give it a name");
-  if (name !== old?.name && rowsOf(root).some((row) => row.name === name)) {
+  if (isNew && rowsOf(root).some((row) => row.name === name)) {
     throw new Failure(400, `name: there is ${name} already; edit that one, or choose another name`);
   }
-  const users = old && name !== old.name ? (root === "models" ? routesOf : usersOf)(old.name) : [];
   if (users.length) {
     throw new Failure(400, `name: ${users.join(", ")} would still say ${old.name}; `
       + "change both names in the whole file, under Config");
   }
 }
-const usersOf = (name) => rowsOf("models").filter((m) => m.mappings?.some((t) => t.provider === name)).map((m) => m.name);
+function removeButton(root, { name }, hash) {
+  return button("Delete", async () => {
+    const users = NAMED_BY[root](name);
+    if (users.length) throw new Failure(409, `${name} is used by ${users.join(", ")}; change that first.`);
+    if (!confirm(`Delete ${name}?`)) return null;
+    await ask(path(root, name), "DELETE", { hash });
+    return `${name} is deleted.`;
+  }, { class: "danger" });
+}
 const hostOf = (url) => { try { return new URL(url).host; } catch { return url || "–"; } };
 /* The keys that are set, as far as the server tells them: a variable by its name, else the last four. */
 const keysSet = (key, ending) => [key].flat().filter((k) => k?.set)
@@ -13203,17 +13209,8 @@ function providerDialog(old) {
   typeField.dataset.field = "type";
   const form = formOf([grid(typeField, first.nodes), to, folded("More settings", grid(rest.nodes)),
     folded("Quirks: how it differs from others of its format (a preset knows)", grid(quirks.nodes))], save,
-  { extra: old && removeButton("providers", old.name, hash, usersOf) });
+  { extra: old && removeButton("providers", old, hash) });
   openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
-}
-function removeButton(root, name, hash, namedBy) {
-  return button("Delete", async () => {
-    const users = namedBy(name);
-    if (users.length) throw new Failure(409, `${name} is used by ${users.join(", ")}; change that first.`);
-    if (!confirm(`Delete ${name}?`)) return null;
-    await ask(path(root, name), "DELETE", { hash });
-    return `${name} is deleted.`;
-  }, { class: "danger" });
 }
 /* A box for a model's name at a provider, and what fills its list with the names that the provider gives. */
 function modelBox(value) {
@@ -13230,14 +13227,14 @@ function testDialog(name) {
   const test = async () => {
     refill(result, "Asking …");
     const told = await ask(`${path("providers", name)}/test`, "POST", { model: model.input.value.trim() });
-    refill(result, el("p", {}, badge(told.ok ? "ok" : "bad", told.ok ? "works" : `failed with ${told.status}`),
+    refill(result, el("p", badge(told.ok ? "ok" : "bad", told.ok ? "works" : `failed with ${told.status}`),
       ` ${seconds(told.ms)}, model ${told.model || "none: fetch the list and choose one"}`),
-    el("pre", {}, told.text || told.error || "an empty answer"));
+    el("pre", told.text || told.error || "an empty answer"));
     await showTab(); /* the list behind tells the new state */
   };
   const fetchNames = async () => {
     const names = await model.fetchNames(name);
-    refill(result, el("p", {}, count(names.length, "model")), el("pre", { tabindex: 0 }, names.join("\n")));
+    refill(result, el("p", count(names.length, "model")), el("pre", { tabindex: 0 }, names.join("\n")));
   };
   const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
   openDialog(`Test ${name}`, remark("Sends one tiny real request over the way all requests go."),
@@ -13247,8 +13244,6 @@ function testDialog(name) {
 }
 
 /* Models */
-const routesOf = (name) => [...Object.keys(S.routes).filter((slot) => S.routes[slot] === name),
-  ...(tableOf("router").rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
 const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}` : "built-in table");
 const namesList = () => el("datalist", { id: "names" }, options(S.names));
 function modelsView() {
@@ -13279,9 +13274,9 @@ function mappingItem(row) {
     tell(`${count(found.length, "model")}: type, or press the down arrow, to choose one.`);
   };
   const own = controls(S.fields.mappings.filter((f) => ["price", "context"].includes(f.name)), row);
-  const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider),
+  const node = el("div", el("div", { class: "row" }, labelled("Provider", provider),
     labelled("Model at the provider", model.input), model.list, button("Fetch list", fetchNames)),
-  el("details", { open: Boolean(row.price) }, el("summary", {}, "Price and context of this target alone"),
+  el("details", { open: Boolean(row.price) }, el("summary", "Price and context of this target alone"),
     grid(own.nodes)));
   return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.input.value.trim() }) };
 }
@@ -13300,10 +13295,9 @@ function modelDialog(old) {
     return `Model ${table.name} is saved.${old ? "" : " Under Router you choose what goes to it."}`;
   };
   const [name, ...others] = made.nodes;
-  const form = formOf([grid(name), el("h3", {}, "Targets, the first tried first"),
+  const form = formOf([grid(name), el("h3", "Targets, the first tried first"),
     remark("A target is a provider, and the name that the model has there."), targets.node,
-    el("h3", {}, "Facts"), grid(others)], save,
-  { extra: old && removeButton("models", old.name, hash, routesOf) });
+    el("h3", "Facts"), grid(others)], save, { extra: old && removeButton("models", old, hash) });
   openDialog(old ? `Model ${old.name}` : "Add a model", form);
 }
 
@@ -13325,11 +13319,11 @@ async function routerView() {
   const fields = S.fields.router.filter((f) => f.name !== "rules")
     .map((f) => (f.name in S.routes ? { ...f, list: "names" } : f));
   const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "rule");
-  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div", {});
+  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div");
   const attempt = () => {
-    const line = (title, name) => el("p", {}, `${title} (${name}): `, matchWord(made.input(name).value, sample.value));
+    const line = (title, name) => el("p", `${title} (${name}): `, matchWord(made.input(name).value, sample.value));
     refill(results, line("Claude's own name", "auto_map_regex"), line("Background name", "background_regex"),
-      rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, `, el("code", {}, rule.pattern || "empty"), " ",
+      rules.read().map((rule, n) => el("p", `Rule ${n + 1}, `, el("code", rule.pattern || "empty"), " ",
         matchWord(rule.pattern, words.value))));
   };
   const save = async () => {
@@ -13338,8 +13332,8 @@ async function routerView() {
     ({ hash } = await ask(`${ROOT}/router`, "PUT", { hash, table: kept.length ? { ...table, rules: kept } : table }));
     return "The router is saved.";
   };
-  const form = formOf([namesList(), grid(made.nodes), el("h3", {}, "Prompt rules, the first match wins"), rules.node,
-    el("h3", {}, "Try the patterns"),
+  const form = formOf([namesList(), grid(made.nodes), el("h3", "Prompt rules, the first match wins"), rules.node,
+    el("h3", "Try the patterns"),
     el("div", { class: "row" }, labelled("A model name", sample), labelled("A user's words", words)), results], save);
   form.addEventListener("input", attempt);
   attempt();
@@ -13351,9 +13345,9 @@ async function explained(body, headers) {
   const told = await ask(`${ROOT}/explain`, "POST", { body, headers });
   const columns = [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], textOf("Provider", "provider"),
     textOf("Model", "model", "text mono"), numberOf("At most", "ceiling_microusd", usd)];
-  return [el("p", {}, badge("ok", told.reason), ` goes to ${told.model}; ${count(told.tokens, "token")} counted`,
+  return [el("p", badge("ok", told.reason), ` goes to ${told.model}; ${count(told.tokens, "token")} counted`,
     told.factor !== 1 && ` (by ${told.factor.toFixed(2)}, as its answers there have told)`), explanation(told.trail),
-  el("h3", {}, "Targets, and the most it can cost there"), table("Targets", columns, told.targets, "No targets.")];
+  el("h3", "Targets, and the most it can cost there"), table("Targets", columns, told.targets, "No targets.")];
 }
 async function explainCard() {
   const body = textArea(8, JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2));
@@ -13362,13 +13356,13 @@ async function explainCard() {
   const words = (row) => `${when(row.time).textContent} ${row.asked} → ${target(row)}`;
   const recent = selectBox([["", "none: the request below"], ...requests.map((row) => [row.request_id,
     isHeld(row) ? `${words(row)} (held whole)` : words(row)])]);
-  const result = el("div", {});
+  const result = el("div");
   let headers = {};
   const show = async () => {
     const row = requests.find((r) => r.request_id === recent.value);
     headers = {};
     if (!row) refill(result);
-    else if (!isHeld(row)) refill(result, el("h3", {}, "As it went"), explanation(row.trail), costTable(row));
+    else if (!isHeld(row)) refill(result, el("h3", "As it went"), explanation(row.trail), costTable(row));
     else {
       const held = await ask(path("inspect", row.request_id));
       headers = held.client_headers;
@@ -13377,13 +13371,12 @@ async function explainCard() {
     }
   };
   recent.addEventListener("change", () => show().catch(tellError));
-  const run = async () => refill(result, el("h3", {}, "On the rules as they are now"),
+  const run = async () => refill(result, el("h3", "On the rules as they are now"),
     await explained(jsonIn(body, "Not JSON: "), headers));
   const form = formOf([labelled("A recent request", recent,
     "one that Inspect holds whole is explained anew; of any other you see what was noted when it went"),
   labelled("Messages request (JSON)", body)], run, { label: "Explain", keeps: false });
-  return card("Explain a request", null,
-    remark("Shows each rule that is tried. Nothing is sent."), form, result);
+  return card("Explain a request", null, remark("Shows each rule that is tried. Nothing is sent."), form, result);
 }
 
 /* Users */
@@ -13431,7 +13424,7 @@ function addUserDialog() {
     labelled("Note", note), budgets.nodes), save, { label: "Add" }));
 }
 function keyDialog(name, key) {
-  openDialog(`Key of ${name}`, el("p", {},
+  openDialog(`Key of ${name}`, el("p",
     "This is shown once. Give it to them now: only a hash of it is kept. "
     + "With it they sign in on the dashboard, which says how to point Claude Code here."), copyable(key));
 }
@@ -13456,17 +13449,17 @@ async function userDialog(user) {
   const toggle = () => send(`${user.name} is changed.`, place, "PATCH", { disabled: !user.disabled });
   const rotate = () => confirm(`Make a new key for ${user.name}? The old one stops working at once.`)
     && send("The key is new.", `${place}/key`, "POST");
-  const ledger = el("div", {});
+  const ledger = el("div");
   openDialog(`User ${user.name}`,
-    el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} of it set aside for running requests`),
+    el("p", `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} of it set aside for running requests`),
     formOf(grid(labelled("Amount, dollars", amount, "below zero takes back"), labelled("Note", note)), credit,
       { label: "Change credit" }),
-    el("h3", {}, "Budgets"), user.name === "local" && remark(
+    el("h3", "Budgets"), user.name === "local" && remark(
       "The user local is never refused: these show how much is used, and limit nothing."), budgetBars(user),
     formOf(grid(budgets.nodes), setBudgets, { label: "Save budgets" }),
     el("div", { class: "row" }, button("New key", rotate),
       button(user.disabled ? "Enable" : "Disable", toggle, { class: "danger" })),
-    el("h3", {}, "Transactions"), ledger);
+    el("h3", "Transactions"), ledger);
   try {
     const { transactions } = await ask(`${place}/transactions?limit=100`);
     fill(ledger, ledgerTable(transactions, "Nothing yet."));
@@ -13478,7 +13471,7 @@ async function billingView() {
   const month = new Date().toISOString().slice(0, 8);
   const by = selectBox(["user", "model", "provider", "day", "session", "month"], "user");
   const since = el("input", { type: "date", value: `${month}01` }), until = el("input", { type: "date" });
-  const other = textBox("", { list: "names" }), result = el("div", {});
+  const other = textBox("", { list: "names" }), result = el("div");
   const query = () => new URLSearchParams({ by: by.value, since: since.value, until: until.value,
     as_if: other.value.trim() });
   const draw = async () => {
@@ -13510,7 +13503,7 @@ function tryView(left) {
   const output = el("pre", { tabindex: 0, role: "region", "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
     end = el("div", { "aria-live": "polite" });
   let running = new AbortController();
-  const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
+  const showEnd = (row) => refill(end, el("p", statusBadge(row), ` ${target(row)} because of ${row.route}`),
     remark(`${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${chargeOf(row)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`),
     folded("Why it went there", explanation(row.trail)));
@@ -13530,7 +13523,7 @@ function tryView(left) {
       }
     } catch (error) {
       if (error.name !== "AbortError") throw error;
-      refill(end, el("p", {}, "Stopped."));
+      refill(end, el("p", "Stopped."));
     }
   };
   const stop = () => running.abort();
@@ -13545,7 +13538,7 @@ function tryView(left) {
 
 /* Inspect */
 async function inspectView(left) {
-  const list = el("div", {}), detail = el("div", {}), state = el("div", { class: "row" });
+  const list = el("div"), detail = el("div"), state = el("div", { class: "row" });
   const pretty = (value) => {
     try { return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null, 2); } catch { return value; }
   };
@@ -13554,7 +13547,7 @@ async function inspectView(left) {
     const held = await ask(path("inspect", id));
     const file = new Blob([JSON.stringify(held, null, 2)], { type: "application/json" });
     const headers = Object.entries(held.client_headers).map(([name, value]) => `${name}: ${value}\n`).join("");
-    const pane = (title, text) => el("div", {}, el("h3", {}, title), el("pre", { tabindex: 0 }, text || "nothing"));
+    const pane = (title, text) => el("div", el("h3", title), el("pre", { tabindex: 0 }, text || "nothing"));
     refill(detail, card(`Request ${id}`, button("Download JSON", () => download(file, `ccmux-${id}.json`)),
       el("div", { class: "two" }, pane("What the client sent", `${headers}\n${pretty(held.client_request)}`.trim()),
         pane("What the provider got", tries(held.upstream_request)), pane("What it answered", tries(held.upstream_answer)),
@@ -13586,7 +13579,7 @@ async function configView() {
     return "The config is saved and in use.";
   };
   const read = { hash: S.config_hash };
-  return [S.config_error && card("The file is broken; the config before it is in use", null, el("pre", {}, S.config_error)),
+  return [S.config_error && card("The file is broken; the config before it is in use", null, el("pre", S.config_error)),
     settingsCard("credits", read), settingsCard("server", read),
     card("The whole file", S.path || "not written yet", formOf(labelled("config.toml", text,
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
@@ -13601,11 +13594,10 @@ async function backupDialog(name, hash) {
     await ask(path("backups", name), "POST", { hash });
     return `${name} is the config again.`;
   };
-  openDialog(`Backup ${name}`, el("h3", {}, "What restoring it changes"),
+  openDialog(`Backup ${name}`, el("h3", "What restoring it changes"),
     el("pre", { tabindex: 0 }, changes || "Nothing: it says what the config says now."),
     folded("The whole backup", el("pre", { tabindex: 0 }, text)),
-    formOf(remark("The config as it is now becomes the newest backup."), restore,
-      { label: "Restore", keeps: false }));
+    formOf(remark("The config as it is now becomes the newest backup."), restore, { label: "Restore", keeps: false }));
 }
 /* Both tables were read as of read.hash, and a save of one leaves the other as it was read. */
 function settingsCard(root, read) {
@@ -13621,13 +13613,11 @@ function settingsCard(root, read) {
 }
 
 /* Start */
-const start = () => (IS_ADMIN ? admin() : dashboard());
 start();
-if (IS_ADMIN) {
-  addEventListener("hashchange", () => (location.hash.startsWith("#token=") ? admin() : showTab()));
-} else {
+if (IS_ADMIN) addEventListener("hashchange", () => (location.hash.startsWith("#token=") ? start() : showTab()));
+else {
   $("key").addEventListener("click", () => signIn());
-  poll(async () => { if (document.querySelector(".tiles")) await dashboard(); }, 30000);
+  poll(async () => { if (document.querySelector(".tiles")) await start(); }, 30000);
 }
 """
 
