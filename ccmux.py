@@ -11881,7 +11881,7 @@ def secret_marks(text: str) -> dict[str, str]:
     """Each literal secret as a config text spells it, longest first, with the mark that stands for it."""
     try:
         tables = tomllib.loads(text)
-        shown = shown_text(tables)
+        shown = shown_text(tables, is_secret_key)
         # A short one that stands in the open as well ("ollama", "none") is no secret, and marks would hide names.
         secret = {s for s in literal_secrets(tables) if len(s) >= 12 or s not in shown}
         found = {raw for raw, value in string_values(text) if value in secret}
@@ -11896,21 +11896,32 @@ def secret_marks(text: str) -> dict[str, str]:
 _KEY_IN_COMMENT = re.compile(r"""(?m)^[ \t]*#[ \t]*(?:api_key|admin_token)[ \t]*=[ \t]*(["'])(.{8,}?)\1""")
 
 
-def literal_secrets(tables: Json) -> Iterator[str]:
+def literal_secrets(tables: Json) -> set[str]:
     """The secrets of parsed tables that are written out, not named by a variable."""
-    return filter(is_literal, secret_texts(tables))
+    return set(filter(is_literal, secret_texts(tables)))
 
 
-def secret_texts(value: Any, is_secret: bool = False) -> Iterator[str]:
-    """The texts that `masked_table` masks, in tables that may not be checked ones: at misspelt keys, too."""
+def secret_texts(tables: Json) -> set[str]:
+    """The secrets of tables that may not be checked ones: at misspelt keys, too."""
+    return {text for text, is_secret in texts_of(tables, is_secret_key) if is_secret}
+
+
+def shown_text(tables: Json, hides: Callable[[str], bool]) -> str:
+    """All keys and texts that are no secrets; between two of them what no secret has in it."""
+    return "\0".join(text for text, is_secret in texts_of(tables, hides) if not is_secret)
+
+
+def texts_of(value: Any, hides: Callable[[str], bool], is_secret: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every key and text in tables, and whether it is a secret: a text below a key that hides what it has."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from secret_texts(item, is_secret or is_secret_key(key))
+            yield key, False
+            yield from texts_of(item, hides, is_secret or hides(key))
     elif isinstance(value, list):
         for item in value:
-            yield from secret_texts(item, is_secret)
-    elif is_secret and isinstance(value, str):
-        yield value
+            yield from texts_of(item, hides, is_secret)
+    elif isinstance(value, str):
+        yield value, is_secret
 
 
 @functools.lru_cache(1024)
@@ -11965,8 +11976,8 @@ async def put_config(request: web.Request) -> web.StreamResponse:
 
 def check_kept(old: Json, new: Json, kept: set[str]) -> None:
     """ApiError 400 where a secret that the editor never saw would be shown, or sent elsewhere."""
-    secret = kept & {*literal_secrets(old), *literal_secrets(new)}
-    before, after = shown_text(old), shown_text(new)
+    secret = kept & (literal_secrets(old) | literal_secrets(new))
+    before, after = (shown_text(tables, SECRET_KEYS.__contains__) for tables in (old, new))
     if any(s in after and s not in before for s in secret):
         raise ApiError(400, "a [kept-...] mark may only stand where its key stood")
     tokens = [str(as_object(tables.get("server")).get("admin_token")) for tables in (old, new)]
@@ -11979,26 +11990,8 @@ def check_kept(old: Json, new: Json, kept: set[str]) -> None:
         name = str(row.get("name"))
         was = rows.get(name, {})
         moved = address_of(row) != address_of(was)
-        if secret.intersection(secret_texts(row)).difference([] if moved else secret_texts(was)):
+        if (secret & secret_texts(row)) - (set() if moved else secret_texts(was)):
             raise ApiError(400, f"provider {name!r} has a new address: type its key again, or use $NAME")
-
-
-def shown_text(tables: Json) -> str:
-    """All keys and texts that are no secrets; between two of them what no secret has in it."""
-    return "\0".join(texts_of(masked_table(tables)))
-
-
-def texts_of(value: Any) -> Iterator[str]:
-    """Every key and text in a value."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from texts_of(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts_of(item)
-    elif isinstance(value, str):
-        yield value
 
 
 async def get_backups(request: web.Request) -> web.StreamResponse:

@@ -691,6 +691,12 @@ async def test_a_secret_at_a_misspelt_key_is_not_shown(key: str, tmp_path: Path)
         assert admin.text == whole
 
 
+async def test_a_short_secret_at_a_misspelt_key_is_not_shown(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        admin.file.write_text(admin.text.replace(f'api_key = "{SECRET}"', 'apikey = "sk-12345"'))
+        assert "sk-12345" not in (await admin.get("/admin/api/config"))["text"]
+
+
 async def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         whole = admin.text
