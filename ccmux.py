@@ -11804,27 +11804,25 @@ async def test_provider(state: State, provider: Provider, model: str) -> Json:
 
 async def post_provider_test(request: web.Request) -> web.StreamResponse:
     """One tiny request to a saved provider over the live path."""
-    state = require_admin(request)
+    state, provider = saved_provider(request)
     body = await body_of(request, ("model",))
-    provider = saved_provider(state, request.match_info["name"])
     model = text_in(body, "model", 200) or provider_model(state.config, provider)
     forget_faults(state, {provider.name})
     return web.json_response(await test_provider(state, provider, model))
 
 
-def saved_provider(state: State, name: str) -> Provider:
+def saved_provider(request: web.Request) -> tuple[State, Provider]:
+    """The provider that the address names; ApiError 404 where there is none."""
+    state, name = require_admin(request), request.match_info["name"]
     provider = state.config.provider(name)
     if provider is None:
         raise ApiError(404, f"there is no provider {name!r}; save it first")
-    return provider
+    return state, provider
 
 
 async def get_provider_models(request: web.Request) -> web.StreamResponse:
     """The model names that a provider itself lists."""
-    state = require_admin(request)
-    return web.json_response(
-        {"models": await listed_models(state, saved_provider(state, request.match_info["name"]))}
-    )
+    return web.json_response({"models": await listed_models(*saved_provider(request))})
 
 
 async def listed_models(state: State, provider: Provider) -> list[str]:
@@ -11958,9 +11956,8 @@ async def put_config(request: web.Request) -> web.StreamResponse:
     """Saves the whole text. A kept secret stays where it was: it never moves to another key or address."""
     state = require_admin(request)
     body = await body_of(request, ("text", "hash"))
-    text = text_in(body, "text", 2**20)
-    after, old, kept = text, state.config.tables, set()
-    current = config_text(state)
+    after, current = text_in(body, "text", 2**20), config_text(state)
+    old, kept = state.config.tables, set()
     for secret, mark in reversed(secret_marks(current).items()):  # a short one may be part of another's mark
         if mark in after:
             after = after.replace(mark, secret)
@@ -13177,15 +13174,11 @@ function providerDialog(old) {
     url.placeholder = preset.base_url || "https://host/v1";
     if (preset.api_key && !old) key.placeholder = `the key, or ${preset.api_key} from the environment`;
   };
-  const suggest = () => {
-    if (!old && (!name.value || name.dataset.suggested)) {
-      name.value = type.value;
-      name.dataset.suggested = "yes";
-    }
+  let suggested = "";
+  type.addEventListener("change", () => {
+    if (!old && ["", suggested].includes(name.value)) name.value = suggested = type.value;
     chosen();
-  };
-  type.addEventListener("change", suggest);
-  name.addEventListener("input", () => { delete name.dataset.suggested; });
+  });
   url.addEventListener("input", chosen);
   chosen();
   const save = async () => {
