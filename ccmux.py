@@ -11749,9 +11749,12 @@ def unmasked(old: Any, new: Any) -> Any:
     if isinstance(new, list):
         if new == masked_table(old):
             return old
-        if any(map(is_mask, new)):  # where it has changed, an item may have moved
+        bare = [unmasked(None, item) for item in new]
+        if any(map(is_mask, new)) or (
+            old is not None and bare != new
+        ):  # it has changed: an item may have moved
             raise ApiError(400, "quirks: type the keys in a list again where the list has changed")
-        return [unmasked(None, item) for item in new]
+        return bare
     if not isinstance(new, dict):
         return new
     items = {key: unmasked(as_object(old).get(key), value) for key, value in new.items()}

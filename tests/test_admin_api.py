@@ -218,6 +218,16 @@ def test_a_key_added_to_a_masked_list_asks_for_all_of_them() -> None:
         ccmux.unmasked(stored, {"api_key": [*masks, "sk-new"]})
 
 
+def test_a_key_in_an_item_of_a_changed_list_is_no_silent_loss() -> None:
+    stored = [{"api_key": "sk-of-one", "n": 1}]
+    masks = ccmux.masked_table(stored)
+    assert ccmux.unmasked(stored, masks) == stored
+    with pytest.raises(ccmux.ApiError, match="type the keys in a list again"):
+        ccmux.unmasked(stored, [{**masks[0], "n": 2}])
+    typed = [{"api_key": "sk-new", "n": 2}]
+    assert ccmux.unmasked(stored, typed) == typed
+
+
 async def test_an_empty_key_clears_it(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, fake):
         await admin.put(
