@@ -10891,13 +10891,12 @@ async def body_of(request: web.Request, known: Iterable[str]) -> Json:
     return body
 
 
-def number_in(body: Json, name: str, *, optional: bool = False) -> int | None:
-    """A whole number of micro-dollars out of a body; None only where optional."""
+def microusd_in(body: Json, name: str, least: int = 0) -> int | None:
+    """A whole number of micro-dollars out of a body; None where it is left out or null."""
     value = body.get(name)
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 10**15:
-        raise ApiError(400, f"{name}: must be a whole number of micro-dollars (1 dollar is 1000000)")
+    if value is not None and (type(value) is not int or not least <= value <= 10**15):
+        words = f"{name}: must be a whole number of micro-dollars (1 dollar is 1000000), at least {least}"
+        raise ApiError(400, words)
     return value
 
 
@@ -10914,10 +10913,7 @@ def budgets_in(body: Json) -> dict[str, int | None]:
     columns = ("day_microusd", "week_microusd", "month_microusd")
     if not isinstance(given, dict) or any(key not in columns for key in given):
         raise ApiError(400, f"budgets: an object with {', '.join(columns)}")
-    found = {key: number_in(given, key, optional=True) for key in given}
-    if any(value is not None and value < 0 for value in found.values()):
-        raise ApiError(400, "budgets: must not be below 0; null takes one away")
-    return found
+    return {key: microusd_in(given, key) for key in given}
 
 
 async def table_response(
@@ -10940,7 +10936,7 @@ def rows_json(name: str, rows: Iterable[Json]) -> bytes:
     return b'{"%b": [%b]}' % (name.encode(), b", ".join(json.dumps(row).encode() for row in rows))
 
 
-async def export_response(store: Store, request: web.Request, user: str | None = None) -> web.Response:
+async def export_response(request: web.Request, store: Store, user: str | None) -> web.Response:
     """The usage rows of a period, of one user or of all."""
     since, until = query_time(request, "since"), query_time(request, "until")
     read = functools.partial(store.export, since, until, user)
@@ -10950,10 +10946,15 @@ async def export_response(store: Store, request: web.Request, user: str | None =
 # For users.
 
 
-async def get_me(request: web.Request) -> web.StreamResponse:
+def own_store(request: web.Request) -> tuple[Store, str]:
+    """The store, and the name of the user whose key the request has."""
     state = state_of(request)
-    user, _ = client_of(request, state)
-    return web.json_response(state.store.user_json(state.store.known(user.name)))
+    return state.store, client_of(request, state)[0].name
+
+
+async def get_me(request: web.Request) -> web.StreamResponse:
+    store, user = own_store(request)
+    return web.json_response(store.user_json(store.known(user)))
 
 
 async def get_my_models(request: web.Request) -> web.StreamResponse:
@@ -10979,43 +10980,31 @@ def model_json(config: Config, name: str) -> Json:
     }
 
 
-def is_unpriced(config: Config, name: str) -> bool:
-    targets = resolve(config, name)
-    return not targets or price_of(config, targets[0], name) is None
-
-
 async def get_my_usage(request: web.Request) -> web.StreamResponse:
-    state = state_of(request)
-    user, _ = client_of(request, state)
+    store, user = own_store(request)
     by = query_choice(request, "by", ("day", "model", "session"), "day")
     days = min(max(query_number(request, "days", 30), 1), 3660)
-    since = iso(
-        datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=days - 1)
-    )
-    rows = await asyncio.to_thread(state.store.report, by, since, "", user.name)
+    since = iso_text(f"{datetime.now(UTC).date() - timedelta(days=days - 1)}")
+    rows = await asyncio.to_thread(store.report, by, since, "", user)
     return web.json_response({"usage": rows, "by": by, "days": days})
 
 
 async def get_my_transactions(request: web.Request) -> web.StreamResponse:
-    state = state_of(request)
-    user, _ = client_of(request, state)
-    return web.json_response({"transactions": state.store.transactions(user.name, *page_query(request))})
+    store, user = own_store(request)
+    return web.json_response({"transactions": store.transactions(user, *page_query(request))})
 
 
 async def get_my_requests(request: web.Request) -> web.StreamResponse:
-    state = state_of(request)
-    user, _ = client_of(request, state)
-    return web.json_response({"requests": state.store.requests(user.name, *page_query(request))})
+    store, user = own_store(request)
+    return web.json_response({"requests": store.requests(user, *page_query(request))})
 
 
 async def get_my_export(request: web.Request) -> web.StreamResponse:
-    state = state_of(request)
-    user, _ = client_of(request, state)
-    return await export_response(state.store, request, user.name)
+    return await export_response(request, *own_store(request))
 
 
 async def post_purchase(request: web.Request) -> web.StreamResponse:
-    client_of(request, state_of(request))
+    own_store(request)
     raise ApiError(
         501, "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page"
     )
@@ -11033,18 +11022,12 @@ async def post_user(request: web.Request) -> web.StreamResponse:
     """A new user; the only answer that ever has the key in it."""
     state = require_admin(request)
     body = await body_of(request, ("name", "credit_microusd", "budgets", "note"))
-    start = int(state.config.credits.starting_credit * 10**6)
-    credit = number_in(body, "credit_microusd", optional=True)
-    if credit is not None and credit < 0:
-        raise ApiError(400, "credit_microusd: must not be below 0")
+    credit = microusd_in(body, "credit_microusd")
+    if credit is None:
+        credit = int(state.config.credits.starting_credit * 10**6)
     with operator_errors():
-        user, key = await asyncio.to_thread(
-            state.store.add_user,
-            text_in(body, "name", 64),
-            start if credit is None else credit,
-            budgets_in(body),
-            text_in(body, "note"),
-        )
+        name, budgets, note = text_in(body, "name", 64), budgets_in(body), text_in(body, "note")
+        user, key = await asyncio.to_thread(state.store.add_user, name, credit, budgets, note)
     return web.json_response({**state.store.user_json(user), "key": key}, status=201)
 
 
@@ -11055,9 +11038,8 @@ def operator_errors() -> Iterator[None]:
         yield
     except ConfigError as error:
         words = str(error)
-        raise ApiError(
-            404 if words.startswith("no user") else 409 if "already" in words else 400, words
-        ) from None
+        status = 404 if words.startswith("no user") else 409 if "already" in words else 400
+        raise ApiError(status, words) from None
 
 
 async def patch_user(request: web.Request) -> web.StreamResponse:
@@ -11077,8 +11059,9 @@ async def patch_user(request: web.Request) -> web.StreamResponse:
 async def post_credit(request: web.Request) -> web.StreamResponse:
     store = require_admin(request).store
     body = await body_of(request, ("amount_microusd", "note", "key"))
-    amount = number_in(body, "amount_microusd")
-    assert amount is not None
+    amount = microusd_in(body, "amount_microusd", -(10**15))
+    if amount is None:
+        raise ApiError(400, "amount_microusd: is missing")
     with operator_errors():
         note, key = text_in(body, "note"), text_in(body, "key", 100)
         user = await asyncio.to_thread(store.credit, request.match_info["name"], amount, note, key)
@@ -11125,7 +11108,7 @@ def as_if_price(config: Config, name: str) -> Price:
 
 
 async def get_export(request: web.Request) -> web.StreamResponse:
-    return await export_response(require_admin(request).store, request)
+    return await export_response(request, require_admin(request).store, None)
 
 
 async def get_requests(request: web.Request) -> web.StreamResponse:
@@ -11137,12 +11120,10 @@ async def get_events(request: web.Request) -> web.StreamResponse:
     state = require_admin(request)
     rows: asyncio.Queue[Json] = asyncio.Queue(1000)
     state.listeners.add(rows)
-    head = {
-        "Content-Type": "text/event-stream",
-        "Cache-Control": "no-store",
-        "X-Content-Type-Options": "nosniff",
-    }
-    response = web.StreamResponse(headers={**head, "request-id": request[request_key()], "Server": "ccmux"})
+    response = web.StreamResponse(headers={
+        "Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+        "request-id": request[request_key()], "Server": "ccmux",
+    })  # fmt: skip
     try:
         await response.prepare(request)
         if request.method == "HEAD":
@@ -11202,13 +11183,15 @@ def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit:
 
 # The config, seen and edited.
 
-SECRET_KEYS = ("api_key", "admin_token")  # claude-code-mux has an api_key in [server]
+SECRET_KEYS = ("api_key", "admin_token", "headers")  # claude-code-mux has an api_key in [server]
 
 
 def masked(secret: Any) -> Any:
     """A secret as the admin page may see it: whether it is set, a reference as written, else its last four."""
     if isinstance(secret, list):
         return [masked(s) for s in secret]
+    if isinstance(secret, dict):
+        return {name: masked(text) for name, text in secret.items()}
     if not isinstance(secret, str) or not secret:
         return {"set": False, "last4": "", "reference": ""}
     if not is_literal(secret):
@@ -11219,20 +11202,12 @@ def masked(secret: Any) -> Any:
 def masked_table(table: Any) -> Any:
     """A parsed table without its secrets, as JSON has it."""
     if isinstance(table, dict):
-        out = {}
-        for key, value in table.items():
-            if key in SECRET_KEYS:
-                out[key] = masked(value)
-            elif key == "headers" and isinstance(value, dict):
-                out[key] = {name: masked(text) for name, text in value.items()}
-            else:
-                out[key] = masked_table(value)
-        return out
+        return {k: masked(v) if k in SECRET_KEYS else masked_table(v) for k, v in table.items()}
     if isinstance(table, list):
         return [masked_table(item) for item in table]
-    return (
-        float(table) if isinstance(table, Decimal) else table if isinstance(table, (str, int)) else str(table)
-    )
+    if isinstance(table, Decimal):
+        return float(table)
+    return table if isinstance(table, (str, int)) else str(table)
 
 
 def form_fields() -> Json:
@@ -11272,6 +11247,8 @@ async def get_state(request: web.Request) -> web.StreamResponse:
     """Everything the admin page shows at its start; keys masked."""
     state = require_admin(request)
     config = state.config
+    names = model_names(config)
+    served = [(name, resolve(config, name)) for name in names]
     return web.json_response({
         "version": __version__,
         "uptime_s": round(time.monotonic() - state.started),
@@ -11285,11 +11262,8 @@ async def get_state(request: web.Request) -> web.StreamResponse:
         "formats": list(DIALECTS),
         "fields": form_fields(),
         "routes": {slot: getattr(config.router, slot) or "" for slot in ROUTE_SLOTS},
-        "names": model_names(config),
-        "unpriced": [name for name in model_names(config) if is_unpriced(config, name)],
-        "calibration": [
-            {"provider": p, "model": m, "factor": round(f, 4), "samples": n} for p, m, f, n in state.counter.export()
-        ],
+        "names": names,
+        "unpriced": [n for n, targets in served if not targets or price_of(config, targets[0], n) is None],
         "vocabulary_missing": state.vocabulary.missing(),
     })  # fmt: skip
 
@@ -11310,49 +11284,57 @@ def preset_json(row: Json) -> Json:
     return {"url": url, **{key: row[key] for key in ("type", "base_url", "api_key", "default")}}
 
 
-def config_text(state: State) -> tuple[str, Path]:
-    """The config file's text and place; where there is no file (any more), the text in use."""
-    path = Path(state.config.path).expanduser() if state.config.path else ccmux_home() / "config.toml"
-    if not state.config.path:
-        return state.config.text, path
+def config_place(state: State) -> Path:
+    """The config file; where none was found, the one that the first save makes."""
+    return Path(state.config.path).expanduser() if state.config.path else ccmux_home() / "config.toml"
+
+
+def config_text(state: State) -> str:
+    """The config file's text; where there is no file (any more), the text in use."""
+    path = config_place(state)
     try:
-        return toml_text(path), path
+        return toml_text(path) if state.config.path else state.config.text
     except FileNotFoundError:
-        return state.config.text, path
+        return state.config.text
     except (OSError, UnicodeDecodeError) as error:
         raise ApiError(409, f"{path.name} cannot be read ({type(error).__name__}); mend it by hand") from None
 
 
-def config_tables(state: State) -> Json:
-    """The file as parsed; ApiError 409 where it is broken, as a form cannot save into it."""
-    text, path = config_text(state)
+def config_table(state: State, root: str, name: str | None) -> Json:
+    """`[root]`, or the row of `[[root]]` with that name, as the file has it; {} where it is not there.
+
+    ApiError 409 where the file is broken, as a form cannot save into it.
+    """
     try:
-        return load_config(text, os.environ, str(path)).tables
+        table = load_config(config_text(state), os.environ, str(config_place(state))).tables.get(root)
     except ConfigError as error:
         words = f"the config file is broken, mend it under Config first: {error}"
         raise ApiError(409, words) from None
+    if name is None:
+        return as_object(table)
+    return next((row for row in as_list(table) if row.get("name") == name), {})
 
 
-def store_text(state: State, text: str, given_hash: Any) -> str:
-    """Checks and saves a new config text and swaps it in; the new hash.
+def store_text(state: State, text: str, given_hash: Any) -> web.Response:
+    """Checks and saves a new config text and swaps it in; the answer carries the new hash.
 
     ApiError 400 where it is wrong, 409 stale.
     """
-    current, path = config_text(state)
-    if given_hash != hash_text(current):
+    current, path = hash_text(config_text(state)), config_place(state)
+    if given_hash != current:
         raise ApiError(
             409, "the config has changed since this page was loaded; load it again (nothing was saved)"
         )
     try:
         config = load_config(text, os.environ, str(path))
         check_binding(config)
-        save_config(path, text, hash_text(current))
+        save_config(path, text, current)
     except StaleError as error:
         raise ApiError(409, str(error)) from None
     except (ConfigError, OSError) as error:
         raise ApiError(400, str(error)) from None
     adopt_config(state, config)
-    return config.text_hash
+    return web.json_response({"hash": config.text_hash})
 
 
 AT_START = ("host", "port", "database", "max_connections")  # keys of [server] that only a start can change
@@ -11386,61 +11368,75 @@ def forget_faults(state: State, providers: set[str]) -> None:
             del faults[slot]
 
 
+def put_table(root: str) -> Callable[[web.Request], Any]:
+    """The handler that replaces `[root]`, or makes or replaces the row of `[[root]]` that the address names."""
+
+    async def put(request: web.Request) -> web.StreamResponse:
+        state, name = require_admin(request), request.match_info.get("name")
+        table = strict_json(await read_body(request))
+        hash = table.pop("hash", None)
+        table = table.pop("table", table)  # its keys may also stand beside hash
+        if not isinstance(table, dict):
+            raise ApiError(400, "table: must be an object with the TOML's own keys")
+        if name is not None:
+            table = {"name": name, **table}
+        old = config_table(state, root, name)
+        is_moved = address_of(table) != address_of(old)  # no secret goes along to another address
+        return save_table(state, root, name, with_secrets({} if is_moved else old, table), hash)
+
+    return put
+
+
+def delete_row(root: str) -> Callable[[web.Request], Any]:
+    """The handler that takes away the row of `[[root]]` that the address names."""
+
+    async def delete(request: web.Request) -> web.StreamResponse:
+        state, name = require_admin(request), request.match_info["name"]
+        if users := users_of(state.config, root, name):
+            words = f"{root[:-1]} {name!r} is used by {', '.join(users)}; change that first"
+            raise ApiError(409, words)
+        body = await body_of(request, ("hash",))
+        if not config_table(state, root, name):
+            raise ApiError(404, f"there is no {root[:-1]} {name!r}")
+        return save_table(state, root, name, None, body.get("hash"))
+
+    return delete
+
+
+def users_of(config: Config, root: str, name: str) -> list[str]:
+    """What names a provider or a model."""
+    if root == "providers":
+        return [f"model {m.name}" for m in config.models if any(t.provider == name for t in m.mappings)]
+    return [f"[router] {slot}" for slot in ROUTE_SLOTS if getattr(config.router, slot) == name]
+
+
 def save_table(state: State, root: str, name: str | None, table: Json | None, hash: Any) -> web.Response:
-    """Saves one table; the answer carries the new hash."""
-    config_tables(state)
     try:
-        edited = edit_toml(config_text(state)[0], root, name, table)
+        edited = edit_toml(config_text(state), root, name, table)
     except ConfigError as error:
         raise ApiError(400, str(error)) from None
-    return web.json_response({"hash": store_text(state, edited, hash)})
+    return store_text(state, edited, hash)
 
 
-async def table_of(request: web.Request) -> tuple[Json, Any]:
-    """`{table, hash}` of a PUT; the keys of a table may also stand beside hash."""
-    body = strict_json(await read_body(request))
-    hash = body.pop("hash", None)
-    table = body.pop("table", body)
-    if not isinstance(table, dict):
-        raise ApiError(400, "table: must be an object with the TOML's own keys")
-    return table, hash
+def with_secrets(old: Json, new: Json) -> Json:
+    """The new table with the old one's secrets where it leaves them out, or has null or a mask for them; "" clears
+    a key.
+    """
+    table = dict(new)
+    for key in SECRET_KEYS:
+        table[key] = None if new.get(key) == "" else kept(old.get(key), new.get(key))
+    if "quirks" in new:
+        table["quirks"] = unmasked(old.get("quirks"), new["quirks"])
+    return without_nulls(table)
 
 
-def old_row(state: State, root: str, name: str) -> Json:
-    """The row as the file has it, secrets as written; {} for a new one."""
-    rows = as_list(config_tables(state).get(root))
-    return next((row for row in rows if row.get("name") == name), {})
-
-
-async def put_provider(request: web.Request) -> web.StreamResponse:
-    """Makes or replaces a provider. A key left out stays, but never goes along to another address."""
-    state = require_admin(request)
-    name = request.match_info["name"]
-    table, hash = await table_of(request)
-    table = {"name": name, **table}
-    old = old_row(state, "providers", name)
-    kept = kept_secrets(old, table)
-    moved = address_of(table) != address_of(old)
-    if "quirks" in table:
-        table["quirks"] = unmasked({} if moved else old.get("quirks"), table["quirks"])
-    if kept and moved:
-        typed = {k: v for k, v in as_object(table.get("headers")).items() if v is not None and not is_mask(v)}
-        kept = {**dict.fromkeys(kept), **({"headers": typed} if typed else {})}
-    table |= kept
-    table = {k: v for k, v in table.items() if v is not None and not (k == "api_key" and v == "")}
-    return save_table(state, "providers", name, table, hash)
-
-
-def kept_secrets(old: Json, new: Json) -> Json:
-    """The secrets of the old table that the new one leaves out (or has null, or masked, for)."""
-    kept = {k: old[k] for k in SECRET_KEYS if k in old and (new.get(k) is None or is_mask(new[k]))}
-    if "headers" in old:
-        before, given = old["headers"], new.get("headers")
-        items = as_object(before if given is None else given).items()
-        headers = {k: before.get(k, "") if v is None or is_mask(v) else v for k, v in items}
-        if headers != given:
-            kept["headers"] = headers
-    return kept
+def kept(old: Any, new: Any) -> Any:
+    """A secret, or a table of them, that a form gives: the old one where it gives none, or a mask."""
+    if new is None or is_mask(new):
+        return old
+    if isinstance(new, dict):
+        return without_nulls({name: kept(as_object(old).get(name), text) for name, text in new.items()})
+    return new
 
 
 def unmasked(old: Any, new: Any) -> Any:
@@ -11450,9 +11446,12 @@ def unmasked(old: Any, new: Any) -> Any:
     if isinstance(new, list):
         if new == masked_table(old):
             return old
-        if any(map(is_mask, new)):  # where it has changed, an item may have moved
+        bare = [unmasked(None, item) for item in new]
+        if any(map(is_mask, new)) or (
+            old is not None and bare != new
+        ):  # it has changed: an item may have moved
             raise ApiError(400, "quirks: type the keys in a list again where the list has changed")
-        return [unmasked(None, item) for item in new]
+        return bare
     if not isinstance(new, dict):
         return new
     items = {key: unmasked(as_object(old).get(key), value) for key, value in new.items()}
@@ -11462,7 +11461,7 @@ def unmasked(old: Any, new: Any) -> Any:
 def is_mask(value: Any) -> bool:
     """Whether it is what state shows for a secret; a pool with a new key among its masks is none."""
     if isinstance(value, dict):
-        return "set" in value and value.keys() <= masked("").keys()
+        return isinstance(value.get("set"), bool) and value.keys() <= masked("").keys()
     return isinstance(value, list) and bool(value) and all(map(is_mask, value))
 
 
@@ -11473,53 +11472,8 @@ def address_of(row: Json) -> str:
     return str(row.get("base_url") or preset.get("base_url") or "").rstrip("/")
 
 
-async def delete_provider(request: web.Request) -> web.StreamResponse:
-    state = require_admin(request)
-    name = request.match_info["name"]
-    users = [m.name for m in state.config.models if any(t.provider == name for t in m.mappings)]
-    if users:
-        raise ApiError(409, f"provider {name!r} is used by model {', '.join(users)}; change them first")
-    return await remove_row(request, "providers", name)
-
-
-async def remove_row(request: web.Request, root: str, name: str) -> web.StreamResponse:
-    state = require_admin(request)
-    body = await body_of(request, ("hash",))
-    if not old_row(state, root, name):
-        raise ApiError(404, f"there is no {root[:-1]} {name!r}")
-    return save_table(state, root, name, None, body.get("hash"))
-
-
-async def put_model(request: web.Request) -> web.StreamResponse:
-    state = require_admin(request)
-    table, hash = await table_of(request)
-    name = request.match_info["name"]
-    return save_table(state, "models", name, {"name": name, **without_nulls(table)}, hash)
-
-
 def without_nulls(table: Json) -> Json:
     return {k: v for k, v in table.items() if v is not None}
-
-
-async def delete_model(request: web.Request) -> web.StreamResponse:
-    state = require_admin(request)
-    name = request.match_info["name"]
-    slots = [slot for slot in ROUTE_SLOTS if getattr(state.config.router, slot) == name]
-    if slots:
-        raise ApiError(409, f"model {name!r} is what [router] {', '.join(slots)} names; change that first")
-    return await remove_row(request, "models", name)
-
-
-def put_single(root: str) -> Callable[[web.Request], Any]:
-    """The handler that replaces a single table: [router], [credits] or [server]."""
-
-    async def put(request: web.Request) -> web.StreamResponse:
-        state = require_admin(request)
-        table, hash = await table_of(request)
-        table |= kept_secrets(as_object(config_tables(state).get(root)), table)
-        return save_table(state, root, None, without_nulls(table), hash)
-
-    return put
 
 
 def provider_model(config: Config, provider: Provider) -> str:
@@ -11538,9 +11492,8 @@ async def test_provider(state: State, provider: Provider, model: str) -> Json:
     result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
     try:
         if not provider.usable or not model:
-            raise ApiError(
-                500, provider.problem or ("no model to try it with" if provider.enabled else "disabled")
-            )
+            why = provider.problem or ("no model to try it with" if provider.enabled else "disabled")
+            raise ApiError(500, why)
         await state.relay.run(call, sink)
         assert call.reader is not None
         result["text"] = text_of(json.loads(call.reader.ending).get("content"))[:200]
@@ -11551,27 +11504,25 @@ async def test_provider(state: State, provider: Provider, model: str) -> Json:
 
 async def post_provider_test(request: web.Request) -> web.StreamResponse:
     """One tiny request to a saved provider over the live path."""
-    state = require_admin(request)
+    state, provider = saved_provider(request)
     body = await body_of(request, ("model",))
-    provider = saved_provider(state, request.match_info["name"])
     model = text_in(body, "model", 200) or provider_model(state.config, provider)
     forget_faults(state, {provider.name})
     return web.json_response(await test_provider(state, provider, model))
 
 
-def saved_provider(state: State, name: str) -> Provider:
+def saved_provider(request: web.Request) -> tuple[State, Provider]:
+    """The provider that the address names; ApiError 404 where there is none."""
+    state, name = require_admin(request), request.match_info["name"]
     provider = state.config.provider(name)
     if provider is None:
         raise ApiError(404, f"there is no provider {name!r}; save it first")
-    return provider
+    return state, provider
 
 
 async def get_provider_models(request: web.Request) -> web.StreamResponse:
     """The model names that a provider itself lists."""
-    state = require_admin(request)
-    return web.json_response(
-        {"models": await listed_models(state, saved_provider(state, request.match_info["name"]))}
-    )
+    return web.json_response({"models": await listed_models(*saved_provider(request))})
 
 
 async def listed_models(state: State, provider: Provider) -> list[str]:
@@ -11614,13 +11565,13 @@ def next_page(listed: Json) -> str | None:
 
 async def get_config(request: web.Request) -> web.StreamResponse:
     """The file's text, broken or not; literal secrets in it are shown as marks that a save turns back."""
-    text = config_text(require_admin(request))[0]
+    text = config_text(require_admin(request))
     return web.json_response({"text": without_secrets(text, secret_marks(text)), "hash": hash_text(text)})
 
 
 def without_secrets(text: str, marks: Mapping[str, str]) -> str:
-    for secret, mark in marks.items():
-        text = text.replace(secret, mark)
+    for secret in sorted(marks, key=len, reverse=True):  # a short one may be part of a longer one
+        text = text.replace(secret, marks[secret])
     return text
 
 
@@ -11628,45 +11579,57 @@ def secret_marks(text: str) -> dict[str, str]:
     """Each literal secret as a config text spells it, longest first, with the mark that stands for it."""
     try:
         tables = tomllib.loads(text)
-        shown = shown_text(tables)
+        shown = shown_text(tables, is_secret_key)
         # A short one that stands in the open as well ("ollama", "none") is no secret, and marks would hide names.
         secret = {s for s in literal_secrets(tables) if len(s) >= 12 or s not in shown}
         found = {raw for raw, value in string_values(text) if value in secret}
         found |= {raw for _, raw in _KEY_IN_COMMENT.findall(text) if is_literal(raw)}
     except (ValueError, RecursionError):
         # Where keys stand cannot be known in a broken file. Marks lose nothing, so any long word is one.
-        found = {w for w in re.findall(r"[^\s\"',=\[\]{}]{8,}", text) if not re.fullmatch(r"[a-z_.:/#-]+", w)}
-        found = {w for w in found if not w.startswith("$")}
+        words = re.findall(r"[^\s\"',=\[\]{}]{8,}", text)
+        found = {w for w in words if not re.fullmatch(r"\$.*|[a-z_.:/#-]+", w)}
     return {s: f"[kept-{hash_text(s)}]" for s in sorted(found, key=len, reverse=True)}
 
 
 _KEY_IN_COMMENT = re.compile(r"""(?m)^[ \t]*#[ \t]*(?:api_key|admin_token)[ \t]*=[ \t]*(["'])(.{8,}?)\1""")
 
 
-def literal_secrets(tables: Json) -> Iterator[str]:
+def literal_secrets(tables: Json) -> set[str]:
     """The secrets of parsed tables that are written out, not named by a variable."""
-    return filter(is_literal, secret_texts(tables))
+    return set(filter(is_literal, secret_texts(tables)))
 
 
-def secret_texts(value: Any, is_secret: bool = False) -> Iterator[str]:
-    """The texts that `masked_table` masks, in tables that may not be checked ones: at misspelt keys, too."""
+def secret_texts(tables: Json) -> set[str]:
+    """The secrets of tables that may not be checked ones: at misspelt keys, too."""
+    return {text for text, is_secret in texts_of(tables, is_secret_key) if is_secret}
+
+
+def shown_text(tables: Json, hides: Callable[[str], bool]) -> str:
+    """All keys and texts that are no secrets; between two of them what no secret has in it."""
+    return "\0".join(text for text, is_secret in texts_of(tables, hides) if not is_secret)
+
+
+def texts_of(value: Any, hides: Callable[[str], bool], is_secret: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every key and text in tables, and whether it is a secret: a text below a key that hides what it has."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from secret_texts(item, is_secret or is_secret_key(key))
+            yield key, False
+            yield from texts_of(item, hides, is_secret or hides(key))
     elif isinstance(value, list):
         for item in value:
-            yield from secret_texts(item, is_secret)
-    elif is_secret and isinstance(value, str):
-        yield value
+            yield from texts_of(item, hides, is_secret)
+    elif isinstance(value, str):
+        yield value, is_secret
 
 
 @functools.lru_cache(1024)
 def is_secret_key(key: str) -> bool:
     """Whether a secret stands at a key, which may be misspelt; what is known by that very name is no slip."""
-    secret = (*SECRET_KEYS, "headers")
     classes = (Server, Router, PromptRule, Provider, Quirks, Model, Target, Price, Credits)
     known = {f.name for cls in classes for f in dataclasses.fields(cls)}
-    return key in secret or (key not in known and bool(difflib.get_close_matches(key.lower(), secret)))
+    return key in SECRET_KEYS or (
+        key not in known and bool(difflib.get_close_matches(key.lower(), SECRET_KEYS))
+    )
 
 
 def is_literal(secret: str) -> bool:
@@ -11693,9 +11656,8 @@ async def put_config(request: web.Request) -> web.StreamResponse:
     """Saves the whole text. A kept secret stays where it was: it never moves to another key or address."""
     state = require_admin(request)
     body = await body_of(request, ("text", "hash"))
-    text = text_in(body, "text", 2**20)
-    after, old, kept = text, state.config.tables, set()
-    current = config_text(state)[0]
+    after, current = text_in(body, "text", 2**20), config_text(state)
+    old, kept = state.config.tables, set()
     for secret, mark in reversed(secret_marks(current).items()):  # a short one may be part of another's mark
         if mark in after:
             after = after.replace(mark, secret)
@@ -11703,24 +11665,21 @@ async def put_config(request: web.Request) -> web.StreamResponse:
     with contextlib.suppress(ValueError, RecursionError):
         old = tomllib.loads(current)
         kept = {value for raw, value in string_values(current) if raw in kept}
-    try:  # before anything else reads it: an error about a misplaced secret would quote it
+    # Before anything else reads it: an error about a misplaced secret would quote it. A broken text is told below.
+    with contextlib.suppress(ValueError, RecursionError):
         check_kept(old, tomllib.loads(after), kept)
-    except ConfigError as error:
-        raise ApiError(400, str(error)) from None
-    except (ValueError, RecursionError):
-        pass  # told below, with its place
-    return web.json_response({"hash": store_text(state, after, body.get("hash"))})
+    return store_text(state, after, body.get("hash"))
 
 
 def check_kept(old: Json, new: Json, kept: set[str]) -> None:
-    """ConfigError where a secret that the editor never saw would be shown, or sent elsewhere."""
-    secret = kept & {*literal_secrets(old), *literal_secrets(new)}
-    before, after = shown_text(old), shown_text(new)
+    """ApiError 400 where a secret that the editor never saw would be shown, or sent elsewhere."""
+    secret = kept & (literal_secrets(old) | literal_secrets(new))
+    before, after = (shown_text(tables, SECRET_KEYS.__contains__) for tables in (old, new))
     if any(s in after and s not in before for s in secret):
-        raise ConfigError("a [kept-...] mark may only stand where its key stood")
+        raise ApiError(400, "a [kept-...] mark may only stand where its key stood")
     tokens = [str(as_object(tables.get("server")).get("admin_token")) for tables in (old, new)]
     if tokens[0] != tokens[1] and tokens[1] in secret:
-        raise ConfigError("[server]: key 'admin_token' may not be another's [kept-...] mark")
+        raise ApiError(400, "[server]: key 'admin_token' may not be another's [kept-...] mark")
     # `[providers]` is a slip for `[[providers]]`, and one row.
     given = old.get("providers")
     rows = {str(row.get("name")): row for row in map(as_object, as_list(given) or [given])}
@@ -11728,42 +11687,23 @@ def check_kept(old: Json, new: Json, kept: set[str]) -> None:
         name = str(row.get("name"))
         was = rows.get(name, {})
         moved = address_of(row) != address_of(was)
-        if secret.intersection(secret_texts(row)).difference([] if moved else secret_texts(was)):
-            raise ConfigError(f"provider {name!r} has a new address: type its key again, or use $NAME")
-
-
-def shown_text(tables: Json) -> str:
-    """All keys and texts that are no secrets; between two of them what no secret has in it."""
-    return "\0".join(texts_of(masked_table(tables)))
-
-
-def texts_of(value: Any) -> Iterator[str]:
-    """Every key and text in a value."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from texts_of(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts_of(item)
-    elif isinstance(value, str):
-        yield value
+        if (secret & secret_texts(row)) - (set() if moved else secret_texts(was)):
+            raise ApiError(400, f"provider {name!r} has a new address: type its key again, or use $NAME")
 
 
 async def get_backups(request: web.Request) -> web.StreamResponse:
-    _, path = config_text(require_admin(request))
-    found = [(p, p.stat()) for p in backup_paths(path.resolve()) if p.exists()]
+    path = config_place(require_admin(request))
+    found = [(p.name, p.stat()) for p in backup_paths(path.resolve()) if p.exists()]
     rows = [
-        {"name": p.name, "time": iso(datetime.fromtimestamp(s.st_mtime, UTC)), "bytes": s.st_size}
-        for p, s in found
+        {"name": name, "time": iso(datetime.fromtimestamp(stat.st_mtime, UTC)), "bytes": stat.st_size}
+        for name, stat in found
     ]
     return web.json_response({"backups": rows})
 
 
 def backup_text(request: web.Request) -> str:
     """The text of the backup that the address names; ApiError 404 where there is none."""
-    _, path = config_text(require_admin(request))
-    name = request.match_info["name"]
+    path, name = config_place(require_admin(request)), request.match_info["name"]
     try:
         return toml_text(next(p for p in backup_paths(path.resolve()) if p.name == name))
     except (StopIteration, FileNotFoundError):
@@ -11774,7 +11714,7 @@ def backup_text(request: web.Request) -> str:
 
 async def get_backup(request: web.Request) -> web.StreamResponse:
     """A backup's text and what restoring it would change, as a unified diff; secrets as in `get_config`."""
-    text, now = backup_text(request), config_text(state_of(request))[0]
+    text, now = backup_text(request), config_text(state_of(request))
     marks = secret_marks(now) | secret_marks(text)
     shown, current = (without_secrets(t, marks) for t in (text, now))
     lines = difflib.unified_diff(current.splitlines(), shown.splitlines(), "now", "then", lineterm="")
@@ -11786,7 +11726,7 @@ async def post_backup(request: web.Request) -> web.StreamResponse:
     state, text = require_admin(request), backup_text(request)
     body = await body_of(request, ("hash",))
     try:
-        return web.json_response({"hash": store_text(state, text, body.get("hash"))})
+        return store_text(state, text, body.get("hash"))
     except ApiError as error:  # an error about a misplaced secret would quote it
         raise ApiError(error.status, without_secrets(error.message, secret_marks(text))) from None
 
@@ -11797,7 +11737,6 @@ async def post_try(request: web.Request) -> web.StreamResponse:
     given = await body_of(request, ("body",))
     body = {"max_tokens": 1024, **as_object(given.get("body")), "stream": True}
     call = await plan_call(request, state, body, b"")
-    call.body = {**call.body, "stream": True}
     return await Try(request, state, call, state.store.local_user()).serve()
 
 
@@ -11844,13 +11783,13 @@ def admin_routes() -> list[web.RouteDef]:
         web.get("/api/export", get_my_export),
         web.post("/api/purchase", post_purchase),
         web.get("/admin/api/state", get_state),
-        web.put("/admin/api/providers/{name}", put_provider),
-        web.delete("/admin/api/providers/{name}", delete_provider),
+        web.put("/admin/api/providers/{name}", put_table("providers")),
+        web.delete("/admin/api/providers/{name}", delete_row("providers")),
         web.post("/admin/api/providers/{name}/test", post_provider_test),
         web.get("/admin/api/providers/{name}/models", get_provider_models),
-        web.put("/admin/api/models/{name:.+}", put_model),
-        web.delete("/admin/api/models/{name:.+}", delete_model),
-        *(web.put(f"/admin/api/{root}", put_single(root)) for root in ("router", "credits", "server")),
+        web.put("/admin/api/models/{name:.+}", put_table("models")),
+        web.delete("/admin/api/models/{name:.+}", delete_row("models")),
+        *(web.put(f"/admin/api/{root}", put_table(root)) for root in ("router", "credits", "server")),
         web.get("/admin/api/config", get_config),
         web.put("/admin/api/config", put_config),
         web.get("/admin/api/backups", get_backups),
@@ -12019,42 +11958,51 @@ meter { display: block; width: 100%; height: 14px; margin-bottom: 10px; }
 
 SCRIPT = r"""
 "use strict";
-const PAGE = document.body.dataset.page;
+const IS_ADMIN = document.body.dataset.page === "admin";
 const $ = (id) => document.getElementById(id);
 
-/* Nodes. Data gets into the page as text only: el() never parses markup. */
-function el(tag, props, ...children) {
-  return fill(setProps(document.createElement(tag), props), ...children);
-}
-function svg(tag, props, ...children) {
-  return fill(setProps(document.createElementNS("http://www.w3.org/2000/svg", tag), props), ...children);
-}
-function setProps(node, props) {
-  for (const [name, value] of Object.entries(props || {})) {
-    if (value === null || value === undefined || value === false) continue;
+/* Nodes: el(tag, {property: value}?, child ...). Data gets into the page as text only: no markup is parsed. */
+const isNothing = (value) => value === null || value === undefined || value === false;
+const el = (tag, ...parts) => build(document.createElement(tag), parts);
+const svg = (tag, ...parts) => build(document.createElementNS("http://www.w3.org/2000/svg", tag), parts);
+function build(node, parts) {
+  const hasProps = parts[0]?.constructor === Object;
+  for (const [name, value] of hasProps ? Object.entries(parts[0]) : []) {
+    if (isNothing(value)) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (name === "value") node.value = value;
     else node.setAttribute(name, value === true ? "" : value);
   }
-  return node;
+  return fill(node, ...(hasProps ? parts.slice(1) : parts));
 }
 function fill(node, ...children) {
-  for (const child of children.flat(9)) {
-    if (child === null || child === undefined || child === false) continue;
-    node.append(child instanceof Node ? child : document.createTextNode(String(child)));
-  }
+  node.append(...children.flat(9).filter((child) => !isNothing(child)));
   return node;
 }
 const refill = (node, ...children) => { node.replaceChildren(); return fill(node, ...children); };
-/* A button; the status line tells what its work failed at. */
-function button(label, work, props) {
-  const onclick = async () => { try { await work(); } catch (error) { tellError(error); } };
-  return el("button", { type: "button", onclick, ...props }, label);
+/* Work that is not begun anew while it goes on: a double click, or a poll of a server that hangs. */
+function once(work) {
+  let busy = false;
+  return async () => {
+    if (busy) return;
+    busy = true;
+    try { await work(); } finally { busy = false; }
+  };
 }
-const card = (title, tools, ...body) =>
-  el("section", { class: "card" }, el("div", { class: "head" }, el("h2", {}, title), tools), ...body);
+/* A button; the status line tells what its work failed at. Work that saved something gives words that say so. */
+function button(label, work, props) {
+  const onclick = once(async () => { try { await saved(await work(), node); } catch (error) { tellError(error); } });
+  const node = el("button", { type: "button", onclick, ...props }, label);
+  return node;
+}
+/* A part of a page; beside its title buttons, or words. */
+const card = (title, tools, ...body) => el("section", { class: "card" }, el("div", { class: "head" },
+  el("h2", title), typeof tools === "string" ? el("span", { class: "muted" }, tools) : tools), ...body);
 const badge = (kind, word) => el("span", { class: `status ${kind}` }, word);
-const empty = (...words) => el("p", { class: "empty" }, ...words);
+const empty = (words) => el("p", { class: "empty" }, words);
+const remark = (...words) => el("p", { class: "muted" }, ...words);
+const folded = (title, ...body) => el("details", el("summary", title), ...body);
+const grid = (...fields) => el("div", { class: "fields" }, ...fields);
 
 /* Columns: [title, cell of a row, class]. `shown` says what an empty table means and what to do. */
 function table(label, columns, rows, shown) {
@@ -12062,37 +12010,46 @@ function table(label, columns, rows, shown) {
   const cell = ([, make, kind], row) => el("td", { class: kind }, make(row));
   const head = columns.map(([title, , kind]) => (title ? el("th", { scope: "col", class: kind }, title) : el("td")));
   return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label },
-    el("table", {}, el("thead", {}, el("tr", {}, head)),
-      el("tbody", {}, rows.map((row) => el("tr", {}, columns.map((c) => cell(c, row)))))));
+    el("table", el("thead", el("tr", head)),
+      el("tbody", rows.map((row) => el("tr", columns.map((c) => cell(c, row)))))));
 }
+/* Columns that show one field of a row, and the button of a row. */
+const textOf = (title, name, kind = "text") => [title, (row) => row[name] || "–", kind];
+const numberOf = (title, name, shown = whole) => [title, (row) => shown(row[name]), "num"];
+const rowButton = (label, name, work) => button(label, work,
+  { class: "small", "aria-label": `${label} ${name}`, "data-key": `${label} ${name}` });
 
 /* Numbers and times for people. */
-const whole = (n) => (n === null || n === undefined ? "–" : Number(n).toLocaleString("en-US"));
+const whole = (n) => (isNothing(n) ? "–" : Number(n).toLocaleString("en-US"));
 const count = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
 function short(n) {
   const units = [[1e9, "B"], [1e6, "M"], [1e3, "k"]];
   const [size, letter] = units.find(([size]) => n >= size) || [1, ""];
   return letter ? Number((n / size).toPrecision(3)) + letter : String(Math.round(n || 0));
 }
+/* Formats are made once: making one takes longer than using it a hundred times. */
+const dollarsWith = (most) => new Intl.NumberFormat("en-US",
+  { style: "currency", currency: "USD", minimumFractionDigits: 2, maximumFractionDigits: most });
+const CENTS = dollarsWith(2), MICRO_DOLLARS = dollarsWith(6);
 function usd(micro) {
-  if (micro === null || micro === undefined) return "–";
-  const dollars = micro / 1e6 || 0, tiny = dollars !== 0 && Math.abs(dollars) < 0.1;
-  return dollars.toLocaleString("en-US", { style: "currency", currency: "USD", minimumFractionDigits: 2,
-    maximumFractionDigits: tiny ? 6 : 2 });
+  if (isNothing(micro)) return "–";
+  const dollars = micro / 1e6 || 0; /* no -0 */
+  return (Math.abs(dollars) < 0.1 && dollars ? MICRO_DOLLARS : CENTS).format(dollars);
 }
-const seconds = (ms) => (ms === null || ms === undefined ? "–"
-  : `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`);
+const seconds = (ms) => (isNothing(ms) ? "–" : `${(ms / 1000).toFixed(ms < 10000 ? 2 : 1)} s`);
 const percent = (share) => (Number.isFinite(share) ? `${(share * 100).toFixed(1)} %` : "–");
+const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
+const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "short", timeStyle: "short" });
 function when(time) {
-  const at = new Date(typeof time === "number" ? time * 1000 : time);
-  const today = at.toDateString() === new Date().toDateString();
-  const text = at.toLocaleString(undefined, today ? { timeStyle: "medium" } : { dateStyle: "short",
-    timeStyle: "short" });
-  return el("time", { datetime: at.toISOString(), title: at.toISOString() }, text);
+  const at = new Date(time), isToday = at.toDateString() === new Date().toDateString();
+  return el("time", { datetime: time, title: time }, (isToday ? CLOCK : DATE).format(at));
 }
+const capital = (word) => word[0].toUpperCase() + word.slice(1);
 const sum = (rows, name) => rows.reduce((total, row) => total + (row[name] || 0), 0);
-const tokensOf = (row) => (row.input_tokens || 0) + (row.output_tokens || 0) + (row.cache_read_tokens || 0)
-  + (row.cache_write_tokens || 0) + (row.cache_write_1h_tokens || 0);
+/* The kinds of tokens: what their columns and prices are called. */
+const KINDS = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"],
+  ["cache_write", "Cache write"], ["cache_write_1h", "1 h write"]];
+const tokensOf = (row) => KINDS.reduce((total, [kind]) => total + (row[`${kind}_tokens`] || 0), 0);
 
 /* Where the browser keeps nothing for a page, as with cookies blocked, the page does while it is open. */
 function keeper(storage) {
@@ -12108,28 +12065,24 @@ const SESSION = keeper("sessionStorage"), LASTING = keeper("localStorage");
 class Failure extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
-const SECRET = PAGE === "admin" ? "ccmux-admin-token" : "ccmux-key";
-function headersWith(type) {
+const SECRET = IS_ADMIN ? "ccmux-admin-token" : "ccmux-key";
+async function call(path, method = "GET", body = {}, signal = undefined) {
   /* Bytes, as a browser sends nothing else: what is no ASCII would be thrown out as if ccmux did not answer. */
   const secret = String.fromCharCode(...new TextEncoder().encode(SESSION.getItem(SECRET) || ""));
-  const headers = type ? { "content-type": type } : {};
-  if (secret) headers[PAGE === "admin" ? "authorization" : "x-api-key"] = PAGE === "admin"
-    ? `Bearer ${secret}` : secret;
-  return headers;
-}
-async function call(path, method = "GET", body = undefined, signal = undefined) {
+  const headers = { "content-type": "application/json" };
+  if (secret && IS_ADMIN) headers.authorization = `Bearer ${secret}`;
+  else if (secret) headers["x-api-key"] = secret;
+  const sent = method === "GET" ? undefined : JSON.stringify(body);
   let answer;
-  const sent = method === "GET" ? undefined : JSON.stringify(body || {});
   try {
-    answer = await fetch(path, { method, body: sent, signal, cache: "no-store",
-      headers: headersWith(sent && "application/json") });
+    answer = await fetch(path, { method, body: sent, signal, cache: "no-store", headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Failure(0, "ccmux does not answer: is it still running?");
   }
   if (answer.ok) return answer;
   const told = await answer.json().catch(() => ({}));
-  throw new Failure(answer.status, (told.error && told.error.message) || `status ${answer.status}`);
+  throw new Failure(answer.status, told.error?.message || `status ${answer.status}`);
 }
 const ask = async (path, method, body) => (await call(path, method, body)).json();
 async function download(path, name) {
@@ -12180,15 +12133,13 @@ function copyable(text) {
 /* Theme: the system's until the toggle was used. */
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
 const theme = () => LASTING.getItem("ccmux-theme") || (darkSystem.matches ? "dark" : "light");
+const otherTheme = () => (theme() === "dark" ? "light" : "dark");
 function showTheme() {
   document.documentElement.dataset.theme = theme();
-  $("theme").textContent = theme() === "dark" ? "Light" : "Dark";
-  $("theme").setAttribute("aria-label", `Switch to ${theme() === "dark" ? "light" : "dark"} colours`);
+  $("theme").textContent = capital(otherTheme());
+  $("theme").setAttribute("aria-label", `Switch to ${otherTheme()} colours`);
 }
-$("theme").addEventListener("click", () => {
-  LASTING.setItem("ccmux-theme", theme() === "dark" ? "light" : "dark");
-  showTheme();
-});
+$("theme").addEventListener("click", () => { LASTING.setItem("ccmux-theme", otherTheme()); showTheme(); });
 darkSystem.addEventListener("change", showTheme);
 showTheme();
 
@@ -12206,19 +12157,20 @@ function redraw(node, ...children) {
   if (focused) focused.focus({ preventScroll: true });
 }
 /* Asks again every few seconds while the page is seen and no text on it is selected, to be copied perhaps. */
-function poll(refresh, every) {
+function poll(refresh, every, left) {
   const fail = (error) => (error.status === 401 ? start() : tellError(error)); /* the token was changed */
-  let busy = false; /* a server that hangs is asked once */
-  const timer = setInterval(async () => {
-    if (busy || document.hidden || String(getSelection())) return;
-    busy = true;
-    await refresh().catch(fail);
-    busy = false;
+  const ask = once(() => refresh().catch(fail));
+  const timer = setInterval(() => {
+    if (left?.aborted) clearInterval(timer);
+    else if (!document.hidden && !String(getSelection())) ask();
   }, every);
-  return () => clearInterval(timer);
 }
 
-function signIn(label, help, again) {
+const [SECRET_NAME, SECRET_HELP] = IS_ADMIN
+  ? ["Admin token", "ccmux printed a link with the token when it started; `ccmux.py token` prints it again. "
+    + "It stays in this tab."]
+  : ["Your ccmux key", "This server keeps an account for each user. Give your key to see yours; it stays in this tab."];
+function signIn(again) {
   const input = textBox("", { type: "password", required: true });
   const error = el("p", { class: "error", role: "alert" }, again);
   const submit = (event) => {
@@ -12226,25 +12178,24 @@ function signIn(label, help, again) {
     SESSION.setItem(SECRET, input.value.trim());
     start();
   };
-  refill($("main"), el("section", { class: "card signin" }, el("h2", {}, "Sign in"),
-    el("form", { onsubmit: submit }, el("p", {}, help), labelled(label, input), error,
+  refill($("main"), el("section", { class: "card signin" }, el("h2", "Sign in"),
+    el("form", { onsubmit: submit }, el("p", SECRET_HELP), labelled(SECRET_NAME, input), error,
       el("div", { class: "row" }, el("button", { class: "main" }, "Sign in")))));
   input.focus();
 }
-async function signedIn(load, label, help) {
+/* Shows the page, or asks for the secret without which it cannot be shown. */
+async function start() {
   try {
-    return await load();
+    await (IS_ADMIN ? admin() : dashboard());
   } catch (error) {
-    if (![401, 403, 429].includes(error.status)) {
-      if (document.querySelector(".tiles")) tellError(error); /* what is shown stays, and is asked for again */
-      else refill($("main"), card("ccmux did not answer", button("Try again", start), el("p", {}, error.message)));
-      return null;
-    }
-    stopView();
-    const words = error.status === 401 ? "That is not the right one." : error.message;
-    signIn(label, help, SESSION.getItem(SECRET) ? words : "");
-    SESSION.removeItem(SECRET);
-    return null;
+    if (!(error instanceof Failure)) throw error;
+    if ([401, 403, 429].includes(error.status)) {
+      visit.abort();
+      const words = error.status === 401 ? "That is not the right one." : error.message;
+      signIn(SESSION.getItem(SECRET) ? words : "");
+      SESSION.removeItem(SECRET);
+    } else if (document.querySelector(".tiles")) tellError(error); /* what is shown stays, and is asked for again */
+    else refill($("main"), card("ccmux did not answer", button("Try again", start), el("p", error.message)));
   }
 }
 
@@ -12259,21 +12210,22 @@ function tile(label, value, note, values) {
   return el("div", { class: "card" }, el("span", { class: "muted" }, label), el("span", { class: "big" }, value),
     note && el("span", { class: "muted" }, note), values && spark(values));
 }
-function dayChart(days, name, shown) {
-  const most = Math.max(...days.map((d) => d[name]), 1e-9), step = 900 / days.length;
+function dayChart(days) {
+  const most = Math.max(...days.map((d) => d.charge_microusd), 1e-9);
   const bar = (day, n) => {
-    const height = Math.max((day[name] / most) * 130, day[name] > 0 ? 2 : 0);
-    return svg("rect", { class: "bar", x: n * step + 2, y: 140 - height, width: step - 4, height, rx: 2 },
-      svg("title", {}, `${day.key}: ${shown(day[name])}, ${count(day.requests, "request")}`));
+    const height = Math.max((day.charge_microusd / most) * 130, day.charge_microusd > 0 ? 2 : 0);
+    return svg("rect", { class: "bar", x: n * 30 + 2, y: 140 - height, width: 26, height, rx: 2 },
+      svg("title", `${day.key}: ${usd(day.charge_microusd)}, ${count(day.requests, "request")}`));
   };
   return svg("svg", { class: "chart", viewBox: "0 0 900 142", preserveAspectRatio: "none", role: "img",
-    "aria-label": `Bars of ${days.length} days, the highest ${shown(most)}` },
-    svg("line", { class: "axis", x1: 0, y1: 141, x2: 900, y2: 141 }), days.map(bar));
+    "aria-label": `Bars of ${days.length} days, the highest ${usd(most)}` },
+  svg("line", { class: "axis", x1: 0, y1: 141, x2: 900, y2: 141 }), days.map(bar));
 }
-function lastDays(rows, count) {
+/* The rows of the last 30 days, the ones without a request too. */
+function lastDays(rows) {
   const known = new Map(rows.map((row) => [row.key, row])), today = Date.now();
-  return Array.from({ length: count }, (_, n) => {
-    const key = new Date(today - (count - 1 - n) * 864e5).toISOString().slice(0, 10);
+  return Array.from({ length: 30 }, (_, n) => {
+    const key = new Date(today - (29 - n) * 864e5).toISOString().slice(0, 10);
     return known.get(key) || { key, requests: 0, charge_microusd: 0 };
   });
 }
@@ -12291,111 +12243,100 @@ const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.s
   `${row.status} ${faultWord(row.error)}`);
 const chargeOf = (row) => (row.cost_microusd === null && !row.charge_microusd ? "no price" : usd(row.charge_microusd));
 const target = (row) => [row.provider, row.model].filter(Boolean).join("/") || "–";
-function requestColumns(admin) {
-  return [
-    ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request",
-      "data-key": r.request_id }), "nowrap"],
-    ...(admin ? [["User", (r) => r.user, "nowrap"]] : [["Session", (r) => (r.session || "–").slice(0, 8),
-      "nowrap mono"]]),
-    ["Asked for", (r) => r.asked || "–", "text"], ["Answered by", target, "text"],
-      ["Why", (r) => r.route || "–", "nowrap"],
-    ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
-    ["Cost", chargeOf, "num"], ["Took", (r) => seconds(r.duration_ms), "num"],
-  ];
-}
+const REQUEST_COLUMNS = [
+  ["Time", (r) => button(when(r.time), () => showRow(r), { class: "small", title: "All of this request",
+    "data-key": r.request_id }), "nowrap"],
+  IS_ADMIN ? textOf("User", "user", "nowrap") : ["Session", (r) => (r.session || "–").slice(0, 8), "nowrap mono"],
+  textOf("Asked for", "asked"), ["Answered by", target, "text"], textOf("Why", "route", "nowrap"),
+  ["Status", statusBadge, "nowrap"], ["Tokens", (r) => `${r.estimated ? "~" : ""}${whole(tokensOf(r))}`, "num"],
+  ["Cost", chargeOf, "num"], numberOf("Took", "duration_ms", seconds),
+];
 /* Why a request went where it went, and what it cost: of the log's row, as prompts are not kept. */
 function explanation(trail) {
-  const tried = trail.filter(([step]) => step !== "targets"), order = trail.find(([s]) => s === "targets");
-  return [table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note,
-    "text"]], tried, "No rules were tried."), order && el("p", {}, "Targets in order: ", order[1],
+  const tried = trail.filter(([step]) => step !== "targets"), order = trail.find(([step]) => step === "targets");
+  return [table("Rules tried", [["Rule", ([step]) => step, "nowrap"], ["What it said", ([, note]) => note, "text"]],
+    tried, "No rules were tried."), order && el("p", "Targets in order: ", order[1],
     order[1].includes(", then ") && ". One that rests after faults, or is limited, is tried last.")];
 }
 function costTable(row) {
   const price = row.price || {}, tiers = price.tiers || [];
   const rate = ([kind]) => price[kind] ?? (price.input ? "as input" : "–");
-  const kinds = PRICES.filter(([kind]) => row[`${kind}_tokens`] || ["input", "output"].includes(kind));
+  const kinds = KINDS.filter(([kind]) => row[`${kind}_tokens`] || ["input", "output"].includes(kind));
   return [table("Tokens and price", [["Kind", ([, name]) => name, "nowrap"],
     ["Tokens", ([kind]) => whole(row[`${kind}_tokens`]), "num"], ["$ per million", rate, "num"]], kinds, ""),
-  tiers.length > 0 && el("p", { class: "muted" }, `Another price above ${whole(tiers[0].above)} tokens.`),
-  el("p", {}, row.cost_microusd === null ? "No price is known for this model, so its cost is not counted."
+  tiers.length > 0 && remark(`Another price above ${whole(tiers[0].above)} tokens.`),
+  el("p", row.cost_microusd === null ? "No price is known for this model, so its cost is not counted."
     : `Cost ${usd(row.cost_microusd)}, markup ${usd(row.markup_microusd)}, charged ${usd(row.charge_microusd)}.`)];
 }
 async function showRow(row) {
   const shown = (name, value) => (name.endsWith("_microusd") ? usd(value) : name.endsWith("_ms")
     ? seconds(value) : value === "" || value === null ? "–" : String(value));
   const fields = Object.entries(row).filter(([name]) => !["trail", "price"].includes(name));
-  const again = el("div", {});
+  const again = el("div");
   const isAsked = row.attempts || row.error === "interrupted"; /* of which nothing more is known */
   const ended = row.status < 300 && !row.error ? "answered" : isAsked ? "did not answer to the end" : "was not asked";
-  openDialog(`Request ${row.request_id}`, el("p", {}, statusBadge(row), ` ${row.asked || "–"} was asked for, `,
+  openDialog(`Request ${row.request_id}`, el("p", statusBadge(row), ` ${row.asked || "–"} was asked for, `,
     `${target(row)} ${ended} (${row.route || "–"}, ${count(row.attempts, "attempt")})`),
-  el("h3", {}, "Why"), explanation(row.trail), again, el("h3", {}, "Cost"), costTable(row),
-  el("details", {}, el("summary", {}, "All fields"), table("All fields",
+  el("h3", "Why"), explanation(row.trail), again, el("h3", "Cost"), costTable(row),
+  folded("All fields", table("All fields",
     [["Field", ([n]) => n.replace(/_/g, " "), "nowrap"], ["Value", ([n, v]) => shown(n, v), "text"]], fields, "")));
-  if (PAGE !== "admin") return;
+  if (!IS_ADMIN) return;
   const { held } = await ask(`${ROOT}/inspect`).catch(() => ({ held: [] }));
-  if (held.some((r) => r.id === row.request_id)) fill(again, button("Explain it again on today's rules",
-    async () => refill(again, explained(await explainHeld(row.request_id)))));
-  else fill(again, el("p", { class: "muted" },
-    "The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
-}
-/* The status line goes along: what stands outside of a modal dialog is not read out. */
-function openDialog(title, ...body) {
-  const node = el("dialog", { "aria-label": title });
-  const mayLeave = () => !node.querySelector("[data-dirty]") || confirm("Leave without saving what you changed?");
-  const opener = document.activeElement;
-  const gone = () => {
-    if (!node.isConnected) return; /* a close() is heard of a second time, later */
-    if (node.contains(STATUS)) document.body.append(STATUS);
-    node.remove();
-    if (opener.isConnected) return; /* the browser has given it the focus back; a log's row was drawn anew */
-    const again = [...document.querySelectorAll("[data-key]")].find((e) => e.dataset.key === opener.dataset.key);
-    if (again) again.focus();
+  const explain = async () => {
+    const whole = await ask(path("inspect", row.request_id));
+    refill(again, await explained(whole.client_request, whole.client_headers));
   };
-  const close = () => { node.close(); gone(); };
-  node.addEventListener("cancel", (event) => { if (!mayLeave()) event.preventDefault(); });
-  node.addEventListener("close", gone);
-  const leave = button("Close", () => { if (mayLeave()) close(); });
+  fill(again, held.some((r) => r.id === row.request_id) ? button("Explain it again on today's rules", explain)
+    : remark("The prompt is not kept. While Inspect is on, requests are held whole and can be explained anew."));
+}
+const isDirty = (within = document) => within.querySelector("[data-dirty]");
+const mayLeave = (within) => !isDirty(within) || confirm("Leave without saving what you changed?");
+/* One dialog is open at a time. The status line goes along: what stands outside of it is not read out. */
+let closeDialog = () => {};
+function openDialog(title, ...body) {
+  closeDialog();
+  const opener = document.activeElement, leave = button("Close", () => { if (mayLeave(node)) closeDialog(); });
+  const node = el("dialog", { "aria-label": title }, el("div", { class: "head" }, el("h2", title), leave), ...body);
+  closeDialog = () => {
+    closeDialog = () => {};
+    document.body.append(STATUS);
+    node.remove();
+    const isDrawnAnew = (e) => e.dataset.key === opener.dataset.key; /* as a log's row may be */
+    const back = opener.isConnected ? opener : [...document.querySelectorAll("[data-key]")].find(isDrawnAnew);
+    if (back) back.focus({ preventScroll: true });
+  };
+  node.addEventListener("close", () => { if (node.isConnected) closeDialog(); });
   /* Browsers let a page refuse `cancel` once, not to a second Escape. */
+  node.addEventListener("cancel", (event) => { if (!mayLeave(node)) event.preventDefault(); });
   node.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing) return;
     event.preventDefault();
     leave.click();
   });
-  fill(node, el("div", { class: "head" }, el("h2", {}, title), leave), ...body);
   document.body.append(node);
   node.showModal();
   node.append(STATUS);
   (node.querySelector("input, select, textarea") || leave).focus();
-  return close;
 }
 
 /* Dashboard: one user's own numbers. */
-const KEY_WORDS = ["Your ccmux key",
-  "This server keeps an account for each user. Give your key to see yours; it stays in this tab."];
 async function dashboard() {
-  const paths = ["/api/me", "/api/usage?days=30&by=day", "/api/usage?days=30&by=model",
-    "/api/usage?days=30&by=session",
-    "/api/models", "/api/requests?limit=50", "/api/transactions?limit=50"];
-  const got = await signedIn(() => Promise.all(paths.map((path) => ask(path))), ...KEY_WORDS);
-  if (!got) return;
-  const [me, days, models, sessions, offered, requests, entries] = got;
+  const paths = ["me", "usage?days=30&by=day", "usage?days=30&by=model", "usage?days=30&by=session", "models",
+    "requests?limit=50", "transactions?limit=50"];
+  const [me, { usage: days }, { usage: used }, { usage: sessions }, { models }, { requests }, { transactions }]
+    = await Promise.all(paths.map((path) => ask(`/api/${path}`)));
   if (me.name === "local" && SESSION.getItem(SECRET)) {
     SESSION.removeItem(SECRET);
     tell("No user here has that key: this is the local user.");
   }
-  const first = !requests.requests.length;
-  redraw($("main"), first && connectCard(offered.models), tiles(me, lastDays(days.usage, 30), days.usage),
-    budgetCard(me), spendCard(lastDays(days.usage, 30)),
-    el("div", { class: "two" }, topCard("Models used", "model", models.usage), topCard("Sessions", "session",
-      sessions.usage)),
-    requestCard(requests.requests), offeredCard(offered.models), moneyCard(entries.transactions),
-    !first && connectCard(offered.models));
+  const cards = [tiles(me, lastDays(days), days), budgetCard(me), spendCard(lastDays(days)),
+    el("div", { class: "two" }, topCard("Models used", "Model", used), topCard("Sessions", "Session", sessions)),
+    requestCard(requests), offeredCard(models), moneyCard(transactions)];
+  redraw($("main"), requests.length ? [cards, connectCard(models)] : [connectCard(models), cards]);
 }
 const isFree = (user) => user.name === "local" && user.balance_microusd <= 0;
 function tiles(me, days, rows) {
-  const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"),
-    output = sum(rows, "output_tokens");
+  const fresh = sum(rows, "input_tokens"), cached = sum(rows, "cache_read_tokens"), output = sum(rows, "output_tokens");
   const written = sum(rows, "cache_write_tokens") + sum(rows, "cache_write_1h_tokens");
   const held = me.held_microusd ? `${usd(me.held_microusd)} set aside for running requests`
     : isFree(me) ? "no credit is needed here" : "nothing set aside";
@@ -12410,59 +12351,52 @@ function tiles(me, days, rows) {
     tile("Input tokens", short(fresh), `${short(written)} written to cache`),
     tile("Output tokens", short(output), "in 30 days"),
     tile("Read from cache", short(cached), `${percent(cached / (fresh + cached + written))} of all input`),
-    tile("First token", waited ? seconds(waited) : "–", busy ? `${Number((output / busy).toPrecision(3))} tokens/s`
-      : "no requests yet"));
+    tile("First token", waited ? seconds(waited) : "–",
+      busy ? `${Number((output / busy).toPrecision(3))} tokens/s` : "no requests yet"));
 }
-const budgetBars = (user) => budgetsOf(user).map(([period, used, limit]) => el("div", {},
-  el("p", {}, `${usd(used)} of ${usd(limit)} this ${period}`),
+const budgetBars = (user) => budgetsOf(user).map(([period, used, limit]) => el("div",
+  el("p", `${usd(used)} of ${usd(limit)} this ${period}`),
   el("meter", { min: 0, max: Math.max(limit, 1), value: used, high: limit * 0.8,
     "aria-label": `budget of the ${period}` })));
-const budgetCard = (me) => budgetsOf(me).length > 0
-  && card("Budgets", el("span", { class: "muted" }, "UTC, a week begins on Monday"), budgetBars(me));
+const budgetCard = (me) => budgetsOf(me).length > 0 && card("Budgets", "UTC, a week begins on Monday", budgetBars(me));
+const PERIODS = ["day", "week", "month"];
 /* [period, spent, budget] of those that are set. */
-const budgetsOf = (user) => [["day", "today"], ["week", "week"], ["month", "month"]]
-  .map(([period, name]) => [period, user[`spent_${name}_microusd`], user.budgets[`${period}_microusd`]])
+const budgetsOf = (user) => PERIODS.map((period) => [period,
+  user[`spent_${period === "day" ? "today" : period}_microusd`], user.budgets[`${period}_microusd`]])
   .filter(([, , limit]) => limit !== null);
 function spendCard(days) {
-  if (!sum(days, "requests")) return card("Spend per day", null,
-    empty("Nothing was asked in the last 30 days."));
+  if (!sum(days, "requests")) return card("Spend per day", null, empty("Nothing was asked in the last 30 days."));
   const used = days.filter((d) => d.requests).reverse();
   const label = el("div", { class: "head muted" }, el("span", { class: "grow" }, days[0].key), days.at(-1).key);
-  return card("Spend per day", el("span", { class: "muted" },
-    `${usd(sum(days, "charge_microusd"))} in 30 days`), dayChart(days, "charge_microusd", usd), label,
-    el("details", {}, el("summary", {}, "As a table"), table("Spend per day", usageColumns("Day"), used, "")));
+  return card("Spend per day", `${usd(sum(days, "charge_microusd"))} in 30 days`, dayChart(days), label,
+    folded("As a table", table("Spend per day", [...usageColumns("Day"), COST], used, "")));
 }
-const usageColumns = (title) => [
-  [title, (r) => r.key || "none", "text"], ["Requests", (r) => whole(r.requests), "num"],
-  ["Input", (r) => short(r.input_tokens), "num"], ["Output", (r) => short(r.output_tokens), "num"],
-  ["Cache read", (r) => short(r.cache_read_tokens), "num"],
-  ["Cost", (r) => (r.unpriced === r.requests ? "no price" : usd(r.charge_microusd)), "num"],
-];
+const usageColumns = (title) => [[title, (r) => r.key || "none", "text"], numberOf("Requests", "requests"),
+  numberOf("Input", "input_tokens", short), numberOf("Output", "output_tokens", short),
+  numberOf("Cache read", "cache_read_tokens", short)];
+const COST = ["Cost", (r) => (r.unpriced === r.requests ? "no price" : usd(r.charge_microusd)), "num"];
 const topCard = (title, by, rows) => card(title, null,
-  table(title, usageColumns(by === "model" ? "Model" : "Session"), rows.slice(0, 10),
-    "Nothing yet: it fills as you work."));
-const requestCard = (rows) => card("Last requests", [
-  button("Export CSV", () => download("/api/export?format=csv", "ccmux-usage.csv")),
-  button("Export JSON", () => download("/api/export?format=json", "ccmux-usage.json"))],
-  table("Last requests", requestColumns(false), rows,
-    "No requests yet. Point Claude Code here and ask it something."));
+  table(title, [...usageColumns(by), COST], rows.slice(0, 10), "Nothing yet: it fills as you work."));
+const requestCard = (rows) => card("Last requests",
+  ["csv", "json"].map((format) => button(`Export ${format.toUpperCase()}`,
+    () => download(`/api/export?format=${format}`, `ccmux-usage.${format}`))),
+  table("Last requests", REQUEST_COLUMNS, rows, "No requests yet. Point Claude Code here and ask it something."));
 /* Claude Code lists only names with claude or anthropic in them, so ccmux offers each with this in front too. */
 const seenAs = ({ name }) => (name.startsWith("anthropic/") ? name : `anthropic/${name}`);
 function offeredCard(models) {
-  const price = (kind) => (m) => (m.price && m.price[kind] !== undefined ? `$${Number(m.price[kind])}` : "–");
-  const columns = [["Ask for", (m) => m.name, "text mono"], ["Claude Code sees", seenAs, "text mono"],
-    ["Goes to", (m) => m.targets.join(", then "), "text"],
-    ["Context", (m) => (m.context ? short(m.context) : "–"), "num"], ["Input", price("input"), "num"],
-    ["Output", price("output"), "num"], ["Cache read", price("cache_read"), "num"]];
-  return card("Models", el("span", { class: "muted" }, "US dollars per million tokens"),
-    table("Models", columns, models,
+  const price = ([kind, title]) => [title, ({ price }) => (price?.[kind] ? `$${Number(price[kind])}` : "–"), "num"];
+  const columns = [textOf("Ask for", "name", "text mono"), ["Claude Code sees", seenAs, "text mono"],
+    ["Goes to", (m) => m.targets.join(", then "), "text"], CONTEXT, ...KINDS.slice(0, 3).map(price)];
+  return card("Models", "US dollars per million tokens", table("Models", columns, models,
     "No models yet. Whoever runs this server adds a provider and a model on the admin page."));
 }
-const ledgerTable = (entries, shown) => table("Transactions", [["Time", (t) => when(t.time), "nowrap"],
-  ["Kind", (t) => t.kind, "nowrap"], ["Note", (t) => t.note || t.request_id || "–", "text"],
-  ["Amount", (t) => usd(t.amount_microusd), "num"], ["Balance", (t) => usd(t.balance_microusd), "num"]], entries, shown);
+const CONTEXT = ["Context", (m) => (m.context ? short(m.context) : "–"), "num"];
+const TIME = ["Time", (r) => when(r.time), "nowrap"];
+const ledgerTable = (entries, shown) => table("Transactions", [TIME, textOf("Kind", "kind", "nowrap"),
+  ["Note", (t) => t.note || t.request_id || "–", "text"], numberOf("Amount", "amount_microusd", usd),
+  numberOf("Balance", "balance_microusd", usd)], entries, shown);
 function moneyCard(entries) {
-  const buy = () => openDialog("Buy credits", el("p", {},
+  const buy = () => openDialog("Buy credits", el("p",
     "ccmux takes no payments: ask whoever runs this server, who can add credit on the admin page."));
   return card("Transactions", button("Buy credits", buy), ledgerTable(entries,
     "No transactions. Credit that is added and what requests cost is listed here."));
@@ -12472,10 +12406,10 @@ function connectCard(models) {
   const values = { ANTHROPIC_BASE_URL: url, ANTHROPIC_AUTH_TOKEN: key };
   const shells = [["bash, zsh", (n, v) => `export ${n}='${v}'`], ["fish", (n, v) => `set -gx ${n} '${v}'`],
     ["PowerShell", (n, v) => `$env:${n} = '${v}'`], ["cmd", (n, v) => `set ${n}=${v}`]];
-  const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", {}, name), copyable(
+  const block = ([name, line], n) => el("details", { open: n === 0 }, el("summary", name), copyable(
     [...Object.entries(values).map(([key, value]) => line(key, value)), "claude"].join("\n")));
   return card("Point Claude Code here", null,
-    el("p", { class: "muted" }, "Paste these lines into a terminal; the last one starts Claude Code",
+    remark("Paste these lines into a terminal; the last one starts Claude Code",
     models.length ? `, whose /model also takes names such as ${models[0].name}.` : ".",
     key !== "ccmux-local" && ` Put your key where ${key} stands.`,
     " On this server's machine `python3 ccmux.py code` does it all, and sets what auto mode needs."), shells.map(block));
@@ -12486,18 +12420,21 @@ let lastId = 0;
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 function labelled(label, input, help, wide) {
   input.id = input.id || `f${++lastId}`;
-  const note = help && el("span", { class: "help", id: `${input.id}h` }, help);
-  if (note) input.setAttribute("aria-describedby", note.id);
-  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input, note);
+  const hint = help && el("span", { class: "help", id: `${input.id}h` }, help);
+  if (hint) input.setAttribute("aria-describedby", hint.id);
+  return el("div", { class: wide ? "field wide" : "field" }, el("label", { for: input.id }, label), input, hint);
 }
 const textBox = (value, props) => el("input", { type: "text", autocomplete: "off", spellcheck: "false",
   value, ...props });
-const numberBox = (value, props) => el("input", { type: "number", step: "any", value: value ?? "",
-  ...props });
-function selectBox(options, value) {
-  const node = el("select", {}, options.map(([key, label]) => el("option", { value: key }, label ?? key)));
-  if (!options.some(([key]) => key === value) && value) node.append(el("option", { value }, value));
-  node.value = value ?? options[0]?.[0] ?? "";
+const textArea = (rows, value, props) => el("textarea", { rows, spellcheck: "false", value, ...props });
+const numberBox = (value, props) => el("input", { type: "number", step: "any", value: value ?? "", ...props });
+const options = (names) => names.map((value) => el("option", { value }));
+/* Choices: [value, label], or a value alone. */
+function selectBox(choices, value = "") {
+  const known = choices.map((choice) => [choice].flat());
+  if (value && !known.some(([key]) => key === value)) known.push([value]);
+  const node = el("select", known.map(([key, label]) => el("option", { value: key }, label ?? key)));
+  node.value = value;
   return node;
 }
 /* What a number box says, undefined where it is empty. Browsers give what is no number as "" too. */
@@ -12508,8 +12445,10 @@ function numberIn(input, name = input.labels[0].textContent) {
   if (rangeOverflow) throw new Failure(400, `${name}: must be at most ${whole(input.max)}`);
   return input.value === "" ? undefined : Number(input.value);
 }
-const PRICES = [["input", "Input"], ["output", "Output"], ["cache_read", "Cache read"],
-  ["cache_write", "Cache write"], ["cache_write_1h", "1 h write"]];
+const commaParts = (input) => input.value.split(",").map((part) => part.trim()).filter(Boolean);
+function jsonIn(input, place) {
+  try { return JSON.parse(input.value); } catch (error) { throw new Failure(400, `${place}${error.message}`); }
+}
 
 const AS_IT_IS = "as the preset or format has it";
 /* A control for each kind: (field, value) -> {node, get}; get() is undefined for "leave the key out". */
@@ -12520,7 +12459,7 @@ const CONTROLS = {
     return { input, get: () => (isPattern ? input.value : input.value.trim()) };
   },
   choice(field, value) {
-    const input = selectBox([...(field.default ? [] : [["", field.maybe ? AS_IT_IS : "–"]]), ...field.choices.map((c) => [c])],
+    const input = selectBox([...(field.default ? [] : [["", field.maybe ? AS_IT_IS : "–"]]), ...field.choices],
       value ?? field.default);
     return { input, get: () => input.value };
   },
@@ -12530,56 +12469,48 @@ const CONTROLS = {
   },
   bool(field, value) {
     const now = value ?? (field.maybe ? "" : field.default), words = now ? "yes" : "no";
-    const input = selectBox([...(field.maybe ? [["", AS_IT_IS]] : []), ["yes"], ["no"]], now === "" ? "" : words);
+    const input = selectBox([...(field.maybe ? [["", AS_IT_IS]] : []), "yes", "no"], now === "" ? "" : words);
     return { input, get: () => (input.value ? input.value === "yes" : undefined) };
   },
   list(field, value) {
     const given = value ?? field.default;
     if (!field.choices.length) {
       const input = textBox(given.join(", "), { placeholder: "separated by commas" });
-      return { input, get: () => input.value.split(",").map((v) => v.trim()).filter(Boolean) };
+      return { input, get: () => commaParts(input) };
     }
     const boxes = field.choices.map((c) => el("input", { type: "checkbox", value: c, checked: given.includes(c) }));
-    const node = fieldset(field, "checks", boxes.map((box) => el("label", {}, box, box.value)));
+    const node = fieldset(field, "checks", boxes.map((box) => el("label", box, box.value)));
     return { node, get: () => boxes.filter((b) => b.checked).map((b) => b.value) };
   },
   secret(field, value) {
     if (field.name === "headers") return headerControl(field, value);
-    const now = [value].flat().filter((v) => v && v.set).map((v) => v.reference
-      || `ends in ${v.last4 || "…"}`).join(", ");
+    const now = keysSet(value, (last4) => `ends in ${last4 || "…"}`);
     /* Browsers fill the password they know, this page's token, into every other such box. */
     const input = textBox("", { type: "password", autocomplete: "new-password",
       placeholder: now ? `set (${now}); empty keeps it` : "not set" });
     input.addEventListener("input", () => { input.type = input.value.startsWith("$") ? "text" : "password"; });
-    const parts = () => input.value.split(",").map((v) => v.trim()).filter(Boolean);
-    const gone = el("input", { type: "checkbox" });
-    const node = labelled(labelOf(field), input, field.help + (field.name === "api_key" ? ", commas between them" : ""));
-    if (now) node.append(el("label", {}, gone, "take the stored one away"));
-    return { input, node, get: () => (gone.checked ? "" : parts().length > 1 ? parts() : parts()[0]) };
+    const isPool = field.name === "api_key", gone = el("input", { type: "checkbox" });
+    const node = labelled(labelOf(field), input, field.help + (isPool ? ", commas between them" : ""));
+    if (now) node.append(el("label", gone, "take the stored one away"));
+    const typed = () => (isPool ? commaParts(input) : [input.value.trim()]);
+    return { input, node, get: () => (gone.checked ? "" : typed().length > 1 ? typed() : typed()[0] || undefined) };
   },
   price(field, value) {
-    const given = value || {}, boxes = PRICES.map(([kind]) => numberBox(given[kind], { min: 0 }));
-    const node = fieldset(field, "prices", boxes.map((box, n) => labelled(PRICES[n][1], box)));
-    const pairs = () => boxes.map((b, n) => [PRICES[n][0], numberIn(b, field.name)])
+    const given = value || {}, boxes = KINDS.map(([kind]) => numberBox(given[kind], { min: 0 }));
+    const node = fieldset(field, "prices", boxes.map((box, n) => labelled(KINDS[n][1], box)));
+    const pairs = () => boxes.map((b, n) => [KINDS[n][0], numberIn(b, field.name)])
       .filter(([, dollars]) => dollars !== undefined);
-    const others = Object.entries(given).filter(([name]) => !PRICES.some(([kind]) => kind === name)); /* tiers */
+    const others = Object.entries(given).filter(([name]) => !KINDS.some(([kind]) => kind === name)); /* tiers */
     return { node, get: () => (pairs().length ? Object.fromEntries([...others, ...pairs()]) : undefined) };
   },
   table(field, value) {
-    const input = el("textarea", { rows: 3, spellcheck: "false", value: value ? JSON.stringify(value, null,
-      1) : "" });
-    const get = () => {
-      try {
-        return input.value.trim() ? JSON.parse(input.value) : undefined;
-      } catch (error) { throw new Failure(400, `${field.name}: ${error.message}`); }
-    };
-    return { input, wide: true, get };
+    const input = textArea(3, value ? JSON.stringify(value, null, 1) : "");
+    return { input, wide: true, get: () => (input.value.trim() ? jsonIn(input, `${field.name}: `) : undefined) };
   },
 };
 function headerControl(field, value) {
   const lines = Object.keys(value || {}).map((name) => `${name}: [kept]`).join("\n");
-  const input = el("textarea", { rows: 2, spellcheck: "false", value: lines,
-    placeholder: "Name: value, one a line" });
+  const input = textArea(2, lines, { placeholder: "Name: value, one a line" });
   const pair = (line) => {
     const [name, ...rest] = line.split(":"), text = rest.join(":").trim();
     if (!rest.length) throw new Failure(400, `${field.name}: ${line.trim()} lacks a colon; write Name: value`);
@@ -12588,17 +12519,17 @@ function headerControl(field, value) {
   const get = () => Object.fromEntries(input.value.split("\n").filter((l) => l.trim()).map(pair));
   return { input, wide: true, get: () => (value || input.value.trim() ? get() : undefined) };
 }
-const fieldset = (field, kind, boxes) => el("fieldset", { class: "field wide" }, el("legend", {}, labelOf(field)),
+const fieldset = (field, kind, boxes) => el("fieldset", { class: "field wide" }, el("legend", labelOf(field)),
   el("div", { class: kind }, boxes), el("span", { class: "help" }, field.help));
-const labelOf = (field) => field.label || (field.name[0].toUpperCase() + field.name.slice(1)).replace(/_/g, " ")
-  .replace("Api", "API").replace(" url", " URL");
+const labelOf = (field) => capital(field.name).replace(/_/g, " ").replace("Api", "API").replace(" url", " URL");
 
 /* Controls for some fields of a table. read() is the table with what was changed; a key whose control was made
    empty is left out. What was not changed stays as it was written: an empty list may overrule a preset's. */
 function controls(fields, table) {
   const made = fields.map((field) => {
-    const value = table[field.name], control = CONTROLS[field.kind](field, value);
+    const control = CONTROLS[field.kind](field, table[field.name]);
     const node = control.node || labelled(labelOf(field), control.input, field.help, control.wide);
+    node.dataset.field = field.name;
     return { field, first: control.get(), ...control, node };
   });
   const read = (start = table) => {
@@ -12612,28 +12543,27 @@ function controls(fields, table) {
     }
     return out;
   };
-  return { nodes: made.map((m) => m.node), read, made,
-    of: (name) => made.find((m) => m.field.name === name) };
+  return { nodes: made.map((m) => m.node), read, input: (name) => made.find((m) => m.field.name === name).input };
 }
 
-/* A form that keeps what was typed when a save fails. `save` throws a Failure then. */
-function formOf(nodes, save, { label = "Save", extra = [], made = [], keeps = true } = {}) {
+/* A form that keeps what was typed when a save fails. `save` throws a Failure then, and gives words where it saved. */
+function formOf(nodes, save, { label = "Save", extra = [], keeps = true } = {}) {
   const error = el("p", { class: "error", role: "alert" }), send = el("button", { class: "main" }, label);
-  const form = el("form", { novalidate: true }, nodes, error, el("div", { class: "row" }, send, extra));
+  const row = el("div", { class: "row" }, send, extra), form = el("form", { novalidate: true }, nodes, error, row);
   const dirty = () => { if (keeps) form.dataset.dirty = "yes"; };
   form.addEventListener("input", dirty);
-  form.addEventListener("change", dirty);
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     for (const mark of form.querySelectorAll("[aria-invalid]")) mark.removeAttribute("aria-invalid");
     error.textContent = "";
+    row.before(error); /* it may have stood beside a field */
     send.disabled = true;
     delete form.dataset.dirty;
     try {
-      await save();
+      await saved(await save(), form);
     } catch (failure) {
       dirty();
-      showFailure(failure, error, made);
+      showFailure(failure, error, form);
     }
     send.disabled = false;
     if (document.activeElement === document.body) send.focus(); /* what is disabled loses it */
@@ -12641,115 +12571,99 @@ function formOf(nodes, save, { label = "Save", extra = [], made = [], keeps = tr
   return form;
 }
 /* The message stands in the form, and beside the field that it names. */
-function showFailure(failure, error, made) {
-  error.textContent = failure.message;
-  if (failure.status === 409) fill(error, " ", button("Load the newest", () => location.reload(),
-    { class: "small" }));
-  const wrong = made.find(({ field }) => new RegExp(`\\b${field.name}\\b`).test(failure.message));
-  const input = wrong && (wrong.input || wrong.node.querySelector("input"));
-  if (!input) return;
+function showFailure({ status, message }, error, form) {
+  error.textContent = message;
+  if (status === 409) fill(error, " ", button("Load the newest", () => location.reload(), { class: "small" }));
+  const isNamed = (field) => new RegExp(`\\b${field.dataset.field}\\b`).test(message);
+  const wrong = [...form.querySelectorAll("[data-field]:not(.item *)")].find(isNamed);
+  if (!wrong) return;
+  const input = wrong.querySelector("input, select, textarea");
   input.setAttribute("aria-invalid", "true");
-  (wrong.node.closest("details") || {}).open = true;
-  wrong.node.append(error);
+  (wrong.closest("details") || {}).open = true;
+  wrong.append(error);
   input.focus();
 }
-const isDirty = () => document.querySelector("[data-dirty]");
 addEventListener("beforeunload", (event) => { if (isDirty()) event.preventDefault(); });
 
 /* Rows that can be moved, removed and added: `make(row)` -> {node, read}. */
 function sequence(rows, make, what) {
-  const list = el("div", {}), items = [];
-  const touched = () => list.dispatchEvent(new Event("change", { bubbles: true }));
-  const draw = () => {
-    items.forEach(({ node }, n) => node.setAttribute("aria-label", `${what} ${n + 1}`));
-    refill(list, items.map((item) => item.node));
-  };
-  const move = (item, by) => {
-    const from = items.indexOf(item), to = from + by;
-    if (to < 0 || to >= items.length) return;
-    items.splice(from, 1);
-    items.splice(to, 0, item);
-    draw();
-    touched();
-    item.node.querySelector(by < 0 ? "[data-up]" : "[data-down]").focus();
+  const list = el("div"), readers = new Map();
+  const changed = () => {
+    [...list.children].forEach((item, n) => item.setAttribute("aria-label", `${what} ${n + 1}`));
+    list.dispatchEvent(new Event("input", { bubbles: true }));
   };
   const add = (row) => {
-    const item = make(row);
-    const remove = () => { items.splice(items.indexOf(item), 1); draw(); touched(); more.focus(); };
-    item.node = el("div", { class: "item", role: "group" }, item.node, el("div", { class: "row" },
-      button("Up", () => move(item, -1), { class: "small", "data-up": true }),
-      button("Down", () => move(item, 1), { class: "small", "data-down": true }),
-      button("Remove", remove, { class: "small danger" })));
-    items.push(item);
-    draw();
+    const { node, read } = make(row);
+    const move = (other, where) => { if (other) { other[where](item); changed(); } };
+    const up = button("Up", () => { move(item.previousSibling, "before"); up.focus(); }, { class: "small" });
+    const down = button("Down", () => { move(item.nextSibling, "after"); down.focus(); }, { class: "small" });
+    const remove = button("Remove", () => { item.remove(); changed(); more.focus(); }, { class: "small danger" });
+    const item = el("div", { class: "item", role: "group" }, node, el("div", { class: "row" }, up, down, remove));
+    readers.set(item, read);
+    list.append(item);
   };
   rows.forEach(add);
+  changed();
   const more = button(`Add a ${what}`, () => {
     add({});
-    touched();
-    items.at(-1).node.querySelector("input, select").focus();
+    changed();
+    list.lastChild.querySelector("input, select").focus();
   });
-  return { node: el("div", {}, list, more), read: () => items.map((item) => item.read()) };
+  return { node: el("div", list, more), read: () => [...list.children].map((item) => readers.get(item)()) };
 }
 
-/* Admin: one view a tab. S is the server's last state; a form keeps the hash it was opened with. */
-let S = null, stopView = () => {}, shownTab = "", visit = 0;
+/* Admin: one view a tab. S is the server's last state; a form keeps the hash it was opened with. What a view begins
+   ends when it is left, which its signal tells. */
+let S = null, visit = new AbortController(), shownTab = "";
 const ROOT = "/admin/api";
 const path = (...parts) => [ROOT, ...parts.map(encodeURIComponent)].join("/");
-const TABS = [["overview", "Overview", overview], ["providers", "Providers", providersView],
-  ["models", "Models", modelsView],
-  ["router", "Router", routerView], ["users", "Users", usersView], ["billing", "Billing", billingView],
-  ["try", "Try", tryView], ["inspect", "Inspect", inspectView], ["config", "Config", configView]];
+const VIEWS = { overview, providers: providersView, models: modelsView, router: routerView, users: usersView,
+  billing: billingView, try: tryView, inspect: inspectView, config: configView };
 
 async function admin() {
-  const given = /^#token=(.+)$/.exec(location.hash);
-  if (given) {
-    let token = given[1];
+  let [, token] = /^#token=(.+)$/.exec(location.hash) || [];
+  if (token) {
     try { token = decodeURIComponent(token); } catch { /* typed by hand, with a percent sign of its own */ }
     SESSION.setItem(SECRET, token);
     history.replaceState(null, "", "/admin#overview");
   }
-  if (await signedIn(reload, "Admin token",
-    "ccmux printed a link with the token when it started; `ccmux.py token` "
-    + "prints it again. It stays in this tab.")) showTab(true);
+  await reload();
+  await showTab(true);
 }
 async function reload() {
   S = await ask(`${ROOT}/state`);
   $("version").textContent = `ccmux ${S.version}`;
-  return S;
 }
 async function showTab(isFresh = false) {
   if (!S) return;
-  const [key, , view] = TABS.find(([key]) => `#${key}` === location.hash) || TABS[0];
-  if (isDirty() && !confirm("Leave without saving what you changed?")) {
+  const named = location.hash.slice(1), key = Object.hasOwn(VIEWS, named) ? named : "overview";
+  if (!mayLeave()) {
     history.replaceState(null, "", `#${shownTab}`);
     return;
   }
-  if (shownTab !== key) document.querySelectorAll("dialog").forEach((dialog) => dialog.close()); /* by Back */
-  stopView();
-  stopView = () => {};
-  const isAgain = shownTab === key;
+  if (shownTab !== key) closeDialog(); /* by Back */
+  visit.abort();
+  visit = new AbortController();
+  const { signal } = visit, isAgain = shownTab === key;
   shownTab = key;
-  /* What a view began must end with it, also where it is left before it is drawn. */
-  const mine = ++visit, whenLeft = (stop) => { if (mine === visit) stopView = stop; else stop(); };
-  if (!$("tabs").children.length) fill($("tabs"), TABS.map(([name, label]) => el("a", { href: `#${name}` }, label)));
-  for (const link of $("tabs").children) {
-    if (link.hash === `#${key}`) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  }
+  redraw($("tabs"), Object.keys(VIEWS).map((name) => el("a", { href: `#${name}`, "aria-current": name === key && "page" },
+    capital(name))));
   try {
     if (!isFresh) await reload();
-    const nodes = mine === visit && await view(whenLeft);
-    if (mine === visit && !(isAgain && isDirty())) (isAgain ? redraw : refill)($("main"), nodes); /* what was typed meanwhile stays */
+    const nodes = !signal.aborted && await VIEWS[key](signal);
+    if (signal.aborted || (isAgain && isDirty())) return; /* what was typed meanwhile stays */
+    (isAgain ? redraw : refill)($("main"), nodes);
   } catch (error) {
-    if (mine !== visit) return;
-    if (error.status === 401) admin();
-    else refill($("main"), card("That did not work", button("Try again", () => showTab()),
-      el("p", {}, error.message)));
+    if (signal.aborted) return;
+    if (error.status === 401) start();
+    else refill($("main"), card("That did not work", button("Try again", () => showTab()), el("p", error.message)));
   }
 }
-/* After a save: the newest state, and the view drawn again unless another form on it has unsaved changes. */
-async function saved(words) {
+/* After a save, which gives words: the dialog that it was made in closes, the newest state is read, and the view is
+   drawn again unless another form on it has unsaved changes. */
+async function saved(words, place) {
+  if (typeof words !== "string") return;
+  if (place.isConnected && place.closest("dialog")) closeDialog();
   await (isDirty() ? reload() : showTab());
   if (document.activeElement === document.body) $("main").focus(); /* what had the focus is drawn anew */
   tell(words);
@@ -12759,7 +12673,7 @@ async function saved(words) {
 const STATES = { ok: ["ok", "working"], disabled: ["", "switched off"], cooling: ["warn", "limited for now"],
   "half-open": ["warn", "being tried again"], open: ["bad", "resting after faults"], unusable: ["bad", "cannot be used"] };
 const problemOf = ({ state, problem }) => state === "unusable" && el("div", { class: "help" }, problem);
-const refusesKey = ({ outcomes }) => ["http_401", "http_403"].includes((outcomes.at(-1) || {}).error);
+const refusesKey = ({ outcomes }) => ["http_401", "http_403"].includes(outcomes.at(-1)?.error);
 function stateBadge(name) {
   const health = S.providers[name] || { state: "unusable", outcomes: [] };
   if (refusesKey(health) && !["disabled", "unusable"].includes(health.state)) return badge("bad", "refuses its key");
@@ -12773,17 +12687,17 @@ function problems(broke) {
   if (!rowsOf("providers").length) add("warn", "no provider",
     "Add one to have anything to send requests to.", "providers");
   const first = Object.values(S.providers).find((p) => !["disabled", "unusable"].includes(p.state));
-  if (first && first.format === "demo" && !S.routes.default && !rowsOf("models").length) add("warn", "demo",
+  if (first?.format === "demo" && !S.routes.default && !rowsOf("models").length) add("warn", "demo",
     "The built-in demo answers what Claude Code asks for. Add a provider, then a model of it", "providers");
   for (const user of broke) add("warn", user.name, "has no credit left, so requests are refused", "users");
   for (const [name, health] of Object.entries(S.providers)) {
-    const last = health.outcomes.at(-1);
+    const error = health.outcomes.at(-1)?.error;
     const next = health.next_try_s ? `, tried again in ${Math.ceil(health.next_try_s)} s` : "";
     if (health.state === "disabled") continue;
     if (health.problem) add("bad", name, health.problem, "providers");
     else if (refusesKey(health)) add("bad", name, "refuses its key", "providers");
     else if (["open", "half-open", "cooling"].includes(health.state)) {
-      add("warn", name, `${STATES[health.state][1]}${next}${last && last.error ? `: ${faultWord(last.error)}` : ""}`, "providers");
+      add("warn", name, `${STATES[health.state][1]}${next}${error ? `: ${faultWord(error)}` : ""}`, "providers");
     }
   }
   if (S.unpriced.length) {
@@ -12801,28 +12715,26 @@ function problems(broke) {
 function problemCard(broke) {
   const found = problems(broke);
   if (!found.length) return card("All is well", badge("ok", "no problems"));
-  const item = ([kind, word, text, tab]) => el("li", {}, badge(kind, word), ` ${text.replace(/\.$/, "")}.`,
-    tab && [" See ", el("a", { href: `#${tab}` }, TABS.find(([key]) => key === tab)[1])]);
-  const node = card(`${count(found.length, "thing")} to look at`, null, el("ul", {}, found.map(item)));
+  const item = ([kind, word, text, tab]) => el("li", badge(kind, word), ` ${text.replace(/\.$/, "")}.`,
+    tab && [" See ", el("a", { href: `#${tab}` }, capital(tab))]);
+  const node = card(`${count(found.length, "thing")} to look at`, null, el("ul", found.map(item)));
   node.classList.add("problems", ...(found.some(([kind]) => kind === "bad") ? [] : ["mild"]));
   return node;
 }
 function beats(outcomes) {
-  const good = outcomes.filter((o) => o.ok).length;
-  return el("div", { class: "beats", role: "img",
-    "aria-label": `${good} of the last ${outcomes.length} requests went well` },
-    outcomes.map((o) => el("i", { class: o.ok ? "ok" : "bad", title: `${o.status} in ${o.ms} ms ${faultWord(o.error)}` })));
+  const label = `${outcomes.filter((o) => o.ok).length} of the last ${outcomes.length} requests went well`;
+  const beat = (o) => el("i", { class: o.ok ? "ok" : "bad", title: `${o.status} in ${o.ms} ms ${faultWord(o.error)}` });
+  return el("div", { class: "beats", role: "img", "aria-label": label }, outcomes.map(beat));
 }
 function healthCard() {
-  const rows = Object.entries(S.providers);
-  return card("Providers", null, table("Provider health", [["Provider", ([n]) => n, "text"],
-    ["State", ([n]) => stateBadge(n), "nowrap"],
-    ["Last requests", ([, h]) => beats(h.outcomes)], ["Running now", ([, h]) => whole(h.active), "num"],
-    ["Average time", ([, h]) => seconds(h.latency_ms), "num"]], rows,
+  const rows = Object.entries(S.providers).map(([name, health]) => ({ name, ...health }));
+  return card("Providers", null, table("Provider health", [textOf("Provider", "name"),
+    ["State", (p) => stateBadge(p.name), "nowrap"], ["Last requests", (p) => beats(p.outcomes)],
+    numberOf("Running now", "active"), numberOf("Average time", "latency_ms", seconds)], rows,
   "No providers yet. Add one under Providers: with a preset, a key is enough."));
 }
-async function overview(whenLeft) {
-  const top = el("div", {}), log = el("div", { class: "log" });
+async function overview(left) {
+  const top = el("div"), log = el("div", { class: "log" });
   let since = "", past = null, live = null, shownDay = "";
   const draw = async () => {
     const day = new Date().toISOString().slice(0, 10), localDay = new Date().toDateString();
@@ -12834,33 +12746,30 @@ async function overview(whenLeft) {
     const [before, today, { users }] = await Promise.all([past, ask(`${ROOT}/report?by=provider&since=${since}`),
       tableOf("credits").enforce ? ask(`${ROOT}/users`) : { users: [] }]);
     const broke = users.filter((user) => user.balance_microusd <= 0 && !user.disabled && !isFree(user));
-    const of = (name) => [sum(today.report, name), sum([...before.report, ...today.report], name)];
-    const [now, ever] = of("requests"), [spent, spentEver] = of("charge_microusd");
+    const now = today.report, ever = [...before.report, ...now];
     redraw(top, problemCard(broke), el("div", { class: "tiles" },
-      tile("Requests today", whole(now), `${whole(ever)} in all`), tile("Charged today", usd(spent),
-        `${usd(spentEver)} in all`),
-      tile("Tokens today", short(today.report.reduce((t, r) => t + tokensOf(r), 0)), "of all kinds, in UTC"),
+      tile("Requests today", whole(sum(now, "requests")), `${whole(sum(ever, "requests"))} in all`),
+      tile("Charged today", usd(sum(now, "charge_microusd")), `${usd(sum(ever, "charge_microusd"))} in all`),
+      tile("Tokens today", short(now.reduce((total, row) => total + tokensOf(row), 0)), "of all kinds, in UTC"),
       tile("Running for", duration(S.uptime_s), S.path || "no config file yet")), healthCard());
   };
   await draw();
-  live = await liveLog(log);
-  const stopPoll = poll(async () => { await reload(); await draw(); }, 5000);
-  whenLeft(() => { stopPoll(); live.stop(); });
+  live = await liveLog(log, left);
+  poll(async () => { await reload(); await draw(); }, 5000, left);
   return [top, card("Requests", live.tools, log)];
 }
 const duration = (s) => (s < 3600 ? `${Math.floor(s / 60)} min` : s < 172800 ? `${(s / 3600).toFixed(1)} h`
   : `${Math.floor(s / 86400)} days`);
-async function liveLog(place) {
+async function liveLog(place, left) {
   const newest = async () => (await ask(`${ROOT}/requests?limit=100`)).requests;
-  let rows = await newest(), shown = rows, paused = false;
-  const ended = new AbortController();
-  let stream = new AbortController();
+  let rows = await newest(), shown = rows, paused = false, stream = new AbortController();
   const filter = textBox("", { placeholder: "model, user, session …", "aria-label": "Filter the requests",
     type: "search" });
-  const isWanted = (row) => `${faultWord(row.error)} ${JSON.stringify(row)}`.toLowerCase().includes(filter.value.toLowerCase());
+  const isWanted = (row) => `${faultWord(row.error)} ${JSON.stringify(row)}`.toLowerCase()
+    .includes(filter.value.toLowerCase());
   const draw = () => {
     if (!paused) shown = rows;
-    redraw(place, table("Requests", requestColumns(true), shown.filter(isWanted),
+    redraw(place, table("Requests", REQUEST_COLUMNS, shown.filter(isWanted),
       shown.length ? "Nothing fits the filter." : "No requests yet. They appear here as they end."));
   };
   let timer = 0; /* many requests at once are drawn once */
@@ -12871,9 +12780,10 @@ async function liveLog(place) {
     if (!paused) draw();
   });
   /* A browser has six connections to a server, for all its tabs: a hidden page gives its own back. */
-  document.addEventListener("visibilitychange", () => { if (document.hidden) stream.abort(); }, { signal: ended.signal });
+  document.addEventListener("visibilitychange", () => { if (document.hidden) stream.abort(); }, { signal: left });
+  left.addEventListener("abort", () => stream.abort());
   const follow = async () => {
-    while (!ended.signal.aborted) {
+    while (!left.aborted) {
       if (!document.hidden) try {
         stream = new AbortController();
         const answer = await call(`${ROOT}/events`, "GET", undefined, stream.signal);
@@ -12892,43 +12802,53 @@ async function liveLog(place) {
   filter.addEventListener("input", draw);
   draw();
   follow();
-  return { tools: [filter, pause], draw, stop: () => { ended.abort(); stream.abort(); } };
+  return { tools: [filter, pause], draw };
 }
 
 /* Providers */
 const rowsOf = (root) => S.config[root] || [], tableOf = (root) => S.config[root] || {};
+/* What would name a row that is gone: models their providers, routes and rules their models. */
+const usersOf = (name) => rowsOf("models").filter((m) => m.mappings?.some((t) => t.provider === name)).map((m) => m.name);
+const routesOf = (name) => [...Object.keys(S.routes).filter((slot) => S.routes[slot] === name),
+  ...(tableOf("router").rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
+const NAMED_BY = { providers: usersOf, models: routesOf };
 /* A save under another row's name would take that row's place. */
 function checkName(root, name, old) {
+  const isNew = name !== old?.name, users = old && isNew ? NAMED_BY[root](old.name) : [];
   if (!name) throw new Failure(400, "name: give it a name");
-  if (name !== (old || {}).name && rowsOf(root).some((row) => row.name === name)) {
+  if (isNew && rowsOf(root).some((row) => row.name === name)) {
     throw new Failure(400, `name: there is ${name} already; edit that one, or choose another name`);
   }
-  const users = old && name !== old.name ? (root === "models" ? routesOf : usersOf)(old.name) : [];
   if (users.length) {
     throw new Failure(400, `name: ${users.join(", ")} would still say ${old.name}; `
       + "change both names in the whole file, under Config");
   }
 }
-const usersOf = (name) => rowsOf("models").filter((m) => (m.mappings
-  || []).some((t) => t.provider === name)).map((m) => m.name);
-const hostOf = (url) => { try { return new URL(url).host; } catch { return url || "–"; } };
-function keyWord(key) {
-  const known = [key].flat().filter((k) => k && k.set);
-  return known.length ? known.map((k) => k.reference || `set, …${k.last4}`).join(", ") : "none";
+function removeButton(root, { name }, hash) {
+  return button("Delete", async () => {
+    const users = NAMED_BY[root](name);
+    if (users.length) throw new Failure(409, `${name} is used by ${users.join(", ")}; change that first.`);
+    if (!confirm(`Delete ${name}?`)) return null;
+    await ask(path(root, name), "DELETE", { hash });
+    return `${name} is deleted.`;
+  }, { class: "danger" });
 }
+const hostOf = (url) => { try { return new URL(url).host; } catch { return url || "–"; } };
+/* The keys that are set, as far as the server tells them: a variable by its name, else the last four. */
+const keysSet = (key, ending) => [key].flat().filter((k) => k?.set)
+  .map((k) => k.reference || ending(k.last4)).join(", ");
 function providersView() {
-  const columns = [["Name", (p) => p.name, "text"],
-    ["", (p) => [button("Edit", () => providerDialog(p), { class: "small", "aria-label": `Edit ${p.name}` }),
-      button("Test", () => testDialog(p.name), { class: "small", "data-key": p.name, "aria-label": `Test ${p.name}` })],
+  const columns = [textOf("Name", "name"),
+    ["", (p) => [rowButton("Edit", p.name, () => providerDialog(p)), rowButton("Test", p.name, () => testDialog(p.name))],
       "act"],
     ["State", (p) => [stateBadge(p.name), problemOf(S.providers[p.name] || {})], "text"],
     ["Type", (p) => p.type || p.provider_type, "nowrap"],
-    ["Sends to", (p) => hostOf((S.providers[p.name] || {}).url), "text mono"],
-    ["Key", (p) => keyWord(p.api_key), "text"],
+    ["Sends to", (p) => hostOf(S.providers[p.name]?.url), "text mono"],
+    ["Key", (p) => keysSet(p.api_key, (last4) => `set, …${last4}`) || "none", "text"],
     ["Models", (p) => whole(usersOf(p.name).length + (p.models || []).length), "num"]];
   return card("Providers", button("Add a provider", () => providerDialog(null), { class: "main" }),
-    table("Providers", columns,
-    rowsOf("providers"), "None yet. Add one: choose a preset, give it a key, save, and test it."));
+    table("Providers", columns, rowsOf("providers"),
+      "None yet. Add one: choose a preset, give it a key, save, and test it."));
 }
 function providerDialog(old) {
   const row = old || { name: "", type: "" }, hash = S.config_hash, list = S.fields.providers;
@@ -12940,28 +12860,25 @@ function providerDialog(old) {
   const quirks = controls(S.fields.quirks.map((f) => ({ ...f, maybe: true, default: f.kind === "list" ? [] : "" })),
     row.quirks || {});
   const types = new Set([...Object.keys(S.presets), ...S.formats]);
-  const type = selectBox([["", "choose …"], ...[...types].map((t) => [t])], row.type || row.provider_type || "");
-  const to = el("p", { class: "muted" }), name = first.of("name").input, url = first.of("base_url").input;
-  const key = first.of("api_key").input;
-  const addressOf = (kind, given) => given || (S.presets[kind] || {}).base_url || "";
+  const type = selectBox([["", "choose …"], ...types], row.type || row.provider_type || "");
+  const to = remark(), name = first.input("name"), url = first.input("base_url");
+  const key = first.input("api_key");
+  const addressOf = (kind, given) => given || S.presets[kind]?.base_url || "";
   const chosen = () => {
     const preset = S.presets[type.value] || {}, place = addressOf(type.value, url.value);
     const isMoved = old && place !== addressOf(row.type || row.provider_type, row.base_url);
-    const known = old && !isMoved ? (S.providers[old.name] || {}).url : !url.value && preset.url;
-    to.textContent = place ? `Requests and the key go to ${known || hostOf(place)}.` : "Give the address that requests go to.";
+    const known = old && !isMoved ? S.providers[old.name]?.url : !url.value && preset.url;
+    to.textContent = place ? `Requests and the key go to ${known || hostOf(place)}.`
+      : "Give the address that requests go to.";
     if (isMoved) to.textContent += " The key must be typed again for a new address.";
     url.placeholder = preset.base_url || "https://host/v1";
     if (preset.api_key && !old) key.placeholder = `the key, or ${preset.api_key} from the environment`;
   };
-  const suggest = () => {
-    if (!old && (!name.value || name.dataset.suggested)) {
-      name.value = type.value;
-      name.dataset.suggested = "yes";
-    }
+  let suggested = "";
+  type.addEventListener("change", () => {
+    if (!old && ["", suggested].includes(name.value)) name.value = suggested = type.value;
     chosen();
-  };
-  type.addEventListener("change", suggest);
-  name.addEventListener("input", () => { delete name.dataset.suggested; });
+  });
   url.addEventListener("input", chosen);
   chosen();
   const save = async () => {
@@ -12971,102 +12888,83 @@ function providerDialog(old) {
     if (Object.keys(own).length) table.quirks = own;
     checkName("providers", table.name, old);
     await ask(path("providers", old ? old.name : table.name), "PUT", { hash, table });
-    close();
-    await saved(`Provider ${table.name} is saved.${old ? "" : " Test it, then give it a model."}`);
+    return `Provider ${table.name} is saved.${old ? "" : " Test it, then give it a model."}`;
   };
-  const remove = old && button("Delete", () => removeRow("providers", old.name, hash, usersOf(old.name),
-    close), { class: "danger" });
-  const form = formOf([el("div", { class: "fields" },
-    labelled("Type", type, "Not listed? Choose the one whose API it speaks (openai, mostly), and give its base URL."),
-    first.nodes), to, el("details", {}, el("summary", {}, "More settings"), el("div", { class: "fields" },
-      rest.nodes)),
-  el("details", {}, el("summary", {}, "Quirks: how it differs from others of its format (a preset knows)"),
-    el("div", { class: "fields" }, quirks.nodes))],
-  save, { extra: [remove], made: [...first.made, ...rest.made, ...quirks.made,
-    { field: { name: "type" }, input: type, node: type.parentNode }] });
-  const close = openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
+  const typeField = labelled("Type", type,
+    "Not listed? Choose the one whose API it speaks (openai, mostly), and give its base URL.");
+  typeField.dataset.field = "type";
+  const form = formOf([grid(typeField, first.nodes), to, folded("More settings", grid(rest.nodes)),
+    folded("Quirks: how it differs from others of its format (a preset knows)", grid(quirks.nodes))], save,
+  { extra: old && removeButton("providers", old, hash) });
+  openDialog(old ? `Provider ${old.name}` : "Add a provider", form);
 }
-async function removeRow(root, name, hash, users, close) {
-  if (users.length) return tell(`${name} is used by ${users.join(", ")}; change that first.`);
-  if (!confirm(`Delete ${name}?`)) return null;
-  await ask(path(root, name), "DELETE", { hash });
-  close();
-  return saved(`${name} is deleted.`);
+/* A box for a model's name at a provider, and what fills its list with the names that the provider gives. */
+function modelBox(value) {
+  const list = el("datalist", { id: `found${++lastId}` }), input = textBox(value, { list: list.id });
+  const fetchNames = async (provider) => {
+    const { models } = await ask(`${path("providers", provider)}/models`);
+    refill(list, options(models));
+    return models;
+  };
+  return { input, list, fetchNames };
 }
 function testDialog(name) {
-  const result = el("div", { "aria-live": "polite" }), model = textBox("", { list: "found" }),
-    found = el("datalist", { id: "found" });
+  const result = el("div", { "aria-live": "polite" }), model = modelBox("");
   const test = async () => {
     refill(result, "Asking …");
-    const told = await ask(`${path("providers", name)}/test`, "POST",
-      model.value ? { model: model.value.trim() } : {});
-    refill(result, el("p", {}, badge(told.ok ? "ok" : "bad",
-      told.ok ? "works" : `failed with ${told.status}`),
+    const told = await ask(`${path("providers", name)}/test`, "POST", { model: model.input.value.trim() });
+    refill(result, el("p", badge(told.ok ? "ok" : "bad", told.ok ? "works" : `failed with ${told.status}`),
       ` ${seconds(told.ms)}, model ${told.model || "none: fetch the list and choose one"}`),
-        el("pre", {}, told.text || told.error || "an empty answer"));
+    el("pre", told.text || told.error || "an empty answer"));
     await showTab(); /* the list behind tells the new state */
   };
   const fetchNames = async () => {
-    const { models } = await ask(`${path("providers", name)}/models`);
-    refill(found, models.map((m) => el("option", { value: m })));
-    refill(result, el("p", {}, count(models.length, "model")), el("pre", { tabindex: 0 }, models.join("\n")));
+    const names = await model.fetchNames(name);
+    refill(result, el("p", count(names.length, "model")), el("pre", { tabindex: 0 }, names.join("\n")));
   };
-  let busy = false;
-  const run = (work) => async () => {
-    if (busy) return; /* a double click: each costs */
-    busy = true;
-    await work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
-    busy = false;
-  };
-  openDialog(`Test ${name}`, el("p", { class: "muted" },
-    "Sends one tiny real request over the way all requests go."),
-    labelled("Model", model, "empty: one that the config uses, or the preset's"), found,
-    el("div", { class: "row" }, button("Test", run(test), { class: "main" }), button("Fetch the model list",
-      run(fetchNames))), result);
+  const run = (work) => () => work().catch((error) => refill(result, el("p", { class: "error" }, error.message)));
+  openDialog(`Test ${name}`, remark("Sends one tiny real request over the way all requests go."),
+    labelled("Model", model.input, "empty: one that the config uses, or the preset's"), model.list,
+    el("div", { class: "row" }, button("Test", run(test), { class: "main" }),
+      button("Fetch the model list", run(fetchNames))), result);
 }
 
 /* Models */
-const routesOf = (name) => [...Object.keys(S.routes).filter((slot) => S.routes[slot] === name),
-  ...(tableOf("router").rules || []).filter((rule) => rule.model === name).map((rule) => rule.pattern)];
 const priceWord = (price) => (price ? `$${price.input ?? "–"} / $${price.output ?? "–"}` : "built-in table");
-const namesList = () => el("datalist", { id: "names" },
-  S.names.map((n) => el("option", { value: n })));
+const namesList = () => el("datalist", { id: "names" }, options(S.names));
 function modelsView() {
-  const columns = [["Ask for", (m) => m.name, "text mono"],
-    ["", (m) => button("Edit", () => modelDialog(m), { class: "small", "aria-label": `Edit ${m.name}` }), "act"],
-    ["Goes to", (m) => (m.mappings || []).map((t) => `${t.provider}/${t.actual_model}`).join(", then ")
-      || "nothing yet", "text"], ["Claude Code sees", seenAs, "text mono"],
-      ["Used by", (m) => routesOf(m.name).join(", ") || (m === first && !S.routes.default ? "default, as the first" : "–"), "text"],
-    ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known")
-      : priceWord(m.price)), "nowrap"],
-    ["Context", (m) => (m.context ? short(m.context) : "–"), "num"]];
-  const [first] = rowsOf("models");
-  const listed = rowsOf("providers").flatMap((p) => (p.models || []).map((m) => ({ name: m, provider: p.name })));
-  return [card("Models", button("Add a model", () => modelDialog(null),
-    { class: "main", disabled: !rowsOf("providers").length }), table("Models", columns, rowsOf("models"),
-      rowsOf("providers").length ? "None yet. A model is a name of your own for one or more models of providers, tried in order."
-        : "Add a provider first; then give its models names here.")),
-  listed.length ? card("Listed by providers", null,
-    table("Listed models", [["Ask for", (m) => m.name, "text mono"],
-    ["Provider", (m) => m.provider, "text"]], listed, "")) : null];
+  const [first] = rowsOf("models"), providers = rowsOf("providers");
+  const firstWord = (m) => (m === first && !S.routes.default ? "default, as the first" : "–");
+  const columns = [textOf("Ask for", "name", "text mono"),
+    ["", (m) => rowButton("Edit", m.name, () => modelDialog(m)), "act"],
+    ["Goes to", (m) => m.mappings?.map((t) => `${t.provider}/${t.actual_model}`).join(", then ") || "nothing yet", "text"],
+    ["Claude Code sees", seenAs, "text mono"],
+    ["Used by", (m) => routesOf(m.name).join(", ") || firstWord(m), "text"],
+    ["Price, in / out", (m) => (S.unpriced.includes(m.name) ? badge("warn", "not known") : priceWord(m.price)), "nowrap"],
+    CONTEXT];
+  const listed = providers.flatMap((p) => (p.models || []).map((name) => ({ name, provider: p.name })));
+  return [card("Models", button("Add a model", () => modelDialog(null), { class: "main", disabled: !providers.length }),
+    table("Models", columns, rowsOf("models"), providers.length
+      ? "None yet. A model is a name of your own for one or more models of providers, tried in order."
+      : "Add a provider first; then give its models names here.")),
+  listed.length > 0 && card("Listed by providers", null, table("Listed models",
+    [textOf("Ask for", "name", "text mono"), textOf("Provider", "provider")], listed, ""))];
 }
 function mappingItem(row) {
   const names = rowsOf("providers").map((p) => p.name);
-  const provider = selectBox(names.map((n) => [n]), row.provider || names.at(-1)); /* the last was added last */
-  const list = `found${++lastId}`, model = textBox(row.actual_model || "", { list }),
-    found = el("datalist", { id: list });
+  const provider = selectBox(names, row.provider || names.at(-1)); /* the last was added last */
+  const model = modelBox(row.actual_model || "");
   const fetchNames = async () => {
-    const { models } = await ask(`${path("providers", provider.value)}/models`);
-    refill(found, models.map((m) => el("option", { value: m })));
-    model.focus();
-    tell(`${count(models.length, "model")}: type, or press the down arrow, to choose one.`);
+    const found = await model.fetchNames(provider.value);
+    model.input.focus();
+    tell(`${count(found.length, "model")}: type, or press the down arrow, to choose one.`);
   };
   const own = controls(S.fields.mappings.filter((f) => ["price", "context"].includes(f.name)), row);
-  const node = el("div", {}, el("div", { class: "row" }, labelled("Provider", provider),
-    labelled("Model at the provider", model), found,
-    button("Fetch list", fetchNames)), el("details", { open: Boolean(row.price) },
-      el("summary", {}, "Price and context of this target alone"), el("div", { class: "fields" }, own.nodes)));
-  return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.value.trim() }) };
+  const node = el("div", el("div", { class: "row" }, labelled("Provider", provider),
+    labelled("Model at the provider", model.input), model.list, button("Fetch list", fetchNames)),
+  el("details", { open: Boolean(row.price) }, el("summary", "Price and context of this target alone"),
+    grid(own.nodes)));
+  return { node, read: () => ({ ...own.read(), provider: provider.value, actual_model: model.input.value.trim() }) };
 }
 function modelDialog(old) {
   const row = old || { name: "", mappings: [{}] }, hash = S.config_hash;
@@ -13080,110 +12978,91 @@ function modelDialog(old) {
     if (!table.mappings.length) throw new Failure(400, "Add a target: without one nobody serves the model.");
     if (table.mappings.some((t) => !t.actual_model)) throw new Failure(400, "Each target needs a model at the provider.");
     await ask(path("models", old ? old.name : table.name), "PUT", { hash, table });
-    close();
-    await saved(`Model ${table.name} is saved.${old ? "" : " Under Router you choose what goes to it."}`);
+    return `Model ${table.name} is saved.${old ? "" : " Under Router you choose what goes to it."}`;
   };
-  const remove = old && button("Delete", () => removeRow("models", old.name, hash, routesOf(old.name),
-    close), { class: "danger" });
   const [name, ...others] = made.nodes;
-  const form = formOf([el("div", { class: "fields" }, name), el("h3", {}, "Targets, the first tried first"),
-    el("p", { class: "muted" }, "A target is a provider, and the name that the model has there."), targets.node,
-    el("h3", {}, "Facts"), el("div", { class: "fields" }, others)], save, { extra: [remove], made: made.made });
-  const close = openDialog(old ? `Model ${old.name}` : "Add a model", form);
+  const form = formOf([grid(name), el("h3", "Targets, the first tried first"),
+    remark("A target is a provider, and the name that the model has there."), targets.node,
+    el("h3", "Facts"), grid(others)], save, { extra: old && removeButton("models", old, hash) });
+  openDialog(old ? `Model ${old.name}` : "Add a model", form);
 }
 
 /* Router */
-function pattern(text) {
-  const flags = /^\(\?([ims]+)\)/.exec(text);
-  return new RegExp(flags ? text.slice(flags[0].length) : text, flags ? flags[1] : "");
-}
-function matchWord(text, sample) {
+function matchWord(pattern, sample) {
+  if (!pattern) return badge("", "matches nothing");
+  const [, flags, rest] = /^(?:\(\?([ims]+)\))?([^]*)$/.exec(pattern); /* Python's way to write flags */
   try {
-    if (!text) return badge("", "matches nothing");
-    return pattern(text).test(sample) ? badge("ok", "matches") : badge("", "does not match");
+    return new RegExp(rest, flags).test(sample) ? badge("ok", "matches") : badge("", "does not match");
   } catch { return badge("warn", "Python's own syntax, or wrong: saving tells"); }
 }
 function ruleItem(row) {
   const made = controls(S.fields.rules, row);
-  return { node: el("div", { class: "fields" }, made.nodes), read: made.read };
+  return { node: grid(made.nodes), read: made.read };
 }
 async function routerView() {
   const row = tableOf("router");
   let hash = S.config_hash;
-  const fields = S.fields.router.filter((f) => f.name !== "rules").map((f) => (f.name in S.routes
-    ? { ...f, list: "names" } : f));
+  const fields = S.fields.router.filter((f) => f.name !== "rules")
+    .map((f) => (f.name in S.routes ? { ...f, list: "names" } : f));
   const made = controls(fields, row), rules = sequence(row.rules || [], ruleItem, "rule");
-  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div", {});
+  const sample = textBox("claude-haiku-4-5"), words = textBox("use fast: rename this"), results = el("div");
   const attempt = () => {
-    const of = (name) => made.of(name).input.value;
-    refill(results, el("p", {}, "Claude's own name (auto_map_regex): ", matchWord(of("auto_map_regex"),
-      sample.value)),
-      el("p", {}, "Background name (background_regex): ", matchWord(of("background_regex"), sample.value)),
-      rules.read().map((rule, n) => el("p", {}, `Rule ${n + 1}, `, el("code", {}, rule.pattern || "empty"), " ",
+    const line = (title, name) => el("p", `${title} (${name}): `, matchWord(made.input(name).value, sample.value));
+    refill(results, line("Claude's own name", "auto_map_regex"), line("Background name", "background_regex"),
+      rules.read().map((rule, n) => el("p", `Rule ${n + 1}, `, el("code", rule.pattern || "empty"), " ",
         matchWord(rule.pattern, words.value))));
   };
   const save = async () => {
     const { rules: _, ...table } = made.read(), kept = rules.read();
     if (kept.some((rule) => !rule.pattern || !rule.model)) throw new Failure(400, "Each rule needs a pattern and a model.");
     ({ hash } = await ask(`${ROOT}/router`, "PUT", { hash, table: kept.length ? { ...table, rules: kept } : table }));
-    await saved("The router is saved.");
+    return "The router is saved.";
   };
-  const form = formOf([namesList(), el("div", { class: "fields" }, made.nodes),
-    el("h3", {}, "Prompt rules, the first match wins"), rules.node, el("h3", {}, "Try the patterns"),
-      el("div", { class: "row" }, labelled("A model name", sample),
-      labelled("A user's words", words)), results], save, { made: made.made });
+  const form = formOf([namesList(), grid(made.nodes), el("h3", "Prompt rules, the first match wins"), rules.node,
+    el("h3", "Try the patterns"),
+    el("div", { class: "row" }, labelled("A model name", sample), labelled("A user's words", words)), results], save);
   form.addEventListener("input", attempt);
-  form.addEventListener("change", attempt);
   attempt();
-  return [card("Router", null, el("p", { class: "muted" },
-    "Which model a request goes to: the first rule that applies and has a model ",
-    "wins. An empty one is passed over."), form), await explainCard()];
+  return [card("Router", null, remark("Which model a request goes to: the first rule that applies and has a model wins. ",
+    "An empty one is passed over."), form), await explainCard()];
 }
 const sampleBody = (model, text) => ({ model, max_tokens: 1024, messages: [{ role: "user", content: text }] });
-const explainHeld = async (id) => {
-  const held = await ask(path("inspect", id));
-  return ask(`${ROOT}/explain`, "POST", { body: held.client_request, headers: held.client_headers });
-};
-const explained = (told) => [el("p", {}, badge("ok", told.reason),
-  ` goes to ${told.model}; ${count(told.tokens, "token")} counted`,
-  told.factor !== 1 && ` (by ${told.factor.toFixed(2)}, as its answers there have told)`), explanation(told.trail),
-el("h3", {}, "Targets, and the most it can cost there"),
-table("Targets", [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], ["Provider", (t) => t.provider, "text"],
-  ["Model", (t) => t.model, "text mono"], ["At most", (t) => usd(t.ceiling_microusd), "num"]], told.targets,
-"No targets.")];
+async function explained(body, headers) {
+  const told = await ask(`${ROOT}/explain`, "POST", { body, headers });
+  const columns = [["Tried", (t) => told.targets.indexOf(t) + 1, "num"], textOf("Provider", "provider"),
+    textOf("Model", "model", "text mono"), numberOf("At most", "ceiling_microusd", usd)];
+  return [el("p", badge("ok", told.reason), ` goes to ${told.model}; ${count(told.tokens, "token")} counted`,
+    told.factor !== 1 && ` (by ${told.factor.toFixed(2)}, as its answers there have told)`), explanation(told.trail),
+  el("h3", "Targets, and the most it can cost there"), table("Targets", columns, told.targets, "No targets.")];
+}
 async function explainCard() {
-  const body = el("textarea", { rows: 8, spellcheck: "false",
-    value: JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2) });
+  const body = textArea(8, JSON.stringify(sampleBody("claude-sonnet-4-5", "Hello"), null, 2));
   const [{ requests }, { held }] = await Promise.all([ask(`${ROOT}/requests?limit=50`), ask(`${ROOT}/inspect`)]);
   const isHeld = (row) => held.some((r) => r.id === row.request_id);
   const words = (row) => `${when(row.time).textContent} ${row.asked} → ${target(row)}`;
   const recent = selectBox([["", "none: the request below"], ...requests.map((row) => [row.request_id,
     isHeld(row) ? `${words(row)} (held whole)` : words(row)])]);
-  const result = el("div", {});
+  const result = el("div");
   let headers = {};
-  recent.addEventListener("change", async () => {
+  const show = async () => {
     const row = requests.find((r) => r.request_id === recent.value);
     headers = {};
-    if (!row) return refill(result);
-    if (!isHeld(row)) return refill(result, el("h3", {}, "As it went"), explanation(row.trail), costTable(row));
-    try {
-      const whole = await ask(path("inspect", row.request_id));
-      headers = whole.client_headers;
-      body.value = JSON.stringify(whole.client_request, null, 2);
-      return await run();
-    } catch (error) { return tellError(error); }
-  });
-  const run = async () => {
-    let parsed;
-    try { parsed = JSON.parse(body.value); } catch (error) { throw new Failure(400, `Not JSON: ${error.message}`); }
-    refill(result, el("h3", {}, "On the rules as they are now"),
-      explained(await ask(`${ROOT}/explain`, "POST", { body: parsed, headers })));
+    if (!row) refill(result);
+    else if (!isHeld(row)) refill(result, el("h3", "As it went"), explanation(row.trail), costTable(row));
+    else {
+      const held = await ask(path("inspect", row.request_id));
+      headers = held.client_headers;
+      body.value = JSON.stringify(held.client_request, null, 2);
+      await run();
+    }
   };
+  recent.addEventListener("change", () => show().catch(tellError));
+  const run = async () => refill(result, el("h3", "On the rules as they are now"),
+    await explained(jsonIn(body, "Not JSON: "), headers));
   const form = formOf([labelled("A recent request", recent,
     "one that Inspect holds whole is explained anew; of any other you see what was noted when it went"),
   labelled("Messages request (JSON)", body)], run, { label: "Explain", keeps: false });
-  return card("Explain a request", null,
-    el("p", { class: "muted" }, "Shows each rule that is tried. Nothing is sent."), form, result);
+  return card("Explain a request", null, remark("Shows each rule that is tried. Nothing is sent."), form, result);
 }
 
 /* Users */
@@ -13192,26 +13071,26 @@ function dollarsIn(input) {
   const dollars = numberIn(input);
   return dollars === undefined ? null : Math.round(dollars * 1e6);
 }
-const PERIODS = ["day", "week", "month"];
 function budgetBoxes(budgets) {
-  const shown = (n) => (n === null || n === undefined ? "" : n / 1e6);
-  const boxes = PERIODS.map((p) => numberBox(shown(budgets[`${p}_microusd`]), DOLLARS));
-  return { nodes: boxes.map((box, n) => labelled(`Budget a ${PERIODS[n]}, dollars`, box, "empty: none")),
-    read: () => Object.fromEntries(boxes.map((box, n) => [`${PERIODS[n]}_microusd`, dollarsIn(box)])) };
+  const made = PERIODS.map((period) => {
+    const name = `${period}_microusd`, box = numberBox(isNothing(budgets[name]) ? "" : budgets[name] / 1e6, DOLLARS);
+    return { node: labelled(`Budget a ${period}, dollars`, box, "empty: none"), read: () => [name, dollarsIn(box)] };
+  });
+  return { nodes: made.map(({ node }) => node), read: () => Object.fromEntries(made.map(({ read }) => read())) };
 }
 async function usersView() {
   const { users } = await ask(`${ROOT}/users`);
-  const columns = [["Name", (u) => u.name, "text"],
-    ["", (u) => button("Open", () => userDialog(u), { class: "small", "aria-label": `Open ${u.name}` }), "act"],
+  const columns = [textOf("Name", "name"),
+    ["", (u) => rowButton("Open", u.name, () => userDialog(u)), "act"],
     ["State", (u) => (u.disabled ? badge("warn", "disabled") : badge("ok", "active")), "nowrap"],
-    ["Balance", (u) => (isFree(u) ? "–" : usd(u.balance_microusd)), "num"], ["Set aside", (u) => usd(u.held_microusd), "num"],
-    ["Today", (u) => usd(u.spent_today_microusd), "num"], ["This week", (u) => usd(u.spent_week_microusd), "num"],
-    ["This month", (u) => usd(u.spent_month_microusd), "num"], ["Budgets", (u) => budgetsOf(u).map(
-      ([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"]];
+    ["Balance", (u) => (isFree(u) ? "–" : usd(u.balance_microusd)), "num"], numberOf("Set aside", "held_microusd", usd),
+    numberOf("Today", "spent_today_microusd", usd), numberOf("This week", "spent_week_microusd", usd),
+    numberOf("This month", "spent_month_microusd", usd),
+    ["Budgets", (u) => budgetsOf(u).map(([period, , limit]) => `${usd(limit)} a ${period}`).join(", ") || "–", "text"]];
   return card("Users", button("Add a user", addUserDialog, { class: "main" }),
-    !tableOf("server").require_key && el("p", { class: "muted" },
+    !tableOf("server").require_key && remark(
       "Who gives no key is the user local, and never refused. Require key, under Config, changes that."),
-    !tableOf("credits").enforce && el("p", { class: "muted" },
+    !tableOf("credits").enforce && remark(
       "Credit and budgets are counted, but refuse nobody yet. Enforce, under Config, changes that."),
     table("Users", columns, users,
       "No users. On this computer alone none is needed; on a network each person gets a key."));
@@ -13222,18 +13101,16 @@ function addUserDialog() {
     const user = { name: name.value.trim(), budgets: budgets.read(), note: note.value,
       credit_microusd: dollarsIn(credit) };
     const told = await ask(`${ROOT}/users`, "POST", user);
-    close();
-    await saved(`User ${told.name} is made.`);
     keyDialog(told.name, told.key);
+    return `User ${told.name} is made.`;
   };
-  const fields = [labelled("Name", name, "letters, digits and . _ @ -"), labelled("Credit, dollars", credit,
-    "empty: what [credits] says"), labelled("Note", note), budgets.nodes];
-  const made = [{ field: { name: "name" }, input: name, node: name.parentNode }];
-  const close = openDialog("Add a user", formOf(el("div", { class: "fields" }, fields), save,
-    { label: "Add", made }));
+  const nameField = labelled("Name", name, "letters, digits and . _ @ -");
+  nameField.dataset.field = "name";
+  openDialog("Add a user", formOf(grid(nameField, labelled("Credit, dollars", credit, "empty: what [credits] says"),
+    labelled("Note", note), budgets.nodes), save, { label: "Add" }));
 }
 function keyDialog(name, key) {
-  openDialog(`Key of ${name}`, el("p", {},
+  openDialog(`Key of ${name}`, el("p",
     "This is shown once. Give it to them now: only a hash of it is kept. "
     + "With it they sign in on the dashboard, which says how to point Claude Code here."), copyable(key));
 }
@@ -13241,47 +13118,34 @@ async function userDialog(user) {
   const place = path("users", user.name), amount = numberBox("", { min: -1e9, max: 1e9 }), note = textBox(""),
     budgets = budgetBoxes(user.budgets);
   const key = crypto.randomUUID ? crypto.randomUUID() : String(Math.random());
-  const after = async (words) => { close(); await saved(words); };
-  /* The dialog closes with a save, and with it the other form. */
-  const leaveOther = () => {
+  const send = async (words, path, method, body) => {
+    /* The dialog closes with a save, and with it the other form. */
     const isKept = isDirty() && !confirm("Leave without saving what you changed in the other form?");
     if (isKept) throw new Failure(0, "Nothing is saved.");
+    const told = await ask(path, method, body);
+    if (told.key) keyDialog(user.name, told.key);
+    return words;
   };
-  const credit = async () => {
-    const given = dollarsIn(amount);
-    if (!given) throw new Failure(400, "Give an amount of dollars; below zero takes back.");
-    leaveOther();
-    await ask(`${place}/credit`, "POST", { amount_microusd: given, note: note.value, key });
-    await after(`Credit of ${user.name} is changed.`);
+  const credit = () => {
+    const body = { amount_microusd: dollarsIn(amount), note: note.value, key };
+    if (!body.amount_microusd) throw new Failure(400, "Give an amount of dollars; below zero takes back.");
+    return send(`Credit of ${user.name} is changed.`, `${place}/credit`, "POST", body);
   };
-  const setBudgets = async () => {
-    leaveOther();
-    await ask(place, "PATCH", { budgets: budgets.read() });
-    await after(`Budgets of ${user.name} are saved.`);
-  };
-  const toggle = async () => {
-    leaveOther();
-    await ask(place, "PATCH", { disabled: !user.disabled });
-    await after(`${user.name} is changed.`);
-  };
-  const rotate = async () => {
-    if (!confirm(`Make a new key for ${user.name}? The old one stops working at once.`)) return;
-    leaveOther();
-    const told = await ask(`${place}/key`, "POST");
-    await after("The key is new.");
-    keyDialog(user.name, told.key);
-  };
-  const ledger = el("div", {});
-  const close = openDialog(`User ${user.name}`,
-    el("p", {}, `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} of it set aside for running requests`),
-    formOf(el("div", { class: "fields" }, labelled("Amount, dollars", amount, "below zero takes back"),
-      labelled("Note", note)),
-      credit, { label: "Change credit" }), el("h3", {}, "Budgets"), user.name === "local" && el("p", { class: "muted" },
+  const setBudgets = () => send(`Budgets of ${user.name} are saved.`, place, "PATCH", { budgets: budgets.read() });
+  const toggle = () => send(`${user.name} is changed.`, place, "PATCH", { disabled: !user.disabled });
+  const rotate = () => confirm(`Make a new key for ${user.name}? The old one stops working at once.`)
+    && send("The key is new.", `${place}/key`, "POST");
+  const ledger = el("div");
+  openDialog(`User ${user.name}`,
+    el("p", `Balance ${usd(user.balance_microusd)}, ${usd(user.held_microusd)} of it set aside for running requests`),
+    formOf(grid(labelled("Amount, dollars", amount, "below zero takes back"), labelled("Note", note)), credit,
+      { label: "Change credit" }),
+    el("h3", "Budgets"), user.name === "local" && remark(
       "The user local is never refused: these show how much is used, and limit nothing."), budgetBars(user),
-        formOf(el("div", { class: "fields" }, budgets.nodes), setBudgets,
-      { label: "Save budgets" }), el("div", { class: "row" }, button("New key", rotate),
-        button(user.disabled ? "Enable" : "Disable", toggle,
-      { class: "danger" })), el("h3", {}, "Transactions"), ledger);
+    formOf(grid(budgets.nodes), setBudgets, { label: "Save budgets" }),
+    el("div", { class: "row" }, button("New key", rotate),
+      button(user.disabled ? "Enable" : "Disable", toggle, { class: "danger" })),
+    el("h3", "Transactions"), ledger);
   try {
     const { transactions } = await ask(`${place}/transactions?limit=100`);
     fill(ledger, ledgerTable(transactions, "Nothing yet."));
@@ -13291,180 +13155,155 @@ async function userDialog(user) {
 /* Billing */
 async function billingView() {
   const month = new Date().toISOString().slice(0, 8);
-  const by = selectBox(["user", "model", "provider", "day", "session", "month"].map((k) => [k]), "user");
+  const by = selectBox(["user", "model", "provider", "day", "session", "month"], "user");
   const since = el("input", { type: "date", value: `${month}01` }), until = el("input", { type: "date" });
-  const other = textBox("", { list: "names" }), result = el("div", {});
+  const other = textBox("", { list: "names" }), result = el("div");
   const query = () => new URLSearchParams({ by: by.value, since: since.value, until: until.value,
     as_if: other.value.trim() });
   const draw = async () => {
     const asked = String(query()), { report } = await ask(`${ROOT}/report?${asked}`);
     if (asked !== String(query())) return; /* the answer to what the form says now comes, too */
-    const title = by.value[0].toUpperCase() + by.value.slice(1);
-    const columns = [...usageColumns(title).slice(0, -1),
-      ["No price", (r) => whole(r.unpriced), "num"], ["Cost", (r) => usd(r.cost_microusd), "num"],
-      ["Markup", (r) => usd(r.markup_microusd), "num"], ["Charge", (r) => usd(r.charge_microusd), "num"],
-      ...(other.value.trim() ? [[`As ${other.value.trim()}`, (r) => usd(r.as_if_microusd), "num"]] : [])];
-    refill(result, table("Report", columns, report, "No requests in that time."),
-      report.length > 0 && el("p", { class: "muted" },
-        `In all ${count(sum(report, "requests"), "request")}, cost `,
-        `${usd(sum(report, "cost_microusd"))}, charged ${usd(sum(report, "charge_microusd"))}.`));
+    const columns = [...usageColumns(capital(by.value)), numberOf("No price", "unpriced"),
+      numberOf("Cost", "cost_microusd", usd), numberOf("Markup", "markup_microusd", usd),
+      numberOf("Charge", "charge_microusd", usd)];
+    if (other.value.trim()) columns.push(numberOf(`As ${other.value.trim()}`, "as_if_microusd", usd));
+    refill(result, table("Report", columns, report, "No requests in that time."), report.length > 0 && remark(
+      `In all ${count(sum(report, "requests"), "request")}, cost ${usd(sum(report, "cost_microusd"))}, `,
+      `charged ${usd(sum(report, "charge_microusd"))}.`));
   };
-  const form = formOf([namesList(), el("div", { class: "fields" }, labelled("By", by),
-    labelled("From", since), labelled("Until", until, "that day not included; days are UTC"),
+  const csv = (label, kind, name) => button(label, () => download(`${ROOT}/${kind}?format=csv&${query()}`, name));
+  const form = formOf([namesList(), grid(labelled("By", by), labelled("From", since),
+    labelled("Until", until, "that day not included; days are UTC"),
     labelled("As if on model", other, "what the same tokens would have cost there"))], draw,
-      { label: "Show", keeps: false,
-    extra: [button("Report as CSV", () => download(`${ROOT}/report?format=csv&${query()}`, "ccmux-report.csv")),
-      button("All rows as CSV", () => download(`${ROOT}/export?format=csv&${query()}`, "ccmux-usage.csv"))] });
+  { label: "Show", keeps: false, extra: [csv("Report as CSV", "report", "ccmux-report.csv"),
+    csv("All rows as CSV", "export", "ccmux-usage.csv")] });
   form.addEventListener("change", () => form.requestSubmit());
   await draw();
   return card("Usage and billing", null, form, result);
 }
 
 /* Try */
-function tryView(whenLeft) {
+function tryView(left) {
   const model = textBox(S.names[0] || "claude-sonnet-4-5", { list: "names" }), limit = numberBox(512, { min: 1 });
   const prompt = el("textarea", { rows: 4, value: "Say hello in one sentence." });
   const output = el("pre", { tabindex: 0, role: "region", "aria-label": "Answer" }), raw = el("pre", { tabindex: 0 }),
     end = el("div", { "aria-live": "polite" });
-  let running = null;
-  const onEvent = (event, data) => {
-    if (event === "ccmux") return showEnd(data);
-    if (data.type === "error") throw new Failure(500, data.error.message);
-    const { text, thinking, partial_json: json } = data.delta || {};
-    output.append(text || thinking || json || ""); /* textContent += copies all before it, each time */
-    return null;
-  };
-  const showEnd = (row) => refill(end, el("p", {}, statusBadge(row), ` ${target(row)} because of ${row.route}`),
-    el("p", { class: "muted" },
-      `${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${chargeOf(row)}, `,
+  let running = new AbortController();
+  const showEnd = (row) => refill(end, el("p", statusBadge(row), ` ${target(row)} because of ${row.route}`),
+    remark(`${whole(row.input_tokens)} in, ${whole(row.output_tokens)} out, ${chargeOf(row)}, `,
       `first token after ${seconds(row.first_token_ms)}, ${seconds(row.duration_ms)} in all`),
-    el("details", {}, el("summary", {}, "Why it went there"), explanation(row.trail)));
+    folded("Why it went there", explanation(row.trail)));
   const send = async () => {
     refill(end);
     output.textContent = raw.textContent = "";
     running = new AbortController();
-    const body = { ...sampleBody(model.value.trim(), prompt.value), max_tokens: Number(limit.value) || 512 };
+    const body = { ...sampleBody(model.value.trim(), prompt.value), max_tokens: numberIn(limit) ?? 512 };
     try {
       const answer = await call(`${ROOT}/try`, "POST", { body }, running.signal);
-      for await (const [event, data] of eventsOf(answer)) {
-        raw.append(`event: ${event}\ndata: ${data}\n\n`);
-        onEvent(event, JSON.parse(data));
+      for await (const [event, text] of eventsOf(answer)) {
+        const data = JSON.parse(text), delta = data.delta || {};
+        raw.append(`event: ${event}\ndata: ${text}\n\n`); /* textContent += copies all before it, each time */
+        output.append(delta.text || delta.thinking || delta.partial_json || "");
+        if (data.type === "error") throw new Failure(500, data.error.message);
+        if (event === "ccmux") showEnd(data);
       }
     } catch (error) {
       if (error.name !== "AbortError") throw error;
-      refill(end, el("p", {}, "Stopped."));
+      refill(end, el("p", "Stopped."));
     }
   };
-  whenLeft(() => { if (running) running.abort(); });
+  const stop = () => running.abort();
+  left.addEventListener("abort", stop);
   const form = formOf([namesList(), el("div", { class: "row" }, labelled("Model asked for", model),
-    labelled("Most output tokens", limit)),
-    labelled("Prompt", prompt)], send, { label: "Send", keeps: false,
-      extra: [button("Stop", () => running && running.abort())] });
+    labelled("Most output tokens", limit)), labelled("Prompt", prompt)], send,
+  { label: "Send", keeps: false, extra: button("Stop", stop) });
   return card("Send a real request", null,
-    el("p", { class: "muted" }, "It goes the way all requests go, and it costs what they cost."),
-    form, output, end, el("details", {}, el("summary", {}, "Raw events"), raw));
+    remark("It goes the way all requests go, and it costs what they cost."),
+    form, output, end, folded("Raw events", raw));
 }
 
 /* Inspect */
-async function inspectView(whenLeft) {
-  const list = el("div", {}), detail = el("div", {}), state = el("div", { class: "row" });
-  const put = async (minutes) => draw(await ask(`${ROOT}/inspect`, "PUT", { minutes }));
+async function inspectView(left) {
+  const list = el("div"), detail = el("div"), state = el("div", { class: "row" });
   const pretty = (value) => {
     try { return JSON.stringify(typeof value === "string" ? JSON.parse(value) : value, null, 2); } catch { return value; }
   };
   const tries = (text) => text.split("\n\n").map(pretty).join("\n\n");
   const show = async (id) => {
-    const whole = await ask(path("inspect", id)), text = () => new Blob([JSON.stringify(whole, null, 2)],
-      { type: "application/json" });
-    const headers = Object.entries(whole.client_headers).map(([name, value]) => `${name}: ${value}\n`).join("");
-    const panes = [["What the client sent", `${headers}\n${pretty(whole.client_request)}`.trim()],
-      ["What the provider got", tries(whole.upstream_request)], ["What it answered", tries(whole.upstream_answer)],
-      ["Events for the client", pretty(whole.events)]];
-    refill(detail, card(`Request ${id}`, button("Download JSON", () => download(text(), `ccmux-${id}.json`)),
-      el("div", { class: "two" },
-      panes.map(([title, text]) => el("div", {}, el("h3", {}, title),
-        el("pre", { tabindex: 0 }, text || "nothing"))))));
+    const held = await ask(path("inspect", id));
+    const file = new Blob([JSON.stringify(held, null, 2)], { type: "application/json" });
+    const headers = Object.entries(held.client_headers).map(([name, value]) => `${name}: ${value}\n`).join("");
+    const pane = (title, text) => el("div", el("h3", title), el("pre", { tabindex: 0 }, text || "nothing"));
+    refill(detail, card(`Request ${id}`, button("Download JSON", () => download(file, `ccmux-${id}.json`)),
+      el("div", { class: "two" }, pane("What the client sent", `${headers}\n${pretty(held.client_request)}`.trim()),
+        pane("What the provider got", tries(held.upstream_request)), pane("What it answered", tries(held.upstream_answer)),
+        pane("Events for the client", pretty(held.events)))));
   };
   const draw = (told) => {
-    const left = told.on_for_s;
-    refill(state, left ? badge("ok", `on for ${Math.ceil(left / 60)} min more`) : badge("", "off"),
-      left ? button("Switch off and forget", () => put(0)) : button("Keep requests for 15 minutes",
-        () => put(15), { class: "main" }));
-    redraw(list, table("Held requests", [["Time", (r) => when(r.time), "nowrap"],
-      ["", (r) => button("Show", () => show(r.id),
-        { class: "small", "data-key": r.id, "aria-label": `Show ${r.id}` }), "act"],
-      ["Asked for", (r) => r.asked, "text"],
-      ["Why", (r) => r.route || "–", "nowrap"], ["Answered by", (r) => r.target || "–", "text"],
+    const minutes = Math.ceil(told.on_for_s / 60);
+    refill(state, minutes ? [badge("ok", `on for ${minutes} min more`),
+      button("Switch off and forget", () => refresh("PUT", { minutes: 0 }))] : [badge("", "off"),
+      button("Keep requests for 15 minutes", () => refresh("PUT", { minutes: 15 }), { class: "main" })]);
+    redraw(list, table("Held requests", [TIME, ["", (r) => rowButton("Show", r.id, () => show(r.id)), "act"],
+      textOf("Asked for", "asked"), textOf("Why", "route", "nowrap"), textOf("Answered by", "target"),
       ["Status", (r) => r.status ?? "running", "nowrap"]], told.held,
-    left ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
+    minutes ? "Waiting for requests." : "Nothing is held. Switch it on, then repeat what went wrong."));
   };
-  const refresh = async () => draw(await ask(`${ROOT}/inspect`));
+  const refresh = async (...put) => draw(await ask(`${ROOT}/inspect`, ...put));
   await refresh();
-  whenLeft(poll(refresh, 3000));
-  return [card("Inspect", state,
-    el("p", { class: "muted" }, "Keeps the last 20 requests whole, in memory only: what the client sent, ",
+  poll(refresh, 3000, left);
+  return [card("Inspect", state, remark("Keeps the last 20 requests whole, in memory only: what the client sent, ",
     "what the provider got and answered, and what was made of it for the client. Keys are never in it."), list), detail];
 }
 
 /* Config */
 async function configView() {
   const [config, { backups }] = await Promise.all([ask(`${ROOT}/config`), ask(`${ROOT}/backups`)]);
-  const text = el("textarea", { rows: 24, spellcheck: "false", value: config.text });
+  const text = textArea(24, config.text);
   const save = async () => {
     config.hash = (await ask(`${ROOT}/config`, "PUT", { text: text.value, hash: config.hash })).hash;
-    await saved("The config is saved and in use.");
+    return "The config is saved and in use.";
   };
   const read = { hash: S.config_hash };
-  return [S.config_error && card("The file is broken; the config before it is in use", null,
-    el("pre", {}, S.config_error)),
-    settingsCard("credits", "Credits", read), settingsCard("server", "Server", read),
-    card("The whole file", el("span", { class: "muted" }, S.path || "not written yet"),
-      formOf(labelled("config.toml", text,
+  return [S.config_error && card("The file is broken; the config before it is in use", null, el("pre", S.config_error)),
+    settingsCard("credits", read), settingsCard("server", read),
+    card("The whole file", S.path || "not written yet", formOf(labelled("config.toml", text,
       "[kept-…] stands for a key that is not shown; it stays as it is."), save, { label: "Check and save" })),
-    card("Backups", null, table("Backups", [["File", (b) => b.name, "text mono"],
-      ["", (b) => button("Look", () => backupDialog(b.name, config.hash),
-        { class: "small", "aria-label": `Look at ${b.name}` }), "act"],
-      ["Written", (b) => when(b.time), "nowrap"], ["Bytes", (b) => whole(b.bytes), "num"]],
+    card("Backups", null, table("Backups", [textOf("File", "name", "text mono"),
+      ["", (b) => rowButton("Look", `at ${b.name}`, () => backupDialog(b.name, config.hash)), "act"],
+      ["Written", (b) => when(b.time), "nowrap"], numberOf("Bytes", "bytes")],
     backups, "None yet: a save keeps the file before it."))];
 }
 async function backupDialog(name, hash) {
   const { text, changes } = await ask(path("backups", name));
-  if (document.querySelector("dialog")) return; /* a double click */
   const restore = async () => {
     await ask(path("backups", name), "POST", { hash });
-    close();
-    await saved(`${name} is the config again.`);
+    return `${name} is the config again.`;
   };
-  const close = openDialog(`Backup ${name}`, el("h3", {}, "What restoring it changes"),
+  openDialog(`Backup ${name}`, el("h3", "What restoring it changes"),
     el("pre", { tabindex: 0 }, changes || "Nothing: it says what the config says now."),
-    el("details", {}, el("summary", {}, "The whole backup"), el("pre", { tabindex: 0 }, text)),
-    formOf(el("p", { class: "muted" }, "The config as it is now becomes the newest backup."), restore,
-      { label: "Restore", keeps: false }));
+    folded("The whole backup", el("pre", { tabindex: 0 }, text)),
+    formOf(remark("The config as it is now becomes the newest backup."), restore, { label: "Restore", keeps: false }));
 }
 /* Both tables were read as of read.hash, and a save of one leaves the other as it was read. */
-function settingsCard(root, title, read) {
-  const made = controls(S.fields[root], tableOf(root));
+function settingsCard(root, read) {
+  const made = controls(S.fields[root], tableOf(root)), title = capital(root);
   const save = async () => {
     const table = made.read(), token = table.admin_token;
     read.hash = (await ask(`${ROOT}/${root}`, "PUT", { hash: read.hash, table })).hash;
     if (token && !token.includes("$")) SESSION.setItem(SECRET, token); /* this tab stays signed in */
-    await saved(`${title}: saved.`);
+    return `${title}: saved.`;
   };
-  const note = root === "server" && el("p", { class: "muted" },
-    "Host, port, database and max connections change at the next start.");
-  return card(title, null, formOf([note, el("div", { class: "fields" }, made.nodes)], save, { made: made.made }));
+  const atStart = root === "server" && remark("Host, port, database and max connections change at the next start.");
+  return card(title, null, formOf([atStart, grid(made.nodes)], save));
 }
 
 /* Start */
-async function start() {
-  await (PAGE === "admin" ? admin() : dashboard());
-}
-if (PAGE === "admin") addEventListener("hashchange",
-  () => (location.hash.startsWith("#token=") ? admin() : showTab()));
 start();
-if (PAGE !== "admin") {
-  $("key").addEventListener("click", () => signIn(...KEY_WORDS));
-  poll(async () => { if (document.querySelector(".tiles")) await dashboard(); }, 30000);
+if (IS_ADMIN) addEventListener("hashchange", () => (location.hash.startsWith("#token=") ? start() : showTab()));
+else {
+  $("key").addEventListener("click", () => signIn());
+  poll(async () => { if (document.querySelector(".tiles")) await start(); }, 30000);
 }
 """
 
@@ -13502,7 +13341,7 @@ def page_policy() -> str:
     )
 
 
-def page_response(html: str) -> web.Response:
+async def get_page(html: str, request: web.Request) -> web.StreamResponse:
     headers = {
         "Content-Security-Policy": page_policy(),
         "X-Content-Type-Options": "nosniff",
@@ -13512,16 +13351,9 @@ def page_response(html: str) -> web.Response:
     return web.Response(text=html, content_type="text/html", charset="utf-8", headers=headers)
 
 
-async def get_dashboard(request: web.Request) -> web.StreamResponse:
-    return page_response(DASHBOARD)
-
-
-async def get_admin(request: web.Request) -> web.StreamResponse:
-    return page_response(ADMIN)
-
-
 def page_routes() -> list[web.RouteDef]:
-    return [web.get("/", get_dashboard), web.get("/admin", get_admin)]
+    pages = {"/": DASHBOARD, "/admin": ADMIN}
+    return [web.get(path, functools.partial(get_page, html)) for path, html in pages.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------

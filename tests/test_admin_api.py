@@ -218,6 +218,16 @@ def test_a_key_added_to_a_masked_list_asks_for_all_of_them() -> None:
         ccmux.unmasked(stored, {"api_key": [*masks, "sk-new"]})
 
 
+def test_a_key_in_an_item_of_a_changed_list_is_no_silent_loss() -> None:
+    stored = [{"api_key": "sk-of-one", "n": 1}]
+    masks = ccmux.masked_table(stored)
+    assert ccmux.unmasked(stored, masks) == stored
+    with pytest.raises(ccmux.ApiError, match="type the keys in a list again"):
+        ccmux.unmasked(stored, [{**masks[0], "n": 2}])
+    typed = [{"api_key": "sk-new", "n": 2}]
+    assert ccmux.unmasked(stored, typed) == typed
+
+
 async def test_an_empty_key_clears_it(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, fake):
         await admin.put(
@@ -341,6 +351,15 @@ async def test_a_backup_is_looked_at_and_restored(tmp_path: Path) -> None:
         assert "-broken = [" in (await admin.get(place))["changes"]
         assert (await admin.call("POST", place, {"hash": hash}))[0] == 200
         assert admin.text == now
+
+
+async def test_a_backups_key_that_begins_with_todays_is_not_shown_past_it(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        (tmp_path / "config.toml.bak1").write_text(admin.text)
+        admin.file.write_text(admin.text.replace(SECRET, SECRET.removesuffix("-1234")))
+        seen = await admin.get("/admin/api/backups/config.toml.bak1")
+        assert "-1234" not in seen["text"] and "-1234" not in seen["changes"]
+        assert "[kept-" in seen["text"] and "[kept-" in seen["changes"]
 
 
 async def test_models_and_routes_are_edited_and_served_at_once(tmp_path: Path) -> None:
@@ -680,6 +699,12 @@ async def test_a_secret_at_a_misspelt_key_is_not_shown(key: str, tmp_path: Path)
         body = {**given, "text": given["text"].replace(f"{key} =", "api_key =")}
         assert (await admin.call("PUT", "/admin/api/config", body))[0] == 200
         assert admin.text == whole
+
+
+async def test_a_short_secret_at_a_misspelt_key_is_not_shown(tmp_path: Path) -> None:
+    async with admin_of(tmp_path) as (admin, _):
+        admin.file.write_text(admin.text.replace(f'api_key = "{SECRET}"', 'apikey = "sk-12345"'))
+        assert "sk-12345" not in (await admin.get("/admin/api/config"))["text"]
 
 
 async def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path: Path) -> None:

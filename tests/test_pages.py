@@ -229,6 +229,25 @@ async def test_an_error_stands_beside_its_field(
 
 
 @needs_browser
+async def test_an_error_of_no_field_does_not_stay_beside_the_last_one(
+    browser: Browser, provider: AnthropicFake, tmp_path: Path
+) -> None:
+    async with in_process(tmp_path, config_of(provider)) as proxy, opened(browser, admin_url(proxy)) as page:
+        await tab(page, "providers")
+        await page.get_by_label("Edit up").click()
+        await page.click("text=More settings")
+        await page.get_by_label("Max retries").fill("-1")
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("dialog .field [role=alert]")).to_contain_text("max_retries")
+        await page.get_by_label("Max retries").fill("1")
+        await page.click("text=More settings")  # closed, so that what is in it is not seen
+        (tmp_path / "config.toml").write_text(config_of(provider, "other"))
+        await page.click("dialog button:text-is('Save')")
+        await expect(page.locator("dialog form > [role=alert]")).to_contain_text("has changed")
+        await expect(page.locator("dialog [role=alert]")).to_be_visible()
+
+
+@needs_browser
 async def test_hostile_names_are_text(browser: Browser, provider: AnthropicFake, tmp_path: Path) -> None:
     async with in_process(tmp_path, config_of(provider, HOSTILE)) as proxy:
         assert await ask(proxy, HOSTILE) == 200
@@ -1136,6 +1155,12 @@ async def test_a_tried_answer_is_added_piece_by_piece(
         pre = page.get_by_role("region", name="Answer")
         await expect(pre).to_have_text("Hello from upstream.")
         assert await pre.evaluate("(node) => node.childNodes.length") > 1
+        await page.get_by_label("Most output tokens").fill("0")
+        await page.click("button:text-is('Send')")
+        await expect(page.locator("main [role=alert]")).to_contain_text(
+            "Most output tokens: must be at least 1"
+        )
+        await page.get_by_label("Most output tokens").fill("9")
         await page.get_by_label("Model asked for").fill("up/unpriced")
         await page.click("button:text-is('Send')")
         await expect(page.locator("main")).to_contain_text("100 out, no price")
@@ -1176,16 +1201,25 @@ async def test_what_is_typed_while_a_save_draws_the_view_anew_stays(
 
 
 @needs_browser
-async def test_who_changes_the_admin_token_stays_signed_in(browser: Browser, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "token",
+    [
+        pytest.param("another-token-of-the-admin-0123456789", id="plain"),
+        pytest.param("with-one,comma-in-it-0123456789", id="a comma, which parts only keys"),
+    ],
+)
+async def test_who_changes_the_admin_token_stays_signed_in(
+    token: str, browser: Browser, tmp_path: Path
+) -> None:
     async with in_process(tmp_path, "") as proxy, opened(browser, admin_url(proxy)) as page:
         await tab(page, "config")
-        await page.get_by_label("Admin token").fill("another-token-of-the-admin-0123456789")
+        await page.get_by_label("Admin token").fill(token)
         await page.locator("section", has_text="Host, port").get_by_role("button", name="Save").click()
         await expect(page.locator("#status")).to_contain_text("Server: saved")
         await expect(page.get_by_label("Admin token")).to_have_attribute(
             "placeholder", re.compile("ends in 6789")
         )
-        assert proxy.state.admin_token == "another-token-of-the-admin-0123456789"
+        assert proxy.state.admin_token == token
 
 
 @needs_browser
