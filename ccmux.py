@@ -14355,7 +14355,7 @@ def print_table(rows: Iterable[Iterable[str]], right: bool = False) -> None:
 
 
 def model_command(args: argparse.Namespace) -> int:
-    """Shows the providers, the models with their targets and prices, and the routes, as ccmux sees them."""
+    """Shows the providers, the models with their targets and prices, the routes."""
     config = read_config(args.config)
     print("providers")
     states = [p.problem or ("ok" if p.enabled else "disabled") for p in config.providers]
@@ -14385,7 +14385,7 @@ def price_text(price: Price | None) -> str:
 
 
 def check_command(args: argparse.Namespace) -> int:
-    """Says whether the config is sound; with --live it also sends one tiny request to each provider."""
+    """Says whether the config is sound; --live sends a request to each provider."""
     config = read_config(args.config)
     check_binding(config)
     for warning in config.warnings:
@@ -14415,7 +14415,7 @@ async def check_live(config: Config) -> int:
 
 
 def explain_command(args: argparse.Namespace) -> int:
-    """Shows which model a request would go to, rule by rule, with its token count and the most it can cost."""
+    """Shows where a request would go, rule by rule, and the most it can cost."""
     config = read_config(args.config)
     raw = stdin_bytes() if args.file == "-" else Path(args.file).read_bytes()
     try:
@@ -14456,13 +14456,13 @@ def token_command(args: argparse.Namespace) -> int:
 
 
 def statusline_command(args: argparse.Namespace) -> int:
-    """Prints one line for Claude Code's statusLine command: model, session's cost, today's cost, balance."""
+    """Prints a line for Claude Code: who answers, cost of session and day, balance."""
     print(statusline(args.config))
     return 0
 
 
 def init_command(args: argparse.Namespace) -> int:
-    """Writes a commented config.toml from the keys found in the environment; never over one that is there."""
+    """Writes a commented config.toml from the keys found; never over an old one."""
     path = expanded(args.config or os.environ.get("CCMUX_CONFIG") or "~/.ccmux/config.toml")
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or name another file with --config")
@@ -14561,7 +14561,7 @@ SHELLS: dict[str, tuple[str, Callable[[str], str]]] = {  # a line, and how a val
 
 
 def env_command(args: argparse.Namespace) -> int:
-    """Prints the variables that point Claude Code here, as commands of a shell or as JSON."""
+    """Prints the variables that point Claude Code here, for a shell or as JSON."""
     config = with_overrides(read_config(args.config), args)
     url = client_url(config)
     variables = client_environment(config, url) | (no_proxy_for(url) if has_proxy() else {})
@@ -14580,7 +14580,7 @@ NEEDS_KEY = "this ccmux asks for a user's key: set CCMUX_KEY to one (`ccmux.py u
 
 
 def code_command(args: argparse.Namespace) -> int:
-    """Runs Claude Code through ccmux: starts ccmux unless it runs, runs `claude`, stops what it started."""
+    """Runs `claude` through the ccmux that runs, or one that lasts as long as it."""
     places = map(os.path.expanduser, ("~/.local/bin/claude", "~/.claude/local/claude"))
     claude = shutil.which("claude") or next((path for path in places if os.access(path, os.X_OK)), "")
     if not claude:
@@ -14724,7 +14724,7 @@ def stop_server(server: subprocess.Popen[bytes]) -> None:
 
 
 def setup_command(args: argparse.Namespace) -> int:
-    """Points Claude Code here for good, in its own settings; --undo puts them back as they were."""
+    """Points Claude Code here for good, in its own settings; --undo takes it back."""
     path = Path(os.path.realpath(claude_settings()))
     before, ours = (path.with_name(f"settings.json.{word}") for word in ("before-ccmux", "by-ccmux"))
     old = path.read_bytes() if path.exists() else None
@@ -14968,7 +14968,7 @@ def user_credit(args: argparse.Namespace) -> int:
 
 
 def user_budget(args: argparse.Namespace) -> int:
-    """Sets what a user may spend in a day, a week from Monday or a month (UTC); `none` takes a budget away."""
+    """Sets what a user may spend a day, week (from Monday) or month, in UTC."""
     with open_store(read_config(args.config)) as store:
         print_users(store, [store.set_budgets(args.name, budgets_of(args))])
     return 0
@@ -14983,7 +14983,7 @@ def user_key(args: argparse.Namespace) -> int:
 
 
 def user_disable(args: argparse.Namespace) -> int:
-    """Stops a user's key from working, or lets it work again; balance and history stay."""
+    """Stops a user's key from working, or lets it work again; the balance stays."""
     with open_store(read_config(args.config)) as store:
         print_users(store, [store.set_disabled(args.name, args.action == "disable")])
     return 0
@@ -15005,7 +15005,7 @@ REPORT_COLUMNS = (
 
 
 def report_command(args: argparse.Namespace) -> int:
-    """Shows what requests cost: cost, markup and charge by user, model, provider, day, session or month."""
+    """Shows what requests cost: tokens, cost, markup and charge."""
     config = read_config(args.config)
     user, markup = args.user or None, config.credits.markup_percent
     with open_store(config) as store:
@@ -15055,7 +15055,7 @@ def export_command(args: argparse.Namespace) -> int:
 
 
 def backup_command(args: argparse.Namespace) -> int:
-    """Copies the database to a file, also while ccmux runs; never over one that is there."""
+    """Copies the database to a new file, also while ccmux runs."""
     config = read_config(args.config)
     with open_store(config) as store:
         size = os.path.getsize(database_path(config)) / 1e6
@@ -15069,7 +15069,7 @@ def backup_command(args: argparse.Namespace) -> int:
 
 
 def doctor_command(args: argparse.Namespace) -> int:
-    """Looks for what commonly goes wrong, from the config and the database to Claude Code's settings."""
+    """Looks for faults, from the config and the database to Claude Code's settings."""
     failed = False
     for word, text in diagnose(args.config):
         print(f"{painted(word, 7)} {text}", flush=True)
@@ -15202,10 +15202,7 @@ def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def import_litellm_command(args: argparse.Namespace) -> int:
-    """Turns a LiteLLM config.yaml into TOML, with a report of what was mapped, approximated and dropped.
-
-    A dry run, unless --write names a file. Keys written in the file are never copied or shown.
-    """
+    """Shows what a LiteLLM config.yaml becomes; keys in it are not copied or shown."""
     try:
         yaml = importlib.import_module("yaml")
     except ImportError:
@@ -15665,24 +15662,28 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
-def parser() -> Parser:
+def parser(word: str) -> Parser:
+    """Of the commands that begin with this word (all of them would take 10 ms of a start); where none does, of all."""
     top = Parser(
         prog="ccmux.py", description="Claude Code with any model of any provider.", epilog=HELP_END,
         formatter_class=help_format,
     )  # fmt: skip
     top.add_argument("--version", action="version", version=f"ccmux {__version__}")
+    top.set_defaults(config="")
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
-    actions: Any = None
-    for command in COMMANDS:
-        if command.name.startswith("user ") and actions is None:
-            users = commands.add_parser("user", help="add and list users; their credit, budgets and keys")
-            actions = users.add_subparsers(dest="action", metavar="action", required=True)
-        group = actions if command.name.startswith("user ") else commands
-        add_command(group, command.name.removeprefix("user "), command)
+    groups: dict[str, Any] = {"": commands}
+    for command in [c for c in COMMANDS if c.name.split()[0] == word] or COMMANDS:
+        group, _, name = command.name.rpartition(" ")
+        if group not in groups:
+            users = commands.add_parser(group, help="add and list users; their credit, budgets and keys")
+            users.add_argument(*CONFIG[0], **CONFIG[1])
+            groups[group] = users.add_subparsers(dest="action", metavar="action", required=True)
+        add_command(groups[group], name, command)
     return top
 
 
 help_format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+CONFIG = flag("--config", default=argparse.SUPPRESS, metavar="F", help="config file")
 
 
 def add_command(group: Any, name: str, command: Command) -> None:
@@ -15693,8 +15694,7 @@ def add_command(group: Any, name: str, command: Command) -> None:
         formatter_class=help_format,
     )  # fmt: skip
     made.set_defaults(run=command.run)
-    made.add_argument("--config", default="", metavar="F", help="config file")
-    for names, options in command.flags:
+    for names, options in (CONFIG, *command.flags):
         made.add_argument(*names, **options)
 
 
@@ -15727,25 +15727,27 @@ def failed(why: str) -> int:
 
 def parsed_arguments(given: list[str]) -> argparse.Namespace:
     """The command line; without a command it is `serve`, and --config may stand before the command."""
-    names = {command.name.split()[0] for command in COMMANDS} | ALIASES.keys()
-    place = 1 if given[:1] == ["code"] else 0
-    if given[place:] and given[place].startswith("--config="):
-        given = [*given[:place], *given[place].split("=", 1), *given[place + 1 :]]
-    if given[:1] == ["--config"] and len(given) > 2 and given[2] in names:
-        end = 4 if given[2] == "user" else 3  # of the command's own words
-        given = [*given[2:end], *given[:2], *given[end:]]
-    given = [ALIASES.get(word, word) if n == 0 else word for n, word in enumerate(given)]
-    first = given[0] if given else ""
-    if first == "code" and not {"--help", "-h"} & set(given[1:2]):
-        mine = 3 if given[1:2] == ["--config"] and len(given) > 2 else 1
-        rest = given[mine:]
-        rest = rest[1:] if rest[:1] == ["--"] else rest
-        return argparse.Namespace(run=code_command, config="".join(given[2:mine]), rest=rest)
-    if first and not first.startswith("-") and first not in names:
-        raise ConfigError(f"there is no command {first!r}: {known_names(first, sorted(names))}")
-    if first not in names | {"--help", "-h", "--version"}:
-        given = ["serve", *given]
-    return parser().parse_args(given)
+    config, given = leading_config(given)
+    word = ALIASES.get(given[0], given[0]) if given else ""
+    names = {command.name.split()[0] for command in COMMANDS}
+    if word == "code" and given[1:2] not in (["--help"], ["-h"]):
+        own, rest = leading_config(given[1:])
+        args = parser(word).parse_args([word, *config, *own])
+        args.rest = rest[1:] if rest[:1] == ["--"] else rest
+        return args
+    if word in names:
+        given = [word, *config, *given[1:]]
+    elif word and not word.startswith("-"):
+        raise ConfigError(f"there is no command {word!r}: {known_names(word, sorted(names))}")
+    elif word not in ("--help", "-h", "--version"):
+        given = ["serve", *config, *given]
+    return parser(given[0]).parse_args(given)
+
+
+def leading_config(words: list[str]) -> tuple[list[str], list[str]]:
+    """(--config and its file, where a command line begins with them; the other words)."""
+    taken = 2 if words[:1] == ["--config"] else int(words[:1] != [] and words[0].startswith("--config="))
+    return words[:taken], words[taken:]
 
 
 if __name__ == "__main__":

@@ -119,9 +119,11 @@ def web_server(answers: dict[str, Any]) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("command", ccmux.COMMANDS, ids=lambda command: command.name)
-def test_help_teaches(cli: Cli, command: ccmux.Command) -> None:
+def test_help_teaches(cli: Cli, monkeypatch: pytest.MonkeyPatch, command: ccmux.Command) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     ran = cli(*command.name.split(), "--help")
     assert ran.status == 0
+    assert max(map(len, ran.out.splitlines())) <= 80
     for names, options in command.flags:
         assert options["help"]
         assert (names[0] if names[0].startswith("-") else options["metavar"]) in ran.out
@@ -195,6 +197,7 @@ def test_config_may_stand_before_the_command(cli: Cli, tmp_path: Path) -> None:
     assert str(path) in cli(f"--config={path}", "check").out
     assert str(path) in cli("check", "--config", str(path)).out
     assert "anna" in cli("--config", str(path), "user", "add", "anna").out
+    assert "anna" in cli("user", "--config", str(path), "list").out
 
 
 def test_leave_to_read_a_config_is_a_change_of_it(tmp_path: Path) -> None:
