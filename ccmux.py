@@ -14303,7 +14303,6 @@ def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
 def start_text(config: Config, port: int, token: str) -> str:
     """What a newcomer needs to know, once, at the start."""
     url = client_url(config, port)
-    key = "YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local"
     is_unnamed = is_any_address(config.server.host) and not config.server.allowed_hosts
     return "\n".join([
         f"ccmux {__version__} at {url}",
@@ -14312,9 +14311,13 @@ def start_text(config: Config, port: int, token: str) -> str:
         f"  admin      {url}/admin#token={urllib.parse.quote(token, safe='')}",
         *["  others     put the name or address they use into allowed_hosts of [server]"] * is_unnamed,
         "  Claude Code, in another terminal (`ccmux.py code` does this, and sets what auto mode needs):",
-        f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key}",
+        f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key_to_print(config)}",
         "    claude",
     ])  # fmt: skip
+
+
+def key_to_print(config: Config) -> str:
+    return "YOUR-CCMUX-KEY" if needs_key(config) else "ccmux-local"
 
 
 def what_was_found(config: Config) -> str:
@@ -14327,9 +14330,9 @@ def what_was_found(config: Config) -> str:
 
 
 def client_url(config: Config, port: int = 0) -> str:
-    """The address that clients on this machine use."""
+    """The address that clients on this machine use; PORT stands for one that is known at the start alone."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)  # noqa: S104
-    return f"http://{f'[{host}]' if ':' in host else host}:{port or config.server.port}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port or config.server.port or 'PORT'}"
 
 
 # Commands. Each is a function of its parsed arguments that returns the exit status.
@@ -14519,7 +14522,7 @@ def client_environment(config: Config, url: str) -> dict[str, str]:
     The key is $CCMUX_KEY, where one is set. A passthrough provider needs Claude Code's own login, so no key is set then.
     """
     context = client_window(config)
-    key = os.environ.get("CCMUX_KEY") or ("YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local")
+    key = os.environ.get("CCMUX_KEY") or key_to_print(config)
     own = any(p.passthrough for p in config.providers if p.usable) and "CCMUX_KEY" not in os.environ
     targets = resolve(config, default_model(config, "claude-x"))
     bases = [provider.base_url for t in targets if (provider := config.provider(t.provider))]
@@ -14562,8 +14565,7 @@ SHELLS: dict[str, tuple[str, Callable[[str], str]]] = {  # a line, and how a val
 
 def env_command(args: argparse.Namespace) -> int:
     """Prints the variables that point Claude Code here, for a shell or as JSON."""
-    config = with_overrides(read_config(args.config), args)
-    url = client_url(config)
+    config, url = address_to_keep(args)
     variables = client_environment(config, url) | (no_proxy_for(url) if has_proxy() else {})
     if args.shell == "json":
         print(json.dumps(variables, indent=2))
@@ -14571,12 +14573,34 @@ def env_command(args: argparse.Namespace) -> int:
         line, quoted = SHELLS[args.shell]
         for name, value in variables.items():
             print(line.format(name, quoted(value)))
-    if config.server.require_key and not os.environ.get("CCMUX_KEY"):
+    if lacks_key(config):
         print(f"ccmux: {NEEDS_KEY}", file=sys.stderr)
     return 0
 
 
+def address_to_keep(args: argparse.Namespace) -> tuple[Config, str]:
+    """The config and its address, for what outlives a start; ConfigError where each start takes another port."""
+    config = with_overrides(read_config(args.config), args)
+    if not config.server.port:
+        raise ConfigError("[server] port is 0, so each start takes another one: set one there, or by --port")
+    return config, client_url(config)
+
+
 NEEDS_KEY = "this ccmux asks for a user's key: set CCMUX_KEY to one (`ccmux.py user add NAME` makes one)"
+
+
+def lacks_key(config: Config) -> bool:
+    return needs_key(config) and not os.environ.get("CCMUX_KEY")
+
+
+def needs_key(config: Config) -> bool:
+    """Whether Claude Code needs a user's key: all do, or the user `local` is disabled."""
+    if config.server.require_key:
+        return True
+    with contextlib.suppress(ConfigError, sqlite3.Error), open_store(config) as store:
+        local = store.user(LOCAL_USER)
+        return local is not None and local.disabled
+    return False
 
 
 def code_command(args: argparse.Namespace) -> int:
@@ -14588,7 +14612,7 @@ def code_command(args: argparse.Namespace) -> int:
             "there is no `claude` here: npm install -g @anthropic-ai/claude-code, and try again"
         )
     config = read_config(args.config)
-    if config.server.require_key and not os.environ.get("CCMUX_KEY"):
+    if lacks_key(config):
         raise ConfigError(NEEDS_KEY)
     with heeded(dict.fromkeys(ENDING_SIGNALS, end_in_order)), running_server(config) as url:
         for path, settings, _ in settings_in_use():
@@ -14727,30 +14751,23 @@ def setup_command(args: argparse.Namespace) -> int:
     """Points Claude Code here for good, in its own settings; --undo takes it back."""
     path = Path(os.path.realpath(claude_settings()))
     before, ours = (path.with_name(f"settings.json.{word}") for word in ("before-ccmux", "by-ccmux"))
-    old = path.read_bytes() if path.exists() else None
+    old, was, made = (file.read_bytes() if file.exists() else None for file in (path, before, ours))
+    if made is None and args.undo:
+        raise ConfigError("there is nothing to undo: ccmux.py setup was not used here")
+    bare = old if made is None else settings_without(old, was, made)
     if args.undo:
-        new = undone(old, before, ours)
-    else:
-        config = with_overrides(read_config(args.config), args)
-        if config.server.require_key and not os.environ.get("CCMUX_KEY"):
-            raise ConfigError(NEEDS_KEY)
-        first, made = (settings_of(p.read_bytes() if p.exists() else None) for p in (before, ours))
-        new = settings_with(
-            old, client_environment(config, client_url(config)), statusline_shell(config), first, made
-        )
-    show_change(path, old, new)
-    if new is None:
-        path.unlink(missing_ok=True)
-    elif new != old:
-        write_whole(path, new)
-    if args.undo:
-        before.unlink(missing_ok=True)
-        ours.unlink()
+        show_change(path, old, bare)
+        for file, data in ((path, bare), (before, None), (ours, None)):
+            write_whole(file, data)
         return 0
-    if old is not None and not ours.exists():
-        write_whole(before, old)
-    write_whole(ours, new or b"")
-    print(f"Claude Code now uses {client_url(config)}; `ccmux.py setup --undo` puts the file back as it was")
+    config, url = address_to_keep(args)
+    if lacks_key(config):
+        raise ConfigError(NEEDS_KEY)
+    new = settings_with(bare, client_environment(config, url), statusline_shell(config))
+    show_change(path, old, new)
+    for file, data in ((before, bare), (ours, new), (path, new)):
+        write_whole(file, data)
+    print(f"Claude Code now uses {url}; `ccmux.py setup --undo` puts the file back as it was")
     return 0
 
 
@@ -14787,22 +14804,37 @@ OTHER_CLOUDS = tuple(
 )
 
 
-def settings_with(
-    old: bytes | None, variables: Mapping[str, str], shell: str, first: Json, made: Json
-) -> bytes:
-    """Claude Code's settings with these variables in their `env`, and a status line where there is none but
-    one of an earlier setup, which may lead to where ccmux.py was then.
-    """
-    settings = settings_of(old)
-    if has_our_statusline(settings, first, made):
-        del settings["statusLine"]
+def settings_with(bare: bytes | None, variables: Mapping[str, str], shell: str) -> bytes:
+    """Claude Code's settings with these variables in their `env`, and a status line where there is none."""
+    settings = settings_of(bare)
     kept = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
     settings["env"] = {**kept, **variables}
     settings.setdefault("statusLine", {"type": "command", "command": shell})
-    indent = re.search(rb"\n([ \t]+)\"", old or b"")
-    return (
-        json.dumps(settings, indent=indent[1].decode() if indent else 2, ensure_ascii=False) + "\n"
-    ).encode()
+    return settings_text(settings, bare)
+
+
+def settings_without(now: bytes | None, bare: bytes | None, made: bytes) -> bytes | None:
+    """The settings without what setup made of the `bare` ones (None: no file); where they are as it left them, the very
+    bytes.
+    """
+    if now == made:
+        return bare
+    settings, first = settings_of(now), settings_of(bare)
+    environment = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
+    environment |= {k: v for k, v in as_object(first.get("env")).items() if k in MANAGED}
+    settings["env"] = environment
+    if not environment and "env" not in first:
+        del settings["env"]
+    if "statusLine" not in first and settings.get("statusLine") == settings_of(made)["statusLine"]:
+        del settings["statusLine"]
+    return settings_text(settings, now)
+
+
+def settings_text(settings: Json, like: bytes | None) -> bytes:
+    """The settings as Claude Code keeps them, indented as those were."""
+    indent = re.search(rb"\n([ \t]+)\"", like or b"")
+    text = json.dumps(settings, indent=indent[1].decode() if indent else 2, ensure_ascii=False)
+    return f"{text}\n".encode()
 
 
 # What `env`, `code` and `setup` decide about, so that no old value of one is left beside the others' new
@@ -14822,29 +14854,6 @@ def settings_of(data: bytes | None) -> Json:
     if not isinstance(settings, dict):
         raise ConfigError("Claude Code's settings.json is not a JSON object; mend it first")
     return settings
-
-
-def has_our_statusline(now: Json, first: Json, made: Json) -> bool:
-    """Whether it is the one that setup `made`, not the one that was there at `first`."""
-    return bool(now.get("statusLine") == made.get("statusLine") != first.get("statusLine"))
-
-
-def undone(old: bytes | None, before: Path, ours: Path) -> bytes | None:
-    """The settings as they were (None: none); where they were changed since, only what setup did goes."""
-    if not ours.exists():
-        raise ConfigError("there is nothing to undo: ccmux.py setup was not used here")
-    original = before.read_bytes() if before.exists() else None
-    if old == ours.read_bytes():
-        return original
-    now, first, made = settings_of(old), settings_of(original), settings_of(ours.read_bytes())
-    environment = {k: v for k, v in as_object(now.get("env")).items() if k not in MANAGED}
-    environment |= {k: v for k, v in as_object(first.get("env")).items() if k in MANAGED}
-    now |= {"env": environment}
-    if not environment and "env" not in first:
-        del now["env"]
-    if has_our_statusline(now, first, made):
-        del now["statusLine"]
-    return (json.dumps(now, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def statusline_shell(config: Config) -> str:
@@ -14868,8 +14877,10 @@ def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:
     print("\n".join(secret.sub(r"\1...", line) for line in lines) or f"{path} stays as it is")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replaces a file in one step, keeping its mode (0600 for a new one)."""
+def write_whole(path: Path, data: bytes | None) -> None:
+    """Replaces a file in one step, keeping its mode (0600 for a new one); None takes it away."""
+    if data is None:
+        return path.unlink(missing_ok=True)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -15114,11 +15125,13 @@ def diagnose_files(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def diagnose_port(config: Config) -> tuple[str, str]:
-    url = client_url(config)
+    url, port = client_url(config), config.server.port
+    if not port:
+        return "ok", "port 0: each start takes one that is free"
     try:
-        return "ok", f"ccmux runs at {url}" if is_ccmux(url) else f"port {config.server.port} is free"
+        return "ok", f"ccmux runs at {url}" if is_ccmux(url) else f"port {port} is free"
     except ConfigError as error:
-        return "FAILED", f"{error}{port_owner(config.server.port)}"
+        return "FAILED", f"{error}{port_owner(port)}"
 
 
 def port_owner(port: int) -> str:

@@ -374,6 +374,32 @@ def test_start_text_says_all(cli: Cli) -> None:
     assert "demo answers" in ccmux.start_text(ccmux.read_config(""), 9, "tok")
 
 
+def test_no_key_is_offered_that_is_refused(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the user `local` disabled each client needs a key, as with require_key."""
+    write_config(tmp_path)
+    enter(tmp_path / "ccmux.db")
+    assert "ccmux-local" in cli("env").out
+    assert cli("user", "disable", "local").status == 0
+    config = ccmux.read_config("")
+    assert "AUTH_TOKEN=YOUR-CCMUX-KEY" in ccmux.start_text(config, 9, "t")
+    assert "set CCMUX_KEY" in cli("env").err
+    assert cli("setup").status == 2
+    monkeypatch.setenv("CCMUX_KEY", "k")
+    assert (cli("setup").status, cli("env").err) == (0, "")
+
+
+def test_no_address_is_told_that_is_none(cli: Cli, tmp_path: Path) -> None:
+    """Where each start takes another port, nothing is written down with the port 0."""
+    write_config(tmp_path)
+    (tmp_path / "config.toml").write_text("[server]\nport = 0\n")
+    assert "ANTHROPIC_BASE_URL=http://127.0.0.1:PORT " in cli("user", "add", "anna").out
+    assert "port 0: each start takes one that is free" in words_of(cli("doctor"), "ok")
+    for command in ("env", "setup"):
+        ran = cli(command)
+        assert (ran.status, ran.out) == (2, "") and "port is 0" in ran.err
+        assert cli(command, "--port", "7").status == 0
+
+
 def test_init_writes_once(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENROUTER_API_KEY", "sk-or-secret")
     ran = cli("init")
@@ -537,6 +563,20 @@ def test_undo_keeps_what_was_changed_since(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(path.read_bytes()) == {
         "env": {"FOO": "1", "ANTHROPIC_BASE_URL": "https://old.example", "BAR": "2"}, "model": "haiku",
     }  # fmt: skip
+
+
+def test_undo_keeps_what_was_changed_between_two_setups(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / ".claude/settings.json"
+    path.parent.mkdir()
+    path.write_bytes(ODD)
+    cli("setup")
+    path.write_text(path.read_text().replace('"opus"', '"haiku"'))
+    cli("setup", "--port", "7")
+    assert '"http://127.0.0.1:7"' in path.read_text()
+    cli("setup", "--undo")
+    assert json.loads(path.read_bytes()) == {**json.loads(ODD), "model": "haiku"}
+    assert b'\n\t"env"' in path.read_bytes()
+    assert [p.name for p in path.parent.iterdir()] == ["settings.json"]
 
 
 def test_setup_writes_through_a_link(cli: Cli, tmp_path: Path) -> None:
