@@ -14037,7 +14037,7 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
     finally:
         await runner.cleanup()
         await close_state(state)
-        store.save_calibration(state.counter.export())
+        save_calibration(state)
         store.close()
 
 
@@ -14111,8 +14111,15 @@ async def keep_calibration(state: State) -> None:
         state.vocabulary.forget_missing()
         learnt = state.counter.export()
         if learnt != kept:
-            await asyncio.to_thread(state.store.save_calibration, learnt)
+            await asyncio.to_thread(save_calibration, state)
             kept = learnt
+
+
+def save_calibration(state: State) -> None:
+    try:
+        state.store.save_calibration(state.counter.export())
+    except sqlite3.Error as error:
+        log.warning("what true usage has taught is not written down: %s", error)
 
 
 async def fetch_vocabularies(state: State, url: str = VOCABULARY_URL) -> None:
