@@ -13838,9 +13838,8 @@ def make_app(state: State) -> web.Application:
     """The server's routes and middleware around a State."""
     app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=MAX_BODY)
     app[state_key()] = state
-    rest = web.RouteDef(
-        "*", "/{path:.*}", no_such_route, {}
-    )  # last: aiohttp's own would judge Expect by itself
+    # The last, because aiohttp's own would judge Expect by itself.
+    rest = web.RouteDef("*", "/{path:.*}", no_such_route, {})
     for route in (*api_routes(), *admin_routes(), *page_routes(), rest):
         options = {**route.kwargs, "expect_handler": expect_continue}
         app.router.add_routes([web.RouteDef(route.method, route.path, route.handler, options)])
@@ -13936,33 +13935,27 @@ def read_config(given: str) -> Config:
 
 
 def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
-    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else
-    demo.
+    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else demo.
 
-    The first key in the presets' order takes the requests: Anthropic by the names Claude Code asks for, others by the
-    model their preset names, if it names one.
+    The first one takes the requests: Anthropic and the demo by the names Claude Code asks for, Ollama by its first
+    model, others by the model their preset names, if it names one.
     """
-    found = {str(row["api_key"]): name for name, row in reversed(PRESETS.items()) if row["api_key"]}
-    names = [
-        name for name in PRESETS if name in found.values() and has_key(env, str(PRESETS[name]["api_key"]))
+    presets: dict[str, str] = {}  # each key's variable, and the first preset that it is for
+    for name, row in PRESETS.items():
+        presets.setdefault(row["api_key"], name)
+    providers: list[Json] = [
+        {"name": name, "type": name, "api_key": key} for key, name in presets.items() if has_key(env, key)
     ]
-    lines = [
-        f'[[providers]]\nname = "{name}"\ntype = "{name}"\napi_key = "{PRESETS[name]["api_key"]}"\n'
-        for name in names
-    ]
-    first = names[0] if names else ""
-    model = PRESETS[first]["default"] if first not in ("", "anthropic") else ""
-    default = f"{first}/{model}" if model else ""
     if ollama:
-        base = ollama_url(env)
-        lines.append(
-            f'[[providers]]\nname = "ollama"\ntype = "ollama"\nbase_url = "{base}"\nmodels = {json.dumps(ollama)}\n'
-        )
-        default = default or ("" if names else f"ollama/{ollama[0]}")
-    if not lines:
-        return '[[providers]]\nname = "demo"\ntype = "demo"\n'
-    router = f"[router]\ndefault = {json.dumps(default)}\n\n" if default else ""
-    return router + "\n".join(lines)
+        providers.append({"name": "ollama", "type": "ollama", "base_url": ollama_url(env), "models": ollama})
+    if not providers:
+        providers.append({"name": "demo", "type": "demo"})
+    first = providers[0]["name"]
+    model = ollama[0] if first == "ollama" else PRESETS[first]["default"]
+    tables = [emit_table("providers", row, "array") for row in providers]
+    if model and first not in ("anthropic", "demo"):
+        tables.insert(0, emit_table("router", {"default": f"{first}/{model}"}))
+    return "\n".join(tables)
 
 
 def has_key(env: Mapping[str, str], reference: str) -> bool:
@@ -14006,7 +13999,7 @@ def serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def with_overrides(config: Config, args: argparse.Namespace) -> Config:
+def with_overrides(config: Config, args: argparse.Namespace | None) -> Config:
     """The config with what the command line sets instead."""
     given = {k: v for k in ("host", "port", "log_level") if (v := getattr(args, k, None)) is not None}
     return dataclasses.replace(config, server=dataclasses.replace(config.server, **given))
@@ -14247,17 +14240,20 @@ async def drain(state: State, server: asyncio.Server) -> None:
     """Takes no more requests, gives the live ones their time, then ends them with an error event."""
     state.draining = True
     server.close()
-    deadline = time.monotonic() + state.config.server.drain_timeout
     if state.posts:
         log.info("stopping: %d requests have up to %g s", len(state.posts), state.config.server.drain_timeout)
-    while state.posts and time.monotonic() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
+    await no_more_posts(state, state.config.server.drain_timeout)
     for request in state.posts.values():
         request.content.set_exception(shutting_down())  # to those whose body still arrives
     for call in list(state.calls.values()):
         call.stop()
-    until = time.monotonic() + 2
-    while state.posts and time.monotonic() < until:  # noqa: ASYNC110
+    await no_more_posts(state, 2)
+
+
+async def no_more_posts(state: State, seconds: float) -> None:
+    """Returns when no request is in flight, or after so long."""
+    end = time.monotonic() + seconds
+    while state.posts and time.monotonic() < end:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
@@ -14288,8 +14284,7 @@ def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
     """Reads the config file again. What only a start can change is said to need one."""
     old = state.config
     try:
-        config = read_config(old.path)
-        config = with_overrides(config, args) if args else config
+        config = with_overrides(read_config(old.path), args)
         check_binding(config)
     except (ConfigError, OSError) as error:
         state.config_error = str(error)
