@@ -13925,11 +13925,9 @@ def read_config(given: str) -> Config:
     if path is None:
         return load_config(config_of_environment(os.environ, ollama_models()), os.environ)
     try:
-        text = toml_text(path)
+        return load_config(toml_text(path), os.environ, str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        return load_config(text, os.environ, str(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
@@ -13976,16 +13974,18 @@ def ollama_url(env: Mapping[str, str]) -> str:
 
 def ollama_models() -> list[str]:
     """The models of a local Ollama that can chat; [] where none answers within a moment."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{ollama_url(os.environ)}/api/tags", timeout=0.3) as answer:
+        with open_directly(f"{ollama_url(os.environ)}/api/tags", 0.3) as answer:
             tags = as_object(json.load(answer))
     except (OSError, ValueError, http.client.HTTPException):
         return []
-    names = [
-        str(row["name"]) for row in as_list(tags.get("models")) if isinstance(row, dict) and row.get("name")
-    ]
-    return [name for name in names if "embed" not in name]
+    names = [str(as_object(row).get("name") or "") for row in as_list(tags.get("models"))]
+    return [name for name in names if name and "embed" not in name]
+
+
+def open_directly(url: str, timeout: float) -> Any:
+    """The answer of a server near by, asked through no proxy; OSError or HTTPException."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=timeout)
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -14340,11 +14340,11 @@ def client_url(config: Config, port: int = 0) -> str:
 # Commands. Each is a function of its parsed arguments that returns the exit status.
 
 
-def painted(word: str, width: int = 0) -> str:
-    """A status word, coloured where a person looks at a terminal that shows colours."""
-    color = {"ok": 32, "note": 33, "FAILED": 31}.get(word)
+def print_found(word: str, text: str) -> None:
+    """A line that a check found, its word (ok, note, FAILED) coloured where a person looks at a terminal."""
     plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return f"{word:{width}}" if plain or not color else f"\033[{color}m{word:{width}}\033[0m"
+    color = {"ok": 32, "note": 33, "FAILED": 31}[word]
+    print(f"{word:7} {text}" if plain else f"\033[{color}m{word:7}\033[0m {text}", flush=True)
 
 
 def print_table(rows: Iterable[Iterable[str]], right: bool = False) -> None:
@@ -14352,11 +14352,8 @@ def print_table(rows: Iterable[Iterable[str]], right: bool = False) -> None:
     table = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
-        cells = [
-            f"{c:>{w}}" if right and n else f"{c:{w}}"
-            for n, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+        cells = enumerate(zip(row, widths, strict=True))
+        print("  ".join(c.rjust(w) if right and n else c.ljust(w) for n, (c, w) in cells).rstrip())
 
 
 def model_command(args: argparse.Namespace) -> int:
@@ -14394,9 +14391,9 @@ def check_command(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     check_binding(config)
     for warning in config.warnings:
-        print(f"{painted('note', 7)} {warning}")
+        print_found("note", warning)
     counts = f"providers: {len(config.providers)}, models: {len(config.models)}"
-    print(f"{painted('ok', 7)} {config.path or 'no config file: the environment'}: {counts}")
+    print_found("ok", f"{config.path or 'no config file: the environment'}: {counts}")
     if not args.live:
         return 1 if config.warnings else 0
     return asyncio.run(check_live(config))
@@ -14411,8 +14408,8 @@ async def check_live(config: Config) -> int:
             model = provider_model(config, provider)
             result = await test_provider(state, provider, model)
             failed += not result["ok"]
-            word = painted("ok" if result["ok"] else "FAILED", 7)
-            print(f"{word} {provider.name}/{model or '-'}  {result['ms']} ms  {result['error']}", flush=True)
+            told = f"{provider.name}/{model or '-'}  {result['ms']} ms  {result['error']}"
+            print_found("ok" if result["ok"] else "FAILED", told)
     finally:
         await close_state(state)
         store.close()
@@ -14422,7 +14419,8 @@ async def check_live(config: Config) -> int:
 def explain_command(args: argparse.Namespace) -> int:
     """Shows where a request would go, rule by rule, and the most it can cost."""
     config = read_config(args.config)
-    raw = stdin_bytes() if args.file == "-" else Path(args.file).read_bytes()
+    stdin = sys.stdin.buffer if sys.stdin else io.BytesIO()  # None: it is closed
+    raw = stdin.read() if args.file == "-" else Path(args.file).read_bytes()
     try:
         counter = TokenCounter(Vocabulary().load)
         counter.restore(learnt_factors(config))
@@ -14449,11 +14447,6 @@ def learnt_factors(config: Config) -> list[tuple[str, str, float, int]]:
     return []
 
 
-def stdin_bytes() -> bytes:
-    """What stands on stdin; nothing where it is closed."""
-    return sys.stdin.buffer.read() if sys.stdin else b""
-
-
 def token_command(args: argparse.Namespace) -> int:
     """Prints the admin token, making it if there is none yet."""
     print(admin_token_of(read_config(args.config)))
@@ -14476,8 +14469,7 @@ def init_command(args: argparse.Namespace) -> int:
     text = INIT_HEAD + found + (INIT_DEMO if is_demo else "") + INIT_TAIL
     load_config(text, os.environ, str(path))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
+    write_text(path, text, os.O_EXCL)
     if is_demo:
         print("no key was found in the environment, so it has the built-in demo; edit it, or set a key first")
     used = config_path("")
@@ -14708,9 +14700,8 @@ def started_server(config: Config, url: str, at_end: contextlib.ExitStack) -> st
 
 def is_ccmux(url: str) -> bool:
     """Whether a ccmux answers there; ConfigError where something else does."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{url}/health", timeout=5) as answer:
+        with open_directly(f"{url}/health", 5) as answer:
             server = answer.headers.get("Server")
     except urllib.error.HTTPError as error:
         server = error.headers.get("Server")
@@ -14877,6 +14868,14 @@ def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:
     lines = list(difflib.unified_diff(was, now, str(path), f"{path} (new)", lineterm="", n=1))
     secret = re.compile(r'("[^"]*(?:KEY|TOKEN(?!S)|SECRET)[^"]*"\s*:\s*")(?!ccmux-local)[^"]+', re.I)
     print("\n".join(secret.sub(r"\1...", line) for line in lines) or f"{path} stays as it is")
+
+
+def write_text(path: Path, text: str, mode: int) -> None:
+    """A file (0600 where it is new); FileExistsError with O_EXCL, where there is one."""
+    with open(
+        os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o600), "w", encoding="utf-8", newline=""
+    ) as file:
+        file.write(text)
 
 
 def write_whole(path: Path, data: bytes | None) -> None:
@@ -15060,9 +15059,9 @@ def export_command(args: argparse.Namespace) -> int:
         rows = list(store.export(args.since, args.until))
     text = csv_text(rows, USAGE_COLUMNS) if args.format == "csv" else json.dumps(rows, indent=1) + "\n"
     if args.output == "-":
-        sys.stdout.write(text)
+        print(text, end="")
     else:
-        write_whole(Path(args.output), text.encode())
+        write_text(Path(args.output), text, os.O_TRUNC)  # in its place: it may be a pipe
         print(f"wrote {args.output}, requests: {len(rows)}")
     return 0
 
@@ -15085,7 +15084,7 @@ def doctor_command(args: argparse.Namespace) -> int:
     """Looks for faults, from the config and the database to Claude Code's settings."""
     failed = False
     for word, text in diagnose(args.config):
-        print(f"{painted(word, 7)} {text}", flush=True)
+        print_found(word, text)
         failed |= word == "FAILED"
     return 1 if failed else 0
 
@@ -15237,10 +15236,7 @@ def import_litellm_command(args: argparse.Namespace) -> int:
     if not args.write:
         print(text + "\n".join(["", "# Report", *(f"# {line}" for line in report)]))
         return 0
-    with open(
-        os.open(args.write, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
-    ) as file:
-        file.write(text)
+    write_text(Path(args.write), text, os.O_EXCL)
     print("\n".join([*report, f"wrote {args.write}; `ccmux.py check --config {args.write}` tries it"]))
     return 0
 

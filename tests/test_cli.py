@@ -760,6 +760,9 @@ def test_export(cli: Cli, tmp_path: Path) -> None:
     assert ran.out == f"wrote {tmp_path / 'out.json'}, requests: 1\n"
     assert json.loads((tmp_path / "out.json").read_text())[0]["charge_microusd"] == 57_000
     assert (tmp_path / "out.json").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "link.json").symlink_to("out.json")  # as /dev/stdout may be one; a pipe stays one, too
+    assert cli("export", "--format", "csv", "-o", "link.json").status == 0
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "out.json").read_text()[:5] == '"time'
 
 
 def test_backup_beside_a_server(cli: Cli, tmp_path: Path) -> None:
