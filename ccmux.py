@@ -15243,31 +15243,26 @@ def import_litellm_command(args: argparse.Namespace) -> int:
 
 REPORT_ORDER = ("mapped", "approximated", "dropped")
 
-# LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that
-# serves them.
+# LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that serves each.
 LITELLM_PRESETS = {
-    **{
-        name: name
-        for name in ("anthropic", "openai", "openrouter", "gemini", "groq", "deepinfra", "cerebras", "mistral", "xai")
-    },
-    **{name: name for name in ("github", "ollama", "minimax", "nebius", "novita", "baseten")},
+    "anthropic": "anthropic", "openai": "openai", "openrouter": "openrouter", "gemini": "gemini", "groq": "groq",
+    "deepinfra": "deepinfra", "cerebras": "cerebras", "mistral": "mistral", "xai": "xai", "github": "github",
+    "ollama": "ollama", "minimax": "minimax", "nebius": "nebius", "novita": "novita", "baseten": "baseten",
     "together_ai": "together", "fireworks_ai": "fireworks", "nvidia_nim": "nvidia", "deepseek": "deepseek-openai",
     "moonshot": "moonshot-openai", "zai": "zai-openai", "dashscope": "qwen-openai", "ollama_chat": "ollama",
     "litellm_proxy": "litellm", "codestral": "mistral", "azure": "openai", "hosted_vllm": "openai",
     "openai/responses": "responses", "azure/responses": "responses",
     "lm_studio": "openai", "openai_like": "openai", "custom_openai": "openai", "text-completion-openai": "openai",
 }  # fmt: skip
-# Where a row without an address or a key is sent, and the variable its key is in, as far as our presets differ.
+# The address and the key of a row that names none, where our presets have others.
 LITELLM_BASES = {
-    "openai/responses": "https://api.openai.com/v1",
-    "codestral": "https://codestral.mistral.ai/v1",
-}
+    "azure": "os.environ/AZURE_API_BASE", "azure/responses": "os.environ/AZURE_API_BASE",
+    "codestral": "https://codestral.mistral.ai/v1", "openai/responses": "https://api.openai.com/v1",
+}  # fmt: skip
 LITELLM_KEYS = {
-    name: f"os.environ/{variable}_API_KEY"
-    for name, variable in {
-        "openai/responses": "OPENAI", "azure": "AZURE", "azure/responses": "AZURE", "nvidia_nim": "NVIDIA_NIM",
-        "github": "GITHUB", "codestral": "CODESTRAL",
-    }.items()
+    "azure": "os.environ/AZURE_API_KEY", "azure/responses": "os.environ/AZURE_API_KEY",
+    "codestral": "os.environ/CODESTRAL_API_KEY", "openai/responses": "os.environ/OPENAI_API_KEY",
+    "github": "os.environ/GITHUB_API_KEY", "nvidia_nim": "os.environ/NVIDIA_NIM_API_KEY",
 }  # fmt: skip
 LITELLM_NAMES = ((r"gpt-|chatgpt-|o\d|codex", "openai"), ("claude", "anthropic"))
 LITELLM_PRICES = {
@@ -15343,12 +15338,8 @@ class LiteLLMImport:
             return None
         if "*" in name:
             return self.wildcard(name, prefix, provider)
-        order = params.get("order")
-        target = {
-            "provider": provider,
-            "actual_model": upstream,
-            "priority": order if isinstance(order, int) else 1,
-        }
+        priority = order if isinstance(order := params.get("order"), int) else 1
+        target = {"provider": provider, "actual_model": upstream, "priority": priority}
         self.models.setdefault(name, []).append(target | self.price_and_context({**params, **info}, name))
         self.mapped(f"model {name} -> {provider}/{upstream}")
         if unread := sorted(map(str, (params.keys() | info.keys() | row.keys()) - LITELLM_KNOWN)):
@@ -15368,14 +15359,13 @@ class LiteLLMImport:
     def provider(self, prefix: str, params: Json, name: str) -> str:
         """The name of the provider row for a deployment, made if it is a new one; "": ccmux has none for it."""
         is_azure = prefix.split("/")[0] == "azure"
-        unsaid = "os.environ/AZURE_API_BASE" if is_azure else LITELLM_BASES.get(prefix)
-        base = self.expanded(params.get("api_base") or params.get("base_url") or unsaid, name)
+        given = params.get("api_base") or params.get("base_url")
+        base = self.expanded(given or LITELLM_BASES.get(prefix), name)
         preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
-        if base is None or not preset:
-            if base is not None:
-                self.dropped(
-                    f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}"
-                )
+        if base is None:
+            return ""
+        if not preset:
+            self.dropped(f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}")
             return ""
         if is_azure:
             base = re.sub(r"(?<!/)/openai(/.*)?$", "", base.partition("?")[0].rstrip("/")) + "/openai/v1"
@@ -15383,20 +15373,25 @@ class LiteLLMImport:
         elif base and prefix not in LITELLM_PRESETS:
             self.approximated(f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format")
         row: Json = {"type": preset, **({"base_url": base} if base else {})}
-        is_own = is_azure or base in ("", LITELLM_BASES.get(prefix))  # at other addresses none may be wanted
-        if (key := params.get("api_key") or (LITELLM_KEYS.get(prefix) if is_own else "")) or base:
+        usual = (
+            "" if given and not is_azure else LITELLM_KEYS.get(prefix)
+        )  # a server of one's own may want none
+        if (key := params.get("api_key") or usual) or base:
             row["api_key"] = self.secret(key, f"model {name}")
         if headers := as_object(params.get("extra_headers")):
             row["headers"] = {str(k): self.secret(v, f"model {name}, header {k}") for k, v in headers.items()}
-        for known in self.providers:
-            if {**known, "name": ""} == {**row, "name": ""}:
-                return str(known["name"])
-        taken = {p["name"] for p in self.providers}
-        stem = re.sub(r"[^\w.-]", "-", prefix) or preset
+        return self.provider_name(row, re.sub(r"[^\w.-]", "-", prefix) or preset)
+
+    def provider_name(self, row: Json, stem: str) -> str:
+        """The name of the provider that has this row; a new one gets the stem, with a number where that is taken."""
+        taken = {str(known["name"]): known for known in self.providers}
+        for name, known in taken.items():
+            if known == {**row, "name": name}:
+                return name
         names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-        row["name"] = next(candidate for candidate in names if candidate not in taken)
-        self.providers.append(row)
-        return str(row["name"])
+        name = next(name for name in names if name not in taken)
+        self.providers.append({"name": name, **row})
+        return name
 
     def expanded(self, value: Any, name: str) -> str | None:
         """An address; None where it stands in a variable that is not set."""
@@ -15424,18 +15419,16 @@ class LiteLLMImport:
         return f"${variable}"
 
     def price_and_context(self, info: Json, name: str) -> Json:
-        amounts = {
-            ours: info[theirs] for theirs, ours in LITELLM_PRICES.items() if info.get(theirs) is not None
-        }
         out: Json = {}
+        given = {ours: str(info[key]) for key, ours in LITELLM_PRICES.items() if info.get(key) is not None}
         try:
-            price = {kind: (Decimal(str(amount)) * 10**6).normalize() for kind, amount in amounts.items()}
+            price = {kind: (Decimal(amount) * 10**6).normalize() for kind, amount in given.items()}
         except InvalidOperation:
             price = {}
         if {"input", "output"} <= price.keys():
             out["price"] = price
             self.mapped(f"model {name}: prices per token, as dollars per million")
-        elif amounts:
+        elif given:
             self.dropped(f"model {name}: a price needs both input_cost_per_token and output_cost_per_token")
         if isinstance(context := info.get("max_input_tokens"), int):
             out["context"] = context
@@ -15508,7 +15501,7 @@ class LiteLLMImport:
     def toml(self) -> str:
         tables = {"server": self.server, "router": self.router}
         rows = [emit_table(name, table) for name, table in tables.items() if table]
-        rows += [emit_table("providers", {"name": row["name"], **row}, "array") for row in self.providers]
+        rows += [emit_table("providers", row, "array") for row in self.providers]
         for name, targets in self.models.items():
             rows.append(emit_table("models", {"name": name, "mappings": targets}, "array"))
         return "\n".join(rows)
