@@ -377,7 +377,17 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Container,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -13990,12 +14000,7 @@ def open_directly(url: str, timeout: float) -> Any:
 
 def serve(args: argparse.Namespace) -> int:
     """Runs the server until a signal ends it."""
-    config = with_overrides(read_config(args.config), args)
-    check_binding(config)
-    set_up_logging(config.server.log_level)
-    for warning in config.warnings:
-        log.warning("%s", warning)
-    asyncio.run(run_server(config, args))
+    asyncio.run(serve_until_stopped(with_overrides(read_config(args.config), args), args))
     return 0
 
 
@@ -14005,15 +14010,30 @@ def with_overrides(config: Config, args: argparse.Namespace | None) -> Config:
     return dataclasses.replace(config, server=dataclasses.replace(config.server, **given))
 
 
-def set_up_logging(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=level.upper(), force=True
-    )
+def set_up_logging(level: str, path: Path | None) -> None:
+    handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler()
+    line = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(handlers=[handler], format=line, level=level.upper(), force=True)
     for name in ("aiohttp.access", "aiohttp.server", "aiohttp.web", "aiohttp.client", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they echo header text, and a header may be a key
 
 
-async def run_server(config: Config, args: argparse.Namespace) -> None:
+async def serve_until_stopped(config: Config, args: argparse.Namespace) -> None:
+    stop = stop_on_signals()
+    async with serving(config, args) as (state, port):
+        print(start_text(config, port, state.admin_token), flush=True)
+        await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    config: Config, args: argparse.Namespace, log_file: Path | None = None
+) -> AsyncIterator[tuple[State, int]]:
+    """A server that runs, by its state and its port; at the end it drains."""
+    check_binding(config)
+    set_up_logging(config.server.log_level, log_file)
+    for warning in config.warnings:
+        log.warning("%s", warning)
     store = Store(database_path(config))
     store.open_server()
     state = await make_state(config, store, admin_token_of(config), counts_apart=True)
@@ -14021,12 +14041,16 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
     runner = runner_of(state)
     await runner.setup()
     try:
-        stop = stop_on_signals()  # before the start-up text: whoever has read it may send one
         server = await listen(runner, config)
-        port = server.sockets[0].getsockname()[1]
-        print(start_text(config, port, state.admin_token), flush=True)
         asyncio.get_running_loop().call_later(1, calm_collector)  # not while the first request waits
-        await until_stopped(state, args, server, stop)
+        works = (watch_config(state, args), keep_calibration(state), fetch_vocabularies(state))
+        tasks = [asyncio.create_task(work) for work in works]
+        try:
+            yield state, server.sockets[0].getsockname()[1]
+        finally:
+            for task in tasks:
+                task.cancel()
+        await drain(state, server)
     finally:
         await runner.cleanup()
         await close_state(state)
@@ -14080,20 +14104,6 @@ class TurnAway(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
-
-
-async def until_stopped(
-    state: State, args: argparse.Namespace, server: asyncio.Server, stop: asyncio.Event
-) -> None:
-    """Watches the config file, until a signal; then drains."""
-    works = (watch_config(state, args), keep_calibration(state), fetch_vocabularies(state))
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        await stop.wait()
-    finally:
-        for task in tasks:
-            task.cancel()
-    await drain(state, server)
 
 
 async def keep_calibration(state: State) -> None:
@@ -14608,7 +14618,16 @@ def code_command(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     if lacks_key(config):
         raise ConfigError(NEEDS_KEY)
-    with heeded(dict.fromkeys(ENDING_SIGNALS, end_in_order)), running_server(config) as url:
+    with heeded(dict.fromkeys(ENDING_SIGNALS, end_in_order)):
+        return asyncio.run(run_claude([claude, *args.rest], config, args))
+
+
+async def run_claude(command: list[str], config: Config, args: argparse.Namespace) -> int:
+    async with contextlib.AsyncExitStack() as at_end:
+        with one_at_a_time(home_of(config)):  # two would start a server each, with one log and one database
+            url = client_url(config)
+            if not config.server.port or not is_ccmux(url):
+                url = await at_end.enter_async_context(own_server(config, args))
         for path, settings, _ in settings_in_use():
             if place := elsewhere(settings, url):
                 remedy = "take that out of its env, or let `ccmux.py setup` replace it"
@@ -14616,7 +14635,19 @@ def code_command(args: argparse.Namespace) -> int:
         ours = client_environment(config, url) | no_proxy_for(url)
         # Two credentials make Claude Code ask which.
         unset = {*OTHER_CLOUDS, *(["ANTHROPIC_API_KEY"] if "ANTHROPIC_AUTH_TOKEN" in ours else [])}
-        return run_child([claude, *args.rest], {k: v for k, v in os.environ.items() if k not in unset} | ours)
+        return await run_child(command, {k: v for k, v in os.environ.items() if k not in unset} | ours)
+
+
+@contextlib.asynccontextmanager
+async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[str]:
+    """The address of a server in this process, which logs to a file: the terminal is Claude Code's."""
+    path = home_of(config) / "ccmux.log"
+    print(f"ccmux: starting at {client_url(config)}, its log is {path}", file=sys.stderr, flush=True)
+    write_text(path, "", os.O_TRUNC)
+    async with serving(config, args, path) as (state, port):
+        yield client_url(config, port)
+        if state.posts:
+            print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
 
 
 def has_proxy() -> bool:
@@ -14631,7 +14662,7 @@ def no_proxy_for(url: str) -> dict[str, str]:
     return {"NO_PROXY": listed, "no_proxy": listed}
 
 
-def run_child(command: list[str], variables: dict[str, str]) -> int:
+async def run_child(command: list[str], variables: dict[str, str]) -> int:
     """Runs a command in the foreground; its exit status as a shell has it. Signals are its own to heed.
 
     They are caught before it starts, or one that comes at once would end ccmux and leave the command alone.
@@ -14646,11 +14677,11 @@ def run_child(command: list[str], variables: dict[str, str]) -> int:
             missed.append(number)
 
     with heeded({signal.SIGINT: lambda *_: None, **dict.fromkeys(ENDING_SIGNALS, pass_on)}):
-        child = subprocess.Popen(command, env=variables)  # noqa: S603
+        child = subprocess.Popen(command, env=variables)  # noqa: ASYNC220, S603
         started.append(child)
         if missed:
             child.terminate()
-        status = child.wait()
+        status = await asyncio.to_thread(child.wait)
     return status if status >= 0 else 128 - status
 
 
@@ -14670,34 +14701,6 @@ def end_in_order(number: int, frame: Any) -> NoReturn:
     sys.exit(128 + number)
 
 
-@contextlib.contextmanager
-def running_server(config: Config) -> Iterator[str]:
-    """The address of a ccmux with this config: one that runs, else one started here, and stopped at the end."""
-    with contextlib.ExitStack() as at_end:
-        with one_at_a_time(home_of(config)):  # two would start one each, with one log and one database
-            url = client_url(config)
-            if not config.server.port or not is_ccmux(url):
-                url = started_server(config, url, at_end)
-        yield url
-
-
-def started_server(config: Config, url: str, at_end: contextlib.ExitStack) -> str:
-    """The address of a ccmux that is started here."""
-    path = home_of(config) / "ccmux.log"
-    command = [sys.executable, os.path.abspath(__file__), "serve"]
-    command += ["--config", config.path] if config.path else []
-    print(f"ccmux: starting at {url}, its log is {path}", file=sys.stderr, flush=True)
-    # A session (on Windows, a process group) of its own: Ctrl-C in the terminal is for claude.
-    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log_file:
-        server = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
-            start_new_session=True, creationflags=group,
-        )  # fmt: skip
-    at_end.callback(stop_server, server)
-    return wait_for_server(server, path)
-
-
 def is_ccmux(url: str) -> bool:
     """Whether a ccmux answers there; ConfigError where something else does."""
     try:
@@ -14713,31 +14716,6 @@ def is_ccmux(url: str) -> bool:
     if server != "ccmux":
         raise ConfigError(f"something else answers at {url} ({server}); [server] port sets another one")
     return True
-
-
-def wait_for_server(server: subprocess.Popen[bytes], path: Path) -> str:
-    """The address that the server's start text in its log tells; ConfigError with its last words where there is none."""
-    end = time.monotonic() + 30
-    while server.poll() is None and time.monotonic() < end:
-        if told := re.search(r"(?m)^ccmux \S+ at (\S+)\n", path.read_text("utf-8", "replace")):
-            return told[1]
-        time.sleep(0.05)
-    words = path.read_text("utf-8", "replace").strip().splitlines()
-    raise ConfigError(
-        words[-1].removeprefix("ccmux: ") if words else f"ccmux did not start within 30 s; see {path}"
-    )
-
-
-def stop_server(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()
-    try:
-        server.wait(1)
-    except subprocess.TimeoutExpired:
-        print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
-        try:
-            server.wait(30)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            server.kill()
 
 
 def setup_command(args: argparse.Namespace) -> int:
