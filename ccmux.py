@@ -282,7 +282,7 @@ COUNT_TEXTS = "count-texts"  # the command of a server's counting process, which
 def runs_long(argv: list[str]) -> bool:
     """Whether a command line starts a server, or the process that counts for one."""
     command = argv[0] if argv else "serve"
-    return command in ("serve", COUNT_TEXTS) or (command.startswith("-") and not wants_help(argv))
+    return command in ("serve", "code", COUNT_TEXTS) or (command.startswith("-") and not wants_help(argv))
 
 
 def run_compiled(code: types.CodeType) -> None:
@@ -14634,7 +14634,7 @@ async def run_claude(command: list[str], config: Config, args: argparse.Namespac
                 raise ConfigError(f"{path} sends Claude Code to {place}, whatever `code` says: {remedy}")
         ours = client_environment(config, url) | no_proxy_for(url)
         # Two credentials make Claude Code ask which.
-        unset = {*OTHER_CLOUDS, *(["ANTHROPIC_API_KEY"] if "ANTHROPIC_AUTH_TOKEN" in ours else [])}
+        unset = {*OTHER_CLOUDS, *MALLOC, *(["ANTHROPIC_API_KEY"] if "ANTHROPIC_AUTH_TOKEN" in ours else [])}
         return await run_child(command, {k: v for k, v in os.environ.items() if k not in unset} | ours)
 
 
@@ -14645,6 +14645,7 @@ async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[
     print(f"ccmux: starting at {client_url(config)}, its log is {path}", file=sys.stderr, flush=True)
     write_text(path, "", os.O_TRUNC)
     async with serving(config, args, path) as (state, port):
+        log.info("serving at %s", client_url(config, port))
         yield client_url(config, port)
         if state.posts:
             print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)

@@ -1078,7 +1078,7 @@ def answers(port: int) -> bool:
 def test_code_starts_runs_and_stops(tmp_path: Path) -> None:
     path = fake_claude(
         tmp_path,
-        'env | grep -E "^(ANTHROPIC|CLAUDE|NO_PROXY)" | sort; for a in "$@"; do echo "<$a>"; done; exit 7',
+        'env | grep -E "^(ANTHROPIC|CLAUDE|MALLOC|NO_PROXY)" | sort; for a in "$@"; do echo "<$a>"; done; exit 7',
     )
     port = closed_port()
     write_config(tmp_path, port=port)
