@@ -15070,10 +15070,8 @@ def doctor_command(args: argparse.Namespace) -> int:
 
 def diagnose(given: str) -> Iterator[tuple[str, str]]:
     """(ok, note or FAILED; what was found)."""
-    versions = (
-        f"aiohttp {aiohttp.__version__}, tiktoken {tiktoken.__version__}, SQLite {sqlite3.sqlite_version}"
-    )
-    yield "ok", f"ccmux {__version__}, Python {sys.version.split()[0]}, {versions}"
+    ours = f"ccmux {__version__}, Python {sys.version.split()[0]}, aiohttp {aiohttp.__version__}"
+    yield "ok", f"{ours}, tiktoken {tiktoken.__version__}, SQLite {sqlite3.sqlite_version}"
     try:
         config = read_config(given)
         check_binding(config)
@@ -15137,12 +15135,16 @@ def diagnose_database(config: Config) -> tuple[str, str]:
     try:
         with open_store(config) as store:
             (verdict,) = store.reader.execute("pragma integrity_check(1)").fetchone()
-            problem = store.sums_problem() if verdict == "ok" else f"damaged: {' '.join(verdict.split())}"
+            if (
+                problem := store.sums_problem()
+                if verdict == "ok"
+                else f"damaged: {' '.join(verdict.split())}"
+            ):
+                return "FAILED", f"database {path}: {problem}"
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
     except (ConfigError, sqlite3.Error, UnicodeDecodeError) as error:  # the last: of SQLite's own words
         return "FAILED", f"database {path}: {error}"
-    sound = f"database {path}: requests {requests}, users {users}, all sums equal their rows"
-    return ("FAILED", f"database {path}: {problem}") if problem else ("ok", sound)
+    return "ok", f"database {path}: requests {requests}, users {users}, all sums equal their rows"
 
 
 def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
@@ -15151,10 +15153,8 @@ def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
     if not is_same_place(base := env.get("ANTHROPIC_BASE_URL", url), url):
         yield "FAILED", f"ANTHROPIC_BASE_URL is {base}, and ccmux is at {url}: see `ccmux.py env`"
     if env.get("ANTHROPIC_API_KEY") and env.get("ANTHROPIC_AUTH_TOKEN"):
-        yield (
-            "note",
-            "ANTHROPIC_API_KEY and ANTHROPIC_AUTH_TOKEN are both set: Claude Code sends both; unset one",
-        )
+        both = "ANTHROPIC_API_KEY and ANTHROPIC_AUTH_TOKEN are both set"
+        yield "note", f"{both}: Claude Code sends both; unset one"
     for name in OTHER_CLOUDS:
         if env.get(name):
             yield "FAILED", f"{name} is set: Claude Code then does not use ANTHROPIC_BASE_URL; unset it"
@@ -15163,11 +15163,8 @@ def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
             yield "note", f"{name} is set: Claude Code asks for {asked} whatever /model says"
     known = env.get("NO_PROXY") or env.get("no_proxy") or ""
     if has_proxy() and known != "*" and "127.0.0.1" not in known:
-        yield (
-            "note",
-            "a proxy is set and NO_PROXY lacks 127.0.0.1: Claude Code looks for ccmux through the proxy; "
-            "export NO_PROXY=127.0.0.1",
-        )
+        lacks = "a proxy is set and NO_PROXY lacks 127.0.0.1"
+        yield "note", f"{lacks}: Claude Code looks for ccmux through the proxy; export NO_PROXY=127.0.0.1"
 
 
 def is_same_place(base: str, url: str) -> bool:
