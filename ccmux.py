@@ -14761,15 +14761,18 @@ def settings_in_use() -> Iterator[tuple[Path, Json, str]]:
 def elsewhere(settings: Json, url: str) -> str:
     """Where the variables of these settings send Claude Code; "" where not away from this address."""
     variables = as_object(settings.get("env"))
-    base = str(variables.get("ANTHROPIC_BASE_URL") or url)
-    is_set = ("1", "true", "yes", "on")
-    cloud = next((name for name in OTHER_CLOUDS if str(variables.get(name)).lower() in is_set), "")
-    if cloud:
+    if cloud := other_cloud(variables):
         return f"what {cloud} means"
+    base = str(variables.get("ANTHROPIC_BASE_URL") or url)
     return "" if is_same_place(base, url) else base
 
 
-# With one of these Claude Code (2.1.330) does not heed ANTHROPIC_BASE_URL.
+def other_cloud(variables: Mapping[str, Any]) -> str:
+    """Which of them has Claude Code (2.1.330) go elsewhere, whatever ANTHROPIC_BASE_URL is; "" for none."""
+    is_set = ("1", "true", "yes", "on")
+    return next((name for name in OTHER_CLOUDS if str(variables.get(name)).lower() in is_set), "")
+
+
 OTHER_CLOUDS = tuple(
     f"CLAUDE_CODE_USE_{name}"
     for name in ("BEDROCK", "VERTEX", "FOUNDRY", "MANTLE", "ANTHROPIC_AWS", "ANTHROPIC_GOOGLE_CLOUD")
@@ -15155,9 +15158,8 @@ def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
     if env.get("ANTHROPIC_API_KEY") and env.get("ANTHROPIC_AUTH_TOKEN"):
         both = "ANTHROPIC_API_KEY and ANTHROPIC_AUTH_TOKEN are both set"
         yield "note", f"{both}: Claude Code sends both; unset one"
-    for name in OTHER_CLOUDS:
-        if env.get(name):
-            yield "FAILED", f"{name} is set: Claude Code then does not use ANTHROPIC_BASE_URL; unset it"
+    if cloud := other_cloud(env):
+        yield "FAILED", f"{cloud} is set: Claude Code then does not use ANTHROPIC_BASE_URL; unset it"
     for name in ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"):
         if asked := env.get(name):
             yield "note", f"{name} is set: Claude Code asks for {asked} whatever /model says"

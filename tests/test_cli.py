@@ -979,9 +979,10 @@ def test_doctor_notes(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, 
 
 @pytest.mark.parametrize("env", [{"NO_PROXY": "*"}, {"NO_PROXY": "", "no_proxy": "127.0.0.1"}])
 def test_doctor_knows_a_good_no_proxy(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
-    for name, value in {"HTTPS_PROXY": "http://proxy.example", **env}.items():
+    for name, value in {"HTTPS_PROXY": "http://proxy.example", "CLAUDE_CODE_USE_VERTEX": "0", **env}.items():
         monkeypatch.setenv(name, value)
-    assert "NO_PROXY" not in cli("doctor").out
+    out = cli("doctor").out
+    assert "NO_PROXY" not in out and "VERTEX" not in out
 
 
 # The status line.
