@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from attacks import until
 
 import ccmux
 
@@ -1200,17 +1201,10 @@ def test_code_ended_while_its_server_starts(tmp_path: Path, number: int) -> None
     with subprocess.Popen(
         [sys.executable, CCMUX, "code"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
     ) as running:
-        wait_until((tmp_path / "ccmux.db").exists)  # made before the server answers
+        until((tmp_path / "ccmux.db").exists, "the database is made", 20)  # made before the server answers
         running.send_signal(number)
     assert running.returncode in (128 + number, 128 + signal.SIGTERM)  # the latter where claude ran already
-    wait_until(lambda: not running_in(tmp_path))
-
-
-def wait_until(claim: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not claim():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: not running_in(tmp_path), "all has ended", 20)
 
 
 def running_in(folder: Path) -> list[str]:
