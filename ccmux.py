@@ -14019,8 +14019,8 @@ def set_up_logging(level: str, path: Path | None) -> None:
 
 
 async def serve_until_stopped(config: Config, args: argparse.Namespace) -> None:
-    stop = stop_on_signals()
     async with serving(config, args) as (state, port):
+        stop = stop_on_signals()  # before the start-up text: whoever has read it may send one
         print(start_text(config, port, state.admin_token), flush=True)
         await stop.wait()
 
@@ -15198,9 +15198,8 @@ def import_litellm_command(args: argparse.Namespace) -> int:
     try:
         yaml = importlib.import_module("yaml")
     except ImportError:
-        raise ConfigError(
-            f"import-litellm needs PyYAML: {shlex.quote(sys.executable)} -m pip install pyyaml"
-        ) from None
+        remedy = f"{shlex.quote(sys.executable)} -m pip install pyyaml"
+        raise ConfigError(f"import-litellm needs PyYAML: {remedy}") from None
     try:
         tables = yaml.safe_load(Path(args.file).read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -15208,9 +15207,8 @@ def import_litellm_command(args: argparse.Namespace) -> int:
     imported = LiteLLMImport(as_object(tables), os.environ)
     text = imported.toml()
     load_config(text, os.environ)
-    report = [
-        f"{word:13} {line}" for word, line in sorted(imported.report, key=lambda r: REPORT_ORDER.index(r[0]))
-    ]
+    words = ("mapped", "approximated", "dropped")
+    report = [f"{word:13} {line}" for word in words for kind, line in imported.report if kind == word]
     if not args.write:
         print(text + "\n".join(["", "# Report", *(f"# {line}" for line in report)]))
         return 0
@@ -15218,8 +15216,6 @@ def import_litellm_command(args: argparse.Namespace) -> int:
     print("\n".join([*report, f"wrote {args.write}; `ccmux.py check --config {args.write}` tries it"]))
     return 0
 
-
-REPORT_ORDER = ("mapped", "approximated", "dropped")
 
 # LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that serves each.
 LITELLM_PRESETS = {
@@ -15351,10 +15347,9 @@ class LiteLLMImport:
         elif base and prefix not in LITELLM_PRESETS:
             self.approximated(f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format")
         row: Json = {"type": preset, **({"base_url": base} if base else {})}
-        usual = (
-            "" if given and not is_azure else LITELLM_KEYS.get(prefix)
-        )  # a server of one's own may want none
-        if (key := params.get("api_key") or usual) or base:
+        # A server of one's own may want no key.
+        key = params.get("api_key") or (LITELLM_KEYS.get(prefix) if is_azure or not given else "")
+        if key or base:
             row["api_key"] = self.secret(key, f"model {name}")
         if headers := as_object(params.get("extra_headers")):
             row["headers"] = {str(k): self.secret(v, f"model {name}, header {k}") for k, v in headers.items()}
@@ -15386,10 +15381,8 @@ class LiteLLMImport:
     def secret(self, value: Any, where: str) -> str:
         """`$NAME` for a key; one that is written out gets a variable's name instead, and is not shown."""
         text = str(value or "")
-        if not text:
-            return ""
-        if text.startswith("os.environ/"):
-            return "$" + text.removeprefix("os.environ/")
+        if not text or text.startswith("os.environ/"):
+            return text.replace("os.environ/", "$", 1)
         variable = self.literals.setdefault(text, f"LITELLM_KEY_{len(self.literals) + 1}")
         self.approximated(
             f"{where}: what is written there is not copied; put it into the variable {variable}"
