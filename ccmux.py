@@ -13840,8 +13840,8 @@ def page_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # App and command line
 # ----------------------------------------------------------------------------------------------------------
-# `main` parses the command line; each sub-command is one function that returns its exit status. `serve` owns
-# the sockets and the signals; `make_app` is the whole server for tests.
+# `main` parses the command line; each sub-command is one function that returns its exit status. `serving` is the
+# server from its start to its end, for `serve` and `code`; `make_app` is what it serves, also for tests.
 
 
 def make_app(state: State) -> web.Application:
@@ -13921,8 +13921,8 @@ def open_socket(address: Any) -> socket.socket:
     return made
 
 
-# 30 s of silence, then three questions: no router forgets a connection on which an answer is waited for, and where the
-# network is gone the wait has an end. The second name is the first one's on a Mac.
+# After 30 s of silence the peer is asked up to three times whether it is there: so no router forgets the connection
+# while an answer is waited for, and the wait ends where the network is gone. TCP_KEEPALIVE is a Mac's TCP_KEEPIDLE.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
@@ -13967,7 +13967,7 @@ def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
 
 
 def has_key(env: Mapping[str, str], reference: str) -> bool:
-    """Whether a preset's `$NAME` is set; what Claude Code comes here with is no key of Anthropic's."""
+    """Whether a preset's `$NAME` is set. Beside another ANTHROPIC_BASE_URL, an ANTHROPIC_API_KEY is not Anthropic's."""
     name = reference.removeprefix("$")
     base = env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com"
     return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or is_anthropics(base))
@@ -14160,7 +14160,7 @@ class RemoteEncoding(Encoding):
         return self.ask(texts)
 
     def ask(self, texts: list[str] | None) -> Any:
-        """What it says to some texts, or unasked at first. One thread at a time asks; OSError where it is gone."""
+        """Its answer to some texts (None: what it says at first); OSError where it is gone. One thread asks at a time."""
         try:
             if texts is not None:
                 marshal.dump(texts, self.texts)
@@ -14225,7 +14225,9 @@ async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) 
 
 
 def stop_on_signals() -> asyncio.Event:
-    """The event that SIGINT and SIGTERM set (the second of them ends at once), or, but under nohup, a closed terminal."""
+    """The event that SIGINT, SIGTERM and (but under nohup) a closed terminal set; the second of the first two ends at
+    once.
+    """
     stop, asked = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -14282,7 +14284,7 @@ async def watch_config(state: State, args: argparse.Namespace) -> None:
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-    """What changes when a file does, or who may read it; () for none, and for a pipe, which can be read but once."""
+    """Differs once a file, or who may read it, has changed; () for no file, and for a pipe, which is read once."""
     try:
         status = path.stat()
     except OSError:
@@ -14342,7 +14344,7 @@ def what_was_found(config: Config) -> str:
 
 
 def client_url(config: Config, port: int = 0) -> str:
-    """The address that clients on this machine use; PORT stands for one that is known at the start alone."""
+    """The address that clients on this machine use; PORT stands for one that each start chooses."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)  # noqa: S104
     return f"http://{f'[{host}]' if ':' in host else host}:{port or config.server.port or 'PORT'}"
 
@@ -14535,7 +14537,7 @@ def client_environment(config: Config, url: str) -> dict[str, str]:
         "ANTHROPIC_AUTH_TOKEN": "" if own else key,
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "claude-haiku-4-5",
         "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
-        # Auto mode has its actions checked by Anthropic's server; with this it checks them by requests of its own (2.1.330).
+        # Auto mode has Anthropic's server check its actions; with this (2.1.330) it asks the model for that.
         "CLAUDE_CODE_AUTO_MODE_SERVER": "" if any(map(is_anthropics, bases)) else "0",
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context or ""),
         "CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(context) if context >= LEAST_WINDOW else "",
@@ -14543,8 +14545,8 @@ def client_environment(config: Config, url: str) -> dict[str, str]:
     return {name: value for name, value in variables.items() if value}
 
 
-# Claude Code takes MAX_CONTEXT_TOKENS for names it does not know alone, and its own names for 1M; the window it
-# compacts by it takes for all, but not below this.
+# Claude Code heeds MAX_CONTEXT_TOKENS only for names it does not know; its own it takes for a million. It heeds
+# AUTO_COMPACT_WINDOW for all, but not below this.
 LEAST_WINDOW = 100_000
 
 
@@ -14688,7 +14690,7 @@ async def run_child(command: list[str], variables: dict[str, str]) -> int:
 
 @contextlib.contextmanager
 def heeded(acts: Mapping[int, Callable[[int, Any], None]]) -> Iterator[None]:
-    """For a time, what is done at each of these signals."""
+    """Has these signals do this while it lasts."""
     before = {number: signal.signal(number, act) for number, act in acts.items()}
     try:
         yield
@@ -14698,7 +14700,7 @@ def heeded(acts: Mapping[int, Callable[[int, Any], None]]) -> Iterator[None]:
 
 
 def end_in_order(number: int, frame: Any) -> NoReturn:
-    """At a signal that would end ccmux at once, and leave what it has started."""
+    """At a signal that would end ccmux at once: what it has started is stopped first."""
     sys.exit(128 + number)
 
 
@@ -14759,7 +14761,7 @@ def settings_in_use() -> Iterator[tuple[Path, Json, str]]:
 
 
 def elsewhere(settings: Json, url: str) -> str:
-    """Where the variables of these settings send Claude Code; "" where not away from this address."""
+    """Where these settings send Claude Code instead of this address; "" where they do not."""
     variables = as_object(settings.get("env"))
     if cloud := other_cloud(variables):
         return f"what {cloud} means"
@@ -14789,9 +14791,7 @@ def settings_with(bare: bytes | None, variables: Mapping[str, str], shell: str) 
 
 
 def settings_without(now: bytes | None, bare: bytes | None, made: bytes) -> bytes | None:
-    """The settings without what setup made of the `bare` ones (None: no file); where they are as it left them, the very
-    bytes.
-    """
+    """The settings without what setup made of the `bare` ones (None: no file): these, unless others changed them."""
     if now == made:
         return bare
     settings, first = settings_of(now), settings_of(bare)
@@ -14812,8 +14812,7 @@ def settings_text(settings: Json, like: bytes | None) -> bytes:
     return f"{text}\n".encode()
 
 
-# What `env`, `code` and `setup` decide about, so that no old value of one is left beside the others' new
-# ones.
+# What `setup` decides about: no old value of one stays beside new ones.
 MANAGED = (
     "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
     "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_AUTO_COMPACT_WINDOW",
@@ -15638,7 +15637,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(word: str) -> Parser:
-    """Of the commands that begin with this word (all of them would take 10 ms of a start); where none does, of all."""
+    """For the commands that begin with this word, else for all, which would take 10 ms of a start."""
     top = Parser(
         prog="ccmux.py", description="Claude Code with any model of any provider.", epilog=HELP_END,
         formatter_class=help_format,
