@@ -14635,8 +14635,9 @@ async def run_claude(command: list[str], config: Config, args: argparse.Namespac
                 remedy = "take that out of its env, or let `ccmux.py setup` replace it"
                 raise ConfigError(f"{path} sends Claude Code to {place}, whatever `code` says: {remedy}")
         ours = client_environment(config, url) | no_proxy_for(url)
-        # Two credentials make Claude Code ask which.
-        unset = {*OTHER_CLOUDS, *MALLOC, *(["ANTHROPIC_API_KEY"] if "ANTHROPIC_AUTH_TOKEN" in ours else [])}
+        unset = {*OTHER_CLOUDS, *MALLOC}  # the latter are for this process
+        if "ANTHROPIC_AUTH_TOKEN" in ours:
+            unset.add("ANTHROPIC_API_KEY")  # two credentials make Claude Code ask which
         return await run_child(command, {k: v for k, v in os.environ.items() if k not in unset} | ours)
 
 
