@@ -14620,11 +14620,18 @@ def code_command(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     if lacks_key(config):
         raise ConfigError(NEEDS_KEY)
-    with heeded(dict.fromkeys(ENDING_SIGNALS, end_in_order)):
+    try:
         return asyncio.run(run_claude([claude, *args.rest], config, args))
+    except asyncio.CancelledError:  # before claude ran, or after
+        return 128 + signal.SIGTERM
 
 
 async def run_claude(command: list[str], config: Config, args: argparse.Namespace) -> int:
+    task = asyncio.current_task()
+    assert task
+    with contextlib.suppress(NotImplementedError):  # on Windows
+        for number in ENDING_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     async with contextlib.AsyncExitStack() as at_end:
         with one_at_a_time(home_of(config)):  # two would start a server each, with one log and one database
             url = client_url(config)
@@ -14667,42 +14674,18 @@ def no_proxy_for(url: str) -> dict[str, str]:
 
 
 async def run_child(command: list[str], variables: dict[str, str]) -> int:
-    """Runs a command in the foreground; its exit status as a shell has it. Signals are its own to heed.
-
-    They are caught before it starts, or one that comes at once would end ccmux and leave the command alone.
+    """Runs a command in the foreground; its exit status as a shell has it. Ctrl-C is its own to heed, and where this is
+    to be cancelled, it is told to end.
     """
-    started: list[subprocess.Popen[bytes]] = []
-    missed: list[int] = []
-
-    def pass_on(number: int, frame: Any) -> None:
-        for child in started:
+    child = subprocess.Popen(command, env=variables)  # noqa: ASYNC220, S603
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    while (status := child.poll()) is None:
+        try:
+            await asyncio.to_thread(child.wait)
+        except asyncio.CancelledError:
             child.terminate()
-        if not started:
-            missed.append(number)
-
-    with heeded({signal.SIGINT: lambda *_: None, **dict.fromkeys(ENDING_SIGNALS, pass_on)}):
-        child = subprocess.Popen(command, env=variables)  # noqa: ASYNC220, S603
-        started.append(child)
-        if missed:
-            child.terminate()
-        status = await asyncio.to_thread(child.wait)
+    signal.signal(signal.SIGINT, before)
     return status if status >= 0 else 128 - status
-
-
-@contextlib.contextmanager
-def heeded(acts: Mapping[int, Callable[[int, Any], None]]) -> Iterator[None]:
-    """Has these signals do this while it lasts."""
-    before = {number: signal.signal(number, act) for number, act in acts.items()}
-    try:
-        yield
-    finally:
-        for number, act in before.items():
-            signal.signal(number, act)
-
-
-def end_in_order(number: int, frame: Any) -> NoReturn:
-    """At a signal that would end ccmux at once: what it has started is stopped first."""
-    sys.exit(128 + number)
 
 
 def is_ccmux(url: str) -> bool:
