@@ -14406,26 +14406,26 @@ def check_command(args: argparse.Namespace) -> int:
         print_found("note", warning)
     counts = f"providers: {len(config.providers)}, models: {len(config.models)}"
     print_found("ok", f"{config.path or 'no config file: the environment'}: {counts}")
-    if not args.live:
-        return 1 if config.warnings else 0
-    return asyncio.run(check_live(config))
+    is_well = asyncio.run(check_live(config)) if args.live else True
+    return 0 if is_well and not config.warnings else 1
 
 
-async def check_live(config: Config) -> int:
+async def check_live(config: Config) -> bool:
+    """Whether all providers answer."""
     store = Store(":memory:")
     state = await make_state(config, store)
-    failed = 0
+    is_well = True
     try:
         for provider in config.providers:
             model = provider_model(config, provider)
             result = await test_provider(state, provider, model)
-            failed += not result["ok"]
+            is_well &= result["ok"]
             told = f"{provider.name}/{model or '-'}  {result['ms']} ms  {result['error']}"
             print_found("ok" if result["ok"] else "FAILED", told)
     finally:
         await close_state(state)
         store.close()
-    return 1 if failed else 0
+    return is_well
 
 
 def explain_command(args: argparse.Namespace) -> int:

@@ -809,6 +809,12 @@ def test_check_live(cli: Cli, tmp_path: Path) -> None:
     write_config(tmp_path, dead)
     ran = cli("check", "--live")
     assert (ran.status, "FAILED  dead/gpt-6.1-terra" in ran.out) == (1, True)
+    write_config(
+        tmp_path, '[[models]]\nname = "m[1m]"\nmappings = [{provider = "demo", actual_model = "x"}]\n'
+    )
+    for args in (("check",), ("check", "--live")):  # a warning counts, whether all answer or not
+        ran = cli(*args)
+        assert (ran.status, words_of(ran, "FAILED"), len(words_of(ran, "note"))) == (1, [], 1)
 
 
 def test_explain(cli: Cli, tmp_path: Path) -> None:
