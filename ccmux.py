@@ -15414,21 +15414,24 @@ class LiteLLMImport:
         for table, (key, word) in itertools.product(settings, LITELLM_FALLBACKS.items()):
             given = as_list(table.pop(key, None))
             rows = [dict.fromkeys(own, given)] if key == "default_fallbacks" else map(as_object, given)
-            for name, others in ((n, o) for row in rows for n, o in row.items()):
-                for other in as_list(others):
-                    self.fallback(own, str(name), str(other), key, word)
+            pairs = [
+                (str(name), str(o)) for row in rows for name, others in row.items() for o in as_list(others)
+            ]
+            for name, other in pairs:
+                if name == other:
+                    continue
+                if name not in own or other not in own:
+                    self.dropped(f"{key}: {name} -> {other}, of which one is no model that was imported")
+                    continue
+                self.add_targets(self.models[name], own[other])
+                self.say(word, f"{key}: {name} -> {other}, as targets of a lower priority")
 
-    def fallback(self, own: dict[str, list[Json]], name: str, other: str, key: str, word: str) -> None:
-        if name not in own or other not in own or name == other:
-            if name != other:
-                self.dropped(f"{key}: {name} -> {other}, of which one is no model that was imported")
-            return
-        mine = self.models[name]
-        last = max(target["priority"] for target in mine)
-        pairs = {(t["provider"], t["actual_model"]) for t in mine}
-        new = [t for t in own[other] if (t["provider"], t["actual_model"]) not in pairs]
-        mine.extend({**target, "priority": last + target["priority"]} for target in new)
-        self.say(word, f"{key}: {name} -> {other}, as targets of a lower priority")
+    def add_targets(self, targets: list[Json], others: list[Json]) -> None:
+        """Those others that are not among the targets, behind them."""
+        last = max(target["priority"] for target in targets)
+        known = {(t["provider"], t["actual_model"]) for t in targets}
+        new = [t for t in others if (t["provider"], t["actual_model"]) not in known]
+        targets.extend({**target, "priority": last + target["priority"]} for target in new)
 
     def limits(self, settings: Json) -> None:
         for key, (ours, least) in LITELLM_LIMITS.items():
