@@ -14436,7 +14436,7 @@ def explain_command(args: argparse.Namespace) -> int:
     try:
         counter = TokenCounter(Vocabulary().load)
         counter.restore(learnt_factors(config))
-        told = asyncio.run(explain(config, strict_json(raw, args.file), {}, counter))
+        told = asyncio.run(explain(config, strict_json(raw), {}, counter))
     except ApiError as error:
         raise ConfigError(f"{args.file}: {error.message}") from None
     print_table([(f"  {reason}", note) for reason, note in told["trail"]])
@@ -14962,6 +14962,8 @@ def user_key(args: argparse.Namespace) -> int:
 def user_disable(args: argparse.Namespace) -> int:
     """Stops a user's key from working, or lets it work again; the balance stays."""
     with open_store(read_config(args.config)) as store:
+        if args.name == LOCAL_USER:
+            store.local_user()  # made at the first request, else
         print_users(store, [store.set_disabled(args.name, args.action == "disable")])
     return 0
 

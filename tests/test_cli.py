@@ -378,7 +378,7 @@ def test_start_text_says_all(cli: Cli) -> None:
 def test_no_key_is_offered_that_is_refused(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the user `local` disabled each client needs a key, as with require_key."""
     write_config(tmp_path)
-    enter(tmp_path / "ccmux.db")
+    cli("user", "add", "anna")  # and nobody has asked anything yet
     assert "ccmux-local" in cli("env").out
     assert cli("user", "disable", "local").status == 0
     config = ccmux.read_config("")
@@ -834,6 +834,7 @@ def test_explain(cli: Cli, tmp_path: Path) -> None:
     assert abs(int(told.split()[1]) - counted * 1.5) <= 1.5
     ran = cli("explain", "-", stdin=b'{"model": 1}')
     assert (ran.status, ran.err) == (2, "ccmux: -: model: Field required (a text)\n")
+    assert cli("explain", "-", stdin=b"{").err.startswith("ccmux: -: the request body is not valid JSON: ")
 
 
 def test_where_the_config_is_found(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
