@@ -15123,11 +15123,8 @@ def diagnose_database(config: Config) -> tuple[str, str]:
     try:
         with open_store(config) as store:
             (verdict,) = store.reader.execute("pragma integrity_check(1)").fetchone()
-            if (
-                problem := store.sums_problem()
-                if verdict == "ok"
-                else f"damaged: {' '.join(verdict.split())}"
-            ):
+            problem = store.sums_problem() if verdict == "ok" else f"damaged: {' '.join(verdict.split())}"
+            if problem:
                 return "FAILED", f"database {path}: {problem}"
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
     except (ConfigError, sqlite3.Error, UnicodeDecodeError) as error:  # the last: of SQLite's own words
