@@ -1200,6 +1200,22 @@ def test_code_passes_signals_on(tmp_path: Path) -> None:
     assert not answers(port)
 
 
+def test_a_killed_code_leaves_no_server(tmp_path: Path) -> None:
+    path = fake_claude(tmp_path, "echo ready; exec cat > /dev/null")
+    port = closed_port()
+    write_config(tmp_path, port=port)
+    with subprocess.Popen(
+        [sys.executable, CCMUX, "code"], cwd=tmp_path, env=process_environment(tmp_path, PATH=path),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"ready\n"
+        assert answers(port)
+        running.kill()
+        running.wait()
+        assert not answers(port)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_code_ended_while_its_server_starts(tmp_path: Path, number: int) -> None:
     """As SIGHUP does where the terminal is closed."""
