@@ -15315,8 +15315,8 @@ class LiteLLMImport:
     def provider(self, prefix: str, params: Json, name: str) -> str:
         """The name of the provider row for a deployment, made if it is a new one; "": ccmux has none for it."""
         is_azure = prefix.split("/")[0] == "azure"
-        given = params.get("api_base") or params.get("base_url")
-        base = self.expanded(given or LITELLM_BASES.get(prefix), name)
+        given = params.get("api_base") or params.get("base_url") or LITELLM_BASES.get(prefix)
+        base = self.expanded(given, name)
         preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
         if base is None:
             return ""
@@ -15328,9 +15328,11 @@ class LiteLLMImport:
             self.approximated(f"model {name}: Azure through its v1 address, {base}, without an api_version")
         elif base and prefix not in LITELLM_PRESETS:
             self.approximated(f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format")
+        elif base.rstrip("/") == PRESETS.get(preset, {}).get("base_url"):
+            base = ""
         row: Json = {"type": preset, **({"base_url": base} if base else {})}
-        # A server of one's own may want no key.
-        key = params.get("api_key") or (LITELLM_KEYS.get(prefix) if is_azure or not given else "")
+        is_own = is_azure or base in ("", LITELLM_BASES.get(prefix))  # at other addresses none may be wanted
+        key = params.get("api_key") or (LITELLM_KEYS.get(prefix) if is_own else "")
         if key or base:
             row["api_key"] = self.secret(key, f"model {name}")
         if headers := as_object(params.get("extra_headers")):
