@@ -282,7 +282,7 @@ COUNT_TEXTS = "count-texts"  # the command of a server's counting process, which
 def runs_long(argv: list[str]) -> bool:
     """Whether a command line starts a server, or the process that counts for one."""
     command = argv[0] if argv else "serve"
-    return command in ("serve", COUNT_TEXTS) or (command.startswith("-") and not wants_help(argv))
+    return command in ("serve", "code", COUNT_TEXTS) or (command.startswith("-") and not wants_help(argv))
 
 
 def run_compiled(code: types.CodeType) -> None:
@@ -377,7 +377,17 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Container,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -13359,17 +13369,16 @@ def page_routes() -> list[web.RouteDef]:
 # ----------------------------------------------------------------------------------------------------------
 # App and command line
 # ----------------------------------------------------------------------------------------------------------
-# `main` parses the command line; each sub-command is one function that returns its exit status. `serve` owns
-# the sockets and the signals; `make_app` is the whole server for tests.
+# `main` parses the command line; each sub-command is one function that returns its exit status. `serving` is the
+# server from its start to its end, for `serve` and `code`; `make_app` is what it serves, also for tests.
 
 
 def make_app(state: State) -> web.Application:
     """The server's routes and middleware around a State."""
     app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=MAX_BODY)
     app[state_key()] = state
-    rest = web.RouteDef(
-        "*", "/{path:.*}", no_such_route, {}
-    )  # last: aiohttp's own would judge Expect by itself
+    # The last, because aiohttp's own would judge Expect by itself.
+    rest = web.RouteDef("*", "/{path:.*}", no_such_route, {})
     for route in (*api_routes(), *admin_routes(), *page_routes(), rest):
         options = {**route.kwargs, "expect_handler": expect_continue}
         app.router.add_routes([web.RouteDef(route.method, route.path, route.handler, options)])
@@ -13441,8 +13450,8 @@ def open_socket(address: Any) -> socket.socket:
     return made
 
 
-# 30 s of silence, then three questions: no router forgets a connection on which an answer is waited for, and where the
-# network is gone the wait has an end. The second name is the first one's on a Mac.
+# After 30 s of silence the peer is asked up to three times whether it is there: so no router forgets the connection
+# while an answer is waited for, and the wait ends where the network is gone. TCP_KEEPALIVE is a Mac's TCP_KEEPIDLE.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
@@ -13455,47 +13464,39 @@ def read_config(given: str) -> Config:
     if path is None:
         return load_config(config_of_environment(os.environ, ollama_models()), os.environ)
     try:
-        text = toml_text(path)
+        return load_config(toml_text(path), os.environ, str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        return load_config(text, os.environ, str(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
-    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else
-    demo.
+    """A config for a start without a file: a provider for each key that is set, Ollama where it answers, else demo.
 
-    The first key in the presets' order takes the requests: Anthropic by the names Claude Code asks for, others by the
-    model their preset names, if it names one.
+    The first one takes the requests: Anthropic and the demo by the names Claude Code asks for, Ollama by its first
+    model, others by the model their preset names, if it names one.
     """
-    found = {str(row["api_key"]): name for name, row in reversed(PRESETS.items()) if row["api_key"]}
-    names = [
-        name for name in PRESETS if name in found.values() and has_key(env, str(PRESETS[name]["api_key"]))
+    presets: dict[str, str] = {}  # each key's variable, and the first preset that it is for
+    for name, row in PRESETS.items():
+        presets.setdefault(row["api_key"], name)
+    providers: list[Json] = [
+        {"name": name, "type": name, "api_key": key} for key, name in presets.items() if has_key(env, key)
     ]
-    lines = [
-        f'[[providers]]\nname = "{name}"\ntype = "{name}"\napi_key = "{PRESETS[name]["api_key"]}"\n'
-        for name in names
-    ]
-    first = names[0] if names else ""
-    model = PRESETS[first]["default"] if first not in ("", "anthropic") else ""
-    default = f"{first}/{model}" if model else ""
     if ollama:
-        base = ollama_url(env)
-        lines.append(
-            f'[[providers]]\nname = "ollama"\ntype = "ollama"\nbase_url = "{base}"\nmodels = {json.dumps(ollama)}\n'
-        )
-        default = default or ("" if names else f"ollama/{ollama[0]}")
-    if not lines:
-        return '[[providers]]\nname = "demo"\ntype = "demo"\n'
-    router = f"[router]\ndefault = {json.dumps(default)}\n\n" if default else ""
-    return router + "\n".join(lines)
+        providers.append({"name": "ollama", "type": "ollama", "base_url": ollama_url(env), "models": ollama})
+    if not providers:
+        providers.append({"name": "demo", "type": "demo"})
+    first = providers[0]["name"]
+    model = ollama[0] if first == "ollama" else PRESETS[first]["default"]
+    tables = [emit_table("providers", row, "array") for row in providers]
+    if model and first not in ("anthropic", "demo"):
+        tables.insert(0, emit_table("router", {"default": f"{first}/{model}"}))
+    return "\n".join(tables)
 
 
 def has_key(env: Mapping[str, str], reference: str) -> bool:
-    """Whether a preset's `$NAME` is set; what Claude Code comes here with is no key of Anthropic's."""
+    """Whether a preset's `$NAME` is set. Beside another ANTHROPIC_BASE_URL, an ANTHROPIC_API_KEY is not Anthropic's."""
     name = reference.removeprefix("$")
     base = env.get("ANTHROPIC_BASE_URL") or "https://api.anthropic.com"
     return bool(env.get(name)) and (name != "ANTHROPIC_API_KEY" or is_anthropics(base))
@@ -13512,44 +13513,56 @@ def ollama_url(env: Mapping[str, str]) -> str:
 
 def ollama_models() -> list[str]:
     """The models of a local Ollama that can chat; [] where none answers within a moment."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{ollama_url(os.environ)}/api/tags", timeout=0.3) as answer:
+        with open_directly(f"{ollama_url(os.environ)}/api/tags", 0.3) as answer:
             tags = as_object(json.load(answer))
     except (OSError, ValueError, http.client.HTTPException):
         return []
-    names = [
-        str(row["name"]) for row in as_list(tags.get("models")) if isinstance(row, dict) and row.get("name")
-    ]
-    return [name for name in names if "embed" not in name]
+    names = [str(as_object(row).get("name") or "") for row in as_list(tags.get("models"))]
+    return [name for name in names if name and "embed" not in name]
+
+
+def open_directly(url: str, timeout: float) -> Any:
+    """The answer of a server near by, asked through no proxy; OSError or HTTPException."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=timeout)
 
 
 def serve(args: argparse.Namespace) -> int:
     """Runs the server until a signal ends it."""
-    config = with_overrides(read_config(args.config), args)
-    check_binding(config)
-    set_up_logging(config.server.log_level)
-    for warning in config.warnings:
-        log.warning("%s", warning)
-    asyncio.run(run_server(config, args))
+    asyncio.run(serve_until_stopped(with_overrides(read_config(args.config), args), args))
     return 0
 
 
-def with_overrides(config: Config, args: argparse.Namespace) -> Config:
+def with_overrides(config: Config, args: argparse.Namespace | None) -> Config:
     """The config with what the command line sets instead."""
     given = {k: v for k in ("host", "port", "log_level") if (v := getattr(args, k, None)) is not None}
     return dataclasses.replace(config, server=dataclasses.replace(config.server, **given))
 
 
-def set_up_logging(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=level.upper(), force=True
-    )
+def set_up_logging(level: str, path: Path | None) -> None:
+    handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler()
+    line = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(handlers=[handler], format=line, level=level.upper(), force=True)
     for name in ("aiohttp.access", "aiohttp.server", "aiohttp.web", "aiohttp.client", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they echo header text, and a header may be a key
 
 
-async def run_server(config: Config, args: argparse.Namespace) -> None:
+async def serve_until_stopped(config: Config, args: argparse.Namespace) -> None:
+    async with serving(config, args) as (state, port):
+        stop = stop_on_signals()  # before the start-up text: whoever has read it may send one
+        print(start_text(config, port, state.admin_token), flush=True)
+        await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    config: Config, args: argparse.Namespace, log_file: Path | None = None
+) -> AsyncIterator[tuple[State, int]]:
+    """A server that runs, by its state and its port; at the end it drains."""
+    check_binding(config)
+    set_up_logging(config.server.log_level, log_file)
+    for warning in config.warnings:
+        log.warning("%s", warning)
     store = Store(database_path(config))
     store.open_server()
     state = await make_state(config, store, admin_token_of(config), counts_apart=True)
@@ -13557,16 +13570,20 @@ async def run_server(config: Config, args: argparse.Namespace) -> None:
     runner = runner_of(state)
     await runner.setup()
     try:
-        stop = stop_on_signals()  # before the start-up text: whoever has read it may send one
         server = await listen(runner, config)
-        port = server.sockets[0].getsockname()[1]
-        print(start_text(config, port, state.admin_token), flush=True)
         asyncio.get_running_loop().call_later(1, calm_collector)  # not while the first request waits
-        await until_stopped(state, args, server, stop)
+        works = (watch_config(state, args), keep_calibration(state), fetch_vocabularies(state))
+        tasks = [asyncio.create_task(work) for work in works]
+        try:
+            yield state, server.sockets[0].getsockname()[1]
+        finally:
+            for task in tasks:
+                task.cancel()
+        await drain(state, server)
     finally:
         await runner.cleanup()
         await close_state(state)
-        store.save_calibration(state.counter.export())
+        save_calibration(state)
         store.close()
 
 
@@ -13618,20 +13635,6 @@ class TurnAway(asyncio.Protocol):
         transport.close()
 
 
-async def until_stopped(
-    state: State, args: argparse.Namespace, server: asyncio.Server, stop: asyncio.Event
-) -> None:
-    """Watches the config file, until a signal; then drains."""
-    works = (watch_config(state, args), keep_calibration(state), fetch_vocabularies(state))
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        await stop.wait()
-    finally:
-        for task in tasks:
-            task.cancel()
-    await drain(state, server)
-
-
 async def keep_calibration(state: State) -> None:
     """Writes down once a minute what true usage has taught, so that a crash forgets little of it."""
     kept = state.counter.export()
@@ -13640,8 +13643,15 @@ async def keep_calibration(state: State) -> None:
         state.vocabulary.forget_missing()
         learnt = state.counter.export()
         if learnt != kept:
-            await asyncio.to_thread(state.store.save_calibration, learnt)
+            await asyncio.to_thread(save_calibration, state)
             kept = learnt
+
+
+def save_calibration(state: State) -> None:
+    try:
+        state.store.save_calibration(state.counter.export())
+    except sqlite3.Error as error:
+        log.warning("what true usage has taught is not written down: %s", error)
 
 
 async def fetch_vocabularies(state: State, url: str = VOCABULARY_URL) -> None:
@@ -13679,7 +13689,7 @@ class RemoteEncoding(Encoding):
         return self.ask(texts)
 
     def ask(self, texts: list[str] | None) -> Any:
-        """What it says to some texts, or unasked at first. One thread at a time asks; OSError where it is gone."""
+        """Its answer to some texts (None: what it says at first); OSError where it is gone. One thread asks at a time."""
         try:
             if texts is not None:
                 marshal.dump(texts, self.texts)
@@ -13744,7 +13754,9 @@ async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) 
 
 
 def stop_on_signals() -> asyncio.Event:
-    """The event that SIGINT and SIGTERM set (the second of them ends at once), or, but under nohup, a closed terminal."""
+    """The event that SIGINT, SIGTERM and (but under nohup) a closed terminal set; the second of the first two ends at
+    once.
+    """
     stop, asked = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -13769,17 +13781,20 @@ async def drain(state: State, server: asyncio.Server) -> None:
     """Takes no more requests, gives the live ones their time, then ends them with an error event."""
     state.draining = True
     server.close()
-    deadline = time.monotonic() + state.config.server.drain_timeout
     if state.posts:
         log.info("stopping: %d requests have up to %g s", len(state.posts), state.config.server.drain_timeout)
-    while state.posts and time.monotonic() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
+    await no_more_posts(state, state.config.server.drain_timeout)
     for request in state.posts.values():
         request.content.set_exception(shutting_down())  # to those whose body still arrives
     for call in list(state.calls.values()):
         call.stop()
-    until = time.monotonic() + 2
-    while state.posts and time.monotonic() < until:  # noqa: ASYNC110
+    await no_more_posts(state, 2)
+
+
+async def no_more_posts(state: State, seconds: float) -> None:
+    """Returns when no request is in flight, or after so long."""
+    end = time.monotonic() + seconds
+    while state.posts and time.monotonic() < end:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
@@ -13798,7 +13813,7 @@ async def watch_config(state: State, args: argparse.Namespace) -> None:
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-    """What changes when a file does, or who may read it; () for none, and for a pipe, which can be read but once."""
+    """Differs once a file, or who may read it, has changed; () for no file, and for a pipe, which is read once."""
     try:
         status = path.stat()
     except OSError:
@@ -13810,8 +13825,7 @@ def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
     """Reads the config file again. What only a start can change is said to need one."""
     old = state.config
     try:
-        config = read_config(old.path)
-        config = with_overrides(config, args) if args else config
+        config = with_overrides(read_config(old.path), args)
         check_binding(config)
     except (ConfigError, OSError) as error:
         state.config_error = str(error)
@@ -13832,7 +13846,6 @@ def reload_config(state: State, args: argparse.Namespace | None = None) -> None:
 def start_text(config: Config, port: int, token: str) -> str:
     """What a newcomer needs to know, once, at the start."""
     url = client_url(config, port)
-    key = "YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local"
     is_unnamed = is_any_address(config.server.host) and not config.server.allowed_hosts
     return "\n".join([
         f"ccmux {__version__} at {url}",
@@ -13841,9 +13854,13 @@ def start_text(config: Config, port: int, token: str) -> str:
         f"  admin      {url}/admin#token={urllib.parse.quote(token, safe='')}",
         *["  others     put the name or address they use into allowed_hosts of [server]"] * is_unnamed,
         "  Claude Code, in another terminal (`ccmux.py code` does this, and sets what auto mode needs):",
-        f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key}",
+        f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key_to_print(config)}",
         "    claude",
     ])  # fmt: skip
+
+
+def key_to_print(config: Config) -> str:
+    return "YOUR-CCMUX-KEY" if needs_key(config) else "ccmux-local"
 
 
 def what_was_found(config: Config) -> str:
@@ -13856,19 +13873,19 @@ def what_was_found(config: Config) -> str:
 
 
 def client_url(config: Config, port: int = 0) -> str:
-    """The address that clients on this machine use."""
+    """The address that clients on this machine use; PORT stands for one that each start chooses."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)  # noqa: S104
-    return f"http://{f'[{host}]' if ':' in host else host}:{port or config.server.port}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port or config.server.port or 'PORT'}"
 
 
 # Commands. Each is a function of its parsed arguments that returns the exit status.
 
 
-def painted(word: str, width: int = 0) -> str:
-    """A status word, coloured where a person looks at a terminal that shows colours."""
-    color = {"ok": 32, "note": 33, "FAILED": 31}.get(word)
+def print_found(word: str, text: str) -> None:
+    """A line that a check found, its word (ok, note, FAILED) coloured where a person looks at a terminal."""
     plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return f"{word:{width}}" if plain or not color else f"\033[{color}m{word:{width}}\033[0m"
+    color = {"ok": 32, "note": 33, "FAILED": 31}[word]
+    print(f"{word:7} {text}" if plain else f"\033[{color}m{word:7}\033[0m {text}", flush=True)
 
 
 def print_table(rows: Iterable[Iterable[str]], right: bool = False) -> None:
@@ -13876,15 +13893,12 @@ def print_table(rows: Iterable[Iterable[str]], right: bool = False) -> None:
     table = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
-        cells = [
-            f"{c:>{w}}" if right and n else f"{c:{w}}"
-            for n, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+        cells = enumerate(zip(row, widths, strict=True))
+        print("  ".join(c.rjust(w) if right and n else c.ljust(w) for n, (c, w) in cells).rstrip())
 
 
 def model_command(args: argparse.Namespace) -> int:
-    """Shows the providers, the models with their targets and prices, and the routes, as ccmux sees them."""
+    """Shows the providers, the models with their targets and prices, the routes."""
     config = read_config(args.config)
     print("providers")
     states = [p.problem or ("ok" if p.enabled else "disabled") for p in config.providers]
@@ -13914,43 +13928,44 @@ def price_text(price: Price | None) -> str:
 
 
 def check_command(args: argparse.Namespace) -> int:
-    """Says whether the config is sound; with --live it also sends one tiny request to each provider."""
+    """Says whether the config is sound; --live sends a request to each provider."""
     config = read_config(args.config)
     check_binding(config)
     for warning in config.warnings:
-        print(f"{painted('note', 7)} {warning}")
+        print_found("note", warning)
     counts = f"providers: {len(config.providers)}, models: {len(config.models)}"
-    print(f"{painted('ok', 7)} {config.path or 'no config file: the environment'}: {counts}")
-    if not args.live:
-        return 1 if config.warnings else 0
-    return asyncio.run(check_live(config))
+    print_found("ok", f"{config.path or 'no config file: the environment'}: {counts}")
+    is_well = asyncio.run(check_live(config)) if args.live else True
+    return 0 if is_well and not config.warnings else 1
 
 
-async def check_live(config: Config) -> int:
+async def check_live(config: Config) -> bool:
+    """Whether all providers answer."""
     store = Store(":memory:")
     state = await make_state(config, store)
-    failed = 0
+    is_well = True
     try:
         for provider in config.providers:
             model = provider_model(config, provider)
             result = await test_provider(state, provider, model)
-            failed += not result["ok"]
-            word = painted("ok" if result["ok"] else "FAILED", 7)
-            print(f"{word} {provider.name}/{model or '-'}  {result['ms']} ms  {result['error']}", flush=True)
+            is_well &= result["ok"]
+            told = f"{provider.name}/{model or '-'}  {result['ms']} ms  {result['error']}"
+            print_found("ok" if result["ok"] else "FAILED", told)
     finally:
         await close_state(state)
         store.close()
-    return 1 if failed else 0
+    return is_well
 
 
 def explain_command(args: argparse.Namespace) -> int:
-    """Shows which model a request would go to, rule by rule, with its token count and the most it can cost."""
+    """Shows where a request would go, rule by rule, and the most it can cost."""
     config = read_config(args.config)
-    raw = stdin_bytes() if args.file == "-" else Path(args.file).read_bytes()
+    stdin = sys.stdin.buffer if sys.stdin else io.BytesIO()  # None: it is closed
+    raw = stdin.read() if args.file == "-" else Path(args.file).read_bytes()
     try:
         counter = TokenCounter(Vocabulary().load)
         counter.restore(learnt_factors(config))
-        told = asyncio.run(explain(config, strict_json(raw, args.file), {}, counter))
+        told = asyncio.run(explain(config, strict_json(raw), {}, counter))
     except ApiError as error:
         raise ConfigError(f"{args.file}: {error.message}") from None
     print_table([(f"  {reason}", note) for reason, note in told["trail"]])
@@ -13973,11 +13988,6 @@ def learnt_factors(config: Config) -> list[tuple[str, str, float, int]]:
     return []
 
 
-def stdin_bytes() -> bytes:
-    """What stands on stdin; nothing where it is closed."""
-    return sys.stdin.buffer.read() if sys.stdin else b""
-
-
 def token_command(args: argparse.Namespace) -> int:
     """Prints the admin token, making it if there is none yet."""
     print(admin_token_of(read_config(args.config)))
@@ -13985,13 +13995,13 @@ def token_command(args: argparse.Namespace) -> int:
 
 
 def statusline_command(args: argparse.Namespace) -> int:
-    """Prints one line for Claude Code's statusLine command: model, session's cost, today's cost, balance."""
+    """Prints a line for Claude Code: who answers, cost of session and day, balance."""
     print(statusline(args.config))
     return 0
 
 
 def init_command(args: argparse.Namespace) -> int:
-    """Writes a commented config.toml from the keys found in the environment; never over one that is there."""
+    """Writes a commented config.toml from the keys found; never over an old one."""
     path = expanded(args.config or os.environ.get("CCMUX_CONFIG") or "~/.ccmux/config.toml")
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or name another file with --config")
@@ -14000,8 +14010,7 @@ def init_command(args: argparse.Namespace) -> int:
     text = INIT_HEAD + found + (INIT_DEMO if is_demo else "") + INIT_TAIL
     load_config(text, os.environ, str(path))
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
+    write_text(path, text, os.O_EXCL)
     if is_demo:
         print("no key was found in the environment, so it has the built-in demo; edit it, or set a key first")
     used = config_path("")
@@ -14048,7 +14057,7 @@ def client_environment(config: Config, url: str) -> dict[str, str]:
     The key is $CCMUX_KEY, where one is set. A passthrough provider needs Claude Code's own login, so no key is set then.
     """
     context = client_window(config)
-    key = os.environ.get("CCMUX_KEY") or ("YOUR-CCMUX-KEY" if config.server.require_key else "ccmux-local")
+    key = os.environ.get("CCMUX_KEY") or key_to_print(config)
     own = any(p.passthrough for p in config.providers if p.usable) and "CCMUX_KEY" not in os.environ
     targets = resolve(config, default_model(config, "claude-x"))
     bases = [provider.base_url for t in targets if (provider := config.provider(t.provider))]
@@ -14057,7 +14066,7 @@ def client_environment(config: Config, url: str) -> dict[str, str]:
         "ANTHROPIC_AUTH_TOKEN": "" if own else key,
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "claude-haiku-4-5",
         "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1",
-        # Auto mode has its actions checked by Anthropic's server; with this it checks them by requests of its own (2.1.330).
+        # Auto mode has Anthropic's server check its actions; with this (2.1.330) it asks the model for that.
         "CLAUDE_CODE_AUTO_MODE_SERVER": "" if any(map(is_anthropics, bases)) else "0",
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(context or ""),
         "CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(context) if context >= LEAST_WINDOW else "",
@@ -14065,8 +14074,8 @@ def client_environment(config: Config, url: str) -> dict[str, str]:
     return {name: value for name, value in variables.items() if value}
 
 
-# Claude Code takes MAX_CONTEXT_TOKENS for names it does not know alone, and its own names for 1M; the window it
-# compacts by it takes for all, but not below this.
+# Claude Code heeds MAX_CONTEXT_TOKENS only for names it does not know; its own it takes for a million. It heeds
+# AUTO_COMPACT_WINDOW for all, but not below this.
 LEAST_WINDOW = 100_000
 
 
@@ -14090,9 +14099,8 @@ SHELLS: dict[str, tuple[str, Callable[[str], str]]] = {  # a line, and how a val
 
 
 def env_command(args: argparse.Namespace) -> int:
-    """Prints the variables that point Claude Code here, as commands of a shell or as JSON."""
-    config = with_overrides(read_config(args.config), args)
-    url = client_url(config)
+    """Prints the variables that point Claude Code here, for a shell or as JSON."""
+    config, url = address_to_keep(args)
     variables = client_environment(config, url) | (no_proxy_for(url) if has_proxy() else {})
     if args.shell == "json":
         print(json.dumps(variables, indent=2))
@@ -14100,16 +14108,38 @@ def env_command(args: argparse.Namespace) -> int:
         line, quoted = SHELLS[args.shell]
         for name, value in variables.items():
             print(line.format(name, quoted(value)))
-    if config.server.require_key and not os.environ.get("CCMUX_KEY"):
+    if lacks_key(config):
         print(f"ccmux: {NEEDS_KEY}", file=sys.stderr)
     return 0
+
+
+def address_to_keep(args: argparse.Namespace) -> tuple[Config, str]:
+    """The config and its address, for what outlives a start; ConfigError where each start takes another port."""
+    config = with_overrides(read_config(args.config), args)
+    if not config.server.port:
+        raise ConfigError("[server] port is 0, so each start takes another one: set one there, or by --port")
+    return config, client_url(config)
 
 
 NEEDS_KEY = "this ccmux asks for a user's key: set CCMUX_KEY to one (`ccmux.py user add NAME` makes one)"
 
 
+def lacks_key(config: Config) -> bool:
+    return needs_key(config) and not os.environ.get("CCMUX_KEY")
+
+
+def needs_key(config: Config) -> bool:
+    """Whether Claude Code needs a user's key: all do, or the user `local` is disabled."""
+    if config.server.require_key:
+        return True
+    with contextlib.suppress(ConfigError, sqlite3.Error), open_store(config) as store:
+        local = store.user(LOCAL_USER)
+        return local is not None and local.disabled
+    return False
+
+
 def code_command(args: argparse.Namespace) -> int:
-    """Runs Claude Code through ccmux: starts ccmux unless it runs, runs `claude`, stops what it started."""
+    """Runs `claude` through the ccmux that runs, or one that lasts as long as it."""
     places = map(os.path.expanduser, ("~/.local/bin/claude", "~/.claude/local/claude"))
     claude = shutil.which("claude") or next((path for path in places if os.access(path, os.X_OK)), "")
     if not claude:
@@ -14117,17 +14147,47 @@ def code_command(args: argparse.Namespace) -> int:
             "there is no `claude` here: npm install -g @anthropic-ai/claude-code, and try again"
         )
     config = read_config(args.config)
-    if config.server.require_key and not os.environ.get("CCMUX_KEY"):
+    if lacks_key(config):
         raise ConfigError(NEEDS_KEY)
-    with heeded(dict.fromkeys(ENDING_SIGNALS, end_in_order)), running_server(config) as url:
+    try:
+        return asyncio.run(run_claude([claude, *args.rest], config, args))
+    except asyncio.CancelledError:  # before claude ran, or after
+        return 128 + signal.SIGTERM
+
+
+async def run_claude(command: list[str], config: Config, args: argparse.Namespace) -> int:
+    task = asyncio.current_task()
+    assert task
+    with contextlib.suppress(NotImplementedError):  # on Windows
+        for number in ENDING_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    async with contextlib.AsyncExitStack() as at_end:
+        with one_at_a_time(home_of(config)):  # two would start a server each, with one log and one database
+            url = client_url(config)
+            if not config.server.port or not is_ccmux(url):
+                url = await at_end.enter_async_context(own_server(config, args))
         for path, settings, _ in settings_in_use():
             if place := elsewhere(settings, url):
                 remedy = "take that out of its env, or let `ccmux.py setup` replace it"
                 raise ConfigError(f"{path} sends Claude Code to {place}, whatever `code` says: {remedy}")
         ours = client_environment(config, url) | no_proxy_for(url)
-        # Two credentials make Claude Code ask which.
-        unset = {*OTHER_CLOUDS, *(["ANTHROPIC_API_KEY"] if "ANTHROPIC_AUTH_TOKEN" in ours else [])}
-        return run_child([claude, *args.rest], {k: v for k, v in os.environ.items() if k not in unset} | ours)
+        unset = {*OTHER_CLOUDS, *MALLOC}  # the latter are for this process
+        if "ANTHROPIC_AUTH_TOKEN" in ours:
+            unset.add("ANTHROPIC_API_KEY")  # two credentials make Claude Code ask which
+        return await run_child(command, {k: v for k, v in os.environ.items() if k not in unset} | ours)
+
+
+@contextlib.asynccontextmanager
+async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[str]:
+    """The address of a server in this process, which logs to a file: the terminal is Claude Code's."""
+    path = home_of(config) / "ccmux.log"
+    print(f"ccmux: starting at {client_url(config)}, its log is {path}", file=sys.stderr, flush=True)
+    write_text(path, "", os.O_TRUNC)
+    async with serving(config, args, path) as (state, port):
+        log.info("serving at %s", client_url(config, port))
+        yield client_url(config, port)
+        if state.posts:
+            print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
 
 
 def has_proxy() -> bool:
@@ -14142,78 +14202,25 @@ def no_proxy_for(url: str) -> dict[str, str]:
     return {"NO_PROXY": listed, "no_proxy": listed}
 
 
-def run_child(command: list[str], variables: dict[str, str]) -> int:
-    """Runs a command in the foreground; its exit status as a shell has it. Signals are its own to heed.
-
-    They are caught before it starts, or one that comes at once would end ccmux and leave the command alone.
+async def run_child(command: list[str], variables: dict[str, str]) -> int:
+    """Runs a command in the foreground; its exit status as a shell has it. Ctrl-C is its own to heed, and where this is
+    to be cancelled, it is told to end.
     """
-    started: list[subprocess.Popen[bytes]] = []
-    missed: list[int] = []
-
-    def pass_on(number: int, frame: Any) -> None:
-        for child in started:
+    child = subprocess.Popen(command, env=variables)  # noqa: ASYNC220, S603
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    while (status := child.poll()) is None:
+        try:
+            await asyncio.to_thread(child.wait)
+        except asyncio.CancelledError:
             child.terminate()
-        if not started:
-            missed.append(number)
-
-    with heeded({signal.SIGINT: lambda *_: None, **dict.fromkeys(ENDING_SIGNALS, pass_on)}):
-        child = subprocess.Popen(command, env=variables)  # noqa: S603
-        started.append(child)
-        if missed:
-            child.terminate()
-        status = child.wait()
+    signal.signal(signal.SIGINT, before)
     return status if status >= 0 else 128 - status
-
-
-@contextlib.contextmanager
-def heeded(acts: Mapping[int, Callable[[int, Any], None]]) -> Iterator[None]:
-    """For a time, what is done at each of these signals."""
-    before = {number: signal.signal(number, act) for number, act in acts.items()}
-    try:
-        yield
-    finally:
-        for number, act in before.items():
-            signal.signal(number, act)
-
-
-def end_in_order(number: int, frame: Any) -> NoReturn:
-    """At a signal that would end ccmux at once, and leave what it has started."""
-    sys.exit(128 + number)
-
-
-@contextlib.contextmanager
-def running_server(config: Config) -> Iterator[str]:
-    """The address of a ccmux with this config: one that runs, else one started here, and stopped at the end."""
-    with contextlib.ExitStack() as at_end:
-        with one_at_a_time(home_of(config)):  # two would start one each, with one log and one database
-            url = client_url(config)
-            if not config.server.port or not is_ccmux(url):
-                url = started_server(config, url, at_end)
-        yield url
-
-
-def started_server(config: Config, url: str, at_end: contextlib.ExitStack) -> str:
-    """The address of a ccmux that is started here."""
-    path = home_of(config) / "ccmux.log"
-    command = [sys.executable, os.path.abspath(__file__), "serve"]
-    command += ["--config", config.path] if config.path else []
-    print(f"ccmux: starting at {url}, its log is {path}", file=sys.stderr, flush=True)
-    # A session (on Windows, a process group) of its own: Ctrl-C in the terminal is for claude.
-    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log_file:
-        server = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file,
-            start_new_session=True, creationflags=group,
-        )  # fmt: skip
-    at_end.callback(stop_server, server)
-    return wait_for_server(server, path)
 
 
 def is_ccmux(url: str) -> bool:
     """Whether a ccmux answers there; ConfigError where something else does."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{url}/health", timeout=5) as answer:
+        with open_directly(f"{url}/health", 5) as answer:
             server = answer.headers.get("Server")
     except urllib.error.HTTPError as error:
         server = error.headers.get("Server")
@@ -14227,59 +14234,27 @@ def is_ccmux(url: str) -> bool:
     return True
 
 
-def wait_for_server(server: subprocess.Popen[bytes], path: Path) -> str:
-    """The address that the server's start text in its log tells; ConfigError with its last words where there is none."""
-    end = time.monotonic() + 30
-    while server.poll() is None and time.monotonic() < end:
-        if told := re.search(r"(?m)^ccmux \S+ at (\S+)\n", path.read_text("utf-8", "replace")):
-            return told[1]
-        time.sleep(0.05)
-    words = path.read_text("utf-8", "replace").strip().splitlines()
-    raise ConfigError(
-        words[-1].removeprefix("ccmux: ") if words else f"ccmux did not start within 30 s; see {path}"
-    )
-
-
-def stop_server(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()
-    try:
-        server.wait(1)
-    except subprocess.TimeoutExpired:
-        print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
-        try:
-            server.wait(30)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            server.kill()
-
-
 def setup_command(args: argparse.Namespace) -> int:
-    """Points Claude Code here for good, in its own settings; --undo puts them back as they were."""
+    """Points Claude Code here for good, in its own settings; --undo takes it back."""
     path = Path(os.path.realpath(claude_settings()))
     before, ours = (path.with_name(f"settings.json.{word}") for word in ("before-ccmux", "by-ccmux"))
-    old = path.read_bytes() if path.exists() else None
+    old, was, made = (file.read_bytes() if file.exists() else None for file in (path, before, ours))
+    if made is None and args.undo:
+        raise ConfigError("there is nothing to undo: ccmux.py setup was not used here")
+    bare = old if made is None else settings_without(old, was, made)
     if args.undo:
-        new = undone(old, before, ours)
-    else:
-        config = with_overrides(read_config(args.config), args)
-        if config.server.require_key and not os.environ.get("CCMUX_KEY"):
-            raise ConfigError(NEEDS_KEY)
-        first, made = (settings_of(p.read_bytes() if p.exists() else None) for p in (before, ours))
-        new = settings_with(
-            old, client_environment(config, client_url(config)), statusline_shell(config), first, made
-        )
-    show_change(path, old, new)
-    if new is None:
-        path.unlink(missing_ok=True)
-    elif new != old:
-        write_whole(path, new)
-    if args.undo:
-        before.unlink(missing_ok=True)
-        ours.unlink()
+        show_change(path, old, bare)
+        for file, data in ((path, bare), (before, None), (ours, None)):
+            write_whole(file, data)
         return 0
-    if old is not None and not ours.exists():
-        write_whole(before, old)
-    write_whole(ours, new or b"")
-    print(f"Claude Code now uses {client_url(config)}; `ccmux.py setup --undo` puts the file back as it was")
+    config, url = address_to_keep(args)
+    if lacks_key(config):
+        raise ConfigError(NEEDS_KEY)
+    new = settings_with(bare, client_environment(config, url), statusline_shell(config))
+    show_change(path, old, new)
+    for file, data in ((before, bare), (ours, new), (path, new)):
+        write_whole(file, data)
+    print(f"Claude Code now uses {url}; `ccmux.py setup --undo` puts the file back as it was")
     return 0
 
 
@@ -14299,43 +14274,58 @@ def settings_in_use() -> Iterator[tuple[Path, Json, str]]:
 
 
 def elsewhere(settings: Json, url: str) -> str:
-    """Where the variables of these settings send Claude Code; "" where not away from this address."""
+    """Where these settings send Claude Code instead of this address; "" where they do not."""
     variables = as_object(settings.get("env"))
-    base = str(variables.get("ANTHROPIC_BASE_URL") or url)
-    is_set = ("1", "true", "yes", "on")
-    cloud = next((name for name in OTHER_CLOUDS if str(variables.get(name)).lower() in is_set), "")
-    if cloud:
+    if cloud := other_cloud(variables):
         return f"what {cloud} means"
+    base = str(variables.get("ANTHROPIC_BASE_URL") or url)
     return "" if is_same_place(base, url) else base
 
 
-# With one of these Claude Code (2.1.330) does not heed ANTHROPIC_BASE_URL.
+def other_cloud(variables: Mapping[str, Any]) -> str:
+    """Which of them has Claude Code (2.1.330) go elsewhere, whatever ANTHROPIC_BASE_URL is; "" for none."""
+    is_set = ("1", "true", "yes", "on")
+    return next((name for name in OTHER_CLOUDS if str(variables.get(name)).lower() in is_set), "")
+
+
 OTHER_CLOUDS = tuple(
     f"CLAUDE_CODE_USE_{name}"
     for name in ("BEDROCK", "VERTEX", "FOUNDRY", "MANTLE", "ANTHROPIC_AWS", "ANTHROPIC_GOOGLE_CLOUD")
 )
 
 
-def settings_with(
-    old: bytes | None, variables: Mapping[str, str], shell: str, first: Json, made: Json
-) -> bytes:
-    """Claude Code's settings with these variables in their `env`, and a status line where there is none but
-    one of an earlier setup, which may lead to where ccmux.py was then.
-    """
-    settings = settings_of(old)
-    if has_our_statusline(settings, first, made):
-        del settings["statusLine"]
+def settings_with(bare: bytes | None, variables: Mapping[str, str], shell: str) -> bytes:
+    """Claude Code's settings with these variables in their `env`, and a status line where there is none."""
+    settings = settings_of(bare)
     kept = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
     settings["env"] = {**kept, **variables}
     settings.setdefault("statusLine", {"type": "command", "command": shell})
-    indent = re.search(rb"\n([ \t]+)\"", old or b"")
-    return (
-        json.dumps(settings, indent=indent[1].decode() if indent else 2, ensure_ascii=False) + "\n"
-    ).encode()
+    return settings_text(settings, bare)
 
 
-# What `env`, `code` and `setup` decide about, so that no old value of one is left beside the others' new
-# ones.
+def settings_without(now: bytes | None, bare: bytes | None, made: bytes) -> bytes | None:
+    """The settings without what setup made of the `bare` ones (None: no file): these, unless others changed them."""
+    if now == made:
+        return bare
+    settings, first = settings_of(now), settings_of(bare)
+    environment = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
+    environment |= {k: v for k, v in as_object(first.get("env")).items() if k in MANAGED}
+    settings["env"] = environment
+    if not environment and "env" not in first:
+        del settings["env"]
+    if "statusLine" not in first and settings.get("statusLine") == settings_of(made)["statusLine"]:
+        del settings["statusLine"]
+    return settings_text(settings, now)
+
+
+def settings_text(settings: Json, like: bytes | None) -> bytes:
+    """The settings as Claude Code keeps them, indented as those were."""
+    indent = re.search(rb"\n([ \t]+)\"", like or b"")
+    text = json.dumps(settings, indent=indent[1].decode() if indent else 2, ensure_ascii=False)
+    return f"{text}\n".encode()
+
+
+# What `setup` decides about: no old value of one stays beside new ones.
 MANAGED = (
     "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_DEFAULT_HAIKU_MODEL",
     "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_MAX_CONTEXT_TOKENS", "CLAUDE_CODE_AUTO_COMPACT_WINDOW",
@@ -14351,29 +14341,6 @@ def settings_of(data: bytes | None) -> Json:
     if not isinstance(settings, dict):
         raise ConfigError("Claude Code's settings.json is not a JSON object; mend it first")
     return settings
-
-
-def has_our_statusline(now: Json, first: Json, made: Json) -> bool:
-    """Whether it is the one that setup `made`, not the one that was there at `first`."""
-    return bool(now.get("statusLine") == made.get("statusLine") != first.get("statusLine"))
-
-
-def undone(old: bytes | None, before: Path, ours: Path) -> bytes | None:
-    """The settings as they were (None: none); where they were changed since, only what setup did goes."""
-    if not ours.exists():
-        raise ConfigError("there is nothing to undo: ccmux.py setup was not used here")
-    original = before.read_bytes() if before.exists() else None
-    if old == ours.read_bytes():
-        return original
-    now, first, made = settings_of(old), settings_of(original), settings_of(ours.read_bytes())
-    environment = {k: v for k, v in as_object(now.get("env")).items() if k not in MANAGED}
-    environment |= {k: v for k, v in as_object(first.get("env")).items() if k in MANAGED}
-    now |= {"env": environment}
-    if not environment and "env" not in first:
-        del now["env"]
-    if has_our_statusline(now, first, made):
-        del now["statusLine"]
-    return (json.dumps(now, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def statusline_shell(config: Config) -> str:
@@ -14397,8 +14364,18 @@ def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:
     print("\n".join(secret.sub(r"\1...", line) for line in lines) or f"{path} stays as it is")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replaces a file in one step, keeping its mode (0600 for a new one)."""
+def write_text(path: Path, text: str, mode: int) -> None:
+    """A file (0600 where it is new); FileExistsError with O_EXCL, where there is one."""
+    with open(
+        os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o600), "w", encoding="utf-8", newline=""
+    ) as file:
+        file.write(text)
+
+
+def write_whole(path: Path, data: bytes | None) -> None:
+    """Replaces a file in one step, keeping its mode (0600 for a new one); None takes it away."""
+    if data is None:
+        return path.unlink(missing_ok=True)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -14497,7 +14474,7 @@ def user_credit(args: argparse.Namespace) -> int:
 
 
 def user_budget(args: argparse.Namespace) -> int:
-    """Sets what a user may spend in a day, a week from Monday or a month (UTC); `none` takes a budget away."""
+    """Sets what a user may spend a day, week (from Monday) or month, in UTC."""
     with open_store(read_config(args.config)) as store:
         print_users(store, [store.set_budgets(args.name, budgets_of(args))])
     return 0
@@ -14512,8 +14489,10 @@ def user_key(args: argparse.Namespace) -> int:
 
 
 def user_disable(args: argparse.Namespace) -> int:
-    """Stops a user's key from working, or lets it work again; balance and history stay."""
+    """Stops a user's key from working, or lets it work again; the balance stays."""
     with open_store(read_config(args.config)) as store:
+        if args.name == LOCAL_USER:
+            store.local_user()  # made at the first request, else
         print_users(store, [store.set_disabled(args.name, args.action == "disable")])
     return 0
 
@@ -14534,7 +14513,7 @@ REPORT_COLUMNS = (
 
 
 def report_command(args: argparse.Namespace) -> int:
-    """Shows what requests cost: cost, markup and charge by user, model, provider, day, session or month."""
+    """Shows what requests cost: tokens, cost, markup and charge."""
     config = read_config(args.config)
     user, markup = args.user or None, config.credits.markup_percent
     with open_store(config) as store:
@@ -14576,15 +14555,15 @@ def export_command(args: argparse.Namespace) -> int:
         rows = list(store.export(args.since, args.until))
     text = csv_text(rows, USAGE_COLUMNS) if args.format == "csv" else json.dumps(rows, indent=1) + "\n"
     if args.output == "-":
-        sys.stdout.write(text)
+        print(text, end="")
     else:
-        write_whole(Path(args.output), text.encode())
+        write_text(Path(args.output), text, os.O_TRUNC)  # in its place: it may be a pipe
         print(f"wrote {args.output}, requests: {len(rows)}")
     return 0
 
 
 def backup_command(args: argparse.Namespace) -> int:
-    """Copies the database to a file, also while ccmux runs; never over one that is there."""
+    """Copies the database to a new file, also while ccmux runs."""
     config = read_config(args.config)
     with open_store(config) as store:
         size = os.path.getsize(database_path(config)) / 1e6
@@ -14598,20 +14577,18 @@ def backup_command(args: argparse.Namespace) -> int:
 
 
 def doctor_command(args: argparse.Namespace) -> int:
-    """Looks for what commonly goes wrong, from the config and the database to Claude Code's settings."""
+    """Looks for faults, from the config and the database to Claude Code's settings."""
     failed = False
     for word, text in diagnose(args.config):
-        print(f"{painted(word, 7)} {text}", flush=True)
+        print_found(word, text)
         failed |= word == "FAILED"
     return 1 if failed else 0
 
 
 def diagnose(given: str) -> Iterator[tuple[str, str]]:
     """(ok, note or FAILED; what was found)."""
-    versions = (
-        f"aiohttp {aiohttp.__version__}, tiktoken {tiktoken.__version__}, SQLite {sqlite3.sqlite_version}"
-    )
-    yield "ok", f"ccmux {__version__}, Python {sys.version.split()[0]}, {versions}"
+    ours = f"ccmux {__version__}, Python {sys.version.split()[0]}, aiohttp {aiohttp.__version__}"
+    yield "ok", f"{ours}, tiktoken {tiktoken.__version__}, SQLite {sqlite3.sqlite_version}"
     try:
         config = read_config(given)
         check_binding(config)
@@ -14643,11 +14620,13 @@ def diagnose_files(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def diagnose_port(config: Config) -> tuple[str, str]:
-    url = client_url(config)
+    url, port = client_url(config), config.server.port
+    if not port:
+        return "ok", "port 0: each start takes one that is free"
     try:
-        return "ok", f"ccmux runs at {url}" if is_ccmux(url) else f"port {config.server.port} is free"
+        return "ok", f"ccmux runs at {url}" if is_ccmux(url) else f"port {port} is free"
     except ConfigError as error:
-        return "FAILED", f"{error}{port_owner(config.server.port)}"
+        return "FAILED", f"{error}{port_owner(port)}"
 
 
 def port_owner(port: int) -> str:
@@ -14674,11 +14653,12 @@ def diagnose_database(config: Config) -> tuple[str, str]:
         with open_store(config) as store:
             (verdict,) = store.reader.execute("pragma integrity_check(1)").fetchone()
             problem = store.sums_problem() if verdict == "ok" else f"damaged: {' '.join(verdict.split())}"
+            if problem:
+                return "FAILED", f"database {path}: {problem}"
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
     except (ConfigError, sqlite3.Error, UnicodeDecodeError) as error:  # the last: of SQLite's own words
         return "FAILED", f"database {path}: {error}"
-    sound = f"database {path}: requests {requests}, users {users}, all sums equal their rows"
-    return ("FAILED", f"database {path}: {problem}") if problem else ("ok", sound)
+    return "ok", f"database {path}: requests {requests}, users {users}, all sums equal their rows"
 
 
 def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
@@ -14687,23 +14667,17 @@ def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
     if not is_same_place(base := env.get("ANTHROPIC_BASE_URL", url), url):
         yield "FAILED", f"ANTHROPIC_BASE_URL is {base}, and ccmux is at {url}: see `ccmux.py env`"
     if env.get("ANTHROPIC_API_KEY") and env.get("ANTHROPIC_AUTH_TOKEN"):
-        yield (
-            "note",
-            "ANTHROPIC_API_KEY and ANTHROPIC_AUTH_TOKEN are both set: Claude Code sends both; unset one",
-        )
-    for name in OTHER_CLOUDS:
-        if env.get(name):
-            yield "FAILED", f"{name} is set: Claude Code then does not use ANTHROPIC_BASE_URL; unset it"
+        both = "ANTHROPIC_API_KEY and ANTHROPIC_AUTH_TOKEN are both set"
+        yield "note", f"{both}: Claude Code sends both; unset one"
+    if cloud := other_cloud(env):
+        yield "FAILED", f"{cloud} is set: Claude Code then does not use ANTHROPIC_BASE_URL; unset it"
     for name in ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"):
         if asked := env.get(name):
             yield "note", f"{name} is set: Claude Code asks for {asked} whatever /model says"
     known = env.get("NO_PROXY") or env.get("no_proxy") or ""
     if has_proxy() and known != "*" and "127.0.0.1" not in known:
-        yield (
-            "note",
-            "a proxy is set and NO_PROXY lacks 127.0.0.1: Claude Code looks for ccmux through the proxy; "
-            "export NO_PROXY=127.0.0.1",
-        )
+        lacks = "a proxy is set and NO_PROXY lacks 127.0.0.1"
+        yield "note", f"{lacks}: Claude Code looks for ccmux through the proxy; export NO_PROXY=127.0.0.1"
 
 
 def is_same_place(base: str, url: str) -> bool:
@@ -14731,16 +14705,12 @@ def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def import_litellm_command(args: argparse.Namespace) -> int:
-    """Turns a LiteLLM config.yaml into TOML, with a report of what was mapped, approximated and dropped.
-
-    A dry run, unless --write names a file. Keys written in the file are never copied or shown.
-    """
+    """Shows what a LiteLLM config.yaml becomes; keys in it are not copied or shown."""
     try:
         yaml = importlib.import_module("yaml")
     except ImportError:
-        raise ConfigError(
-            f"import-litellm needs PyYAML: {shlex.quote(sys.executable)} -m pip install pyyaml"
-        ) from None
+        remedy = f"{shlex.quote(sys.executable)} -m pip install pyyaml"
+        raise ConfigError(f"import-litellm needs PyYAML: {remedy}") from None
     try:
         tables = yaml.safe_load(Path(args.file).read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -14748,47 +14718,36 @@ def import_litellm_command(args: argparse.Namespace) -> int:
     imported = LiteLLMImport(as_object(tables), os.environ)
     text = imported.toml()
     load_config(text, os.environ)
-    report = [
-        f"{word:13} {line}" for word, line in sorted(imported.report, key=lambda r: REPORT_ORDER.index(r[0]))
-    ]
+    words = ("mapped", "approximated", "dropped")
+    report = [f"{word:13} {line}" for word in words for kind, line in imported.report if kind == word]
     if not args.write:
         print(text + "\n".join(["", "# Report", *(f"# {line}" for line in report)]))
         return 0
-    with open(
-        os.open(args.write, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
-    ) as file:
-        file.write(text)
+    write_text(Path(args.write), text, os.O_EXCL)
     print("\n".join([*report, f"wrote {args.write}; `ccmux.py check --config {args.write}` tries it"]))
     return 0
 
 
-REPORT_ORDER = ("mapped", "approximated", "dropped")
-
-# LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that
-# serves them.
+# LiteLLM's provider prefixes (docs.litellm.ai/docs/providers, November 2026) and the preset or format that serves each.
 LITELLM_PRESETS = {
-    **{
-        name: name
-        for name in ("anthropic", "openai", "openrouter", "gemini", "groq", "deepinfra", "cerebras", "mistral", "xai")
-    },
-    **{name: name for name in ("github", "ollama", "minimax", "nebius", "novita", "baseten")},
+    "anthropic": "anthropic", "openai": "openai", "openrouter": "openrouter", "gemini": "gemini", "groq": "groq",
+    "deepinfra": "deepinfra", "cerebras": "cerebras", "mistral": "mistral", "xai": "xai", "github": "github",
+    "ollama": "ollama", "minimax": "minimax", "nebius": "nebius", "novita": "novita", "baseten": "baseten",
     "together_ai": "together", "fireworks_ai": "fireworks", "nvidia_nim": "nvidia", "deepseek": "deepseek-openai",
     "moonshot": "moonshot-openai", "zai": "zai-openai", "dashscope": "qwen-openai", "ollama_chat": "ollama",
     "litellm_proxy": "litellm", "codestral": "mistral", "azure": "openai", "hosted_vllm": "openai",
     "openai/responses": "responses", "azure/responses": "responses",
     "lm_studio": "openai", "openai_like": "openai", "custom_openai": "openai", "text-completion-openai": "openai",
 }  # fmt: skip
-# Where a row without an address or a key is sent, and the variable its key is in, as far as our presets differ.
+# The address and the key of a row that names none, where our presets have others.
 LITELLM_BASES = {
-    "openai/responses": "https://api.openai.com/v1",
-    "codestral": "https://codestral.mistral.ai/v1",
-}
+    "azure": "os.environ/AZURE_API_BASE", "azure/responses": "os.environ/AZURE_API_BASE",
+    "codestral": "https://codestral.mistral.ai/v1", "openai/responses": "https://api.openai.com/v1",
+}  # fmt: skip
 LITELLM_KEYS = {
-    name: f"os.environ/{variable}_API_KEY"
-    for name, variable in {
-        "openai/responses": "OPENAI", "azure": "AZURE", "azure/responses": "AZURE", "nvidia_nim": "NVIDIA_NIM",
-        "github": "GITHUB", "codestral": "CODESTRAL",
-    }.items()
+    "azure": "os.environ/AZURE_API_KEY", "azure/responses": "os.environ/AZURE_API_KEY",
+    "codestral": "os.environ/CODESTRAL_API_KEY", "openai/responses": "os.environ/OPENAI_API_KEY",
+    "github": "os.environ/GITHUB_API_KEY", "nvidia_nim": "os.environ/NVIDIA_NIM_API_KEY",
 }  # fmt: skip
 LITELLM_NAMES = ((r"gpt-|chatgpt-|o\d|codex", "openai"), ("claude", "anthropic"))
 LITELLM_PRICES = {
@@ -14864,12 +14823,8 @@ class LiteLLMImport:
             return None
         if "*" in name:
             return self.wildcard(name, prefix, provider)
-        order = params.get("order")
-        target = {
-            "provider": provider,
-            "actual_model": upstream,
-            "priority": order if isinstance(order, int) else 1,
-        }
+        priority = order if isinstance(order := params.get("order"), int) else 1
+        target = {"provider": provider, "actual_model": upstream, "priority": priority}
         self.models.setdefault(name, []).append(target | self.price_and_context({**params, **info}, name))
         self.mapped(f"model {name} -> {provider}/{upstream}")
         if unread := sorted(map(str, (params.keys() | info.keys() | row.keys()) - LITELLM_KNOWN)):
@@ -14889,35 +14844,40 @@ class LiteLLMImport:
     def provider(self, prefix: str, params: Json, name: str) -> str:
         """The name of the provider row for a deployment, made if it is a new one; "": ccmux has none for it."""
         is_azure = prefix.split("/")[0] == "azure"
-        unsaid = "os.environ/AZURE_API_BASE" if is_azure else LITELLM_BASES.get(prefix)
-        base = self.expanded(params.get("api_base") or params.get("base_url") or unsaid, name)
+        given = params.get("api_base") or params.get("base_url") or LITELLM_BASES.get(prefix)
+        base = self.expanded(given, name)
         preset = LITELLM_PRESETS.get(prefix) or ("openai" if base else "")
-        if base is None or not preset:
-            if base is not None:
-                self.dropped(
-                    f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}"
-                )
+        if base is None:
+            return ""
+        if not preset:
+            self.dropped(f"model {name}: ccmux has no preset or format for {prefix or params.get('model')!r}")
             return ""
         if is_azure:
             base = re.sub(r"(?<!/)/openai(/.*)?$", "", base.partition("?")[0].rstrip("/")) + "/openai/v1"
             self.approximated(f"model {name}: Azure through its v1 address, {base}, without an api_version")
         elif base and prefix not in LITELLM_PRESETS:
             self.approximated(f"model {name}: {prefix or 'its address'} is taken to speak OpenAI's format")
+        elif base.rstrip("/") == PRESETS.get(preset, {}).get("base_url"):
+            base = ""
         row: Json = {"type": preset, **({"base_url": base} if base else {})}
         is_own = is_azure or base in ("", LITELLM_BASES.get(prefix))  # at other addresses none may be wanted
-        if (key := params.get("api_key") or (LITELLM_KEYS.get(prefix) if is_own else "")) or base:
+        key = params.get("api_key") or (LITELLM_KEYS.get(prefix) if is_own else "")
+        if key or base:
             row["api_key"] = self.secret(key, f"model {name}")
         if headers := as_object(params.get("extra_headers")):
             row["headers"] = {str(k): self.secret(v, f"model {name}, header {k}") for k, v in headers.items()}
-        for known in self.providers:
-            if {**known, "name": ""} == {**row, "name": ""}:
-                return str(known["name"])
-        taken = {p["name"] for p in self.providers}
-        stem = re.sub(r"[^\w.-]", "-", prefix) or preset
+        return self.provider_name(row, re.sub(r"[^\w.-]", "-", prefix) or preset)
+
+    def provider_name(self, row: Json, stem: str) -> str:
+        """The name of the provider that has this row; a new one gets the stem, with a number where that is taken."""
+        taken = {str(known["name"]): known for known in self.providers}
+        for name, known in taken.items():
+            if known == {**row, "name": name}:
+                return name
         names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-        row["name"] = next(candidate for candidate in names if candidate not in taken)
-        self.providers.append(row)
-        return str(row["name"])
+        name = next(name for name in names if name not in taken)
+        self.providers.append({"name": name, **row})
+        return name
 
     def expanded(self, value: Any, name: str) -> str | None:
         """An address; None where it stands in a variable that is not set."""
@@ -14934,10 +14894,8 @@ class LiteLLMImport:
     def secret(self, value: Any, where: str) -> str:
         """`$NAME` for a key; one that is written out gets a variable's name instead, and is not shown."""
         text = str(value or "")
-        if not text:
-            return ""
-        if text.startswith("os.environ/"):
-            return "$" + text.removeprefix("os.environ/")
+        if not text or text.startswith("os.environ/"):
+            return text.replace("os.environ/", "$", 1)
         variable = self.literals.setdefault(text, f"LITELLM_KEY_{len(self.literals) + 1}")
         self.approximated(
             f"{where}: what is written there is not copied; put it into the variable {variable}"
@@ -14945,18 +14903,16 @@ class LiteLLMImport:
         return f"${variable}"
 
     def price_and_context(self, info: Json, name: str) -> Json:
-        amounts = {
-            ours: info[theirs] for theirs, ours in LITELLM_PRICES.items() if info.get(theirs) is not None
-        }
         out: Json = {}
+        given = {ours: str(info[key]) for key, ours in LITELLM_PRICES.items() if info.get(key) is not None}
         try:
-            price = {kind: (Decimal(str(amount)) * 10**6).normalize() for kind, amount in amounts.items()}
+            price = {kind: (Decimal(amount) * 10**6).normalize() for kind, amount in given.items()}
         except InvalidOperation:
             price = {}
         if {"input", "output"} <= price.keys():
             out["price"] = price
             self.mapped(f"model {name}: prices per token, as dollars per million")
-        elif amounts:
+        elif given:
             self.dropped(f"model {name}: a price needs both input_cost_per_token and output_cost_per_token")
         if isinstance(context := info.get("max_input_tokens"), int):
             out["context"] = context
@@ -14988,21 +14944,24 @@ class LiteLLMImport:
         for table, (key, word) in itertools.product(settings, LITELLM_FALLBACKS.items()):
             given = as_list(table.pop(key, None))
             rows = [dict.fromkeys(own, given)] if key == "default_fallbacks" else map(as_object, given)
-            for name, others in ((n, o) for row in rows for n, o in row.items()):
-                for other in as_list(others):
-                    self.fallback(own, str(name), str(other), key, word)
+            pairs = [
+                (str(name), str(o)) for row in rows for name, others in row.items() for o in as_list(others)
+            ]
+            for name, other in pairs:
+                if name == other:
+                    continue
+                if name not in own or other not in own:
+                    self.dropped(f"{key}: {name} -> {other}, of which one is no model that was imported")
+                    continue
+                self.add_targets(self.models[name], own[other])
+                self.say(word, f"{key}: {name} -> {other}, as targets of a lower priority")
 
-    def fallback(self, own: dict[str, list[Json]], name: str, other: str, key: str, word: str) -> None:
-        if name not in own or other not in own or name == other:
-            if name != other:
-                self.dropped(f"{key}: {name} -> {other}, of which one is no model that was imported")
-            return
-        mine = self.models[name]
-        last = max(target["priority"] for target in mine)
-        pairs = {(t["provider"], t["actual_model"]) for t in mine}
-        new = [t for t in own[other] if (t["provider"], t["actual_model"]) not in pairs]
-        mine.extend({**target, "priority": last + target["priority"]} for target in new)
-        self.say(word, f"{key}: {name} -> {other}, as targets of a lower priority")
+    def add_targets(self, targets: list[Json], others: list[Json]) -> None:
+        """Those others that are not among the targets, behind them."""
+        last = max(target["priority"] for target in targets)
+        known = {(t["provider"], t["actual_model"]) for t in targets}
+        new = [t for t in others if (t["provider"], t["actual_model"]) not in known]
+        targets.extend({**target, "priority": last + target["priority"]} for target in new)
 
     def limits(self, settings: Json) -> None:
         for key, (ours, least) in LITELLM_LIMITS.items():
@@ -15029,7 +14988,7 @@ class LiteLLMImport:
     def toml(self) -> str:
         tables = {"server": self.server, "router": self.router}
         rows = [emit_table(name, table) for name, table in tables.items() if table]
-        rows += [emit_table("providers", {"name": row["name"], **row}, "array") for row in self.providers]
+        rows += [emit_table("providers", row, "array") for row in self.providers]
         for name, targets in self.models.items():
             rows.append(emit_table("models", {"name": name, "mappings": targets}, "array"))
         return "\n".join(rows)
@@ -15194,24 +15153,28 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
-def parser() -> Parser:
+def parser(word: str) -> Parser:
+    """For the commands that begin with this word, else for all, which would take 10 ms of a start."""
     top = Parser(
         prog="ccmux.py", description="Claude Code with any model of any provider.", epilog=HELP_END,
         formatter_class=help_format,
     )  # fmt: skip
     top.add_argument("--version", action="version", version=f"ccmux {__version__}")
+    top.set_defaults(config="")
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
-    actions: Any = None
-    for command in COMMANDS:
-        if command.name.startswith("user ") and actions is None:
-            users = commands.add_parser("user", help="add and list users; their credit, budgets and keys")
-            actions = users.add_subparsers(dest="action", metavar="action", required=True)
-        group = actions if command.name.startswith("user ") else commands
-        add_command(group, command.name.removeprefix("user "), command)
+    groups: dict[str, Any] = {"": commands}
+    for command in [c for c in COMMANDS if c.name.split()[0] == word] or COMMANDS:
+        group, _, name = command.name.rpartition(" ")
+        if group not in groups:
+            users = commands.add_parser(group, help="add and list users; their credit, budgets and keys")
+            users.add_argument(*CONFIG[0], **CONFIG[1])
+            groups[group] = users.add_subparsers(dest="action", metavar="action", required=True)
+        add_command(groups[group], name, command)
     return top
 
 
 help_format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+CONFIG = flag("--config", default=argparse.SUPPRESS, metavar="F", help="config file")
 
 
 def add_command(group: Any, name: str, command: Command) -> None:
@@ -15222,8 +15185,7 @@ def add_command(group: Any, name: str, command: Command) -> None:
         formatter_class=help_format,
     )  # fmt: skip
     made.set_defaults(run=command.run)
-    made.add_argument("--config", default="", metavar="F", help="config file")
-    for names, options in command.flags:
+    for names, options in (CONFIG, *command.flags):
         made.add_argument(*names, **options)
 
 
@@ -15256,25 +15218,27 @@ def failed(why: str) -> int:
 
 def parsed_arguments(given: list[str]) -> argparse.Namespace:
     """The command line; without a command it is `serve`, and --config may stand before the command."""
-    names = {command.name.split()[0] for command in COMMANDS} | ALIASES.keys()
-    place = 1 if given[:1] == ["code"] else 0
-    if given[place:] and given[place].startswith("--config="):
-        given = [*given[:place], *given[place].split("=", 1), *given[place + 1 :]]
-    if given[:1] == ["--config"] and len(given) > 2 and given[2] in names:
-        end = 4 if given[2] == "user" else 3  # of the command's own words
-        given = [*given[2:end], *given[:2], *given[end:]]
-    given = [ALIASES.get(word, word) if n == 0 else word for n, word in enumerate(given)]
-    first = given[0] if given else ""
-    if first == "code" and not {"--help", "-h"} & set(given[1:2]):
-        mine = 3 if given[1:2] == ["--config"] and len(given) > 2 else 1
-        rest = given[mine:]
-        rest = rest[1:] if rest[:1] == ["--"] else rest
-        return argparse.Namespace(run=code_command, config="".join(given[2:mine]), rest=rest)
-    if first and not first.startswith("-") and first not in names:
-        raise ConfigError(f"there is no command {first!r}: {known_names(first, sorted(names))}")
-    if first not in names | {"--help", "-h", "--version"}:
-        given = ["serve", *given]
-    return parser().parse_args(given)
+    config, given = leading_config(given)
+    word = ALIASES.get(given[0], given[0]) if given else ""
+    names = {command.name.split()[0] for command in COMMANDS}
+    if word == "code" and given[1:2] not in (["--help"], ["-h"]):
+        own, rest = leading_config(given[1:])
+        args = parser(word).parse_args([word, *config, *own])
+        args.rest = rest[1:] if rest[:1] == ["--"] else rest
+        return args
+    if word in names:
+        given = [word, *config, *given[1:]]
+    elif word and not word.startswith("-"):
+        raise ConfigError(f"there is no command {word!r}: {known_names(word, sorted(names))}")
+    elif word not in ("--help", "-h", "--version"):
+        given = ["serve", *config, *given]
+    return parser(given[0]).parse_args(given)
+
+
+def leading_config(words: list[str]) -> tuple[list[str], list[str]]:
+    """(--config and its file, where a command line begins with them; the other words)."""
+    taken = 2 if words[:1] == ["--config"] else int(words[:1] != [] and words[0].startswith("--config="))
+    return words[:taken], words[taken:]
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
-import re
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,18 +21,9 @@ for folder in (ROOT, ROOT / "tests"):
 import vocabulary
 from claude_cli import NoCliError, install
 from fakes import Fake
+from proxy_harness import Proxy, as_process
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A ccmux process that serves. `log` is what it wrote to stderr so far."""
-
-    url: str
-    config: Path
-    process: asyncio.subprocess.Process
-    log: list[str]
 
 
 def config_for(*fakes: Fake, extra: str = "") -> str:
@@ -50,66 +40,23 @@ def config_for(*fakes: Fake, extra: str = "") -> str:
     return "\n".join([*lines, extra])
 
 
+Start = Callable[[str], AbstractAsyncContextManager[Proxy]]
+
+
 @contextlib.asynccontextmanager
-async def running_ccmux(
-    folder: Path, text: str, *args: str, env: Mapping[str, str] | None = None
-) -> AsyncIterator[Running]:
-    """ccmux as a real process on a free port, with this config; ended by SIGTERM."""
-    config = folder / "config.toml"
-    config.write_text(text, "utf-8")
-    home = folder / "home"
-    home.mkdir(exist_ok=True)
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "TIKTOKEN_CACHE_DIR", "LANG", "SYSTEMROOT")}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(ROOT / "ccmux.py"), "--config", str(config), "--port", "0", *args,
-        cwd=folder, env={**kept, "HOME": str(home), "PYTHONWARNINGS": "error", **(env or {})},
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    log: list[str] = []
-    reader = asyncio.create_task(keep_lines(process.stderr, log))
-    try:
-        url = await start_address(process, log)
-        silent = asyncio.create_task(keep_lines(process.stdout, []))
-        yield Running(url, config, process, log)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), 10)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-        await reader
-    await silent
-    assert process.returncode == 0, f"ccmux ended with {process.returncode}:\n" + "".join(log)
-
-
-async def keep_lines(stream: asyncio.StreamReader | None, lines: list[str]) -> None:
-    assert stream is not None
-    while line := await stream.readline():
-        lines.append(line.decode("utf-8", "replace"))
-
-
-async def start_address(process: asyncio.subprocess.Process, log: list[str]) -> str:
-    """The address in the start-up text."""
-    assert process.stdout is not None
-    said = ""
-    async with asyncio.timeout(60):
-        while line := await process.stdout.readline():
-            said += line.decode()
-            if found := re.search(r"http://127\.0\.0\.1:\d+", said):
-                return found[0]
-    await process.wait()
-    raise AssertionError(f"ccmux did not start: {said}{''.join(log)}")
-
-
-Start = Callable[..., AbstractAsyncContextManager[Running]]
+async def running_ccmux(folder: Path, text: str) -> AsyncIterator[Proxy]:
+    """ccmux as a process, where a warning is an error; a SIGTERM ends it, and that is no failure."""
+    async with as_process(folder, text, {"PYTHONWARNINGS": "error"}) as proxy:
+        yield proxy
+        assert proxy.process
+        proxy.process.terminate()
+        assert await asyncio.wait_for(proxy.process.wait(), 10) == 0, proxy.output.decode()
 
 
 @pytest.fixture
 def start_ccmux(tmp_path: Path) -> Start:
     """`async with start_ccmux(config_text) as running`: ccmux as a process, in this test's own folder."""
-    return lambda text, *args, env=None: running_ccmux(tmp_path, text, *args, env=env)
+    return functools.partial(running_ccmux, tmp_path)
 
 
 @pytest.fixture(scope="session", autouse=True)

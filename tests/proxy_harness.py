@@ -182,7 +182,7 @@ async def as_process(
     reader = asyncio.create_task(keep_output(proxy))
     try:
         await until(
-            lambda: b"claude\n" in proxy.output or process.returncode is not None, "ccmux started", seconds=30
+            lambda: b"claude\n" in proxy.output or process.returncode is not None, "ccmux started", seconds=60
         )
         match = re.search(rb"at (http://[\d.]+:\d+)", proxy.output)
         assert match, proxy.output.decode()

@@ -21,8 +21,7 @@ from openai.types.chat import ChatCompletion as Completion
 from openai.types.chat import ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from pydantic import TypeAdapter
-from test_responses import drain
-from translation import FIXTURES, IDS, SCALARS, TEXTS, expect_400, read, stream_of, upstream
+from translation import FIXTURES, IDS, SCALARS, TEXTS, drain, expect_400, read, stream_of, upstream
 
 from ccmux import (
     AnthropicEvents,

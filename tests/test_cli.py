@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from attacks import until
 
 import ccmux
 
@@ -119,9 +120,11 @@ def web_server(answers: dict[str, Any]) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("command", ccmux.COMMANDS, ids=lambda command: command.name)
-def test_help_teaches(cli: Cli, command: ccmux.Command) -> None:
+def test_help_teaches(cli: Cli, monkeypatch: pytest.MonkeyPatch, command: ccmux.Command) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     ran = cli(*command.name.split(), "--help")
     assert ran.status == 0
+    assert max(map(len, ran.out.splitlines())) <= 80
     for names, options in command.flags:
         assert options["help"]
         assert (names[0] if names[0].startswith("-") else options["metavar"]) in ran.out
@@ -195,6 +198,7 @@ def test_config_may_stand_before_the_command(cli: Cli, tmp_path: Path) -> None:
     assert str(path) in cli(f"--config={path}", "check").out
     assert str(path) in cli("check", "--config", str(path)).out
     assert "anna" in cli("--config", str(path), "user", "add", "anna").out
+    assert "anna" in cli("user", "--config", str(path), "list").out
 
 
 def test_leave_to_read_a_config_is_a_change_of_it(tmp_path: Path) -> None:
@@ -371,6 +375,32 @@ def test_start_text_says_all(cli: Cli) -> None:
     assert "demo answers" in ccmux.start_text(ccmux.read_config(""), 9, "tok")
 
 
+def test_no_key_is_offered_that_is_refused(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the user `local` disabled each client needs a key, as with require_key."""
+    write_config(tmp_path)
+    cli("user", "add", "anna")  # and nobody has asked anything yet
+    assert "ccmux-local" in cli("env").out
+    assert cli("user", "disable", "local").status == 0
+    config = ccmux.read_config("")
+    assert "AUTH_TOKEN=YOUR-CCMUX-KEY" in ccmux.start_text(config, 9, "t")
+    assert "set CCMUX_KEY" in cli("env").err
+    assert cli("setup").status == 2
+    monkeypatch.setenv("CCMUX_KEY", "k")
+    assert (cli("setup").status, cli("env").err) == (0, "")
+
+
+def test_no_address_is_told_that_is_none(cli: Cli, tmp_path: Path) -> None:
+    """Where each start takes another port, nothing is written down with the port 0."""
+    write_config(tmp_path)
+    (tmp_path / "config.toml").write_text("[server]\nport = 0\n")
+    assert "ANTHROPIC_BASE_URL=http://127.0.0.1:PORT " in cli("user", "add", "anna").out
+    assert "port 0: each start takes one that is free" in words_of(cli("doctor"), "ok")
+    for command in ("env", "setup"):
+        ran = cli(command)
+        assert (ran.status, ran.out) == (2, "") and "port is 0" in ran.err
+        assert cli(command, "--port", "7").status == 0
+
+
 def test_init_writes_once(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENROUTER_API_KEY", "sk-or-secret")
     ran = cli("init")
@@ -534,6 +564,20 @@ def test_undo_keeps_what_was_changed_since(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(path.read_bytes()) == {
         "env": {"FOO": "1", "ANTHROPIC_BASE_URL": "https://old.example", "BAR": "2"}, "model": "haiku",
     }  # fmt: skip
+
+
+def test_undo_keeps_what_was_changed_between_two_setups(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / ".claude/settings.json"
+    path.parent.mkdir()
+    path.write_bytes(ODD)
+    cli("setup")
+    path.write_text(path.read_text().replace('"opus"', '"haiku"'))
+    cli("setup", "--port", "7")
+    assert '"http://127.0.0.1:7"' in path.read_text()
+    cli("setup", "--undo")
+    assert json.loads(path.read_bytes()) == {**json.loads(ODD), "model": "haiku"}
+    assert b'\n\t"env"' in path.read_bytes()
+    assert [p.name for p in path.parent.iterdir()] == ["settings.json"]
 
 
 def test_setup_writes_through_a_link(cli: Cli, tmp_path: Path) -> None:
@@ -717,6 +761,9 @@ def test_export(cli: Cli, tmp_path: Path) -> None:
     assert ran.out == f"wrote {tmp_path / 'out.json'}, requests: 1\n"
     assert json.loads((tmp_path / "out.json").read_text())[0]["charge_microusd"] == 57_000
     assert (tmp_path / "out.json").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "link.json").symlink_to("out.json")  # as /dev/stdout may be one; a pipe stays one, too
+    assert cli("export", "--format", "csv", "-o", "link.json").status == 0
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "out.json").read_text()[:5] == '"time'
 
 
 def test_backup_beside_a_server(cli: Cli, tmp_path: Path) -> None:
@@ -762,6 +809,12 @@ def test_check_live(cli: Cli, tmp_path: Path) -> None:
     write_config(tmp_path, dead)
     ran = cli("check", "--live")
     assert (ran.status, "FAILED  dead/gpt-6.1-terra" in ran.out) == (1, True)
+    write_config(
+        tmp_path, '[[models]]\nname = "m[1m]"\nmappings = [{provider = "demo", actual_model = "x"}]\n'
+    )
+    for args in (("check",), ("check", "--live")):  # a warning counts, whether all answer or not
+        ran = cli(*args)
+        assert (ran.status, words_of(ran, "FAILED"), len(words_of(ran, "note"))) == (1, [], 1)
 
 
 def test_explain(cli: Cli, tmp_path: Path) -> None:
@@ -781,6 +834,7 @@ def test_explain(cli: Cli, tmp_path: Path) -> None:
     assert abs(int(told.split()[1]) - counted * 1.5) <= 1.5
     ran = cli("explain", "-", stdin=b'{"model": 1}')
     assert (ran.status, ran.err) == (2, "ccmux: -: model: Field required (a text)\n")
+    assert cli("explain", "-", stdin=b"{").err.startswith("ccmux: -: the request body is not valid JSON: ")
 
 
 def test_where_the_config_is_found(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -933,9 +987,10 @@ def test_doctor_notes(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, 
 
 @pytest.mark.parametrize("env", [{"NO_PROXY": "*"}, {"NO_PROXY": "", "no_proxy": "127.0.0.1"}])
 def test_doctor_knows_a_good_no_proxy(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
-    for name, value in {"HTTPS_PROXY": "http://proxy.example", **env}.items():
+    for name, value in {"HTTPS_PROXY": "http://proxy.example", "CLAUDE_CODE_USE_VERTEX": "0", **env}.items():
         monkeypatch.setenv(name, value)
-    assert "NO_PROXY" not in cli("doctor").out
+    out = cli("doctor").out
+    assert "NO_PROXY" not in out and "VERTEX" not in out
 
 
 # The status line.
@@ -1032,7 +1087,7 @@ def answers(port: int) -> bool:
 def test_code_starts_runs_and_stops(tmp_path: Path) -> None:
     path = fake_claude(
         tmp_path,
-        'env | grep -E "^(ANTHROPIC|CLAUDE|NO_PROXY)" | sort; for a in "$@"; do echo "<$a>"; done; exit 7',
+        'env | grep -E "^(ANTHROPIC|CLAUDE|MALLOC|NO_PROXY)" | sort; for a in "$@"; do echo "<$a>"; done; exit 7',
     )
     port = closed_port()
     write_config(tmp_path, port=port)
@@ -1145,6 +1200,22 @@ def test_code_passes_signals_on(tmp_path: Path) -> None:
     assert not answers(port)
 
 
+def test_a_killed_code_leaves_no_server(tmp_path: Path) -> None:
+    path = fake_claude(tmp_path, "echo ready; exec cat > /dev/null")
+    port = closed_port()
+    write_config(tmp_path, port=port)
+    with subprocess.Popen(
+        [sys.executable, CCMUX, "code"], cwd=tmp_path, env=process_environment(tmp_path, PATH=path),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"ready\n"
+        assert answers(port)
+        running.kill()
+        running.wait()
+        assert not answers(port)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_code_ended_while_its_server_starts(tmp_path: Path, number: int) -> None:
     """As SIGHUP does where the terminal is closed."""
@@ -1153,17 +1224,10 @@ def test_code_ended_while_its_server_starts(tmp_path: Path, number: int) -> None
     with subprocess.Popen(
         [sys.executable, CCMUX, "code"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
     ) as running:
-        wait_until((tmp_path / "ccmux.db").exists)  # made before the server answers
+        until((tmp_path / "ccmux.db").exists, "the database is made", 20)  # made before the server answers
         running.send_signal(number)
     assert running.returncode in (128 + number, 128 + signal.SIGTERM)  # the latter where claude ran already
-    wait_until(lambda: not running_in(tmp_path))
-
-
-def wait_until(claim: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not claim():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: not running_in(tmp_path), "all has ended", 20)
 
 
 def running_in(folder: Path) -> list[str]:

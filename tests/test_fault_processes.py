@@ -34,6 +34,8 @@ from proxy_harness import (
 from test_fault_sequences import hang_up, mixed_faults, plain_request
 from test_faults import PART, breaks_off, check_ledger, fails, full, stage
 
+import ccmux
+
 BOTH = pytest.mark.parametrize("wire", ["anthropic", "openai"])
 
 
@@ -359,6 +361,18 @@ async def test_a_disk_that_is_full_from_the_start_is_told(tmp_path: Path) -> Non
         assert a.count == 0
         may_write(proxy, resource.RLIM_INFINITY)
         full()(await ask(proxy))
+
+
+async def test_a_disk_that_is_full_at_the_end_is_told(tmp_path: Path) -> None:
+    """What true usage has taught is lost then, and nothing else."""
+    with contextlib.closing(ccmux.Store(str(tmp_path / "ccmux.db"))) as store:
+        store.save_calibration([("A", "up-A", 1.5, 20)])
+    async with served(tmp_path, fs.answer()) as (proxy, _):
+        full()(await ask(proxy))
+        await until(lambda: not proxy.books.holds(), "the hold was settled")
+        may_write(proxy, 0)
+        assert await end(proxy, signal.SIGTERM) == 0
+    assert b"what true usage has taught is not written down" in proxy.output
 
 
 async def test_a_client_that_leaves_while_its_hold_is_written_leaves_no_hold(tmp_path: Path) -> None:

@@ -129,6 +129,10 @@ def test_no_key_goes_to_an_address_of_ones_own() -> None:
         model_list(row("openai/x", api_base="http://localhost:1/v1")), OPENAI_API_KEY="sk-real"
     )
     assert config.providers[0].api_key == ()
+    config = config_of(
+        model_list(row("openai/x", api_base="https://api.openai.com/v1/")), OPENAI_API_KEY="sk-real"
+    )
+    assert config.providers[0].api_key == ("sk-real",)
 
 
 def test_the_key_of_openais_responses() -> None:

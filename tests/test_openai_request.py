@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from translation import (
     PNG,
     SEARCH,
     assistant,
+    drain,
     expect_400,
     thinking,
     tool_result,
@@ -48,16 +48,6 @@ from ccmux import (
 
 PARAMS: TypeAdapter[Any] = TypeAdapter(CompletionCreateParamsStreaming)
 PLAIN = upstream("gpt-x")
-
-
-def drain(value: Any) -> None:
-    """Iterables are validated only when they are read."""
-    if isinstance(value, Mapping):
-        for inner in value.values():
-            drain(inner)
-    elif isinstance(value, Iterable) and not isinstance(value, str):
-        for inner in value:
-            drain(inner)
 
 
 def valid(out: Any) -> Any:

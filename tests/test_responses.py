@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from translation import (
     check_cuts,
     check_golden,
     check_grammar,
+    drain,
     golden,
     read,
     stream_of,
@@ -52,15 +52,6 @@ def valid(out: Any) -> Any:
     named = [{"id": "rs_1", **i} if i["type"] == "reasoning" else i for i in out["input"]]
     drain(PARAMS.validate_python({**out, "input": named}, extra="forbid"))
     return out
-
-
-def drain(value: Any) -> None:
-    if isinstance(value, Mapping):
-        for inner in value.values():
-            drain(inner)
-    elif isinstance(value, Iterable) and not isinstance(value, str):
-        for inner in value:
-            drain(inner)
 
 
 def request_of(*messages: Any, to: Any = CODEX, **body: Any) -> Any:

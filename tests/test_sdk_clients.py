@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import anthropic
 import pytest
 from anthropic import AsyncAnthropic, beta_async_tool
-from conftest import config_for
+from conftest import Start, config_for
 from fakes import FAKES, Answer, Call, Fake, Script, Tokens, Turn
 from proxy_harness import Proxy, in_process
 
-Start = Callable[[str], AbstractAsyncContextManager[Proxy]]
 KINDS = pytest.mark.parametrize("kind", FAKES)
 HELLO = [{"role": "user", "content": "hello"}]
 WEATHER = {

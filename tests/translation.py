@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,16 @@ from ccmux import (
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EVENT: TypeAdapter[Any] = TypeAdapter(anthropic.types.RawMessageStreamEvent)
+
+
+def drain(value: Any) -> None:
+    """Reads all there is in a validated value: pydantic validates iterables only when they are read."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            drain(inner)
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        for inner in value:
+            drain(inner)
 
 
 def upstream(model: str, session: str = "", skip: frozenset[str] = frozenset(), **quirks: Any) -> Upstream:
