@@ -1692,53 +1692,52 @@ def mux_model(row: Any, lost: list[Any], warnings: list[str]) -> Any:
 
 
 TomlPath = tuple[str | int, ...]  # the keys, and the row's number in an array of tables
+Edit = tuple[int, int, str]  # from, to (in characters), and what is to stand there
+
+# Parts of a file that tomllib has accepted. Up to two quotes may stand before the three that close a text.
+TOML_TEXT = r"""(?:"{3}(?:[^\\]|\\.)*?"{3,5}|'{3}.*?'{3,5}|"(?:[^"\\]|\\.)*"|'[^']*')"""
+TOML_KEYS = rf"(?s)[ \t]*(?:[\w-]+|{TOML_TEXT})[ \t]*(?:\.[ \t]*(?:[\w-]+|{TOML_TEXT})[ \t]*)*"
+TOML_TOKEN = rf"(?s){TOML_TEXT}|#[^\n]*|[\[\]{{}},\r\n]|[^\"'#\[\]{{}},\r\n]+"
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A stretch of a TOML file: a header, a key with its value, or a blank or comment line.
-
-    Spans are in characters.
+    """A stretch of a TOML file, in characters: a header, a key with its value, or (without a path) a blank or comment
+    line.
     """
 
-    kind: str  # table, array, key or blank
     start: int
     end: int  # after the line's end
-    path: TomlPath = ()  # of what it says, from the top of the file
-    home: TomlPath = ()  # of the header that it stands under, or is
-    value: tuple[int, int] = (0, 0)
-
-
-Edit = tuple[int, int, str]  # from, to (in characters), and what is to stand there
+    path: TomlPath  # of what it says, from the top of the file
+    home: TomlPath  # of the header that it stands under, or is
+    value: tuple[int, int] | None = None  # of a key
 
 
 def scan_toml(text: str) -> list[Statement]:
-    """The statements of a file that tomllib has accepted, in order and without gaps."""
+    """The statements of a file, in order and without gaps."""
     found = []
     rows: dict[TomlPath, int] = {}
     home: TomlPath = ()
     at = 0
     while at < len(text):
-        start, at = at, skip_blank(text, at)
-        kind, value = "blank", (0, 0)
+        start, at = at, match_end(r"[ \t]*", text, at)
         path: TomlPath = ()
+        value = None
         if text[at : at + 1] == "[":
-            kind = "array" if text[at : at + 2] == "[[" else "table"
-            keys, at = scan_keys(text, at + (2 if kind == "array" else 1))
-            path = home = numbered(keys, rows, is_new_row=kind == "array")
+            is_row = text.startswith("[[", at)
+            keys, at = scan_keys(text, at + 1 + is_row)
+            path = home = numbered(keys, rows, is_row)
         elif text[at : at + 1] not in ("", "#", "\n", "\r"):
-            kind = "key"
             keys, at = scan_keys(text, at)
-            begin = skip_blank(text, at + 1)
-            at = skip_value(text, begin)
+            begin = match_end(r"[ \t]*", text, at + 1)
+            at = value_end(text, begin)
             path, value = (*home, *keys), (begin, at)
-        newline = text.find("\n", at)
-        at = len(text) if newline < 0 else newline + 1
-        found.append(Statement(kind, start, at, path, home, value))
+        at = text.find("\n", at) + 1 or len(text)
+        found.append(Statement(start, at, path, home, value))
     return found
 
 
-def numbered(keys: tuple[str, ...], rows: dict[TomlPath, int], *, is_new_row: bool) -> TomlPath:
+def numbered(keys: tuple[str, ...], rows: dict[TomlPath, int], is_new_row: bool) -> TomlPath:
     """A header's path with the numbers of the rows it is in; `rows` counts those of each array."""
     path: TomlPath = ()
     for n, key in enumerate(keys, 1):
@@ -1750,58 +1749,31 @@ def numbered(keys: tuple[str, ...], rows: dict[TomlPath, int], *, is_new_row: bo
     return path
 
 
-def skip_blank(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t":
-        at += 1
-    return at
+def match_end(pattern: str, text: str, at: int) -> int:
+    """Where that ends which matches here."""
+    match = re.compile(pattern).match(text, at)
+    return match.end() if match else at
 
 
 def scan_keys(text: str, at: int) -> tuple[tuple[str, ...], int]:
     """A dotted key; and where what follows it begins."""
-    keys = []
-    while True:
-        at = skip_blank(text, at)
-        end = skip_string(text, at) if text[at] in "\"'" else at + len(re.match(r"[\w-]*", text[at:])[0])  # type: ignore[index]
-        part = text[at:end]
-        keys.append(str(tomllib.loads(f"k = {part}")["k"]) if part[:1] in ('"', "'") else part)
-        at = skip_blank(text, end)
-        if text[at : at + 1] != ".":
-            return tuple(keys), at
-        at += 1
+    end = match_end(TOML_KEYS, text, at)
+    keys: list[str] = []
+    inside: Any = tomllib.loads(f"{text[at:end]} = 0")
+    while isinstance(inside, dict):
+        [(key, inside)] = inside.items()
+        keys.append(key)
+    return tuple(keys), end
 
 
-def skip_string(text: str, at: int) -> int:
-    """The end of the string, in any of TOML's four forms, that begins here."""
-    quote = text[at]
-    mark = quote * 3 if text.startswith(quote * 3, at) else quote
-    at += len(mark)
-    while not text.startswith(mark, at):
-        at += 2 if quote == '"' and text[at] == "\\" else 1
-    at += len(mark)
-    while len(mark) == 3 and text[at : at + 1] == quote:  # up to two may stand before the closing three
-        at += 1
-    return at
-
-
-def skip_value(text: str, at: int, bare: str = r"[^#\n\r]*") -> int:
-    """The end of the value that begins here; brackets may hold strings, comments and line ends."""
-    if text[at] in "\"'":
-        return skip_string(text, at)
-    if text[at] not in "[{":
-        line = re.match(bare, text[at:])
-        return at + len(line[0].rstrip()) if line else at
+def value_end(text: str, at: int) -> int:
+    """The end of the value that begins here; brackets may hold texts, comments and line ends."""
     depth = 0
-    while True:
-        char = text[at]
-        if char in "\"'":
-            at = skip_string(text, at)
-            continue
-        if char == "#":
-            at = text.find("\n", at)
-        depth += (char in "[{") - (char in "]}")
-        at += 1
+    for token in re.compile(TOML_TOKEN).finditer(text, at):
+        depth += (token[0] in "[{") - (token[0] in "]}")
         if depth == 0:
-            return at
+            return at + len(text[at : token.end()].rstrip())
+    raise ValueError("a value without an end")
 
 
 def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str:
@@ -1810,10 +1782,10 @@ def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str
 
     ConfigError where the result would not parse to exactly what is meant.
     """
+    if "\r\n" in text and text.count("\r\n") == text.count("\n"):
+        return edit_toml(text.replace("\r\n", "\n"), root, name, table).replace("\n", "\r\n")
     before = tomllib.loads(text)
     meant = meant_tables(before, root, name, table)
-    if same_value(before, meant):
-        return text
     after = apply_edits(text, TomlEditor(text).table_edits((), before, meant))
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if same_value(tomllib.loads(after), meant):
@@ -1823,13 +1795,13 @@ def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str
 
 def meant_tables(before: Json, root: str, name: str | None, table: Json | None) -> Json:
     """What the file is to say after the edit."""
-    if name is None:
-        rest = {k: v for k, v in before.items() if k != root}
-        return rest if table is None else {**rest, root: table}
-    rows = list(before.get(root, []))
-    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
-    rows[at : at + 1] = [] if table is None else [table]
-    return {**{k: v for k, v in before.items() if k != root}, **({root: rows} if rows else {})}
+    meant: Any = table
+    if name is not None:
+        meant = list(before.get(root, []))
+        at = next((n for n, row in enumerate(meant) if row.get("name") == name), len(meant))
+        meant[at : at + 1] = [] if table is None else [table]
+    is_gone = meant is None or meant == []
+    return {k: v for k, v in before.items() if k != root} | ({} if is_gone else {root: meant})
 
 
 def same_value(one: Any, other: Any) -> bool:
@@ -1854,13 +1826,13 @@ class TomlEditor:
 
     def under(self, path: TomlPath) -> list[int]:
         """Which lines say what is at this path."""
-        return [n for n, s in enumerate(self.lines) if s.kind != "blank" and s.path[: len(path)] == path]
+        return [n for n, s in enumerate(self.lines) if s.path and s.path[: len(path)] == path]
 
     def edits(self, path: TomlPath, old: Any, new: Any) -> list[Edit] | None:
         """What makes a changed value say `new`; None where it is to be taken out and written anew."""
-        line = next((s for s in self.lines if s.kind == "key" and s.path == path), None)
-        if line is not None:
-            return value_edits(self.text, line.value, old, new)
+        span = next((s.value for s in self.lines if s.value and s.path == path), None)
+        if span is not None:
+            return value_edits(self.text, span, old, new)
         if isinstance(old, dict) and isinstance(new, dict):
             # One that is only there by what is in it is not there any more when it is empty.
             has_lines = bool(new) or any(s.path == path for s in self.lines)
@@ -1875,66 +1847,69 @@ class TomlEditor:
                 continue
             inside = self.edits((*path, key), was, new[key]) if key in new else None
             if inside is None:
-                found += self.removal((*path, key))
+                inside = self.removal((*path, key))
                 added |= {key: new[key]} if key in new else {}
-            found += inside or []
-        keys, rows = self.additions(path, added)
+            found += inside
+        keys, rows = self.additions(path, added) if added else ([], [])
         return keys + found + rows  # headers stand below all keys where they meet
 
     def removal(self, path: TomlPath) -> list[Edit]:
         """Takes lines out: single keys one by one, so that comments between them stay; tables whole."""
+
+        def way(line: Statement) -> str:
+            if line.path[: len(path)] != path:
+                return ""
+            return "one by one" if line.value and len(line.home) < len(path) else "whole"
+
         found: list[Edit] = []
-        lines = (s for s in self.lines if s.kind != "blank")
-        for inside, run in itertools.groupby(lines, lambda s: s.path[: len(path)] == path):
-            for is_key, part in itertools.groupby(
-                run if inside else (), lambda s: s.kind == "key" and len(s.home) < len(path)
-            ):
-                gone = list(part)
-                spans = [(s.start, s.end) for s in gone] if is_key else [(gone[0].start, gone[-1].end)]
-                found += [(*span, "") for span in spans]
+        for how, run in itertools.groupby((s for s in self.lines if s.path), way):
+            gone = list(run)
+            if how == "whole":
+                found.append((gone[0].start, gone[-1].end, ""))
+            elif how:
+                found += [(s.start, s.end, "") for s in gone]
         return found
 
     def additions(self, path: TomlPath, new: Json) -> tuple[list[Edit], list[Edit]]:
         """Writes keys at the end of a table's own lines, and rows under headers of their own after all of it."""
         if not path:
-            tables = [emit_rows(k, v) if is_rows(v) else emit_table(k, v) for k, v in new.items()]
-            end = len(self.text)
-            return [], [(end, end, ("\n" if self.text.strip() else "") + "\n".join(tables))] * bool(tables)
+            end, gap = len(self.text), "\n" if self.text.strip() else ""
+            return [], [(end, end, gap + "\n".join(emit_tables(k, v) for k, v in new.items()))]
         under = [self.lines[n] for n in self.under(path)]
-        own = [s for s in under if len(s.home) <= len(path) and (s.kind == "key" or s.path == path)]
-        last, title = (own or under)[-1], dotted(path)
-        home = last.home if own else path
+        own = [s for s in under if s.path == path or (s.value and len(s.home) <= len(path))]
+        end, title = under[-1].end, dotted(path)
+        if not own:  # it is only there by what is in it
+            return [], [(end, end, emit_tables(title, new))]
+        at, home = own[-1].end, own[-1].home
         rows = {k: v for k, v in new.items() if is_rows(v) and home == path}
         keys = [
             f"{dotted((*path[len(home) :], k))} = {emit_value(v)}\n" for k, v in new.items() if k not in rows
         ]
-        more = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in rows.items()]
-        at, end = last.end, under[-1].end
-        if keys and not own:  # under a header of its own, below all that is there
-            keys, more = [], [f"[{title}]\n", *keys, *more]
+        more = [emit_tables(f"{title}.{emit_key(k)}", v) for k, v in rows.items()]
         return [(at, at, "".join(keys))] * bool(keys), [(end, end, "".join(more))] * bool(more)
 
     def row_edits(self, path: TomlPath, old: list[Json], new: list[Json]) -> list[Edit] | None:
         """The edits of `[[path]]` rows. Those that stay fill the places of those that stayed, in the new order."""
         source = matched(old, new)
         kept = sorted(i for i in source if i is not None)
+        found = [edit for i in range(len(old)) if i not in kept for edit in self.removal((*path, i))]
         places = iter(kept)
-        gone = [i for i in range(len(old)) if i not in kept]
-        found = [edit for i in gone for edit in self.removal((*path, i))]
-        start, place = self.slot((*path, kept[0] if kept else len(old) - 1))[0 if kept else 1], -1
+        last, side = (
+            (kept[0], 0) if kept else (len(old) - 1, 1)
+        )  # what new rows stand behind (1) or before (0)
         for row, i in zip(new, source, strict=True):
             if i is None:
-                end = start if place < 0 else self.slot((*path, place))[1]
-                text = emit_rows(dotted(path), [row])
-                found.append((end, end, f"\n{text}" if len(path) == 1 else text))
+                end = self.slot((*path, last))[side]
+                gap = "\n" if len(path) == 1 else ""
+                found.append((end, end, gap + emit_tables(dotted(path), [row])))
                 continue
-            place = next(places)
+            last, side = next(places), 1
             inside = [] if same_value(old[i], row) else self.edits((*path, i), old[i], row) or []
-            if place == i:
+            if last == i:
                 found += inside
-            elif self.is_whole((*path, i)) and self.is_whole((*path, place)):
+            elif self.is_whole((*path, i)) and self.is_whole((*path, last)):
                 part = edited_part(self.text, self.slot((*path, i)), inside).rstrip("\n") + "\n"
-                found.append((*self.slot((*path, place)), part))
+                found.append((*self.slot((*path, last)), part))
             else:
                 return None
         return found
@@ -1942,7 +1917,7 @@ class TomlEditor:
     def is_whole(self, path: TomlPath) -> bool:
         """Whether nothing else stands between the lines of a row."""
         under = self.under(path)
-        return all(s.kind == "blank" or s.path[: len(path)] == path for s in self.lines[under[0] : under[-1]])
+        return all(not s.path or s.path[: len(path)] == path for s in self.lines[under[0] : under[-1]])
 
     def slot(self, path: TomlPath) -> tuple[int, int]:
         """From where to where (in characters) a row stands in the file, with its comments."""
@@ -1950,7 +1925,7 @@ class TomlEditor:
         first, end = under[0], self.comments_below(under[-1])
         while first and self.is_comment(first - 1):
             first -= 1
-        if first and self.lines[first - 1].kind != "blank":
+        if first and self.lines[first - 1].path:
             first = self.comments_below(first - 1)
         return self.lines[first].start, self.lines[end - 1].end
 
@@ -1959,14 +1934,14 @@ class TomlEditor:
         end = n + 1
         while end < len(self.lines) and self.is_comment(end):
             end += 1
-        if end < len(self.lines) and self.lines[end].kind == "blank":
+        if end < len(self.lines) and not self.lines[end].path:
             return end
         keys = [i + 1 for i in range(n + 1, end) if self.is_comment(i, r"\s*#\s*[\w.-]+\s*=")]
         return max(keys, default=n + 1)
 
     def is_comment(self, n: int, like: str = r"\s*#") -> bool:
         line = self.lines[n]
-        return line.kind == "blank" and bool(re.match(like, self.text[line.start : line.end]))
+        return not line.path and bool(re.compile(like).match(self.text, line.start, line.end))
 
 
 def matched(old: list[Any], new: list[Any]) -> list[int | None]:
@@ -2006,23 +1981,19 @@ def dotted(path: TomlPath) -> str:
     return ".".join(emit_key(key) for key in path if isinstance(key, str))
 
 
-def apply_edits(text: str, edits: list[Edit]) -> str:
+def apply_edits(text: str, edits: Iterable[Edit]) -> str:
     """The text with all edits made; of those at one place the first stands first."""
-    newline = "\r\n" if "\r\n" in text else "\n"
-    order = sorted(range(len(edits)), key=lambda n: (edits[n][:2], n), reverse=True)
-    for start, end, new in (edits[n] for n in order):
-        opening = (
-            "\n" if start == end and new.endswith("\n") and text[:start] and text[start - 1] != "\n" else ""
-        )
-        text = text[:start] + (opening + new).replace("\n", newline) + text[end:]
+    for start, end, new in sorted(edits, key=lambda edit: edit[:2])[::-1]:
+        is_in_line = text[:start] and text[start - 1] != "\n"
+        opening = "\n" if start == end and new.endswith("\n") and is_in_line else ""
+        text = text[:start] + opening + new + text[end:]
     return text
 
 
 def edited_part(text: str, span: tuple[int, int], edits: list[Edit]) -> str:
-    """A stretch of the text with the edits inside it made; its line ends are plain ones."""
+    """A stretch of the text with the edits inside it made."""
     start, end = span
-    inside = [(a - start, b - start, new) for a, b, new in edits]
-    return apply_edits(text[start:end], inside).replace("\r\n", "\n")
+    return apply_edits(text[start:end], [(a - start, b - start, new) for a, b, new in edits])
 
 
 # Inside a value: the items of an array or of an inline table, which may stand on lines with comments.
@@ -2035,78 +2006,72 @@ class TomlItem:
     lead: str
     span: tuple[int, int]
     tail: str
-    path: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
     value: tuple[int, int] = (0, 0)
+
+
+TOML_NOTE = r"[ \t]*#[^\r\n]*"  # a comment on the rest of a line
+TOML_BLANK = r"(?:[ \t\r\n]|#[^\n]*)*"
 
 
 def value_edits(text: str, span: tuple[int, int], old: Any, new: Any) -> list[Edit]:
     """What makes the value that stands there say `new`."""
     if same_value(old, new):
         return []
-    if not old or not isinstance(old, (dict, list)) or not isinstance(new, type(old)):
-        return [(*span, emit_value(new))]
-    begin = after_note(text, span[0] + 1)
-    items = scan_items(text, begin, is_table=isinstance(old, dict))
-    if any(len(item.path) > 1 for item in items):
-        return [(*span, emit_value(new))]
-    before, after = old, new
+    if old and isinstance(old, (dict, list)) and isinstance(new, type(old)):
+        begin = match_end(f"(?:{TOML_NOTE})?", text, span[0] + 1)
+        items = scan_items(text, begin, isinstance(old, dict))
+        if all(len(item.keys) <= 1 for item in items):
+            return item_edits(text, (begin, span[1] - 1), items, old, new)
+    return [(*span, emit_value(new))]
+
+
+def item_edits(text: str, span: tuple[int, int], items: list[TomlItem], old: Any, new: Any) -> list[Edit]:
+    """The same for what stands between brackets."""
     if isinstance(old, dict):
-        names = [item.path[0] for item in items[:-1]]
+        names = [item.keys[0] for item in items[:-1]]
         keys = [k for k in names if k in new] + [k for k in new if k not in names]
         source = [names.index(k) if k in names else None for k in keys]
-        before, after = [old[k] for k in names], [new[k] for k in keys]
-        fresh = [f"{emit_key(k)} = {emit_value(v)}" for k, v in zip(keys, after, strict=True)]
+        old, new = [old[k] for k in names], [new[k] for k in keys]
+        fresh = [f"{emit_key(k)} = {emit_value(v)}" for k, v in zip(keys, new, strict=True)]
     else:
-        source, fresh = matched([*old], [*new]), [emit_value(v) for v in new]
+        source, fresh = matched(old, new), [emit_value(v) for v in new]
     inside = [
-        value_edits(text, items[i].value, before[i], v) if i is not None else []
-        for i, v in zip(source, after, strict=True)
+        [] if i is None else value_edits(text, items[i].value, old[i], v)
+        for i, v in zip(source, new, strict=True)
     ]
     if source == list(range(len(old))):
         return [edit for edits in inside for edit in edits]
     bodies = [
-        edited_part(text, items[i].span, edits) if i is not None else words
+        words if i is None else edited_part(text, items[i].span, edits)
         for i, edits, words in zip(source, inside, fresh, strict=True)
     ]
-    return [(begin, span[1] - 1, joined_items(items, source, bodies))]
+    return [(*span, joined_items(items, source, bodies))]
 
 
-def after_note(text: str, at: int) -> int:
-    """Where a comment ends that stands on the rest of this line."""
-    note = re.compile(r"[ \t]*#[^\r\n]*").match(text, at)
-    return note.end() if note else at
-
-
-def scan_items(text: str, at: int, *, is_table: bool) -> list[TomlItem]:
+def scan_items(text: str, at: int, is_table: bool) -> list[TomlItem]:
     """The items from here to the closing bracket; a last, empty one has what stands before that, and a comma as
     its tail where one is left hanging.
     """
     items: list[TomlItem] = []
     comma = ""
     while True:
-        lead, at = blank_at(text, at)
+        before, at = at, match_end(TOML_BLANK, text, at)
+        lead, start = text[before:at], at
+        keys: tuple[str, ...] = ()
         if text[at] in "]}":
             return [*items, TomlItem(lead, (at, at), comma)]
-        start = value = at
-        path: tuple[str, ...] = ()
         if is_table:
-            path, value = scan_keys(text, at)
-            value = skip_blank(text, value + 1)
-        end = at = skip_value(text, value, r"[^,\]}#\n\r]*")
-        tail, beyond = blank_at(text, at)
-        comma = "," if text[beyond] == "," else ""
-        at = beyond + 1 if comma else at
-        tail = tail.rstrip() if comma and "#" in tail else ""
-        at, note = after_note(text, at), at
-        tail = join_blank(tail, text[note:at])
-        items.append(TomlItem(lead, (start, end), tail, path, (value, end)))
-
-
-def blank_at(text: str, at: int) -> tuple[str, int]:
-    """The blanks, line ends and comments that begin here, with plain line ends; and where they end."""
-    found = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*").match(text, at)
-    assert found is not None
-    return found[0].replace("\r\n", "\n"), found.end()
+            keys, at = scan_keys(text, at)
+            at = match_end(r"[ \t]*", text, at + 1)
+        end = value_end(text, at)
+        value, at = (at, end), match_end(TOML_BLANK, text, end)
+        tail, comma = text[end:at].rstrip(), ","
+        if text[at] != ",":
+            tail, comma, at = "", "", end - 1
+        note = at + 1
+        at = match_end(f"(?:{TOML_NOTE})?", text, note)
+        items.append(TomlItem(lead, (start, end), join_blank(tail, text[note:at]), keys, value))
 
 
 def join_blank(one: str, other: str) -> str:
@@ -2120,38 +2085,40 @@ def joined_items(items: list[TomlItem], source: list[int | None], bodies: list[s
     gone stay before the next one.
     """
     *items, end = items
-    noted = any("#" in item.lead + item.tail for item in items)
     leads, held = [], ""
-    for n, item in enumerate([*items, end]):
-        is_gone = n < len(items) and n not in source
+    for n, item in enumerate(items):
         leads.append(join_blank(held, item.lead))
-        held = join_blank(leads[-1], item.tail) if is_gone and "#" in leads[-1] + item.tail else ""
-    model = items[-1].lead
-    fresh = model[model.rfind("\n") :] if "\n" in model else " "
+        is_gone = n not in source and "#" in leads[n] + item.tail
+        held = join_blank(leads[n], item.tail) if is_gone else ""
+    gap = re.sub(r"(?s).*(?=\n)", "", items[-1].lead) or " "
+    blanks = [gap if "#" in item.lead else item.lead for item in items]
     out = tail = ""
     for n, (i, body) in enumerate(zip(source, bodies, strict=True)):
-        lead = (
-            leads[i] if i is not None and noted else items[n].lead if n < len(items) and not noted else fresh
-        )
+        lead = "" if i is None else leads[i]
+        if "#" not in lead:
+            lead = blanks[n] if n < len(blanks) else gap
         out += ("," if n else "") + join_blank(tail, lead) + body
-        tail = items[i].tail if i is not None else ""
-    return out + (end.tail if bodies else "") + join_blank(tail, leads[-1])
+        tail = "" if i is None else items[i].tail
+    return out + (end.tail if bodies else "") + join_blank(tail, join_blank(held, end.lead))
 
 
 def is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
-def emit_rows(title: str, rows: list[Json]) -> str:
-    return "\n".join(emit_table(title, row, "array") for row in rows)
+def emit_tables(title: str, value: Any) -> str:
+    """A table, or rows of them, under headers."""
+    if isinstance(value, dict):
+        return emit_table(title, value)
+    return "\n".join(emit_table(title, row, "array") for row in value)
 
 
 def emit_table(title: str, table: Json, kind: str = "table") -> str:
     """A table under its header; rows of tables get headers of their own, other tables stand inline."""
     lines = [f"[[{title}]]" if kind == "array" else f"[{title}]"]
     lines += [f"{emit_key(k)} = {emit_value(v)}" for k, v in table.items() if not is_rows(v)]
-    rows = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in table.items() if is_rows(v)]
-    return "\n".join([*lines, *(row.rstrip("\n") for row in rows)]) + "\n"
+    lines += [emit_tables(f"{title}.{emit_key(k)}", v).rstrip("\n") for k, v in table.items() if is_rows(v)]
+    return "\n".join(lines) + "\n"
 
 
 def emit_key(key: str) -> str:

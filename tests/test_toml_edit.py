@@ -438,7 +438,7 @@ def test_any_edit_means_what_it_says(
     assert not crlf or after.count("\n") == after.count("\r\n")
     parsed = tomllib.loads(after)
     assert ccmux.same_value(parsed, ccmux.meant_tables(before, root, name, wanted))
-    others = [s for s in scan_toml(text) if s.kind == "blank" and text[s.start : s.end].strip()]
+    others = [s for s in scan_toml(text) if not s.path and text[s.start : s.end].strip()]
     words = [text[s.start : s.end].strip() for s in others]
     assert all(word in after for word in words if word != "# of a sub-table")  # it may go with its table
 
