@@ -339,6 +339,7 @@ import bisect
 import codecs
 import concurrent.futures
 import contextvars
+import copy
 import csv
 import dataclasses
 import difflib
@@ -1241,12 +1242,13 @@ def parse_config(
     """
     try:
         tables = tomllib.loads(text, parse_float=Decimal)
+        wanted = copy.deepcopy(tables)
     except (ValueError, RecursionError, InvalidOperation) as error:
         words = "a number is too large" if isinstance(error, InvalidOperation) else str(error)
         hint = "; text stands in quotes" if "Invalid value" in words else ""
         raise ConfigError(f"{path or 'config'}: not valid TOML: {words}{hint}") from None
     warnings: list[str] = []
-    wanted = import_mux(tables, warnings)
+    import_mux(wanted, warnings)
     loader = Loader(env, warnings)
     providers = tuple(
         loader.provider(row, presets, tuple(formats), f"[[providers]] row {n}")
@@ -1265,7 +1267,7 @@ def parse_config(
         text=text,
         text_hash=hash_text(text),
         tables=tables,
-        warnings=tuple(warnings),
+        warnings=tuple(dict.fromkeys(warnings)),
     )
     check_names(config)
     check_hosts(config.server)
@@ -1569,121 +1571,92 @@ def host_name(host: str) -> str:
 
 
 # claude-code-mux 0.6 writes some keys by other names, and has some that ccmux has no use for.
-MUX_KEYS = {
-    "server": {"api_key", "tracing", "timeouts", "oauth"},
-    "router": {"gemini_thinking"},
-    "providers": {"oauth_provider", "project_id", "location"},
-    "mappings": {"inject_continuation_prompt"},
-    "": {"presets", "cli"},
-}
 MUX_TYPES = {"z.ai": "zai"}
 MUX_LEVELS = {"warn": "warning", "trace": "debug"}
+MUX_TIMEOUTS = {"api_timeout_ms": "response_timeout", "connect_timeout_ms": "connect_timeout"}
 
 
-def import_mux(tables: Json, warnings: list[str]) -> Json:
-    """The tables with claude-code-mux's names for things turned into ours; what ccmux lacks is warned of."""
-    wanted = {k: v for k, v in tables.items() if not mux_skips("", k, "config", warnings)}
-    timeouts = mux_timeouts(tables)
-    if isinstance(tables.get("server"), dict):
-        keep = {k: v for k, v in tables["server"].items() if k != "timeouts"}
-        wanted["server"] = {k: v for k, v in keep.items() if not mux_skips("server", k, "[server]", warnings)}
-        if (level := keep.get("log_level")) in list(MUX_LEVELS):
-            wanted["server"]["log_level"] = MUX_LEVELS[str(level)]
-    if isinstance(tables.get("router"), dict):
-        rows = [*map(as_object, as_list(tables.get("providers"))), as_object(tables.get("server"))]
-        is_mux = any({"provider_type", "auth_type", "timeouts"} & row.keys() for row in rows)
-        unset = {"auto_map_regex", "background_regex"} if is_mux else set()
-        router = {k: v for k, v in tables["router"].items() if v != "" or k not in unset}
-        wanted["router"] = mux_router(router, warnings)
-    if isinstance(tables.get("providers"), list):
-        rows = [mux_provider(row, timeouts, warnings) for row in tables["providers"] if isinstance(row, dict)]
-        wanted["providers"] = [row for row in rows if row]
-    if isinstance(tables.get("models"), list):
-        lost = [r.get("name") for r in as_list(tables.get("providers")) if isinstance(r, dict)]
-        kept = [r.get("name") for r in as_list(wanted.get("providers")) if isinstance(r, dict)]
-        lost = [name for name in lost if name not in kept]
-        wanted["models"] = [mux_model(row, lost, warnings) for row in tables["models"]]
-        mux_drop_models(wanted, as_list(tables["models"]), warnings)
-    return wanted
+def import_mux(tables: Json, warnings: list[str]) -> None:
+    """Turns claude-code-mux's names for things into ours, in place; what ccmux lacks is warned of."""
+    server, router = as_object(tables.get("server")), as_object(tables.get("router"))
+    providers = objects_of(tables.get("providers"))
+    if "timeouts" in server or any({"provider_type", "auth_type"} & row.keys() for row in providers):
+        for key in ("auto_map_regex", "background_regex"):
+            if router.get(key) == "":  # which means there that none is set
+                del router[key]
+    mux_skip(tables, ("presets", "cli"), "config", warnings)
+    mux_skip(server, ("api_key", "tracing", "oauth"), "[server]", warnings)
+    mux_skip(router, ("gemini_thinking",), "[router]", warnings)
+    if "log_level" in server:
+        server["log_level"] = MUX_LEVELS.get(str(server["log_level"]), server["log_level"])
+    mux_rules(router)
+    timeouts = as_object(server.pop("timeouts", None)).items()
+    seconds = {
+        MUX_TIMEOUTS[k]: Decimal(v) / 1000 for k, v in timeouts if k in MUX_TIMEOUTS and isinstance(v, int)
+    }
+    lost = [row for row in providers if not mux_provider(row, seconds, warnings)]
+    if lost:
+        tables["providers"] = [row for row in tables["providers"] if row not in lost]
+    kept = [row.get("name") for row in providers if row not in lost]
+    mux_models(tables, router, [row.get("name") for row in lost if row.get("name") not in kept], warnings)
 
 
-def mux_drop_models(wanted: Json, given: list[Any], warnings: list[str]) -> None:
-    """Takes out the models that only skipped providers served, and the routes to them."""
-    pairs = [(row, was) for row, was in zip(wanted["models"], given, strict=True) if isinstance(row, dict)]
-    gone = [row for row, was in pairs if was.get("mappings") and row["mappings"] == []]
-    names = [row.get("name") for row in gone]
-    warnings += [
-        f"[[models]] {n!r}: every provider of it is skipped; so is it, and routes to it" for n in names
-    ]
-    wanted["models"] = [row for row in wanted["models"] if row not in gone]
-    if isinstance(router := wanted.get("router"), dict):
-        slots = [key for key in ROUTE_SLOTS if key in router and router[key] in names]
-        wanted["router"] = {k: v for k, v in router.items() if k not in slots}
+def mux_skip(table: Json, keys: Iterable[str], where: str, warnings: list[str]) -> None:
+    """Takes out the keys that have no meaning here."""
+    for key in keys:
+        if table.pop(key, None) is not None:
+            warnings.append(f"{where}: claude-code-mux's key {key!r} has no meaning here and is skipped")
 
 
-def mux_skips(table: str, key: str, where: str, warnings: list[str]) -> bool:
-    if key not in MUX_KEYS[table]:
-        return False
-    warning = f"{where}: claude-code-mux's key {key!r} has no meaning here and is skipped"
-    if warning not in warnings:
-        warnings.append(warning)
-    return True
+def mux_rules(router: Json) -> None:
+    rules = router.pop("prompt_rules", [])
+    for rule in objects_of(rules):
+        if "strip_match" in rule:
+            rule["strip"] = rule.pop("strip_match")
+        if isinstance(pattern := rule.get("pattern"), str):  # Rust may spell a named group (?<name>...)
+            rule["pattern"] = re.sub(r"(?<!\\)\(\?<(?=\w)", "(?P<", pattern)
+    if rules != []:
+        router["rules"] = [*as_list(router.get("rules")), *rules] if isinstance(rules, list) else rules
 
 
-def mux_timeouts(tables: Json) -> Json:
-    server = tables.get("server")
-    given = server.get("timeouts") if isinstance(server, dict) else None
-    if not isinstance(given, dict):
-        return {}
-    names = {"api_timeout_ms": "response_timeout", "connect_timeout_ms": "connect_timeout"}
-    return {names[k]: Decimal(v) / 1000 for k, v in given.items() if k in names and isinstance(v, int)}
-
-
-def mux_router(table: Json, warnings: list[str]) -> Json:
-    wanted = {k: v for k, v in table.items() if not mux_skips("router", k, "[router]", warnings)}
-    if "prompt_rules" in wanted:
-        rules = wanted.pop("prompt_rules")
-        ours = as_list(wanted.get("rules"))
-        wanted["rules"] = [*ours, *map(mux_rule, rules)] if isinstance(rules, list) else rules
-    return wanted
-
-
-def mux_rule(rule: Any) -> Any:
-    if not isinstance(rule, dict):
-        return rule
-    wanted = {("strip" if key == "strip_match" else key): value for key, value in rule.items()}
-    if isinstance(pattern := wanted.get("pattern"), str):  # Rust may spell a named group (?<name>...)
-        wanted["pattern"] = re.sub(r"(?<!\\)\(\?<(?=\w)", "(?P<", pattern)
-    return wanted
-
-
-def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> Json:
-    """The provider row in ccmux's keys; {} for a sign-in that ccmux does not do."""
-    name = row.get("name")
-    row = dict(row)
+def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> bool:
+    """Puts a provider's row into ccmux's keys; False for a sign-in that ccmux does not do."""
     is_oauth = row.pop("auth_type", "") == "oauth"
     if is_oauth or row.get("provider_type") == "vertex-ai":
         way = "by OAuth" if is_oauth else "to Google Cloud"
-        warnings.append(f"provider {name}: signing in {way} is not something ccmux does; it is skipped")
-        return {}
-    where = f"[[providers]] {name!r}"
-    wanted = {k: v for k, v in row.items() if not mux_skips("providers", k, where, warnings)}
-    if "provider_type" in wanted:
-        wanted["type"] = wanted.pop("provider_type")
-    wanted["type"] = MUX_TYPES.get(str(wanted.get("type")), wanted.get("type"))
-    return {**timeouts, **wanted}
+        warnings.append(
+            f"provider {row.get('name')}: signing in {way} is not something ccmux does; it is skipped"
+        )
+        return False
+    mux_skip(
+        row, ("oauth_provider", "project_id", "location"), f"[[providers]] {row.get('name')!r}", warnings
+    )
+    if "provider_type" in row:
+        row["type"] = row.pop("provider_type")
+    row["type"] = MUX_TYPES.get(str(row.get("type")), row.get("type"))
+    row |= {key: value for key, value in timeouts.items() if key not in row}
+    return True
 
 
-def mux_model(row: Any, lost: list[Any], warnings: list[str]) -> Any:
-    if not isinstance(row, dict) or not isinstance(row.get("mappings"), list):
-        return row
-    where = f"[[models]] {row.get('name')!r}"
-    mappings = [
-        {k: v for k, v in mapping.items() if not mux_skips("mappings", k, where, warnings)}
-        for mapping in row["mappings"]
-        if isinstance(mapping, dict) and mapping.get("provider") not in lost
-    ]
-    return {**row, "mappings": mappings}
+def mux_models(tables: Json, router: Json, lost: list[Any], warnings: list[str]) -> None:
+    """Takes out the mappings to lost providers; the models that have no others, and the routes to those."""
+    gone = []
+    for row in objects_of(tables.get("models")):
+        where, mappings = f"[[models]] {row.get('name')!r}", as_list(row.get("mappings"))
+        for mapping in objects_of(mappings):
+            mux_skip(mapping, ("inject_continuation_prompt",), where, warnings)
+        kept = [mapping for mapping in mappings if as_object(mapping).get("provider") not in lost]
+        if len(kept) < len(mappings):
+            row["mappings"] = kept
+        if mappings and not kept:
+            gone.append(row)
+            warnings.append(f"{where}: every provider of it is skipped; so is it, and routes to it")
+    if gone:
+        tables["models"] = [row for row in tables["models"] if row not in gone]
+    names = [row.get("name") for row in gone]
+    for slot in ROUTE_SLOTS:
+        if slot in router and router[slot] in names:
+            del router[slot]
 
 
 # Editing the file. A save changes only the table it edits: what stands elsewhere stays byte for byte, and

@@ -123,6 +123,8 @@ TYPE_ERRORS = [
     ("models = 3", "[models] must be a list"),
     ("[models]\nname = 'm'", "[models] must be a list"),
     ("[providers.p]\ntype = 'openai'", "providers: write it as [[providers]] tables"),
+    ("providers = ['x']", "providers: write it as [[providers]] tables"),
+    (MODEL + "mappings = ['x']", "key 'mappings', item 1: must be a table"),
     (PROVIDER + "quirks = 3", "[[providers]] 'p'"),
     (PROVIDER + "quirks = { fiels = true }", "unknown key 'fiels': did you mean 'files'?"),
     (PROVIDER + "quirks = { files = 1 }", "key 'quirks': key 'files' must be true or false"),
