@@ -1249,177 +1249,68 @@ def parse_config(
         raise ConfigError(f"{path or 'config'}: not valid TOML: {words}{hint}") from None
     warnings: list[str] = []
     import_mux(wanted, warnings)
-    loader = Loader(env, warnings)
-    providers = tuple(
-        loader.provider(row, presets, tuple(formats), f"[[providers]] row {n}")
-        for n, row in enumerate(table_rows(wanted, "providers"), 1)
-    )
-    config: Config = loader.build(Config, {**wanted, "providers": []}, "")
-    warnings += [
-        f"[[models]] {model.name!r}: [1m] at the end of a name is ignored, so nobody can ask for this one"
-        for model in config.models
-        if model.name.lower().endswith("[1m]")
-    ]
+    rows = wanted.pop("providers", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError("providers: write it as [[providers]] tables")
+    providers = [load_provider(row, n, env, presets, tuple(formats)) for n, row in enumerate(rows, 1)]
+    fill_secrets(Server, as_object(wanted.get("server")), env)
+    config: Config = load_table(Config, wanted, "")
     config = dataclasses.replace(
-        config,
-        providers=providers,
-        path=path,
-        text=text,
-        text_hash=hash_text(text),
-        tables=tables,
-        warnings=tuple(dict.fromkeys(warnings)),
+        config, providers=tuple(providers), path=path, text=text, text_hash=hash_text(text), tables=tables
     )
     check_names(config)
     check_hosts(config.server)
-    return config
+    return dataclasses.replace(config, warnings=tuple(dict.fromkeys([*warnings, *warnings_of(config)])))
+
+
+def warnings_of(config: Config) -> Iterator[str]:
+    for provider in config.providers:
+        if provider.problem and provider.enabled:
+            yield f"provider {provider.name}: {provider.problem}; it is disabled until then"
+    for model in config.models:
+        if model.name.lower().endswith("[1m]"):
+            yield f"[[models]] {model.name!r}: [1m] at the end of a name is ignored, so nobody can ask for this one"
 
 
 def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def table_rows(tables: Json, name: str) -> list[Json]:
-    rows = tables.get(name, [])
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"{name}: write it as [[{name}]] tables")
-    return rows
-
-
-class Loader:
-    """Builds config dataclasses from parsed TOML, collecting warnings about what only disables a part."""
-
-    def __init__(self, env: Mapping[str, str], warnings: list[str]) -> None:
-        self.env, self.warnings = env, warnings
-        self.missing: list[str] = []  # environment variables named but not set
-
-    def provider(
-        self, row: Json, presets: Mapping[str, Json], formats: tuple[str, ...], where: str
-    ) -> Provider:
-        """A provider row over its preset's; a missing variable disables it, which is never fatal."""
-        name = row.get("name")
-        where = f"[[providers]] {name!r}" if isinstance(name, str) and name else where
-        if not isinstance(name, str) or not re.fullmatch(r"(?! )[\w.@:+ -]{1,64}(?<! )", name):
-            raise ConfigError(
-                f"{where}: key 'name' must be 1 to 64 letters, digits, spaces or . _ - @ : + (no slash)"
-            )
-        kind = str(row.get("type") or "")
-        if kind not in formats and kind not in presets:
-            raise ConfigError(
-                f"{where}: key 'type' is {kind!r}: {known_names(kind, dict.fromkeys([*formats, *presets]))}"
-            )
-        preset = preset_at(presets.get(kind, {}), str(row.get("base_url") or ""))
-        merged = {**preset, **row, "base_url": row.get("base_url") or preset.get("base_url", "")}
-        for key in ("quirks", "headers"):
-            if isinstance(row.get(key, {}), dict):
-                merged[key] = {**preset.get(key, {}), **row.get(key, {})}
-        default_model = merged.pop("default", "")
-        self.missing = []
-        provider: Provider = self.build(Provider, {**merged, "type": kind}, where)
-        for header in provider.headers:
-            if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", header, re.ASCII):
-                raise ConfigError(f"{where}: key 'headers': {header!r} is no name of a header")
-        problem = f"${self.missing[0]} is not set in the environment" if self.missing else ""
-        if any(re.search(r"[\0\r\n]", text) for text in (*provider.api_key, *provider.headers.values())):
-            problem = "its api_key, or a header, has a line end inside"
-        wire_format = str(preset.get("type", kind))
-        if not provider.base_url and wire_format != "demo":
-            raise ConfigError(f"{where}: key 'base_url' is needed for type {kind!r}")
-        check_url(provider.base_url, f"{where}: key 'base_url'")
-        check_url(provider.proxy, f"{where}: key 'proxy'")
-        if problem and provider.enabled:
-            self.warnings.append(f"provider {name}: {problem}; it is disabled until then")
-        return dataclasses.replace(provider, format=wire_format, default_model=default_model, problem=problem)
-
-    def build(self, cls: Any, table: Any, where: str) -> Any:
-        """A dataclass from a table; unknown keys are an error that names the nearest known one."""
-        if not isinstance(table, dict):
-            raise ConfigError(f"{where or 'config'}: must be a table")
-        fields = {f.name: f for f in dataclasses.fields(cls) if "computed" not in f.metadata}
-        values = {}
-        for key, value in table.items():
-            if key not in fields:
-                raise ConfigError(
-                    f"{where + ': ' if where else ''}unknown key {key!r}: {known_names(key, fields)}"
-                )
-            at = f"{where}: key {key!r}" if where else table_title(key, value)
-            converted = self.convert(
-                value, type_hints(cls)[key], at, bool(fields[key].metadata.get("secret"))
-            )
-            self.check(converted, fields[key].metadata, at)
-            values[key] = converted
-        return cls(**values)
-
-    def check(self, value: Any, rule: Mapping[str, Any], at: str) -> None:
-        least, most, choices = rule.get("least"), rule.get("most"), rule.get("choices") or ()
-        if rule.get("regex"):
-            compile_regex(value, at)
-        if least is not None and isinstance(value, (int, float, Decimal)) and value < least:
-            raise ConfigError(f"{at} must be at least {least:g}")
-        if most is not None and value > most:
-            raise ConfigError(f"{at} must be at most {most}")
-        for item in value if isinstance(value, tuple) else [value]:
-            if choices and item not in choices:
-                raise ConfigError(f"{at} is {item!r}: {known_names(str(item), choices)}")
-
-    def convert(self, value: Any, hint: Any, at: str, secret: bool = False) -> Any:
-        """A TOML value as the type the field declares."""
-        options = [o for o in typing.get_args(hint) if o is not type(None)]
-        if type(None) in typing.get_args(hint):
-            return None if value == "" else self.convert(value, options[0], at)
-        if typing.get_origin(hint) is tuple:
-            return self.sequence(value, options[0], at, secret)
-        if typing.get_origin(hint) is dict:
-            return self.mapping(value, options[1], at, secret)
-        if typing.get_origin(hint) is re.Pattern:
-            return compile_regex(self.scalar(value, str, at), at)
-        if hint is Price:
-            return parse_price(value, at)
-        if dataclasses.is_dataclass(hint):
-            return self.build(hint, value, at)
-        return self.expand(self.scalar(value, hint, at)) if secret else self.scalar(value, hint, at)
-
-    def sequence(self, value: Any, item: Any, at: str, secret: bool) -> tuple[Any, ...]:
-        if secret and isinstance(value, str):
-            value = [value] if value else []
-        if not isinstance(value, list):
-            raise ConfigError(f"{at} must be a list")
-        return tuple(self.convert(v, item, f"{at}, item {n}", secret) for n, v in enumerate(value, 1))
-
-    def mapping(self, value: Any, item: Any, at: str, secret: bool) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{at} must be a table")
-        if item is Any:
-            return {key: json_value(v, at) for key, v in value.items()}
-        return {key: self.convert(v, item, f"{at}, {key!r}", secret) for key, v in value.items()}
-
-    def scalar(self, value: Any, hint: Any, at: str) -> Any:
-        kinds: dict[Any, tuple[tuple[type, ...], str]] = {
-            str: ((str,), "text in quotes"), bool: ((bool,), "true or false"), int: ((int,), "a whole number"),
-            float: ((int, Decimal), "a number"), Decimal: ((int, Decimal), "a number"),
-        }  # fmt: skip
-        accepted, words = kinds[hint]
-        if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-            raise ConfigError(f"{at} must be {words}")
-        if isinstance(value, Decimal) and not value.is_finite():
-            raise ConfigError(f"{at} must be {words}")
-        try:
-            return hint(value)
-        except (ValueError, OverflowError, InvalidOperation):
-            raise ConfigError(f"{at} must be {words}") from None
-
-    def expand(self, value: str) -> str:
-        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not fatal.
-        Blanks and line ends around it are a file's, not the key's.
-        """
-
-        def variable(match: re.Match[str]) -> str:
-            name, default = match[1] or match[3], match[2]
-            value = self.env.get(name, "").strip()
-            if not value and default is None:
-                self.missing.append(name)
-            return value or default or ""
-
-        return re.sub(r"\$(?:\{(\w+)(?::-([^}]*))?\}|([A-Za-z_]\w*))", variable, value).strip()
+def load_provider(
+    row: Json, number: int, env: Mapping[str, str], presets: Mapping[str, Json], formats: tuple[str, ...]
+) -> Provider:
+    """A provider's row over its preset's; a variable that is not set is its `problem`, which is never fatal."""
+    name, kind = row.get("name"), str(row.get("type") or "")
+    where = f"[[providers]] {name!r}" if isinstance(name, str) and name else f"[[providers]] row {number}"
+    if not isinstance(name, str) or not re.fullmatch(r"(?! )[\w.@:+ -]{1,64}(?<! )", name):
+        raise ConfigError(
+            f"{where}: key 'name' must be 1 to 64 letters, digits, spaces or . _ - @ : + (no slash)"
+        )
+    if kind not in formats and kind not in presets:
+        raise ConfigError(
+            f"{where}: key 'type' is {kind!r}: {known_names(kind, dict.fromkeys([*formats, *presets]))}"
+        )
+    preset = preset_at(presets.get(kind, {}), str(row.get("base_url") or ""))
+    default_model, wire_format = preset.pop("default", ""), preset.pop("type", kind)
+    merged = {**preset, **row, "base_url": row.get("base_url") or preset.get("base_url", "")}
+    for key in ("quirks", "headers"):
+        if isinstance(row.get(key, {}), dict):
+            merged[key] = {**preset.get(key, {}), **row.get(key, {})}
+    if isinstance(merged.get("api_key"), str):
+        merged["api_key"] = [merged["api_key"]] if merged["api_key"] else []
+    missing = fill_secrets(Provider, merged, env)
+    provider: Provider = load_table(Provider, merged, where)
+    for header in provider.headers:
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", header, re.ASCII):
+            raise ConfigError(f"{where}: key 'headers': {header!r} is no name of a header")
+    if not provider.base_url and wire_format != "demo":
+        raise ConfigError(f"{where}: key 'base_url' is needed for type {kind!r}")
+    check_url(provider.base_url, f"{where}: key 'base_url'")
+    check_url(provider.proxy, f"{where}: key 'proxy'")
+    problem = f"${missing[0]} is not set in the environment" if missing else ""
+    if any(re.search(r"[\0\r\n]", text) for text in (*provider.api_key, *provider.headers.values())):
+        problem = "its api_key, or a header, has a line end inside"
+    return dataclasses.replace(provider, format=wire_format, default_model=default_model, problem=problem)
 
 
 def preset_at(preset: Json, base_url: str) -> Json:
@@ -1433,13 +1324,106 @@ def preset_at(preset: Json, base_url: str) -> Json:
     return {**row, "api_key": key, "quirks": {**row["quirks"], "web_search": "options"}}
 
 
+def fill_secrets(cls: Any, table: Json, env: Mapping[str, str]) -> list[str]:
+    """Puts the environment's values in place of `$NAME`, `${NAME}` and `${NAME:-default}` in a table's secrets; the
+    names that are not set. Blanks and line ends around a secret are a file's, not the key's.
+    """
+    missing: list[str] = []
+
+    def variable(match: re.Match[str]) -> str:
+        name, default = match[1] or match[3], match[2]
+        value = env.get(name, "").strip()
+        if not value and default is None:
+            missing.append(name)
+        return value or default or ""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        if not isinstance(value, str):
+            return value
+        return re.sub(r"\$(?:\{(\w+)(?::-([^}]*))?\}|([A-Za-z_]\w*))", variable, value).strip()
+
+    for f in dataclasses.fields(cls):
+        if f.metadata.get("secret") and f.name in table:
+            table[f.name] = filled(table[f.name])
+    return missing
+
+
+def load_table(cls: Any, table: Any, where: str) -> Any:
+    """A dataclass from a table; unknown keys are an error that names the nearest known one."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: must be a table")
+    fields = {f.name: f for f in dataclasses.fields(cls) if "computed" not in f.metadata}
+    values = {}
+    for key, value in table.items():
+        if key not in fields:
+            raise ConfigError(
+                f"{where + ': ' if where else ''}unknown key {key!r}: {known_names(key, fields)}"
+            )
+        title = f"[[{key}]]" if isinstance(value, list) else f"[{key}]"
+        at = f"{where}: key {key!r}" if where else title
+        values[key] = load_value(value, type_hints(cls)[key], at)
+        check_value(values[key], fields[key].metadata, at)
+    return cls(**values)
+
+
 @functools.cache
 def type_hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def table_title(key: str, value: Any) -> str:
-    return f"[[{key}]]" if isinstance(value, list) else f"[{key}]"
+def check_value(value: Any, rule: Mapping[str, Any], at: str) -> None:
+    least, most, choices = rule.get("least"), rule.get("most"), rule.get("choices")
+    if rule.get("regex"):
+        compile_regex(value, at)
+    if least is not None and value < least:
+        raise ConfigError(f"{at} must be at least {least:g}")
+    if most is not None and value > most:
+        raise ConfigError(f"{at} must be at most {most}")
+    for item in value if isinstance(value, tuple) else [value]:
+        if choices and item not in choices:
+            raise ConfigError(f"{at} is {item!r}: {known_names(str(item), choices)}")
+
+
+def load_value(value: Any, hint: Any, at: str) -> Any:
+    """A TOML value as the type that a field declares."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in options:
+        return None if value == "" else load_value(value, options[0], at)
+    if origin is tuple:
+        items = load_plain(value, list, at)
+        return tuple(load_value(item, options[0], f"{at}, item {n}") for n, item in enumerate(items, 1))
+    if origin is dict:
+        items = load_plain(value, dict, at)
+        return {key: load_value(item, options[1], f"{at}, {key!r}") for key, item in items.items()}
+    if origin is re.Pattern:
+        return compile_regex(load_plain(value, str, at), at)
+    if hint is Any:
+        return json_value(value, at)
+    if hint is Price:
+        return parse_price(value, at)
+    if dataclasses.is_dataclass(hint):
+        return load_table(hint, value, at)
+    return load_plain(value, hint, at)
+
+
+PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "text in quotes"), bool: ((bool,), "true or false"), int: ((int,), "a whole number"),
+    float: ((int, Decimal), "a number"), Decimal: ((int, Decimal), "a number"),
+    list: ((list,), "a list"), dict: ((dict,), "a table"),
+}  # fmt: skip
+
+
+def load_plain(value: Any, kind: Any, at: str) -> Any:
+    accepted, words = PLAIN[kind]
+    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+        with contextlib.suppress(OverflowError):
+            if not isinstance(value, Decimal) or math.isfinite(value):
+                return kind(value)
+    raise ConfigError(f"{at} must be {words}")
 
 
 def known_names(name: str, known: Iterable[str]) -> str:

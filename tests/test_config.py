@@ -94,6 +94,7 @@ TYPE_ERRORS = [
     ("[server]\nbody_timeout = 0", "[server]: key 'body_timeout' must be at least 0.1"),
     ("[server]\nbody_timeout = nan", "[server]: key 'body_timeout' must be a number"),
     ("[server]\nbody_timeout = inf", "[server]: key 'body_timeout' must be a number"),
+    ("[server]\nbody_timeout = 1e999", "[server]: key 'body_timeout' must be a number"),
     ("[server]\nbody_timeout = 2026-01-01", "[server]: key 'body_timeout' must be a number"),
     ("[server]\nallowed_hosts = 'a'", "[server]: key 'allowed_hosts' must be a list"),
     ("[server]\nallowed_hosts = ['a:80', 'https://b/']", "key 'allowed_hosts' has 'https://b/': write a name or an address alone"),
@@ -240,7 +241,7 @@ def test_a_value_of_a_wrong_type_names_table_and_key(head: str, key: str) -> Non
     assert re.match(r"\[+(\w+)", head)[1] in words
 
 
-@pytest.mark.parametrize("field", ["format", "default_model", "problem"])
+@pytest.mark.parametrize("field", ["format", "default_model", "problem", "default"])
 def test_what_ccmux_works_out_is_no_key_of_the_file(field: str) -> None:
     assert f"unknown key '{field}'" in error_of(PROVIDER + f"{field} = 'x'\n")
 
