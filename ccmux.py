@@ -594,8 +594,6 @@ def as_object(value: Any) -> Json:
 
 def text_of(content: Any) -> str:
     """The text of a content value, blocks joined by blank lines; other blocks are left out."""
-    if isinstance(content, str):
-        return content
     return "\n\n".join(str(b.get("text") or "") for b in blocks_of(content) if b.get("type") == "text")
 
 
@@ -1051,15 +1049,8 @@ class Router:
 
 
 ROUTE_SLOTS = (
-    "default",
-    "background",
-    "think",
-    "websearch",
-    "subagent",
-    "compaction",
-    "image",
-    "long_context",
-)
+    "default", "background", "think", "websearch", "subagent", "compaction", "image", "long_context",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1117,17 +1108,16 @@ class Quirks:
         return object()
 
 
-PROVIDER_KEYS_HELP = (
-    'the key, "$NAME" for an environment variable, "passthrough" for the client\'s own; several take turns'
-)
-
-
 @dataclass(frozen=True, slots=True)
 class Provider:
     name: str = opt("", "what ccmux calls it")
     type: str = opt("", "wire format (anthropic, openai, responses, gemini, demo) or a preset")
     base_url: str = opt("", "overrides the preset's address")
-    api_key: tuple[str, ...] = opt((), PROVIDER_KEYS_HELP, secret=True)
+    api_key: tuple[str, ...] = opt(
+        (),
+        'the key, "$NAME" for an environment variable, "passthrough" for the client\'s own; several take turns',
+        secret=True,
+    )
     models: tuple[str, ...] = opt(
         (), "upstream names that may be asked for as they are, without a row of their own"
     )
@@ -1210,11 +1200,11 @@ class Config:
 
     @functools.cached_property
     def _providers(self) -> dict[str, Provider]:
-        return {p.name: p for p in reversed(self.providers)}
+        return {p.name: p for p in self.providers}
 
     @functools.cached_property
     def _models(self) -> dict[str, Model]:
-        return {m.name: m for m in reversed(self.models)}
+        return {m.name: m for m in self.models}
 
     @functools.cached_property
     def smallest_limit(self) -> int:
@@ -1226,11 +1216,10 @@ class Config:
     @functools.cached_property
     def secrets(self) -> list[str]:
         """Every secret value in it, longest first, for scrubbing."""
-        found = {
-            key for p in self.providers for key in (*p.api_key, *p.headers.values()) if not p.passthrough
-        }
-        found |= {str(p.quirks.extra_body.get("api_key", "")) for p in self.providers}
-        return sorted((found | {self.server.admin_token}) - {""}, key=len, reverse=True)
+        found = {self.server.admin_token}
+        for p in self.providers:
+            found |= {*p.api_key, *p.headers.values(), str(p.quirks.extra_body.get("api_key", ""))}
+        return sorted(found - {"", "passthrough"}, key=len, reverse=True)
 
 
 def parse_config(
@@ -1521,10 +1510,10 @@ def check_names(config: Config) -> None:
     """Names are unique, and every mapping names a provider."""
     known = [p.name for p in config.providers]
     for table, names in (("providers", known), ("models", [m.name for m in config.models])):
-        for name in names:
-            if not name:
-                raise ConfigError(f"[[{table}]]: each row needs a name")
-            if names.count(name) > 1:
+        if "" in names:
+            raise ConfigError(f"[[{table}]]: each row needs a name")
+        for name, uses in Counter(names).items():
+            if uses > 1:
                 raise ConfigError(f"[[{table}]] {name!r}: the name is used twice")
     for model in config.models:
         for target in model.mappings:
@@ -1845,7 +1834,7 @@ class TomlEditor:
         more = [emit_tables(f"{title}.{emit_key(k)}", v) for k, v in rows.items()]
         return [(at, at, "".join(keys))] * bool(keys), [(end, end, "".join(more))] * bool(more)
 
-    def row_edits(self, path: TomlPath, old: list[Json], new: list[Json]) -> list[Edit] | None:
+    def row_edits(self, path: TomlPath, old: list[Json], new: list[Json]) -> list[Edit]:
         """The edits of `[[path]]` rows. Those that stay fill the places of those that stayed, in the new order."""
         source = matched(old, new)
         kept = sorted(i for i in source if i is not None)
@@ -1864,17 +1853,10 @@ class TomlEditor:
             inside = [] if same_value(old[i], row) else self.edits((*path, i), old[i], row) or []
             if last == i:
                 found += inside
-            elif self.is_whole((*path, i)) and self.is_whole((*path, last)):
+            else:
                 part = edited_part(self.text, self.slot((*path, i)), inside).rstrip("\n") + "\n"
                 found.append((*self.slot((*path, last)), part))
-            else:
-                return None
         return found
-
-    def is_whole(self, path: TomlPath) -> bool:
-        """Whether nothing else stands between the lines of a row."""
-        under = self.under(path)
-        return all(not s.path or s.path[: len(path)] == path for s in self.lines[under[0] : under[-1]])
 
     def slot(self, path: TomlPath) -> tuple[int, int]:
         """From where to where (in characters) a row stands in the file, with its comments."""
@@ -2219,8 +2201,7 @@ def admin_token_of(config: Config) -> str:
         ) from None
     token = secrets.token_urlsafe(24)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(token + "\n")
+    write_private(path, token + "\n")
     return token
 
 

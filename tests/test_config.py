@@ -334,6 +334,9 @@ def test_a_key_in_the_body_is_a_secret() -> None:
 
 def test_a_passthrough_key_is_no_secret() -> None:
     assert parse(PROVIDER + "api_key = 'passthrough'\n").secrets == []
+    assert parse(PROVIDER + "api_key = 'passthrough'\nheaders = { A = 'head-abcdef' }").secrets == [
+        "head-abcdef"
+    ]
 
 
 # Presets
