@@ -1436,7 +1436,7 @@ def json_value(value: Any, at: str) -> Any:
         return {k: json_value(v, at) for k, v in value.items()}
     if isinstance(value, list):
         return [json_value(v, at) for v in value]
-    if isinstance(value, Decimal) and value.is_finite():
+    if isinstance(value, Decimal) and math.isfinite(value):
         return float(value)
     if not isinstance(value, (str, int, bool)):
         raise ConfigError(f"{at}: {value} has no JSON form; write it as text")
@@ -1840,9 +1840,8 @@ class TomlEditor:
         kept = sorted(i for i in source if i is not None)
         found = [edit for i in range(len(old)) if i not in kept for edit in self.removal((*path, i))]
         places = iter(kept)
-        last, side = (
-            (kept[0], 0) if kept else (len(old) - 1, 1)
-        )  # what new rows stand behind (1) or before (0)
+        # New rows stand behind (1) the row before them; those at the top before (0) the first that stays.
+        last, side = (kept[0], 0) if kept else (len(old) - 1, 1)
         for row, i in zip(new, source, strict=True):
             if i is None:
                 end = self.slot((*path, last))[side]
@@ -1949,7 +1948,7 @@ class TomlItem:
     value: tuple[int, int] = (0, 0)
 
 
-TOML_NOTE = r"[ \t]*#[^\r\n]*"  # a comment on the rest of a line
+TOML_NOTE = r"(?:[ \t]*#[^\r\n]*)?"  # a comment on the rest of a line
 TOML_BLANK = r"(?:[ \t\r\n]|#[^\n]*)*"
 
 
@@ -1958,7 +1957,7 @@ def value_edits(text: str, span: tuple[int, int], old: Any, new: Any) -> list[Ed
     if same_value(old, new):
         return []
     if old and isinstance(old, (dict, list)) and isinstance(new, type(old)):
-        begin = match_end(f"(?:{TOML_NOTE})?", text, span[0] + 1)
+        begin = match_end(TOML_NOTE, text, span[0] + 1)
         items = scan_items(text, begin, isinstance(old, dict))
         if all(len(item.keys) <= 1 for item in items):
             return item_edits(text, (begin, span[1] - 1), items, old, new)
@@ -1972,18 +1971,17 @@ def item_edits(text: str, span: tuple[int, int], items: list[TomlItem], old: Any
         keys = [k for k in names if k in new] + [k for k in new if k not in names]
         source = [names.index(k) if k in names else None for k in keys]
         old, new = [old[k] for k in names], [new[k] for k in keys]
-        fresh = [f"{emit_key(k)} = {emit_value(v)}" for k, v in zip(keys, new, strict=True)]
+        titles = [f"{emit_key(k)} = " for k in keys]
     else:
-        source, fresh = matched(old, new), [emit_value(v) for v in new]
-    inside = [
-        [] if i is None else value_edits(text, items[i].value, old[i], v)
-        for i, v in zip(source, new, strict=True)
-    ]
+        source, titles = matched(old, new), [""] * len(new)
     if source == list(range(len(old))):
-        return [edit for edits in inside for edit in edits]
+        pairs = zip(items, old, new, strict=False)
+        return [edit for item, was, value in pairs for edit in value_edits(text, item.value, was, value)]
     bodies = [
-        words if i is None else edited_part(text, items[i].span, edits)
-        for i, edits, words in zip(source, inside, fresh, strict=True)
+        title + emit_value(value)
+        if i is None
+        else edited_part(text, items[i].span, value_edits(text, items[i].value, old[i], value))
+        for i, title, value in zip(source, titles, new, strict=True)
     ]
     return [(*span, joined_items(items, source, bodies))]
 
@@ -2004,12 +2002,11 @@ def scan_items(text: str, at: int, is_table: bool) -> list[TomlItem]:
             keys, at = scan_keys(text, at)
             at = match_end(r"[ \t]*", text, at + 1)
         end = value_end(text, at)
-        value, at = (at, end), match_end(TOML_BLANK, text, end)
-        tail, comma = text[end:at].rstrip(), ","
-        if text[at] != ",":
-            tail, comma, at = "", "", end - 1
-        note = at + 1
-        at = match_end(f"(?:{TOML_NOTE})?", text, note)
+        value, beyond = (at, end), match_end(TOML_BLANK, text, end)
+        comma = "," if text[beyond] == "," else ""
+        # Comments may stand before the comma and behind it.
+        tail, note = (text[end:beyond].rstrip(), beyond + 1) if comma else ("", end)
+        at = match_end(TOML_NOTE, text, note)
         items.append(TomlItem(lead, (start, end), join_blank(tail, text[note:at]), keys, value))
 
 
@@ -2174,7 +2171,7 @@ def database_path(config: Config) -> str:
 def home_of(config: Config) -> Path:
     """The folder that relative paths of a config are in; made (0700) where it is ccmux's own."""
     if config.path:
-        return Path(config.path).expanduser().resolve().parent
+        return Path(config.path).resolve().parent
     home = ccmux_home()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     return home

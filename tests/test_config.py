@@ -135,6 +135,7 @@ TYPE_ERRORS = [
     (PROVIDER + "quirks = { cache_control = 'a{99999999999}' }", "'cache_control' is not a regular expression"),
     (PROVIDER + "quirks = { auth = 'basic' }", "key 'auth' is 'basic'"),
     (PROVIDER + "quirks = { extra_body = { a = 2026-01-01 } }", "has no JSON form"),
+    (PROVIDER + "quirks = { extra_body = { a = 1e999 } }", "has no JSON form"),
     (PROVIDER + "headers = 3", "[[providers]] 'p'"),
     (PROVIDER + "headers = { 'X Y' = 'a' }", "[[providers]] 'p': key 'headers': 'X Y' is no name of a header"),
     (PROVIDER + "headers = { a = 3 }", "[[providers]] 'p': key 'headers', 'a' must be text in quotes"),
