@@ -1638,25 +1638,24 @@ def mux_models(tables: Json, router: Json, lost: list[Any], warnings: list[str])
 
 
 TomlPath = tuple[str | int, ...]  # the keys, and the row's number in an array of tables
-Edit = tuple[int, int, str]  # from, to (in characters), and what is to stand there
 
 # Parts of a file that tomllib has accepted. Up to two quotes may stand before the three that close a text.
 TOML_TEXT = r"""(?:"{3}(?:[^\\]|\\.)*?"{3,5}|'{3}.*?'{3,5}|"(?:[^"\\]|\\.)*"|'[^']*')"""
 TOML_KEYS = rf"(?s)[ \t]*(?:[\w-]+|{TOML_TEXT})[ \t]*(?:\.[ \t]*(?:[\w-]+|{TOML_TEXT})[ \t]*)*"
 TOML_TOKEN = rf"(?s){TOML_TEXT}|#[^\n]*|[\[\]{{}},\r\n]|[^\"'#\[\]{{}},\r\n]+"
+TOML_NOTE = r"(?:[ \t]*#[^\r\n]*)?"  # a comment on the rest of a line
+TOML_BLANK = r"(?:[ \t\r\n]|#[^\n]*)*"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Statement:
-    """A stretch of a TOML file, in characters: a header, a key with its value, or (without a path) a blank or comment
-    line.
-    """
+    """A stretch of a TOML file: a header, a key with its value, or (without a path) a blank or comment line."""
 
-    start: int
-    end: int  # after the line's end
+    text: str  # with the line's end
     path: TomlPath  # of what it says, from the top of the file
     home: TomlPath  # of the header that it stands under, or is
-    value: tuple[int, int] | None = None  # of a key
+    value: tuple[int, int] | None = None  # of a key: from where to where in the text
+    comment: str = ""  # of a comment line
 
 
 def scan_toml(text: str) -> list[Statement]:
@@ -1668,18 +1667,20 @@ def scan_toml(text: str) -> list[Statement]:
     while at < len(text):
         start, at = at, match_end(r"[ \t]*", text, at)
         path: TomlPath = ()
-        value = None
+        value, comment = None, ""
         if text[at : at + 1] == "[":
             is_row = text.startswith("[[", at)
             keys, at = scan_keys(text, at + 1 + is_row)
             path = home = numbered(keys, rows, is_row)
-        elif text[at : at + 1] not in ("", "#", "\n", "\r"):
+        elif text[at : at + 1] == "#":
+            comment = text[at : match_end(TOML_NOTE, text, at)]
+        elif text[at : at + 1].strip():
             keys, at = scan_keys(text, at)
             begin = match_end(r"[ \t]*", text, at + 1)
             at = value_end(text, begin)
-            path, value = (*home, *keys), (begin, at)
+            path, value = (*home, *keys), (begin - start, at - start)
         at = text.find("\n", at) + 1 or len(text)
-        found.append(Statement(start, at, path, home, value))
+        found.append(Statement(text[start:at], path, home, value, comment))
     return found
 
 
@@ -1730,9 +1731,13 @@ def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str
     """
     if "\r\n" in text and text.count("\r\n") == text.count("\n"):
         return edit_toml(text.replace("\r\n", "\n"), root, name, table).replace("\n", "\r\n")
+    if text and not text.endswith("\n"):
+        return edit_toml(text + "\n", root, name, table).removesuffix("\n")
     before = tomllib.loads(text)
     meant = meant_tables(before, root, name, table)
-    after = apply_edits(text, TomlEditor(text).table_edits((), before, meant))
+    editor = TomlEditor(text)
+    editor.set_table((), before, meant)
+    after = "".join(line.text for line in editor.lines)
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if same_value(tomllib.loads(after), meant):
             return after
@@ -1760,126 +1765,125 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 class TomlEditor:
-    """Finds the edits that make a TOML file say something else, with every comment in its place.
+    """Changes the lines of a TOML file in their places, until they say what is meant; what is gone has no text.
 
     A comment belongs to what stands right below it; one with nothing below, and a key that is commented out,
     to what it touches above. Rows that change places take theirs along.
     """
 
     def __init__(self, text: str) -> None:
-        self.text = text
         self.lines = scan_toml(text)
 
     def under(self, path: TomlPath) -> list[int]:
         """Which lines say what is at this path."""
         return [n for n, s in enumerate(self.lines) if s.path and s.path[: len(path)] == path]
 
-    def edits(self, path: TomlPath, old: Any, new: Any) -> list[Edit] | None:
-        """What makes a changed value say `new`; None where it is to be taken out and written anew."""
-        span = next((s.value for s in self.lines if s.value and s.path == path), None)
-        if span is not None:
-            return value_edits(self.text, span, old, new)
-        if isinstance(old, dict) and isinstance(new, dict):
-            # One that is only there by what is in it is not there any more when it is empty.
-            has_lines = bool(new) or any(s.path == path for s in self.lines)
-            return self.table_edits(path, old, new) if has_lines else None
-        return self.row_edits(path, old, new) if is_rows(old) and is_rows(new) else None
-
-    def table_edits(self, path: TomlPath, old: Json, new: Json) -> list[Edit]:
-        found: list[Edit] = []
+    def set_table(self, path: TomlPath, old: Json, new: Json) -> None:
+        """Makes the table at this path, which says `old`, say `new`."""
         added = {k: v for k, v in new.items() if k not in old}
         for key, was in old.items():
             if key in new and same_value(was, new[key]):
                 continue
-            inside = self.edits((*path, key), was, new[key]) if key in new else None
-            if inside is None:
-                inside = self.removal((*path, key))
+            if key not in new or not self.set_value((*path, key), was, new[key]):
+                self.remove((*path, key))
                 added |= {key: new[key]} if key in new else {}
-            found += inside
-        keys, rows = self.additions(path, added) if added else ([], [])
-        return keys + found + rows  # headers stand below all keys where they meet
+        if added:
+            self.add(path, added)
 
-    def removal(self, path: TomlPath) -> list[Edit]:
+    def set_value(self, path: TomlPath, old: Any, new: Any) -> bool:
+        """The same for any value; False where it is to be taken out and written anew."""
+        line = next((s for s in self.lines if s.path == path), None)
+        if line and line.value:
+            a, b = line.value
+            line.text = line.text[:a] + edited_value(line.text[a:b], old, new) + line.text[b:]
+        elif is_rows(old) and is_rows(new):
+            self.set_rows(path, old, new)
+        # A table that is only there by what is in it is not there any more when it is empty.
+        elif isinstance(old, dict) and isinstance(new, dict) and (new or line):
+            self.set_table(path, old, new)
+        else:
+            return False
+        return True
+
+    def remove(self, path: TomlPath) -> None:
         """Takes lines out: single keys one by one, so that comments between them stay; tables whole."""
+        under = self.under(path)
+        for last, n in zip([*under[:1], *under], under, strict=False):
+            line, between = self.lines[n], self.lines[last + 1 : n]
+            is_single = line.value and len(line.home) < len(path)
+            if is_single or any(s.path for s in between):
+                between = []
+            for gone in (line, *between):
+                gone.text = ""
 
-        def way(line: Statement) -> str:
-            if line.path[: len(path)] != path:
-                return ""
-            return "one by one" if line.value and len(line.home) < len(path) else "whole"
-
-        found: list[Edit] = []
-        for how, run in itertools.groupby((s for s in self.lines if s.path), way):
-            gone = list(run)
-            if how == "whole":
-                found.append((gone[0].start, gone[-1].end, ""))
-            elif how:
-                found += [(s.start, s.end, "") for s in gone]
-        return found
-
-    def additions(self, path: TomlPath, new: Json) -> tuple[list[Edit], list[Edit]]:
-        """Writes keys at the end of a table's own lines, and rows under headers of their own after all of it."""
+    def add(self, path: TomlPath, new: Json) -> None:
+        """Writes keys below a table's own lines, and rows under headers of their own below all of it."""
         if not path:
-            end, gap = len(self.text), "\n" if self.text.strip() else ""
-            return [], [(end, end, gap + "\n".join(emit_tables(k, v) for k, v in new.items()))]
+            gap = "\n" if any(line.text.strip() for line in self.lines) else ""
+            text = gap + "\n".join(emit_tables(k, v) for k, v in new.items())
+            self.lines.append(Statement(text, (), ()))
+            return
         under = [self.lines[n] for n in self.under(path)]
         own = [s for s in under if s.path == path or (s.value and len(s.home) <= len(path))]
-        end, title = under[-1].end, dotted(path)
+        title = dotted(path)
         if not own:  # it is only there by what is in it
-            return [], [(end, end, emit_tables(title, new))]
-        at, home = own[-1].end, own[-1].home
+            under[-1].text += emit_tables(title, new)
+            return
+        home = own[-1].home
         rows = {k: v for k, v in new.items() if is_rows(v) and home == path}
-        keys = [
-            f"{dotted((*path[len(home) :], k))} = {emit_value(v)}\n" for k, v in new.items() if k not in rows
-        ]
-        more = [emit_tables(f"{title}.{emit_key(k)}", v) for k, v in rows.items()]
-        return [(at, at, "".join(keys))] * bool(keys), [(end, end, "".join(more))] * bool(more)
+        for key in [k for k in new if k not in rows]:
+            own[-1].text += f"{dotted((*path[len(home) :], key))} = {emit_value(new[key])}\n"
+        for key, value in rows.items():
+            under[-1].text += emit_tables(f"{title}.{emit_key(key)}", value)
 
-    def row_edits(self, path: TomlPath, old: list[Json], new: list[Json]) -> list[Edit]:
-        """The edits of `[[path]]` rows. Those that stay fill the places of those that stayed, in the new order."""
+    def set_rows(self, path: TomlPath, old: list[Json], new: list[Json]) -> None:
+        """`set_table` for `[[path]]` rows. Those that stay fill the places of those that stayed, in the new order."""
         source = matched(old, new)
-        kept = sorted(i for i in source if i is not None)
-        found = [edit for i in range(len(old)) if i not in kept for edit in self.removal((*path, i))]
-        places = iter(kept)
-        # New rows stand behind (1) the row before them; those at the top before (0) the first that stays.
-        last, side = (kept[0], 0) if kept else (len(old) - 1, 1)
-        for row, i in zip(new, source, strict=True):
+        order = [i for i in source if i is not None]
+        for i in {*range(len(old))} - {*order}:
+            self.remove((*path, i))
+        fresh = ""  # rows without a place, which go behind the row before them
+        for row, i in reversed(list(zip(new, source, strict=True))):
             if i is None:
-                end = self.slot((*path, last))[side]
-                gap = "\n" if len(path) == 1 else ""
-                found.append((end, end, gap + emit_tables(dotted(path), [row])))
+                fresh = "\n" * (len(path) == 1) + emit_tables(dotted(path), [row]) + fresh
                 continue
-            last, side = next(places), 1
-            inside = [] if same_value(old[i], row) else self.edits((*path, i), old[i], row) or []
-            if last == i:
-                found += inside
-            else:
-                part = edited_part(self.text, self.slot((*path, i)), inside).rstrip("\n") + "\n"
-                found.append((*self.slot((*path, last)), part))
-        return found
+            if not same_value(old[i], row):
+                self.set_value((*path, i), old[i], row)
+            if fresh:
+                self.slot((*path, i))[-1].text += fresh
+                fresh = ""
+        if fresh and order:
+            top = self.slot((*path, order[0]))[0]
+            top.text = fresh + top.text
+        elif fresh:
+            self.slot((*path, len(old) - 1))[-1].text += fresh
+        moves = [(i, place) for i, place in zip(order, sorted(order), strict=True) if i != place]
+        slots = {i: self.slot((*path, i)) for i, _ in moves}
+        texts = {i: "".join(line.text for line in lines) for i, lines in slots.items()}
+        for i, place in moves:
+            for line in slots[place]:
+                line.text = ""
+            slots[place][0].text = texts[i]
 
-    def slot(self, path: TomlPath) -> tuple[int, int]:
-        """From where to where (in characters) a row stands in the file, with its comments."""
+    def slot(self, path: TomlPath) -> list[Statement]:
+        """The lines where a row stands, with its comments."""
         under = self.under(path)
         first, end = under[0], self.comments_below(under[-1])
-        while first and self.is_comment(first - 1):
+        while first and self.lines[first - 1].comment:
             first -= 1
         if first and self.lines[first - 1].path:
             first = self.comments_below(first - 1)
-        return self.lines[first].start, self.lines[end - 1].end
+        return self.lines[first:end]
 
     def comments_below(self, n: int) -> int:
         """Where the comments end that stand right below line n and belong to it."""
         end = n + 1
-        while end < len(self.lines) and self.is_comment(end):
+        while end < len(self.lines) and self.lines[end].comment:
             end += 1
         if end < len(self.lines) and not self.lines[end].path:
             return end
-        keys = [i + 1 for i in range(n + 1, end) if self.is_comment(i, r"\s*#\s*[\w.-]+\s*=")]
-        return max(keys, default=n + 1)
-
-    def is_comment(self, n: int, like: str = r"\s*#") -> bool:
-        line = self.lines[n]
-        return not line.path and bool(re.compile(like).match(self.text, line.start, line.end))
+        keys = [i for i in range(n + 1, end) if re.match(r"#\s*[\w.-]+\s*=", self.lines[i].comment)]
+        return max(keys, default=n) + 1
 
 
 def matched(old: list[Any], new: list[Any]) -> list[int | None]:
@@ -1919,53 +1923,36 @@ def dotted(path: TomlPath) -> str:
     return ".".join(emit_key(key) for key in path if isinstance(key, str))
 
 
-def apply_edits(text: str, edits: Iterable[Edit]) -> str:
-    """The text with all edits made; of those at one place the first stands first."""
-    for start, end, new in sorted(edits, key=lambda edit: edit[:2])[::-1]:
-        is_in_line = text[:start] and text[start - 1] != "\n"
-        opening = "\n" if start == end and new.endswith("\n") and is_in_line else ""
-        text = text[:start] + opening + new + text[end:]
-    return text
-
-
-def edited_part(text: str, span: tuple[int, int], edits: list[Edit]) -> str:
-    """A stretch of the text with the edits inside it made."""
-    start, end = span
-    return apply_edits(text[start:end], [(a - start, b - start, new) for a, b, new in edits])
-
-
 # Inside a value: the items of an array or of an inline table, which may stand on lines with comments.
 
 
 @dataclass(frozen=True, slots=True)
 class TomlItem:
-    """An element, or a `key = value`; with the blank and comments before it, and the comment after it."""
+    """An element, or a `key = value`, as it stands there: lead, title, value and rest are the whole text."""
 
-    lead: str
-    span: tuple[int, int]
-    tail: str
+    lead: str  # the blank and comments before it
+    title: str = ""  # the key and the equals sign
+    value: str = ""
+    rest: str = ""  # the comma, with the comments before and behind it
+    comma: str = ""
+    tail: str = ""  # the comments alone
     keys: tuple[str, ...] = ()
-    value: tuple[int, int] = (0, 0)
 
 
-TOML_NOTE = r"(?:[ \t]*#[^\r\n]*)?"  # a comment on the rest of a line
-TOML_BLANK = r"(?:[ \t\r\n]|#[^\n]*)*"
-
-
-def value_edits(text: str, span: tuple[int, int], old: Any, new: Any) -> list[Edit]:
-    """What makes the value that stands there say `new`."""
+def edited_value(text: str, old: Any, new: Any) -> str:
+    """A value's text, changed to say `new`."""
     if same_value(old, new):
-        return []
+        return text
     if old and isinstance(old, (dict, list)) and isinstance(new, type(old)):
-        begin = match_end(TOML_NOTE, text, span[0] + 1)
+        begin = match_end(TOML_NOTE, text, 1)
         items = scan_items(text, begin, isinstance(old, dict))
         if all(len(item.keys) <= 1 for item in items):
-            return item_edits(text, (begin, span[1] - 1), items, old, new)
-    return [(*span, emit_value(new))]
+            return text[:begin] + edited_items(items, old, new) + text[-1]
+    return emit_value(new)
 
 
-def item_edits(text: str, span: tuple[int, int], items: list[TomlItem], old: Any, new: Any) -> list[Edit]:
-    """The same for what stands between brackets."""
+def edited_items(items: list[TomlItem], old: Any, new: Any) -> str:
+    """What stands between the brackets, changed to say `new`."""
     if isinstance(old, dict):
         names = [item.keys[0] for item in items[:-1]]
         keys = [k for k in names if k in new] + [k for k in new if k not in names]
@@ -1974,40 +1961,39 @@ def item_edits(text: str, span: tuple[int, int], items: list[TomlItem], old: Any
         titles = [f"{emit_key(k)} = " for k in keys]
     else:
         source, titles = matched(old, new), [""] * len(new)
-    if source == list(range(len(old))):
-        pairs = zip(items, old, new, strict=False)
-        return [edit for item, was, value in pairs for edit in value_edits(text, item.value, was, value)]
     bodies = [
         title + emit_value(value)
         if i is None
-        else edited_part(text, items[i].span, value_edits(text, items[i].value, old[i], value))
+        else items[i].title + edited_value(items[i].value, old[i], value)
         for i, title, value in zip(source, titles, new, strict=True)
     ]
-    return [(*span, joined_items(items, source, bodies))]
+    if source != list(range(len(old))):
+        return joined_items(items, source, bodies)
+    parts = zip(items, [*bodies, ""], strict=True)
+    return "".join(item.lead + body + item.rest for item, body in parts)
 
 
 def scan_items(text: str, at: int, is_table: bool) -> list[TomlItem]:
-    """The items from here to the closing bracket; a last, empty one has what stands before that, and a comma as
-    its tail where one is left hanging.
-    """
+    """The items from here to the closing bracket; the last one is only what stands before that."""
     items: list[TomlItem] = []
-    comma = ""
     while True:
-        before, at = at, match_end(TOML_BLANK, text, at)
-        lead, start = text[before:at], at
-        keys: tuple[str, ...] = ()
+        start, at = at, match_end(TOML_BLANK, text, at)
+        lead = text[start:at]
         if text[at] in "]}":
-            return [*items, TomlItem(lead, (at, at), comma)]
+            return [*items, TomlItem(lead)]
+        begin = at
+        keys: tuple[str, ...] = ()
         if is_table:
             keys, at = scan_keys(text, at)
             at = match_end(r"[ \t]*", text, at + 1)
         end = value_end(text, at)
-        value, beyond = (at, end), match_end(TOML_BLANK, text, end)
-        comma = "," if text[beyond] == "," else ""
-        # Comments may stand before the comma and behind it.
-        tail, note = (text[end:beyond].rstrip(), beyond + 1) if comma else ("", end)
+        title, value = text[begin:at], text[at:end]
+        at = match_end(TOML_BLANK, text, end)
+        comma = "," if text[at] == "," else ""
+        before, note = (text[end:at].rstrip(), at + 1) if comma else ("", end)
         at = match_end(TOML_NOTE, text, note)
-        items.append(TomlItem(lead, (start, end), join_blank(tail, text[note:at]), keys, value))
+        tail = join_blank(before, text[note:at])
+        items.append(TomlItem(lead, title, value, text[end:at], comma, tail, keys))
 
 
 def join_blank(one: str, other: str) -> str:
@@ -2035,7 +2021,8 @@ def joined_items(items: list[TomlItem], source: list[int | None], bodies: list[s
             lead = blanks[n] if n < len(blanks) else gap
         out += ("," if n else "") + join_blank(tail, lead) + body
         tail = "" if i is None else items[i].tail
-    return out + (end.tail if bodies else "") + join_blank(tail, join_blank(held, end.lead))
+    comma = items[-1].comma if bodies else ""
+    return out + comma + join_blank(tail, join_blank(held, end.lead))
 
 
 def is_rows(value: Any) -> bool:
