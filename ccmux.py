@@ -612,8 +612,8 @@ _KEY_LIKE = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}|\b(?:(?:sk|pk|rk|xai|gs
 # Reading requests (pure)
 # ----------------------------------------------------------------------------------------------------------
 # Claude Code sends the whole conversation with every turn. What two requests have in common is parsed once, and
-# what is made of it (a count, a translation, its bytes) is made once: `RequestReader` knows elements again by
-# their bytes, `once` and `each` keep what was made beside them.
+# what is made of it (a count, a translation, its bytes) is made once. `RequestReader` knows elements again by
+# their bytes; `once` and `each` keep with an element what was made of it.
 
 
 class MuchNewError(Exception):
@@ -637,10 +637,10 @@ class Element(typing.NamedTuple):
 class RequestReader:
     """Reads requests as `strict_json` does, but what many of them have in common only once.
 
-    Claude Code sends the whole conversation with each turn, and its tools and system prompt. Elements of those arrays
-    are known again by their bytes. All of an array is taken out before the rest is parsed, and a mark that no client
-    can foresee put in its place: where the mark is then found as the one element of the array, the parser was at the
-    place it is at between elements, so each of them would have been read as it was before.
+    Claude Code sends the whole conversation with each turn, and its tools and system prompt. The elements of those
+    arrays are known again by their bytes. The rest is parsed with a mark in place of each array's inside, a text that
+    no client can foresee. Where the mark comes out as the array's one element, an array is what stood there, and its
+    elements are what the parser would have found.
     """
 
     ARRAYS = (b'"messages"', b'"tools"', b'"system"')
@@ -653,7 +653,7 @@ class RequestReader:
 
     def __init__(self, most: int = 2**25) -> None:
         self.most = most  # bytes of memory, roughly
-        self.mark = secrets.token_hex(16)
+        self.mark = secrets.token_hex(16)  # what stands for an array's inside
         self.young: dict[bytes, list[Element]] = {}
         self.old: dict[bytes, list[Element]] = {}  # not used since the young were as many as these
         self.runs: dict[bytes, list[Element]] = {}  # of the young
@@ -704,7 +704,7 @@ class RequestReader:
                     arrays[name[1:-1].decode()], end = self.elements(raw, start)
                     rest[at : at + 1] = [(begin, start), (end, stop)]
                     break
-        body = strict_json(json.dumps(self.mark).encode().join(raw[a:b] for a, b in rest))
+        body = strict_json((b'"%b"' % self.mark.encode()).join([raw[a:b] for a, b in rest]))
         for key, values in arrays.items():
             if body.get(key) != [self.mark]:
                 raise ValueError("not the array it seemed to be")
@@ -737,9 +737,9 @@ class RequestReader:
         return self.with_run(run, values, seen[0], memoryview(raw)[start : seen[1]]), place
 
     def with_run(self, run: Element | None, values: list[Any], seen: int, text: memoryview) -> list[Any]:
-        """The values with the run they begin with: a longer one where more of them, `seen`, were there before.
+        """The values, with the run that they begin with.
 
-        `text` is how those stand in the request.
+        Where more of them were there before, `seen` in all, they make a longer run; `text` is how they stand there.
         """
         known = len(run.value.values) if run else 0
         if not all(isinstance(value, dict) for value in values[known:]):
@@ -841,7 +841,7 @@ def blanks_end(text: str, start: int) -> int:
 
 
 class Made(dict[Any, Any]):
-    """What was made of something that does not change, by keys that tell all else it depends on."""
+    """What was made of something that never changes. A key tells all else that it was made from."""
 
     MOST = 6
 
@@ -857,7 +857,7 @@ class Made(dict[Any, Any]):
 
 
 class MadeOfTurn(Made):
-    """The same of a turn: `results_in`, `called_in` and one translation. Of several, each takes more memory than it."""
+    """The same for a turn: `results_in`, `called_in` and one translation, each of which takes more memory than the turn."""
 
     MOST = 3
 
