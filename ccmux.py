@@ -672,7 +672,7 @@ class RequestReader:
         except MuchNewError:
             if Element(raw, None).weight <= self.most // 2:  # else its end drives out its beginning
                 self.unread.append((raw, 8 * len(raw) // self.MOST_NEW + 4))
-        except (ValueError, IndexError, StopIteration, RecursionError, ApiError):
+        except BROKEN:
             pass
         return strict_json(raw)  # which says what is wrong with it
 
@@ -690,7 +690,7 @@ class RequestReader:
         except MuchNewError:
             if tries and self.kept > before:
                 self.unread.appendleft((raw, tries - 1))
-        except (ValueError, IndexError, StopIteration, RecursionError, ApiError):
+        except BROKEN:
             pass
         return bool(self.unread)
 
@@ -816,6 +816,13 @@ class RequestReader:
         self.weight += element.weight
 
 
+BROKEN = (
+    ValueError,
+    IndexError,
+    StopIteration,
+    RecursionError,
+    ApiError,
+)  # of a request that cannot be read apart
 COMMA = ord(",")
 _ARRAY_START = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
 _ARRAY_END = re.compile(rb"[ \t\r\n]*\]")
@@ -2096,16 +2103,22 @@ def save_config(path: Path, text: str, expected_hash: str) -> None:
     if path.exists() and hash_text(current) != expected_hash:
         raise StaleError(f"{path.name} has changed on disk since this page was loaded; load it again")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part, backup = (path.with_name(f".{path.name}.{os.getpid()}.{kind}part") for kind in ("", "bak."))
     try:
         write_private(part, text)
         if part.read_bytes().decode("utf-8") != text:
             raise ConfigError(f"{path.name} could not be written whole; nothing was changed")
         if current:
-            keep_backups(path, current)
+            write_private(backup, current)  # before the older ones are touched: the disk may be full
+            places = backup_paths(path)
+            for newer, older in reversed([*itertools.pairwise(places)]):
+                if newer.exists():
+                    os.replace(newer, older)
+            os.replace(backup, places[0])
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+        backup.unlink(missing_ok=True)
     if os.name != "nt":
         folder = os.open(path.parent, os.O_RDONLY)
         with contextlib.suppress(OSError):  # many a shared or network folder refuses it
@@ -2123,25 +2136,9 @@ def write_private(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-BACKUPS = 3
-
-
 def backup_paths(path: Path) -> list[Path]:
     """Where a config's backups are, newest first."""
-    return [path.with_name(f"{path.name}.bak{n}") for n in range(1, BACKUPS + 1)]
-
-
-def keep_backups(path: Path, text: str) -> None:
-    """Makes the text the newest backup; OSError, with the old ones as they were, where the disk is full."""
-    places, part = backup_paths(path), path.with_name(f".{path.name}.{os.getpid()}.bak.part")
-    try:
-        write_private(part, text)
-        for older, newer in zip(reversed(places), reversed(places[:-1]), strict=False):
-            if newer.exists():
-                os.replace(newer, older)
-        os.replace(part, places[0])
-    finally:
-        part.unlink(missing_ok=True)
+    return [path.with_name(f"{path.name}.bak{n}") for n in (1, 2, 3)]
 
 
 # Files beside the config.
