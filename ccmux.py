@@ -1013,7 +1013,7 @@ class Server:
     allowed_hosts: tuple[str, ...] = opt(
         (), "Host names accepted besides localhost, 127.0.0.1, [::1] and `host`"
     )
-    max_connections: int = opt(512, "client connections at once", least=1)
+    max_connections: int = opt(512, "client connections at once", least=1, most=10**6)
     body_timeout: float = opt(
         120.0, "seconds for a whole request body; 30 s without a byte ends it too", least=0.1
     )
