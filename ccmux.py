@@ -2057,12 +2057,11 @@ def emit_key(key: str) -> str:
 
 def emit_value(value: Any) -> str:
     """A value as TOML writes it; ConfigError for what TOML has no form of."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return emit_text(value)
-    if isinstance(value, int):
-        return str(value)
+    if isinstance(value, (str, int)):  # bools too: as in JSON, but for one character
+        text = readable(value).replace("\x7f", "\\u007f")
+        if re.search("[\ud800-\udfff]", text):
+            raise ConfigError("a text with half a surrogate pair cannot be written to the config file")
+        return text
     if isinstance(value, (float, Decimal)):
         text = format(value, "f") if isinstance(value, Decimal) else repr(value)
         return text if re.search(r"[.einf]", text) else f"{text}.0"
@@ -2074,14 +2073,6 @@ def emit_value(value: Any) -> str:
     if hasattr(value, "isoformat"):
         return str(value.isoformat())
     raise ConfigError(f"{type(value).__name__} cannot be written to the config file")
-
-
-def emit_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConfigError("a text with half a surrogate pair cannot be written to the config file") from None
-    return readable(text).replace("\x7f", "\\u007f")
 
 
 def toml_text(path: Path) -> str:

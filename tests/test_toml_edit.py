@@ -306,6 +306,12 @@ def test_cr_lf_stays() -> None:
     assert after.count("\n") == after.count("\r\n")
 
 
+def test_mixed_line_ends_stay() -> None:
+    text = "[server]\r\nport = 1\n[router]\ndefault = 'm' # why\r\nimage = 'i'"
+    after = edited("router", None, {"default": "n", "image": "i", "think": "t"}, text)
+    assert after == text.replace("'m'", '"n"') + '\nthink = "t"'
+
+
 def test_statements_cover_the_file_without_gaps() -> None:
     found = scan_toml(FILE)
     assert "".join(s.text for s in found) == FILE
