@@ -816,13 +816,8 @@ class RequestReader:
         self.weight += element.weight
 
 
-BROKEN = (
-    ValueError,
-    IndexError,
-    StopIteration,
-    RecursionError,
-    ApiError,
-)  # of a request that cannot be read apart
+# What a request raises that cannot be read apart.
+BROKEN = (ValueError, IndexError, StopIteration, RecursionError, ApiError)
 COMMA = ord(",")
 _ARRAY_START = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
 _ARRAY_END = re.compile(rb"[ \t\r\n]*\]")
@@ -981,22 +976,17 @@ def opt(
     metadata = {
         "help": help, "secret": secret, "choices": choices, "least": least, "most": most, "regex": regex,
     }  # fmt: skip
-    return keyed(default, not secret, metadata)
+    if isinstance(default, dict):
+        return field(default_factory=dict, repr=not secret, metadata=metadata)
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def computed(default: Any) -> Any:
     """A field that ccmux works out; not a key of the file."""
-    return keyed(default, False, {"computed": True})
-
-
-def keyed(default: Any, shown: bool, metadata: Json) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=dict, repr=shown, metadata=metadata)
-    return field(default=default, repr=shown, metadata=metadata)
+    return field(default=default, repr=False, metadata={"computed": True})
 
 
 EFFORTS = ("minimal", "low", "medium", "high", "xhigh", "max")
-THINK_ON = ("plan", "budget", *EFFORTS[1:])
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -1036,7 +1026,9 @@ class Router:
     background: str = opt("", "model for auxiliary calls: titles, summaries, the small model")
     think: str = opt("", "model for what think_on names")
     think_on: tuple[str, ...] = opt(
-        ("plan", "xhigh", "max"), "when think applies: plan, budget, or an effort", choices=THINK_ON
+        ("plan", "xhigh", "max"),
+        "when think applies: plan, budget, or an effort",
+        choices=("plan", "budget", *EFFORTS[1:]),
     )
     websearch: str = opt("", "model for requests that offer the web_search server tool")
     subagent: str = opt("", "model for sub-agents and workflows")
@@ -1195,7 +1187,7 @@ class Config:
     path: str = computed("")  # "" when there is no file
     text: str = computed("")
     text_hash: str = computed("")
-    tables: Json = computed({})
+    tables: Json = field(default_factory=dict, repr=False, metadata={"computed": True})
     warnings: tuple[str, ...] = computed(())
 
     def provider(self, name: str) -> Provider | None:
@@ -1304,7 +1296,7 @@ def load_provider(
     check_url(provider.base_url, f"{where}: key 'base_url'")
     check_url(provider.proxy, f"{where}: key 'proxy'")
     problem = f"${missing[0]} is not set in the environment" if missing else ""
-    if any(re.search(r"[\0\r\n]", text) for text in (*provider.api_key, *provider.headers.values())):
+    if any(re.search(r"[\r\n]", text) for text in (*provider.api_key, *provider.headers.values())):
         problem = "its api_key, or a header, has a line end inside"
     return dataclasses.replace(provider, format=wire_format, default_model=default_model, problem=problem)
 
@@ -1415,6 +1407,8 @@ PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
 
 def load_plain(value: Any, kind: Any, at: str) -> Any:
     accepted, words = PLAIN[kind]
+    if kind is str and "\0" in str(value):  # no file, host or header can be named so
+        raise ConfigError(f"{at} must be text without a NUL character")
     if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
         with contextlib.suppress(OverflowError):
             if not isinstance(value, Decimal) or math.isfinite(value):
@@ -1952,7 +1946,7 @@ def edited_value(text: str, old: Any, new: Any) -> str:
         return text
     if old and isinstance(old, (dict, list)) and isinstance(new, type(old)):
         begin = match_end(TOML_NOTE, text, 1)
-        items = scan_items(text, begin, isinstance(old, dict))
+        items = scan_items(text, begin)
         if all(len(item.keys) <= 1 for item in items):
             return text[:begin] + edited_items(items, old, new) + text[-1]
     return emit_value(new)
@@ -1980,8 +1974,8 @@ def edited_items(items: list[TomlItem], old: Any, new: Any) -> str:
     return "".join(item.lead + body + item.rest for item, body in parts)
 
 
-def scan_items(text: str, at: int, is_table: bool) -> list[TomlItem]:
-    """The items from here to the closing bracket; the last one is only what stands before that."""
+def scan_items(text: str, at: int) -> list[TomlItem]:
+    """The items of a value from here to its closing bracket; the last one is only what stands before that."""
     items: list[TomlItem] = []
     while True:
         start, at = at, match_end(TOML_BLANK, text, at)
@@ -1990,7 +1984,7 @@ def scan_items(text: str, at: int, is_table: bool) -> list[TomlItem]:
             return [*items, TomlItem(lead)]
         begin = at
         keys: tuple[str, ...] = ()
-        if is_table:
+        if text[0] == "{":
             keys, at = scan_keys(text, at)
             at = match_end(r"[ \t]*", text, at + 1)
         end = value_end(text, at)
@@ -2190,6 +2184,10 @@ def check_binding(config: Config) -> None:
     host = config.server.host
     if host.startswith("["):
         raise ConfigError(f"[server]: key 'host' is {host!r}: write it without the brackets")
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise ConfigError(f"[server]: key 'host' is {host!r}, which is no name of a host: {error}") from None
     if is_loopback(host):
         return
     if not config.server.require_key:

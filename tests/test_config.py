@@ -87,6 +87,7 @@ TYPE_ERRORS = [
     ("[server]\nport = -1", "[server]: key 'port' must be at least 0"),
     ("[server]\nport = 70000", "[server]: key 'port' must be at most 65535"),
     (f"[server]\nmax_connections = {10**30}", "[server]: key 'max_connections' must be at most 1000000"),
+    ('[server]\ndatabase = "a\\u0000b"', "[server]: key 'database' must be text without a NUL character"),
     ("[server]\nhost = 5", "[server]: key 'host' must be text in quotes"),
     ("[server]\nrequire_key = 1", "[server]: key 'require_key' must be true or false"),
     ("[server]\nrequire_key = 'true'", "[server]: key 'require_key' must be true or false"),
