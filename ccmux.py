@@ -721,20 +721,19 @@ class RequestReader:
         seen = len(values), place  # how many were there before, and how far
         is_more = raw[place] == COMMA if run else not _ARRAY_END.match(raw, start)
         place += bool(run) and is_more
-        while is_more:
-            element = self.find(self.young, raw, place)
-            try:
+        try:
+            while is_more:
+                element = self.find(self.young, raw, place)
                 known, value = element or self.find_old(raw, place) or self.scan(raw, place)
-            except MuchNewError:  # the next step begins behind what is known
-                self.with_run(run, values, seen[0], memoryview(raw)[start : seen[1]])
-                raise
-            values.append(value)
-            place += len(known)
-            if element:
-                seen = len(values), place
-            is_more = raw[place] == COMMA
-            place += is_more
-        return self.with_run(run, values, seen[0], memoryview(raw)[start : seen[1]]), place
+                values.append(value)
+                place += len(known)
+                if element:
+                    seen = len(values), place
+                is_more = raw[place] == COMMA
+                place += is_more
+        finally:  # where `learn` breaks off, its next step begins behind what is known
+            values = self.with_run(run, values, seen[0], memoryview(raw)[start : seen[1]])
+        return values, place
 
     def with_run(self, run: Element | None, values: list[Any], seen: int, text: memoryview) -> list[Any]:
         """The values, with the run that they begin with.
