@@ -628,7 +628,7 @@ class Element(typing.NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Bytes of memory it takes, roughly, with what is made of it. The values of a run are those of elements."""
+        """Bytes of memory it takes, roughly, with what is made of it. A run's values count with their elements."""
         if type(self.value) is Run:
             return 1024 + 2 * len(self.raw)
         return 1024 + 3 * len(self.raw) + 256 * self.raw.count(b"{") + 128 * self.raw.count(b"[")
@@ -1301,8 +1301,8 @@ def load_provider(
 
 
 def preset_at(preset: Json, base_url: str) -> Json:
-    """What a row inherits with an address of its own: at one that is not the vendor's the key need not be set, and the
-    vendor's own way to search the web is not to be had.
+    """What a row with this base_url inherits. Away from the vendor's own address no key need be set, and the vendor's
+    own way to search the web is missing.
     """
     row = {key: value for key, value in preset.items() if key != "hosts"}
     if not base_url or re.search(preset.get("hosts", ""), base_url):
@@ -1312,8 +1312,8 @@ def preset_at(preset: Json, base_url: str) -> Json:
 
 
 def fill_secrets(cls: Any, table: Json, env: Mapping[str, str]) -> list[str]:
-    """Puts the environment's values in place of `$NAME`, `${NAME}` and `${NAME:-default}` in a table's secrets; the
-    names that are not set. Blanks and line ends around a secret are a file's, not the key's.
+    """Puts the environment's values in place of `$NAME`, `${NAME}` and `${NAME:-default}` in a table's secrets, and
+    returns the names that are not set. Blanks and line ends around a secret are a file's, not the key's.
     """
     missing: list[str] = []
 
@@ -1697,7 +1697,7 @@ def numbered(keys: tuple[str, ...], rows: dict[TomlPath, int], is_new_row: bool)
 
 
 def match_end(pattern: str, text: str, at: int) -> int:
-    """Where that ends which matches here."""
+    """The end of what matches the pattern here."""
     match = re.compile(pattern).match(text, at)
     return match.end() if match else at
 
@@ -1724,8 +1724,7 @@ def value_end(text: str, at: int) -> int:
 
 
 def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str:
-    """The file with one table replaced, made or (None) taken away: `[root]`, or the row of `[[root]]` with
-    that name.
+    """The file with one table replaced, made or (None) taken away: `[root]`, or the row of `[[root]]` of that name.
 
     ConfigError where the result would not parse to exactly what is meant.
     """
@@ -1887,9 +1886,7 @@ class TomlEditor:
 
 
 def matched(old: list[Any], new: list[Any]) -> list[int | None]:
-    """Which old item each new one is: the most alike ones are paired first; None for one of which there was
-    nothing.
-    """
+    """Which old item each new one is, by number; None for one that is new. The most alike are paired first."""
     # Those before and behind all changes pair by themselves: a thousand rows would take a million comparisons.
     least = min(len(old), len(new))
     head = next((n for n in range(least) if not same_value(old[n], new[n])), least)
@@ -2003,8 +2000,8 @@ def join_blank(one: str, other: str) -> str:
 
 
 def joined_items(items: list[TomlItem], source: list[int | None], bodies: list[str]) -> str:
-    """What stands between the brackets when these are the items. Comments go with theirs; those of an item that is
-    gone stay before the next one.
+    """What stands between the brackets when these are the items. Comments go with their item; those of one that is
+    gone stay before the next.
     """
     *items, end = items
     leads, held = [], ""
