@@ -339,6 +339,7 @@ import bisect
 import codecs
 import concurrent.futures
 import contextvars
+import copy
 import csv
 import dataclasses
 import difflib
@@ -603,8 +604,6 @@ def as_object(value: Any) -> Json:
 
 def text_of(content: Any) -> str:
     """The text of a content value, blocks joined by blank lines; other blocks are left out."""
-    if isinstance(content, str):
-        return content
     return "\n\n".join(str(b.get("text") or "") for b in blocks_of(content) if b.get("type") == "text")
 
 
@@ -623,8 +622,8 @@ _KEY_LIKE = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}|\b(?:(?:sk|pk|rk|xai|gs
 # Reading requests (pure)
 # ----------------------------------------------------------------------------------------------------------
 # Claude Code sends the whole conversation with every turn. What two requests have in common is parsed once, and
-# what is made of it (a count, a translation, its bytes) is made once: `RequestReader` knows elements again by
-# their bytes, `once` and `each` keep what was made beside them.
+# what is made of it (a count, a translation, its bytes) is made once. `RequestReader` knows elements again by
+# their bytes; `once` and `each` keep with an element what was made of it.
 
 
 class MuchNewError(Exception):
@@ -639,7 +638,7 @@ class Element(typing.NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Bytes of memory it takes, roughly, with what is made of it. The values of a run are those of elements."""
+        """Bytes of memory it takes, roughly, with what is made of it. A run's values count with their elements."""
         if type(self.value) is Run:
             return 1024 + 2 * len(self.raw)
         return 1024 + 3 * len(self.raw) + 256 * self.raw.count(b"{") + 128 * self.raw.count(b"[")
@@ -648,10 +647,10 @@ class Element(typing.NamedTuple):
 class RequestReader:
     """Reads requests as `strict_json` does, but what many of them have in common only once.
 
-    Claude Code sends the whole conversation with each turn, and its tools and system prompt. Elements of those arrays
-    are known again by their bytes. All of an array is taken out before the rest is parsed, and a mark that no client
-    can foresee put in its place: where the mark is then found as the one element of the array, the parser was at the
-    place it is at between elements, so each of them would have been read as it was before.
+    Claude Code sends the whole conversation with each turn, and its tools and system prompt. The elements of those
+    arrays are known again by their bytes. The rest is parsed with a mark in place of each array's inside, a text that
+    no client can foresee. Where the mark comes out as the array's one element, an array is what stood there, and its
+    elements are what the parser would have found.
     """
 
     ARRAYS = (b'"messages"', b'"tools"', b'"system"')
@@ -664,7 +663,7 @@ class RequestReader:
 
     def __init__(self, most: int = 2**25) -> None:
         self.most = most  # bytes of memory, roughly
-        self.mark = secrets.token_hex(16)
+        self.mark = secrets.token_hex(16)  # what stands for an array's inside
         self.young: dict[bytes, list[Element]] = {}
         self.old: dict[bytes, list[Element]] = {}  # not used since the young were as many as these
         self.runs: dict[bytes, list[Element]] = {}  # of the young
@@ -683,7 +682,7 @@ class RequestReader:
         except MuchNewError:
             if Element(raw, None).weight <= self.most // 2:  # else its end drives out its beginning
                 self.unread.append((raw, 8 * len(raw) // self.MOST_NEW + 4))
-        except (ValueError, IndexError, StopIteration, RecursionError, ApiError):
+        except BROKEN:
             pass
         return strict_json(raw)  # which says what is wrong with it
 
@@ -701,7 +700,7 @@ class RequestReader:
         except MuchNewError:
             if tries and self.kept > before:
                 self.unread.appendleft((raw, tries - 1))
-        except (ValueError, IndexError, StopIteration, RecursionError, ApiError):
+        except BROKEN:
             pass
         return bool(self.unread)
 
@@ -715,7 +714,7 @@ class RequestReader:
                     arrays[name[1:-1].decode()], end = self.elements(raw, start)
                     rest[at : at + 1] = [(begin, start), (end, stop)]
                     break
-        body = strict_json(json.dumps(self.mark).encode().join(raw[a:b] for a, b in rest))
+        body = strict_json((b'"%b"' % self.mark.encode()).join([raw[a:b] for a, b in rest]))
         for key, values in arrays.items():
             if body.get(key) != [self.mark]:
                 raise ValueError("not the array it seemed to be")
@@ -732,25 +731,24 @@ class RequestReader:
         seen = len(values), place  # how many were there before, and how far
         is_more = raw[place] == COMMA if run else not _ARRAY_END.match(raw, start)
         place += bool(run) and is_more
-        while is_more:
-            element = self.find(self.young, raw, place)
-            try:
+        try:
+            while is_more:
+                element = self.find(self.young, raw, place)
                 known, value = element or self.find_old(raw, place) or self.scan(raw, place)
-            except MuchNewError:  # the next step begins behind what is known
-                self.with_run(run, values, seen[0], memoryview(raw)[start : seen[1]])
-                raise
-            values.append(value)
-            place += len(known)
-            if element:
-                seen = len(values), place
-            is_more = raw[place] == COMMA
-            place += is_more
-        return self.with_run(run, values, seen[0], memoryview(raw)[start : seen[1]]), place
+                values.append(value)
+                place += len(known)
+                if element:
+                    seen = len(values), place
+                is_more = raw[place] == COMMA
+                place += is_more
+        finally:  # where `learn` breaks off, its next step begins behind what is known
+            values = self.with_run(run, values, seen[0], memoryview(raw)[start : seen[1]])
+        return values, place
 
     def with_run(self, run: Element | None, values: list[Any], seen: int, text: memoryview) -> list[Any]:
-        """The values with the run they begin with: a longer one where more of them, `seen`, were there before.
+        """The values, with the run that they begin with.
 
-        `text` is how those stand in the request.
+        Where more of them were there before, `seen` in all, they make a longer run; `text` is how they stand there.
         """
         known = len(run.value.values) if run else 0
         if not all(isinstance(value, dict) for value in values[known:]):
@@ -827,6 +825,8 @@ class RequestReader:
         self.weight += element.weight
 
 
+# What a request raises that cannot be read apart.
+BROKEN = (ValueError, IndexError, StopIteration, RecursionError, ApiError)
 COMMA = ord(",")
 _ARRAY_START = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
 _ARRAY_END = re.compile(rb"[ \t\r\n]*\]")
@@ -852,7 +852,7 @@ def blanks_end(text: str, start: int) -> int:
 
 
 class Made(dict[Any, Any]):
-    """What was made of something that does not change, by keys that tell all else it depends on."""
+    """What was made of something that never changes. A key tells all else that it was made from."""
 
     MOST = 6
 
@@ -868,7 +868,7 @@ class Made(dict[Any, Any]):
 
 
 class MadeOfTurn(Made):
-    """The same of a turn: one translation. Of several, each takes more memory than it."""
+    """The same for a turn: one translation. Several would take more memory than the turn."""
 
     MOST = 1
 
@@ -985,22 +985,17 @@ def opt(
     metadata = {
         "help": help, "secret": secret, "choices": choices, "least": least, "most": most, "regex": regex,
     }  # fmt: skip
-    return keyed(default, not secret, metadata)
+    if isinstance(default, dict):
+        return field(default_factory=dict, repr=not secret, metadata=metadata)
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def computed(default: Any) -> Any:
     """A field that ccmux works out; not a key of the file."""
-    return keyed(default, False, {"computed": True})
-
-
-def keyed(default: Any, shown: bool, metadata: Json) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=dict, repr=shown, metadata=metadata)
-    return field(default=default, repr=shown, metadata=metadata)
+    return field(default=default, repr=False, metadata={"computed": True})
 
 
 EFFORTS = ("minimal", "low", "medium", "high", "xhigh", "max")
-THINK_ON = ("plan", "budget", *EFFORTS[1:])
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -1017,7 +1012,7 @@ class Server:
     allowed_hosts: tuple[str, ...] = opt(
         (), "Host names accepted besides localhost, 127.0.0.1, [::1] and `host`"
     )
-    max_connections: int = opt(512, "client connections at once", least=1)
+    max_connections: int = opt(512, "client connections at once", least=1, most=10**6)
     body_timeout: float = opt(
         120.0, "seconds for a whole request body; 30 s without a byte ends it too", least=0.1
     )
@@ -1040,7 +1035,9 @@ class Router:
     background: str = opt("", "model for auxiliary calls: titles, summaries, the small model")
     think: str = opt("", "model for what think_on names")
     think_on: tuple[str, ...] = opt(
-        ("plan", "xhigh", "max"), "when think applies: plan, budget, or an effort", choices=THINK_ON
+        ("plan", "xhigh", "max"),
+        "when think applies: plan, budget, or an effort",
+        choices=("plan", "budget", *EFFORTS[1:]),
     )
     websearch: str = opt("", "model for requests that offer the web_search server tool")
     subagent: str = opt("", "model for sub-agents and workflows")
@@ -1060,15 +1057,8 @@ class Router:
 
 
 ROUTE_SLOTS = (
-    "default",
-    "background",
-    "think",
-    "websearch",
-    "subagent",
-    "compaction",
-    "image",
-    "long_context",
-)
+    "default", "background", "think", "websearch", "subagent", "compaction", "image", "long_context",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1126,17 +1116,16 @@ class Quirks:
         return object()
 
 
-PROVIDER_KEYS_HELP = (
-    'the key, "$NAME" for an environment variable, "passthrough" for the client\'s own; several take turns'
-)
-
-
 @dataclass(frozen=True, slots=True)
 class Provider:
     name: str = opt("", "what ccmux calls it")
     type: str = opt("", "wire format (anthropic, openai, responses, gemini, demo) or a preset")
     base_url: str = opt("", "overrides the preset's address")
-    api_key: tuple[str, ...] = opt((), PROVIDER_KEYS_HELP, secret=True)
+    api_key: tuple[str, ...] = opt(
+        (),
+        'the key, "$NAME" for an environment variable, "passthrough" for the client\'s own; several take turns',
+        secret=True,
+    )
     models: tuple[str, ...] = opt(
         (), "upstream names that may be asked for as they are, without a row of their own"
     )
@@ -1207,7 +1196,7 @@ class Config:
     path: str = computed("")  # "" when there is no file
     text: str = computed("")
     text_hash: str = computed("")
-    tables: Json = computed({})
+    tables: Json = field(default_factory=dict, repr=False, metadata={"computed": True})
     warnings: tuple[str, ...] = computed(())
 
     def provider(self, name: str) -> Provider | None:
@@ -1219,11 +1208,11 @@ class Config:
 
     @functools.cached_property
     def _providers(self) -> dict[str, Provider]:
-        return {p.name: p for p in reversed(self.providers)}
+        return {p.name: p for p in self.providers}
 
     @functools.cached_property
     def _models(self) -> dict[str, Model]:
-        return {m.name: m for m in reversed(self.models)}
+        return {m.name: m for m in self.models}
 
     @functools.cached_property
     def smallest_limit(self) -> int:
@@ -1235,11 +1224,10 @@ class Config:
     @functools.cached_property
     def secrets(self) -> list[str]:
         """Every secret value in it, longest first, for scrubbing."""
-        found = {
-            key for p in self.providers for key in (*p.api_key, *p.headers.values()) if not p.passthrough
-        }
-        found |= {str(p.quirks.extra_body.get("api_key", "")) for p in self.providers}
-        return sorted((found | {self.server.admin_token}) - {""}, key=len, reverse=True)
+        found = {self.server.admin_token}
+        for p in self.providers:
+            found |= {*p.api_key, *p.headers.values(), str(p.quirks.extra_body.get("api_key", ""))}
+        return sorted(found - {"", "passthrough"}, key=len, reverse=True)
 
 
 def parse_config(
@@ -1251,188 +1239,80 @@ def parse_config(
     """
     try:
         tables = tomllib.loads(text, parse_float=Decimal)
+        wanted = copy.deepcopy(tables)
     except (ValueError, RecursionError, InvalidOperation) as error:
         words = "a number is too large" if isinstance(error, InvalidOperation) else str(error)
         hint = "; text stands in quotes" if "Invalid value" in words else ""
         raise ConfigError(f"{path or 'config'}: not valid TOML: {words}{hint}") from None
     warnings: list[str] = []
-    wanted = import_mux(tables, warnings)
-    loader = Loader(env, warnings)
-    providers = tuple(
-        loader.provider(row, presets, tuple(formats), f"[[providers]] row {n}")
-        for n, row in enumerate(table_rows(wanted, "providers"), 1)
-    )
-    config: Config = loader.build(Config, {**wanted, "providers": []}, "")
-    warnings += [
-        f"[[models]] {model.name!r}: [1m] at the end of a name is ignored, so nobody can ask for this one"
-        for model in config.models
-        if model.name.lower().endswith("[1m]")
-    ]
+    import_mux(wanted, warnings)
+    rows = wanted.pop("providers", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError("providers: write it as [[providers]] tables")
+    providers = [load_provider(row, n, env, presets, tuple(formats)) for n, row in enumerate(rows, 1)]
+    fill_secrets(Server, as_object(wanted.get("server")), env)
+    config: Config = load_table(Config, wanted, "")
     config = dataclasses.replace(
-        config,
-        providers=providers,
-        path=path,
-        text=text,
-        text_hash=hash_text(text),
-        tables=tables,
-        warnings=tuple(warnings),
+        config, providers=tuple(providers), path=path, text=text, text_hash=hash_text(text), tables=tables
     )
     check_names(config)
     check_hosts(config.server)
-    return config
+    return dataclasses.replace(config, warnings=tuple(dict.fromkeys([*warnings, *warnings_of(config)])))
+
+
+def warnings_of(config: Config) -> Iterator[str]:
+    for provider in config.providers:
+        if provider.problem and provider.enabled:
+            yield f"provider {provider.name}: {provider.problem}; it is disabled until then"
+    for model in config.models:
+        if model.name.lower().endswith("[1m]"):
+            yield f"[[models]] {model.name!r}: [1m] at the end of a name is ignored, so nobody can ask for this one"
 
 
 def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def table_rows(tables: Json, name: str) -> list[Json]:
-    rows = tables.get(name, [])
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"{name}: write it as [[{name}]] tables")
-    return rows
-
-
-class Loader:
-    """Builds config dataclasses from parsed TOML, collecting warnings about what only disables a part."""
-
-    def __init__(self, env: Mapping[str, str], warnings: list[str]) -> None:
-        self.env, self.warnings = env, warnings
-        self.missing: list[str] = []  # environment variables named but not set
-
-    def provider(
-        self, row: Json, presets: Mapping[str, Json], formats: tuple[str, ...], where: str
-    ) -> Provider:
-        """A provider row over its preset's; a missing variable disables it, which is never fatal."""
-        name = row.get("name")
-        where = f"[[providers]] {name!r}" if isinstance(name, str) and name else where
-        if not isinstance(name, str) or not re.fullmatch(r"(?! )[\w.@:+ -]{1,64}(?<! )", name):
-            raise ConfigError(
-                f"{where}: key 'name' must be 1 to 64 letters, digits, spaces or . _ - @ : + (no slash)"
-            )
-        kind = str(row.get("type") or "")
-        if kind not in formats and kind not in presets:
-            raise ConfigError(
-                f"{where}: key 'type' is {kind!r}: {known_names(kind, dict.fromkeys([*formats, *presets]))}"
-            )
-        preset = preset_at(presets.get(kind, {}), str(row.get("base_url") or ""))
-        merged = {**preset, **row, "base_url": row.get("base_url") or preset.get("base_url", "")}
-        for key in ("quirks", "headers"):
-            if isinstance(row.get(key, {}), dict):
-                merged[key] = {**preset.get(key, {}), **row.get(key, {})}
-        default_model = merged.pop("default", "")
-        self.missing = []
-        provider: Provider = self.build(Provider, {**merged, "type": kind}, where)
-        for header in provider.headers:
-            if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", header, re.ASCII):
-                raise ConfigError(f"{where}: key 'headers': {header!r} is no name of a header")
-        problem = f"${self.missing[0]} is not set in the environment" if self.missing else ""
-        if any(re.search(r"[\0\r\n]", text) for text in (*provider.api_key, *provider.headers.values())):
-            problem = "its api_key, or a header, has a line end inside"
-        wire_format = str(preset.get("type", kind))
-        if not provider.base_url and wire_format != "demo":
-            raise ConfigError(f"{where}: key 'base_url' is needed for type {kind!r}")
-        check_url(provider.base_url, f"{where}: key 'base_url'")
-        check_url(provider.proxy, f"{where}: key 'proxy'")
-        if problem and provider.enabled:
-            self.warnings.append(f"provider {name}: {problem}; it is disabled until then")
-        return dataclasses.replace(provider, format=wire_format, default_model=default_model, problem=problem)
-
-    def build(self, cls: Any, table: Any, where: str) -> Any:
-        """A dataclass from a table; unknown keys are an error that names the nearest known one."""
-        if not isinstance(table, dict):
-            raise ConfigError(f"{where or 'config'}: must be a table")
-        fields = {f.name: f for f in dataclasses.fields(cls) if "computed" not in f.metadata}
-        values = {}
-        for key, value in table.items():
-            if key not in fields:
-                raise ConfigError(
-                    f"{where + ': ' if where else ''}unknown key {key!r}: {known_names(key, fields)}"
-                )
-            at = f"{where}: key {key!r}" if where else table_title(key, value)
-            converted = self.convert(
-                value, type_hints(cls)[key], at, bool(fields[key].metadata.get("secret"))
-            )
-            self.check(converted, fields[key].metadata, at)
-            values[key] = converted
-        return cls(**values)
-
-    def check(self, value: Any, rule: Mapping[str, Any], at: str) -> None:
-        least, most, choices = rule.get("least"), rule.get("most"), rule.get("choices") or ()
-        if rule.get("regex"):
-            compile_regex(value, at)
-        if least is not None and isinstance(value, (int, float, Decimal)) and value < least:
-            raise ConfigError(f"{at} must be at least {least:g}")
-        if most is not None and value > most:
-            raise ConfigError(f"{at} must be at most {most}")
-        for item in value if isinstance(value, tuple) else [value]:
-            if choices and item not in choices:
-                raise ConfigError(f"{at} is {item!r}: {known_names(str(item), choices)}")
-
-    def convert(self, value: Any, hint: Any, at: str, secret: bool = False) -> Any:
-        """A TOML value as the type the field declares."""
-        options = [o for o in typing.get_args(hint) if o is not type(None)]
-        if type(None) in typing.get_args(hint):
-            return None if value == "" else self.convert(value, options[0], at)
-        if typing.get_origin(hint) is tuple:
-            return self.sequence(value, options[0], at, secret)
-        if typing.get_origin(hint) is dict:
-            return self.mapping(value, options[1], at, secret)
-        if typing.get_origin(hint) is re.Pattern:
-            return compile_regex(self.scalar(value, str, at), at)
-        if hint is Price:
-            return parse_price(value, at)
-        if dataclasses.is_dataclass(hint):
-            return self.build(hint, value, at)
-        return self.expand(self.scalar(value, hint, at)) if secret else self.scalar(value, hint, at)
-
-    def sequence(self, value: Any, item: Any, at: str, secret: bool) -> tuple[Any, ...]:
-        if secret and isinstance(value, str):
-            value = [value] if value else []
-        if not isinstance(value, list):
-            raise ConfigError(f"{at} must be a list")
-        return tuple(self.convert(v, item, f"{at}, item {n}", secret) for n, v in enumerate(value, 1))
-
-    def mapping(self, value: Any, item: Any, at: str, secret: bool) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{at} must be a table")
-        if item is Any:
-            return {key: json_value(v, at) for key, v in value.items()}
-        return {key: self.convert(v, item, f"{at}, {key!r}", secret) for key, v in value.items()}
-
-    def scalar(self, value: Any, hint: Any, at: str) -> Any:
-        kinds: dict[Any, tuple[tuple[type, ...], str]] = {
-            str: ((str,), "text in quotes"), bool: ((bool,), "true or false"), int: ((int,), "a whole number"),
-            float: ((int, Decimal), "a number"), Decimal: ((int, Decimal), "a number"),
-        }  # fmt: skip
-        accepted, words = kinds[hint]
-        if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-            raise ConfigError(f"{at} must be {words}")
-        if isinstance(value, Decimal) and not value.is_finite():
-            raise ConfigError(f"{at} must be {words}")
-        try:
-            return hint(value)
-        except (ValueError, OverflowError, InvalidOperation):
-            raise ConfigError(f"{at} must be {words}") from None
-
-    def expand(self, value: str) -> str:
-        """`$NAME`, `${NAME}` and `${NAME:-default}` from the environment; what is not set is noted, not fatal.
-        Blanks and line ends around it are a file's, not the key's.
-        """
-
-        def variable(match: re.Match[str]) -> str:
-            name, default = match[1] or match[3], match[2]
-            value = self.env.get(name, "").strip()
-            if not value and default is None:
-                self.missing.append(name)
-            return value or default or ""
-
-        return re.sub(r"\$(?:\{(\w+)(?::-([^}]*))?\}|([A-Za-z_]\w*))", variable, value).strip()
+def load_provider(
+    row: Json, number: int, env: Mapping[str, str], presets: Mapping[str, Json], formats: tuple[str, ...]
+) -> Provider:
+    """A provider's row over its preset's; a variable that is not set is its `problem`, which is never fatal."""
+    name, kind = row.get("name"), str(row.get("type") or "")
+    where = f"[[providers]] {name!r}" if isinstance(name, str) and name else f"[[providers]] row {number}"
+    if not isinstance(name, str) or not re.fullmatch(r"(?! )[\w.@:+ -]{1,64}(?<! )", name):
+        raise ConfigError(
+            f"{where}: key 'name' must be 1 to 64 letters, digits, spaces or . _ - @ : + (no slash)"
+        )
+    if kind not in formats and kind not in presets:
+        raise ConfigError(
+            f"{where}: key 'type' is {kind!r}: {known_names(kind, dict.fromkeys([*formats, *presets]))}"
+        )
+    preset = preset_at(presets.get(kind, {}), str(row.get("base_url") or ""))
+    default_model, wire_format = preset.pop("default", ""), preset.pop("type", kind)
+    merged = {**preset, **row, "base_url": row.get("base_url") or preset.get("base_url", "")}
+    for key in ("quirks", "headers"):
+        if isinstance(row.get(key, {}), dict):
+            merged[key] = {**preset.get(key, {}), **row.get(key, {})}
+    if isinstance(merged.get("api_key"), str):
+        merged["api_key"] = [merged["api_key"]] if merged["api_key"] else []
+    missing = fill_secrets(Provider, merged, env)
+    provider: Provider = load_table(Provider, merged, where)
+    for header in provider.headers:
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", header, re.ASCII):
+            raise ConfigError(f"{where}: key 'headers': {header!r} is no name of a header")
+    if not provider.base_url and wire_format != "demo":
+        raise ConfigError(f"{where}: key 'base_url' is needed for type {kind!r}")
+    check_url(provider.base_url, f"{where}: key 'base_url'")
+    check_url(provider.proxy, f"{where}: key 'proxy'")
+    problem = f"${missing[0]} is not set in the environment" if missing else ""
+    if any(re.search(r"[\r\n]", text) for text in (*provider.api_key, *provider.headers.values())):
+        problem = "its api_key, or a header, has a line end inside"
+    return dataclasses.replace(provider, format=wire_format, default_model=default_model, problem=problem)
 
 
 def preset_at(preset: Json, base_url: str) -> Json:
-    """What a row inherits with an address of its own: at one that is not the vendor's the key need not be set, and the
-    vendor's own way to search the web is not to be had.
+    """What a row with this base_url inherits. Away from the vendor's own address no key need be set, and the vendor's
+    own way to search the web is missing.
     """
     row = {key: value for key, value in preset.items() if key != "hosts"}
     if not base_url or re.search(preset.get("hosts", ""), base_url):
@@ -1441,13 +1321,108 @@ def preset_at(preset: Json, base_url: str) -> Json:
     return {**row, "api_key": key, "quirks": {**row["quirks"], "web_search": "options"}}
 
 
+def fill_secrets(cls: Any, table: Json, env: Mapping[str, str]) -> list[str]:
+    """Puts the environment's values in place of `$NAME`, `${NAME}` and `${NAME:-default}` in a table's secrets, and
+    returns the names that are not set. Blanks and line ends around a secret are a file's, not the key's.
+    """
+    missing: list[str] = []
+
+    def variable(match: re.Match[str]) -> str:
+        name, default = match[1] or match[3], match[2]
+        value = env.get(name, "").strip()
+        if not value and default is None:
+            missing.append(name)
+        return value or default or ""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        if not isinstance(value, str):
+            return value
+        return re.sub(r"\$(?:\{(\w+)(?::-([^}]*))?\}|([A-Za-z_]\w*))", variable, value).strip()
+
+    for f in dataclasses.fields(cls):
+        if f.metadata.get("secret") and f.name in table:
+            table[f.name] = filled(table[f.name])
+    return missing
+
+
+def load_table(cls: Any, table: Any, where: str) -> Any:
+    """A dataclass from a table; unknown keys are an error that names the nearest known one."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: must be a table")
+    fields = {f.name: f for f in dataclasses.fields(cls) if "computed" not in f.metadata}
+    values = {}
+    for key, value in table.items():
+        if key not in fields:
+            raise ConfigError(
+                f"{where + ': ' if where else ''}unknown key {key!r}: {known_names(key, fields)}"
+            )
+        title = f"[[{key}]]" if isinstance(value, list) else f"[{key}]"
+        at = f"{where}: key {key!r}" if where else title
+        values[key] = load_value(value, type_hints(cls)[key], at)
+        check_value(values[key], fields[key].metadata, at)
+    return cls(**values)
+
+
 @functools.cache
 def type_hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def table_title(key: str, value: Any) -> str:
-    return f"[[{key}]]" if isinstance(value, list) else f"[{key}]"
+def check_value(value: Any, rule: Mapping[str, Any], at: str) -> None:
+    least, most, choices = rule.get("least"), rule.get("most"), rule.get("choices")
+    if rule.get("regex"):
+        compile_regex(value, at)
+    if least is not None and value < least:
+        raise ConfigError(f"{at} must be at least {least:g}")
+    if most is not None and value > most:
+        raise ConfigError(f"{at} must be at most {most}")
+    for item in value if isinstance(value, tuple) else [value]:
+        if choices and item not in choices:
+            raise ConfigError(f"{at} is {item!r}: {known_names(str(item), choices)}")
+
+
+def load_value(value: Any, hint: Any, at: str) -> Any:
+    """A TOML value as the type that a field declares."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in options:
+        return None if value == "" else load_value(value, options[0], at)
+    if origin is tuple:
+        items = load_plain(value, list, at)
+        return tuple(load_value(item, options[0], f"{at}, item {n}") for n, item in enumerate(items, 1))
+    if origin is dict:
+        items = load_plain(value, dict, at)
+        return {key: load_value(item, options[1], f"{at}, {key!r}") for key, item in items.items()}
+    if origin is re.Pattern:
+        return compile_regex(load_plain(value, str, at), at)
+    if hint is Any:
+        return json_value(value, at)
+    if hint is Price:
+        return parse_price(value, at)
+    if dataclasses.is_dataclass(hint):
+        return load_table(hint, value, at)
+    return load_plain(value, hint, at)
+
+
+PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "text in quotes"), bool: ((bool,), "true or false"), int: ((int,), "a whole number"),
+    float: ((int, Decimal), "a number"), Decimal: ((int, Decimal), "a number"),
+    list: ((list,), "a list"), dict: ((dict,), "a table"),
+}  # fmt: skip
+
+
+def load_plain(value: Any, kind: Any, at: str) -> Any:
+    accepted, words = PLAIN[kind]
+    if kind is str and "\0" in str(value):  # no file, host or header can be named so
+        raise ConfigError(f"{at} must be text without a NUL character")
+    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+        with contextlib.suppress(OverflowError):
+            if not isinstance(value, Decimal) or math.isfinite(value):
+                return kind(value)
+    raise ConfigError(f"{at} must be {words}")
 
 
 def known_names(name: str, known: Iterable[str]) -> str:
@@ -1471,7 +1446,7 @@ def json_value(value: Any, at: str) -> Any:
         return {k: json_value(v, at) for k, v in value.items()}
     if isinstance(value, list):
         return [json_value(v, at) for v in value]
-    if isinstance(value, Decimal) and value.is_finite():
+    if isinstance(value, Decimal) and math.isfinite(value):
         return float(value)
     if not isinstance(value, (str, int, bool)):
         raise ConfigError(f"{at}: {value} has no JSON form; write it as text")
@@ -1545,10 +1520,10 @@ def check_names(config: Config) -> None:
     """Names are unique, and every mapping names a provider."""
     known = [p.name for p in config.providers]
     for table, names in (("providers", known), ("models", [m.name for m in config.models])):
-        for name in names:
-            if not name:
-                raise ConfigError(f"[[{table}]]: each row needs a name")
-            if names.count(name) > 1:
+        if "" in names:
+            raise ConfigError(f"[[{table}]]: each row needs a name")
+        for name, uses in Counter(names).items():
+            if uses > 1:
                 raise ConfigError(f"[[{table}]] {name!r}: the name is used twice")
     for model in config.models:
         for target in model.mappings:
@@ -1579,121 +1554,92 @@ def host_name(host: str) -> str:
 
 
 # claude-code-mux 0.6 writes some keys by other names, and has some that ccmux has no use for.
-MUX_KEYS = {
-    "server": {"api_key", "tracing", "timeouts", "oauth"},
-    "router": {"gemini_thinking"},
-    "providers": {"oauth_provider", "project_id", "location"},
-    "mappings": {"inject_continuation_prompt"},
-    "": {"presets", "cli"},
-}
 MUX_TYPES = {"z.ai": "zai"}
 MUX_LEVELS = {"warn": "warning", "trace": "debug"}
+MUX_TIMEOUTS = {"api_timeout_ms": "response_timeout", "connect_timeout_ms": "connect_timeout"}
 
 
-def import_mux(tables: Json, warnings: list[str]) -> Json:
-    """The tables with claude-code-mux's names for things turned into ours; what ccmux lacks is warned of."""
-    wanted = {k: v for k, v in tables.items() if not mux_skips("", k, "config", warnings)}
-    timeouts = mux_timeouts(tables)
-    if isinstance(tables.get("server"), dict):
-        keep = {k: v for k, v in tables["server"].items() if k != "timeouts"}
-        wanted["server"] = {k: v for k, v in keep.items() if not mux_skips("server", k, "[server]", warnings)}
-        if (level := keep.get("log_level")) in list(MUX_LEVELS):
-            wanted["server"]["log_level"] = MUX_LEVELS[str(level)]
-    if isinstance(tables.get("router"), dict):
-        rows = [*map(as_object, as_list(tables.get("providers"))), as_object(tables.get("server"))]
-        is_mux = any({"provider_type", "auth_type", "timeouts"} & row.keys() for row in rows)
-        unset = {"auto_map_regex", "background_regex"} if is_mux else set()
-        router = {k: v for k, v in tables["router"].items() if v != "" or k not in unset}
-        wanted["router"] = mux_router(router, warnings)
-    if isinstance(tables.get("providers"), list):
-        rows = [mux_provider(row, timeouts, warnings) for row in tables["providers"] if isinstance(row, dict)]
-        wanted["providers"] = [row for row in rows if row]
-    if isinstance(tables.get("models"), list):
-        lost = [r.get("name") for r in as_list(tables.get("providers")) if isinstance(r, dict)]
-        kept = [r.get("name") for r in as_list(wanted.get("providers")) if isinstance(r, dict)]
-        lost = [name for name in lost if name not in kept]
-        wanted["models"] = [mux_model(row, lost, warnings) for row in tables["models"]]
-        mux_drop_models(wanted, as_list(tables["models"]), warnings)
-    return wanted
+def import_mux(tables: Json, warnings: list[str]) -> None:
+    """Turns claude-code-mux's names for things into ours, in place; what ccmux lacks is warned of."""
+    server, router = as_object(tables.get("server")), as_object(tables.get("router"))
+    providers = objects_of(tables.get("providers"))
+    if "timeouts" in server or any({"provider_type", "auth_type"} & row.keys() for row in providers):
+        for key in ("auto_map_regex", "background_regex"):
+            if router.get(key) == "":  # which means there that none is set
+                del router[key]
+    mux_skip(tables, ("presets", "cli"), "config", warnings)
+    mux_skip(server, ("api_key", "tracing", "oauth"), "[server]", warnings)
+    mux_skip(router, ("gemini_thinking",), "[router]", warnings)
+    if "log_level" in server:
+        server["log_level"] = MUX_LEVELS.get(str(server["log_level"]), server["log_level"])
+    mux_rules(router)
+    timeouts = as_object(server.pop("timeouts", None)).items()
+    seconds = {
+        MUX_TIMEOUTS[k]: Decimal(v) / 1000 for k, v in timeouts if k in MUX_TIMEOUTS and isinstance(v, int)
+    }
+    lost = [row for row in providers if not mux_provider(row, seconds, warnings)]
+    if lost:
+        tables["providers"] = [row for row in tables["providers"] if row not in lost]
+    kept = [row.get("name") for row in providers if row not in lost]
+    mux_models(tables, router, [row.get("name") for row in lost if row.get("name") not in kept], warnings)
 
 
-def mux_drop_models(wanted: Json, given: list[Any], warnings: list[str]) -> None:
-    """Takes out the models that only skipped providers served, and the routes to them."""
-    pairs = [(row, was) for row, was in zip(wanted["models"], given, strict=True) if isinstance(row, dict)]
-    gone = [row for row, was in pairs if was.get("mappings") and row["mappings"] == []]
-    names = [row.get("name") for row in gone]
-    warnings += [
-        f"[[models]] {n!r}: every provider of it is skipped; so is it, and routes to it" for n in names
-    ]
-    wanted["models"] = [row for row in wanted["models"] if row not in gone]
-    if isinstance(router := wanted.get("router"), dict):
-        slots = [key for key in ROUTE_SLOTS if key in router and router[key] in names]
-        wanted["router"] = {k: v for k, v in router.items() if k not in slots}
+def mux_skip(table: Json, keys: Iterable[str], where: str, warnings: list[str]) -> None:
+    """Takes out the keys that have no meaning here."""
+    for key in keys:
+        if table.pop(key, None) is not None:
+            warnings.append(f"{where}: claude-code-mux's key {key!r} has no meaning here and is skipped")
 
 
-def mux_skips(table: str, key: str, where: str, warnings: list[str]) -> bool:
-    if key not in MUX_KEYS[table]:
-        return False
-    warning = f"{where}: claude-code-mux's key {key!r} has no meaning here and is skipped"
-    if warning not in warnings:
-        warnings.append(warning)
-    return True
+def mux_rules(router: Json) -> None:
+    rules = router.pop("prompt_rules", [])
+    for rule in objects_of(rules):
+        if "strip_match" in rule:
+            rule["strip"] = rule.pop("strip_match")
+        if isinstance(pattern := rule.get("pattern"), str):  # Rust may spell a named group (?<name>...)
+            rule["pattern"] = re.sub(r"(?<!\\)\(\?<(?=\w)", "(?P<", pattern)
+    if rules != []:
+        router["rules"] = [*as_list(router.get("rules")), *rules] if isinstance(rules, list) else rules
 
 
-def mux_timeouts(tables: Json) -> Json:
-    server = tables.get("server")
-    given = server.get("timeouts") if isinstance(server, dict) else None
-    if not isinstance(given, dict):
-        return {}
-    names = {"api_timeout_ms": "response_timeout", "connect_timeout_ms": "connect_timeout"}
-    return {names[k]: Decimal(v) / 1000 for k, v in given.items() if k in names and isinstance(v, int)}
-
-
-def mux_router(table: Json, warnings: list[str]) -> Json:
-    wanted = {k: v for k, v in table.items() if not mux_skips("router", k, "[router]", warnings)}
-    if "prompt_rules" in wanted:
-        rules = wanted.pop("prompt_rules")
-        ours = as_list(wanted.get("rules"))
-        wanted["rules"] = [*ours, *map(mux_rule, rules)] if isinstance(rules, list) else rules
-    return wanted
-
-
-def mux_rule(rule: Any) -> Any:
-    if not isinstance(rule, dict):
-        return rule
-    wanted = {("strip" if key == "strip_match" else key): value for key, value in rule.items()}
-    if isinstance(pattern := wanted.get("pattern"), str):  # Rust may spell a named group (?<name>...)
-        wanted["pattern"] = re.sub(r"(?<!\\)\(\?<(?=\w)", "(?P<", pattern)
-    return wanted
-
-
-def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> Json:
-    """The provider row in ccmux's keys; {} for a sign-in that ccmux does not do."""
-    name = row.get("name")
-    row = dict(row)
+def mux_provider(row: Json, timeouts: Json, warnings: list[str]) -> bool:
+    """Puts a provider's row into ccmux's keys; False for a sign-in that ccmux does not do."""
     is_oauth = row.pop("auth_type", "") == "oauth"
     if is_oauth or row.get("provider_type") == "vertex-ai":
         way = "by OAuth" if is_oauth else "to Google Cloud"
-        warnings.append(f"provider {name}: signing in {way} is not something ccmux does; it is skipped")
-        return {}
-    where = f"[[providers]] {name!r}"
-    wanted = {k: v for k, v in row.items() if not mux_skips("providers", k, where, warnings)}
-    if "provider_type" in wanted:
-        wanted["type"] = wanted.pop("provider_type")
-    wanted["type"] = MUX_TYPES.get(str(wanted.get("type")), wanted.get("type"))
-    return {**timeouts, **wanted}
+        warnings.append(
+            f"provider {row.get('name')}: signing in {way} is not something ccmux does; it is skipped"
+        )
+        return False
+    mux_skip(
+        row, ("oauth_provider", "project_id", "location"), f"[[providers]] {row.get('name')!r}", warnings
+    )
+    if "provider_type" in row:
+        row["type"] = row.pop("provider_type")
+    row["type"] = MUX_TYPES.get(str(row.get("type")), row.get("type"))
+    row |= {key: value for key, value in timeouts.items() if key not in row}
+    return True
 
 
-def mux_model(row: Any, lost: list[Any], warnings: list[str]) -> Any:
-    if not isinstance(row, dict) or not isinstance(row.get("mappings"), list):
-        return row
-    where = f"[[models]] {row.get('name')!r}"
-    mappings = [
-        {k: v for k, v in mapping.items() if not mux_skips("mappings", k, where, warnings)}
-        for mapping in row["mappings"]
-        if isinstance(mapping, dict) and mapping.get("provider") not in lost
-    ]
-    return {**row, "mappings": mappings}
+def mux_models(tables: Json, router: Json, lost: list[Any], warnings: list[str]) -> None:
+    """Takes out the mappings to lost providers; the models that have no others, and the routes to those."""
+    gone = []
+    for row in objects_of(tables.get("models")):
+        where, mappings = f"[[models]] {row.get('name')!r}", as_list(row.get("mappings"))
+        for mapping in objects_of(mappings):
+            mux_skip(mapping, ("inject_continuation_prompt",), where, warnings)
+        kept = [mapping for mapping in mappings if as_object(mapping).get("provider") not in lost]
+        if len(kept) < len(mappings):
+            row["mappings"] = kept
+        if mappings and not kept:
+            gone.append(row)
+            warnings.append(f"{where}: every provider of it is skipped; so is it, and routes to it")
+    if gone:
+        tables["models"] = [row for row in tables["models"] if row not in gone]
+    names = [row.get("name") for row in gone]
+    for slot in ROUTE_SLOTS:
+        if slot in router and router[slot] in names:
+            del router[slot]
 
 
 # Editing the file. A save changes only the table it edits: what stands elsewhere stays byte for byte, and
@@ -1703,52 +1649,52 @@ def mux_model(row: Any, lost: list[Any], warnings: list[str]) -> Any:
 
 TomlPath = tuple[str | int, ...]  # the keys, and the row's number in an array of tables
 
+# Parts of a file that tomllib has accepted. Up to two quotes may stand before the three that close a text.
+TOML_TEXT = r"""(?:"{3}(?:[^\\]|\\.)*?"{3,5}|'{3}.*?'{3,5}|"(?:[^"\\]|\\.)*"|'[^']*')"""
+TOML_KEYS = rf"(?s)[ \t]*(?:[\w-]+|{TOML_TEXT})[ \t]*(?:\.[ \t]*(?:[\w-]+|{TOML_TEXT})[ \t]*)*"
+TOML_TOKEN = rf"(?s){TOML_TEXT}|#[^\n]*|[\[\]{{}},\r\n]|[^\"'#\[\]{{}},\r\n]+"
+TOML_NOTE = r"(?:[ \t]*#[^\r\n]*)?"  # a comment on the rest of a line
+TOML_BLANK = r"(?:[ \t\r\n]|#[^\n]*)*"
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Statement:
-    """A stretch of a TOML file: a header, a key with its value, or a blank or comment line.
+    """A stretch of a TOML file: a header, a key with its value, or (without a path) a blank or comment line."""
 
-    Spans are in characters.
-    """
-
-    kind: str  # table, array, key or blank
-    start: int
-    end: int  # after the line's end
-    path: TomlPath = ()  # of what it says, from the top of the file
-    home: TomlPath = ()  # of the header that it stands under, or is
-    value: tuple[int, int] = (0, 0)
-
-
-Edit = tuple[int, int, str]  # from, to (in characters), and what is to stand there
+    text: str  # with the line's end
+    path: TomlPath  # of what it says, from the top of the file
+    home: TomlPath  # of the header that it stands under, or is
+    value: tuple[int, int] | None = None  # of a key: from where to where in the text
+    comment: str = ""  # of a comment line
 
 
 def scan_toml(text: str) -> list[Statement]:
-    """The statements of a file that tomllib has accepted, in order and without gaps."""
+    """The statements of a file, in order and without gaps."""
     found = []
     rows: dict[TomlPath, int] = {}
     home: TomlPath = ()
     at = 0
     while at < len(text):
-        start, at = at, skip_blank(text, at)
-        kind, value = "blank", (0, 0)
+        start, at = at, match_end(r"[ \t]*", text, at)
         path: TomlPath = ()
+        value, comment = None, ""
         if text[at : at + 1] == "[":
-            kind = "array" if text[at : at + 2] == "[[" else "table"
-            keys, at = scan_keys(text, at + (2 if kind == "array" else 1))
-            path = home = numbered(keys, rows, is_new_row=kind == "array")
-        elif text[at : at + 1] not in ("", "#", "\n", "\r"):
-            kind = "key"
+            is_row = text.startswith("[[", at)
+            keys, at = scan_keys(text, at + 1 + is_row)
+            path = home = numbered(keys, rows, is_row)
+        elif text[at : at + 1] == "#":
+            comment = text[at : match_end(TOML_NOTE, text, at)]
+        elif text[at : at + 1].strip():
             keys, at = scan_keys(text, at)
-            begin = skip_blank(text, at + 1)
-            at = skip_value(text, begin)
-            path, value = (*home, *keys), (begin, at)
-        newline = text.find("\n", at)
-        at = len(text) if newline < 0 else newline + 1
-        found.append(Statement(kind, start, at, path, home, value))
+            begin = match_end(r"[ \t]*", text, at + 1)
+            at = value_end(text, begin)
+            path, value = (*home, *keys), (begin - start, at - start)
+        at = text.find("\n", at) + 1 or len(text)
+        found.append(Statement(text[start:at], path, home, value, comment))
     return found
 
 
-def numbered(keys: tuple[str, ...], rows: dict[TomlPath, int], *, is_new_row: bool) -> TomlPath:
+def numbered(keys: tuple[str, ...], rows: dict[TomlPath, int], is_new_row: bool) -> TomlPath:
     """A header's path with the numbers of the rows it is in; `rows` counts those of each array."""
     path: TomlPath = ()
     for n, key in enumerate(keys, 1):
@@ -1760,71 +1706,47 @@ def numbered(keys: tuple[str, ...], rows: dict[TomlPath, int], *, is_new_row: bo
     return path
 
 
-def skip_blank(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t":
-        at += 1
-    return at
+def match_end(pattern: str, text: str, at: int) -> int:
+    """The end of what matches the pattern here."""
+    match = re.compile(pattern).match(text, at)
+    return match.end() if match else at
 
 
 def scan_keys(text: str, at: int) -> tuple[tuple[str, ...], int]:
     """A dotted key; and where what follows it begins."""
-    keys = []
-    while True:
-        at = skip_blank(text, at)
-        end = skip_string(text, at) if text[at] in "\"'" else at + len(re.match(r"[\w-]*", text[at:])[0])  # type: ignore[index]
-        part = text[at:end]
-        keys.append(str(tomllib.loads(f"k = {part}")["k"]) if part[:1] in ('"', "'") else part)
-        at = skip_blank(text, end)
-        if text[at : at + 1] != ".":
-            return tuple(keys), at
-        at += 1
+    end = match_end(TOML_KEYS, text, at)
+    keys: list[str] = []
+    inside: Any = tomllib.loads(f"{text[at:end]} = 0")
+    while isinstance(inside, dict):
+        [(key, inside)] = inside.items()
+        keys.append(key)
+    return tuple(keys), end
 
 
-def skip_string(text: str, at: int) -> int:
-    """The end of the string, in any of TOML's four forms, that begins here."""
-    quote = text[at]
-    mark = quote * 3 if text.startswith(quote * 3, at) else quote
-    at += len(mark)
-    while not text.startswith(mark, at):
-        at += 2 if quote == '"' and text[at] == "\\" else 1
-    at += len(mark)
-    while len(mark) == 3 and text[at : at + 1] == quote:  # up to two may stand before the closing three
-        at += 1
-    return at
-
-
-def skip_value(text: str, at: int, bare: str = r"[^#\n\r]*") -> int:
-    """The end of the value that begins here; brackets may hold strings, comments and line ends."""
-    if text[at] in "\"'":
-        return skip_string(text, at)
-    if text[at] not in "[{":
-        line = re.match(bare, text[at:])
-        return at + len(line[0].rstrip()) if line else at
+def value_end(text: str, at: int) -> int:
+    """The end of the value that begins here; brackets may hold texts, comments and line ends."""
     depth = 0
-    while True:
-        char = text[at]
-        if char in "\"'":
-            at = skip_string(text, at)
-            continue
-        if char == "#":
-            at = text.find("\n", at)
-        depth += (char in "[{") - (char in "]}")
-        at += 1
+    for token in re.compile(TOML_TOKEN).finditer(text, at):
+        depth += (token[0] in "[{") - (token[0] in "]}")
         if depth == 0:
-            return at
+            return at + len(text[at : token.end()].rstrip())
+    raise ValueError("a value without an end")
 
 
 def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str:
-    """The file with one table replaced, made or (None) taken away: `[root]`, or the row of `[[root]]` with
-    that name.
+    """The file with one table replaced, made or (None) taken away: `[root]`, or the row of `[[root]]` of that name.
 
     ConfigError where the result would not parse to exactly what is meant.
     """
+    if "\r\n" in text and text.count("\r\n") == text.count("\n"):
+        return edit_toml(text.replace("\r\n", "\n"), root, name, table).replace("\n", "\r\n")
+    if text and not text.endswith("\n"):
+        return edit_toml(text + "\n", root, name, table).removesuffix("\n")
     before = tomllib.loads(text)
     meant = meant_tables(before, root, name, table)
-    if same_value(before, meant):
-        return text
-    after = apply_edits(text, TomlEditor(text).table_edits((), before, meant))
+    editor = TomlEditor(text)
+    editor.set_table((), before, meant)
+    after = "".join(line.text for line in editor.lines)
     with contextlib.suppress(tomllib.TOMLDecodeError):
         if same_value(tomllib.loads(after), meant):
             return after
@@ -1833,13 +1755,13 @@ def edit_toml(text: str, root: str, name: str | None, table: Json | None) -> str
 
 def meant_tables(before: Json, root: str, name: str | None, table: Json | None) -> Json:
     """What the file is to say after the edit."""
-    if name is None:
-        rest = {k: v for k, v in before.items() if k != root}
-        return rest if table is None else {**rest, root: table}
-    rows = list(before.get(root, []))
-    at = next((n for n, row in enumerate(rows) if row.get("name") == name), len(rows))
-    rows[at : at + 1] = [] if table is None else [table]
-    return {**{k: v for k, v in before.items() if k != root}, **({root: rows} if rows else {})}
+    meant: Any = table
+    if name is not None:
+        meant = list(before.get(root, []))
+        at = next((n for n, row in enumerate(meant) if row.get("name") == name), len(meant))
+        meant[at : at + 1] = [] if table is None else [table]
+    is_gone = meant is None or meant == []
+    return {k: v for k, v in before.items() if k != root} | ({} if is_gone else {root: meant})
 
 
 def same_value(one: Any, other: Any) -> bool:
@@ -1852,137 +1774,129 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 class TomlEditor:
-    """Finds the edits that make a TOML file say something else, with every comment in its place.
+    """Changes the lines of a TOML file in their places, until they say what is meant; what is gone has no text.
 
     A comment belongs to what stands right below it; one with nothing below, and a key that is commented out,
     to what it touches above. Rows that change places take theirs along.
     """
 
     def __init__(self, text: str) -> None:
-        self.text = text
         self.lines = scan_toml(text)
 
     def under(self, path: TomlPath) -> list[int]:
         """Which lines say what is at this path."""
-        return [n for n, s in enumerate(self.lines) if s.kind != "blank" and s.path[: len(path)] == path]
+        return [n for n, s in enumerate(self.lines) if s.path and s.path[: len(path)] == path]
 
-    def edits(self, path: TomlPath, old: Any, new: Any) -> list[Edit] | None:
-        """What makes a changed value say `new`; None where it is to be taken out and written anew."""
-        line = next((s for s in self.lines if s.kind == "key" and s.path == path), None)
-        if line is not None:
-            return value_edits(self.text, line.value, old, new)
-        if isinstance(old, dict) and isinstance(new, dict):
-            # One that is only there by what is in it is not there any more when it is empty.
-            has_lines = bool(new) or any(s.path == path for s in self.lines)
-            return self.table_edits(path, old, new) if has_lines else None
-        return self.row_edits(path, old, new) if is_rows(old) and is_rows(new) else None
-
-    def table_edits(self, path: TomlPath, old: Json, new: Json) -> list[Edit]:
-        found: list[Edit] = []
+    def set_table(self, path: TomlPath, old: Json, new: Json) -> None:
+        """Makes the table at this path, which says `old`, say `new`."""
         added = {k: v for k, v in new.items() if k not in old}
         for key, was in old.items():
             if key in new and same_value(was, new[key]):
                 continue
-            inside = self.edits((*path, key), was, new[key]) if key in new else None
-            if inside is None:
-                found += self.removal((*path, key))
+            if key not in new or not self.set_value((*path, key), was, new[key]):
+                self.remove((*path, key))
                 added |= {key: new[key]} if key in new else {}
-            found += inside or []
-        keys, rows = self.additions(path, added)
-        return keys + found + rows  # headers stand below all keys where they meet
+        if added:
+            self.add(path, added)
 
-    def removal(self, path: TomlPath) -> list[Edit]:
+    def set_value(self, path: TomlPath, old: Any, new: Any) -> bool:
+        """The same for any value; False where it is to be taken out and written anew."""
+        line = next((s for s in self.lines if s.path == path), None)
+        if line and line.value:
+            a, b = line.value
+            line.text = line.text[:a] + edited_value(line.text[a:b], old, new) + line.text[b:]
+        elif is_rows(old) and is_rows(new):
+            self.set_rows(path, old, new)
+        # A table that is only there by what is in it is not there any more when it is empty.
+        elif isinstance(old, dict) and isinstance(new, dict) and (new or line):
+            self.set_table(path, old, new)
+        else:
+            return False
+        return True
+
+    def remove(self, path: TomlPath) -> None:
         """Takes lines out: single keys one by one, so that comments between them stay; tables whole."""
-        found: list[Edit] = []
-        lines = (s for s in self.lines if s.kind != "blank")
-        for inside, run in itertools.groupby(lines, lambda s: s.path[: len(path)] == path):
-            for is_key, part in itertools.groupby(
-                run if inside else (), lambda s: s.kind == "key" and len(s.home) < len(path)
-            ):
-                gone = list(part)
-                spans = [(s.start, s.end) for s in gone] if is_key else [(gone[0].start, gone[-1].end)]
-                found += [(*span, "") for span in spans]
-        return found
-
-    def additions(self, path: TomlPath, new: Json) -> tuple[list[Edit], list[Edit]]:
-        """Writes keys at the end of a table's own lines, and rows under headers of their own after all of it."""
-        if not path:
-            tables = [emit_rows(k, v) if is_rows(v) else emit_table(k, v) for k, v in new.items()]
-            end = len(self.text)
-            return [], [(end, end, ("\n" if self.text.strip() else "") + "\n".join(tables))] * bool(tables)
-        under = [self.lines[n] for n in self.under(path)]
-        own = [s for s in under if len(s.home) <= len(path) and (s.kind == "key" or s.path == path)]
-        last, title = (own or under)[-1], dotted(path)
-        home = last.home if own else path
-        rows = {k: v for k, v in new.items() if is_rows(v) and home == path}
-        keys = [
-            f"{dotted((*path[len(home) :], k))} = {emit_value(v)}\n" for k, v in new.items() if k not in rows
-        ]
-        more = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in rows.items()]
-        at, end = last.end, under[-1].end
-        if keys and not own:  # under a header of its own, below all that is there
-            keys, more = [], [f"[{title}]\n", *keys, *more]
-        return [(at, at, "".join(keys))] * bool(keys), [(end, end, "".join(more))] * bool(more)
-
-    def row_edits(self, path: TomlPath, old: list[Json], new: list[Json]) -> list[Edit] | None:
-        """The edits of `[[path]]` rows. Those that stay fill the places of those that stayed, in the new order."""
-        source = matched(old, new)
-        kept = sorted(i for i in source if i is not None)
-        places = iter(kept)
-        gone = [i for i in range(len(old)) if i not in kept]
-        found = [edit for i in gone for edit in self.removal((*path, i))]
-        start, place = self.slot((*path, kept[0] if kept else len(old) - 1))[0 if kept else 1], -1
-        for row, i in zip(new, source, strict=True):
-            if i is None:
-                end = start if place < 0 else self.slot((*path, place))[1]
-                text = emit_rows(dotted(path), [row])
-                found.append((end, end, f"\n{text}" if len(path) == 1 else text))
-                continue
-            place = next(places)
-            inside = [] if same_value(old[i], row) else self.edits((*path, i), old[i], row) or []
-            if place == i:
-                found += inside
-            elif self.is_whole((*path, i)) and self.is_whole((*path, place)):
-                part = edited_part(self.text, self.slot((*path, i)), inside).rstrip("\n") + "\n"
-                found.append((*self.slot((*path, place)), part))
-            else:
-                return None
-        return found
-
-    def is_whole(self, path: TomlPath) -> bool:
-        """Whether nothing else stands between the lines of a row."""
         under = self.under(path)
-        return all(s.kind == "blank" or s.path[: len(path)] == path for s in self.lines[under[0] : under[-1]])
+        for last, n in zip([*under[:1], *under], under, strict=False):
+            line, between = self.lines[n], self.lines[last + 1 : n]
+            is_single = line.value and len(line.home) < len(path)
+            if is_single or any(s.path for s in between):
+                between = []
+            for gone in (line, *between):
+                gone.text = ""
 
-    def slot(self, path: TomlPath) -> tuple[int, int]:
-        """From where to where (in characters) a row stands in the file, with its comments."""
+    def add(self, path: TomlPath, new: Json) -> None:
+        """Writes keys below a table's own lines, and rows under headers of their own below all of it."""
+        if not path:
+            gap = "\n" if any(line.text.strip() for line in self.lines) else ""
+            text = gap + "\n".join(emit_tables(k, v) for k, v in new.items())
+            self.lines.append(Statement(text, (), ()))
+            return
+        under = [self.lines[n] for n in self.under(path)]
+        own = [s for s in under if s.path == path or (s.value and len(s.home) <= len(path))]
+        title = dotted(path)
+        if not own:  # it is only there by what is in it
+            under[-1].text += emit_tables(title, new)
+            return
+        home = own[-1].home
+        rows = {k: v for k, v in new.items() if is_rows(v) and home == path}
+        for key in [k for k in new if k not in rows]:
+            own[-1].text += f"{dotted((*path[len(home) :], key))} = {emit_value(new[key])}\n"
+        for key, value in rows.items():
+            under[-1].text += emit_tables(f"{title}.{emit_key(key)}", value)
+
+    def set_rows(self, path: TomlPath, old: list[Json], new: list[Json]) -> None:
+        """`set_table` for `[[path]]` rows. Those that stay fill the places of those that stayed, in the new order."""
+        source = matched(old, new)
+        order = [i for i in source if i is not None]
+        for i in {*range(len(old))} - {*order}:
+            self.remove((*path, i))
+        fresh = ""  # rows without a place, which go behind the row before them
+        for row, i in reversed(list(zip(new, source, strict=True))):
+            if i is None:
+                fresh = "\n" * (len(path) == 1) + emit_tables(dotted(path), [row]) + fresh
+                continue
+            if not same_value(old[i], row):
+                self.set_value((*path, i), old[i], row)
+            if fresh:
+                self.slot((*path, i))[-1].text += fresh
+                fresh = ""
+        if fresh and order:
+            top = self.slot((*path, order[0]))[0]
+            top.text = fresh + top.text
+        elif fresh:
+            self.slot((*path, len(old) - 1))[-1].text += fresh
+        moves = [(i, place) for i, place in zip(order, sorted(order), strict=True) if i != place]
+        slots = {i: self.slot((*path, i)) for i, _ in moves}
+        texts = {i: "".join(line.text for line in lines) for i, lines in slots.items()}
+        for i, place in moves:
+            for line in slots[place]:
+                line.text = ""
+            slots[place][0].text = texts[i]
+
+    def slot(self, path: TomlPath) -> list[Statement]:
+        """The lines where a row stands, with its comments."""
         under = self.under(path)
         first, end = under[0], self.comments_below(under[-1])
-        while first and self.is_comment(first - 1):
+        while first and self.lines[first - 1].comment:
             first -= 1
-        if first and self.lines[first - 1].kind != "blank":
+        if first and self.lines[first - 1].path:
             first = self.comments_below(first - 1)
-        return self.lines[first].start, self.lines[end - 1].end
+        return self.lines[first:end]
 
     def comments_below(self, n: int) -> int:
         """Where the comments end that stand right below line n and belong to it."""
         end = n + 1
-        while end < len(self.lines) and self.is_comment(end):
+        while end < len(self.lines) and self.lines[end].comment:
             end += 1
-        if end < len(self.lines) and self.lines[end].kind == "blank":
+        if end < len(self.lines) and not self.lines[end].path:
             return end
-        keys = [i + 1 for i in range(n + 1, end) if self.is_comment(i, r"\s*#\s*[\w.-]+\s*=")]
-        return max(keys, default=n + 1)
-
-    def is_comment(self, n: int, like: str = r"\s*#") -> bool:
-        line = self.lines[n]
-        return line.kind == "blank" and bool(re.match(like, self.text[line.start : line.end]))
+        keys = [i for i in range(n + 1, end) if re.match(r"#\s*[\w.-]+\s*=", self.lines[i].comment)]
+        return max(keys, default=n) + 1
 
 
 def matched(old: list[Any], new: list[Any]) -> list[int | None]:
-    """Which old item each new one is: the most alike ones are paired first; None for one of which there was
-    nothing.
-    """
+    """Which old item each new one is, by number; None for one that is new. The most alike are paired first."""
     # Those before and behind all changes pair by themselves: a thousand rows would take a million comparisons.
     least = min(len(old), len(new))
     head = next((n for n in range(least) if not same_value(old[n], new[n])), least)
@@ -2016,107 +1930,77 @@ def dotted(path: TomlPath) -> str:
     return ".".join(emit_key(key) for key in path if isinstance(key, str))
 
 
-def apply_edits(text: str, edits: list[Edit]) -> str:
-    """The text with all edits made; of those at one place the first stands first."""
-    newline = "\r\n" if "\r\n" in text else "\n"
-    order = sorted(range(len(edits)), key=lambda n: (edits[n][:2], n), reverse=True)
-    for start, end, new in (edits[n] for n in order):
-        opening = (
-            "\n" if start == end and new.endswith("\n") and text[:start] and text[start - 1] != "\n" else ""
-        )
-        text = text[:start] + (opening + new).replace("\n", newline) + text[end:]
-    return text
-
-
-def edited_part(text: str, span: tuple[int, int], edits: list[Edit]) -> str:
-    """A stretch of the text with the edits inside it made; its line ends are plain ones."""
-    start, end = span
-    inside = [(a - start, b - start, new) for a, b, new in edits]
-    return apply_edits(text[start:end], inside).replace("\r\n", "\n")
-
-
 # Inside a value: the items of an array or of an inline table, which may stand on lines with comments.
 
 
 @dataclass(frozen=True, slots=True)
 class TomlItem:
-    """An element, or a `key = value`; with the blank and comments before it, and the comment after it."""
+    """An element, or a `key = value`, as it stands there: lead, title, value and rest are the whole text."""
 
-    lead: str
-    span: tuple[int, int]
-    tail: str
-    path: tuple[str, ...] = ()
-    value: tuple[int, int] = (0, 0)
+    lead: str  # the blank and comments before it
+    title: str = ""  # the key and the equals sign
+    value: str = ""
+    rest: str = ""  # the comma, with the comments before and behind it
+    comma: str = ""
+    tail: str = ""  # the comments alone
+    keys: tuple[str, ...] = ()
 
 
-def value_edits(text: str, span: tuple[int, int], old: Any, new: Any) -> list[Edit]:
-    """What makes the value that stands there say `new`."""
+def edited_value(text: str, old: Any, new: Any) -> str:
+    """A value's text, changed to say `new`."""
     if same_value(old, new):
-        return []
-    if not old or not isinstance(old, (dict, list)) or not isinstance(new, type(old)):
-        return [(*span, emit_value(new))]
-    begin = after_note(text, span[0] + 1)
-    items = scan_items(text, begin, is_table=isinstance(old, dict))
-    if any(len(item.path) > 1 for item in items):
-        return [(*span, emit_value(new))]
-    before, after = old, new
+        return text
+    if old and isinstance(old, (dict, list)) and isinstance(new, type(old)):
+        begin = match_end(TOML_NOTE, text, 1)
+        items = scan_items(text, begin)
+        if all(len(item.keys) <= 1 for item in items):
+            return text[:begin] + edited_items(items, old, new) + text[-1]
+    return emit_value(new)
+
+
+def edited_items(items: list[TomlItem], old: Any, new: Any) -> str:
+    """What stands between the brackets, changed to say `new`."""
     if isinstance(old, dict):
-        names = [item.path[0] for item in items[:-1]]
+        names = [item.keys[0] for item in items[:-1]]
         keys = [k for k in names if k in new] + [k for k in new if k not in names]
         source = [names.index(k) if k in names else None for k in keys]
-        before, after = [old[k] for k in names], [new[k] for k in keys]
-        fresh = [f"{emit_key(k)} = {emit_value(v)}" for k, v in zip(keys, after, strict=True)]
+        old, new = [old[k] for k in names], [new[k] for k in keys]
+        titles = [f"{emit_key(k)} = " for k in keys]
     else:
-        source, fresh = matched([*old], [*new]), [emit_value(v) for v in new]
-    inside = [
-        value_edits(text, items[i].value, before[i], v) if i is not None else []
-        for i, v in zip(source, after, strict=True)
-    ]
-    if source == list(range(len(old))):
-        return [edit for edits in inside for edit in edits]
+        source, titles = matched(old, new), [""] * len(new)
     bodies = [
-        edited_part(text, items[i].span, edits) if i is not None else words
-        for i, edits, words in zip(source, inside, fresh, strict=True)
+        title + emit_value(value)
+        if i is None
+        else items[i].title + edited_value(items[i].value, old[i], value)
+        for i, title, value in zip(source, titles, new, strict=True)
     ]
-    return [(begin, span[1] - 1, joined_items(items, source, bodies))]
+    if source != list(range(len(old))):
+        return joined_items(items, source, bodies)
+    parts = zip(items, [*bodies, ""], strict=True)
+    return "".join(item.lead + body + item.rest for item, body in parts)
 
 
-def after_note(text: str, at: int) -> int:
-    """Where a comment ends that stands on the rest of this line."""
-    note = re.compile(r"[ \t]*#[^\r\n]*").match(text, at)
-    return note.end() if note else at
-
-
-def scan_items(text: str, at: int, *, is_table: bool) -> list[TomlItem]:
-    """The items from here to the closing bracket; a last, empty one has what stands before that, and a comma as
-    its tail where one is left hanging.
-    """
+def scan_items(text: str, at: int) -> list[TomlItem]:
+    """The items of a value from here to its closing bracket; the last one is only what stands before that."""
     items: list[TomlItem] = []
-    comma = ""
     while True:
-        lead, at = blank_at(text, at)
+        start, at = at, match_end(TOML_BLANK, text, at)
+        lead = text[start:at]
         if text[at] in "]}":
-            return [*items, TomlItem(lead, (at, at), comma)]
-        start = value = at
-        path: tuple[str, ...] = ()
-        if is_table:
-            path, value = scan_keys(text, at)
-            value = skip_blank(text, value + 1)
-        end = at = skip_value(text, value, r"[^,\]}#\n\r]*")
-        tail, beyond = blank_at(text, at)
-        comma = "," if text[beyond] == "," else ""
-        at = beyond + 1 if comma else at
-        tail = tail.rstrip() if comma and "#" in tail else ""
-        at, note = after_note(text, at), at
-        tail = join_blank(tail, text[note:at])
-        items.append(TomlItem(lead, (start, end), tail, path, (value, end)))
-
-
-def blank_at(text: str, at: int) -> tuple[str, int]:
-    """The blanks, line ends and comments that begin here, with plain line ends; and where they end."""
-    found = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*").match(text, at)
-    assert found is not None
-    return found[0].replace("\r\n", "\n"), found.end()
+            return [*items, TomlItem(lead)]
+        begin = at
+        keys: tuple[str, ...] = ()
+        if text[0] == "{":
+            keys, at = scan_keys(text, at)
+            at = match_end(r"[ \t]*", text, at + 1)
+        end = value_end(text, at)
+        title, value = text[begin:at], text[at:end]
+        at = match_end(TOML_BLANK, text, end)
+        comma = "," if text[at] == "," else ""
+        before, note = (text[end:at].rstrip(), at + 1) if comma else ("", end)
+        at = match_end(TOML_NOTE, text, note)
+        tail = join_blank(before, text[note:at])
+        items.append(TomlItem(lead, title, value, text[end:at], comma, tail, keys))
 
 
 def join_blank(one: str, other: str) -> str:
@@ -2126,42 +2010,45 @@ def join_blank(one: str, other: str) -> str:
 
 
 def joined_items(items: list[TomlItem], source: list[int | None], bodies: list[str]) -> str:
-    """What stands between the brackets when these are the items. Comments go with theirs; those of an item that is
-    gone stay before the next one.
+    """What stands between the brackets when these are the items. Comments go with their item; those of one that is
+    gone stay before the next.
     """
     *items, end = items
-    noted = any("#" in item.lead + item.tail for item in items)
     leads, held = [], ""
-    for n, item in enumerate([*items, end]):
-        is_gone = n < len(items) and n not in source
+    for n, item in enumerate(items):
         leads.append(join_blank(held, item.lead))
-        held = join_blank(leads[-1], item.tail) if is_gone and "#" in leads[-1] + item.tail else ""
-    model = items[-1].lead
-    fresh = model[model.rfind("\n") :] if "\n" in model else " "
+        is_gone = n not in source and "#" in leads[n] + item.tail
+        held = join_blank(leads[n], item.tail) if is_gone else ""
+    gap = re.sub(r"(?s).*(?=\n)", "", items[-1].lead) or " "
+    blanks = [gap if "#" in item.lead else item.lead for item in items]
     out = tail = ""
     for n, (i, body) in enumerate(zip(source, bodies, strict=True)):
-        lead = (
-            leads[i] if i is not None and noted else items[n].lead if n < len(items) and not noted else fresh
-        )
+        lead = "" if i is None else leads[i]
+        if "#" not in lead:
+            lead = blanks[n] if n < len(blanks) else gap
         out += ("," if n else "") + join_blank(tail, lead) + body
-        tail = items[i].tail if i is not None else ""
-    return out + (end.tail if bodies else "") + join_blank(tail, leads[-1])
+        tail = "" if i is None else items[i].tail
+    comma = items[-1].comma if bodies else ""
+    return out + comma + join_blank(tail, join_blank(held, end.lead))
 
 
 def is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
-def emit_rows(title: str, rows: list[Json]) -> str:
-    return "\n".join(emit_table(title, row, "array") for row in rows)
+def emit_tables(title: str, value: Any) -> str:
+    """A table, or rows of them, under headers."""
+    if isinstance(value, dict):
+        return emit_table(title, value)
+    return "\n".join(emit_table(title, row, "array") for row in value)
 
 
 def emit_table(title: str, table: Json, kind: str = "table") -> str:
     """A table under its header; rows of tables get headers of their own, other tables stand inline."""
     lines = [f"[[{title}]]" if kind == "array" else f"[{title}]"]
     lines += [f"{emit_key(k)} = {emit_value(v)}" for k, v in table.items() if not is_rows(v)]
-    rows = [emit_rows(f"{title}.{emit_key(k)}", v) for k, v in table.items() if is_rows(v)]
-    return "\n".join([*lines, *(row.rstrip("\n") for row in rows)]) + "\n"
+    lines += [emit_tables(f"{title}.{emit_key(k)}", v).rstrip("\n") for k, v in table.items() if is_rows(v)]
+    return "\n".join(lines) + "\n"
 
 
 def emit_key(key: str) -> str:
@@ -2170,12 +2057,11 @@ def emit_key(key: str) -> str:
 
 def emit_value(value: Any) -> str:
     """A value as TOML writes it; ConfigError for what TOML has no form of."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return emit_text(value)
-    if isinstance(value, int):
-        return str(value)
+    if isinstance(value, (str, int)):  # bools too: as in JSON, but for one character
+        text = readable(value).replace("\x7f", "\\u007f")
+        if re.search("[\ud800-\udfff]", text):
+            raise ConfigError("a text with half a surrogate pair cannot be written to the config file")
+        return text
     if isinstance(value, (float, Decimal)):
         text = format(value, "f") if isinstance(value, Decimal) else repr(value)
         return text if re.search(r"[.einf]", text) else f"{text}.0"
@@ -2187,14 +2073,6 @@ def emit_value(value: Any) -> str:
     if hasattr(value, "isoformat"):
         return str(value.isoformat())
     raise ConfigError(f"{type(value).__name__} cannot be written to the config file")
-
-
-def emit_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConfigError("a text with half a surrogate pair cannot be written to the config file") from None
-    return readable(text).replace("\x7f", "\\u007f")
 
 
 def toml_text(path: Path) -> str:
@@ -2216,16 +2094,22 @@ def save_config(path: Path, text: str, expected_hash: str) -> None:
     if path.exists() and hash_text(current) != expected_hash:
         raise StaleError(f"{path.name} has changed on disk since this page was loaded; load it again")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part, backup = (path.with_name(f".{path.name}.{os.getpid()}.{kind}part") for kind in ("", "bak."))
     try:
         write_private(part, text)
         if part.read_bytes().decode("utf-8") != text:
             raise ConfigError(f"{path.name} could not be written whole; nothing was changed")
         if current:
-            keep_backups(path, current)
+            write_private(backup, current)  # before the older ones are touched: the disk may be full
+            places = backup_paths(path)
+            for newer, older in reversed([*itertools.pairwise(places)]):
+                if newer.exists():
+                    os.replace(newer, older)
+            os.replace(backup, places[0])
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+        backup.unlink(missing_ok=True)
     if os.name != "nt":
         folder = os.open(path.parent, os.O_RDONLY)
         with contextlib.suppress(OSError):  # many a shared or network folder refuses it
@@ -2243,25 +2127,9 @@ def write_private(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-BACKUPS = 3
-
-
 def backup_paths(path: Path) -> list[Path]:
     """Where a config's backups are, newest first."""
-    return [path.with_name(f"{path.name}.bak{n}") for n in range(1, BACKUPS + 1)]
-
-
-def keep_backups(path: Path, text: str) -> None:
-    """Makes the text the newest backup; OSError, with the old ones as they were, where the disk is full."""
-    places, part = backup_paths(path), path.with_name(f".{path.name}.{os.getpid()}.bak.part")
-    try:
-        write_private(part, text)
-        for older, newer in zip(reversed(places), reversed(places[:-1]), strict=False):
-            if newer.exists():
-                os.replace(newer, older)
-        os.replace(part, places[0])
-    finally:
-        part.unlink(missing_ok=True)
+    return [path.with_name(f"{path.name}.bak{n}") for n in (1, 2, 3)]
 
 
 # Files beside the config.
@@ -2278,7 +2146,7 @@ def database_path(config: Config) -> str:
 def home_of(config: Config) -> Path:
     """The folder that relative paths of a config are in; made (0700) where it is ccmux's own."""
     if config.path:
-        return Path(config.path).expanduser().resolve().parent
+        return Path(config.path).resolve().parent
     home = ccmux_home()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     return home
@@ -2305,8 +2173,7 @@ def admin_token_of(config: Config) -> str:
         ) from None
     token = secrets.token_urlsafe(24)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(token + "\n")
+    write_private(path, token + "\n")
     return token
 
 
@@ -2323,6 +2190,10 @@ def check_binding(config: Config) -> None:
     host = config.server.host
     if host.startswith("["):
         raise ConfigError(f"[server]: key 'host' is {host!r}: write it without the brackets")
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise ConfigError(f"[server]: key 'host' is {host!r}, which is no name of a host: {error}") from None
     if is_loopback(host):
         return
     if not config.server.require_key:

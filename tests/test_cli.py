@@ -168,6 +168,7 @@ def test_top_help_names_every_command(cli: Cli, monkeypatch: pytest.MonkeyPatch)
         pytest.param(("check", "--config", "nothing.toml"), "nothing.toml: cannot be read", id="no-config"),
         pytest.param(("serve", "--host", "0.0.0.0"), "set require_key = true", id="open-to-all"),
         pytest.param(("--host", "[::1]"), "'[::1]': write it without the brackets", id="brackets"),
+        pytest.param(("--host", "a" * 64), "which is no name of a host", id="no-host"),
         pytest.param(("check", "--config", "~no-such-user/x"), "no home folder is known", id="no-home"),
         pytest.param(("--port", "65536"), "'65536' is not a port: 0 to 65535", id="port"),
         pytest.param(("setup", "--undo"), "there is nothing to undo", id="undo"),

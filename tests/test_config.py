@@ -86,6 +86,8 @@ TYPE_ERRORS = [
     ("[server]\nport = true", "[server]: key 'port' must be a whole number"),
     ("[server]\nport = -1", "[server]: key 'port' must be at least 0"),
     ("[server]\nport = 70000", "[server]: key 'port' must be at most 65535"),
+    (f"[server]\nmax_connections = {10**30}", "[server]: key 'max_connections' must be at most 1000000"),
+    ('[server]\ndatabase = "a\\u0000b"', "[server]: key 'database' must be text without a NUL character"),
     ("[server]\nhost = 5", "[server]: key 'host' must be text in quotes"),
     ("[server]\nrequire_key = 1", "[server]: key 'require_key' must be true or false"),
     ("[server]\nrequire_key = 'true'", "[server]: key 'require_key' must be true or false"),
@@ -94,6 +96,7 @@ TYPE_ERRORS = [
     ("[server]\nbody_timeout = 0", "[server]: key 'body_timeout' must be at least 0.1"),
     ("[server]\nbody_timeout = nan", "[server]: key 'body_timeout' must be a number"),
     ("[server]\nbody_timeout = inf", "[server]: key 'body_timeout' must be a number"),
+    ("[server]\nbody_timeout = 1e999", "[server]: key 'body_timeout' must be a number"),
     ("[server]\nbody_timeout = 2026-01-01", "[server]: key 'body_timeout' must be a number"),
     ("[server]\nallowed_hosts = 'a'", "[server]: key 'allowed_hosts' must be a list"),
     ("[server]\nallowed_hosts = ['a:80', 'https://b/']", "key 'allowed_hosts' has 'https://b/': write a name or an address alone"),
@@ -123,6 +126,8 @@ TYPE_ERRORS = [
     ("models = 3", "[models] must be a list"),
     ("[models]\nname = 'm'", "[models] must be a list"),
     ("[providers.p]\ntype = 'openai'", "providers: write it as [[providers]] tables"),
+    ("providers = ['x']", "providers: write it as [[providers]] tables"),
+    (MODEL + "mappings = ['x']", "key 'mappings', item 1: must be a table"),
     (PROVIDER + "quirks = 3", "[[providers]] 'p'"),
     (PROVIDER + "quirks = { fiels = true }", "unknown key 'fiels': did you mean 'files'?"),
     (PROVIDER + "quirks = { files = 1 }", "key 'quirks': key 'files' must be true or false"),
@@ -132,6 +137,7 @@ TYPE_ERRORS = [
     (PROVIDER + "quirks = { cache_control = 'a{99999999999}' }", "'cache_control' is not a regular expression"),
     (PROVIDER + "quirks = { auth = 'basic' }", "key 'auth' is 'basic'"),
     (PROVIDER + "quirks = { extra_body = { a = 2026-01-01 } }", "has no JSON form"),
+    (PROVIDER + "quirks = { extra_body = { a = 1e999 } }", "has no JSON form"),
     (PROVIDER + "headers = 3", "[[providers]] 'p'"),
     (PROVIDER + "headers = { 'X Y' = 'a' }", "[[providers]] 'p': key 'headers': 'X Y' is no name of a header"),
     (PROVIDER + "headers = { a = 3 }", "[[providers]] 'p': key 'headers', 'a' must be text in quotes"),
@@ -238,7 +244,7 @@ def test_a_value_of_a_wrong_type_names_table_and_key(head: str, key: str) -> Non
     assert re.match(r"\[+(\w+)", head)[1] in words
 
 
-@pytest.mark.parametrize("field", ["format", "default_model", "problem"])
+@pytest.mark.parametrize("field", ["format", "default_model", "problem", "default"])
 def test_what_ccmux_works_out_is_no_key_of_the_file(field: str) -> None:
     assert f"unknown key '{field}'" in error_of(PROVIDER + f"{field} = 'x'\n")
 
@@ -331,6 +337,9 @@ def test_a_key_in_the_body_is_a_secret() -> None:
 
 def test_a_passthrough_key_is_no_secret() -> None:
     assert parse(PROVIDER + "api_key = 'passthrough'\n").secrets == []
+    assert parse(PROVIDER + "api_key = 'passthrough'\nheaders = { A = 'head-abcdef' }").secrets == [
+        "head-abcdef"
+    ]
 
 
 # Presets
