@@ -8626,10 +8626,6 @@ class Call:
         """Whether content has reached the client; a client that does not stream gets all or nothing."""
         return self.stream and bool(self.first_content)
 
-    def is_streamed(self, dialect: Dialect) -> bool:
-        """Whether the upstream streams: all do, but for a whole answer in the client's own format."""
-        return self.stream or not self.passes(dialect)
-
     def passes(self, dialect: Dialect) -> bool:
         """Whether the upstream speaks the client's own format; what routing changed for OpenAI's is translated, and what
         is half Anthropic's.
@@ -8787,16 +8783,10 @@ class Shortcut(asyncio.Protocol):
     handle, as if it had read.
     """
 
-    def __init__(
-        self,
-        response: aiohttp.ClientResponse,
-        reader: Reader,
-        feed: Callable[[bytes], bytes],
-        sink: Sink,
-        watch: Watch,
-    ) -> None:
+    def __init__(self, attempt: Attempt, response: aiohttp.ClientResponse) -> None:
         self.response, self.content = response, response.content
-        self.reader, self.feed, self.sink, self.watch = reader, feed, sink, watch
+        self.reader, self.sink, self.watch = attempt.reader, attempt.sink, attempt.watch
+        self.feed = attempt.read_on if attempt.call.on_raw else attempt.reader.feed
 
     async def run(self) -> bytes:
         """Sends on what comes; in the end what the client does not take at once, and the rest is in the content."""
@@ -8921,12 +8911,10 @@ class Relay:
         plan = Plan(self, call)
         while True:
             slot = plan.next_slot()
-            if "safeguards" in call.body and dialect_of(slot.provider, slot.target.actual_model).request:
-                raise no_safeguards()
-            if call.body.get("thread") and not is_anthropics(slot.provider.base_url):
-                raise no_thread()
+            attempt = Attempt(self, call, slot, sink)
+            attempt.check()
             try:
-                await self.try_slot(call, slot, sink)
+                await attempt.run()
                 return
             except ApiError as error:
                 call.end_retry()
@@ -8934,63 +8922,6 @@ class Relay:
                     call.on_failure()
                 if call.has_answered or not await plan.goes_on(slot, error):
                     raise client_error(error, slot, call) from None
-
-    async def try_slot(self, call: Call, slot: Slot, sink: Sink) -> None:
-        """One try: send, wait for content, relay.
-
-        What it teaches goes into health, breaker and cool-downs.
-        """
-        forget_oldest(self.breakers)
-        health, breaker = self.health_of(slot.provider.name), self.breakers.setdefault(slot.id, Breaker())
-        began = time.monotonic()
-        health.active += 1
-        call.target = slot.target
-        call.tries += 1
-        call.first_content = 0.0
-        breaker.begin(began, call)
-        error: ApiError | None = None
-        finished = False
-        try:
-            await self.exchange(call, slot, sink)
-            finished = True
-        except ApiError as caught:
-            error = caught
-            raise
-        finally:
-            health.active -= 1
-            self.learn(call, slot, breaker, error, began, finished)
-
-    def learn(
-        self, call: Call, slot: Slot, breaker: Breaker, error: ApiError | None, began: float, finished: bool
-    ) -> None:
-        """Notes how a try ended. A client that hung up teaches nothing, nor does a fault of the request."""
-        now = time.monotonic()
-        seconds = now - began
-        status = error.status if error else 200 if finished else 0
-        call.attempts.append({
-            "provider": slot.provider.name, "model": slot.target.actual_model, "key": key_id(slot.key),
-            "status": status, "error": error.cause if error else "", "ms": round(seconds * 1000),
-        })  # fmt: skip
-        self.metrics.attempt(
-            slot.provider.name, slot.target.actual_model, error.cause if error else "" if finished else "gone"
-        )
-        if not finished and error is None:
-            breaker.leave(call)
-            return
-        if error is not None and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY):
-            breaker.leave(call)
-        else:
-            breaker.record(call, began, now, error is None)
-        if error is not None and error.cause == "client_stall":
-            return
-        outcome = {"time": time.time(), "ok": error is None, "status": status, "ms": round(seconds * 1000)}
-        self.health_of(slot.provider.name).outcomes.append({**outcome, "error": error.cause if error else ""})
-        if error is not None and not call.first_content:
-            self.cool(slot, error, now)
-        elif error is None and call.session:
-            self.sticky.pop((call.session, call.route.model), None)
-            self.sticky[call.session, call.route.model] = slot.id
-            forget_oldest(self.sticky)
 
     def cool(self, slot: Slot, error: ApiError, now: float) -> None:
         """Lets a key rest: for a 429 as long as the upstream says, for a refused key five minutes."""
@@ -9017,66 +8948,6 @@ class Relay:
         start = self.health_of(provider.name).next_key % len(keys)
         return [Slot(target, provider, key) for key in (*keys[start:], *keys[:start])]
 
-    # One exchange with one upstream.
-
-    async def exchange(self, call: Call, slot: Slot, sink: Sink) -> None:
-        """Sends the request and relays the answer; ApiError when either fails or lasts too long."""
-        dialect = dialect_of(slot.provider, slot.target.actual_model, self.not_taken(call, slot), call.body)
-        if dialect.is_local:
-            await self.demo(call, slot, sink)
-            return
-        assert call.watch is not None
-        watch = call.watch
-        try:
-            response = await self.send(call, slot, dialect, watch)
-            await self.receive(call, slot, dialect, response, sink)
-        except asyncio.CancelledError:
-            if watch.over in (TOTAL, STOPPED) or not watch.take_back():
-                raise
-            await self.end_broken(call, slot, sink, self.overdue(watch, slot))
-        finally:
-            watch.wait(math.inf, "")
-
-    async def receive(
-        self, call: Call, slot: Slot, dialect: Dialect, response: aiohttp.ClientResponse, sink: Sink
-    ) -> None:
-        done = False
-        try:
-            call.on_answer()
-            if call.counting:
-                await call.end_count()
-                call.on_answer()  # its floor is by the count now
-            call.reader = self.reader_for(call, slot, dialect)
-            call.reply_headers = answer_headers(response.headers, dialect)
-            await self.pump(call, slot, response, sink)
-            done = True
-        except UPSTREAM_FAULTS() as fault:
-            await self.end_broken(call, slot, sink, self.fault(fault, slot))
-        finally:
-            if not done:
-                response.close()
-            elif response.content.is_eof():
-                response.release()
-            else:
-                self.ending.add(response)
-                asyncio.get_running_loop().call_later(LAST_BYTES, self.release, response)
-
-    async def end_broken(self, call: Call, slot: Slot, sink: Sink, error: ApiError) -> None:
-        """Raises the error that broke an answer off, but where all that lacks is what ends the bytes: a format whose
-        answers say that they are over before that has its message ended.
-        """
-        reader = call.reader
-        can_end = error.cause in ("disconnect", "timeout") and not slot.provider.quirks.lax_finish
-        if reader is None or not call.first_content or reader.ended or reader.error or not can_end:
-            raise error from None
-        out = read_on(call, reader, b"")
-        if not reader.ended:
-            raise error from None
-        try:
-            await sink.write(out)
-        except ConnectionError:
-            raise ClientGoneError from None
-
     def release(self, response: aiohttp.ClientResponse) -> None:
         self.ending.discard(response)
         response.release()
@@ -9087,34 +8958,6 @@ class Relay:
             self.release(response)
         await self.session.close()
         await self.fresh.close()
-
-    async def send(self, call: Call, slot: Slot, dialect: Dialect, watch: Watch) -> aiohttp.ClientResponse:
-        """POSTs the request; the response once its status is 200, else an ApiError."""
-        request = await self.request_for(call, slot, dialect)
-        provider = slot.provider
-        streams = call.is_streamed(dialect)
-        limit = provider.first_byte_timeout if streams else provider.response_timeout
-        watch.wait(limit, "first byte")
-        if call.on_raw:
-            call.on_raw("upstream_request", request.data)
-        asyncio.get_running_loop().call_soon(call.begin_count)  # once the request is on its way
-        opened = Opened()
-        OPENED.set(opened)
-        try:
-            response = await self.post(self.session, request, provider)
-        except UPSTREAM_FAULTS() as fault:
-            if opened.yes or not is_disconnect(fault):
-                raise self.fault(fault, slot) from None
-            try:
-                response = await self.post(self.fresh, request, provider)
-            except UPSTREAM_FAULTS() as again:
-                raise self.fault(again, slot) from None
-        if response.status != 200:
-            try:
-                raise await self.refusal(call, slot, dialect, response)
-            finally:
-                response.close()
-        return response
 
     async def post(
         self, session: aiohttp.ClientSession, request: UpstreamRequest, provider: Provider
@@ -9131,29 +8974,6 @@ class Relay:
             timeout=aiohttp.ClientTimeout(total=None, connect=provider.connect_timeout),
         )
 
-    async def request_for(self, call: Call, slot: Slot, dialect: Dialect) -> UpstreamRequest:
-        provider, target = slot.provider, slot.target
-        to = self.upstream_of(call, slot)
-        url = endpoint_url(provider.base_url, dialect, model=target.actual_model)
-        headers = upstream_headers(call, slot, dialect)
-        if call.format == "chat" and call.passes(dialect):
-            data = compact(chat_passed_on(call.chat, to))
-        elif call.unserved:
-            raise call.unserved
-        elif dialect.request is None:
-            data = forwarded(call, to)
-            url += "?beta=true" if "beta=true" in call.query else ""
-        else:
-            translated = dialect.request(with_tool_changes(call.body), to)
-            if left := left_out(call.body, dialect):
-                log.info(
-                    "request %s: server tools left out for %s: %r", call.request_id, provider.name, left[:8]
-                )
-            if len(call.raw) > LARGE:
-                await asyncio.sleep(0)  # to translate and to encode a megabyte takes some milliseconds each
-            data = request_bytes(translated)
-        return UpstreamRequest(url, headers, data)
-
     def not_taken(self, call: Call, slot: Slot) -> frozenset[str]:
         """What errors have said that the slot's model does not take there."""
         place = (call.config.text_hash, slot.provider.name, slot.target.actual_model)
@@ -9169,99 +8989,260 @@ class Relay:
             model, slot.provider.quirks, dataclasses.replace(facts, context=context), call.session, skip
         )
 
-    def reader_for(self, call: Call, slot: Slot, dialect: Dialect) -> Reader:
-        secrets = call.config.secrets
-        if dialect.passes == call.format == "anthropic":
-            return AnthropicTap(lambda text: scrub(text, secrets)) if call.stream else AnthropicWhole()
-        if call.passes(dialect):
-            lax_finish = slot.provider.quirks.lax_finish
+
+class Attempt:
+    """One try of a call: its request to one target, and the answer on its way to the client."""
+
+    reader: Reader
+
+    def __init__(self, relay: Relay, call: Call, slot: Slot, sink: Sink) -> None:
+        assert call.watch is not None
+        self.relay, self.call, self.slot, self.sink, self.watch = relay, call, slot, sink, call.watch
+        self.provider = slot.provider
+        self.to = relay.upstream_of(call, slot)
+        self.dialect = dialect_of(slot.provider, self.to.model, self.to.skip, call.body)
+        self.passes = call.passes(self.dialect)
+        # All upstreams stream, but for a whole answer in the client's own format.
+        self.streams = call.stream or not self.passes
+        self.tools: dict[str, str] = {}  # of a translated request: the upstream's name -> the client's
+        self.health = relay.health_of(self.provider.name)
+        self.began = time.monotonic()
+
+    def check(self) -> None:
+        """ApiError for a request that this target has no form for, whatever another might have."""
+        call = self.call
+        if "safeguards" in call.body and self.dialect.request:
+            raise no_safeguards()
+        if call.body.get("thread") and not is_anthropics(self.provider.base_url):
+            raise no_thread()
+        if call.unserved and not self.passes:
+            raise call.unserved
+
+    async def run(self) -> None:
+        """Sends the request and relays all of its answer; ApiError when either fails or lasts too long."""
+        call, breakers = self.call, self.relay.breakers
+        forget_oldest(breakers)
+        breaker = breakers.setdefault(self.slot.id, Breaker())
+        self.health.active += 1
+        call.target = self.slot.target
+        call.tries += 1
+        call.first_content = 0.0
+        breaker.begin(self.began, call)
+        error: ApiError | None = None
+        status = 0  # of a client that has left
+        try:
+            await self.exchange()
+            status = 200
+        except ApiError as caught:
+            error, status = caught, caught.status
+            raise
+        finally:
+            self.health.active -= 1
+            self.learn(breaker, status, error)
+
+    def learn(self, breaker: Breaker, status: int, error: ApiError | None) -> None:
+        """Notes how the try ended. A client that hung up teaches nothing, nor does a fault of the request."""
+        call, relay, now = self.call, self.relay, time.monotonic()
+        provider, model, key = self.slot.id
+        cause = error.cause if error else ""
+        ended = {"status": status, "error": cause, "ms": round((now - self.began) * 1000)}
+        call.attempts.append({"provider": provider, "model": model, "key": key, **ended})
+        relay.metrics.attempt(provider, model, cause if status else "gone")
+        if not status or (error and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY)):
+            breaker.leave(call)
+        else:
+            breaker.record(call, self.began, now, error is None)
+        if not status or cause == "client_stall":
+            return
+        self.health.outcomes.append({"time": time.time(), "ok": error is None, **ended})
+        if error is not None and not call.first_content:
+            relay.cool(self.slot, error, now)
+        elif error is None and call.session:
+            relay.sticky.pop((call.session, call.route.model), None)
+            relay.sticky[call.session, call.route.model] = self.slot.id
+            forget_oldest(relay.sticky)
+
+    async def exchange(self) -> None:
+        if self.dialect.is_local:
+            await self.demo()
+            return
+        try:
+            await self.receive(await self.send())
+        except asyncio.CancelledError:
+            if self.watch.over in (TOTAL, STOPPED) or not self.watch.take_back():
+                raise
+            await self.end_broken(self.overdue())
+        finally:
+            self.watch.wait(math.inf, "")
+
+    async def send(self) -> aiohttp.ClientResponse:
+        """POSTs the request; the response once its status is 200, else an ApiError."""
+        call, relay, provider = self.call, self.relay, self.provider
+        request = await self.request()
+        self.watch.wait(
+            provider.first_byte_timeout if self.streams else provider.response_timeout, "first byte"
+        )
+        if call.on_raw:
+            call.on_raw("upstream_request", request.data)
+        asyncio.get_running_loop().call_soon(call.begin_count)  # once the request is on its way
+        opened = Opened()
+        OPENED.set(opened)
+        try:
+            response = await relay.post(relay.session, request, provider)
+        except UPSTREAM_FAULTS() as fault:
+            if opened.yes or not is_disconnect(fault):
+                raise self.fault(fault) from None
+            try:
+                response = await relay.post(relay.fresh, request, provider)
+            except UPSTREAM_FAULTS() as again:
+                raise self.fault(again) from None
+        if response.status != 200:
+            try:
+                raise await self.refusal(response)
+            finally:
+                response.close()
+        return response
+
+    async def request(self) -> UpstreamRequest:
+        call, dialect, to = self.call, self.dialect, self.to
+        url = endpoint_url(self.provider.base_url, dialect, model=to.model)
+        accept = "text/event-stream" if self.streams else "application/json"
+        headers = upstream_headers(call, self.slot, dialect, accept)
+        if self.passes and call.format == "chat":
+            return UpstreamRequest(url, headers, compact(chat_passed_on(call.chat, to)))
+        if dialect.request is None:
+            url += "?beta=true" if "beta=true" in call.query else ""
+            return UpstreamRequest(url, headers, forwarded(call, to))
+        body = with_tool_changes(call.body)
+        self.tools = {upstream: client for client, upstream in tool_names(body).items()}
+        translated = dialect.request(body, to)
+        if left := left_out(call.body, dialect):
+            name = self.provider.name
+            log.info("request %s: server tools left out for %s: %r", call.request_id, name, left[:8])
+        if len(call.raw) > LARGE:
+            await asyncio.sleep(0)  # to translate and to encode a megabyte takes some milliseconds each
+        return UpstreamRequest(url, headers, request_bytes(translated))
+
+    async def receive(self, response: aiohttp.ClientResponse) -> None:
+        call, done = self.call, False
+        try:
+            call.on_answer()
+            if call.counting:
+                await call.end_count()
+                call.on_answer()  # its floor is by the count now
+            call.reader = self.reader = self.reader_of_answer()
+            call.reply_headers = answer_headers(response.headers, self.dialect)
+            await self.relay_answer(response)
+            done = True
+        except UPSTREAM_FAULTS() as fault:
+            await self.end_broken(self.fault(fault))
+        finally:
+            if not done:
+                response.close()
+            elif response.content.is_eof():
+                response.release()
+            else:
+                self.relay.ending.add(response)
+                asyncio.get_running_loop().call_later(LAST_BYTES, self.relay.release, response)
+
+    def reader_of_answer(self) -> Reader:
+        call, secrets = self.call, self.call.config.secrets
+        if self.passes and call.format == "chat":
+            lax_finish = self.provider.quirks.lax_finish
             return ChatTap(call.wants_usage, lax_finish) if call.stream else ChatWhole()
-        to = self.upstream_of(call, slot)
+        if self.passes:
+            return AnthropicTap(lambda text: scrub(text, secrets)) if call.stream else AnthropicWhole()
+        model, count = self.to.model, self.relay.count_output
         usage = Usage(input=call.tokens, estimated=True)
         out = AnthropicStream(
-            f"msg_{call.request_id[4:]}", call.asked, usage, lambda text: self.count_output(text, to.model)
+            f"msg_{call.request_id[4:]}", call.asked, usage, lambda text: count(text, model)
         )
         out.tool_ids = tool_ids(call.body)
-        names = {upstream: client for client, upstream in tool_names(with_tool_changes(call.body)).items()}
-        return Translation(dialect.stream(out, names, to), out, client_format(call))
+        return Translation(self.dialect.stream(out, self.tools, self.to), out, client_format(call))
 
-    async def pump(self, call: Call, slot: Slot, response: aiohttp.ClientResponse, sink: Sink) -> None:
-        """Relays an answer. Until its first content nothing goes out, and another try may mend a fault."""
-        reader, watch = call.reader, call.watch
-        assert reader is not None
-        assert watch is not None
-        resume_below(response.content, 1)
-        idle, held, size = slot.provider.idle_timeout, b"", 0
-        data = b"-"
-        while data and not call.first_content and not reader.ended and reader.error is None:
-            data = await response.content.readany()
-            watch.wait(idle, "next byte")
-            size += len(data)
-            if size > MAX_ANSWER:
-                raise too_large(slot)
-            held += read_on(call, reader, data)
-            if (reader.has_content or reader.ended) and reader.error is None:
-                call.first_content = time.monotonic()
-                call.end_retry()
-                if call.stream and call.raw:
-                    call.body = {}  # takes five times its bytes, and there will be no other try
-                await sink.begin(call.reply_headers)
-        if call.first_content:
-            await self.relay_on(call, slot, response, sink, held, size)
-        if reader.error is not None:
-            raise reader.error
-
-    async def relay_on(
-        self, call: Call, slot: Slot, response: aiohttp.ClientResponse, sink: Sink, out: bytes, size: int
-    ) -> None:
-        """Sends `out`, the first content, and what follows it; `size` is what has been read of it so far.
+    async def relay_answer(self, response: aiohttp.ClientResponse) -> None:
+        """Until an answer's first content nothing of it goes out, and another try may mend a fault.
 
         What the client of a stream takes at once takes the `Shortcut`; this goes round for the rest.
         """
-        reader, watch = call.reader, call.watch
-        assert reader is not None
-        assert watch is not None
-        idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
-        most = math.inf if call.stream else MAX_ANSWER
-        feed = reader.feed if call.on_raw is None else functools.partial(read_on, call, reader)
-        shortcut = Shortcut(response, reader, feed, sink, watch) if call.stream else None
-        data = b"-"
+        call, reader, watch = self.call, self.reader, self.watch
+        idle, stall = self.provider.idle_timeout, call.config.server.client_stall_timeout
+        resume_below(response.content, 1)
+        shortcut: Shortcut | None = None
+        out, size, data = b"", 0, b"-"
         while True:
-            if out:
-                watch.limit, watch.what, watch.last = stall, "client", 0.0
-                try:
-                    await sink.write(out)
-                except ConnectionError:
-                    raise ClientGoneError from None
+            if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
+                await self.begin_answer()
+                shortcut = Shortcut(self, response) if call.stream else None
+            if out and call.first_content:
+                watch.wait(stall, "client")
+                await self.write(out)
+                watch.wait(idle, "next byte")
+                out = b""
             if not data or reader.ended or reader.error is not None:
-                return
-            watch.limit, watch.what, watch.last = idle, "next byte", 0.0
+                break
             if shortcut and ((out := await shortcut.run()) or reader.ended or reader.error is not None):
                 continue
             data = await response.content.readany()
+            watch.wait(idle, "next byte")
             size += len(data)
-            if size > most:
-                raise too_large(slot)
-            out = feed(data) if data else read_on(call, reader, b"")
+            if size > MAX_ANSWER and not call.has_answered:
+                words = f"the answer of provider {self.provider.name} is larger than {MAX_ANSWER} bytes"
+                raise ApiError(502, words, retry=Retry.NEXT, cause="stream")
+            out += self.read_on(data)
+        if reader.error is not None:
+            raise reader.error
 
-    async def demo(self, call: Call, slot: Slot, sink: Sink) -> None:
+    async def begin_answer(self) -> None:
+        call = self.call
+        call.first_content = time.monotonic()
+        call.end_retry()
+        if call.stream and call.raw:
+            call.body = {}  # takes five times its bytes, and there will be no other try
+        await self.sink.begin(call.reply_headers)
+
+    def read_on(self, data: bytes) -> bytes:
+        """What the client gets for the next of the upstream's bytes, or for their end; the inspect recorder is told."""
+        out = self.reader.feed(data) if data else self.reader.finish()
+        if self.call.on_raw:
+            self.call.on_raw("upstream_answer", data)
+            self.call.on_raw("events", out + self.reader.ending)
+        return out
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self.sink.write(data)
+        except ConnectionError:
+            raise ClientGoneError from None
+
+    async def end_broken(self, error: ApiError) -> None:
+        """Raises the error that broke an answer off, but where all that lacks is what ends the bytes: a format whose
+        answers say that they are over before that has its message ended.
+        """
+        can_end = error.cause in ("disconnect", "timeout") and not self.provider.quirks.lax_finish
+        if not self.call.first_content or self.reader.ended or self.reader.error or not can_end:
+            raise error from None
+        out = self.read_on(b"")
+        if not self.reader.ended:
+            raise error from None
+        await self.write(out)
+
+    async def demo(self) -> None:
         """The in-process provider: its events, at the pace of a quick model."""
+        call = self.call
         call.on_answer()
         events = demo_events(call.body, f"msg_{call.request_id[4:]}")
         out = AnthropicStream("", "", Usage())
-        to = self.upstream_of(call, slot)
-        call.reader = reader = Translation(AnthropicEvents(out, {}, to), out, client_format(call))
-        call.first_content = time.monotonic()
-        await sink.begin({})
+        call.reader = self.reader = Translation(AnthropicEvents(out, {}, self.to), out, client_format(call))
+        await self.begin_answer()
         for event in events:
-            if data := reader.feed(encode_event(event)):
-                await sink.write(data)
+            if data := self.reader.feed(encode_event(event)):
+                await self.write(data)
             await asyncio.sleep(0.01 if call.stream else 0)
 
-    async def refusal(
-        self, call: Call, slot: Slot, dialect: Dialect, response: aiohttp.ClientResponse
-    ) -> ApiError:
+    async def refusal(self, response: aiohttp.ClientResponse) -> ApiError:
         """The error that an answer with another status than 200 amounts to."""
+        call = self.call
         try:
             async with asyncio.timeout(10):
                 body = await response.content.read(MAX_ERROR_BODY)
@@ -9278,8 +9259,7 @@ class Relay:
             payload = json.loads(text)
         except (ValueError, RecursionError):
             payload = text.strip() if not text.lstrip().startswith("<") else ""
-        to = self.upstream_of(call, slot)
-        told = functools.partial(upstream_error, response.status, payload, context=to.facts.context)
+        told = functools.partial(upstream_error, response.status, payload, context=self.to.facts.context)
         error = told(tokens=call.tokens)
         if error.cause == "overflow":
             await call.end_count()
@@ -9289,26 +9269,25 @@ class Relay:
             error.retry_after = retry_after(wait_in_body(payload))
         should = response.headers.get("x-should-retry", "").lower()
         error.should_retry = {"true": True, "false": False}.get(should)
-        if dialect.request is None and call.format == "anthropic":
-            error.headers = answer_headers(response.headers, dialect)
+        if self.dialect.request is None and call.format == "anthropic":
+            error.headers = answer_headers(response.headers, self.dialect)
             words = error_words(payload) if as_object(payload).get("type") == "error" else ""
             keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(words)
             error.raw = text.encode() if words and keeps_words and error.status == response.status else b""
         return error
 
-    def overdue(self, watch: Watch, slot: Slot) -> ApiError:
-        if watch.what == "client":
-            return ApiError(408, f"the client stopped reading for {watch.limit:g} s", cause="client_stall")
-        words = (
-            f"provider {slot.provider.name} sent nothing for {watch.limit:g} s (waiting for its {watch.what})"
-        )
+    def overdue(self) -> ApiError:
+        limit, what = self.watch.limit, self.watch.what
+        if what == "client":
+            return ApiError(408, f"the client stopped reading for {limit:g} s", cause="client_stall")
+        words = f"provider {self.provider.name} sent nothing for {limit:g} s (waiting for its {what})"
         return ApiError(504, words, retry=Retry.NEXT, cause="timeout")
 
-    def fault(self, fault: BaseException, slot: Slot) -> ApiError:
+    def fault(self, fault: BaseException) -> ApiError:
         """A failure below HTTP as an ApiError."""
         connects = (aiohttp.ServerTimeoutError, aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)
         cause = "connect" if isinstance(fault, connects) else "disconnect"
-        return ApiError(502, fault_words(fault, slot.provider), retry=Retry.SAME, cause=cause)
+        return ApiError(502, fault_words(fault, self.provider), retry=Retry.SAME, cause=cause)
 
 
 def fault_words(fault: BaseException, provider: Provider) -> str:
@@ -9374,20 +9353,6 @@ def resume_below(content: aiohttp.StreamReader, size: int) -> None:
     """
     with contextlib.suppress(AttributeError):  # where it has no such mark, all works, but slower
         content._low_water = size
-
-
-def read_on(call: Call, reader: Reader, data: bytes) -> bytes:
-    """What the client gets for the next of the upstream's bytes, or for their end; the inspect recorder is told."""
-    out = reader.feed(data) if data else reader.finish()
-    if call.on_raw:
-        call.on_raw("upstream_answer", data)
-        call.on_raw("events", out + reader.ending)
-    return out
-
-
-def too_large(slot: Slot) -> ApiError:
-    words = f"the answer of provider {slot.provider.name} is larger than {MAX_ANSWER} bytes"
-    return ApiError(502, words, retry=Retry.NEXT, cause="stream")
 
 
 def forget_oldest(kept: dict[Any, Any]) -> None:
@@ -9900,13 +9865,15 @@ _HEADER_VALUE = re.compile(r"[\t -~]*")  # aiohttp (3.14) reads more than this, 
 _PASS_DOWN = re.compile(r"retry-after(?:-ms)?|x-should-retry|anthropic-ratelimit-[a-z0-9-]+|request-id")
 
 
-def upstream_headers(call: Call, slot: Slot, dialect: Dialect) -> dict[str, str]:
+def upstream_headers(
+    call: Call, slot: Slot, dialect: Dialect, accept: str = "application/json"
+) -> dict[str, str]:
     headers = {
         "content-type": "application/json",
+        "accept": accept,
         "accept-encoding": "identity",
         "user-agent": f"ccmux/{__version__}",
     }
-    headers["accept"] = "text/event-stream" if call.is_streamed(dialect) else "application/json"
     headers.update(dialect.headers)
     if dialect.request is None:
         headers.update(allowed_headers(call.headers, _PASS_UP))

@@ -2077,7 +2077,7 @@ async def test_a_fault_of_ccmux_before_an_answer_is_no_client_that_left(
     def breaks(*given: Any) -> Any:
         raise KeyError("a mistake")
 
-    monkeypatch.setattr(ccmux.Relay, "reader_for", breaks)
+    monkeypatch.setattr(ccmux.Attempt, "reader_of_answer", breaks)
     async with stage(tmp_path, OK, formats=wire) as (proxy, _):
         fails(500, "api_error", says="its log says why")(await ask(proxy, stream=stream))
     assert caplog.text.count("failed inside ccmux") == caplog.text.count("KeyError: 'a mistake'") == 1
