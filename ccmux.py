@@ -377,7 +377,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -8689,14 +8689,14 @@ class ClientGoneError(Exception):
 
 
 class Sink(typing.Protocol):
-    """Where an answer goes. When nobody is there any more, `write` raises ConnectionError, all else ClientGoneError.
+    """Where a streamed answer goes. ClientGoneError when nobody is there any more.
 
-    `begin` sends the head of a 200; a sink that does not stream ignores all until the end. `write_now` writes where
-    there is nothing to wait for; false, and nothing is written, where the client is behind.
+    `begin` sends the head of a 200. `write_now` writes where there is nothing to wait for; false, and nothing is
+    written, where the client is behind.
     """
 
-    async def begin(self, headers: Mapping[str, str]) -> None: ...
-    def write(self, data: bytes) -> Awaitable[None]: ...
+    async def begin(self) -> None: ...
+    async def write(self, data: bytes) -> None: ...
     def write_now(self, data: bytes) -> bool: ...
 
 
@@ -8783,9 +8783,9 @@ class Shortcut(asyncio.Protocol):
     handle, as if it had read.
     """
 
-    def __init__(self, attempt: Attempt, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, attempt: Attempt, response: aiohttp.ClientResponse, sink: Sink) -> None:
         self.response, self.content = response, response.content
-        self.reader, self.sink, self.watch = attempt.reader, attempt.sink, attempt.watch
+        self.reader, self.watch, self.sink = attempt.reader, attempt.watch, sink
         self.feed = attempt.read_on if attempt.call.on_raw else attempt.reader.feed
 
     async def run(self) -> bytes:
@@ -8873,8 +8873,9 @@ class Relay:
         self.ping_interval = 15.0
         self.count_output: Callable[[str, str], int] = lambda text, model: len(text) // 4
 
-    async def run(self, call: Call, sink: Sink) -> None:
-        """Tries the call's targets until one answers, and sends all of that answer but its ending.
+    async def run(self, call: Call, sink: Sink | None) -> None:
+        """Tries the call's targets until one answers, and sends all of that answer but `call.reader.ending`, which is
+        all there is for a client that does not stream (and has no sink).
 
         Raises ApiError when none did, or when the answer broke; `call` then tells how far it got.
         """
@@ -8907,7 +8908,7 @@ class Relay:
 
     # Which target, which key, and whether again.
 
-    async def try_targets(self, call: Call, sink: Sink) -> None:
+    async def try_targets(self, call: Call, sink: Sink | None) -> None:
         plan = Plan(self, call)
         while True:
             slot = plan.next_slot()
@@ -8918,6 +8919,7 @@ class Relay:
                 return
             except ApiError as error:
                 call.end_retry()
+                call.reply_headers = {}
                 if not call.has_answered:
                     call.on_failure()
                 if call.has_answered or not await plan.goes_on(slot, error):
@@ -8995,7 +8997,7 @@ class Attempt:
 
     reader: Reader
 
-    def __init__(self, relay: Relay, call: Call, slot: Slot, sink: Sink) -> None:
+    def __init__(self, relay: Relay, call: Call, slot: Slot, sink: Sink | None) -> None:
         assert call.watch is not None
         self.relay, self.call, self.slot, self.sink, self.watch = relay, call, slot, sink, call.watch
         self.provider = slot.provider
@@ -9131,7 +9133,6 @@ class Attempt:
                 await call.end_count()
                 call.on_answer()  # its floor is by the count now
             call.reader = self.reader = self.reader_of_answer()
-            call.reply_headers = answer_headers(response.headers, self.dialect)
             await self.relay_answer(response)
             done = True
         except UPSTREAM_FAULTS() as fault:
@@ -9165,18 +9166,18 @@ class Attempt:
 
         What the client of a stream takes at once takes the `Shortcut`; this goes round for the rest.
         """
-        call, reader, watch = self.call, self.reader, self.watch
+        call, reader, watch, sink = self.call, self.reader, self.watch, self.sink
         idle, stall = self.provider.idle_timeout, call.config.server.client_stall_timeout
         resume_below(response.content, 1)
         shortcut: Shortcut | None = None
         out, size, data = b"", 0, b"-"
         while True:
             if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
-                await self.begin_answer()
-                shortcut = Shortcut(self, response) if call.stream else None
-            if out and call.first_content:
+                await self.begin_answer(answer_headers(response.headers, self.dialect))
+                shortcut = Shortcut(self, response, sink) if sink else None
+            if out and sink and call.first_content:
                 watch.wait(stall, "client")
-                await self.write(out)
+                await sink.write(out)
                 watch.wait(idle, "next byte")
                 out = b""
             if not data or reader.ended or reader.error is not None:
@@ -9193,13 +9194,15 @@ class Attempt:
         if reader.error is not None:
             raise reader.error
 
-    async def begin_answer(self) -> None:
+    async def begin_answer(self, headers: dict[str, str]) -> None:
         call = self.call
+        call.reply_headers = headers
         call.first_content = time.monotonic()
         call.end_retry()
         if call.stream and call.raw:
             call.body = {}  # takes five times its bytes, and there will be no other try
-        await self.sink.begin(call.reply_headers)
+        if self.sink:
+            await self.sink.begin()
 
     def read_on(self, data: bytes) -> bytes:
         """What the client gets for the next of the upstream's bytes, or for their end; the inspect recorder is told."""
@@ -9208,12 +9211,6 @@ class Attempt:
             self.call.on_raw("upstream_answer", data)
             self.call.on_raw("events", out + self.reader.ending)
         return out
-
-    async def write(self, data: bytes) -> None:
-        try:
-            await self.sink.write(data)
-        except ConnectionError:
-            raise ClientGoneError from None
 
     async def end_broken(self, error: ApiError) -> None:
         """Raises the error that broke an answer off, but where all that lacks is what ends the bytes: a format whose
@@ -9225,7 +9222,8 @@ class Attempt:
         out = self.read_on(b"")
         if not self.reader.ended:
             raise error from None
-        await self.write(out)
+        if self.sink:
+            await self.sink.write(out)
 
     async def demo(self) -> None:
         """The in-process provider: its events, at the pace of a quick model."""
@@ -9234,11 +9232,11 @@ class Attempt:
         events = demo_events(call.body, f"msg_{call.request_id[4:]}")
         out = AnthropicStream("", "", Usage())
         call.reader = self.reader = Translation(AnthropicEvents(out, {}, self.to), out, client_format(call))
-        await self.begin_answer()
+        await self.begin_answer({})
         for event in events:
-            if data := self.reader.feed(encode_event(event)):
-                await self.write(data)
-            await asyncio.sleep(0.01 if call.stream else 0)
+            if (data := self.reader.feed(encode_event(event))) and self.sink:
+                await self.sink.write(data)
+            await asyncio.sleep(0.01 if self.sink else 0)
 
     async def refusal(self, response: aiohttp.ClientResponse) -> ApiError:
         """The error that an answer with another status than 200 amounts to."""
@@ -10588,11 +10586,11 @@ class StreamSink:
         self.pinging: asyncio.Task[None] | None = None
         self.timer = asyncio.get_running_loop().call_later(interval, self.look)
 
-    async def begin(self, headers: Mapping[str, str]) -> None:
+    async def begin(self) -> None:
         if self.began:
             return
         self.began = True
-        self.response.headers.update({**self.headers(), **headers, "X-Accel-Buffering": "no"})
+        self.response.headers.update({**self.headers(), "X-Accel-Buffering": "no"})
         try:
             await self.response.prepare(self.request)
         except ConnectionError:
@@ -10600,9 +10598,12 @@ class StreamSink:
         if self.request.transport and (client := self.request.transport.get_extra_info("socket")):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CLIENT_BUFFER)
 
-    def write(self, data: bytes) -> Coroutine[Any, Any, None]:
+    async def write(self, data: bytes) -> None:
         self.last = 0.0  # since the last look: the next one takes the time
-        return self.response.write(data)
+        try:
+            await self.response.write(data)
+        except ConnectionError:
+            raise ClientGoneError from None
 
     def look(self) -> None:
         """Pings after each interval of silence. What is written elsewhere is whole events, so a ping always fits."""
@@ -10623,13 +10624,11 @@ class StreamSink:
             self.write(data).send(None)  # it waits only for a client that is behind
         except StopIteration:
             return True
-        except ConnectionError:
-            raise ClientGoneError from None
         raise AssertionError("aiohttp waits for more than it did")
 
     async def send_ping(self) -> None:
         with contextlib.suppress(ClientGoneError, ConnectionError):  # the exchange itself will notice
-            await self.begin({})
+            await self.begin()
             await self.response.write(self.ping)
 
     async def finish(self, ending: bytes) -> web.StreamResponse:
@@ -10641,31 +10640,6 @@ class StreamSink:
         self.timer.cancel()
         if self.pinging:
             self.pinging.cancel()
-
-
-class WholeSink:
-    """A client that gets one JSON body."""
-
-    def __init__(self, headers: Callable[[], dict[str, str]]) -> None:
-        self.headers = headers
-        self.reply: dict[str, str] = {}
-
-    async def begin(self, headers: Mapping[str, str]) -> None:
-        self.reply = dict(headers)
-
-    async def write(self, data: bytes) -> None:
-        return  # `ending` is all there is
-
-    def write_now(self, data: bytes) -> bool:
-        return True
-
-    async def finish(self, ending: bytes) -> web.StreamResponse:
-        return web.Response(
-            body=ending, headers={**self.headers(), **self.reply}, content_type="application/json"
-        )
-
-    def close(self) -> None:
-        return
 
 
 def trail_of(route: Route) -> list[list[str]]:
@@ -10696,7 +10670,7 @@ class Exchange:
         if state.draining:
             raise shutting_down()
         await self.place_hold()
-        sink = self.sink()
+        sink = self.sink() if call.stream else None
         state.calls[call.request_id] = call
         error: ApiError | None = None
         try:
@@ -10707,19 +10681,23 @@ class Exchange:
             await self.durable()
             assert call.reader is not None
             watch_client(self.request)
-            return await sink.finish(call.reader.ending + self.epilogue())
+            ending = call.reader.ending + self.epilogue()
+            if sink is None:
+                return web.Response(body=ending, headers=self.headers(), content_type="application/json")
+            return await sink.finish(ending)
         except (ClientGoneError, ConnectionError):
             raise asyncio.CancelledError from None  # as if aiohttp had noticed first
         except Exception as fault:  # a mistake of ccmux's, too, is settled, and ends the answer
             error = fault if isinstance(fault, ApiError) else own_fault(call.request_id)
             self.settle(error)
-            if isinstance(sink, WholeSink) or not sink.began:
+            if sink is None or not sink.began:
                 error.headers = {**self.headers(), **error.headers}
                 raise error from None
             watch_client(self.request)
             return await self.fail(sink, error)
         finally:
-            sink.close()
+            if sink:
+                sink.close()
             state.calls.pop(call.request_id, None)
             self.settle(error)
             # They lead back here: the request would wait for the collector.
@@ -10729,11 +10707,9 @@ class Exchange:
         """What follows an answer's ending: nothing, but for the admin page's own requests."""
         return b""
 
-    def sink(self) -> StreamSink | WholeSink:
-        if self.call.stream:
-            ping = PING if self.call.format == "anthropic" else b": ping\n\n"
-            return StreamSink(self.request, self.headers, self.state.relay.ping_interval, ping)
-        return WholeSink(self.headers)
+    def sink(self) -> StreamSink:
+        ping = PING if self.call.format == "anthropic" else b": ping\n\n"
+        return StreamSink(self.request, self.headers, self.state.relay.ping_interval, ping)
 
     async def fail(self, sink: StreamSink, error: ApiError) -> web.StreamResponse:
         """After the 200: an `error` event (unless the upstream's own went out), then the end."""
@@ -10742,7 +10718,7 @@ class Exchange:
                 self.request.transport.abort()
             return sink.response
         call, reader = self.call, self.call.reader
-        with contextlib.suppress(ConnectionError):  # the client has left meanwhile
+        with contextlib.suppress(ClientGoneError, ConnectionError):  # the client has left meanwhile
             if not (call.has_answered and reader and reader.error_relayed and reader.error is error):
                 await sink.write(encode_error(error, call))
             await sink.finish(b"")
@@ -10921,6 +10897,7 @@ class Exchange:
             "x-ccmux-route": self.call.route.reason,
             "x-ccmux-attempts": str(self.call.tries),
             **(self.state.store.budget_headers(self.user) if self.is_enforced else {}),
+            **self.call.reply_headers,
         }
 
 
@@ -11804,14 +11781,13 @@ async def test_provider(state: State, provider: Provider, model: str) -> Json:
     body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
     route = Route(model, "test", (), (Target(provider.name, model),))
     call = Call(new_request_id(), body, compact(body), {}, route, state.config, False, model)
-    sink = WholeSink(dict)
     result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
     try:
         if not provider.usable or not model:
             raise ApiError(
                 500, provider.problem or ("no model to try it with" if provider.enabled else "disabled")
             )
-        await state.relay.run(call, sink)
+        await state.relay.run(call, None)
         assert call.reader is not None
         result["text"] = text_of(json.loads(call.reader.ending).get("content"))[:200]
     except ApiError as error:
