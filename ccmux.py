@@ -8709,8 +8709,12 @@ class Slot:
     key: str = field(repr=False)
 
     @property
+    def place(self) -> tuple[str, str]:
+        return (self.provider.name, self.target.actual_model)
+
+    @property
     def id(self) -> tuple[str, str, str]:
-        return (self.provider.name, self.target.actual_model, key_id(self.key))
+        return (*self.place, key_id(self.key))
 
 
 @functools.lru_cache(1024)
@@ -8880,7 +8884,7 @@ class Relay:
         Raises ApiError when none did, or when the answer broke; `call` then tells how far it got.
         """
         call.started = time.monotonic()
-        providers = self.providers_of(call)
+        providers = providers_of(call.config, call.route)
         total = min((p.total_timeout for p in providers), default=3600.0)
         waits = (4.0, call.config.server.client_stall_timeout, *(p.idle_timeout for p in providers))
         call.watch = watch = Watch(min(waits) / 4, total)
@@ -8891,8 +8895,7 @@ class Relay:
             if not over:
                 raise
             if over == STOPPED:
-                words = "ccmux is shutting down; try again"
-                raise ApiError(529, words, retry_after=2, cause="shutdown") from None
+                raise shutting_down() from None
             words = f"no whole answer within {total:g} s (total_timeout)"
             raise ApiError(504, words, cause="timeout") from None
         finally:
@@ -8901,10 +8904,6 @@ class Relay:
             call.end_retry()
             if call.counting:
                 call.counting.cancel()
-
-    def providers_of(self, call: Call) -> list[Provider]:
-        found = (call.config.provider(t.provider) for t in call.route.targets)
-        return [p for p in found if p is not None]
 
     # Which target, which key, and whether again.
 
@@ -8944,8 +8943,12 @@ class Relay:
         until = max(self.cooling.get((provider, model, key), 0.0), self.cooling.get((provider, "", key), 0.0))
         return max(until - now, 0.0)
 
-    def slots_of(self, target: Target, provider: Provider) -> list[Slot]:
-        """A target with each of its provider's keys, in the pool's rotation."""
+    def slots_of(self, target: Target, provider: Provider, credential: str = "") -> list[Slot]:
+        """A target with each of its provider's keys, in the pool's rotation; a passthrough provider's is the client's
+        own, so what one is refused or limited for is nothing to the others.
+        """
+        if provider.passthrough:
+            return [Slot(target, provider, credential)]
         keys = provider.api_key or ("",)
         start = self.health_of(provider.name).next_key % len(keys)
         return [Slot(target, provider, key) for key in (*keys[start:], *keys[:start])]
@@ -8978,8 +8981,7 @@ class Relay:
 
     def not_taken(self, call: Call, slot: Slot) -> frozenset[str]:
         """What errors have said that the slot's model does not take there."""
-        place = (call.config.text_hash, slot.provider.name, slot.target.actual_model)
-        return self.learnt.get(place, frozenset())
+        return self.learnt.get((call.config.text_hash, *slot.place), frozenset())
 
     def upstream_of(self, call: Call, slot: Slot) -> Upstream:
         model = slot.target.actual_model
@@ -9288,6 +9290,15 @@ class Attempt:
         return ApiError(502, fault_words(fault, self.provider), retry=Retry.SAME, cause=cause)
 
 
+def shutting_down() -> ApiError:
+    return ApiError(529, "ccmux is shutting down; try again in a moment", retry_after=2, cause="shutdown")
+
+
+def providers_of(config: Config, route: Route) -> list[Provider]:
+    found = (config.provider(target.provider) for target in route.targets)
+    return [p for p in found if p is not None]
+
+
 def fault_words(fault: BaseException, provider: Provider) -> str:
     """What a failure below HTTP means, and what to do. Most faults' own words may hold a URL with a key, so they are
     not passed on.
@@ -9387,7 +9398,7 @@ class Plan:
 
     def __init__(self, relay: Relay, call: Call) -> None:
         self.relay, self.call = relay, call
-        self.tries: dict[tuple[str, str], int] = {}
+        self.tries: Counter[tuple[str, str]] = Counter()  # of each provider and model
         self.total = 0
         self.slept = 0.0
         self.again: Slot | None = None  # the same slot once more
@@ -9396,21 +9407,16 @@ class Plan:
 
     def next_slot(self) -> Slot:
         """The next thing to try; ApiError 429 or 529 when all there is rests or is broken."""
+        slot, self.again = self.again, None
+        if slot is None:
+            free = self.free()
+            if not free:
+                raise self.nothing_free()
+            slot = free[0]
+            self.relay.health_of(slot.provider.name).next_key += 1
         self.total += 1
-        if self.again:
-            slot, self.again = self.again, None
-        else:
-            slot = self.first_free()
-        target = (slot.provider.name, slot.target.actual_model)
-        self.tries[target] = self.tries.get(target, 0) + 1
+        self.tries[slot.place] += 1
         return slot
-
-    def first_free(self) -> Slot:
-        free = self.free()
-        if not free:
-            raise self.nothing_free()
-        self.relay.health_of(free[0].provider.name).next_key += 1
-        return free[0]
 
     def left(self) -> list[Slot]:
         """What may still be tried, now or later."""
@@ -9422,18 +9428,15 @@ class Plan:
         return [slot for slot in self.left() if self.is_free(slot, now)]
 
     def slots(self) -> list[Slot]:
-        """Every slot of the call, the session's own first: what an upstream has cached belongs to its key. A
-        passthrough provider's is the client's own: what one is refused or limited for is nothing to the others.
-        """
-        found = []
+        """Every slot of the call, the session's own first: what an upstream has cached belongs to its key."""
+        config, relay = self.call.config, self.relay
+        found: list[Slot] = []
         for target in self.call.route.targets:
-            provider = self.call.config.provider(target.provider)
-            if provider and provider.usable and provider.passthrough:
-                found.append(Slot(target, provider, self.call.credential))
-            elif provider and provider.usable:
-                found.extend(self.relay.slots_of(target, provider))
-        mine = self.relay.sticky.get((self.call.session, self.call.route.model), ("", "", ""))
-        return sorted(found, key=lambda slot: (slot.id[:2] != mine[:2], slot.id != mine))
+            provider = config.provider(target.provider)
+            if provider and provider.usable:
+                found += relay.slots_of(target, provider, self.call.credential)
+        mine = relay.sticky.get((self.call.session, self.call.route.model), ("", "", ""))
+        return sorted(found, key=lambda slot: (slot.place != mine[:2], slot.id != mine))
 
     def is_free(self, slot: Slot, now: float) -> bool:
         health = self.relay.health_of(slot.provider.name)
@@ -9442,34 +9445,28 @@ class Plan:
         return not full and not self.relay.rests(slot, now) and (breaker is None or breaker.allows(now))
 
     def nothing_free(self) -> ApiError:
-        slots, now = self.left(), time.monotonic()
+        slots, now, model = self.left(), time.monotonic(), self.call.route.model
         if not slots:
-            problems = [
-                f"provider {p.name}: {p.problem or 'enabled = false'}"
-                for p in self.relay.providers_of(self.call)
-            ]
-            why = "; ".join(problems) or "no provider serves it"
-            return ApiError(
-                500, f"model {self.call.route.model!r} has no usable provider: {why}", should_retry=False
-            )
+            providers = providers_of(self.call.config, self.call.route)
+            problems = "; ".join(f"provider {p.name}: {p.problem or 'enabled = false'}" for p in providers)
+            words = f"model {model!r} has no usable provider: {problems or 'no provider serves it'}"
+            return ApiError(500, words, should_retry=False)
         rests = [self.relay.rests(slot, now) for slot in slots]
         if all(rests):
             wait = math.ceil(min(rests))
-            text = f"every provider of {self.call.route.model!r} limits requests or refuses its key"
-            return ApiError(429, f"{text}; the next is tried in {wait} s", retry_after=wait, cause="cooling")
+            words = f"every provider of {model!r} limits requests or refuses its key; the next is tried in {wait} s"
+            return ApiError(429, words, retry_after=wait, cause="cooling")
         breakers = [self.relay.breakers.get(slot.id) for slot in slots]
         waits = [max(r, b.open_until - now if b else 0) for r, b in zip(rests, breakers, strict=True)]
         wait = math.ceil(min(max(min(waits), 1.0), 60.0))
-        text = (
-            f"every provider of {self.call.route.model!r} is failing or busy; ccmux tries again in {wait} s"
-        )
-        return ApiError(529, text, retry_after=wait, cause="unavailable")
+        words = f"every provider of {model!r} is failing or busy; ccmux tries again in {wait} s"
+        return ApiError(529, words, retry_after=wait, cause="unavailable")
 
     async def goes_on(self, slot: Slot, error: ApiError) -> bool:
         """After a failed try: whether there is another, and the wait before it. The budgets are kept here."""
         if self.mends(slot, error):
             self.total -= 1
-            self.tries[slot.provider.name, slot.target.actual_model] -= 1
+            self.tries[slot.place] -= 1
             self.again = slot
             return True
         if self.total >= MAX_TRIES or error.retry is Retry.NO:
@@ -9480,15 +9477,15 @@ class Plan:
             return True
         self.done.add(slot.id)
         if error.retry is Retry.KEY:  # the next key has all its tries
-            self.tries[slot.provider.name, slot.target.actual_model] -= 1
+            self.tries[slot.place] -= 1
         else:
             self.done |= {s.id for s in self.slots() if s.target == slot.target}
         return bool(self.free())
 
     def tries_same(self, slot: Slot, error: ApiError) -> bool:
         """Whether the same target gets another try: for a passing fault, and a limit that ends soon."""
-        count = self.tries[slot.provider.name, slot.target.actual_model]
-        if count > slot.provider.max_retries or not self.relay.health_of(slot.provider.name).may_retry():
+        health = self.relay.health_of(slot.provider.name)
+        if self.tries[slot.place] > slot.provider.max_retries or not health.may_retry():
             return False
         if (error.retry_after or 0) > SHORT_WAIT:
             return False
@@ -9501,8 +9498,7 @@ class Plan:
 
     async def backs_off(self, slot: Slot, error: ApiError) -> bool:
         """Waits before the same slot is tried again; false when that would take too long, or does not help."""
-        count = self.tries[slot.provider.name, slot.target.actual_model]
-        wait = random.uniform(0, min(4.0, 0.25 * 2 ** (count - 1)))  # noqa: S311  (full jitter)
+        wait = random.uniform(0, min(4.0, 0.25 * 2 ** (self.tries[slot.place] - 1)))  # noqa: S311  (full jitter)
         if error.retry_after is not None or error.cause == "http_429":
             wait += RATE_WAIT if error.retry_after is None else error.retry_after
         if self.slept + wait > MAX_SLEEP or not self.is_worth_it(slot):
@@ -9557,7 +9553,7 @@ class Plan:
 
     def learns(self, slot: Slot, name: str) -> bool:
         """Keeps in mind what an upstream does not take; false where this request was tried without it."""
-        place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
+        place = (self.call.config.text_hash, *slot.place)
         if not name or not self.once(name, *place):
             return False
         forget_oldest(self.relay.learnt)
@@ -10278,10 +10274,6 @@ def own_fault(request_id: str) -> ApiError:
     return ApiError(500, "ccmux failed at this request; its log says why", cause="internal")
 
 
-def shutting_down() -> ApiError:
-    return ApiError(529, "ccmux is shutting down; try again in a moment", retry_after=2)
-
-
 async def no_such_route(request: web.Request) -> web.StreamResponse:
     """ApiError 405 for a path that answers other methods, else 404."""
     for resource in request.app.router.resources():
@@ -10504,7 +10496,7 @@ async def plan_call(
     items = items_of(body) if may_be_long else None
     early = await state.counter.count(body, "", asked_model(body), items) if items else 0
     route = route_of(body, headers, config, early)
-    translated = translations(config, route)
+    translated = [DIALECTS[p.format].request is not None for p in providers_of(config, route)]
     if "safeguards" in body and translated and all(translated):  # of auto mode; the client then does without
         raise no_safeguards()
     call = Call(
@@ -10538,12 +10530,6 @@ def headers_of(request: web.Request) -> dict[str, str]:
         name = key.lower()
         found[name] = f"{found[name]}, {value}" if name in found else value
     return found
-
-
-def translations(config: Config, route: Route) -> list[bool]:
-    """Of each target's provider, whether it speaks another format than Anthropic's."""
-    providers = (config.provider(target.provider) for target in route.targets)
-    return [DIALECTS[p.format].request is not None for p in providers if p]
 
 
 def session_of(body: Json, headers: Mapping[str, str]) -> str:
