@@ -9528,28 +9528,43 @@ class Plan:
         Images and files are refused with others, too; where a next target may take them, it gets them. Anthropic's own
         models take both: there it is the place in the conversation that is wrong.
         """
+        provider, words = slot.provider, error.message
+        is_ours = not self.is_passed_on(slot)
         is_elsewhere = error.retry in (Retry.SAME, Retry.NEXT) and len(self.slots()) > 1
-        refused = next((name for name, words in PARTS_REFUSED.items() if words.search(error.message)), "")
-        if refused and not is_elsewhere and not is_anthropics(slot.provider.base_url):
+        refused = next((name for name, known in PARTS_REFUSED.items() if known.search(words)), "")
+        if refused and is_ours and not is_elsewhere and not is_anthropics(provider.base_url):
             return self.learns(slot, refused)
-        if _BY_RESPONSES.search(error.message) and slot.provider.format == "openai":
+        if _BY_RESPONSES.search(words) and provider.format == "openai":
             return self.learns(slot, CHAT)
         if error.status not in (400, 422):
             return False
-        transient = slot.provider.quirks.transient
-        if transient and transient in error.message:
+        if provider.quirks.transient and provider.quirks.transient in words:
             return self.once("transient")
-        if _SIGNATURE_REFUSED.search(error.message) and self.once("signature"):
-            self.call.body, self.call.raw = without_thinking(self.call.body), b""
+        if is_ours and self.unthinks(words):
             return True
-        if _THOUGHT_MISSED.search(error.message) and self.once("thought"):
-            self.call.body, self.call.raw = unthinking(self.call.body), b""
-            return True
-        if slot.provider.format == "anthropic" and _NO_REASONING.search(error.message):
+        if provider.format == "anthropic" and _NO_REASONING.search(words):
             return self.learns(slot, "reasoning")
-        if self.call.format == slot.provider.format == "anthropic":
+        if self.call.format == provider.format == "anthropic":
             return False  # the client's own bytes
-        return self.learns(slot, refused_parameter(error.message, error.param))
+        name = refused_parameter(words, error.param)
+        return self.learns(slot, name if is_ours or name not in OURS_ALONE else "")
+
+    def is_passed_on(self, slot: Slot) -> bool:
+        """Whether the slot gets what an OpenAI-format client wrote, which has its parameters alone taken out."""
+        to = self.relay.upstream_of(self.call, slot)
+        dialect = dialect_of(slot.provider, to.model, to.skip, self.call.body)
+        return self.call.format == "chat" and self.call.passes(dialect)
+
+    def unthinks(self, words: str) -> bool:
+        """Takes thinking out of the request, each way once, where a refusal is about it."""
+        call = self.call
+        if _SIGNATURE_REFUSED.search(words) and self.once("signature"):
+            call.body, call.raw = without_thinking(call.body), b""
+            return True
+        if _THOUGHT_MISSED.search(words) and self.once("thought"):
+            call.body, call.raw = unthinking(call.body), b""
+            return True
+        return False
 
     def learns(self, slot: Slot, name: str) -> bool:
         """Keeps in mind what an upstream does not take; false where this request was tried without it."""
@@ -9615,6 +9630,8 @@ PARTS_REFUSED = {
         r"content type: input_file"
     ),
 }
+# What `refused_parameter` knows besides parameters: only a request that is made here can do without.
+OURS_ALONE = ("reasoning.summary", "user_after_tool")
 # Ollama's, of a model that does not think, or knows no levels of it (v0.17.4).
 _THINKING_REFUSED = re.compile(r'" does not support thinking|^think value ')
 # On /v1/messages, where Claude Code asks for thinking in each main turn: those words, and LiteLLM's of a model that it

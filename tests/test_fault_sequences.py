@@ -1192,6 +1192,21 @@ async def test_a_wrong_value_of_one_openai_client_takes_nothing_from_the_next(tm
     assert [call.json["max_tokens"] for call in a.calls] == [-5, 100]
 
 
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        pytest.param(404, "No endpoints found that support image input", id="an image"),
+        pytest.param(400, "Invalid part type: file", id="a file"),
+        pytest.param(400, "Unexpected role 'user' after role 'tool'", id="an order of roles"),
+        pytest.param(400, "Thought signature is not valid", id="a signature"),
+    ],
+)
+async def test_what_is_passed_on_is_not_sent_again_unchanged(status: int, words: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(status, message=words),), formats="openai") as (proxy, (a,)):
+        assert await chat(proxy) == words
+    assert a.count == 1
+
+
 async def test_an_effort_that_is_refused_takes_no_schema_with_it(tmp_path: Path) -> None:
     def answers(call: fs.UpstreamCall) -> Any:
         refusal = fs.status(

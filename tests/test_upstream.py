@@ -470,6 +470,15 @@ def test_what_clients_name_is_remembered_within_bounds() -> None:
     assert len(metrics.counts) == ccmux.MOST_KEPT
 
 
+def test_what_errors_teach_is_remembered_within_bounds() -> None:
+    plan, slot = a_plan()
+    learnt = plan.relay.learnt
+    learnt |= {("", "A", str(n)): frozenset({"stop"}) for n in range(ccmux.MOST_KEPT)}
+    assert plan.learns(slot, "temperature")
+    assert plan.relay.not_taken(plan.call, slot) == {"temperature"}
+    assert len(learnt) == ccmux.MOST_KEPT and ("", "A", "0") not in learnt
+
+
 async def watched(watch_of: Callable[[], ccmux.Watch], then: Callable[[ccmux.Watch], None]) -> str:
     """What a watch says that cancelled a task; "" where it was not the watch."""
     watch = watch_of()
