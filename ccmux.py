@@ -9562,7 +9562,8 @@ class Plan:
             call.body, call.raw = without_thinking(call.body), b""
             return True
         if _THOUGHT_MISSED.search(words) and self.once("thought"):
-            call.body, call.raw = unthinking(call.body), b""
+            rest = {k: v for k, v in without_thinking(call.body).items() if k != "context_management"}
+            call.body, call.raw = {**rest, "thinking": {"type": "disabled"}}, b""
             return True
         return False
 
@@ -9691,20 +9692,14 @@ def refused_parameter(message: str, param: str = "") -> str:
 
 def without_thinking(body: Json) -> Json:
     """The request without thinking blocks, for an upstream that refuses the signature of one."""
-    return rewritten(body, NO_THINKING)
-
-
-def unthinking(body: Json) -> Json:
-    """The request with thinking turned off, and its editing, for an upstream that misses the thought behind a call."""
-    rest = {k: v for k, v in without_thinking(body).items() if k != "context_management"}
-    return {**rest, "thinking": {"type": "disabled"}}
+    return rewritten(body, is_no_thinking)
 
 
 def without_foreign_thinking(body: Json, model: str) -> Json:
     """The request without thinking blocks that ccmux made for other models; for Claude also without those that carry
     no signature: others sign none of theirs (llama.cpp), and read them.
     """
-    return rewritten(body, SIGNED_THINKING if "claude" in model else OWN_THINKING)
+    return rewritten(body, is_signed_thinking if "claude" in model else is_own_thinking)
 
 
 def is_no_thinking(block: Json) -> bool:
@@ -9720,31 +9715,30 @@ def is_signed_thinking(block: Json) -> bool:
     return is_no_thinking(block) or (bool(mark) and is_own_thinking(block))
 
 
-def rewritten(body: Json, left_of: Callable[[Json], list[Any] | None]) -> Json:
-    """The request with what `left_of` leaves of each message's blocks; messages left empty are taken out.
-
-    The very same object where all of them stay.
+def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
+    """The request with those blocks alone of assistants' messages that `keeps` is for; messages left empty are taken
+    out. The very same object where all of them stay.
     """
     given = messages_of(body)
-    all_left = each(given, left_of)
+    all_left = each(given, blocks_left(keeps))
     if all_left.count(None) == len(given):
         return body
     changed = ((m, left) for m, left in zip(given, all_left, strict=True) if left != [])
     return {**body, "messages": [m if left is None else {**m, "content": left} for m, left in changed]}
 
 
-def blocks_left(keeps: Callable[[Json], bool], message: Json) -> list[Any] | None:
-    """What is left of an assistant message's blocks; None where nothing is taken out."""
-    content = message.get("content")
-    if message.get("role") != "assistant" or not isinstance(content, list):
-        return None
-    left = [b for b in content if not isinstance(b, dict) or keeps(b)]
-    return None if len(left) == len(content) else left
+@functools.cache
+def blocks_left(keeps: Callable[[Json], bool]) -> Callable[[Json], list[Any] | None]:
+    """What tells what is left of a message's blocks (None: all); the same each time, as `each` knows it by its id."""
 
+    def left_of(message: Json) -> list[Any] | None:
+        content = message.get("content")
+        if message.get("role") != "assistant" or not isinstance(content, list):
+            return None
+        left = [b for b in content if not isinstance(b, dict) or keeps(b)]
+        return None if len(left) == len(content) else left
 
-NO_THINKING = functools.partial(blocks_left, is_no_thinking)
-OWN_THINKING = functools.partial(blocks_left, is_own_thinking)
-SIGNED_THINKING = functools.partial(blocks_left, is_signed_thinking)
+    return left_of
 
 
 def forwarded(call: Call, to: Upstream) -> bytes:
@@ -9785,12 +9779,8 @@ def with_known_effort(body: Json, allowed: tuple[str, ...]) -> Json:
 
 
 def without_billing_header(body: Json) -> Json:
-    kept = system_blocks(body)
-    return (
-        body
-        if isinstance(body.get("system"), str) or len(kept) == len(body.get("system") or ())
-        else {**body, "system": kept}
-    )
+    given, kept = body.get("system"), system_blocks(body)
+    return body if isinstance(given, str) or len(kept) == len(given or ()) else {**body, "system": kept}
 
 
 def without_tool_type(body: Json) -> Json:
@@ -9898,14 +9888,9 @@ def auth_headers(slot: Slot, dialect: Dialect, call: Call) -> dict[str, str]:
         name, _, value = call.credential.partition(" ")
         return {name: value} if value else {}
     style = slot.provider.quirks.auth or dialect.auth
-    ways = {
-        "x-api-key": ("x-api-key",),
-        "bearer": ("authorization",),
-        "both": ("x-api-key", "authorization"),
-        "x-goog-api-key": ("x-goog-api-key",),
-    }
-    values = {"authorization": f"Bearer {slot.key}"}
-    return {name: values.get(name, slot.key) for name in ways.get(style, ()) if slot.key}
+    values = {"x-api-key": slot.key, "authorization": f"Bearer {slot.key}", "x-goog-api-key": slot.key}
+    names = {"bearer": ("authorization",), "both": ("x-api-key", "authorization")}.get(style, (style,))
+    return {name: values[name] for name in names if slot.key and name in values}  # "none" is none of them
 
 
 def answer_headers(headers: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
@@ -10001,6 +9986,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.counts: dict[MetricKey, float] = {}
+        # How many were in each bucket alone, and in none of them; then the sum of all.
+        self.times: dict[MetricKey, list[float]] = {}
 
     def add(self, name: str, labels: Labels, amount: float = 1) -> None:
         key = (name, labels)
@@ -10015,34 +10002,29 @@ class Metrics:
             self.add("ccmux_upstream_errors_total", (("provider", provider), ("error", error)))
 
     def observe(self, name: str, labels: Labels, seconds: float) -> None:
-        """Into the one bucket that it falls in; `render` adds up those below, as the format wants."""
-        at = bisect.bisect_left(self.BUCKETS, seconds)
-        bound = self.BUCKETS[at] if at < len(self.BUCKETS) else math.inf
-        self.add(f"{name}_bucket", (*labels, ("le", f"{bound:g}")))
-        self.add(f"{name}_sum", labels, seconds)
+        row = self.times.setdefault((name, labels), [0.0] * (len(self.BUCKETS) + 2))
+        row[bisect.bisect_left(self.BUCKETS, seconds)] += 1
+        row[-1] += seconds
 
     def render(self, gauges: Mapping[str, float]) -> str:
         """Every family under its TYPE; gauges come with their labels in their names."""
         families: dict[str, list[str]] = {}
         for (name, labels), value in sorted(self.counts.items()):
-            if name.endswith("_total"):
-                families.setdefault(f"{name} counter", []).append(sample(name, labels, value))
-        for name, labels in sorted({(n, at[:-1]) for n, at in self.counts if n.endswith("_bucket")}):
-            name = name.removesuffix("_bucket")
-            families.setdefault(f"{name} histogram", []).extend(self.histogram(name, labels))
+            families.setdefault(f"{name} counter", []).append(sample(name, labels, value))
+        for (name, labels), row in sorted(self.times.items()):
+            families.setdefault(f"{name} histogram", []).extend(self.histogram(name, labels, row))
         for name, value in gauges.items():
             families.setdefault(f"{name.partition('{')[0]} gauge", []).append(sample(name, (), value))
         return "".join(f"# TYPE {family}\n{''.join(lines)}" for family, lines in families.items())
 
-    def histogram(self, name: str, labels: Labels) -> Iterator[str]:
+    def histogram(self, name: str, labels: Labels, row: list[float]) -> Iterator[str]:
         """Each bucket with all that are below it, the sum, and the count of all."""
-        below = 0.0
-        for bound in (*self.BUCKETS, math.inf):
-            below += self.counts.get((f"{name}_bucket", (*labels, ("le", f"{bound:g}"))), 0)
-            le = "+Inf" if bound == math.inf else f"{bound:g}"
-            yield sample(f"{name}_bucket", (*labels, ("le", le)), below)
-        yield sample(f"{name}_sum", labels, self.counts.get((f"{name}_sum", labels), 0))
-        yield sample(f"{name}_count", labels, below)
+        *counts, total = row
+        bounds, below = [*(f"{bound:g}" for bound in self.BUCKETS), "+Inf"], [*itertools.accumulate(counts)]
+        for bound, count in zip(bounds, below, strict=True):
+            yield sample(f"{name}_bucket", (*labels, ("le", bound)), count)
+        yield sample(f"{name}_sum", labels, total)
+        yield sample(f"{name}_count", labels, below[-1])
 
 
 def sample(name: str, labels: Labels, value: float) -> str:
