@@ -376,7 +376,7 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -8615,7 +8615,7 @@ class Call:
     attempts: list[Json] = field(default_factory=list)
     tries: int = 0
     reader: Reader | None = None
-    started: float = 0.0
+    started: float = field(default_factory=time.monotonic)
     first_content: float = 0.0
     reply_headers: dict[str, str] = field(default_factory=dict)
     watch: Watch | None = None
@@ -8867,8 +8867,8 @@ class Relay:
         self.fresh = fresh  # never reuses a connection: for the one retry after a stale one
         self.metrics = metrics
         self.ending: set[aiohttp.ClientResponse] = set()  # whose last bytes are still to come
-        self.health: dict[str, Health] = {}
-        self.breakers: dict[tuple[str, str, str], Breaker] = {}
+        self.health: defaultdict[str, Health] = defaultdict(Health)
+        self.breakers: defaultdict[tuple[str, str, str], Breaker] = defaultdict(Breaker)
         # Until when; model "" means every model of the key.
         self.cooling: dict[tuple[str, str, str], float] = {}
         # (config, provider, model) -> refused parameters
@@ -8883,7 +8883,6 @@ class Relay:
 
         Raises ApiError when none did, or when the answer broke; `call` then tells how far it got.
         """
-        call.started = time.monotonic()
         providers = providers_of(call.config, call.route)
         total = min((p.total_timeout for p in providers), default=3600.0)
         waits = (4.0, call.config.server.client_stall_timeout, *(p.idle_timeout for p in providers))
@@ -8935,7 +8934,7 @@ class Relay:
         forget_oldest(self.cooling)
 
     def health_of(self, provider: str) -> Health:
-        return self.health.setdefault(provider, Health())
+        return self.health[provider]
 
     def rests(self, slot: Slot, now: float) -> float:
         """Seconds until a slot's key has cooled down; 0 when it may be used."""
@@ -9024,9 +9023,9 @@ class Attempt:
 
     async def run(self) -> None:
         """Sends the request and relays all of its answer; ApiError when either fails or lasts too long."""
-        call, breakers = self.call, self.relay.breakers
-        forget_oldest(breakers)
-        breaker = breakers.setdefault(self.slot.id, Breaker())
+        call = self.call
+        forget_oldest(self.relay.breakers)
+        breaker = self.relay.breakers[self.slot.id]
         self.health.active += 1
         call.target = self.slot.target
         call.tries += 1
@@ -10286,22 +10285,17 @@ async def no_such_route(request: web.Request) -> web.StreamResponse:
 
 
 def error_response(request: web.Request, error: ApiError) -> web.Response:
-    headers = {**error.headers, **error_headers(error)}
-    headers.setdefault("request-id", request[request_key()])
-    if request.method == "POST" and request.path == "/v1/chat/completions":
-        body = compact(chat_error(error, request[request_key()]))
-    else:
-        body = error.raw or compact(error.body(request[request_key()]))
-    return web.Response(status=error.status, body=body, headers=headers, content_type="application/json")
-
-
-def error_headers(error: ApiError) -> dict[str, str]:
-    headers = {}
+    id = request[request_key()]
+    headers = {"request-id": id, **error.headers}
     if error.retry_after is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after))
     if error.should_retry is not None:
         headers["x-should-retry"] = "true" if error.should_retry else "false"
-    return headers
+    if request.method == "POST" and request.path == "/v1/chat/completions":
+        body = compact(chat_error(error, id))
+    else:
+        body = error.raw or compact(error.body(id))
+    return web.Response(status=error.status, body=body, headers=headers, content_type="application/json")
 
 
 async def expect_continue(request: web.Request) -> web.StreamResponse | None:
@@ -10627,12 +10621,6 @@ class StreamSink:
             self.pinging.cancel()
 
 
-def trail_of(route: Route) -> list[list[str]]:
-    """Each rule that was tried with what it said, then the targets in their order."""
-    order = ", then ".join(f"{t.provider}/{t.actual_model}" for t in route.targets)
-    return [*map(list, route.trail), ["targets", order]]
-
-
 NOTE_AFTER = 0.01  # seconds: the floor of an answer that is over sooner need not be written down
 
 
@@ -10644,7 +10632,6 @@ class Exchange:
         self.hold: Hold | None = None
         self.settled: asyncio.Future[None] | None = None
         self.done: Settlement | None = None
-        self.began = time.monotonic()
         self.answered = 0  # the last try that an upstream began to answer
         self.floor = 0  # as noted for a crash
         self.floor_note: asyncio.TimerHandle | None = None
@@ -10809,7 +10796,7 @@ class Exchange:
         price = fast_price(price) if price and usage.fast else price
         is_priced = usage == Usage() or price_of(config, target, call.route.model) is not None
         charge = charge_of(usage, price, config.credits.markup_percent) if price else Charge(0, 0, 0)
-        now = time.monotonic()
+        order = ", then ".join(f"{t.provider}/{t.actual_model}" for t in call.route.targets)
         status = error.status if error else 200 if call.reader and call.reader.ended else 499
         return Settlement(
             request_id=call.request_id,
@@ -10830,9 +10817,9 @@ class Exchange:
             charge=charge.charge,
             price=price_json(price) if price else None,
             first_token_ms=round((call.first_content - call.started) * 1000) if call.first_content else None,
-            duration_ms=round((now - self.began) * 1000),
+            duration_ms=round((time.monotonic() - call.started) * 1000),
             stop_reason=str(call.reader.stop_reason or "")[:64] if call.reader else "",
-            trail=trail_of(call.route),
+            trail=[*map(list, call.route.trail), ["targets", order]],
         )
 
     async def durable(self) -> None:
@@ -10950,9 +10937,8 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
     if provider.quirks.count_tokens == "local" or state.refused_counts.get(place, 0.0) > time.monotonic():
         return None
     slot = state.relay.slots_of(target, provider)[0]
-    headers = upstream_headers(call, slot, dialect)
     body = {**count_request_body(call.body), "model": target.actual_model}
-    request = UpstreamRequest(url, {**headers, "accept": "application/json"}, compact(body))
+    request = UpstreamRequest(url, upstream_headers(call, slot, dialect), compact(body))
     try:
         async with asyncio.timeout(3):
             response = await state.relay.post(state.relay.session, request, provider)
@@ -10989,13 +10975,10 @@ async def get_models(request: web.Request) -> web.StreamResponse:
 
 
 def model_entry(id: str, display_name: str) -> Json:
-    anthropic = {
-        "type": "model",
-        "id": id,
-        "display_name": display_name,
-        "created_at": "2026-01-01T00:00:00Z",
-    }
-    return {**anthropic, "object": "model", "created": 1767225600, "owned_by": "ccmux"}
+    return {
+        "type": "model", "id": id, "display_name": display_name, "created_at": "2026-01-01T00:00:00Z",
+        "object": "model", "created": 1767225600, "owned_by": "ccmux",
+    }  # fmt: skip
 
 
 async def get_model(request: web.Request) -> web.StreamResponse:
