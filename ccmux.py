@@ -8614,6 +8614,7 @@ class Call:
     target: Target | None = None
     attempts: list[Json] = field(default_factory=list)
     tries: int = 0
+    is_passed_on: bool = False  # the last try sent what an OpenAI-format client wrote, but for its parameters
     reader: Reader | None = None
     started: float = field(default_factory=time.monotonic)
     first_content: float = 0.0
@@ -9030,6 +9031,7 @@ class Attempt:
         call.target = self.slot.target
         call.tries += 1
         call.first_content = 0.0
+        call.is_passed_on = self.passes and call.format == "chat"
         breaker.begin(self.began, call)
         error: ApiError | None = None
         status = 0  # of a client that has left
@@ -9110,8 +9112,8 @@ class Attempt:
         call, dialect, to = self.call, self.dialect, self.to
         url = endpoint_url(self.provider.base_url, dialect, model=to.model)
         accept = "text/event-stream" if self.streams else "application/json"
-        headers = upstream_headers(call, self.slot, dialect, accept)
-        if self.passes and call.format == "chat":
+        headers = upstream_headers(call.headers, self.slot, dialect, accept)
+        if call.is_passed_on:
             return UpstreamRequest(url, headers, compact(chat_passed_on(call.chat, to)))
         if dialect.request is None:
             url += "?beta=true" if "beta=true" in call.query else ""
@@ -9149,7 +9151,7 @@ class Attempt:
 
     def reader_of_answer(self) -> Reader:
         call, secrets = self.call, self.call.config.secrets
-        if self.passes and call.format == "chat":
+        if call.is_passed_on:
             lax_finish = self.provider.quirks.lax_finish
             return ChatTap(call.wants_usage, lax_finish) if call.stream else ChatWhole()
         if self.passes:
@@ -9528,7 +9530,7 @@ class Plan:
         models take both: there it is the place in the conversation that is wrong.
         """
         provider, words = slot.provider, error.message
-        is_ours = not self.is_passed_on(slot)
+        is_ours = not self.call.is_passed_on
         is_elsewhere = error.retry in (Retry.SAME, Retry.NEXT) and len(self.slots()) > 1
         refused = next((name for name, known in PARTS_REFUSED.items() if known.search(words)), "")
         if refused and is_ours and not is_elsewhere and not is_anthropics(provider.base_url):
@@ -9547,12 +9549,6 @@ class Plan:
             return False  # the client's own bytes
         name = refused_parameter(words, error.param)
         return self.learns(slot, name if is_ours or name not in OURS_ALONE else "")
-
-    def is_passed_on(self, slot: Slot) -> bool:
-        """Whether the slot gets what an OpenAI-format client wrote, which has its parameters alone taken out."""
-        to = self.relay.upstream_of(self.call, slot)
-        dialect = dialect_of(slot.provider, to.model, to.skip, self.call.body)
-        return self.call.format == "chat" and self.call.passes(dialect)
 
     def unthinks(self, words: str) -> bool:
         """Takes thinking out of the request, each way once, where a refusal is about it."""
@@ -9866,25 +9862,25 @@ _PASS_DOWN = re.compile(r"retry-after(?:-ms)?|x-should-retry|anthropic-ratelimit
 
 
 def upstream_headers(
-    call: Call, slot: Slot, dialect: Dialect, accept: str = "application/json"
+    client: Mapping[str, str], slot: Slot, dialect: Dialect, accept: str = "application/json"
 ) -> dict[str, str]:
-    headers = {
+    """The headers of a request; `client` are those that came with it."""
+    passed = allowed_headers(client, _PASS_UP) if dialect.request is None else {}
+    return {
         "content-type": "application/json",
         "accept": accept,
         "accept-encoding": "identity",
         "user-agent": f"ccmux/{__version__}",
+        **dict(dialect.headers),
+        **passed,
+        **auth_headers(slot, dialect),
+        **{k.lower(): v for k, v in slot.provider.headers.items()},
     }
-    headers.update(dialect.headers)
-    if dialect.request is None:
-        headers.update(allowed_headers(call.headers, _PASS_UP))
-    headers.update(auth_headers(slot, dialect, call))
-    headers.update({k.lower(): v for k, v in slot.provider.headers.items()})
-    return headers
 
 
-def auth_headers(slot: Slot, dialect: Dialect, call: Call) -> dict[str, str]:
+def auth_headers(slot: Slot, dialect: Dialect) -> dict[str, str]:
     if slot.provider.passthrough:
-        name, _, value = call.credential.partition(" ")
+        name, _, value = slot.key.partition(" ")
         return {name: value} if value else {}
     style = slot.provider.quirks.auth or dialect.auth
     values = {"x-api-key": slot.key, "authorization": f"Bearer {slot.key}", "x-goog-api-key": slot.key}
@@ -10936,9 +10932,9 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
     place = (url, target.actual_model)  # a 404 may be of the model alone
     if provider.quirks.count_tokens == "local" or state.refused_counts.get(place, 0.0) > time.monotonic():
         return None
-    slot = state.relay.slots_of(target, provider)[0]
+    slot = state.relay.slots_of(target, provider, call.credential)[0]
     body = {**count_request_body(call.body), "model": target.actual_model}
-    request = UpstreamRequest(url, upstream_headers(call, slot, dialect), compact(body))
+    request = UpstreamRequest(url, upstream_headers(call.headers, slot, dialect), compact(body))
     try:
         async with asyncio.timeout(3):
             response = await state.relay.post(state.relay.session, request, provider)
@@ -11794,8 +11790,7 @@ async def listed_models(state: State, provider: Provider) -> list[str]:
     if dialect.is_local:
         return [provider.default_model]
     slot = state.relay.slots_of(Target(provider.name, ""), provider)[0]
-    call = Call("", {}, b"", {}, Route("", "", (), ()), state.config, stream=False)
-    headers = {**upstream_headers(call, slot, dialect), "accept": "application/json"}
+    headers = upstream_headers({}, slot, dialect)
     proxy = provider.proxy or environment_proxy(provider.base_url)
     names: list[str] = []
     page: str | None = ""

@@ -287,8 +287,7 @@ def test_passthrough_keeps_the_upstreams_word_on_the_clients_own_login() -> None
 def test_auth_styles(style: str, expected: dict[str, str]) -> None:
     provider = ccmux.Provider(name="p", api_key=("k",), quirks=ccmux.Quirks(auth=style))
     slot = ccmux.Slot(ccmux.Target("p", "m"), provider, "k")
-    call = ccmux.Call("req_1", {}, b"", {}, ccmux.Route("m", "default", (), ()), ccmux.Config(), stream=False)
-    assert ccmux.auth_headers(slot, ccmux.DIALECTS["anthropic"], call) == expected
+    assert ccmux.auth_headers(slot, ccmux.DIALECTS["anthropic"]) == expected
 
 
 def test_metrics_are_prometheus_text() -> None:
