@@ -8509,10 +8509,8 @@ RATE_WAIT = 1.0  # a 429 that does not say how long
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through, and the others once
-    that has content: an answer may take minutes.
-
-    Times are handed in.
+    """Opens when a (provider, model, key) keeps failing. Half-open, it lets one probe through; the others follow once
+    that has content, as an answer may take minutes. Times are handed in.
     """
 
     failures: int = 0  # in a row
@@ -8529,32 +8527,30 @@ class Breaker:
         return "open" if now < self.open_until else "half-open"
 
     def allows(self, now: float) -> bool:
-        """Whether a request may go now; in half-open only the one probe may, until it has content."""
-        waits = self.probe is not None and not self.probe.first_content
-        return self.state(now) == "closed" or (self.state(now) == "half-open" and not waits)
+        """Whether a request may go now."""
+        is_probed = self.probe is not None and not self.probe.first_content
+        return not self.interval or (now >= self.open_until and not is_probed)
 
     def begin(self, now: float, call: Call) -> None:
         """Takes the probe's place where one is due."""
         if self.state(now) == "half-open" and self.probe is None:
             self.probe = call
 
-    def leave(self, call: Call) -> bool:
-        """Gives up the probe's place; true if the request had it."""
-        is_probe = self.probe is call
-        self.probe = None if is_probe else self.probe
-        return is_probe
+    def leave(self, call: Call) -> None:
+        """Gives up the probe's place, if the request has it."""
+        if self.probe is call:
+            self.probe = None
 
     def record(self, call: Call, began: float, now: float, ok: bool) -> None:
-        """Takes down how a try ended. Tries from before the opening teach nothing new, nor do failures beside
-        the probe's.
+        """Notes how a try ended. While it is not closed, a try from before the opening, or a failure beside the
+        probe's, teaches nothing new.
         """
-        is_probe = self.leave(call)
+        is_probe = self.probe is call
+        self.leave(call)
         if self.interval and not is_probe and (began < self.opened or not ok):
             return
-        if ok:
-            self.failures, self.interval = 0, 0.0
-        else:
-            self.failures += 1
+        self.failures = 0 if ok else self.failures + 1
+        self.interval = 0.0 if ok else self.interval
         self.recent.append((now, ok))
         self.bad += not ok
         while self.recent[0][0] < now - 60:
@@ -8628,8 +8624,8 @@ class Call:
         return self.stream and bool(self.first_content)
 
     def passes(self, dialect: Dialect) -> bool:
-        """Whether the upstream speaks the client's own format; what routing changed for OpenAI's is translated, and what
-        is half Anthropic's.
+        """Whether the upstream gets what the client wrote, in their common format. An OpenAI-format request that routing
+        has changed, or that is half Anthropic's, is translated.
         """
         if self.format == "chat" and (self.route.body or has_anthropic_tools(self.chat)):
             return False
@@ -8728,15 +8724,16 @@ TOTAL, STOPPED = "total", "shutdown"  # what ends a request as a whole
 
 
 class Watch:
-    """Cancels the task of a request whose wait lasts too long, or that does, as `asyncio.timeout` would.
+    """Cancels a request's task where something it waits for, or all of it, takes too long.
 
     One for all of a request, with one timer that looks now and then: a byte costs no timer, and a try no scope.
     """
 
     def __init__(self, tick: float, total: float) -> None:
         self.loop = asyncio.get_running_loop()
-        self.task = asyncio.current_task(self.loop)
-        self.cancelling = self.task.cancelling() if self.task else 0
+        task = asyncio.current_task()
+        assert task is not None
+        self.task, self.cancelling = task, task.cancelling()
         self.tick, self.until = tick, self.loop.time() + total
         self.limit, self.last, self.what = math.inf, 0.0, ""
         self.over = ""  # what took too long, once it has cancelled the task for that
@@ -8765,12 +8762,11 @@ class Watch:
 
     def end(self, what: str) -> None:
         self.over = what
-        if self.task:
-            self.task.cancel()
+        self.task.cancel()
 
     def take_back(self) -> str:
         """After a CancelledError: what took too long; "" where somebody else has cancelled the task. It watches on."""
-        if not self.over or self.task is None or self.task.uncancel() > self.cancelling:
+        if not self.over or self.task.uncancel() > self.cancelling:
             return ""
         what, self.over = self.over, ""
         self.look_in(self.tick)
@@ -8781,11 +8777,10 @@ class Watch:
 
 
 class Shortcut(asyncio.Protocol):
-    """Stands before aiohttp's protocol on the connection of a streamed answer, and sends each piece on where it arrives.
+    """Takes the place of aiohttp's protocol on the connection of a streamed answer, and sends each piece on at once.
 
     To wake the request's task for it would take another round of the event loop: a tenth of what an event costs. The
-    task sleeps in `run` while all is as usual. What is not (a client that is behind, the end, a fault) is its own to
-    handle, as if it had read.
+    task sleeps in `run`. All that is unusual (a client that is behind, the end, a fault) it finds as if it had read.
     """
 
     def __init__(self, attempt: Attempt, response: aiohttp.ClientResponse, sink: Sink) -> None:
@@ -8794,7 +8789,9 @@ class Shortcut(asyncio.Protocol):
         self.feed = attempt.read_on if attempt.call.on_raw else attempt.reader.feed
 
     async def run(self) -> bytes:
-        """Sends on what comes; in the end what the client does not take at once, and the rest is in the content."""
+        """Sends on what comes, up to what is unusual; returns what the client has not taken of that. What follows it is
+        still to be read.
+        """
         connection = self.response.connection
         if connection is None or connection.transport is None or connection.protocol is None:
             return b""  # all of it has arrived
