@@ -9528,9 +9528,9 @@ class Plan:
         """
         provider, words = slot.provider, error.message
         is_ours = not self.call.is_passed_on
-        is_elsewhere = error.retry in (Retry.SAME, Retry.NEXT) and len(self.slots()) > 1
+        may_go_on = error.retry in (Retry.SAME, Retry.NEXT) and any(s.target != slot.target for s in self.free())
         refused = next((name for name, known in PARTS_REFUSED.items() if known.search(words)), "")
-        if refused and is_ours and not is_elsewhere and not is_anthropics(provider.base_url):
+        if refused and is_ours and not may_go_on and not is_anthropics(provider.base_url):
             return self.learns(slot, refused)
         if _BY_RESPONSES.search(words) and provider.format == "openai":
             return self.learns(slot, CHAT)

@@ -1005,6 +1005,22 @@ async def test_an_image_that_a_model_cannot_see_is_left_out(formats: str, tmp_pa
     assert "left out" in json.dumps(a.calls[-1].json)
 
 
+@pytest.mark.parametrize("others", ["keys", "targets"])
+async def test_an_image_that_nobody_can_see_is_left_out(others: str, tmp_path: Path) -> None:
+    """Another key is not another model, and what has refused it already is not asked again."""
+
+    def answers(call: fs.UpstreamCall) -> Any:
+        refusal = fs.status(404, message="No endpoints found that support image input")
+        return (refusal if "iVBORw0KGgo=" in json.dumps(call.json) else fs.answer()).steps(call)
+
+    messages = [{"role": "user", "content": [PNG, {"type": "text", "text": "Say hello."}]}]
+    scripts = [(fs.Behaviour(answers),)] * (2 if others == "targets" else 1)
+    providers = {"A": {"api_key": ["k1", "k2"]}} if others == "keys" else {}
+    async with stage(tmp_path, *scripts, formats="openai", providers=providers) as (proxy, servers):
+        full("A" if others == "keys" else "B")(await ask(proxy, body=message_body(messages=messages)))
+    assert [a.count for a in servers] == ([2] if others == "keys" else [1, 2])
+
+
 async def test_a_document_that_a_server_of_anthropics_format_refuses_is_left_out(tmp_path: Path) -> None:
     """As vLLM 0.33 and SGLang 0.5 do: a conversation that a PDF got into ended there."""
     pdf = {
