@@ -9528,7 +9528,9 @@ class Plan:
         """
         provider, words = slot.provider, error.message
         is_ours = not self.call.is_passed_on
-        may_go_on = error.retry in (Retry.SAME, Retry.NEXT) and any(s.target != slot.target for s in self.free())
+        may_go_on = error.retry in (Retry.SAME, Retry.NEXT) and any(
+            s.target != slot.target for s in self.free()
+        )
         refused = next((name for name, known in PARTS_REFUSED.items() if known.search(words)), "")
         if refused and is_ours and not may_go_on and not is_anthropics(provider.base_url):
             return self.learns(slot, refused)
@@ -10175,6 +10177,8 @@ def guard(request: web.Request, config: Config) -> None:
         raise ApiError(415, "compressed request bodies are not taken; send it plain")
     if (request.content_length or 0) > MAX_BODY:
         raise ApiError(413, f"the request is larger than {MAX_BODY // 2**20} MB")
+    if headers.get("Expect", "100-continue").lower() != "100-continue":
+        raise ApiError(417, "the only expectation known here is 100-continue")
 
 
 def check_host(request: web.Request, config: Config) -> None:
@@ -10291,18 +10295,8 @@ def error_response(request: web.Request, error: ApiError) -> web.Response:
     return web.Response(status=error.status, body=body, headers=headers, content_type="application/json")
 
 
-async def expect_continue(request: web.Request) -> web.StreamResponse | None:
-    """`Expect: 100-continue`: what the guard refuses is refused before the body is asked for."""
-    request[request_key()] = new_request_id()
-    try:
-        guard(request, state_of(request).config)
-        if request.headers["Expect"].lower() != "100-continue":
-            raise ApiError(417, "the only expectation known here is 100-continue")
-    except ApiError as error:
-        return error_response(request, error)
-    if request.transport:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    return None
+async def expect_continue(request: web.Request) -> None:
+    """In place of aiohttp's, which asks for the body before anything is checked: `read_body` does it."""
 
 
 # Who is asking.
@@ -10371,6 +10365,8 @@ async def read_body(request: web.Request) -> bytes:
     """The whole body; ApiError 408 when it stalls for 30 s or takes too long, 413 when it grows too large."""
     state = state_of(request)
     state.posts[request[request_key()]] = request
+    if "Expect" in request.headers and request.transport:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     if (
         request.content.is_eof()
         and request.content.exception() is None
