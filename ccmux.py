@@ -8613,6 +8613,7 @@ class Call:
     is_passed_on: bool = False  # the last try sent what an OpenAI-format client wrote, but for its parameters
     reader: Reader | None = None
     started: float = field(default_factory=time.monotonic)
+    is_answered: bool = False  # the last try has an answer so far, and not one that failed
     first_content: float = 0.0
     reply_headers: dict[str, str] = field(default_factory=dict)
     watch: Watch | None = None
@@ -8915,7 +8916,7 @@ class Relay:
                 return
             except ApiError as error:
                 call.end_retry()
-                call.reply_headers = {}
+                call.reply_headers, call.is_answered = {}, False
                 if not call.has_answered:
                     call.on_failure()
                 if call.has_answered or not await plan.goes_on(slot, error):
@@ -9027,7 +9028,7 @@ class Attempt:
         self.health.active += 1
         call.target = self.slot.target
         call.tries += 1
-        call.first_content = 0.0
+        call.first_content, call.is_answered = 0.0, False
         call.is_passed_on = self.passes and call.format == "chat"
         breaker.begin(self.began, call)
         error: ApiError | None = None
@@ -9127,6 +9128,7 @@ class Attempt:
 
     async def receive(self, response: aiohttp.ClientResponse) -> None:
         call, done = self.call, False
+        call.is_answered = True
         try:
             call.on_answer()
             if call.counting:
@@ -9401,7 +9403,7 @@ class Plan:
         self.slept = 0.0
         self.again: Slot | None = None  # the same slot once more
         self.done: set[tuple[str, str, str]] = set()  # slots not to be tried again
-        self.uncounted: set[tuple[str, ...]] = set()  # mends that were tried: each at most once
+        self.mended: set[tuple[str, ...]] = set()  # what was tried: each at most once
 
     def next_slot(self) -> Slot:
         """The next thing to try; ApiError 429 or 529 when all there is rests or is broken."""
@@ -9528,11 +9530,10 @@ class Plan:
         """
         provider, words = slot.provider, error.message
         is_ours = not self.call.is_passed_on
-        may_go_on = error.retry in (Retry.SAME, Retry.NEXT) and any(
-            s.target != slot.target for s in self.free()
-        )
+        has_others = any(s.target != slot.target for s in self.free())
+        goes_on = has_others and error.retry in (Retry.SAME, Retry.NEXT)
         refused = next((name for name, known in PARTS_REFUSED.items() if known.search(words)), "")
-        if refused and is_ours and not may_go_on and not is_anthropics(provider.base_url):
+        if refused and is_ours and not goes_on and not is_anthropics(provider.base_url):
             return self.learns(slot, refused)
         if _BY_RESPONSES.search(words) and provider.format == "openai":
             return self.learns(slot, CHAT)
@@ -9571,8 +9572,8 @@ class Plan:
         return True
 
     def once(self, *mend: str) -> bool:
-        is_new = mend not in self.uncounted
-        self.uncounted.add(mend)
+        is_new = mend not in self.mended
+        self.mended.add(mend)
         return is_new
 
     def has_larger(self, slot: Slot) -> bool:
@@ -10621,7 +10622,6 @@ class Exchange:
         self.hold: Hold | None = None
         self.settled: asyncio.Future[None] | None = None
         self.done: Settlement | None = None
-        self.answered = 0  # the last try that an upstream began to answer
         self.floor = 0  # as noted for a crash
         self.floor_note: asyncio.TimerHandle | None = None
         call.on_answer, call.on_failure = self.on_answer, self.on_failure
@@ -10692,7 +10692,6 @@ class Exchange:
         if self.hold:
             target = self.call.target or self.call.route.targets[0]
             self.floor_note = asyncio.get_running_loop().call_later(NOTE_AFTER, self.note_floor, target)
-        self.answered = self.call.tries
 
     def on_failure(self) -> None:
         """A crash before the next try is answered charges nothing."""
@@ -10745,9 +10744,8 @@ class Exchange:
         """As the upstream told it, else counted here and marked; none for what cost nothing."""
         call, reader = self.call, self.call.reader
         if reader is None or not (call.has_answered if error else call.first_content):
-            has_failed = bool(call.attempts) and call.attempts[-1]["error"]
-            gone = error is None and self.answered == call.tries > 0 and not has_failed
-            return Usage(input=self.input_tokens(), estimated=True) if gone else Usage()
+            has_left = error is None and call.is_answered  # the client
+            return Usage(input=self.input_tokens(), estimated=True) if has_left else Usage()
         told = reader.usage
         model = call.target.actual_model if call.target else ""
         if reader.ended and told and not told.estimated and not getattr(reader, "usage_broken", False):
