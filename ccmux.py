@@ -8632,10 +8632,6 @@ class Call:
             return False
         return dialect.passes == self.format
 
-    def begin_retry(self, health: Health) -> None:
-        self.retries_at = health
-        health.retrying += 1
-
     def end_retry(self) -> None:
         """The retry has failed, has content, or will not be."""
         if self.retries_at:
@@ -8662,24 +8658,7 @@ class Call:
             self.watch.end(STOPPED)
 
 
-class Reader(typing.Protocol):
-    """What reads one upstream answer: `AnthropicTap`, `AnthropicWhole` or `Translation`."""
-
-    error: ApiError | None
-    error_relayed: bool
-    ending: bytes
-
-    @property
-    def usage(self) -> Usage | None: ...
-    @property
-    def stop_reason(self) -> str: ...
-    @property
-    def has_content(self) -> bool: ...
-    @property
-    def ended(self) -> bool: ...
-    def feed(self, data: bytes) -> bytes: ...
-    def finish(self) -> bytes: ...
-    def output_text(self) -> str: ...
+Reader = AnthropicTap | AnthropicWhole | ChatTap | Translation  # what reads one upstream answer
 
 
 class ClientGoneError(Exception):
@@ -9505,7 +9484,8 @@ class Plan:
             return False
         self.slept += wait
         health = self.relay.health_of(slot.provider.name)
-        self.call.begin_retry(health)
+        self.call.retries_at = health
+        health.retrying += 1
         health.active += 1  # its place among `max_concurrent` is kept
         try:
             await asyncio.sleep(wait)
