@@ -8961,14 +8961,15 @@ class Relay:
         return self.learnt.get((call.config.text_hash, *slot.place), frozenset())
 
     def upstream_of(self, call: Call, slot: Slot) -> Upstream:
-        model = slot.target.actual_model
-        known = call.config.model(call.route.model)
-        facts = facts_of(model)
-        context = slot.target.context or (known.context if known else 0) or facts.context
-        skip = self.not_taken(call, slot)
-        return Upstream(
-            model, slot.provider.quirks, dataclasses.replace(facts, context=context), call.session, skip
+        target, row, facts = (
+            slot.target,
+            call.config.model(call.route.model),
+            facts_of(slot.target.actual_model),
         )
+        context = target.context or (row.context if row else 0) or facts.context
+        facts = dataclasses.replace(facts, context=context)
+        skip = self.not_taken(call, slot)
+        return Upstream(target.actual_model, slot.provider.quirks, facts, call.session, skip)
 
 
 class Attempt:
@@ -9061,9 +9062,8 @@ class Attempt:
         """POSTs the request; the response once its status is 200, else an ApiError."""
         call, relay, provider = self.call, self.relay, self.provider
         request = await self.request()
-        self.watch.wait(
-            provider.first_byte_timeout if self.streams else provider.response_timeout, "first byte"
-        )
+        limit = provider.first_byte_timeout if self.streams else provider.response_timeout
+        self.watch.wait(limit, "first byte")
         if call.on_raw:
             call.on_raw("upstream_request", request.data)
         asyncio.get_running_loop().call_soon(call.begin_count)  # once the request is on its way
@@ -9870,9 +9870,7 @@ def auth_headers(slot: Slot, dialect: Dialect) -> dict[str, str]:
 
 def answer_headers(headers: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
     """What of an Anthropic-format upstream's headers the client gets."""
-    if dialect.request is not None:
-        return {}
-    return allowed_headers(headers, _PASS_DOWN)
+    return allowed_headers(headers, _PASS_DOWN) if dialect.request is None else {}
 
 
 def allowed_headers(headers: Mapping[str, str], allowed: re.Pattern[str]) -> dict[str, str]:
@@ -9929,13 +9927,11 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
     """
     error.message = scrub(error.message, call.config.secrets)
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
-        name = slot.provider.name
+        name, said = slot.provider.name, error.message[:300]
         words = (
             f"provider {name} refuses ccmux's key ({error.status}): check api_key of [[providers]] {name!r}"
         )
-        return ApiError(
-            500, f"{words}. It said: {error.message[:300]}", should_retry=False, cause=error.cause
-        )
+        return ApiError(500, f"{words}. It said: {said}", should_retry=False, cause=error.cause)
     if error.status == 529 and error.retry_after is None:
         error.retry_after = 5.0
     return error
@@ -10110,11 +10106,8 @@ class Recorder:
         if call.request_id in self.held:
             record, _ = self.held[call.request_id]
             target = call.target or call.route.targets[0]
-            record |= {
-                "status": status,
-                "target": f"{target.provider}/{target.actual_model}",
-                "attempts": call.attempts,
-            }
+            name = f"{target.provider}/{target.actual_model}"
+            record |= {"status": status, "target": name, "attempts": call.attempts}
 
 
 @functools.cache
@@ -10348,11 +10341,7 @@ async def read_body(request: web.Request) -> bytes:
     state.posts[request[request_key()]] = request
     if "Expect" in request.headers and request.transport:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    if (
-        request.content.is_eof()
-        and request.content.exception() is None
-        and (request.content_length or 0) <= MAX_BODY
-    ):
+    if request.content.is_eof() and request.content.exception() is None:
         return await request.content.read()  # it is all there: nothing to wait for
     loop = asyncio.get_running_loop()
     end = loop.time() + state.config.server.body_timeout
@@ -10384,9 +10373,8 @@ async def read_request(request: web.Request, state: State) -> tuple[bytes, Json]
 
 def learn(state: State) -> None:
     """A step of it, under a millisecond but for what one very large message takes; then others have their turn."""
-    state.learning = (
-        asyncio.get_running_loop().call_later(0.002, learn, state) if state.requests.learn() else None
-    )
+    is_more = state.requests.learn()
+    state.learning = asyncio.get_running_loop().call_later(0.002, learn, state) if is_more else None
 
 
 # Messages.
@@ -10519,14 +10507,9 @@ class StreamSink:
         self, request: web.Request, headers: Callable[[], dict[str, str]], interval: float, ping: bytes = PING
     ) -> None:
         self.request, self.headers, self.interval, self.ping = request, headers, interval, ping
-        self.response = web.StreamResponse(
-            headers={
-                "Content-Type": "text/event-stream",
-                "Cache-Control": "no-cache",
-                "X-Content-Type-Options": "nosniff",
-                "Server": "ccmux",
-            }
-        )
+        kind = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        safe = {"X-Content-Type-Options": "nosniff", "Server": "ccmux"}
+        self.response = web.StreamResponse(headers=kind | safe)
         self.response._send_headers_immediately = False  # aiohttp 3.14: with the first event, in one piece
         if request.version < aiohttp.HttpVersion11:
             self.response.force_close()  # without chunks it is the connection's end that ends a stream
@@ -10705,11 +10688,11 @@ class Exchange:
                 enforce=self.is_enforced,
                 max_concurrent=credits.max_concurrent,
             )
-        except ApiError as error:
-            self.settle(error)
-            raise
-        except asyncio.CancelledError:  # the client left while the hold was on its way to the disk
-            self.settle(None)
+        except (
+            ApiError,
+            asyncio.CancelledError,
+        ) as ended:  # refused, or left while it was on its way to the disk
+            self.settle(ended if isinstance(ended, ApiError) else None)
             raise
 
     @property
