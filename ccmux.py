@@ -9194,8 +9194,8 @@ class Attempt:
         return out
 
     async def end_broken(self, error: ApiError) -> None:
-        """Raises the error that broke an answer off, but where all that lacks is what ends the bytes: a format whose
-        answers say that they are over before that has its message ended.
+        """Ends an answer that broke off where its format had said already that the message is over, and only what ends
+        the bytes was missing; else raises the error.
         """
         can_end = error.cause in ("disconnect", "timeout") and not self.provider.quirks.lax_finish
         if not self.call.first_content or self.reader.ended or self.reader.error or not can_end:
