@@ -10055,15 +10055,13 @@ class Recorder:
 
     def switch(self, seconds: float) -> None:
         self.until = time.monotonic() + seconds
-        if not seconds:
-            self.held.clear()
 
     @property
     def is_on(self) -> bool:
-        if self.until and time.monotonic() > self.until:
-            self.until = 0.0
+        """Whether it is still on; once it is not, it holds nothing."""
+        if is_over := time.monotonic() >= self.until:
             self.held.clear()
-        return self.until > 0
+        return not is_over
 
     def summary(self) -> Json:
         left = max(self.until - time.monotonic(), 0) if self.is_on else 0
@@ -10248,9 +10246,8 @@ async def no_such_route(request: web.Request) -> web.StreamResponse:
     for resource in request.app.router.resources():
         _, methods = await resource.resolve(request)
         if methods and "*" not in methods:
-            raise ApiError(
-                405, f"{request.method} is not for {request.path[:200]!r}, but {', '.join(sorted(methods))}"
-            )
+            allowed = ", ".join(sorted(methods))
+            raise ApiError(405, f"{request.method} is not for {request.path[:200]!r}, but {allowed}")
     known = "Claude Code talks to /v1/messages, clients of OpenAI's API to /v1/chat/completions"
     raise ApiError(404, f"there is no {request.path[:200]!r} here; {known}")
 
@@ -10310,10 +10307,9 @@ def count_failure(state: State, request: web.Request) -> None:
     """Ten wrong tokens a minute from one address; then 429. A right one never comes here."""
     now, address = time.monotonic(), request.remote or ""
     times = state.failures.setdefault(address, deque(maxlen=10))
-    if len(times) == 10 and times[0] > now - 60:
-        raise ApiError(
-            429, "too many wrong keys; wait a minute", retry_after=60 - (now - times[0]), should_retry=False
-        )
+    left = times[0] + 60 - now if len(times) == 10 else 0.0
+    if left > 0:
+        raise ApiError(429, "too many wrong keys; wait a minute", retry_after=left, should_retry=False)
     times.append(now)
     forget_oldest(state.failures)
 
@@ -10329,9 +10325,8 @@ def require_admin(request: web.Request) -> State:
     state = state_of(request)
     if not is_admin(request, state):
         count_failure(state, request)
-        raise ApiError(
-            401, "the admin token is needed; the start-up text has the link, `ccmux.py token` prints it"
-        )
+        words = "the admin token is needed; the start-up text has the link, `ccmux.py token` prints it"
+        raise ApiError(401, words)
     return state
 
 
