@@ -8769,8 +8769,8 @@ class Shortcut(asyncio.Protocol):
         self.feed = attempt.read_on if attempt.call.on_raw else attempt.reader.feed
 
     async def run(self) -> bytes:
-        """Sends on what comes, up to what is unusual; returns what the client has not taken of that. What follows it is
-        still to be read.
+        """Sends on what comes until something is unusual, and returns what the client has not taken of it. What follows
+        that is still to be read.
         """
         connection = self.response.connection
         if connection is None or connection.transport is None or connection.protocol is None:
@@ -9143,9 +9143,9 @@ class Attempt:
         return Translation(self.dialect.stream(out, self.tools, self.to), out, client_format(call))
 
     async def relay_answer(self, response: aiohttp.ClientResponse) -> None:
-        """Until an answer's first content nothing of it goes out, and another try may mend a fault.
+        """Sends an answer on. Until its first content nothing of it goes out, and another try may mend a fault.
 
-        What the client of a stream takes at once takes the `Shortcut`; this goes round for the rest.
+        Of a stream, what its client takes at once goes by the `Shortcut`; this goes round for the rest.
         """
         call, reader, watch, sink = self.call, self.reader, self.watch, self.sink
         idle, stall = self.provider.idle_timeout, call.config.server.client_stall_timeout
@@ -10221,12 +10221,12 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
 
 
 def watch_client(request: web.Request) -> None:
-    """Watches over what is sent next, all that is left of an answer: aiohttp waits for ever for who does not read."""
+    """To be called before the last of an answer is sent: aiohttp waits for ever for a client that does not read it."""
     asyncio.get_running_loop().call_soon(cut_off_if_stalled, request, 0)
 
 
 def cut_off_if_stalled(request: web.Request, before: int) -> None:
-    """Ends the connection of a client that has `before` bytes to take, as many as at the last look; else looks again."""
+    """Ends the connection of a client that has taken nothing since `before` bytes were left; else looks again later."""
     left = request.transport.get_write_buffer_size() if request.transport else 0
     if left == before > 0 and request.transport:
         request.transport.abort()
