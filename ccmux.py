@@ -9377,7 +9377,7 @@ class Plan:
 
     def __init__(self, relay: Relay, call: Call) -> None:
         self.relay, self.call = relay, call
-        self.tries: Counter[tuple[str, str]] = Counter()  # of each provider and model
+        self.tries: Counter[tuple[str, str, str]] = Counter()  # of each slot
         self.total = 0
         self.slept = 0.0
         self.again: Slot | None = None  # the same slot once more
@@ -9394,7 +9394,7 @@ class Plan:
             slot = free[0]
             self.relay.health_of(slot.provider.name).next_key += 1
         self.total += 1
-        self.tries[slot.place] += 1
+        self.tries[slot.id] += 1
         return slot
 
     def left(self) -> list[Slot]:
@@ -9445,7 +9445,7 @@ class Plan:
         """After a failed try: whether there is another, and the wait before it. The budgets are kept here."""
         if self.mends(slot, error):
             self.total -= 1
-            self.tries[slot.place] -= 1
+            self.tries[slot.id] -= 1
             self.again = slot
             return True
         if self.total >= MAX_TRIES or error.retry is Retry.NO:
@@ -9455,16 +9455,14 @@ class Plan:
         if self.tries_same(slot, error) and await self.backs_off(slot, error):
             return True
         self.done.add(slot.id)
-        if error.retry is Retry.KEY:  # the next key has all its tries
-            self.tries[slot.place] -= 1
-        else:
+        if error.retry is not Retry.KEY:  # else its provider's next key has tries of its own
             self.done |= {s.id for s in self.slots() if s.target == slot.target}
         return bool(self.free())
 
     def tries_same(self, slot: Slot, error: ApiError) -> bool:
         """Whether the same target gets another try: for a passing fault, and a limit that ends soon."""
         health = self.relay.health_of(slot.provider.name)
-        if self.tries[slot.place] > slot.provider.max_retries or not health.may_retry():
+        if self.tries[slot.id] > slot.provider.max_retries or not health.may_retry():
             return False
         if (error.retry_after or 0) > SHORT_WAIT:
             return False
@@ -9477,7 +9475,7 @@ class Plan:
 
     async def backs_off(self, slot: Slot, error: ApiError) -> bool:
         """Waits before the same slot is tried again; false when that would take too long, or does not help."""
-        wait = random.uniform(0, min(4.0, 0.25 * 2 ** (self.tries[slot.place] - 1)))  # noqa: S311  (full jitter)
+        wait = random.uniform(0, min(4.0, 0.25 * 2 ** (self.tries[slot.id] - 1)))  # noqa: S311  (full jitter)
         if error.retry_after is not None or error.cause == "http_429":
             wait += RATE_WAIT if error.retry_after is None else error.retry_after
         if self.slept + wait > MAX_SLEEP or not self.is_worth_it(slot):

@@ -227,6 +227,13 @@ async def test_the_next_key_of_a_pool_has_its_two_tries(refusal: fs.Behaviour, t
     assert [key_of(call)[-3:] for call in a.calls] == ["one", "two", "two"]
 
 
+async def test_what_a_key_has_tried_is_not_taken_from_the_next(tmp_path: Path) -> None:
+    script = (fs.status(500), fs.status(401), fs.status(500), fs.answer())
+    async with stage(tmp_path, script, **POOL) as (proxy, (a,)):
+        full("A")(await ask(proxy))
+    assert [key_of(call)[-3:] for call in a.calls] == ["one", "one", "two", "two"]
+
+
 @BOTH
 async def test_after_a_failure_the_other_keys_of_a_pool_are_not_tried(wire: str, tmp_path: Path) -> None:
     async with stage(tmp_path, (fs.status(500),), OK, formats=wire, **POOL) as (proxy, (a, b)):
