@@ -377,10 +377,9 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Container,
     Coroutine,
@@ -8087,10 +8086,8 @@ RATE_WAIT = 1.0  # a 429 that does not say how long
 
 @dataclass(slots=True)
 class Breaker:
-    """Opens when a (provider, model, key) keeps failing; half-open lets one probe through, and the others once
-    that has content: an answer may take minutes.
-
-    Times are handed in.
+    """Opens when a (provider, model, key) keeps failing. Half-open, it lets one probe through; the others follow once
+    that has content, as an answer may take minutes. Times are handed in.
     """
 
     failures: int = 0  # in a row
@@ -8107,32 +8104,30 @@ class Breaker:
         return "open" if now < self.open_until else "half-open"
 
     def allows(self, now: float) -> bool:
-        """Whether a request may go now; in half-open only the one probe may, until it has content."""
-        waits = self.probe is not None and not self.probe.first_content
-        return self.state(now) == "closed" or (self.state(now) == "half-open" and not waits)
+        """Whether a request may go now."""
+        is_probed = self.probe is not None and not self.probe.first_content
+        return not self.interval or (now >= self.open_until and not is_probed)
 
     def begin(self, now: float, call: Call) -> None:
         """Takes the probe's place where one is due."""
         if self.state(now) == "half-open" and self.probe is None:
             self.probe = call
 
-    def leave(self, call: Call) -> bool:
-        """Gives up the probe's place; true if the request had it."""
-        is_probe = self.probe is call
-        self.probe = None if is_probe else self.probe
-        return is_probe
+    def leave(self, call: Call) -> None:
+        """Gives up the probe's place, if the request has it."""
+        if self.probe is call:
+            self.probe = None
 
     def record(self, call: Call, began: float, now: float, ok: bool) -> None:
-        """Takes down how a try ended. Tries from before the opening teach nothing new, nor do failures beside
-        the probe's.
+        """Notes how a try ended. While it is not closed, a try from before the opening, or a failure beside the
+        probe's, teaches nothing new.
         """
-        is_probe = self.leave(call)
+        is_probe = self.probe is call
+        self.leave(call)
         if self.interval and not is_probe and (began < self.opened or not ok):
             return
-        if ok:
-            self.failures, self.interval = 0, 0.0
-        else:
-            self.failures += 1
+        self.failures = 0 if ok else self.failures + 1
+        self.interval = 0.0 if ok else self.interval
         self.recent.append((now, ok))
         self.bad += not ok
         while self.recent[0][0] < now - 60:
@@ -8192,8 +8187,10 @@ class Call:
     target: Target | None = None
     attempts: list[Json] = field(default_factory=list)
     tries: int = 0
+    is_passed_on: bool = False  # the last try sent what an OpenAI-format client wrote, but for its parameters
     reader: Reader | None = None
-    started: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    is_answered: bool = False  # the last try has an answer so far, and not one that failed
     first_content: float = 0.0
     reply_headers: dict[str, str] = field(default_factory=dict)
     watch: Watch | None = None
@@ -8204,21 +8201,13 @@ class Call:
         """Whether content has reached the client; a client that does not stream gets all or nothing."""
         return self.stream and bool(self.first_content)
 
-    def is_streamed(self, dialect: Dialect) -> bool:
-        """Whether the upstream streams: all do, but for a whole answer in the client's own format."""
-        return self.stream or not self.passes(dialect)
-
     def passes(self, dialect: Dialect) -> bool:
-        """Whether the upstream speaks the client's own format; what routing changed for OpenAI's is translated, and what
-        is half Anthropic's.
+        """Whether the upstream gets what the client wrote, in their common format. An OpenAI-format request that routing
+        has changed, or that is half Anthropic's, is translated.
         """
         if self.format == "chat" and (self.route.body or has_anthropic_tools(self.chat)):
             return False
         return dialect.passes == self.format
-
-    def begin_retry(self, health: Health) -> None:
-        self.retries_at = health
-        health.retrying += 1
 
     def end_retry(self) -> None:
         """The retry has failed, has content, or will not be."""
@@ -8246,24 +8235,7 @@ class Call:
             self.watch.end(STOPPED)
 
 
-class Reader(typing.Protocol):
-    """What reads one upstream answer: `AnthropicTap`, `AnthropicWhole` or `Translation`."""
-
-    error: ApiError | None
-    error_relayed: bool
-    ending: bytes
-
-    @property
-    def usage(self) -> Usage | None: ...
-    @property
-    def stop_reason(self) -> str: ...
-    @property
-    def has_content(self) -> bool: ...
-    @property
-    def ended(self) -> bool: ...
-    def feed(self, data: bytes) -> bytes: ...
-    def finish(self) -> bytes: ...
-    def output_text(self) -> str: ...
+Reader = AnthropicTap | AnthropicWhole | ChatTap | Translation  # what reads one upstream answer
 
 
 class ClientGoneError(Exception):
@@ -8271,14 +8243,14 @@ class ClientGoneError(Exception):
 
 
 class Sink(typing.Protocol):
-    """Where an answer goes. When nobody is there any more, `write` raises ConnectionError, all else ClientGoneError.
+    """Where a streamed answer goes. ClientGoneError when nobody is there any more.
 
-    `begin` sends the head of a 200; a sink that does not stream ignores all until the end. `write_now` writes where
-    there is nothing to wait for; false, and nothing is written, where the client is behind.
+    `begin` sends the head of a 200. `write_now` writes where there is nothing to wait for; false, and nothing is
+    written, where the client is behind.
     """
 
-    async def begin(self, headers: Mapping[str, str]) -> None: ...
-    def write(self, data: bytes) -> Awaitable[None]: ...
+    async def begin(self) -> None: ...
+    async def write(self, data: bytes) -> None: ...
     def write_now(self, data: bytes) -> bool: ...
 
 
@@ -8291,8 +8263,12 @@ class Slot:
     key: str = field(repr=False)
 
     @property
+    def place(self) -> tuple[str, str]:
+        return (self.provider.name, self.target.actual_model)
+
+    @property
     def id(self) -> tuple[str, str, str]:
-        return (self.provider.name, self.target.actual_model, key_id(self.key))
+        return (*self.place, key_id(self.key))
 
 
 @functools.lru_cache(1024)
@@ -8305,15 +8281,16 @@ TOTAL, STOPPED = "total", "shutdown"  # what ends a request as a whole
 
 
 class Watch:
-    """Cancels the task of a request whose wait lasts too long, or that does, as `asyncio.timeout` would.
+    """Cancels a request's task where something it waits for, or all of it, takes too long.
 
     One for all of a request, with one timer that looks now and then: a byte costs no timer, and a try no scope.
     """
 
     def __init__(self, tick: float, total: float) -> None:
         self.loop = asyncio.get_running_loop()
-        self.task = asyncio.current_task(self.loop)
-        self.cancelling = self.task.cancelling() if self.task else 0
+        task = asyncio.current_task()
+        assert task is not None
+        self.task, self.cancelling = task, task.cancelling()
         self.tick, self.until = tick, self.loop.time() + total
         self.limit, self.last, self.what = math.inf, 0.0, ""
         self.over = ""  # what took too long, once it has cancelled the task for that
@@ -8342,12 +8319,11 @@ class Watch:
 
     def end(self, what: str) -> None:
         self.over = what
-        if self.task:
-            self.task.cancel()
+        self.task.cancel()
 
     def take_back(self) -> str:
         """After a CancelledError: what took too long; "" where somebody else has cancelled the task. It watches on."""
-        if not self.over or self.task is None or self.task.uncancel() > self.cancelling:
+        if not self.over or self.task.uncancel() > self.cancelling:
             return ""
         what, self.over = self.over, ""
         self.look_in(self.tick)
@@ -8358,26 +8334,21 @@ class Watch:
 
 
 class Shortcut(asyncio.Protocol):
-    """Stands before aiohttp's protocol on the connection of a streamed answer, and sends each piece on where it arrives.
+    """Takes the place of aiohttp's protocol on the connection of a streamed answer, and sends each piece on at once.
 
     To wake the request's task for it would take another round of the event loop: a tenth of what an event costs. The
-    task sleeps in `run` while all is as usual. What is not (a client that is behind, the end, a fault) is its own to
-    handle, as if it had read.
+    task sleeps in `run`. All that is unusual (a client that is behind, the end, a fault) it finds as if it had read.
     """
 
-    def __init__(
-        self,
-        response: aiohttp.ClientResponse,
-        reader: Reader,
-        feed: Callable[[bytes], bytes],
-        sink: Sink,
-        watch: Watch,
-    ) -> None:
+    def __init__(self, attempt: Attempt, response: aiohttp.ClientResponse, sink: Sink) -> None:
         self.response, self.content = response, response.content
-        self.reader, self.feed, self.sink, self.watch = reader, feed, sink, watch
+        self.reader, self.watch, self.sink = attempt.reader, attempt.watch, sink
+        self.feed = attempt.read_on if attempt.call.on_raw else attempt.reader.feed
 
     async def run(self) -> bytes:
-        """Sends on what comes; in the end what the client does not take at once, and the rest is in the content."""
+        """Sends on what comes until something is unusual, and returns what the client has not taken of it. What follows
+        that is still to be read.
+        """
         connection = self.response.connection
         if connection is None or connection.transport is None or connection.protocol is None:
             return b""  # all of it has arrived
@@ -8451,8 +8422,8 @@ class Relay:
         self.fresh = fresh  # never reuses a connection: for the one retry after a stale one
         self.metrics = metrics
         self.ending: set[aiohttp.ClientResponse] = set()  # whose last bytes are still to come
-        self.health: dict[str, Health] = {}
-        self.breakers: dict[tuple[str, str, str], Breaker] = {}
+        self.health: defaultdict[str, Health] = defaultdict(Health)
+        self.breakers: defaultdict[tuple[str, str, str], Breaker] = defaultdict(Breaker)
         # Until when; model "" means every model of the key.
         self.cooling: dict[tuple[str, str, str], float] = {}
         # (config, provider, model) -> refused parameters
@@ -8461,13 +8432,13 @@ class Relay:
         self.ping_interval = 15.0
         self.count_output: Callable[[str, str], int] = lambda text, model: len(text) // 4
 
-    async def run(self, call: Call, sink: Sink) -> None:
-        """Tries the call's targets until one answers, and sends all of that answer but its ending.
+    async def run(self, call: Call, sink: Sink | None) -> None:
+        """Tries the call's targets until one answers, and sends all of that answer but `call.reader.ending`, which is
+        all there is for a client that does not stream (and has no sink).
 
         Raises ApiError when none did, or when the answer broke; `call` then tells how far it got.
         """
-        call.started = time.monotonic()
-        providers = self.providers_of(call)
+        providers = providers_of(call.config, call.route)
         total = min((p.total_timeout for p in providers), default=3600.0)
         waits = (4.0, call.config.server.client_stall_timeout, *(p.idle_timeout for p in providers))
         call.watch = watch = Watch(min(waits) / 4, total)
@@ -8478,8 +8449,7 @@ class Relay:
             if not over:
                 raise
             if over == STOPPED:
-                words = "ccmux is shutting down; try again"
-                raise ApiError(529, words, retry_after=2, cause="shutdown") from None
+                raise shutting_down() from None
             words = f"no whole answer within {total:g} s (total_timeout)"
             raise ApiError(504, words, cause="timeout") from None
         finally:
@@ -8489,86 +8459,24 @@ class Relay:
             if call.counting:
                 call.counting.cancel()
 
-    def providers_of(self, call: Call) -> list[Provider]:
-        found = (call.config.provider(t.provider) for t in call.route.targets)
-        return [p for p in found if p is not None]
-
     # Which target, which key, and whether again.
 
-    async def try_targets(self, call: Call, sink: Sink) -> None:
+    async def try_targets(self, call: Call, sink: Sink | None) -> None:
         plan = Plan(self, call)
         while True:
             slot = plan.next_slot()
-            if "safeguards" in call.body and dialect_of(slot.provider, slot.target.actual_model).request:
-                raise no_safeguards()
-            if call.body.get("thread") and not is_anthropics(slot.provider.base_url):
-                raise no_thread()
+            attempt = Attempt(self, call, slot, sink)
+            attempt.check()
             try:
-                await self.try_slot(call, slot, sink)
+                await attempt.run()
                 return
             except ApiError as error:
                 call.end_retry()
+                call.reply_headers, call.is_answered = {}, False
                 if not call.has_answered:
                     call.on_failure()
                 if call.has_answered or not await plan.goes_on(slot, error):
                     raise client_error(error, slot, call) from None
-
-    async def try_slot(self, call: Call, slot: Slot, sink: Sink) -> None:
-        """One try: send, wait for content, relay.
-
-        What it teaches goes into health, breaker and cool-downs.
-        """
-        forget_oldest(self.breakers)
-        health, breaker = self.health_of(slot.provider.name), self.breakers.setdefault(slot.id, Breaker())
-        began = time.monotonic()
-        health.active += 1
-        call.target = slot.target
-        call.tries += 1
-        call.first_content = 0.0
-        breaker.begin(began, call)
-        error: ApiError | None = None
-        finished = False
-        try:
-            await self.exchange(call, slot, sink)
-            finished = True
-        except ApiError as caught:
-            error = caught
-            raise
-        finally:
-            health.active -= 1
-            self.learn(call, slot, breaker, error, began, finished)
-
-    def learn(
-        self, call: Call, slot: Slot, breaker: Breaker, error: ApiError | None, began: float, finished: bool
-    ) -> None:
-        """Notes how a try ended. A client that hung up teaches nothing, nor does a fault of the request."""
-        now = time.monotonic()
-        seconds = now - began
-        status = error.status if error else 200 if finished else 0
-        call.attempts.append({
-            "provider": slot.provider.name, "model": slot.target.actual_model, "key": key_id(slot.key),
-            "status": status, "error": error.cause if error else "", "ms": round(seconds * 1000),
-        })  # fmt: skip
-        self.metrics.attempt(
-            slot.provider.name, slot.target.actual_model, error.cause if error else "" if finished else "gone"
-        )
-        if not finished and error is None:
-            breaker.leave(call)
-            return
-        if error is not None and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY):
-            breaker.leave(call)
-        else:
-            breaker.record(call, began, now, error is None)
-        if error is not None and error.cause == "client_stall":
-            return
-        outcome = {"time": time.time(), "ok": error is None, "status": status, "ms": round(seconds * 1000)}
-        self.health_of(slot.provider.name).outcomes.append({**outcome, "error": error.cause if error else ""})
-        if error is not None and not call.first_content:
-            self.cool(slot, error, now)
-        elif error is None and call.session:
-            self.sticky.pop((call.session, call.route.model), None)
-            self.sticky[call.session, call.route.model] = slot.id
-            forget_oldest(self.sticky)
 
     def cool(self, slot: Slot, error: ApiError, now: float) -> None:
         """Lets a key rest: for a 429 as long as the upstream says, for a refused key five minutes."""
@@ -8581,7 +8489,7 @@ class Relay:
         forget_oldest(self.cooling)
 
     def health_of(self, provider: str) -> Health:
-        return self.health.setdefault(provider, Health())
+        return self.health[provider]
 
     def rests(self, slot: Slot, now: float) -> float:
         """Seconds until a slot's key has cooled down; 0 when it may be used."""
@@ -8589,71 +8497,15 @@ class Relay:
         until = max(self.cooling.get((provider, model, key), 0.0), self.cooling.get((provider, "", key), 0.0))
         return max(until - now, 0.0)
 
-    def slots_of(self, target: Target, provider: Provider) -> list[Slot]:
-        """A target with each of its provider's keys, in the pool's rotation."""
+    def slots_of(self, target: Target, provider: Provider, credential: str = "") -> list[Slot]:
+        """A target with each of its provider's keys, in the pool's rotation; a passthrough provider's is the client's
+        own, so what one is refused or limited for is nothing to the others.
+        """
+        if provider.passthrough:
+            return [Slot(target, provider, credential)]
         keys = provider.api_key or ("",)
         start = self.health_of(provider.name).next_key % len(keys)
         return [Slot(target, provider, key) for key in (*keys[start:], *keys[:start])]
-
-    # One exchange with one upstream.
-
-    async def exchange(self, call: Call, slot: Slot, sink: Sink) -> None:
-        """Sends the request and relays the answer; ApiError when either fails or lasts too long."""
-        dialect = dialect_of(slot.provider, slot.target.actual_model, self.not_taken(call, slot), call.body)
-        if dialect.is_local:
-            await self.demo(call, slot, sink)
-            return
-        assert call.watch is not None
-        watch = call.watch
-        try:
-            response = await self.send(call, slot, dialect, watch)
-            await self.receive(call, slot, dialect, response, sink)
-        except asyncio.CancelledError:
-            if watch.over in (TOTAL, STOPPED) or not watch.take_back():
-                raise
-            await self.end_broken(call, slot, sink, self.overdue(watch, slot))
-        finally:
-            watch.wait(math.inf, "")
-
-    async def receive(
-        self, call: Call, slot: Slot, dialect: Dialect, response: aiohttp.ClientResponse, sink: Sink
-    ) -> None:
-        done = False
-        try:
-            call.on_answer()
-            if call.counting:
-                await call.end_count()
-                call.on_answer()  # its floor is by the count now
-            call.reader = self.reader_for(call, slot, dialect)
-            call.reply_headers = answer_headers(response.headers, dialect)
-            await self.pump(call, slot, response, sink)
-            done = True
-        except UPSTREAM_FAULTS() as fault:
-            await self.end_broken(call, slot, sink, self.fault(fault, slot))
-        finally:
-            if not done:
-                response.close()
-            elif response.content.is_eof():
-                response.release()
-            else:
-                self.ending.add(response)
-                asyncio.get_running_loop().call_later(LAST_BYTES, self.release, response)
-
-    async def end_broken(self, call: Call, slot: Slot, sink: Sink, error: ApiError) -> None:
-        """Raises the error that broke an answer off, but where all that lacks is what ends the bytes: a format whose
-        answers say that they are over before that has its message ended.
-        """
-        reader = call.reader
-        can_end = error.cause in ("disconnect", "timeout") and not slot.provider.quirks.lax_finish
-        if reader is None or not call.first_content or reader.ended or reader.error or not can_end:
-            raise error from None
-        out = read_on(call, reader, b"")
-        if not reader.ended:
-            raise error from None
-        try:
-            await sink.write(out)
-        except ConnectionError:
-            raise ClientGoneError from None
 
     def release(self, response: aiohttp.ClientResponse) -> None:
         self.ending.discard(response)
@@ -8665,34 +8517,6 @@ class Relay:
             self.release(response)
         await self.session.close()
         await self.fresh.close()
-
-    async def send(self, call: Call, slot: Slot, dialect: Dialect, watch: Watch) -> aiohttp.ClientResponse:
-        """POSTs the request; the response once its status is 200, else an ApiError."""
-        request = await self.request_for(call, slot, dialect)
-        provider = slot.provider
-        streams = call.is_streamed(dialect)
-        limit = provider.first_byte_timeout if streams else provider.response_timeout
-        watch.wait(limit, "first byte")
-        if call.on_raw:
-            call.on_raw("upstream_request", request.data)
-        asyncio.get_running_loop().call_soon(call.begin_count)  # once the request is on its way
-        opened = Opened()
-        OPENED.set(opened)
-        try:
-            response = await self.post(self.session, request, provider)
-        except UPSTREAM_FAULTS() as fault:
-            if opened.yes or not is_disconnect(fault):
-                raise self.fault(fault, slot) from None
-            try:
-                response = await self.post(self.fresh, request, provider)
-            except UPSTREAM_FAULTS() as again:
-                raise self.fault(again, slot) from None
-        if response.status != 200:
-            try:
-                raise await self.refusal(call, slot, dialect, response)
-            finally:
-                response.close()
-        return response
 
     async def post(
         self, session: aiohttp.ClientSession, request: UpstreamRequest, provider: Provider
@@ -8709,137 +8533,272 @@ class Relay:
             timeout=aiohttp.ClientTimeout(total=None, connect=provider.connect_timeout),
         )
 
-    async def request_for(self, call: Call, slot: Slot, dialect: Dialect) -> UpstreamRequest:
-        provider, target = slot.provider, slot.target
-        to = self.upstream_of(call, slot)
-        url = endpoint_url(provider.base_url, dialect, model=target.actual_model)
-        headers = upstream_headers(call, slot, dialect)
-        if call.format == "chat" and call.passes(dialect):
-            data = compact(chat_passed_on(call.chat, to))
-        elif call.unserved:
-            raise call.unserved
-        elif dialect.request is None:
-            data = forwarded(call, to)
-            url += "?beta=true" if "beta=true" in call.query else ""
-        else:
-            translated = dialect.request(with_tool_changes(call.body), to)
-            if left := left_out(call.body, dialect):
-                log.info(
-                    "request %s: server tools left out for %s: %r", call.request_id, provider.name, left[:8]
-                )
-            if len(call.raw) > LARGE:
-                await asyncio.sleep(0)  # to translate and to encode a megabyte takes some milliseconds each
-            data = request_bytes(translated)
-        return UpstreamRequest(url, headers, data)
-
     def not_taken(self, call: Call, slot: Slot) -> frozenset[str]:
         """What errors have said that the slot's model does not take there."""
-        place = (call.config.text_hash, slot.provider.name, slot.target.actual_model)
-        return self.learnt.get(place, frozenset())
+        return self.learnt.get((call.config.text_hash, *slot.place), frozenset())
 
     def upstream_of(self, call: Call, slot: Slot) -> Upstream:
-        model = slot.target.actual_model
-        known = call.config.model(call.route.model)
-        facts = facts_of(model)
-        context = slot.target.context or (known.context if known else 0) or facts.context
-        skip = self.not_taken(call, slot)
-        return Upstream(
-            model, slot.provider.quirks, dataclasses.replace(facts, context=context), call.session, skip
+        target, row, facts = (
+            slot.target,
+            call.config.model(call.route.model),
+            facts_of(slot.target.actual_model),
         )
+        context = target.context or (row.context if row else 0) or facts.context
+        facts = dataclasses.replace(facts, context=context)
+        skip = self.not_taken(call, slot)
+        return Upstream(target.actual_model, slot.provider.quirks, facts, call.session, skip)
 
-    def reader_for(self, call: Call, slot: Slot, dialect: Dialect) -> Reader:
-        secrets = call.config.secrets
-        if dialect.passes == call.format == "anthropic":
-            return AnthropicTap(lambda text: scrub(text, secrets)) if call.stream else AnthropicWhole()
-        if call.passes(dialect):
-            lax_finish = slot.provider.quirks.lax_finish
+
+class Attempt:
+    """One try of a call: its request to one target, and the answer on its way to the client."""
+
+    reader: Reader
+
+    def __init__(self, relay: Relay, call: Call, slot: Slot, sink: Sink | None) -> None:
+        assert call.watch is not None
+        self.relay, self.call, self.slot, self.sink, self.watch = relay, call, slot, sink, call.watch
+        self.provider = slot.provider
+        self.to = relay.upstream_of(call, slot)
+        self.dialect = dialect_of(slot.provider, self.to.model, self.to.skip, call.body)
+        self.passes = call.passes(self.dialect)
+        # All upstreams stream, but for a whole answer in the client's own format.
+        self.streams = call.stream or not self.passes
+        self.tools: dict[str, str] = {}  # of a translated request: the upstream's name -> the client's
+        self.health = relay.health_of(self.provider.name)
+        self.began = time.monotonic()
+
+    def check(self) -> None:
+        """ApiError for a request that this target has no form for, whatever another might have."""
+        call = self.call
+        if "safeguards" in call.body and self.dialect.request:
+            raise no_safeguards()
+        if call.body.get("thread") and not is_anthropics(self.provider.base_url):
+            raise no_thread()
+        if call.unserved and not self.passes:
+            raise call.unserved
+
+    async def run(self) -> None:
+        """Sends the request and relays all of its answer; ApiError when either fails or lasts too long."""
+        call = self.call
+        forget_oldest(self.relay.breakers)
+        breaker = self.relay.breakers[self.slot.id]
+        self.health.active += 1
+        call.target = self.slot.target
+        call.tries += 1
+        call.first_content, call.is_answered = 0.0, False
+        call.is_passed_on = self.passes and call.format == "chat"
+        breaker.begin(self.began, call)
+        error: ApiError | None = None
+        status = 0  # of a client that has left
+        try:
+            await self.exchange()
+            status = 200
+        except ApiError as caught:
+            error, status = caught, caught.status
+            raise
+        finally:
+            self.health.active -= 1
+            self.learn(breaker, status, error)
+
+    def learn(self, breaker: Breaker, status: int, error: ApiError | None) -> None:
+        """Notes how the try ended. A client that hung up teaches nothing, nor does a fault of the request."""
+        call, relay, now = self.call, self.relay, time.monotonic()
+        provider, model, key = self.slot.id
+        cause = error.cause if error else ""
+        ended = {"status": status, "error": cause, "ms": round((now - self.began) * 1000)}
+        call.attempts.append({"provider": provider, "model": model, "key": key, **ended})
+        relay.metrics.attempt(provider, model, cause if status else "gone")
+        if not status or (error and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY)):
+            breaker.leave(call)
+        else:
+            breaker.record(call, self.began, now, error is None)
+        if not status or cause == "client_stall":
+            return
+        self.health.outcomes.append({"time": time.time(), "ok": error is None, **ended})
+        if error is not None and not call.first_content:
+            relay.cool(self.slot, error, now)
+        elif error is None and call.session:
+            relay.sticky.pop((call.session, call.route.model), None)
+            relay.sticky[call.session, call.route.model] = self.slot.id
+            forget_oldest(relay.sticky)
+
+    async def exchange(self) -> None:
+        if self.dialect.is_local:
+            await self.demo()
+            return
+        try:
+            await self.receive(await self.send())
+        except asyncio.CancelledError:
+            if self.watch.over in (TOTAL, STOPPED) or not self.watch.take_back():
+                raise
+            await self.end_broken(self.overdue())
+        finally:
+            self.watch.wait(math.inf, "")
+
+    async def send(self) -> aiohttp.ClientResponse:
+        """POSTs the request; the response once its status is 200, else an ApiError."""
+        call, relay, provider = self.call, self.relay, self.provider
+        request = await self.request()
+        limit = provider.first_byte_timeout if self.streams else provider.response_timeout
+        self.watch.wait(limit, "first byte")
+        if call.on_raw:
+            call.on_raw("upstream_request", request.data)
+        asyncio.get_running_loop().call_soon(call.begin_count)  # once the request is on its way
+        opened = Opened()
+        OPENED.set(opened)
+        try:
+            response = await relay.post(relay.session, request, provider)
+        except UPSTREAM_FAULTS() as fault:
+            if opened.yes or not is_disconnect(fault):
+                raise self.fault(fault) from None
+            try:
+                response = await relay.post(relay.fresh, request, provider)
+            except UPSTREAM_FAULTS() as again:
+                raise self.fault(again) from None
+        if response.status != 200:
+            try:
+                raise await self.refusal(response)
+            finally:
+                response.close()
+        return response
+
+    async def request(self) -> UpstreamRequest:
+        call, dialect, to = self.call, self.dialect, self.to
+        url = endpoint_url(self.provider.base_url, dialect, model=to.model)
+        accept = "text/event-stream" if self.streams else "application/json"
+        headers = upstream_headers(call.headers, self.slot, dialect, accept)
+        if call.is_passed_on:
+            return UpstreamRequest(url, headers, compact(chat_passed_on(call.chat, to)))
+        if dialect.request is None:
+            url += "?beta=true" if "beta=true" in call.query else ""
+            return UpstreamRequest(url, headers, forwarded(call, to))
+        body = with_tool_changes(call.body)
+        self.tools = {upstream: client for client, upstream in tool_names(body).items()}
+        translated = dialect.request(body, to)
+        if left := left_out(call.body, dialect):
+            name = self.provider.name
+            log.info("request %s: server tools left out for %s: %r", call.request_id, name, left[:8])
+        if len(call.raw) > LARGE:
+            await asyncio.sleep(0)  # to translate and to encode a megabyte takes some milliseconds each
+        return UpstreamRequest(url, headers, request_bytes(translated))
+
+    async def receive(self, response: aiohttp.ClientResponse) -> None:
+        call, done = self.call, False
+        call.is_answered = True
+        try:
+            call.on_answer()
+            if call.counting:
+                await call.end_count()
+                call.on_answer()  # its floor is by the count now
+            call.reader = self.reader = self.reader_of_answer()
+            await self.relay_answer(response)
+            done = True
+        except UPSTREAM_FAULTS() as fault:
+            await self.end_broken(self.fault(fault))
+        finally:
+            if not done:
+                response.close()
+            elif response.content.is_eof():
+                response.release()
+            else:
+                self.relay.ending.add(response)
+                asyncio.get_running_loop().call_later(LAST_BYTES, self.relay.release, response)
+
+    def reader_of_answer(self) -> Reader:
+        call, secrets = self.call, self.call.config.secrets
+        if call.is_passed_on:
+            lax_finish = self.provider.quirks.lax_finish
             return ChatTap(call.wants_usage, lax_finish) if call.stream else ChatWhole()
-        to = self.upstream_of(call, slot)
+        if self.passes:
+            return AnthropicTap(lambda text: scrub(text, secrets)) if call.stream else AnthropicWhole()
+        model, count = self.to.model, self.relay.count_output
         usage = Usage(input=call.tokens, estimated=True)
         out = AnthropicStream(
-            f"msg_{call.request_id[4:]}", call.asked, usage, lambda text: self.count_output(text, to.model)
+            f"msg_{call.request_id[4:]}", call.asked, usage, lambda text: count(text, model)
         )
         out.tool_ids = tool_ids(call.body)
-        names = {upstream: client for client, upstream in tool_names(with_tool_changes(call.body)).items()}
-        return Translation(dialect.stream(out, names, to), out, client_format(call))
+        return Translation(self.dialect.stream(out, self.tools, self.to), out, client_format(call))
 
-    async def pump(self, call: Call, slot: Slot, response: aiohttp.ClientResponse, sink: Sink) -> None:
-        """Relays an answer. Until its first content nothing goes out, and another try may mend a fault."""
-        reader, watch = call.reader, call.watch
-        assert reader is not None
-        assert watch is not None
-        resume_below(response.content, 1)
-        idle, held, size = slot.provider.idle_timeout, b"", 0
-        data = b"-"
-        while data and not call.first_content and not reader.ended and reader.error is None:
-            data = await response.content.readany()
-            watch.wait(idle, "next byte")
-            size += len(data)
-            if size > MAX_ANSWER:
-                raise too_large(slot)
-            held += read_on(call, reader, data)
-            if (reader.has_content or reader.ended) and reader.error is None:
-                call.first_content = time.monotonic()
-                call.end_retry()
-                if call.stream and call.raw:
-                    call.body = {}  # takes five times its bytes, and there will be no other try
-                await sink.begin(call.reply_headers)
-        if call.first_content:
-            await self.relay_on(call, slot, response, sink, held, size)
-        if reader.error is not None:
-            raise reader.error
+    async def relay_answer(self, response: aiohttp.ClientResponse) -> None:
+        """Sends an answer on. Until its first content nothing of it goes out, and another try may mend a fault.
 
-    async def relay_on(
-        self, call: Call, slot: Slot, response: aiohttp.ClientResponse, sink: Sink, out: bytes, size: int
-    ) -> None:
-        """Sends `out`, the first content, and what follows it; `size` is what has been read of it so far.
-
-        What the client of a stream takes at once takes the `Shortcut`; this goes round for the rest.
+        Of a stream, what its client takes at once goes by the `Shortcut`; this goes round for the rest.
         """
-        reader, watch = call.reader, call.watch
-        assert reader is not None
-        assert watch is not None
-        idle, stall = slot.provider.idle_timeout, call.config.server.client_stall_timeout
-        most = math.inf if call.stream else MAX_ANSWER
-        feed = reader.feed if call.on_raw is None else functools.partial(read_on, call, reader)
-        shortcut = Shortcut(response, reader, feed, sink, watch) if call.stream else None
-        data = b"-"
+        call, reader, watch, sink = self.call, self.reader, self.watch, self.sink
+        idle, stall = self.provider.idle_timeout, call.config.server.client_stall_timeout
+        resume_below(response.content, 1)
+        shortcut: Shortcut | None = None
+        out, size, data = b"", 0, b"-"
         while True:
-            if out:
-                watch.limit, watch.what, watch.last = stall, "client", 0.0
-                try:
-                    await sink.write(out)
-                except ConnectionError:
-                    raise ClientGoneError from None
+            if not call.first_content and (reader.has_content or reader.ended) and reader.error is None:
+                await self.begin_answer(answer_headers(response.headers, self.dialect))
+                shortcut = Shortcut(self, response, sink) if sink else None
+            if out and sink and call.first_content:
+                watch.wait(stall, "client")
+                await sink.write(out)
+                watch.wait(idle, "next byte")
+                out = b""
             if not data or reader.ended or reader.error is not None:
-                return
-            watch.limit, watch.what, watch.last = idle, "next byte", 0.0
+                break
             if shortcut and ((out := await shortcut.run()) or reader.ended or reader.error is not None):
                 continue
             data = await response.content.readany()
+            watch.wait(idle, "next byte")
             size += len(data)
-            if size > most:
-                raise too_large(slot)
-            out = feed(data) if data else read_on(call, reader, b"")
+            if size > MAX_ANSWER and not call.has_answered:
+                words = f"the answer of provider {self.provider.name} is larger than {MAX_ANSWER} bytes"
+                raise ApiError(502, words, retry=Retry.NEXT, cause="stream")
+            out += self.read_on(data)
+        if reader.error is not None:
+            raise reader.error
 
-    async def demo(self, call: Call, slot: Slot, sink: Sink) -> None:
+    async def begin_answer(self, headers: dict[str, str]) -> None:
+        call = self.call
+        call.reply_headers = headers
+        call.first_content = time.monotonic()
+        call.end_retry()
+        if call.stream and call.raw:
+            call.body = {}  # takes five times its bytes, and there will be no other try
+        if self.sink:
+            await self.sink.begin()
+
+    def read_on(self, data: bytes) -> bytes:
+        """What the client gets for the next of the upstream's bytes, or for their end; the inspect recorder is told."""
+        out = self.reader.feed(data) if data else self.reader.finish()
+        if self.call.on_raw:
+            self.call.on_raw("upstream_answer", data)
+            self.call.on_raw("events", out + self.reader.ending)
+        return out
+
+    async def end_broken(self, error: ApiError) -> None:
+        """Ends an answer that broke off where its format had said already that the message is over, and only what ends
+        the bytes was missing; else raises the error.
+        """
+        can_end = error.cause in ("disconnect", "timeout") and not self.provider.quirks.lax_finish
+        if not self.call.first_content or self.reader.ended or self.reader.error or not can_end:
+            raise error from None
+        out = self.read_on(b"")
+        if not self.reader.ended:
+            raise error from None
+        if self.sink:
+            await self.sink.write(out)
+
+    async def demo(self) -> None:
         """The in-process provider: its events, at the pace of a quick model."""
+        call = self.call
         call.on_answer()
         events = demo_events(call.body, f"msg_{call.request_id[4:]}")
         out = AnthropicStream("", "", Usage())
-        to = self.upstream_of(call, slot)
-        call.reader = reader = Translation(AnthropicEvents(out, {}, to), out, client_format(call))
-        call.first_content = time.monotonic()
-        await sink.begin({})
+        call.reader = self.reader = Translation(AnthropicEvents(out, {}, self.to), out, client_format(call))
+        await self.begin_answer({})
         for event in events:
-            if data := reader.feed(encode_event(event)):
-                await sink.write(data)
-            await asyncio.sleep(0.01 if call.stream else 0)
+            if (data := self.reader.feed(encode_event(event))) and self.sink:
+                await self.sink.write(data)
+            await asyncio.sleep(0.01 if self.sink else 0)
 
-    async def refusal(
-        self, call: Call, slot: Slot, dialect: Dialect, response: aiohttp.ClientResponse
-    ) -> ApiError:
+    async def refusal(self, response: aiohttp.ClientResponse) -> ApiError:
         """The error that an answer with another status than 200 amounts to."""
+        call = self.call
         try:
             async with asyncio.timeout(10):
                 body = await response.content.read(MAX_ERROR_BODY)
@@ -8856,8 +8815,7 @@ class Relay:
             payload = json.loads(text)
         except (ValueError, RecursionError):
             payload = text.strip() if not text.lstrip().startswith("<") else ""
-        to = self.upstream_of(call, slot)
-        told = functools.partial(upstream_error, response.status, payload, context=to.facts.context)
+        told = functools.partial(upstream_error, response.status, payload, context=self.to.facts.context)
         error = told(tokens=call.tokens)
         if error.cause == "overflow":
             await call.end_count()
@@ -8867,26 +8825,34 @@ class Relay:
             error.retry_after = retry_after(wait_in_body(payload))
         should = response.headers.get("x-should-retry", "").lower()
         error.should_retry = {"true": True, "false": False}.get(should)
-        if dialect.request is None and call.format == "anthropic":
-            error.headers = answer_headers(response.headers, dialect)
+        if self.dialect.request is None and call.format == "anthropic":
+            error.headers = answer_headers(response.headers, self.dialect)
             words = error_words(payload) if as_object(payload).get("type") == "error" else ""
             keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(words)
             error.raw = text.encode() if words and keeps_words and error.status == response.status else b""
         return error
 
-    def overdue(self, watch: Watch, slot: Slot) -> ApiError:
-        if watch.what == "client":
-            return ApiError(408, f"the client stopped reading for {watch.limit:g} s", cause="client_stall")
-        words = (
-            f"provider {slot.provider.name} sent nothing for {watch.limit:g} s (waiting for its {watch.what})"
-        )
+    def overdue(self) -> ApiError:
+        limit, what = self.watch.limit, self.watch.what
+        if what == "client":
+            return ApiError(408, f"the client stopped reading for {limit:g} s", cause="client_stall")
+        words = f"provider {self.provider.name} sent nothing for {limit:g} s (waiting for its {what})"
         return ApiError(504, words, retry=Retry.NEXT, cause="timeout")
 
-    def fault(self, fault: BaseException, slot: Slot) -> ApiError:
+    def fault(self, fault: BaseException) -> ApiError:
         """A failure below HTTP as an ApiError."""
         connects = (aiohttp.ServerTimeoutError, aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)
         cause = "connect" if isinstance(fault, connects) else "disconnect"
-        return ApiError(502, fault_words(fault, slot.provider), retry=Retry.SAME, cause=cause)
+        return ApiError(502, fault_words(fault, self.provider), retry=Retry.SAME, cause=cause)
+
+
+def shutting_down() -> ApiError:
+    return ApiError(529, "ccmux is shutting down; try again in a moment", retry_after=2, cause="shutdown")
+
+
+def providers_of(config: Config, route: Route) -> list[Provider]:
+    found = (config.provider(target.provider) for target in route.targets)
+    return [p for p in found if p is not None]
 
 
 def fault_words(fault: BaseException, provider: Provider) -> str:
@@ -8954,20 +8920,6 @@ def resume_below(content: aiohttp.StreamReader, size: int) -> None:
         content._low_water = size
 
 
-def read_on(call: Call, reader: Reader, data: bytes) -> bytes:
-    """What the client gets for the next of the upstream's bytes, or for their end; the inspect recorder is told."""
-    out = reader.feed(data) if data else reader.finish()
-    if call.on_raw:
-        call.on_raw("upstream_answer", data)
-        call.on_raw("events", out + reader.ending)
-    return out
-
-
-def too_large(slot: Slot) -> ApiError:
-    words = f"the answer of provider {slot.provider.name} is larger than {MAX_ANSWER} bytes"
-    return ApiError(502, words, retry=Retry.NEXT, cause="stream")
-
-
 def forget_oldest(kept: dict[Any, Any]) -> None:
     """Bounds what clients can make ccmux remember by asking for ever new names."""
     while len(kept) >= MOST_KEPT:
@@ -9002,30 +8954,25 @@ class Plan:
 
     def __init__(self, relay: Relay, call: Call) -> None:
         self.relay, self.call = relay, call
-        self.tries: dict[tuple[str, str], int] = {}
+        self.tries: Counter[tuple[str, str, str]] = Counter()  # of each slot
         self.total = 0
         self.slept = 0.0
         self.again: Slot | None = None  # the same slot once more
         self.done: set[tuple[str, str, str]] = set()  # slots not to be tried again
-        self.uncounted: set[tuple[str, ...]] = set()  # mends that were tried: each at most once
+        self.mended: set[tuple[str, ...]] = set()  # what was tried: each at most once
 
     def next_slot(self) -> Slot:
         """The next thing to try; ApiError 429 or 529 when all there is rests or is broken."""
+        slot, self.again = self.again, None
+        if slot is None:
+            free = self.free()
+            if not free:
+                raise self.nothing_free()
+            slot = free[0]
+            self.relay.health_of(slot.provider.name).next_key += 1
         self.total += 1
-        if self.again:
-            slot, self.again = self.again, None
-        else:
-            slot = self.first_free()
-        target = (slot.provider.name, slot.target.actual_model)
-        self.tries[target] = self.tries.get(target, 0) + 1
+        self.tries[slot.id] += 1
         return slot
-
-    def first_free(self) -> Slot:
-        free = self.free()
-        if not free:
-            raise self.nothing_free()
-        self.relay.health_of(free[0].provider.name).next_key += 1
-        return free[0]
 
     def left(self) -> list[Slot]:
         """What may still be tried, now or later."""
@@ -9037,18 +8984,15 @@ class Plan:
         return [slot for slot in self.left() if self.is_free(slot, now)]
 
     def slots(self) -> list[Slot]:
-        """Every slot of the call, the session's own first: what an upstream has cached belongs to its key. A
-        passthrough provider's is the client's own: what one is refused or limited for is nothing to the others.
-        """
-        found = []
+        """Every slot of the call, the session's own first: what an upstream has cached belongs to its key."""
+        config, relay = self.call.config, self.relay
+        found: list[Slot] = []
         for target in self.call.route.targets:
-            provider = self.call.config.provider(target.provider)
-            if provider and provider.usable and provider.passthrough:
-                found.append(Slot(target, provider, self.call.credential))
-            elif provider and provider.usable:
-                found.extend(self.relay.slots_of(target, provider))
-        mine = self.relay.sticky.get((self.call.session, self.call.route.model), ("", "", ""))
-        return sorted(found, key=lambda slot: (slot.id[:2] != mine[:2], slot.id != mine))
+            provider = config.provider(target.provider)
+            if provider and provider.usable:
+                found += relay.slots_of(target, provider, self.call.credential)
+        mine = relay.sticky.get((self.call.session, self.call.route.model), ("", "", ""))
+        return sorted(found, key=lambda slot: (slot.place != mine[:2], slot.id != mine))
 
     def is_free(self, slot: Slot, now: float) -> bool:
         health = self.relay.health_of(slot.provider.name)
@@ -9057,34 +9001,28 @@ class Plan:
         return not full and not self.relay.rests(slot, now) and (breaker is None or breaker.allows(now))
 
     def nothing_free(self) -> ApiError:
-        slots, now = self.left(), time.monotonic()
+        slots, now, model = self.left(), time.monotonic(), self.call.route.model
         if not slots:
-            problems = [
-                f"provider {p.name}: {p.problem or 'enabled = false'}"
-                for p in self.relay.providers_of(self.call)
-            ]
-            why = "; ".join(problems) or "no provider serves it"
-            return ApiError(
-                500, f"model {self.call.route.model!r} has no usable provider: {why}", should_retry=False
-            )
+            providers = providers_of(self.call.config, self.call.route)
+            problems = "; ".join(f"provider {p.name}: {p.problem or 'enabled = false'}" for p in providers)
+            words = f"model {model!r} has no usable provider: {problems or 'no provider serves it'}"
+            return ApiError(500, words, should_retry=False)
         rests = [self.relay.rests(slot, now) for slot in slots]
         if all(rests):
             wait = math.ceil(min(rests))
-            text = f"every provider of {self.call.route.model!r} limits requests or refuses its key"
-            return ApiError(429, f"{text}; the next is tried in {wait} s", retry_after=wait, cause="cooling")
+            words = f"every provider of {model!r} limits requests or refuses its key; the next is tried in {wait} s"
+            return ApiError(429, words, retry_after=wait, cause="cooling")
         breakers = [self.relay.breakers.get(slot.id) for slot in slots]
         waits = [max(r, b.open_until - now if b else 0) for r, b in zip(rests, breakers, strict=True)]
         wait = math.ceil(min(max(min(waits), 1.0), 60.0))
-        text = (
-            f"every provider of {self.call.route.model!r} is failing or busy; ccmux tries again in {wait} s"
-        )
-        return ApiError(529, text, retry_after=wait, cause="unavailable")
+        words = f"every provider of {model!r} is failing or busy; ccmux tries again in {wait} s"
+        return ApiError(529, words, retry_after=wait, cause="unavailable")
 
     async def goes_on(self, slot: Slot, error: ApiError) -> bool:
         """After a failed try: whether there is another, and the wait before it. The budgets are kept here."""
         if self.mends(slot, error):
             self.total -= 1
-            self.tries[slot.provider.name, slot.target.actual_model] -= 1
+            self.tries[slot.id] -= 1
             self.again = slot
             return True
         if self.total >= MAX_TRIES or error.retry is Retry.NO:
@@ -9094,16 +9032,14 @@ class Plan:
         if self.tries_same(slot, error) and await self.backs_off(slot, error):
             return True
         self.done.add(slot.id)
-        if error.retry is Retry.KEY:  # the next key has all its tries
-            self.tries[slot.provider.name, slot.target.actual_model] -= 1
-        else:
+        if error.retry is not Retry.KEY:  # else its provider's next key has tries of its own
             self.done |= {s.id for s in self.slots() if s.target == slot.target}
         return bool(self.free())
 
     def tries_same(self, slot: Slot, error: ApiError) -> bool:
         """Whether the same target gets another try: for a passing fault, and a limit that ends soon."""
-        count = self.tries[slot.provider.name, slot.target.actual_model]
-        if count > slot.provider.max_retries or not self.relay.health_of(slot.provider.name).may_retry():
+        health = self.relay.health_of(slot.provider.name)
+        if self.tries[slot.id] > slot.provider.max_retries or not health.may_retry():
             return False
         if (error.retry_after or 0) > SHORT_WAIT:
             return False
@@ -9116,15 +9052,15 @@ class Plan:
 
     async def backs_off(self, slot: Slot, error: ApiError) -> bool:
         """Waits before the same slot is tried again; false when that would take too long, or does not help."""
-        count = self.tries[slot.provider.name, slot.target.actual_model]
-        wait = random.uniform(0, min(4.0, 0.25 * 2 ** (count - 1)))  # noqa: S311  (full jitter)
+        wait = random.uniform(0, min(4.0, 0.25 * 2 ** (self.tries[slot.id] - 1)))  # noqa: S311  (full jitter)
         if error.retry_after is not None or error.cause == "http_429":
             wait += RATE_WAIT if error.retry_after is None else error.retry_after
         if self.slept + wait > MAX_SLEEP or not self.is_worth_it(slot):
             return False
         self.slept += wait
         health = self.relay.health_of(slot.provider.name)
-        self.call.begin_retry(health)
+        self.call.retries_at = health
+        health.retrying += 1
         health.active += 1  # its place among `max_concurrent` is kept
         try:
             await asyncio.sleep(wait)
@@ -9147,32 +9083,43 @@ class Plan:
         Images and files are refused with others, too; where a next target may take them, it gets them. Anthropic's own
         models take both: there it is the place in the conversation that is wrong.
         """
-        is_elsewhere = error.retry in (Retry.SAME, Retry.NEXT) and len(self.slots()) > 1
-        refused = next((name for name, words in PARTS_REFUSED.items() if words.search(error.message)), "")
-        if refused and not is_elsewhere and not is_anthropics(slot.provider.base_url):
+        provider, words = slot.provider, error.message
+        is_ours = not self.call.is_passed_on
+        has_others = any(s.target != slot.target for s in self.free())
+        goes_on = has_others and error.retry in (Retry.SAME, Retry.NEXT)
+        refused = next((name for name, known in PARTS_REFUSED.items() if known.search(words)), "")
+        if refused and is_ours and not goes_on and not is_anthropics(provider.base_url):
             return self.learns(slot, refused)
-        if _BY_RESPONSES.search(error.message) and slot.provider.format == "openai":
+        if _BY_RESPONSES.search(words) and provider.format == "openai":
             return self.learns(slot, CHAT)
         if error.status not in (400, 422):
             return False
-        transient = slot.provider.quirks.transient
-        if transient and transient in error.message:
+        if provider.quirks.transient and provider.quirks.transient in words:
             return self.once("transient")
-        if _SIGNATURE_REFUSED.search(error.message) and self.once("signature"):
-            self.call.body, self.call.raw = without_thinking(self.call.body), b""
+        if is_ours and self.unthinks(words):
             return True
-        if _THOUGHT_MISSED.search(error.message) and self.once("thought"):
-            self.call.body, self.call.raw = unthinking(self.call.body), b""
-            return True
-        if slot.provider.format == "anthropic" and _NO_REASONING.search(error.message):
+        if provider.format == "anthropic" and _NO_REASONING.search(words):
             return self.learns(slot, "reasoning")
-        if self.call.format == slot.provider.format == "anthropic":
+        if self.call.format == provider.format == "anthropic":
             return False  # the client's own bytes
-        return self.learns(slot, refused_parameter(error.message, error.param))
+        name = refused_parameter(words, error.param)
+        return self.learns(slot, name if is_ours or name not in OURS_ALONE else "")
+
+    def unthinks(self, words: str) -> bool:
+        """Takes thinking out of the request, each way once, where a refusal is about it."""
+        call = self.call
+        if _SIGNATURE_REFUSED.search(words) and self.once("signature"):
+            call.body, call.raw = without_thinking(call.body), b""
+            return True
+        if _THOUGHT_MISSED.search(words) and self.once("thought"):
+            rest = {k: v for k, v in without_thinking(call.body).items() if k != "context_management"}
+            call.body, call.raw = {**rest, "thinking": {"type": "disabled"}}, b""
+            return True
+        return False
 
     def learns(self, slot: Slot, name: str) -> bool:
         """Keeps in mind what an upstream does not take; false where this request was tried without it."""
-        place = (self.call.config.text_hash, slot.provider.name, slot.target.actual_model)
+        place = (self.call.config.text_hash, *slot.place)
         if not name or not self.once(name, *place):
             return False
         forget_oldest(self.relay.learnt)
@@ -9180,8 +9127,8 @@ class Plan:
         return True
 
     def once(self, *mend: str) -> bool:
-        is_new = mend not in self.uncounted
-        self.uncounted.add(mend)
+        is_new = mend not in self.mended
+        self.mended.add(mend)
         return is_new
 
     def has_larger(self, slot: Slot) -> bool:
@@ -9234,6 +9181,8 @@ PARTS_REFUSED = {
         r"content type: input_file"
     ),
 }
+# What `refused_parameter` knows besides parameters: only a request that is made here can do without.
+OURS_ALONE = ("reasoning.summary", "user_after_tool")
 # Ollama's, of a model that does not think, or knows no levels of it (v0.17.4).
 _THINKING_REFUSED = re.compile(r'" does not support thinking|^think value ')
 # On /v1/messages, where Claude Code asks for thinking in each main turn: those words, and LiteLLM's of a model that it
@@ -9293,20 +9242,14 @@ def refused_parameter(message: str, param: str = "") -> str:
 
 def without_thinking(body: Json) -> Json:
     """The request without thinking blocks, for an upstream that refuses the signature of one."""
-    return rewritten(body, NO_THINKING)
-
-
-def unthinking(body: Json) -> Json:
-    """The request with thinking turned off, and its editing, for an upstream that misses the thought behind a call."""
-    rest = {k: v for k, v in without_thinking(body).items() if k != "context_management"}
-    return {**rest, "thinking": {"type": "disabled"}}
+    return rewritten(body, is_no_thinking)
 
 
 def without_foreign_thinking(body: Json, model: str) -> Json:
     """The request without thinking blocks that ccmux made for other models; for Claude also without those that carry
     no signature: others sign none of theirs (llama.cpp), and read them.
     """
-    return rewritten(body, SIGNED_THINKING if "claude" in model else OWN_THINKING)
+    return rewritten(body, is_signed_thinking if "claude" in model else is_own_thinking)
 
 
 def is_no_thinking(block: Json) -> bool:
@@ -9322,31 +9265,30 @@ def is_signed_thinking(block: Json) -> bool:
     return is_no_thinking(block) or (bool(mark) and is_own_thinking(block))
 
 
-def rewritten(body: Json, left_of: Callable[[Json], list[Any] | None]) -> Json:
-    """The request with what `left_of` leaves of each message's blocks; messages left empty are taken out.
-
-    The very same object where all of them stay.
+def rewritten(body: Json, keeps: Callable[[Json], bool]) -> Json:
+    """The request with those blocks alone of assistants' messages that `keeps` is for; messages left empty are taken
+    out. The very same object where all of them stay.
     """
     given = messages_of(body)
-    all_left = each(given, left_of)
+    all_left = each(given, blocks_left(keeps))
     if all_left.count(None) == len(given):
         return body
     changed = ((m, left) for m, left in zip(given, all_left, strict=True) if left != [])
     return {**body, "messages": [m if left is None else {**m, "content": left} for m, left in changed]}
 
 
-def blocks_left(keeps: Callable[[Json], bool], message: Json) -> list[Any] | None:
-    """What is left of an assistant message's blocks; None where nothing is taken out."""
-    content = message.get("content")
-    if message.get("role") != "assistant" or not isinstance(content, list):
-        return None
-    left = [b for b in content if not isinstance(b, dict) or keeps(b)]
-    return None if len(left) == len(content) else left
+@functools.cache
+def blocks_left(keeps: Callable[[Json], bool]) -> Callable[[Json], list[Any] | None]:
+    """What tells what is left of a message's blocks (None: all); the same each time, as `each` knows it by its id."""
 
+    def left_of(message: Json) -> list[Any] | None:
+        content = message.get("content")
+        if message.get("role") != "assistant" or not isinstance(content, list):
+            return None
+        left = [b for b in content if not isinstance(b, dict) or keeps(b)]
+        return None if len(left) == len(content) else left
 
-NO_THINKING = functools.partial(blocks_left, is_no_thinking)
-OWN_THINKING = functools.partial(blocks_left, is_own_thinking)
-SIGNED_THINKING = functools.partial(blocks_left, is_signed_thinking)
+    return left_of
 
 
 def forwarded(call: Call, to: Upstream) -> bytes:
@@ -9387,12 +9329,8 @@ def with_known_effort(body: Json, allowed: tuple[str, ...]) -> Json:
 
 
 def without_billing_header(body: Json) -> Json:
-    kept = system_blocks(body)
-    return (
-        body
-        if isinstance(body.get("system"), str) or len(kept) == len(body.get("system") or ())
-        else {**body, "system": kept}
-    )
+    given, kept = body.get("system"), system_blocks(body)
+    return body if isinstance(given, str) or len(kept) == len(given or ()) else {**body, "system": kept}
 
 
 def without_tool_type(body: Json) -> Json:
@@ -9478,41 +9416,36 @@ _HEADER_VALUE = re.compile(r"[\t -~]*")  # aiohttp (3.14) reads more than this, 
 _PASS_DOWN = re.compile(r"retry-after(?:-ms)?|x-should-retry|anthropic-ratelimit-[a-z0-9-]+|request-id")
 
 
-def upstream_headers(call: Call, slot: Slot, dialect: Dialect) -> dict[str, str]:
-    headers = {
+def upstream_headers(
+    client: Mapping[str, str], slot: Slot, dialect: Dialect, accept: str = "application/json"
+) -> dict[str, str]:
+    """The headers of a request; `client` are those that came with it."""
+    passed = allowed_headers(client, _PASS_UP) if dialect.request is None else {}
+    return {
         "content-type": "application/json",
+        "accept": accept,
         "accept-encoding": "identity",
         "user-agent": f"ccmux/{__version__}",
+        **dict(dialect.headers),
+        **passed,
+        **auth_headers(slot, dialect),
+        **{k.lower(): v for k, v in slot.provider.headers.items()},
     }
-    headers["accept"] = "text/event-stream" if call.is_streamed(dialect) else "application/json"
-    headers.update(dialect.headers)
-    if dialect.request is None:
-        headers.update(allowed_headers(call.headers, _PASS_UP))
-    headers.update(auth_headers(slot, dialect, call))
-    headers.update({k.lower(): v for k, v in slot.provider.headers.items()})
-    return headers
 
 
-def auth_headers(slot: Slot, dialect: Dialect, call: Call) -> dict[str, str]:
+def auth_headers(slot: Slot, dialect: Dialect) -> dict[str, str]:
     if slot.provider.passthrough:
-        name, _, value = call.credential.partition(" ")
+        name, _, value = slot.key.partition(" ")
         return {name: value} if value else {}
     style = slot.provider.quirks.auth or dialect.auth
-    ways = {
-        "x-api-key": ("x-api-key",),
-        "bearer": ("authorization",),
-        "both": ("x-api-key", "authorization"),
-        "x-goog-api-key": ("x-goog-api-key",),
-    }
-    values = {"authorization": f"Bearer {slot.key}"}
-    return {name: values.get(name, slot.key) for name in ways.get(style, ()) if slot.key}
+    values = {"x-api-key": slot.key, "authorization": f"Bearer {slot.key}", "x-goog-api-key": slot.key}
+    names = {"bearer": ("authorization",), "both": ("x-api-key", "authorization")}.get(style, (style,))
+    return {name: values[name] for name in names if slot.key and name in values}  # "none" is none of them
 
 
 def answer_headers(headers: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
     """What of an Anthropic-format upstream's headers the client gets."""
-    if dialect.request is not None:
-        return {}
-    return allowed_headers(headers, _PASS_DOWN)
+    return allowed_headers(headers, _PASS_DOWN) if dialect.request is None else {}
 
 
 def allowed_headers(headers: Mapping[str, str], allowed: re.Pattern[str]) -> dict[str, str]:
@@ -9569,13 +9502,11 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
     """
     error.message = scrub(error.message, call.config.secrets)
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
-        name = slot.provider.name
+        name, said = slot.provider.name, error.message[:300]
         words = (
             f"provider {name} refuses ccmux's key ({error.status}): check api_key of [[providers]] {name!r}"
         )
-        return ApiError(
-            500, f"{words}. It said: {error.message[:300]}", should_retry=False, cause=error.cause
-        )
+        return ApiError(500, f"{words}. It said: {said}", should_retry=False, cause=error.cause)
     if error.status == 529 and error.retry_after is None:
         error.retry_after = 5.0
     return error
@@ -9601,6 +9532,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.counts: dict[MetricKey, float] = {}
+        # How many were in each bucket alone, and in none of them; then the sum of all.
+        self.times: dict[MetricKey, list[float]] = {}
 
     def add(self, name: str, labels: Labels, amount: float = 1) -> None:
         key = (name, labels)
@@ -9615,34 +9548,29 @@ class Metrics:
             self.add("ccmux_upstream_errors_total", (("provider", provider), ("error", error)))
 
     def observe(self, name: str, labels: Labels, seconds: float) -> None:
-        """Into the one bucket that it falls in; `render` adds up those below, as the format wants."""
-        at = bisect.bisect_left(self.BUCKETS, seconds)
-        bound = self.BUCKETS[at] if at < len(self.BUCKETS) else math.inf
-        self.add(f"{name}_bucket", (*labels, ("le", f"{bound:g}")))
-        self.add(f"{name}_sum", labels, seconds)
+        row = self.times.setdefault((name, labels), [0.0] * (len(self.BUCKETS) + 2))
+        row[bisect.bisect_left(self.BUCKETS, seconds)] += 1
+        row[-1] += seconds
 
     def render(self, gauges: Mapping[str, float]) -> str:
         """Every family under its TYPE; gauges come with their labels in their names."""
         families: dict[str, list[str]] = {}
         for (name, labels), value in sorted(self.counts.items()):
-            if name.endswith("_total"):
-                families.setdefault(f"{name} counter", []).append(sample(name, labels, value))
-        for name, labels in sorted({(n, at[:-1]) for n, at in self.counts if n.endswith("_bucket")}):
-            name = name.removesuffix("_bucket")
-            families.setdefault(f"{name} histogram", []).extend(self.histogram(name, labels))
+            families.setdefault(f"{name} counter", []).append(sample(name, labels, value))
+        for (name, labels), row in sorted(self.times.items()):
+            families.setdefault(f"{name} histogram", []).extend(self.histogram(name, labels, row))
         for name, value in gauges.items():
             families.setdefault(f"{name.partition('{')[0]} gauge", []).append(sample(name, (), value))
         return "".join(f"# TYPE {family}\n{''.join(lines)}" for family, lines in families.items())
 
-    def histogram(self, name: str, labels: Labels) -> Iterator[str]:
+    def histogram(self, name: str, labels: Labels, row: list[float]) -> Iterator[str]:
         """Each bucket with all that are below it, the sum, and the count of all."""
-        below = 0.0
-        for bound in (*self.BUCKETS, math.inf):
-            below += self.counts.get((f"{name}_bucket", (*labels, ("le", f"{bound:g}"))), 0)
-            le = "+Inf" if bound == math.inf else f"{bound:g}"
-            yield sample(f"{name}_bucket", (*labels, ("le", le)), below)
-        yield sample(f"{name}_sum", labels, self.counts.get((f"{name}_sum", labels), 0))
-        yield sample(f"{name}_count", labels, below)
+        *counts, total = row
+        bounds, below = [*(f"{bound:g}" for bound in self.BUCKETS), "+Inf"], [*itertools.accumulate(counts)]
+        for bound, count in zip(bounds, below, strict=True):
+            yield sample(f"{name}_bucket", (*labels, ("le", bound)), count)
+        yield sample(f"{name}_sum", labels, total)
+        yield sample(f"{name}_count", labels, below[-1])
 
 
 def sample(name: str, labels: Labels, value: float) -> str:
@@ -9702,15 +9630,13 @@ class Recorder:
 
     def switch(self, seconds: float) -> None:
         self.until = time.monotonic() + seconds
-        if not seconds:
-            self.held.clear()
 
     @property
     def is_on(self) -> bool:
-        if self.until and time.monotonic() > self.until:
-            self.until = 0.0
+        """Whether it is still on; once it is not, it holds nothing."""
+        if is_over := time.monotonic() >= self.until:
             self.held.clear()
-        return self.until > 0
+        return not is_over
 
     def summary(self) -> Json:
         left = max(self.until - time.monotonic(), 0) if self.is_on else 0
@@ -9753,11 +9679,8 @@ class Recorder:
         if call.request_id in self.held:
             record, _ = self.held[call.request_id]
             target = call.target or call.route.targets[0]
-            record |= {
-                "status": status,
-                "target": f"{target.provider}/{target.actual_model}",
-                "attempts": call.attempts,
-            }
+            name = f"{target.provider}/{target.actual_model}"
+            record |= {"status": status, "target": name, "attempts": call.attempts}
 
 
 @functools.cache
@@ -9801,6 +9724,8 @@ def guard(request: web.Request, config: Config) -> None:
         raise ApiError(415, "compressed request bodies are not taken; send it plain")
     if (request.content_length or 0) > MAX_BODY:
         raise ApiError(413, f"the request is larger than {MAX_BODY // 2**20} MB")
+    if headers.get("Expect", "100-continue").lower() != "100-continue":
+        raise ApiError(417, "the only expectation known here is 100-continue")
 
 
 def check_host(request: web.Request, config: Config) -> None:
@@ -9871,12 +9796,12 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
 
 
 def watch_client(request: web.Request) -> None:
-    """Watches over what is sent next, all that is left of an answer: aiohttp waits for ever for who does not read."""
+    """To be called before the last of an answer is sent: aiohttp waits for ever for a client that does not read it."""
     asyncio.get_running_loop().call_soon(cut_off_if_stalled, request, 0)
 
 
 def cut_off_if_stalled(request: web.Request, before: int) -> None:
-    """Ends the connection of a client that has `before` bytes to take, as many as at the last look; else looks again."""
+    """Ends the connection of a client that has taken nothing since `before` bytes were left; else looks again later."""
     left = request.transport.get_write_buffer_size() if request.transport else 0
     if left == before > 0 and request.transport:
         request.transport.abort()
@@ -9891,53 +9816,33 @@ def own_fault(request_id: str) -> ApiError:
     return ApiError(500, "ccmux failed at this request; its log says why", cause="internal")
 
 
-def shutting_down() -> ApiError:
-    return ApiError(529, "ccmux is shutting down; try again in a moment", retry_after=2)
-
-
 async def no_such_route(request: web.Request) -> web.StreamResponse:
     """ApiError 405 for a path that answers other methods, else 404."""
     for resource in request.app.router.resources():
         _, methods = await resource.resolve(request)
         if methods and "*" not in methods:
-            raise ApiError(
-                405, f"{request.method} is not for {request.path[:200]!r}, but {', '.join(sorted(methods))}"
-            )
+            allowed = ", ".join(sorted(methods))
+            raise ApiError(405, f"{request.method} is not for {request.path[:200]!r}, but {allowed}")
     known = "Claude Code talks to /v1/messages, clients of OpenAI's API to /v1/chat/completions"
     raise ApiError(404, f"there is no {request.path[:200]!r} here; {known}")
 
 
 def error_response(request: web.Request, error: ApiError) -> web.Response:
-    headers = {**error.headers, **error_headers(error)}
-    headers.setdefault("request-id", request[request_key()])
-    if request.method == "POST" and request.path == "/v1/chat/completions":
-        body = compact(chat_error(error, request[request_key()]))
-    else:
-        body = error.raw or compact(error.body(request[request_key()]))
-    return web.Response(status=error.status, body=body, headers=headers, content_type="application/json")
-
-
-def error_headers(error: ApiError) -> dict[str, str]:
-    headers = {}
+    id = request[request_key()]
+    headers = {"request-id": id, **error.headers}
     if error.retry_after is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after))
     if error.should_retry is not None:
         headers["x-should-retry"] = "true" if error.should_retry else "false"
-    return headers
+    if request.method == "POST" and request.path == "/v1/chat/completions":
+        body = compact(chat_error(error, id))
+    else:
+        body = error.raw or compact(error.body(id))
+    return web.Response(status=error.status, body=body, headers=headers, content_type="application/json")
 
 
-async def expect_continue(request: web.Request) -> web.StreamResponse | None:
-    """`Expect: 100-continue`: what the guard refuses is refused before the body is asked for."""
-    request[request_key()] = new_request_id()
-    try:
-        guard(request, state_of(request).config)
-        if request.headers["Expect"].lower() != "100-continue":
-            raise ApiError(417, "the only expectation known here is 100-continue")
-    except ApiError as error:
-        return error_response(request, error)
-    if request.transport:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    return None
+async def expect_continue(request: web.Request) -> None:
+    """In place of aiohttp's, which asks for the body before anything is checked: `read_body` does it."""
 
 
 # Who is asking.
@@ -9977,10 +9882,9 @@ def count_failure(state: State, request: web.Request) -> None:
     """Ten wrong tokens a minute from one address; then 429. A right one never comes here."""
     now, address = time.monotonic(), request.remote or ""
     times = state.failures.setdefault(address, deque(maxlen=10))
-    if len(times) == 10 and times[0] > now - 60:
-        raise ApiError(
-            429, "too many wrong keys; wait a minute", retry_after=60 - (now - times[0]), should_retry=False
-        )
+    left = times[0] + 60 - now if len(times) == 10 else 0.0
+    if left > 0:
+        raise ApiError(429, "too many wrong keys; wait a minute", retry_after=left, should_retry=False)
     times.append(now)
     forget_oldest(state.failures)
 
@@ -9996,9 +9900,8 @@ def require_admin(request: web.Request) -> State:
     state = state_of(request)
     if not is_admin(request, state):
         count_failure(state, request)
-        raise ApiError(
-            401, "the admin token is needed; the start-up text has the link, `ccmux.py token` prints it"
-        )
+        words = "the admin token is needed; the start-up text has the link, `ccmux.py token` prints it"
+        raise ApiError(401, words)
     return state
 
 
@@ -10006,11 +9909,9 @@ async def read_body(request: web.Request) -> bytes:
     """The whole body; ApiError 408 when it stalls for 30 s or takes too long, 413 when it grows too large."""
     state = state_of(request)
     state.posts[request[request_key()]] = request
-    if (
-        request.content.is_eof()
-        and request.content.exception() is None
-        and (request.content_length or 0) <= MAX_BODY
-    ):
+    if "Expect" in request.headers and request.transport:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    if request.content.is_eof() and request.content.exception() is None:
         return await request.content.read()  # it is all there: nothing to wait for
     loop = asyncio.get_running_loop()
     end = loop.time() + state.config.server.body_timeout
@@ -10042,9 +9943,8 @@ async def read_request(request: web.Request, state: State) -> tuple[bytes, Json]
 
 def learn(state: State) -> None:
     """A step of it, under a millisecond but for what one very large message takes; then others have their turn."""
-    state.learning = (
-        asyncio.get_running_loop().call_later(0.002, learn, state) if state.requests.learn() else None
-    )
+    is_more = state.requests.learn()
+    state.learning = asyncio.get_running_loop().call_later(0.002, learn, state) if is_more else None
 
 
 # Messages.
@@ -10117,7 +10017,7 @@ async def plan_call(
     items = items_of(body) if may_be_long else None
     early = await state.counter.count(body, "", asked_model(body), items) if items else 0
     route = route_of(body, headers, config, early)
-    translated = translations(config, route)
+    translated = [DIALECTS[p.format].request is not None for p in providers_of(config, route)]
     if "safeguards" in body and translated and all(translated):  # of auto mode; the client then does without
         raise no_safeguards()
     call = Call(
@@ -10153,12 +10053,6 @@ def headers_of(request: web.Request) -> dict[str, str]:
     return found
 
 
-def translations(config: Config, route: Route) -> list[bool]:
-    """Of each target's provider, whether it speaks another format than Anthropic's."""
-    providers = (config.provider(target.provider) for target in route.targets)
-    return [DIALECTS[p.format].request is not None for p in providers if p]
-
-
 def session_of(body: Json, headers: Mapping[str, str]) -> str:
     """Claude Code's session id: from its header, or from the JSON text in metadata.user_id."""
     if session := headers.get("x-claude-code-session-id"):
@@ -10183,14 +10077,9 @@ class StreamSink:
         self, request: web.Request, headers: Callable[[], dict[str, str]], interval: float, ping: bytes = PING
     ) -> None:
         self.request, self.headers, self.interval, self.ping = request, headers, interval, ping
-        self.response = web.StreamResponse(
-            headers={
-                "Content-Type": "text/event-stream",
-                "Cache-Control": "no-cache",
-                "X-Content-Type-Options": "nosniff",
-                "Server": "ccmux",
-            }
-        )
+        kind = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        safe = {"X-Content-Type-Options": "nosniff", "Server": "ccmux"}
+        self.response = web.StreamResponse(headers=kind | safe)
         self.response._send_headers_immediately = False  # aiohttp 3.14: with the first event, in one piece
         if request.version < aiohttp.HttpVersion11:
             self.response.force_close()  # without chunks it is the connection's end that ends a stream
@@ -10199,11 +10088,11 @@ class StreamSink:
         self.pinging: asyncio.Task[None] | None = None
         self.timer = asyncio.get_running_loop().call_later(interval, self.look)
 
-    async def begin(self, headers: Mapping[str, str]) -> None:
+    async def begin(self) -> None:
         if self.began:
             return
         self.began = True
-        self.response.headers.update({**self.headers(), **headers, "X-Accel-Buffering": "no"})
+        self.response.headers.update({**self.headers(), "X-Accel-Buffering": "no"})
         try:
             await self.response.prepare(self.request)
         except ConnectionError:
@@ -10211,9 +10100,12 @@ class StreamSink:
         if self.request.transport and (client := self.request.transport.get_extra_info("socket")):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CLIENT_BUFFER)
 
-    def write(self, data: bytes) -> Coroutine[Any, Any, None]:
+    async def write(self, data: bytes) -> None:
         self.last = 0.0  # since the last look: the next one takes the time
-        return self.response.write(data)
+        try:
+            await self.response.write(data)
+        except ConnectionError:
+            raise ClientGoneError from None
 
     def look(self) -> None:
         """Pings after each interval of silence. What is written elsewhere is whole events, so a ping always fits."""
@@ -10234,13 +10126,11 @@ class StreamSink:
             self.write(data).send(None)  # it waits only for a client that is behind
         except StopIteration:
             return True
-        except ConnectionError:
-            raise ClientGoneError from None
         raise AssertionError("aiohttp waits for more than it did")
 
     async def send_ping(self) -> None:
         with contextlib.suppress(ClientGoneError, ConnectionError):  # the exchange itself will notice
-            await self.begin({})
+            await self.begin()
             await self.response.write(self.ping)
 
     async def finish(self, ending: bytes) -> web.StreamResponse:
@@ -10254,37 +10144,6 @@ class StreamSink:
             self.pinging.cancel()
 
 
-class WholeSink:
-    """A client that gets one JSON body."""
-
-    def __init__(self, headers: Callable[[], dict[str, str]]) -> None:
-        self.headers = headers
-        self.reply: dict[str, str] = {}
-
-    async def begin(self, headers: Mapping[str, str]) -> None:
-        self.reply = dict(headers)
-
-    async def write(self, data: bytes) -> None:
-        return  # `ending` is all there is
-
-    def write_now(self, data: bytes) -> bool:
-        return True
-
-    async def finish(self, ending: bytes) -> web.StreamResponse:
-        return web.Response(
-            body=ending, headers={**self.headers(), **self.reply}, content_type="application/json"
-        )
-
-    def close(self) -> None:
-        return
-
-
-def trail_of(route: Route) -> list[list[str]]:
-    """Each rule that was tried with what it said, then the targets in their order."""
-    order = ", then ".join(f"{t.provider}/{t.actual_model}" for t in route.targets)
-    return [*map(list, route.trail), ["targets", order]]
-
-
 NOTE_AFTER = 0.01  # seconds: the floor of an answer that is over sooner need not be written down
 
 
@@ -10296,8 +10155,6 @@ class Exchange:
         self.hold: Hold | None = None
         self.settled: asyncio.Future[None] | None = None
         self.done: Settlement | None = None
-        self.began = time.monotonic()
-        self.answered = 0  # the last try that an upstream began to answer
         self.floor = 0  # as noted for a crash
         self.floor_note: asyncio.TimerHandle | None = None
         call.on_answer, call.on_failure = self.on_answer, self.on_failure
@@ -10307,7 +10164,7 @@ class Exchange:
         if state.draining:
             raise shutting_down()
         await self.place_hold()
-        sink = self.sink()
+        sink = self.sink() if call.stream else None
         state.calls[call.request_id] = call
         error: ApiError | None = None
         try:
@@ -10318,19 +10175,23 @@ class Exchange:
             await self.durable()
             assert call.reader is not None
             watch_client(self.request)
-            return await sink.finish(call.reader.ending + self.epilogue())
+            ending = call.reader.ending + self.epilogue()
+            if sink is None:
+                return web.Response(body=ending, headers=self.headers(), content_type="application/json")
+            return await sink.finish(ending)
         except (ClientGoneError, ConnectionError):
             raise asyncio.CancelledError from None  # as if aiohttp had noticed first
         except Exception as fault:  # a mistake of ccmux's, too, is settled, and ends the answer
             error = fault if isinstance(fault, ApiError) else own_fault(call.request_id)
             self.settle(error)
-            if isinstance(sink, WholeSink) or not sink.began:
+            if sink is None or not sink.began:
                 error.headers = {**self.headers(), **error.headers}
                 raise error from None
             watch_client(self.request)
             return await self.fail(sink, error)
         finally:
-            sink.close()
+            if sink:
+                sink.close()
             state.calls.pop(call.request_id, None)
             self.settle(error)
             # They lead back here: the request would wait for the collector.
@@ -10340,11 +10201,9 @@ class Exchange:
         """What follows an answer's ending: nothing, but for the admin page's own requests."""
         return b""
 
-    def sink(self) -> StreamSink | WholeSink:
-        if self.call.stream:
-            ping = PING if self.call.format == "anthropic" else b": ping\n\n"
-            return StreamSink(self.request, self.headers, self.state.relay.ping_interval, ping)
-        return WholeSink(self.headers)
+    def sink(self) -> StreamSink:
+        ping = PING if self.call.format == "anthropic" else b": ping\n\n"
+        return StreamSink(self.request, self.headers, self.state.relay.ping_interval, ping)
 
     async def fail(self, sink: StreamSink, error: ApiError) -> web.StreamResponse:
         """After the 200: an `error` event (unless the upstream's own went out), then the end."""
@@ -10353,7 +10212,7 @@ class Exchange:
                 self.request.transport.abort()
             return sink.response
         call, reader = self.call, self.call.reader
-        with contextlib.suppress(ConnectionError):  # the client has left meanwhile
+        with contextlib.suppress(ClientGoneError, ConnectionError):  # the client has left meanwhile
             if not (call.has_answered and reader and reader.error_relayed and reader.error is error):
                 await sink.write(encode_error(error, call))
             await sink.finish(b"")
@@ -10366,7 +10225,6 @@ class Exchange:
         if self.hold:
             target = self.call.target or self.call.route.targets[0]
             self.floor_note = asyncio.get_running_loop().call_later(NOTE_AFTER, self.note_floor, target)
-        self.answered = self.call.tries
 
     def on_failure(self) -> None:
         """A crash before the next try is answered charges nothing."""
@@ -10400,11 +10258,11 @@ class Exchange:
                 enforce=self.is_enforced,
                 max_concurrent=credits.max_concurrent,
             )
-        except ApiError as error:
-            self.settle(error)
-            raise
-        except asyncio.CancelledError:  # the client left while the hold was on its way to the disk
-            self.settle(None)
+        except (
+            ApiError,
+            asyncio.CancelledError,
+        ) as ended:  # refused, or left while it was on its way to the disk
+            self.settle(ended if isinstance(ended, ApiError) else None)
             raise
 
     @property
@@ -10419,9 +10277,8 @@ class Exchange:
         """As the upstream told it, else counted here and marked; none for what cost nothing."""
         call, reader = self.call, self.call.reader
         if reader is None or not (call.has_answered if error else call.first_content):
-            has_failed = bool(call.attempts) and call.attempts[-1]["error"]
-            gone = error is None and self.answered == call.tries > 0 and not has_failed
-            return Usage(input=self.input_tokens(), estimated=True) if gone else Usage()
+            has_left = error is None and call.is_answered  # the client
+            return Usage(input=self.input_tokens(), estimated=True) if has_left else Usage()
         told = reader.usage
         model = call.target.actual_model if call.target else ""
         if reader.ended and told and not told.estimated and not getattr(reader, "usage_broken", False):
@@ -10459,7 +10316,7 @@ class Exchange:
         price = fast_price(price) if price and usage.fast else price
         is_priced = usage == Usage() or price_of(config, target, call.route.model) is not None
         charge = charge_of(usage, price, config.credits.markup_percent) if price else Charge(0, 0, 0)
-        now = time.monotonic()
+        order = ", then ".join(f"{t.provider}/{t.actual_model}" for t in call.route.targets)
         status = error.status if error else 200 if call.reader and call.reader.ended else 499
         return Settlement(
             request_id=call.request_id,
@@ -10480,9 +10337,9 @@ class Exchange:
             charge=charge.charge,
             price=price_json(price) if price else None,
             first_token_ms=round((call.first_content - call.started) * 1000) if call.first_content else None,
-            duration_ms=round((now - self.began) * 1000),
+            duration_ms=round((time.monotonic() - call.started) * 1000),
             stop_reason=str(call.reader.stop_reason or "")[:64] if call.reader else "",
-            trail=trail_of(call.route),
+            trail=[*map(list, call.route.trail), ["targets", order]],
         )
 
     async def durable(self) -> None:
@@ -10532,6 +10389,7 @@ class Exchange:
             "x-ccmux-route": self.call.route.reason,
             "x-ccmux-attempts": str(self.call.tries),
             **(self.state.store.budget_headers(self.user) if self.is_enforced else {}),
+            **self.call.reply_headers,
         }
 
 
@@ -10598,10 +10456,9 @@ async def upstream_count(state: State, call: Call, target: Target) -> int | None
     place = (url, target.actual_model)  # a 404 may be of the model alone
     if provider.quirks.count_tokens == "local" or state.refused_counts.get(place, 0.0) > time.monotonic():
         return None
-    slot = state.relay.slots_of(target, provider)[0]
-    headers = upstream_headers(call, slot, dialect)
+    slot = state.relay.slots_of(target, provider, call.credential)[0]
     body = {**count_request_body(call.body), "model": target.actual_model}
-    request = UpstreamRequest(url, {**headers, "accept": "application/json"}, compact(body))
+    request = UpstreamRequest(url, upstream_headers(call.headers, slot, dialect), compact(body))
     try:
         async with asyncio.timeout(3):
             response = await state.relay.post(state.relay.session, request, provider)
@@ -10638,13 +10495,10 @@ async def get_models(request: web.Request) -> web.StreamResponse:
 
 
 def model_entry(id: str, display_name: str) -> Json:
-    anthropic = {
-        "type": "model",
-        "id": id,
-        "display_name": display_name,
-        "created_at": "2026-01-01T00:00:00Z",
-    }
-    return {**anthropic, "object": "model", "created": 1767225600, "owned_by": "ccmux"}
+    return {
+        "type": "model", "id": id, "display_name": display_name, "created_at": "2026-01-01T00:00:00Z",
+        "object": "model", "created": 1767225600, "owned_by": "ccmux",
+    }  # fmt: skip
 
 
 async def get_model(request: web.Request) -> web.StreamResponse:
@@ -11369,13 +11223,12 @@ async def test_provider(state: State, provider: Provider, model: str) -> Json:
     body = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say hi."}]}
     route = Route(model, "test", (), (Target(provider.name, model),))
     call = Call(new_request_id(), body, compact(body), {}, route, state.config, False, model)
-    sink = WholeSink(dict)
     result: Json = {"ok": True, "status": 200, "model": model, "text": "", "error": ""}
     try:
         if not provider.usable or not model:
             why = provider.problem or ("no model to try it with" if provider.enabled else "disabled")
             raise ApiError(500, why)
-        await state.relay.run(call, sink)
+        await state.relay.run(call, None)
         assert call.reader is not None
         result["text"] = text_of(json.loads(call.reader.ending).get("content"))[:200]
     except ApiError as error:
@@ -11412,8 +11265,7 @@ async def listed_models(state: State, provider: Provider) -> list[str]:
     if dialect.is_local:
         return [provider.default_model]
     slot = state.relay.slots_of(Target(provider.name, ""), provider)[0]
-    call = Call("", {}, b"", {}, Route("", "", (), ()), state.config, stream=False)
-    headers = {**upstream_headers(call, slot, dialect), "accept": "application/json"}
+    headers = upstream_headers({}, slot, dialect)
     proxy = provider.proxy or environment_proxy(provider.base_url)
     names: list[str] = []
     page: str | None = ""

@@ -227,6 +227,13 @@ async def test_the_next_key_of_a_pool_has_its_two_tries(refusal: fs.Behaviour, t
     assert [key_of(call)[-3:] for call in a.calls] == ["one", "two", "two"]
 
 
+async def test_what_a_key_has_tried_is_not_taken_from_the_next(tmp_path: Path) -> None:
+    script = (fs.status(500), fs.status(401), fs.status(500), fs.answer())
+    async with stage(tmp_path, script, **POOL) as (proxy, (a,)):
+        full("A")(await ask(proxy))
+    assert [key_of(call)[-3:] for call in a.calls] == ["one", "one", "two", "two"]
+
+
 @BOTH
 async def test_after_a_failure_the_other_keys_of_a_pool_are_not_tried(wire: str, tmp_path: Path) -> None:
     async with stage(tmp_path, (fs.status(500),), OK, formats=wire, **POOL) as (proxy, (a, b)):
@@ -1005,6 +1012,22 @@ async def test_an_image_that_a_model_cannot_see_is_left_out(formats: str, tmp_pa
     assert "left out" in json.dumps(a.calls[-1].json)
 
 
+@pytest.mark.parametrize("others", ["keys", "targets"])
+async def test_an_image_that_nobody_can_see_is_left_out(others: str, tmp_path: Path) -> None:
+    """Another key is not another model, and what has refused it already is not asked again."""
+
+    def answers(call: fs.UpstreamCall) -> Any:
+        refusal = fs.status(404, message="No endpoints found that support image input")
+        return (refusal if "iVBORw0KGgo=" in json.dumps(call.json) else fs.answer()).steps(call)
+
+    messages = [{"role": "user", "content": [PNG, {"type": "text", "text": "Say hello."}]}]
+    scripts = [(fs.Behaviour(answers),)] * (2 if others == "targets" else 1)
+    providers = {"A": {"api_key": ["k1", "k2"]}} if others == "keys" else {}
+    async with stage(tmp_path, *scripts, formats="openai", providers=providers) as (proxy, servers):
+        full("A" if others == "keys" else "B")(await ask(proxy, body=message_body(messages=messages)))
+    assert [a.count for a in servers] == ([2] if others == "keys" else [1, 2])
+
+
 async def test_a_document_that_a_server_of_anthropics_format_refuses_is_left_out(tmp_path: Path) -> None:
     """As vLLM 0.33 and SGLang 0.5 do: a conversation that a PDF got into ended there."""
     pdf = {
@@ -1190,6 +1213,21 @@ async def test_a_wrong_value_of_one_openai_client_takes_nothing_from_the_next(tm
         assert "max_tokens" in await chat(proxy, max_tokens=-5)
         assert await chat(proxy, max_tokens=100) == HELLO
     assert [call.json["max_tokens"] for call in a.calls] == [-5, 100]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        pytest.param(404, "No endpoints found that support image input", id="an image"),
+        pytest.param(400, "Invalid part type: file", id="a file"),
+        pytest.param(400, "Unexpected role 'user' after role 'tool'", id="an order of roles"),
+        pytest.param(400, "Thought signature is not valid", id="a signature"),
+    ],
+)
+async def test_what_is_passed_on_is_not_sent_again_unchanged(status: int, words: str, tmp_path: Path) -> None:
+    async with stage(tmp_path, (fs.status(status, message=words),), formats="openai") as (proxy, (a,)):
+        assert await chat(proxy) == words
+    assert a.count == 1
 
 
 async def test_an_effort_that_is_refused_takes_no_schema_with_it(tmp_path: Path) -> None:
@@ -2077,7 +2115,7 @@ async def test_a_fault_of_ccmux_before_an_answer_is_no_client_that_left(
     def breaks(*given: Any) -> Any:
         raise KeyError("a mistake")
 
-    monkeypatch.setattr(ccmux.Relay, "reader_for", breaks)
+    monkeypatch.setattr(ccmux.Attempt, "reader_of_answer", breaks)
     async with stage(tmp_path, OK, formats=wire) as (proxy, _):
         fails(500, "api_error", says="its log says why")(await ask(proxy, stream=stream))
     assert caplog.text.count("failed inside ccmux") == caplog.text.count("KeyError: 'a mistake'") == 1

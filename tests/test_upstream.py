@@ -287,8 +287,7 @@ def test_passthrough_keeps_the_upstreams_word_on_the_clients_own_login() -> None
 def test_auth_styles(style: str, expected: dict[str, str]) -> None:
     provider = ccmux.Provider(name="p", api_key=("k",), quirks=ccmux.Quirks(auth=style))
     slot = ccmux.Slot(ccmux.Target("p", "m"), provider, "k")
-    call = ccmux.Call("req_1", {}, b"", {}, ccmux.Route("m", "default", (), ()), ccmux.Config(), stream=False)
-    assert ccmux.auth_headers(slot, ccmux.DIALECTS["anthropic"], call) == expected
+    assert ccmux.auth_headers(slot, ccmux.DIALECTS["anthropic"]) == expected
 
 
 def test_metrics_are_prometheus_text() -> None:
@@ -468,6 +467,15 @@ def test_what_clients_name_is_remembered_within_bounds() -> None:
     for number in range(ccmux.MOST_KEPT + 5):
         metrics.add("ccmux_requests_total", (("model", str(number)),))
     assert len(metrics.counts) == ccmux.MOST_KEPT
+
+
+def test_what_errors_teach_is_remembered_within_bounds() -> None:
+    plan, slot = a_plan()
+    learnt = plan.relay.learnt
+    learnt |= {("", "A", str(n)): frozenset({"stop"}) for n in range(ccmux.MOST_KEPT)}
+    assert plan.learns(slot, "temperature")
+    assert plan.relay.not_taken(plan.call, slot) == {"temperature"}
+    assert len(learnt) == ccmux.MOST_KEPT and ("", "A", "0") not in learnt
 
 
 async def watched(watch_of: Callable[[], ccmux.Watch], then: Callable[[ccmux.Watch], None]) -> str:
