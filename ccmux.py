@@ -3031,7 +3031,7 @@ class AnthropicTap:
             return b""
         name, data = event_of(block)
         if not data:
-            if self.seen_event or not block.lstrip().startswith((b"{", b"[", b"<")):
+            if self.seen_event or not is_body(block):
                 return block
             self.error = not_a_stream(block.decode("utf-8", "replace"), "event stream")
             return b""
@@ -3083,6 +3083,11 @@ class AnthropicTap:
             self.texts.extend(str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k))
         self.relayed.clear()
         self.unread = 0
+
+
+def is_body(block: bytes) -> bool:
+    """Whether a block without data is JSON or HTML: an answer that is no stream."""
+    return block.lstrip().startswith((b"{", b"[", b"<"))
 
 
 def is_cut_off(block: bytes) -> bool:
@@ -5979,6 +5984,9 @@ class ChatTap:
         if data == "[DONE]":
             self.end(block)
             return b""
+        if not data and not self.has_content and is_body(block):
+            self.error = not_a_stream(block.decode("utf-8", "replace"), "OpenAI stream")
+            return b""
         chunk = parsed(data or "{}")
         if not isinstance(chunk, dict):
             self.error = not_a_stream(data, "OpenAI stream")
@@ -6001,10 +6009,7 @@ class ChatTap:
 
     def finish(self) -> bytes:
         rest = self.decoder.finish()
-        if rest.lstrip()[:1] in (b"{", b"[", b"<") and not self.has_content:
-            self.error = not_a_stream(rest.decode("utf-8", "replace"), "OpenAI stream")
-            return b""
-        out = self.relay(rest) if rest and not is_cut_off(rest) else b""
+        out = b"" if is_cut_off(rest) else self.relay(rest)
         if not self.ended and self.error is None:
             self.end(b"data: [DONE]\n\n")
         return out
