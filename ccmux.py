@@ -3515,7 +3515,7 @@ def block_text(block: Json) -> str:
     if kind == "text" or isinstance(text, str):
         return str(text or "")
     if kind == "image":
-        return "[an image was left out: this model does not take images]"
+        return "[an image was left out: this model cannot see it]"
     if kind == "search_result":
         return f"{block.get('title') or ''}\n{block.get('source') or ''}\n{text_of(block.get('content'))}".strip()
     if kind == "document":
@@ -3567,7 +3567,7 @@ def document_text(block: Json) -> str:
         if not text:
             kind = "a PDF" if media_type == "application/pdf" else f"a file of type {media_type}"
             named = f" named {title}" if title else ""
-            return f"[{kind}{named} was left out: this model does not take files]"
+            return f"[{kind}{named} was left out: this model cannot read it]"
     return f"{title}\n\n{text}" if title else text
 
 
