@@ -4012,14 +4012,9 @@ EFFORTS_UNKNOWN = (  # models (a regular expression): https://platform.claude.co
 )
 
 
-@functools.lru_cache(1024)
-def unknown_efforts(model: str) -> tuple[str, ...]:
-    return next((levels for models, levels in EFFORTS_UNKNOWN if re.search(models, model)), ())
-
-
 def efforts_of(to: Upstream, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The levels of effort that an upstream takes, but for those that the model does not know or a 400 has refused."""
-    unknown = unknown_efforts(to.model)
+    unknown = next((levels for models, levels in EFFORTS_UNKNOWN if re.search(models, to.model)), ())
     return tuple(e for e in to.quirks.effort or usual if e not in unknown and f"effort.{e}" not in to.skip)
 
 
