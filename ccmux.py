@@ -3202,7 +3202,7 @@ _OVERFLOW = (
 )
 _LIMIT = r"(?i)(?:maximum context length (?:is|of)|max_new_tokens. must be <=) (\d[\d,]*)"
 LEAST_CONTEXT = 4000  # below it are years and error codes
-_LEAVE_ALONE = re.compile(
+_ANTHROPICS_WORDS = (
     r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
 )
 
@@ -3398,7 +3398,10 @@ WriteTurn = Callable[[Turn, dict[str, Json], Upstream], list[Json]]
 
 
 def translated(body: Json, write: WriteTurn, to: Upstream, before: Sequence[Json] = ()) -> Elements:
-    """A request's messages in a dialect's form, behind those of it that come `before`; what is kept is written once."""
+    """A request's messages in a dialect's form, behind those of `before`, which are in it already.
+
+    What is kept of the conversation is written once.
+    """
     given = messages_of(body)
     run, behind = (given.run, given.apart[1]) if type(given) is Elements else (Run(()), given)
     key = (write, to.quirks.token, to.model, to.skip)
@@ -4875,10 +4878,8 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
 
 def gemini_contents(body: Json, to: Upstream) -> list[Json]:
     contents: list[Json] = translated(body, gemini_turn, to)
-    if any(
-        a["role"] == b["role"] for a, b in itertools.pairwise(contents)
-    ):  # around a turn that comes to nothing
-        groups = itertools.groupby(contents, lambda content: content["role"])
+    groups = [(role, [*group]) for role, group in itertools.groupby(contents, lambda c: c["role"])]
+    if len(groups) < len(contents):  # a turn between two of one role came to nothing
         contents = [{"role": role, "parts": [p for c in group for p in c["parts"]]} for role, group in groups]
     # It refuses a request without contents, and one that begins with a function call.
     begins = bool(contents) and contents[0]["role"] == "user"
@@ -5162,7 +5163,7 @@ def opaque_id(user: Any) -> str:
     """A user's id as it is, but for what Anthropic may take for a mail address or a telephone number: a 400."""
     text = str(user)
     is_plain = re.fullmatch(r"[A-Za-z_][\w-]{0,255}", text, re.ASCII)
-    return text if is_plain else hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return text if is_plain else digest_of(text)
 
 
 def messages_thinking(body: Json) -> Json:
@@ -8828,7 +8829,7 @@ class Attempt:
         if self.dialect.request is None and call.format == "anthropic":
             error.headers = answer_headers(response.headers, self.dialect)
             words = error_words(payload) if as_object(payload).get("type") == "error" else ""
-            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(words)
+            keeps_words = error.cause != "overflow" or re.search(_ANTHROPICS_WORDS, words)
             error.raw = text.encode() if words and keeps_words and error.status == response.status else b""
         return error
 
