@@ -5456,27 +5456,15 @@ class ChatWriter:
         return {"tool_calls": [{"index": self.calls, **more, "function": function}]}
 
 
-class ChatCompletion:
-    """The events of an `AnthropicStream` as one chat.completion, for a client that does not stream."""
-
-    def __init__(self, model: str, created: int, old_form: bool = False) -> None:
-        self.head: Json = {"object": "chat.completion", "created": created, "model": model}
-        self.old_form = old_form
-        self.events: list[Json] = []
-
-    def feed(self, events: list[Json]) -> bytes:
-        self.events.extend(events)
-        return b""
-
-    def end(self, events: list[Json]) -> bytes:
-        answer = collect([*self.events, *events])
-        message = chat_message(answer["content"])
-        if self.old_form and (calls := message.pop("tool_calls", None)):
-            message["function_call"] = calls[0]["function"]
-        reason = chat_finish(answer, self.old_form)
-        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        usage = chat_usage(answer["usage"])
-        return compact({"id": chat_id(answer), **self.head, "choices": [choice], "usage": usage})
+def chat_completion(answer: Json, model: str, created: int, old_form: bool = False) -> Json:
+    """A whole message as a chat.completion, for a client that does not stream."""
+    message = chat_message(answer["content"])
+    if old_form and (calls := message.pop("tool_calls", None)):
+        message["function_call"] = calls[0]["function"]
+    reason = chat_finish(answer, old_form)
+    choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
+    head = {"id": chat_id(answer), "object": "chat.completion", "created": created, "model": model}
+    return {**head, "choices": [choice], "usage": chat_usage(answer["usage"])}
 
 
 def chat_message(blocks: list[Json]) -> Json:
@@ -5813,10 +5801,11 @@ class EventWriter:
     end = feed
 
 
-class WholeMessage:
-    """Anthropic events as one JSON message, for a client that does not stream."""
+class WholeAnswer:
+    """Anthropic events as one JSON body, for a client that does not stream; `write` makes it of the whole message."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[Json], Json]) -> None:
+        self.write = write
         self.events: list[Json] = []
 
     def feed(self, events: list[Json]) -> bytes:
@@ -5824,11 +5813,15 @@ class WholeMessage:
         return b""
 
     def end(self, events: list[Json]) -> bytes:
-        message = collect([*self.events, *events])
-        for block in as_list(message.get("content")):
-            if isinstance(block.get("input"), str):  # cut off: no part of it is for this client
-                block["input"] = {}
-        return compact(message)
+        return compact(self.write(collect([*self.events, *events])))
+
+
+def without_cut_off(message: Json) -> Json:
+    """The message, with no input for a call that was cut off: no part of it is for a client that does not stream."""
+    for block in message["content"]:
+        if isinstance(block.get("input"), str):
+            block["input"] = {}
+    return message
 
 
 class Translation:
@@ -9518,8 +9511,8 @@ def client_format(call: Call) -> ClientFormat:
         model, now, old_form = call.asked, int(time.time()), is_old_form(call.chat)
         if call.stream:
             return ChatWriter(model, now, call.wants_usage, old_form)
-        return ChatCompletion(model, now, old_form)
-    return EventWriter() if call.stream else WholeMessage()
+        return WholeAnswer(lambda answer: chat_completion(answer, model, now, old_form))
+    return EventWriter() if call.stream else WholeAnswer(without_cut_off)
 
 
 Labels = tuple[tuple[str, str], ...]
