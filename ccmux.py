@@ -2093,7 +2093,8 @@ def save_config(path: Path, text: str, expected_hash: str) -> None:
     if path.exists() and hash_text(current) != expected_hash:
         raise StaleError(f"{path.name} has changed on disk since this page was loaded; load it again")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part, backup = (path.with_name(f".{path.name}.{os.getpid()}.{kind}part") for kind in ("", "bak."))
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    backup = path.with_name(f".{path.name}.{os.getpid()}.bak.part")
     try:
         write_private(part, text)
         if part.read_bytes().decode("utf-8") != text:
@@ -3363,7 +3364,7 @@ class Turn:
 
     @property
     def is_silent(self) -> bool:
-        """Whether it is an answer of nothing but thoughts, of which no format leaves anything."""
+        """Whether it is an answer of which no format leaves anything: of thoughts alone, say."""
         return self.role == "assistant" and not any(
             b.get("type") == "tool_use" or words_of(b) for b in self.blocks
         )
@@ -4430,9 +4431,12 @@ class ThinkTags:
                 self.mode = "text"
         if self.mode == "thinking":
             thought, tag, after = self.rest.partition("</think>")
-            held = 0 if tag else next((n for n in range(7, 0, -1) if thought.endswith("</think>"[:n])), 0)
-            self.thinking(thought[: len(thought) - held])
-            self.mode, self.rest = ("after", after) if tag else ("thinking", thought[len(thought) - held :])
+            if tag:
+                self.mode, self.rest = "after", after
+            else:  # what may be the beginning of the tag waits
+                held = next((n for n in range(7, 0, -1) if thought.endswith("</think>"[:n])), 0)
+                thought, self.rest = thought[: len(thought) - held], thought[len(thought) - held :]
+            self.thinking(thought)
         if self.mode == "after" and (rest := self.rest.lstrip("\n")):
             self.mode, self.rest = "text", rest
         if self.mode == "text":
@@ -4440,8 +4444,10 @@ class ThinkTags:
             self.rest = ""
 
     def finish(self) -> None:
-        if self.rest and self.mode != "after":
-            (self.thinking if self.mode == "thinking" else self.text)(self.rest)
+        if self.mode == "thinking":
+            self.thinking(self.rest)
+        elif self.mode == "start" and self.rest:
+            self.text(self.rest)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4910,7 +4916,8 @@ def gemini_part(block: Json, to: Upstream) -> Json:
 
 
 def gemini_result(call: Json, block: Json | None, to: Upstream) -> Json:
-    text, (id, name) = result_parts(block)[0], id_and_name(call, to)
+    id, name = id_and_name(call, to)
+    text = result_parts(block)[0]
     failed = bool(block and block.get("is_error"))
     response = {"error": text.removeprefix("Error: ")} if failed else {"output": text}
     return {"functionResponse": {"id": id, "name": name, "response": response}}
@@ -4924,7 +4931,8 @@ def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
     parts: list[Json] = []
     for block in without_repeated_calls(blocks):
         if block.get("type") == "tool_use":
-            client_id, (id, name) = str(block.get("id") or ""), id_and_name(block, to)
+            id, name = id_and_name(block, to)
+            client_id = str(block.get("id") or "")
             signature = signatures.get(client_id) or (NO_SIGNATURE if client_id == first else "")
             signed = {"thoughtSignature": str(signature)} if signature else {}
             call = {"id": id, "name": name, "args": as_object(block.get("input"))}
