@@ -2093,7 +2093,8 @@ def save_config(path: Path, text: str, expected_hash: str) -> None:
     if path.exists() and hash_text(current) != expected_hash:
         raise StaleError(f"{path.name} has changed on disk since this page was loaded; load it again")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part, backup = (path.with_name(f".{path.name}.{os.getpid()}.{kind}part") for kind in ("", "bak."))
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    backup = path.with_name(f".{path.name}.{os.getpid()}.bak.part")
     try:
         write_private(part, text)
         if part.read_bytes().decode("utf-8") != text:
@@ -3031,7 +3032,7 @@ class AnthropicTap:
             return b""
         name, data = event_of(block)
         if not data:
-            if self.seen_event or not block.lstrip().startswith((b"{", b"[", b"<")):
+            if self.seen_event or not is_body(block):
                 return block
             self.error = not_a_stream(block.decode("utf-8", "replace"), "event stream")
             return b""
@@ -3083,6 +3084,11 @@ class AnthropicTap:
             self.texts.extend(str(delta[k]) for k in DELTA_FIELDS.values() if delta.get(k))
         self.relayed.clear()
         self.unread = 0
+
+
+def is_body(block: bytes) -> bool:
+    """Whether a block without data is JSON or HTML: an answer that is no stream."""
+    return block.lstrip().startswith((b"{", b"[", b"<"))
 
 
 def is_cut_off(block: bytes) -> bool:
@@ -3197,7 +3203,7 @@ _OVERFLOW = (
 )
 _LIMIT = r"(?i)(?:maximum context length (?:is|of)|max_new_tokens. must be <=) (\d[\d,]*)"
 LEAST_CONTEXT = 4000  # below it are years and error codes
-_LEAVE_ALONE = re.compile(
+_ANTHROPICS_WORDS = (
     r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
 )
 
@@ -3358,7 +3364,7 @@ class Turn:
 
     @property
     def is_silent(self) -> bool:
-        """Whether it is an answer of nothing but thoughts, of which no format leaves anything."""
+        """Whether it is an answer of which no format leaves anything: of thoughts alone, say."""
         return self.role == "assistant" and not any(
             b.get("type") == "tool_use" or words_of(b) for b in self.blocks
         )
@@ -3393,7 +3399,10 @@ WriteTurn = Callable[[Turn, dict[str, Json], Upstream], list[Json]]
 
 
 def translated(body: Json, write: WriteTurn, to: Upstream, before: Sequence[Json] = ()) -> Elements:
-    """A request's messages in a dialect's form, behind those of it that come `before`; what is kept is written once."""
+    """A request's messages in a dialect's form, behind those of `before`, which are in it already.
+
+    What is kept of the conversation is written once.
+    """
     given = messages_of(body)
     run, behind = (given.run, given.apart[1]) if type(given) is Elements else (Run(()), given)
     key = (write, to.quirks.token, to.model, to.skip)
@@ -3510,7 +3519,7 @@ def block_text(block: Json) -> str:
     if kind == "text" or isinstance(text, str):
         return str(text or "")
     if kind == "image":
-        return "[an image was left out: this model does not take images]"
+        return "[an image was left out: this model cannot see it]"
     if kind == "search_result":
         return f"{block.get('title') or ''}\n{block.get('source') or ''}\n{text_of(block.get('content'))}".strip()
     if kind == "document":
@@ -3562,7 +3571,7 @@ def document_text(block: Json) -> str:
         if not text:
             kind = "a PDF" if media_type == "application/pdf" else f"a file of type {media_type}"
             named = f" named {title}" if title else ""
-            return f"[{kind}{named} was left out: this model does not take files]"
+            return f"[{kind}{named} was left out: this model cannot read it]"
     return f"{title}\n\n{text}" if title else text
 
 
@@ -4007,14 +4016,9 @@ EFFORTS_UNKNOWN = (  # models (a regular expression): https://platform.claude.co
 )
 
 
-@functools.lru_cache(1024)
-def unknown_efforts(model: str) -> tuple[str, ...]:
-    return next((levels for models, levels in EFFORTS_UNKNOWN if re.search(models, model)), ())
-
-
 def efforts_of(to: Upstream, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The levels of effort that an upstream takes, but for those that the model does not know or a 400 has refused."""
-    unknown = unknown_efforts(to.model)
+    unknown = next((levels for models, levels in EFFORTS_UNKNOWN if re.search(models, to.model)), ())
     return tuple(e for e in to.quirks.effort or usual if e not in unknown and f"effort.{e}" not in to.skip)
 
 
@@ -4427,9 +4431,12 @@ class ThinkTags:
                 self.mode = "text"
         if self.mode == "thinking":
             thought, tag, after = self.rest.partition("</think>")
-            held = 0 if tag else next((n for n in range(7, 0, -1) if thought.endswith("</think>"[:n])), 0)
-            self.thinking(thought[: len(thought) - held])
-            self.mode, self.rest = ("after", after) if tag else ("thinking", thought[len(thought) - held :])
+            if tag:
+                self.mode, self.rest = "after", after
+            else:  # what may be the beginning of the tag waits
+                held = next((n for n in range(7, 0, -1) if thought.endswith("</think>"[:n])), 0)
+                thought, self.rest = thought[: len(thought) - held], thought[len(thought) - held :]
+            self.thinking(thought)
         if self.mode == "after" and (rest := self.rest.lstrip("\n")):
             self.mode, self.rest = "text", rest
         if self.mode == "text":
@@ -4437,8 +4444,10 @@ class ThinkTags:
             self.rest = ""
 
     def finish(self) -> None:
-        if self.rest and self.mode != "after":
-            (self.thinking if self.mode == "thinking" else self.text)(self.rest)
+        if self.mode == "thinking":
+            self.thinking(self.rest)
+        elif self.mode == "start" and self.rest:
+            self.text(self.rest)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -4875,10 +4884,8 @@ def gemini_thinking(body: Json, to: Upstream) -> Json:
 
 def gemini_contents(body: Json, to: Upstream) -> list[Json]:
     contents: list[Json] = translated(body, gemini_turn, to)
-    if any(
-        a["role"] == b["role"] for a, b in itertools.pairwise(contents)
-    ):  # around a turn that comes to nothing
-        groups = itertools.groupby(contents, lambda content: content["role"])
+    groups = [(role, [*group]) for role, group in itertools.groupby(contents, lambda c: c["role"])]
+    if len(groups) < len(contents):  # a turn between two of one role came to nothing
         contents = [{"role": role, "parts": [p for c in group for p in c["parts"]]} for role, group in groups]
     # It refuses a request without contents, and one that begins with a function call.
     begins = bool(contents) and contents[0]["role"] == "user"
@@ -4909,7 +4916,8 @@ def gemini_part(block: Json, to: Upstream) -> Json:
 
 
 def gemini_result(call: Json, block: Json | None, to: Upstream) -> Json:
-    text, (id, name) = result_parts(block)[0], id_and_name(call, to)
+    id, name = id_and_name(call, to)
+    text = result_parts(block)[0]
     failed = bool(block and block.get("is_error"))
     response = {"error": text.removeprefix("Error: ")} if failed else {"output": text}
     return {"functionResponse": {"id": id, "name": name, "response": response}}
@@ -4923,7 +4931,8 @@ def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
     parts: list[Json] = []
     for block in without_repeated_calls(blocks):
         if block.get("type") == "tool_use":
-            client_id, (id, name) = str(block.get("id") or ""), id_and_name(block, to)
+            id, name = id_and_name(block, to)
+            client_id = str(block.get("id") or "")
             signature = signatures.get(client_id) or (NO_SIGNATURE if client_id == first else "")
             signed = {"thoughtSignature": str(signature)} if signature else {}
             call = {"id": id, "name": name, "args": as_object(block.get("input"))}
@@ -5162,7 +5171,7 @@ def opaque_id(user: Any) -> str:
     """A user's id as it is, but for what Anthropic may take for a mail address or a telephone number: a 400."""
     text = str(user)
     is_plain = re.fullmatch(r"[A-Za-z_][\w-]{0,255}", text, re.ASCII)
-    return text if is_plain else hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return text if is_plain else digest_of(text)
 
 
 def messages_thinking(body: Json) -> Json:
@@ -5455,27 +5464,15 @@ class ChatWriter:
         return {"tool_calls": [{"index": self.calls, **more, "function": function}]}
 
 
-class ChatCompletion:
-    """The events of an `AnthropicStream` as one chat.completion, for a client that does not stream."""
-
-    def __init__(self, model: str, created: int, old_form: bool = False) -> None:
-        self.head: Json = {"object": "chat.completion", "created": created, "model": model}
-        self.old_form = old_form
-        self.events: list[Json] = []
-
-    def feed(self, events: list[Json]) -> bytes:
-        self.events.extend(events)
-        return b""
-
-    def end(self, events: list[Json]) -> bytes:
-        answer = collect([*self.events, *events])
-        message = chat_message(answer["content"])
-        if self.old_form and (calls := message.pop("tool_calls", None)):
-            message["function_call"] = calls[0]["function"]
-        reason = chat_finish(answer, self.old_form)
-        choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-        usage = chat_usage(answer["usage"])
-        return compact({"id": chat_id(answer), **self.head, "choices": [choice], "usage": usage})
+def chat_completion(answer: Json, model: str, created: int, old_form: bool = False) -> Json:
+    """A whole message as a chat.completion, for a client that does not stream."""
+    message = chat_message(answer["content"])
+    if old_form and (calls := message.pop("tool_calls", None)):
+        message["function_call"] = calls[0]["function"]
+    reason = chat_finish(answer, old_form)
+    choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
+    head = {"id": chat_id(answer), "object": "chat.completion", "created": created, "model": model}
+    return {**head, "choices": [choice], "usage": chat_usage(answer["usage"])}
 
 
 def chat_message(blocks: list[Json]) -> Json:
@@ -5812,10 +5809,11 @@ class EventWriter:
     end = feed
 
 
-class WholeMessage:
-    """Anthropic events as one JSON message, for a client that does not stream."""
+class WholeAnswer:
+    """Anthropic events as one JSON body, for a client that does not stream; `write` makes it of the whole message."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[Json], Json]) -> None:
+        self.write = write
         self.events: list[Json] = []
 
     def feed(self, events: list[Json]) -> bytes:
@@ -5823,11 +5821,15 @@ class WholeMessage:
         return b""
 
     def end(self, events: list[Json]) -> bytes:
-        message = collect([*self.events, *events])
-        for block in as_list(message.get("content")):
-            if isinstance(block.get("input"), str):  # cut off: no part of it is for this client
-                block["input"] = {}
-        return compact(message)
+        return compact(self.write(collect([*self.events, *events])))
+
+
+def without_cut_off(message: Json) -> Json:
+    """The message, with no input for a call that was cut off: no part of it is for a client that does not stream."""
+    for block in message["content"]:
+        if isinstance(block.get("input"), str):
+            block["input"] = {}
+    return message
 
 
 class Translation:
@@ -5979,6 +5981,9 @@ class ChatTap:
         if data == "[DONE]":
             self.end(block)
             return b""
+        if not data and not self.has_content and is_body(block):
+            self.error = not_a_stream(block.decode("utf-8", "replace"), "OpenAI stream")
+            return b""
         chunk = parsed(data or "{}")
         if not isinstance(chunk, dict):
             self.error = not_a_stream(data, "OpenAI stream")
@@ -6001,10 +6006,7 @@ class ChatTap:
 
     def finish(self) -> bytes:
         rest = self.decoder.finish()
-        if rest.lstrip()[:1] in (b"{", b"[", b"<") and not self.has_content:
-            self.error = not_a_stream(rest.decode("utf-8", "replace"), "OpenAI stream")
-            return b""
-        out = self.relay(rest) if rest and not is_cut_off(rest) else b""
+        out = b"" if is_cut_off(rest) else self.relay(rest)
         if not self.ended and self.error is None:
             self.end(b"data: [DONE]\n\n")
         return out
@@ -8828,7 +8830,7 @@ class Attempt:
         if self.dialect.request is None and call.format == "anthropic":
             error.headers = answer_headers(response.headers, self.dialect)
             words = error_words(payload) if as_object(payload).get("type") == "error" else ""
-            keeps_words = error.cause != "overflow" or _LEAVE_ALONE.search(words)
+            keeps_words = error.cause != "overflow" or re.search(_ANTHROPICS_WORDS, words)
             error.raw = text.encode() if words and keeps_words and error.status == response.status else b""
         return error
 
@@ -9517,8 +9519,8 @@ def client_format(call: Call) -> ClientFormat:
         model, now, old_form = call.asked, int(time.time()), is_old_form(call.chat)
         if call.stream:
             return ChatWriter(model, now, call.wants_usage, old_form)
-        return ChatCompletion(model, now, old_form)
-    return EventWriter() if call.stream else WholeMessage()
+        return WholeAnswer(lambda answer: chat_completion(answer, model, now, old_form))
+    return EventWriter() if call.stream else WholeAnswer(without_cut_off)
 
 
 Labels = tuple[tuple[str, str], ...]

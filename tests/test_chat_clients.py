@@ -27,7 +27,6 @@ from ccmux import (
     AnthropicEvents,
     AnthropicStream,
     ApiError,
-    ChatCompletion,
     ChatWriter,
     Facts,
     GeminiStream,
@@ -37,6 +36,8 @@ from ccmux import (
     Translation,
     Upstream,
     Usage,
+    WholeAnswer,
+    chat_completion,
     chat_error,
     claude_schema,
     facts_of,
@@ -623,6 +624,10 @@ def events_of(format: str, path: Any) -> list[Any]:
     return read(stream_of(make, upstream(model)), path.read_bytes())[0]
 
 
+def completion(model: str, created: int, old_form: bool = False) -> WholeAnswer:
+    return WholeAnswer(lambda answer: chat_completion(answer, model, created, old_form))
+
+
 def chunks_of(data: bytes) -> list[ChatCompletionChunk]:
     *lines, done, end = data.decode().split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
@@ -632,7 +637,7 @@ def chunks_of(data: bytes) -> list[ChatCompletionChunk]:
 @pytest.mark.parametrize(("format", "path"), ENDED)
 def test_streamed_and_whole_answers_agree(format: str, path: Any) -> None:
     events = events_of(format, path)
-    writer, whole = ChatWriter("sonnet", 1794000000, include_usage=True), ChatCompletion("sonnet", 1794000000)
+    writer, whole = ChatWriter("sonnet", 1794000000, include_usage=True), completion("sonnet", 1794000000)
     chunks = chunks_of(writer.feed(events[:-1]) + writer.end(events[-1:]))
     whole.feed(events[:-1])
     answer = Completion.model_validate_json(whole.end(events[-1:]))
@@ -688,7 +693,7 @@ def test_chunks_of_an_answer() -> None:
         {},
     ]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
-    whole = ChatCompletion("sonnet", 7)
+    whole = completion("sonnet", 7)
     usage = Completion.model_validate_json(whole.end(events)).usage
     assert usage is not None
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (17, 3, 20)
@@ -712,7 +717,7 @@ def test_who_asks_in_the_old_form_is_answered_in_it() -> None:
         {"function_call": {"arguments": '{"a":1}'}},
         {},
     ]
-    [choice] = Completion.model_validate_json(ChatCompletion("sonnet", 7, old_form=True).end(events)).choices
+    [choice] = Completion.model_validate_json(completion("sonnet", 7, old_form=True).end(events)).choices
     assert choice.message.function_call is not None
     assert choice.message.function_call.model_dump() == {"name": "Bash", "arguments": '{"a": 1}'}
     assert choice.message.tool_calls is None
@@ -821,7 +826,7 @@ def test_arguments_of_a_call_before_the_limit(
     _, streamed = relayed(ChatWriter("m", 1), *events)
     told = [p for c in chunks_of(streamed) for p in c.choices[0].delta.tool_calls or []]
     assert "".join(p.function.arguments or "" for p in told if p.function) == expected
-    _, whole = relayed(ChatCompletion("m", 1), *events)
+    _, whole = relayed(completion("m", 1), *events)
     [choice] = Completion.model_validate_json(whole).choices
     assert choice.finish_reason == finish
     assert [c.function.arguments for c in choice.message.tool_calls or [] if c.type == "function"] == [
@@ -845,7 +850,7 @@ def test_arguments_of_a_call_before_the_limit(
 )  # fmt: skip
 def test_events_of_other_servers(events: list[Any]) -> None:
     data = b"".join(b"data: %s\n\n" % json.dumps(e).encode() for e in events)
-    for client in (ChatWriter("m", 1), ChatCompletion("m", 1)):
+    for client in (ChatWriter("m", 1), completion("m", 1)):
         out = AnthropicStream("msg_1", "m", Usage())
         translation = Translation(AnthropicEvents(out, {}, upstream("m")), out, client)
         said = translation.feed(data) + translation.finish() + translation.ending
@@ -859,7 +864,7 @@ def test_events_of_other_servers(events: list[Any]) -> None:
 
 
 def test_a_null_count_stays_as_it_was() -> None:
-    _, whole = relayed(ChatCompletion("m", 1), *block(text(""), {"type": "text_delta", "text": "a"}),
+    _, whole = relayed(completion("m", 1), *block(text(""), {"type": "text_delta", "text": "a"}),
                        *ended("end_turn", input_tokens=None))  # fmt: skip
     usage = Completion.model_validate_json(whole).usage
     assert usage is not None

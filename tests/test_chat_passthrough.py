@@ -54,6 +54,7 @@ def test_a_last_chunk_without_its_blank_line_is_apart_from_what_follows() -> Non
         (STREAM[: -len(chunk({}, "stop"))], 502, True),
         (b'data: {"error": {"message": "x", "code": 429}}\n\n', 429, False),
         (b'{"error": {"message": "x", "code": 429}}', 429, False),
+        (b'{"error": {"message": "x", "code": 429}}\n\n', 429, False),
         (b"<html>", 502, False),
         (b"data: {broken\n\n", 502, False),
         (b"", 502, False),

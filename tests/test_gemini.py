@@ -358,6 +358,14 @@ def test_conversation_as_contents() -> None:
     ]
 
 
+def test_answers_around_a_turn_that_comes_to_nothing_are_one() -> None:
+    orphan = tool_result("nobody asked", "x")
+    contents = request_of(user("a"), assistant("b"), user(orphan), assistant("c"), user("d"))["contents"]
+    assert [(c["role"], [p["text"] for p in c["parts"]]) for c in contents] == [
+        ("user", ["a"]), ("model", ["b", "c"]), ("user", ["d"]),
+    ]  # fmt: skip
+
+
 def test_signature_comes_back_from_the_stream_that_made_it() -> None:
     events, _ = read(
         stream_of(GeminiStream, FLASH), (FIXTURES / "gemini" / "thoughts_then_tool.sse").read_bytes()

@@ -156,7 +156,7 @@ def test_cache_control_stays_for_models_that_take_it() -> None:
         ),
         pytest.param(
             [user(PDF)],
-            [{"role": "user", "content": "[a PDF named a.pdf was left out: this model does not take files]"}],
+            [{"role": "user", "content": "[a PDF named a.pdf was left out: this model cannot read it]"}],
             id="PDF where files are not taken",
         ),
         *(
@@ -170,12 +170,12 @@ def test_cache_control_stays_for_models_that_take_it() -> None:
                 (
                     "text/csv",
                     "broken",
-                    "[a file of type text/csv named a.pdf was left out: this model does not take files]",
+                    "[a file of type text/csv named a.pdf was left out: this model cannot read it]",
                 ),
                 (
                     "application/zip",
                     "w7xibGU=",
-                    "[a file of type application/zip named a.pdf was left out: this model does not take files]",
+                    "[a file of type application/zip named a.pdf was left out: this model cannot read it]",
                 ),
             )
         ),
@@ -205,7 +205,7 @@ def test_cache_control_stays_for_models_that_take_it() -> None:
         ),
         pytest.param(
             [user({"type": "image", "source": {"type": "file", "file_id": "f"}})],
-            [{"role": "user", "content": "[an image was left out: this model does not take images]"}],
+            [{"role": "user", "content": "[an image was left out: this model cannot see it]"}],
             id="an image that is not here",
         ),
         pytest.param(
@@ -261,8 +261,15 @@ def test_what_is_kept_of_a_conversation_may_end_anywhere_in_it() -> None:
 def test_an_image_that_a_model_does_not_take_is_said_to_be_left_out(translate: Any) -> None:
     body = {"messages": [user("x", PNG), CALLED, user(tool_result("t1", [PNG]))]}
     sent = json.dumps(translate(body, upstream("m", vision=False)))
-    assert sent.count("[an image was left out: this model does not take images]") == 2
+    assert sent.count("[an image was left out: this model cannot see it]") == 2
     assert "iVBORw0KGgo=" not in sent
+
+
+@pytest.mark.parametrize("translate", [openai_request, responses_request, gemini_request])
+def test_nothing_untrue_is_said_of_a_model_where_an_image_is_not_in_the_request(translate: Any) -> None:
+    image = {"type": "image", "source": {"type": "file", "file_id": "f"}}
+    sent = json.dumps(translate({"messages": [user(image)]}, upstream("m", vision=True)))
+    assert "[an image was left out: this model cannot see it]" in sent
 
 
 def test_files_and_vision_by_quirk() -> None:
@@ -271,7 +278,7 @@ def test_files_and_vision_by_quirk() -> None:
     assert message["content"] == [{"type": "file", "file": file}]
     for to in (upstream("m", vision=False), upstream("m", skip=frozenset({"media"}))):
         [message] = messages_of(user("x", PNG), to=to)
-        assert message["content"] == "x\n\n[an image was left out: this model does not take images]"
+        assert message["content"] == "x\n\n[an image was left out: this model cannot see it]"
     [message] = messages_of(user(PDF), to=upstream("m", skip=frozenset({"files"}), files=True))
     assert "was left out" in message["content"]
 
@@ -466,7 +473,7 @@ def test_a_call_at_the_very_end_is_answered_neutrally() -> None:
         ),
         pytest.param(
             [PNG],
-            {"content": "[an image was left out: this model does not take images]"},
+            {"content": "[an image was left out: this model cannot see it]"},
             id="an image is not written out",
         ),
     ],

@@ -18,12 +18,13 @@ from ccmux import (
     Retry,
     Translation,
     Usage,
-    WholeMessage,
+    WholeAnswer,
     collect,
     openai_request,
     openai_usage,
     signed_payload,
     upstream_tool_id,
+    without_cut_off,
 )
 
 TO = upstream("gpt-x")
@@ -478,7 +479,7 @@ def test_a_call_that_max_tokens_cut_off_is_sent_as_far_as_it_came() -> None:
     found, error = read(stream_of(OpenAIStream, TO), data(*events))
     assert error is None
     assert [e["delta"]["partial_json"] for e in found if "partial_json" in e.get("delta", {})] == ['{"comm']
-    message = json.loads(WholeMessage().end(found))
+    message = json.loads(WholeAnswer(without_cut_off).end(found))
     assert (message["stop_reason"], message["content"][1]["input"]) == ("max_tokens", {})
 
 
@@ -608,7 +609,7 @@ def test_what_came_before_a_fault_still_goes_out_and_no_ending_is_made_up() -> N
 def test_streamed_and_whole_answers_agree() -> None:
     raw = data(chunk({"reasoning": "r"}), text("a"), calls(call(0, "c", "Bash", LS)), *end("tool_calls"))
     stream = stream_of(OpenAIStream, TO)
-    whole = Translation(stream, stream.out, WholeMessage())
+    whole = Translation(stream, stream.out, WholeAnswer(without_cut_off))
     assert whole.feed(raw) + whole.finish() == b""
     events, _ = read(stream_of(OpenAIStream, TO), raw)
     assert json.loads(whole.ending) == collect(events)

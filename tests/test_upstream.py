@@ -394,7 +394,7 @@ TEXT = {"type": "text", "data": "words"}
                         "role": "user",
                         "content": [
                             {"type": "image"},
-                            {"type": "text", "text": "[a PDF was left out: this model does not take files]"},
+                            {"type": "text", "text": "[a PDF was left out: this model cannot read it]"},
                             {"type": "text", "text": "words"},
                         ],
                     }
