@@ -11328,11 +11328,6 @@ _KEY_IN_COMMENT = re.compile(r"""(?m)^[ \t]*#[ \t]*(?:api_key|admin_token)[ \t]*
 
 
 def literal_secrets(tables: Json) -> set[str]:
-    """The secrets of parsed tables that are written out, not named by a variable."""
-    return set(filter(is_literal, secret_texts(tables)))
-
-
-def secret_texts(tables: Json) -> set[str]:
     """The secrets of tables that may not be checked ones: at misspelt keys, too."""
     return {text for text, is_secret in texts_of(tables, is_secret_key) if is_secret}
 
@@ -11343,7 +11338,9 @@ def shown_text(tables: Json, hides: Callable[[str], bool]) -> str:
 
 
 def texts_of(value: Any, hides: Callable[[str], bool], is_secret: bool = False) -> Iterator[tuple[str, bool]]:
-    """Every key and text in tables, and whether it is a secret: a text below a key that hides what it has."""
+    """Every key and text in tables, and whether it is a secret: a text below a key that hides what it has, but no
+    `$NAME`, which the admin page shows as written.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
             yield key, False
@@ -11352,7 +11349,7 @@ def texts_of(value: Any, hides: Callable[[str], bool], is_secret: bool = False) 
         for item in value:
             yield from texts_of(item, hides, is_secret)
     elif isinstance(value, str):
-        yield value, is_secret
+        yield value, is_secret and is_literal(value)
 
 
 @functools.lru_cache(1024)
@@ -11379,10 +11376,7 @@ def string_values(text: str) -> Iterator[tuple[str, str]]:
             yield raw, raw if token.isprintable() and "\\" not in raw else tomllib.loads(f"k = {token}")["k"]
 
 
-# Up to two quotes may stand before the three that close a string.
-_STRING_OR_COMMENT = re.compile(
-    r"""(?s)#[^\n]*|"{3}(?:[^\\]|\\.)*?"{3,5}|'{3}.*?'{3,5}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'"""
-)
+_STRING_OR_COMMENT = re.compile(rf"(?s)#[^\n]*|{TOML_TEXT}")
 
 
 async def put_config(request: web.Request) -> web.StreamResponse:
@@ -11420,7 +11414,7 @@ def check_kept(old: Json, new: Json, kept: set[str]) -> None:
         name = str(row.get("name"))
         was = rows.get(name, {})
         moved = address_of(row) != address_of(was)
-        if (secret & secret_texts(row)) - (set() if moved else secret_texts(was)):
+        if (secret & literal_secrets(row)) - (set() if moved else literal_secrets(was)):
             raise ApiError(400, f"provider {name!r} has a new address: type its key again, or use $NAME")
 
 

@@ -578,6 +578,19 @@ async def test_a_kept_secret_stays_where_it_was(old: str, new: str, words: str, 
         await admin.get("/admin/api/state")
 
 
+@pytest.mark.parametrize("reference", ["$MARK", "${MARK}", "${MARK:-}"])
+async def test_a_kept_secret_does_not_become_a_variables_name(reference: str, tmp_path: Path) -> None:
+    """State, warnings and the text show a variable's name as it stands."""
+    text = CONFIG.replace(SECRET, "canary_abcdefgh_1234").format(url="http://127.0.0.1:9/v1")
+    async with admin_of(tmp_path, text) as (admin, _):
+        given = await admin.get("/admin/api/config")
+        mark = next(w for w in given["text"].split('"') if w.startswith("[kept-"))
+        new = given["text"].replace(mark, reference.replace("MARK", mark))
+        status, body = await admin.call("PUT", "/admin/api/config", {"text": new, "hash": given["hash"]})
+        assert (status, "where its key stood" in body["error"]["message"]) == (400, True), body
+        assert admin.text == text
+
+
 @pytest.mark.parametrize(
     "text",
     [
