@@ -13904,7 +13904,8 @@ async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[
         log.info("serving at %s", client_url(config, port))
         yield client_url(config, port)
         if state.posts:
-            print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
 
 
 def has_proxy() -> bool:

@@ -1201,6 +1201,31 @@ def test_code_passes_signals_on(tmp_path: Path) -> None:
     assert not answers(port)
 
 
+def test_codes_server_ends_in_order_where_its_terminal_is_gone(tmp_path: Path) -> None:
+    """Another terminal may use it: who is under way is answered."""
+    path = fake_claude(tmp_path, 'trap "exit 5" TERM; echo ready; while :; do sleep 0.05; done')
+    port = closed_port()
+    write_config(tmp_path, port=port)
+    body = json.dumps(
+        {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+    ).encode()
+    with subprocess.Popen(
+        [sys.executable, CCMUX, "code"], cwd=tmp_path, env=process_environment(tmp_path, PATH=path),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None and running.stderr is not None
+        assert running.stdout.readline() == "ready\n"
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            head = f"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+            client.sendall(f"{head}Content-Type: application/json\r\nExpect: 100-continue\r\n\r\n".encode())
+            assert client.recv(100).startswith(b"HTTP/1.1 100 ")
+            running.stderr.close()
+            running.send_signal(signal.SIGTERM)
+            until(lambda: "stopping: 1 requests" in (tmp_path / "ccmux.log").read_text(), "it drains", 20)
+            client.sendall(body)
+            assert client.recv(100).startswith(b"HTTP/1.1 529 ")  # to ask again, as nothing was begun
+
+
 def test_a_killed_code_leaves_no_server(tmp_path: Path) -> None:
     path = fake_claude(tmp_path, "echo ready; exec cat > /dev/null")
     port = closed_port()
