@@ -12030,7 +12030,7 @@ function openDialog(title, ...body) {
     node.remove();
     const isDrawnAnew = (e) => e.dataset.key === opener.dataset.key; /* as a log's row may be */
     const back = opener.isConnected ? opener : [...document.querySelectorAll("[data-key]")].find(isDrawnAnew);
-    if (back) back.focus({ preventScroll: true });
+    (back || $("main")).focus({ preventScroll: true });
   };
   node.addEventListener("close", () => { if (node.isConnected) closeDialog(); });
   /* Browsers let a page refuse `cancel` once, not to a second Escape. */
