@@ -11277,7 +11277,8 @@ async def listed_models(state: State, provider: Provider) -> list[str]:
                 answer = await state.relay.session.get(
                     url, headers=headers, proxy=proxy, allow_redirects=False
                 )
-                listed, status = as_object(await answer.json(content_type=None)), answer.status
+                body, status = await answer.read(), answer.status
+                listed = as_object(json.loads(body)) if status == 200 else {}  # an error may be a page
                 rows = as_list(listed.get("data")) or as_list(listed.get("models"))
                 names += [str(row.get("id") or row.get("name") or "") for row in map(as_object, rows)]
                 page = next_page(listed) if rows else None

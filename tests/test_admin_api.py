@@ -314,6 +314,19 @@ async def test_a_model_list_is_read_to_its_last_page(format: str, tmp_path: Path
             assert (await admin.get("/admin/api/providers/p/models"))["models"] == ["one", "two"]
 
 
+async def test_a_refused_model_list_tells_its_status(tmp_path: Path) -> None:
+    async def refused(request: web.Request) -> web.Response:
+        return web.Response(status=401, text="<html>who are you?", content_type="text/html")
+
+    app = web.Application()
+    app.add_routes([web.get("/v1/models", refused)])
+    async with TestServer(app) as server:
+        text = f'[[providers]]\nname = "p"\ntype = "openai"\nbase_url = "{server.make_url("/v1")}"\napi_key = "k"\n'
+        async with admin_of(tmp_path, text) as (admin, _):
+            status, body = await admin.call("GET", "/admin/api/providers/p/models")
+            assert (status, body["error"]["message"]) == (502, "provider p gave no model list (status 401)")
+
+
 # Models, routes, credits, the whole text.
 
 
