@@ -7817,10 +7817,14 @@ class Store:
         parsed = ("price", "trail")
         return [{**usage_row(r), "id": r["id"], **{c: json.loads(r[c]) for c in parsed}} for r in rows]
 
-    def report(self, by: str, since: str = "", until: str = "", user: str | None = None) -> list[Json]:
+    def report(
+        self, by: str, since: str = "", until: str = "", user: str | None = None,
+        as_if: Callable[[Usage], int] | None = None,
+    ) -> list[Json]:  # fmt: skip
         """What requests cost, grouped by user, model, provider, day, month, session or agent; micro-dollars.
 
         `unpriced` counts the requests without a known price; their cost is not in the sums. since <= time < until.
+        `as_if_microusd` is the sum of what `as_if` would have charged, where it is given.
         """
         if by not in REPORT_KEYS:
             raise ConfigError(f"report by {by!r}: {known_names(by, REPORT_KEYS)}")
@@ -7835,18 +7839,13 @@ class Store:
             + ("key" if by in ("day", "month") else "charge_microusd desc, requests desc"),
             values,
         )
-        return [dict(row) for row in rows]
-
-    def repriced(
-        self, by: str, since: str, until: str, price: Price, markup_percent: Decimal, user: str | None = None
-    ) -> dict[str, int]:
-        """What the same requests would have cost on a model of that price: charge by report key, micro-dollars."""
-        where, values = within(since, until, user)
+        if as_if is None:
+            return [dict(row) for row in rows]
         query = f"select {REPORT_KEYS[by]}, {', '.join(TOKEN_COLUMNS)} from requests where {where}"  # noqa: S608
         charges: Counter[str] = Counter()
         for key, *tokens in self.reader.execute(query, values):
-            charges[key] += charge_of(Usage(*tokens), price, markup_percent).charge
-        return charges
+            charges[key] += as_if(Usage(*tokens))
+        return [{**dict(row), "as_if_microusd": charges[row["key"]]} for row in rows]
 
     def export(self, since: str = "", until: str = "", user: str | None = None) -> Iterator[Json]:
         """Usage rows, oldest first."""
@@ -10823,23 +10822,22 @@ async def get_report(request: web.Request) -> web.StreamResponse:
     state = require_admin(request)
     by = query_choice(request, "by", REPORT_KEYS, "user")
     since, until = query_time(request, "since"), query_time(request, "until")
-    rows = await asyncio.to_thread(state.store.report, by, since, until)
-    if other := request.query.get("as_if", ""):
-        price, markup = as_if_price(state.config, other), state.config.credits.markup_percent
-        charges = await asyncio.to_thread(state.store.repriced, by, since, until, price, markup)
-        rows = [{**row, "as_if_microusd": charges.get(row["key"], 0)} for row in rows]
+    as_if = as_if_on(state.config, request.query.get("as_if", ""))
+    rows = await asyncio.to_thread(state.store.report, by, since, until, None, as_if)
     return await table_response(request, "report", lambda: rows, rows[0] if rows else ("key",))
 
 
-def as_if_price(config: Config, name: str) -> Price:
-    """The price of a model that a report compares with; ApiError 400 where none is known."""
+def as_if_on(config: Config, name: str) -> Callable[[Usage], int] | None:
+    """What a model would charge, for a report that compares with it; ApiError 400 where no price of it is known."""
+    if not name:
+        return None
     targets = resolve(config, name)
     price = price_of(config, targets[0], name) if targets else facts_of(name).price
     if price is None:
         raise ApiError(
             400, f"as_if: no price is known for {name[:100]!r}; {known_names(name, price_table())}"
         )
-    return price
+    return lambda usage: charge_of(usage, price, config.credits.markup_percent).charge
 
 
 async def get_export(request: web.Request) -> web.StreamResponse:
@@ -14234,16 +14232,12 @@ REPORT_COLUMNS = (
 def report_command(args: argparse.Namespace) -> int:
     """Shows what requests cost: tokens, cost, markup and charge."""
     config = read_config(args.config)
-    user, markup = args.user or None, config.credits.markup_percent
+    try:
+        as_if = as_if_on(config, args.as_if)
+    except ApiError as error:
+        raise ConfigError(f"--{error.message.replace('_', '-', 1)}") from None
     with open_store(config) as store:
-        rows = store.report(args.by, args.since, args.until, user)
-        if args.as_if:
-            try:
-                price = as_if_price(config, args.as_if)
-            except ApiError as error:
-                raise ConfigError(f"--{error.message.replace('_', '-', 1)}") from None
-            as_if = store.repriced(args.by, args.since, args.until, price, markup, user)
-            rows = [{**row, "as_if_microusd": as_if.get(row["key"], 0)} for row in rows]
+        rows = store.report(args.by, args.since, args.until, args.user or None, as_if)
     columns = (args.by, *REPORT_COLUMNS, *(("as_if_microusd",) if args.as_if else ()))
     rows = [{args.by: row["key"], **{c: row[c] for c in columns[1:]}} for row in rows]
     if args.format == "json":
