@@ -10408,16 +10408,12 @@ def log_line(done: Settlement) -> str:
     fields = {
         "request": done.request_id, "user": done.user, "asked": done.asked, "route": done.route,
         "target": f"{done.provider}/{done.model}", "status": done.status, "attempts": done.attempts,
-        "in": usage.input, "cached": usage.cache_read, "out": usage.output, "cost": dollars(done.cost),
+        "in": usage.input, "cached": usage.cache_read, "out": usage.output,
+        "cost": "unknown" if done.cost is None else money(done.cost),
         "first": f"{(done.first_token_ms or 0) / 1000:.2f}", "seconds": f"{done.duration_ms / 1000:.2f}",
         "stop": done.stop_reason, "error": done.error, "session": done.session[:8],
     }  # fmt: skip
     return " ".join(f"{k}={one_line(v)}" for k, v in fields.items() if v != "")
-
-
-def dollars(microdollars: int | None) -> str:
-    """Micro-dollars for a person; "unknown" where there is no price."""
-    return "unknown" if microdollars is None else f"${microdollars / 1e6:.6f}"
 
 
 # Counting, models, health.
@@ -10644,9 +10640,8 @@ def text_in(body: Json, name: str, longest: int = 500) -> str:
 def budgets_in(body: Json) -> dict[str, int | None]:
     """`budgets` as columns; a null takes a budget away, what is not named stays."""
     given = body.get("budgets") or {}
-    columns = ("day_microusd", "week_microusd", "month_microusd")
-    if not isinstance(given, dict) or any(key not in columns for key in given):
-        raise ApiError(400, f"budgets: an object with {', '.join(columns)}")
+    if not isinstance(given, dict) or not given.keys() <= {*BUDGET_COLUMNS}:
+        raise ApiError(400, f"budgets: an object with {', '.join(BUDGET_COLUMNS)}")
     return {key: microusd_in(given, key) for key in given}
 
 
