@@ -13897,6 +13897,7 @@ async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[
     async with serving(config, args, path) as (state, port):
         log.info("serving at %s", client_url(config, port))
         yield client_url(config, port)
+        await no_more_posts(state, 1)  # those of the `claude` that ended, which is heard of a moment later
         if state.posts:
             with contextlib.suppress(OSError):  # the terminal may be closed
                 print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)

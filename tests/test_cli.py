@@ -1226,6 +1226,29 @@ def test_codes_server_ends_in_order_where_its_terminal_is_gone(tmp_path: Path) -
             assert client.recv(100).startswith(b"HTTP/1.1 529 ")  # to ask again, as nothing was begun
 
 
+HOLD = """\
+import os, pathlib, socket, time
+claude = os.getppid()
+with socket.create_connection(("127.0.0.1", PORT)) as client:
+    head = "POST /v1/messages HTTP/1.1\\r\\nHost: 127.0.0.1\\r\\nContent-Length: 9\\r\\nExpect: 100-continue\\r\\n"
+    client.sendall(f"{head}Content-Type: application/json\\r\\n\\r\\n".encode())
+    client.recv(100)
+    pathlib.Path("held").touch()
+    while os.getppid() == claude:
+        time.sleep(0.01)
+"""
+
+
+def test_code_is_silent_about_the_requests_that_end_with_claude(tmp_path: Path) -> None:
+    wait = "while [ ! -e held ]; do sleep 0.05; done"
+    path = fake_claude(tmp_path, f"{sys.executable} hold.py & {wait}; exit 3")
+    port = closed_port()
+    write_config(tmp_path, port=port)
+    (tmp_path / "hold.py").write_text(HOLD.replace("PORT", str(port)))
+    ran = process(tmp_path, "code", PATH=path)
+    assert (ran.status, "waiting for requests" in ran.err) == (3, False)
+
+
 def test_a_killed_code_leaves_no_server(tmp_path: Path) -> None:
     path = fake_claude(tmp_path, "echo ready; exec cat > /dev/null")
     port = closed_port()
