@@ -13254,6 +13254,7 @@ def set_up_logging(level: str, path: Path | None) -> None:
     handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler()
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(handlers=[handler], format=line, level=level.upper(), force=True)
+    logging.raiseExceptions = False  # a full disk is not told on the terminal, which may be Claude Code's
     for name in ("aiohttp.access", "aiohttp.server", "aiohttp.web", "aiohttp.client", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they echo header text, and a header may be a key
 

@@ -1249,6 +1249,13 @@ def test_code_is_silent_about_the_requests_that_end_with_claude(tmp_path: Path) 
     assert (ran.status, "waiting for requests" in ran.err) == (3, False)
 
 
+def test_code_whose_log_cannot_be_written_keeps_off_the_terminal(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    (tmp_path / "ccmux.log").symlink_to("/dev/full")
+    ran = process(tmp_path, "code", PATH=fake_claude(tmp_path, "exit 3"))
+    assert (ran.status, ran.err.count("\n")) == (3, 1)
+
+
 def test_a_killed_code_leaves_no_server(tmp_path: Path) -> None:
     path = fake_claude(tmp_path, "echo ready; exec cat > /dev/null")
     port = closed_port()
