@@ -11331,6 +11331,12 @@ def shown_text(tables: Json, hides: Callable[[str], bool]) -> str:
     return "\0".join(text for text, is_secret in texts_of(tables, hides) if not is_secret)
 
 
+def seen_text(text: str) -> str:
+    """What the admin page shows of a sound config: its text, where only keys are known in comments, and its tables."""
+    shown = shown_text(tomllib.loads(text), SECRET_KEYS.__contains__)
+    return f"{without_secrets(text, secret_marks(text))}\0{shown}"
+
+
 def texts_of(value: Any, hides: Callable[[str], bool], is_secret: bool = False) -> Iterator[tuple[str, bool]]:
     """Every key and text in tables, and whether it is a secret: a text below a key that hides what it has, but no
     `$NAME`, which the admin page shows as written.
@@ -11378,18 +11384,24 @@ async def put_config(request: web.Request) -> web.StreamResponse:
     state = require_admin(request)
     body = await body_of(request, ("text", "hash"))
     after, current = text_in(body, "text", 2**20), config_text(state)
-    old, kept = state.config.tables, set()
+    old, kept, marked = state.config.tables, set(), set()
     for secret, mark in reversed(secret_marks(current).items()):  # a short one may be part of another's mark
         if mark in after:
             after = after.replace(mark, secret)
             kept.add(secret)
     with contextlib.suppress(ValueError, RecursionError):
         old = tomllib.loads(current)
-        kept = {value for raw, value in string_values(current) if raw in kept}
+        kept, marked = {value for raw, value in string_values(current) if raw in kept}, kept
     # Before anything else reads it: an error about a misplaced secret would quote it. A broken text is told below.
     with contextlib.suppress(ValueError, RecursionError):
         check_kept(old, tomllib.loads(after), kept)
+        before, now = seen_text(current), seen_text(after)
+        if any(len(secret) >= 8 and secret in now and secret not in before for secret in marked):
+            raise ApiError(400, MISPLACED_MARK)
     return store_text(state, after, body.get("hash"))
+
+
+MISPLACED_MARK = "a [kept-...] mark may only stand where its key stood"
 
 
 def check_kept(old: Json, new: Json, kept: set[str]) -> None:
@@ -11397,7 +11409,7 @@ def check_kept(old: Json, new: Json, kept: set[str]) -> None:
     secret = kept & (literal_secrets(old) | literal_secrets(new))
     before, after = (shown_text(tables, SECRET_KEYS.__contains__) for tables in (old, new))
     if any(s in after and s not in before for s in secret):
-        raise ApiError(400, "a [kept-...] mark may only stand where its key stood")
+        raise ApiError(400, MISPLACED_MARK)
     tokens = [str(as_object(tables.get("server")).get("admin_token")) for tables in (old, new)]
     if tokens[0] != tokens[1] and tokens[1] in secret:
         raise ApiError(400, "[server]: key 'admin_token' may not be another's [kept-...] mark")

@@ -605,6 +605,31 @@ async def test_a_kept_secret_does_not_become_a_variables_name(reference: str, tm
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "status"),
+    [
+        pytest.param('api_key = "M0"', '# api_key = "M0"', 200, id="a key in a comment stays a mark"),
+        pytest.param('api_key = "M0"', '# the key was M0', 400, id="another comment"),
+        pytest.param('# api_key = "M1"', 'api_key = "M1"', 200, id="a key out of a comment"),
+        pytest.param('name = "m"', 'name = "M1"', 400, id="out of a comment into a name"),
+    ],
+)  # fmt: skip
+async def test_a_kept_secret_in_a_comment_is_not_shown(
+    old: str, new: str, status: int, tmp_path: Path
+) -> None:
+    text = f'[[providers]]\nname = "p"\ntype = "demo"\napi_key = "{SECRET}"\n[[providers]]\n# api_key = "sk-spare-98765432"\n'
+    text += 'name = "q"\ntype = "demo"\n[[models]]\nname = "m"\nmappings = [{provider = "p", actual_model = "x"}]\n'
+    async with admin_of(tmp_path, text) as (admin, _):
+        given = await admin.get("/admin/api/config")
+        for n, mark in enumerate(w for w in given["text"].split('"') if w.startswith("[kept-")):
+            old, new = old.replace(f"M{n}", mark), new.replace(f"M{n}", mark)
+        assert given["text"].count(old) == 1
+        body = {"text": given["text"].replace(old, new), "hash": given["hash"]}
+        assert (await admin.call("PUT", "/admin/api/config", body))[0] == status
+        seen = (await admin.get("/admin/api/config"))["text"]
+        assert SECRET not in seen and "sk-spare" not in seen
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "providers = [1]",
