@@ -7819,10 +7819,14 @@ class Store:
         parsed = ("price", "trail")
         return [{**usage_row(r), "id": r["id"], **{c: json.loads(r[c]) for c in parsed}} for r in rows]
 
-    def report(self, by: str, since: str = "", until: str = "", user: str | None = None) -> list[Json]:
+    def report(
+        self, by: str, since: str = "", until: str = "", user: str | None = None,
+        as_if: Callable[[Usage], int] | None = None,
+    ) -> list[Json]:  # fmt: skip
         """What requests cost, grouped by user, model, provider, day, month, session or agent; micro-dollars.
 
         `unpriced` counts the requests without a known price; their cost is not in the sums. since <= time < until.
+        `as_if_microusd` is the sum of what `as_if` would have charged, where it is given.
         """
         if by not in REPORT_KEYS:
             raise ConfigError(f"report by {by!r}: {known_names(by, REPORT_KEYS)}")
@@ -7837,18 +7841,13 @@ class Store:
             + ("key" if by in ("day", "month") else "charge_microusd desc, requests desc"),
             values,
         )
-        return [dict(row) for row in rows]
-
-    def repriced(
-        self, by: str, since: str, until: str, price: Price, markup_percent: Decimal, user: str | None = None
-    ) -> dict[str, int]:
-        """What the same requests would have cost on a model of that price: charge by report key, micro-dollars."""
-        where, values = within(since, until, user)
+        if as_if is None:
+            return [dict(row) for row in rows]
         query = f"select {REPORT_KEYS[by]}, {', '.join(TOKEN_COLUMNS)} from requests where {where}"  # noqa: S608
         charges: Counter[str] = Counter()
         for key, *tokens in self.reader.execute(query, values):
-            charges[key] += charge_of(Usage(*tokens), price, markup_percent).charge
-        return charges
+            charges[key] += as_if(Usage(*tokens))
+        return [{**dict(row), "as_if_microusd": charges[row["key"]]} for row in rows]
 
     def export(self, since: str = "", until: str = "", user: str | None = None) -> Iterator[Json]:
         """Usage rows, oldest first."""
@@ -10411,16 +10410,12 @@ def log_line(done: Settlement) -> str:
     fields = {
         "request": done.request_id, "user": done.user, "asked": done.asked, "route": done.route,
         "target": f"{done.provider}/{done.model}", "status": done.status, "attempts": done.attempts,
-        "in": usage.input, "cached": usage.cache_read, "out": usage.output, "cost": dollars(done.cost),
+        "in": usage.input, "cached": usage.cache_read, "out": usage.output,
+        "cost": "unknown" if done.cost is None else money(done.cost),
         "first": f"{(done.first_token_ms or 0) / 1000:.2f}", "seconds": f"{done.duration_ms / 1000:.2f}",
         "stop": done.stop_reason, "error": done.error, "session": done.session[:8],
     }  # fmt: skip
     return " ".join(f"{k}={one_line(v)}" for k, v in fields.items() if v != "")
-
-
-def dollars(microdollars: int | None) -> str:
-    """Micro-dollars for a person; "unknown" where there is no price."""
-    return "unknown" if microdollars is None else f"${microdollars / 1e6:.6f}"
 
 
 # Counting, models, health.
@@ -10647,9 +10642,8 @@ def text_in(body: Json, name: str, longest: int = 500) -> str:
 def budgets_in(body: Json) -> dict[str, int | None]:
     """`budgets` as columns; a null takes a budget away, what is not named stays."""
     given = body.get("budgets") or {}
-    columns = ("day_microusd", "week_microusd", "month_microusd")
-    if not isinstance(given, dict) or any(key not in columns for key in given):
-        raise ApiError(400, f"budgets: an object with {', '.join(columns)}")
+    if not isinstance(given, dict) or not given.keys() <= {*BUDGET_COLUMNS}:
+        raise ApiError(400, f"budgets: an object with {', '.join(BUDGET_COLUMNS)}")
     return {key: microusd_in(given, key) for key in given}
 
 
@@ -10825,23 +10819,22 @@ async def get_report(request: web.Request) -> web.StreamResponse:
     state = require_admin(request)
     by = query_choice(request, "by", REPORT_KEYS, "user")
     since, until = query_time(request, "since"), query_time(request, "until")
-    rows = await asyncio.to_thread(state.store.report, by, since, until)
-    if other := request.query.get("as_if", ""):
-        price, markup = as_if_price(state.config, other), state.config.credits.markup_percent
-        charges = await asyncio.to_thread(state.store.repriced, by, since, until, price, markup)
-        rows = [{**row, "as_if_microusd": charges.get(row["key"], 0)} for row in rows]
+    as_if = as_if_on(state.config, request.query.get("as_if", ""))
+    rows = await asyncio.to_thread(state.store.report, by, since, until, None, as_if)
     return await table_response(request, "report", lambda: rows, rows[0] if rows else ("key",))
 
 
-def as_if_price(config: Config, name: str) -> Price:
-    """The price of a model that a report compares with; ApiError 400 where none is known."""
+def as_if_on(config: Config, name: str) -> Callable[[Usage], int] | None:
+    """What a model would charge, for a report that compares with it; ApiError 400 where no price of it is known."""
+    if not name:
+        return None
     targets = resolve(config, name)
     price = price_of(config, targets[0], name) if targets else facts_of(name).price
     if price is None:
         raise ApiError(
             400, f"as_if: no price is known for {name[:100]!r}; {known_names(name, price_table())}"
         )
-    return price
+    return lambda usage: charge_of(usage, price, config.credits.markup_percent).charge
 
 
 async def get_export(request: web.Request) -> web.StreamResponse:
@@ -11279,7 +11272,8 @@ async def listed_models(state: State, provider: Provider) -> list[str]:
                 answer = await state.relay.session.get(
                     url, headers=headers, proxy=proxy, allow_redirects=False
                 )
-                listed, status = as_object(await answer.json(content_type=None)), answer.status
+                body, status = await answer.read(), answer.status
+                listed = as_object(json.loads(body)) if status == 200 else {}  # an error may be a page
                 rows = as_list(listed.get("data")) or as_list(listed.get("models"))
                 names += [str(row.get("id") or row.get("name") or "") for row in map(as_object, rows)]
                 page = next_page(listed) if rows else None
@@ -11330,11 +11324,6 @@ _KEY_IN_COMMENT = re.compile(r"""(?m)^[ \t]*#[ \t]*(?:api_key|admin_token)[ \t]*
 
 
 def literal_secrets(tables: Json) -> set[str]:
-    """The secrets of parsed tables that are written out, not named by a variable."""
-    return set(filter(is_literal, secret_texts(tables)))
-
-
-def secret_texts(tables: Json) -> set[str]:
     """The secrets of tables that may not be checked ones: at misspelt keys, too."""
     return {text for text, is_secret in texts_of(tables, is_secret_key) if is_secret}
 
@@ -11344,8 +11333,16 @@ def shown_text(tables: Json, hides: Callable[[str], bool]) -> str:
     return "\0".join(text for text, is_secret in texts_of(tables, hides) if not is_secret)
 
 
+def seen_text(text: str) -> str:
+    """What the admin page shows of a sound config: its text, where only keys are known in comments, and its tables."""
+    shown = shown_text(tomllib.loads(text), SECRET_KEYS.__contains__)
+    return f"{without_secrets(text, secret_marks(text))}\0{shown}"
+
+
 def texts_of(value: Any, hides: Callable[[str], bool], is_secret: bool = False) -> Iterator[tuple[str, bool]]:
-    """Every key and text in tables, and whether it is a secret: a text below a key that hides what it has."""
+    """Every key and text in tables, and whether it is a secret: a text below a key that hides what it has, but no
+    `$NAME`, which the admin page shows as written.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
             yield key, False
@@ -11354,7 +11351,7 @@ def texts_of(value: Any, hides: Callable[[str], bool], is_secret: bool = False) 
         for item in value:
             yield from texts_of(item, hides, is_secret)
     elif isinstance(value, str):
-        yield value, is_secret
+        yield value, is_secret and is_literal(value)
 
 
 @functools.lru_cache(1024)
@@ -11381,10 +11378,7 @@ def string_values(text: str) -> Iterator[tuple[str, str]]:
             yield raw, raw if token.isprintable() and "\\" not in raw else tomllib.loads(f"k = {token}")["k"]
 
 
-# Up to two quotes may stand before the three that close a string.
-_STRING_OR_COMMENT = re.compile(
-    r"""(?s)#[^\n]*|"{3}(?:[^\\]|\\.)*?"{3,5}|'{3}.*?'{3,5}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'"""
-)
+_STRING_OR_COMMENT = re.compile(rf"(?s)#[^\n]*|{TOML_TEXT}")
 
 
 async def put_config(request: web.Request) -> web.StreamResponse:
@@ -11392,18 +11386,24 @@ async def put_config(request: web.Request) -> web.StreamResponse:
     state = require_admin(request)
     body = await body_of(request, ("text", "hash"))
     after, current = text_in(body, "text", 2**20), config_text(state)
-    old, kept = state.config.tables, set()
+    old, kept, marked = state.config.tables, set(), set()
     for secret, mark in reversed(secret_marks(current).items()):  # a short one may be part of another's mark
         if mark in after:
             after = after.replace(mark, secret)
             kept.add(secret)
     with contextlib.suppress(ValueError, RecursionError):
         old = tomllib.loads(current)
-        kept = {value for raw, value in string_values(current) if raw in kept}
+        kept, marked = {value for raw, value in string_values(current) if raw in kept}, kept
     # Before anything else reads it: an error about a misplaced secret would quote it. A broken text is told below.
     with contextlib.suppress(ValueError, RecursionError):
         check_kept(old, tomllib.loads(after), kept)
+        before, now = seen_text(current), seen_text(after)
+        if any(len(secret) >= 8 and secret in now and secret not in before for secret in marked):
+            raise ApiError(400, MISPLACED_MARK)
     return store_text(state, after, body.get("hash"))
+
+
+MISPLACED_MARK = "a [kept-...] mark may only stand where its key stood"
 
 
 def check_kept(old: Json, new: Json, kept: set[str]) -> None:
@@ -11411,7 +11411,7 @@ def check_kept(old: Json, new: Json, kept: set[str]) -> None:
     secret = kept & (literal_secrets(old) | literal_secrets(new))
     before, after = (shown_text(tables, SECRET_KEYS.__contains__) for tables in (old, new))
     if any(s in after and s not in before for s in secret):
-        raise ApiError(400, "a [kept-...] mark may only stand where its key stood")
+        raise ApiError(400, MISPLACED_MARK)
     tokens = [str(as_object(tables.get("server")).get("admin_token")) for tables in (old, new)]
     if tokens[0] != tokens[1] and tokens[1] in secret:
         raise ApiError(400, "[server]: key 'admin_token' may not be another's [kept-...] mark")
@@ -11422,7 +11422,7 @@ def check_kept(old: Json, new: Json, kept: set[str]) -> None:
         name = str(row.get("name"))
         was = rows.get(name, {})
         moved = address_of(row) != address_of(was)
-        if (secret & secret_texts(row)) - (set() if moved else secret_texts(was)):
+        if (secret & literal_secrets(row)) - (set() if moved else literal_secrets(was)):
             raise ApiError(400, f"provider {name!r} has a new address: type its key again, or use $NAME")
 
 
@@ -12038,7 +12038,7 @@ function openDialog(title, ...body) {
     node.remove();
     const isDrawnAnew = (e) => e.dataset.key === opener.dataset.key; /* as a log's row may be */
     const back = opener.isConnected ? opener : [...document.querySelectorAll("[data-key]")].find(isDrawnAnew);
-    if (back) back.focus({ preventScroll: true });
+    (back || $("main")).focus({ preventScroll: true });
   };
   node.addEventListener("close", () => { if (node.isConnected) closeDialog(); });
   /* Browsers let a page refuse `cancel` once, not to a second Escape. */
@@ -13268,6 +13268,7 @@ def set_up_logging(level: str, path: Path | None) -> None:
     handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler()
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(handlers=[handler], format=line, level=level.upper(), force=True)
+    logging.raiseExceptions = False  # a full disk is not told on the terminal, which may be Claude Code's
     for name in ("aiohttp.access", "aiohttp.server", "aiohttp.web", "aiohttp.client", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they echo header text, and a header may be a key
 
@@ -13911,8 +13912,10 @@ async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[
     async with serving(config, args, path) as (state, port):
         log.info("serving at %s", client_url(config, port))
         yield client_url(config, port)
+        await no_more_posts(state, 1)  # those of the `claude` that ended, which is heard of a moment later
         if state.posts:
-            print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
 
 
 def has_proxy() -> bool:
@@ -14240,16 +14243,12 @@ REPORT_COLUMNS = (
 def report_command(args: argparse.Namespace) -> int:
     """Shows what requests cost: tokens, cost, markup and charge."""
     config = read_config(args.config)
-    user, markup = args.user or None, config.credits.markup_percent
+    try:
+        as_if = as_if_on(config, args.as_if)
+    except ApiError as error:
+        raise ConfigError(f"--{error.message.replace('_', '-', 1)}") from None
     with open_store(config) as store:
-        rows = store.report(args.by, args.since, args.until, user)
-        if args.as_if:
-            try:
-                price = as_if_price(config, args.as_if)
-            except ApiError as error:
-                raise ConfigError(f"--{error.message.replace('_', '-', 1)}") from None
-            as_if = store.repriced(args.by, args.since, args.until, price, markup, user)
-            rows = [{**row, "as_if_microusd": as_if.get(row["key"], 0)} for row in rows]
+        rows = store.report(args.by, args.since, args.until, args.user or None, as_if)
     columns = (args.by, *REPORT_COLUMNS, *(("as_if_microusd",) if args.as_if else ()))
     rows = [{args.by: row["key"], **{c: row[c] for c in columns[1:]}} for row in rows]
     if args.format == "json":

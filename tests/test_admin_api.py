@@ -314,6 +314,19 @@ async def test_a_model_list_is_read_to_its_last_page(format: str, tmp_path: Path
             assert (await admin.get("/admin/api/providers/p/models"))["models"] == ["one", "two"]
 
 
+async def test_a_refused_model_list_tells_its_status(tmp_path: Path) -> None:
+    async def refused(request: web.Request) -> web.Response:
+        return web.Response(status=401, text="<html>who are you?", content_type="text/html")
+
+    app = web.Application()
+    app.add_routes([web.get("/v1/models", refused)])
+    async with TestServer(app) as server:
+        text = f'[[providers]]\nname = "p"\ntype = "openai"\nbase_url = "{server.make_url("/v1")}"\napi_key = "k"\n'
+        async with admin_of(tmp_path, text) as (admin, _):
+            status, body = await admin.call("GET", "/admin/api/providers/p/models")
+            assert (status, body["error"]["message"]) == (502, "provider p gave no model list (status 401)")
+
+
 # Models, routes, credits, the whole text.
 
 
@@ -576,6 +589,44 @@ async def test_a_kept_secret_stays_where_it_was(old: str, new: str, words: str, 
         assert (status, words in body["error"]["message"]) == (400, True), body
         assert admin.text == CONFIG.format(url=tomllib.loads(admin.text)["providers"][0]["base_url"])
         await admin.get("/admin/api/state")
+
+
+@pytest.mark.parametrize("reference", ["$MARK", "${MARK}", "${MARK:-}"])
+async def test_a_kept_secret_does_not_become_a_variables_name(reference: str, tmp_path: Path) -> None:
+    """State, warnings and the text show a variable's name as it stands."""
+    text = CONFIG.replace(SECRET, "canary_abcdefgh_1234").format(url="http://127.0.0.1:9/v1")
+    async with admin_of(tmp_path, text) as (admin, _):
+        given = await admin.get("/admin/api/config")
+        mark = next(w for w in given["text"].split('"') if w.startswith("[kept-"))
+        new = given["text"].replace(mark, reference.replace("MARK", mark))
+        status, body = await admin.call("PUT", "/admin/api/config", {"text": new, "hash": given["hash"]})
+        assert (status, "where its key stood" in body["error"]["message"]) == (400, True), body
+        assert admin.text == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "status"),
+    [
+        pytest.param('api_key = "M0"', '# api_key = "M0"', 200, id="a key in a comment stays a mark"),
+        pytest.param('api_key = "M0"', '# the key was M0', 400, id="another comment"),
+        pytest.param('# api_key = "M1"', 'api_key = "M1"', 200, id="a key out of a comment"),
+        pytest.param('name = "m"', 'name = "M1"', 400, id="out of a comment into a name"),
+    ],
+)  # fmt: skip
+async def test_a_kept_secret_in_a_comment_is_not_shown(
+    old: str, new: str, status: int, tmp_path: Path
+) -> None:
+    text = f'[[providers]]\nname = "p"\ntype = "demo"\napi_key = "{SECRET}"\n[[providers]]\n# api_key = "sk-spare-98765432"\n'
+    text += 'name = "q"\ntype = "demo"\n[[models]]\nname = "m"\nmappings = [{provider = "p", actual_model = "x"}]\n'
+    async with admin_of(tmp_path, text) as (admin, _):
+        given = await admin.get("/admin/api/config")
+        for n, mark in enumerate(w for w in given["text"].split('"') if w.startswith("[kept-")):
+            old, new = old.replace(f"M{n}", mark), new.replace(f"M{n}", mark)
+        assert given["text"].count(old) == 1
+        body = {"text": given["text"].replace(old, new), "hash": given["hash"]}
+        assert (await admin.call("PUT", "/admin/api/config", body))[0] == status
+        seen = (await admin.get("/admin/api/config"))["text"]
+        assert SECRET not in seen and "sk-spare" not in seen
 
 
 @pytest.mark.parametrize(

@@ -1201,6 +1201,61 @@ def test_code_passes_signals_on(tmp_path: Path) -> None:
     assert not answers(port)
 
 
+def test_codes_server_ends_in_order_where_its_terminal_is_gone(tmp_path: Path) -> None:
+    """Another terminal may use it: who is under way is answered."""
+    path = fake_claude(tmp_path, 'trap "exit 5" TERM; echo ready; while :; do sleep 0.05; done')
+    port = closed_port()
+    write_config(tmp_path, port=port)
+    body = json.dumps(
+        {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+    ).encode()
+    with subprocess.Popen(
+        [sys.executable, CCMUX, "code"], cwd=tmp_path, env=process_environment(tmp_path, PATH=path),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None and running.stderr is not None
+        assert running.stdout.readline() == "ready\n"
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            head = f"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+            client.sendall(f"{head}Content-Type: application/json\r\nExpect: 100-continue\r\n\r\n".encode())
+            assert client.recv(100).startswith(b"HTTP/1.1 100 ")
+            running.stderr.close()
+            running.send_signal(signal.SIGTERM)
+            until(lambda: "stopping: 1 requests" in (tmp_path / "ccmux.log").read_text(), "it drains", 20)
+            client.sendall(body)
+            assert client.recv(100).startswith(b"HTTP/1.1 529 ")  # to ask again, as nothing was begun
+
+
+HOLD = """\
+import os, pathlib, socket, time
+claude = os.getppid()
+with socket.create_connection(("127.0.0.1", PORT)) as client:
+    head = "POST /v1/messages HTTP/1.1\\r\\nHost: 127.0.0.1\\r\\nContent-Length: 9\\r\\nExpect: 100-continue\\r\\n"
+    client.sendall(f"{head}Content-Type: application/json\\r\\n\\r\\n".encode())
+    client.recv(100)
+    pathlib.Path("held").touch()
+    while os.getppid() == claude:
+        time.sleep(0.01)
+"""
+
+
+def test_code_is_silent_about_the_requests_that_end_with_claude(tmp_path: Path) -> None:
+    wait = "while [ ! -e held ]; do sleep 0.05; done"
+    path = fake_claude(tmp_path, f"{sys.executable} hold.py & {wait}; exit 3")
+    port = closed_port()
+    write_config(tmp_path, port=port)
+    (tmp_path / "hold.py").write_text(HOLD.replace("PORT", str(port)))
+    ran = process(tmp_path, "code", PATH=path)
+    assert (ran.status, "waiting for requests" in ran.err) == (3, False)
+
+
+def test_code_whose_log_cannot_be_written_keeps_off_the_terminal(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    (tmp_path / "ccmux.log").symlink_to("/dev/full")
+    ran = process(tmp_path, "code", PATH=fake_claude(tmp_path, "exit 3"))
+    assert (ran.status, ran.err.count("\n")) == (3, 1)
+
+
 def test_a_killed_code_leaves_no_server(tmp_path: Path) -> None:
     path = fake_claude(tmp_path, "echo ready; exec cat > /dev/null")
     port = closed_port()

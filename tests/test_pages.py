@@ -428,8 +428,9 @@ async def test_adding_a_user_shows_the_key_once_and_who_has_no_credit(
             await page.get_by_label("Credit, dollars").fill("2.5")
             await page.click("dialog button:text-is('Add')")
             await expect(page.locator("dialog pre")).to_contain_text("ccmux-")
-            await page.click("dialog button:text-is('Close')")
             await expect(page.locator("main")).to_contain_text("$2.50")
+            await page.click("dialog button:text-is('Close')")
+            await expect(page.locator("main")).to_be_focused()  # its opener was drawn anew
             await expect(page.locator("main")).not_to_contain_text("ccmux-")
 
 

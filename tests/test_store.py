@@ -490,8 +490,10 @@ async def test_reports_and_exports_equal_the_ledger(tmp_path: Path) -> None:
         parsed = list(csv.DictReader(io.StringIO(text)))
         assert sum(int(r["charge_microusd"]) for r in parsed) == charged
         price = ccmux.Price(ccmux.Decimal(1), ccmux.Decimal(2))
-        again = store.repriced("model", "", "", price, ccmux.Decimal(0))
-        assert sum(again.values()) == 60 * (10 + 3 + 2 * 5)
+        again = store.report(
+            "model", as_if=lambda usage: ccmux.charge_of(usage, price, ccmux.Decimal(0)).charge
+        )
+        assert sum(r["as_if_microusd"] for r in again) == 60 * (10 + 3 + 2 * 5)
 
 
 async def test_report_periods_and_users() -> None:
