@@ -10122,10 +10122,13 @@ class StreamSink:
         transport = self.request.transport
         if transport is None or transport.get_write_buffer_size() or len(data) > WRITE_NOW:
             return False
+        self.last = 0.0  # as in `write`
         try:
-            self.write(data).send(None)  # it waits only for a client that is behind
+            self.response.write(data).send(None)  # it waits only for a client that is behind
         except StopIteration:
             return True
+        except ConnectionError:
+            raise ClientGoneError from None
         raise AssertionError("aiohttp waits for more than it did")
 
     async def send_ping(self) -> None:
