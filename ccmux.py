@@ -6303,6 +6303,12 @@ def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
     return Charge(cost, charge - cost, charge)
 
 
+def most_output(body: Json) -> int:
+    """The output tokens that a request allows; 4,096 where it does not say."""
+    asked = body.get("max_tokens")
+    return asked if isinstance(asked, int) and asked > 0 else 4096
+
+
 def hold_of(tokens: int, max_tokens: int, price: Price, markup_percent: Decimal) -> int:
     """What a request's input and up to 4,096 tokens of output cost, in micro-dollars."""
     usage = Usage(input=tokens, output=min(max_tokens, 4096))
@@ -8538,15 +8544,11 @@ class Relay:
         return self.learnt.get((call.config.text_hash, *slot.place), frozenset())
 
     def upstream_of(self, call: Call, slot: Slot) -> Upstream:
-        target, row, facts = (
-            slot.target,
-            call.config.model(call.route.model),
-            facts_of(slot.target.actual_model),
-        )
-        context = target.context or (row.context if row else 0) or facts.context
+        model, row = slot.target.actual_model, call.config.model(call.route.model)
+        facts = facts_of(model)
+        context = slot.target.context or (row.context if row else 0) or facts.context
         facts = dataclasses.replace(facts, context=context)
-        skip = self.not_taken(call, slot)
-        return Upstream(target.actual_model, slot.provider.quirks, facts, call.session, skip)
+        return Upstream(model, slot.provider.quirks, facts, call.session, self.not_taken(call, slot))
 
 
 class Attempt:
@@ -10249,8 +10251,7 @@ class Exchange:
 
     async def place_hold(self) -> None:
         call, credits = self.call, self.call.config.credits
-        asked = call.body.get("max_tokens")
-        limit = asked if isinstance(asked, int) and asked > 0 else 4096
+        limit = most_output(call.body)
         prices = filter(None, map(self.price_of, call.route.targets))
         amounts = [hold_of(call.tokens, limit, price, credits.markup_percent) for price in prices]
         try:
@@ -10261,10 +10262,8 @@ class Exchange:
                 enforce=self.is_enforced,
                 max_concurrent=credits.max_concurrent,
             )
-        except (
-            ApiError,
-            asyncio.CancelledError,
-        ) as ended:  # refused, or left while it was on its way to the disk
+        # Refused, or the client has left while it was on its way to the disk.
+        except (ApiError, asyncio.CancelledError) as ended:
             self.settle(ended if isinstance(ended, ApiError) else None)
             raise
 
@@ -10899,8 +10898,7 @@ async def explain(config: Config, body: Json, headers: Mapping[str, str], counte
     route = route_of(body, headers, config, early)
     first = route.targets[0]
     tokens = await counter.count(route.body or body, first.provider, first.actual_model)
-    asked = body.get("max_tokens")
-    limit = asked if isinstance(asked, int) and asked > 0 else 4096
+    limit = most_output(body)
     return {
         "model": route.model,
         "reason": route.reason,
@@ -11269,7 +11267,7 @@ async def listed_models(state: State, provider: Provider) -> list[str]:
         return [provider.default_model]
     slot = state.relay.slots_of(Target(provider.name, ""), provider)[0]
     headers = upstream_headers({}, slot, dialect)
-    proxy = provider.proxy or environment_proxy(provider.base_url)
+    proxy = proxy_of(provider)
     names: list[str] = []
     page: str | None = ""
     status = 200
