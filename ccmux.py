@@ -7706,6 +7706,8 @@ class Store:
         if not USER_NAME.fullmatch(name) or name == LOCAL_USER:
             rule = f"use 1 to 64 letters, digits or . _ @ - (and not {LOCAL_USER!r})"
             raise ConfigError(f"user name {name!r}: {rule}")
+        if credit < 0:
+            raise ConfigError(f"first credit {money(credit)}: it cannot be below 0")
         key = new_key()
 
         def run(db: sqlite3.Connection) -> None:
