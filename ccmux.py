@@ -2380,7 +2380,7 @@ class Pick:
 
 
 def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens: int = 0) -> Route:
-    """The route of a request; ApiError 400 without a model name, 404 for one that nobody serves."""
+    """The route of a request; ApiError 400 without a good model name, 404 for one that nobody serves."""
     asked = Asked(body, headers, config, tokens, asked_model(body))
     trail: list[tuple[str, str]] = []
     for reason, step in ROUTE_STEPS:
@@ -2397,7 +2397,7 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
 
 def no_such_model(config: Config, name: str) -> ApiError:
     unset = [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
-    words = [f"model: {name[:LONGEST_NAME]!r} is served by no provider", instead_of(config, name), *unset]
+    words = [f"model: {name!r} is served by no provider", instead_of(config, name), *unset]
     return ApiError(404, "; ".join(words), should_retry=False)
 
 
@@ -2409,7 +2409,7 @@ def instead_of(config: Config, name: str) -> str:
     return known_names(name, known) if known else "the config names none (`ccmux.py init` writes one)"
 
 
-# Characters of a model's name that patterns look at: in 100 KB one could search for minutes. No true name is as long.
+# Characters of a model's name, as at Anthropic: a megabyte could be searched for minutes, goes into headers, and is kept.
 LONGEST_NAME = 256
 
 
@@ -2417,6 +2417,8 @@ def asked_model(body: Json) -> str:
     name = body.get("model")
     if not isinstance(name, str) or not name:
         raise ApiError(400, "model: Field required (a text)")
+    if len(name) > LONGEST_NAME:
+        raise ApiError(400, f"model: String should have at most {LONGEST_NAME} characters")
     return re.sub(r"(?i)\[1m\]$", "", name)
 
 
@@ -2440,7 +2442,7 @@ def resolve(config: Config, name: str) -> tuple[Target, ...]:
     if (model := config.model(name)) and model.mappings:
         return tuple(sorted(model.mappings, key=lambda t: t.priority))
     head, _, rest = name.partition("/")
-    if rest:
+    if rest and len(name) <= LONGEST_NAME:  # of a rule or a tag, it may be any words of a prompt
         if config.provider(head):
             return (Target(head, rest),)
         if head == "anthropic":
@@ -2595,14 +2597,14 @@ def is_long(asked: Asked) -> str:
 
 def is_background(asked: Asked) -> str:
     regex = asked.config.router.background_regex
-    matches = regex and regex.search(asked.name[:LONGEST_NAME])
+    matches = regex and regex.search(asked.name)
     return f"{asked.name} matches background_regex" if matches else ""
 
 
 def is_claudes_own(asked: Asked) -> bool:
     """Whether the name is one that Claude Code picks by itself, and the rules decide about."""
     regex = asked.config.router.auto_map_regex
-    return bool(regex and regex.pattern and regex.search(asked.name[:LONGEST_NAME]))
+    return bool(regex and regex.pattern and regex.search(asked.name))
 
 
 def asked_step(asked: Asked) -> Pick:
@@ -10327,10 +10329,10 @@ class Exchange:
             user=self.user.name,
             session=call.session,
             agent=call.headers.get("x-claude-code-agent-id", "")[:128],
-            asked=call.asked[:256],
+            asked=call.asked,
             route=call.route.reason,
             provider=target.provider,
-            model=target.actual_model[:256],
+            model=target.actual_model,
             stream=call.stream,
             status=status,
             error=error.cause if error else "" if status == 200 else "client_gone",
@@ -10509,7 +10511,7 @@ async def get_model(request: web.Request) -> web.StreamResponse:
     state = state_of(request)
     client_of(request, state)
     name = request.match_info["id"]
-    if not resolve(state.config, re.sub(r"(?i)\[1m\]$", "", name)):
+    if not resolve(state.config, asked_model({"model": name})):
         raise no_such_model(state.config, name)
     return web.json_response(model_entry(name, name))
 
