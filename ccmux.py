@@ -10015,7 +10015,7 @@ async def plan_call(
     """Routes a request, and counts it: before that where it may be a long one, before its hold where credits are
     enforced, else (where its answer begins with the count) while that is awaited.
     """
-    config = state.config
+    config, started = state.config, time.monotonic()
     headers = headers_of(request)
     may_be_long = bool(config.router.long_context) and not is_surely_within(raw, body, config.smallest_limit)
     if len(raw) > LARGE:
@@ -10038,6 +10038,7 @@ async def plan_call(
         format=format,
         session=session_of(body, headers),
         query=request.query_string,
+        started=started,
     )
     first, items = route.targets[0], None if route.body else items
     count = functools.partial(state.counter.count, call.body, first.provider, first.actual_model, items)
