@@ -6447,7 +6447,7 @@ class TokenCounter:
 
     async def count(self, body: Json, provider: str, model: str, items: Sequence[Item] | None = None) -> int:
         """Input tokens of a whole request; `items` is `items_of(body)`, where a caller has it already."""
-        framing, place = framing_of(model), place_of(provider, model)
+        framing, place = framing_of(model), (provider, model)
         items = items_of(body) if items is None else items
         looked = self.look_up(items, framing, self.load(framing.encoding) or ESTIMATE)
         if not looked.new:
@@ -6468,7 +6468,7 @@ class TokenCounter:
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
         """The same for a caller that cannot await: an estimate where `patience` ends first."""
-        framing, place, items = framing_of(model), place_of(provider, model), items_of(body)
+        framing, place, items = framing_of(model), (provider, model), items_of(body)
         with contextlib.suppress(OSError):
             if encoding := self.load(framing.encoding):
                 looked = self.look_up(items, framing, encoding)
@@ -6540,25 +6540,19 @@ class TokenCounter:
 
         Only a count made here, for this very (provider, model), from a vocabulary, has something to teach.
         """
-        place = place_of(provider, model)
-        tokens = self.recent.get((*place, counted), 0.0)
+        tokens = self.recent.get((provider, model, counted), 0.0)
         if tokens <= 0 or true <= 0:
             return
-        factor, samples = self.factors.get(place, (1.0, 0))
+        factor, samples = self.factors.get((provider, model), (1.0, 0))
         samples = min(samples + 1, SAMPLES)
         factor += (min(max(true / tokens, 0.5), 2.5) - factor) / samples
-        self.factors[place] = (factor, samples)
+        self.factors[provider, model] = (factor, samples)
 
     def export(self) -> list[tuple[str, str, float, int]]:
         return [(*key, *value) for key, value in self.factors.items()]
 
     def restore(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
         self.factors.update({(p, m): (factor, samples) for p, m, factor, samples in rows})
-
-
-def place_of(provider: str, model: str) -> tuple[str, str]:
-    """What a count is remembered by until its true usage comes; a client may send a name of megabytes."""
-    return provider, model[:LONGEST_NAME]
 
 
 Key = tuple[Any, ...]  # ends with a hash of what was counted; Python's own, which nobody can foresee

@@ -1948,6 +1948,18 @@ async def test_a_try_that_failed_leaves_no_floor_to_a_crash(tmp_path: Path) -> N
         await asyncio.gather(asked, return_exceptions=True)
 
 
+async def test_however_long_a_name_is_little_is_remembered_of_it(tmp_path: Path) -> None:
+    name, refused = "A/" + "m" * 100_000, fails(400, says="model: String should have at most 256 characters")
+    tagged = message_body(system=f"<CCM-SUBAGENT-MODEL>{name}</CCM-SUBAGENT-MODEL>")
+    async with stage(tmp_path, OK, credits={"enforce": True}) as (proxy, _):
+        refused(await ask(proxy, body=message_body(model=name)))
+        full("A")(await ask(proxy, body=tagged))
+        await proxy.idle()
+        relay, counter = proxy.state.relay, proxy.state.counter
+        kept = [*relay.breakers, *relay.learnt, *counter.recent, *counter.factors]
+    assert kept and all(len(str(each)) < 1000 for each in kept)
+
+
 async def test_a_request_is_timed_from_when_it_has_come(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
