@@ -10646,8 +10646,9 @@ def text_in(body: Json, name: str, longest: int = 500) -> str:
 def budgets_in(body: Json) -> dict[str, int | None]:
     """`budgets` as columns; a null takes a budget away, what is not named stays."""
     given = body.get("budgets") or {}
-    if not isinstance(given, dict) or any(key not in BUDGET_COLUMNS for key in given):
-        raise ApiError(400, f"budgets: an object with {', '.join(BUDGET_COLUMNS)}")
+    columns = ("day_microusd", "week_microusd", "month_microusd")
+    if not isinstance(given, dict) or any(key not in columns for key in given):
+        raise ApiError(400, f"budgets: an object with {', '.join(columns)}")
     return {key: microusd_in(given, key) for key in given}
 
 
