@@ -2381,7 +2381,7 @@ class Pick:
 
 
 def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens: int = 0) -> Route:
-    """The route of a request; ApiError 400 without a model name, 404 for one that nobody serves."""
+    """The route of a request; ApiError 400 without a good model name, 404 for one that nobody serves."""
     asked = Asked(body, headers, config, tokens, asked_model(body))
     trail: list[tuple[str, str]] = []
     for reason, step in ROUTE_STEPS:
@@ -2398,7 +2398,7 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
 
 def no_such_model(config: Config, name: str) -> ApiError:
     unset = [f"provider {p.name}: {p.problem}" for p in config.providers if p.enabled and p.problem]
-    words = [f"model: {name[:LONGEST_NAME]!r} is served by no provider", instead_of(config, name), *unset]
+    words = [f"model: {name!r} is served by no provider", instead_of(config, name), *unset]
     return ApiError(404, "; ".join(words), should_retry=False)
 
 
@@ -2410,7 +2410,7 @@ def instead_of(config: Config, name: str) -> str:
     return known_names(name, known) if known else "the config names none (`ccmux.py init` writes one)"
 
 
-# Characters of a model's name that patterns look at: in 100 KB one could search for minutes. No true name is as long.
+# Characters of a model's name, as at Anthropic: a megabyte could be searched for minutes, goes into headers, and is kept.
 LONGEST_NAME = 256
 
 
@@ -2418,6 +2418,8 @@ def asked_model(body: Json) -> str:
     name = body.get("model")
     if not isinstance(name, str) or not name:
         raise ApiError(400, "model: Field required (a text)")
+    if len(name) > LONGEST_NAME:
+        raise ApiError(400, f"model: String should have at most {LONGEST_NAME} characters")
     return re.sub(r"(?i)\[1m\]$", "", name)
 
 
@@ -2441,7 +2443,7 @@ def resolve(config: Config, name: str) -> tuple[Target, ...]:
     if (model := config.model(name)) and model.mappings:
         return tuple(sorted(model.mappings, key=lambda t: t.priority))
     head, _, rest = name.partition("/")
-    if rest:
+    if rest and len(name) <= LONGEST_NAME:  # of a rule or a tag, it may be any words of a prompt
         if config.provider(head):
             return (Target(head, rest),)
         if head == "anthropic":
@@ -2596,14 +2598,14 @@ def is_long(asked: Asked) -> str:
 
 def is_background(asked: Asked) -> str:
     regex = asked.config.router.background_regex
-    matches = regex and regex.search(asked.name[:LONGEST_NAME])
+    matches = regex and regex.search(asked.name)
     return f"{asked.name} matches background_regex" if matches else ""
 
 
 def is_claudes_own(asked: Asked) -> bool:
     """Whether the name is one that Claude Code picks by itself, and the rules decide about."""
     regex = asked.config.router.auto_map_regex
-    return bool(regex and regex.pattern and regex.search(asked.name[:LONGEST_NAME]))
+    return bool(regex and regex.pattern and regex.search(asked.name))
 
 
 def asked_step(asked: Asked) -> Pick:
@@ -6305,6 +6307,12 @@ def charge_of(usage: Usage, price: Price, markup_percent: Decimal) -> Charge:
     return Charge(cost, charge - cost, charge)
 
 
+def most_output(body: Json) -> int:
+    """The output tokens that a request allows; 4,096 where it does not say."""
+    asked = body.get("max_tokens")
+    return asked if isinstance(asked, int) and asked > 0 else 4096
+
+
 def hold_of(tokens: int, max_tokens: int, price: Price, markup_percent: Decimal) -> int:
     """What a request's input and up to 4,096 tokens of output cost, in micro-dollars."""
     usage = Usage(input=tokens, output=min(max_tokens, 4096))
@@ -6441,7 +6449,7 @@ class TokenCounter:
 
     async def count(self, body: Json, provider: str, model: str, items: Sequence[Item] | None = None) -> int:
         """Input tokens of a whole request; `items` is `items_of(body)`, where a caller has it already."""
-        framing, place = framing_of(model), place_of(provider, model)
+        framing, place = framing_of(model), (provider, model)
         items = items_of(body) if items is None else items
         looked = self.look_up(items, framing, self.load(framing.encoding) or ESTIMATE)
         if not looked.new:
@@ -6462,7 +6470,7 @@ class TokenCounter:
 
     def count_now(self, body: Json, provider: str, model: str) -> int:
         """The same for a caller that cannot await: an estimate where `patience` ends first."""
-        framing, place, items = framing_of(model), place_of(provider, model), items_of(body)
+        framing, place, items = framing_of(model), (provider, model), items_of(body)
         with contextlib.suppress(OSError):
             if encoding := self.load(framing.encoding):
                 looked = self.look_up(items, framing, encoding)
@@ -6534,25 +6542,19 @@ class TokenCounter:
 
         Only a count made here, for this very (provider, model), from a vocabulary, has something to teach.
         """
-        place = place_of(provider, model)
-        tokens = self.recent.get((*place, counted), 0.0)
+        tokens = self.recent.get((provider, model, counted), 0.0)
         if tokens <= 0 or true <= 0:
             return
-        factor, samples = self.factors.get(place, (1.0, 0))
+        factor, samples = self.factors.get((provider, model), (1.0, 0))
         samples = min(samples + 1, SAMPLES)
         factor += (min(max(true / tokens, 0.5), 2.5) - factor) / samples
-        self.factors[place] = (factor, samples)
+        self.factors[provider, model] = (factor, samples)
 
     def export(self) -> list[tuple[str, str, float, int]]:
         return [(*key, *value) for key, value in self.factors.items()]
 
     def restore(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
         self.factors.update({(p, m): (factor, samples) for p, m, factor, samples in rows})
-
-
-def place_of(provider: str, model: str) -> tuple[str, str]:
-    """What a count is remembered by until its true usage comes; a client may send a name of megabytes."""
-    return provider, model[:LONGEST_NAME]
 
 
 Key = tuple[Any, ...]  # ends with a hash of what was counted; Python's own, which nobody can foresee
@@ -7702,6 +7704,8 @@ class Store:
         if not USER_NAME.fullmatch(name) or name == LOCAL_USER:
             rule = f"use 1 to 64 letters, digits or . _ @ - (and not {LOCAL_USER!r})"
             raise ConfigError(f"user name {name!r}: {rule}")
+        if credit < 0:
+            raise ConfigError(f"first credit {money(credit)}: it cannot be below 0")
         key = new_key()
 
         def run(db: sqlite3.Connection) -> None:
@@ -8539,15 +8543,11 @@ class Relay:
         return self.learnt.get((call.config.text_hash, *slot.place), frozenset())
 
     def upstream_of(self, call: Call, slot: Slot) -> Upstream:
-        target, row, facts = (
-            slot.target,
-            call.config.model(call.route.model),
-            facts_of(slot.target.actual_model),
-        )
-        context = target.context or (row.context if row else 0) or facts.context
+        model, row = slot.target.actual_model, call.config.model(call.route.model)
+        facts = facts_of(model)
+        context = slot.target.context or (row.context if row else 0) or facts.context
         facts = dataclasses.replace(facts, context=context)
-        skip = self.not_taken(call, slot)
-        return Upstream(target.actual_model, slot.provider.quirks, facts, call.session, skip)
+        return Upstream(model, slot.provider.quirks, facts, call.session, self.not_taken(call, slot))
 
 
 class Attempt:
@@ -10010,7 +10010,7 @@ async def plan_call(
     """Routes a request, and counts it: before that where it may be a long one, before its hold where credits are
     enforced, else (where its answer begins with the count) while that is awaited.
     """
-    config = state.config
+    config, started = state.config, time.monotonic()
     headers = headers_of(request)
     may_be_long = bool(config.router.long_context) and not is_surely_within(raw, body, config.smallest_limit)
     if len(raw) > LARGE:
@@ -10033,6 +10033,7 @@ async def plan_call(
         format=format,
         session=session_of(body, headers),
         query=request.query_string,
+        started=started,
     )
     first, items = route.targets[0], None if route.body else items
     count = functools.partial(state.counter.count, call.body, first.provider, first.actual_model, items)
@@ -10123,10 +10124,13 @@ class StreamSink:
         transport = self.request.transport
         if transport is None or transport.get_write_buffer_size() or len(data) > WRITE_NOW:
             return False
+        self.last = 0.0  # as in `write`
         try:
-            self.write(data).send(None)  # it waits only for a client that is behind
+            self.response.write(data).send(None)  # it waits only for a client that is behind
         except StopIteration:
             return True
+        except ConnectionError:
+            raise ClientGoneError from None
         raise AssertionError("aiohttp waits for more than it did")
 
     async def send_ping(self) -> None:
@@ -10247,8 +10251,7 @@ class Exchange:
 
     async def place_hold(self) -> None:
         call, credits = self.call, self.call.config.credits
-        asked = call.body.get("max_tokens")
-        limit = asked if isinstance(asked, int) and asked > 0 else 4096
+        limit = most_output(call.body)
         prices = filter(None, map(self.price_of, call.route.targets))
         amounts = [hold_of(call.tokens, limit, price, credits.markup_percent) for price in prices]
         try:
@@ -10259,10 +10262,8 @@ class Exchange:
                 enforce=self.is_enforced,
                 max_concurrent=credits.max_concurrent,
             )
-        except (
-            ApiError,
-            asyncio.CancelledError,
-        ) as ended:  # refused, or left while it was on its way to the disk
+        # Refused, or the client has left while it was on its way to the disk.
+        except (ApiError, asyncio.CancelledError) as ended:
             self.settle(ended if isinstance(ended, ApiError) else None)
             raise
 
@@ -10324,10 +10325,10 @@ class Exchange:
             user=self.user.name,
             session=call.session,
             agent=call.headers.get("x-claude-code-agent-id", "")[:128],
-            asked=call.asked[:256],
+            asked=call.asked,
             route=call.route.reason,
             provider=target.provider,
-            model=target.actual_model[:256],
+            model=target.actual_model,
             stream=call.stream,
             status=status,
             error=error.cause if error else "" if status == 200 else "client_gone",
@@ -10502,7 +10503,7 @@ async def get_model(request: web.Request) -> web.StreamResponse:
     state = state_of(request)
     client_of(request, state)
     name = request.match_info["id"]
-    if not resolve(state.config, re.sub(r"(?i)\[1m\]$", "", name)):
+    if not resolve(state.config, asked_model({"model": name})):
         raise no_such_model(state.config, name)
     return web.json_response(model_entry(name, name))
 
@@ -10891,8 +10892,7 @@ async def explain(config: Config, body: Json, headers: Mapping[str, str], counte
     route = route_of(body, headers, config, early)
     first = route.targets[0]
     tokens = await counter.count(route.body or body, first.provider, first.actual_model)
-    asked = body.get("max_tokens")
-    limit = asked if isinstance(asked, int) and asked > 0 else 4096
+    limit = most_output(body)
     return {
         "model": route.model,
         "reason": route.reason,
@@ -11261,7 +11261,7 @@ async def listed_models(state: State, provider: Provider) -> list[str]:
         return [provider.default_model]
     slot = state.relay.slots_of(Target(provider.name, ""), provider)[0]
     headers = upstream_headers({}, slot, dialect)
-    proxy = provider.proxy or environment_proxy(provider.base_url)
+    proxy = proxy_of(provider)
     names: list[str] = []
     page: str | None = ""
     status = 200

@@ -151,6 +151,9 @@ def test_top_help_names_every_command(cli: Cli, monkeypatch: pytest.MonkeyPatch)
         pytest.param(("user", "add"), "the following arguments are required: NAME", id="no-name"),
         pytest.param(("user", "add", "a b"), "user name 'a b': use 1 to 64 letters", id="bad-name"),
         pytest.param(
+            ("user", "add", "a", "--credit", "-5"), "first credit -$5.00: it cannot be below 0", id="debt"
+        ),
+        pytest.param(
             ("report", "--since", "0001-01-01T00:00+14:00"),
             "is not a time: 2026-11-24, today or 7d",
             id="no-moment",

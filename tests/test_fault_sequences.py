@@ -1948,6 +1948,39 @@ async def test_a_try_that_failed_leaves_no_floor_to_a_crash(tmp_path: Path) -> N
         await asyncio.gather(asked, return_exceptions=True)
 
 
+async def test_however_long_a_name_is_little_is_remembered_of_it(tmp_path: Path) -> None:
+    name, refused = "A/" + "m" * 100_000, fails(400, says="model: String should have at most 256 characters")
+    tagged = message_body(system=f"<CCM-SUBAGENT-MODEL>{name}</CCM-SUBAGENT-MODEL>")
+    async with stage(tmp_path, OK, credits={"enforce": True}) as (proxy, _):
+        refused(await ask(proxy, body=message_body(model=name)))
+        full("A")(await ask(proxy, body=tagged))
+        await proxy.idle()
+        relay, counter = proxy.state.relay, proxy.state.counter
+        kept = [*relay.breakers, *relay.learnt, *counter.recent, *counter.factors]
+    assert kept and all(len(str(each)) < 1000 for each in kept)
+
+
+async def test_a_request_is_timed_from_when_it_has_come(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is counted before it has a route is part of what its client waits for."""
+    count = ccmux.TokenCounter.count
+
+    async def slow(self: ccmux.TokenCounter, *given: Any) -> int:
+        await asyncio.sleep(0.2)
+        return await count(self, *given)
+
+    monkeypatch.setattr(ccmux.TokenCounter, "count", slow)
+    async with fs.FaultServer(fs.answer()) as a:
+        router = 'default = "m"\nlong_context = "m"\nlong_context_tokens = 1'
+        text = config_text({"A": a.url}).replace('default = "m"', router)
+        async with in_process(tmp_path, text) as proxy:
+            full("A")(await ask(proxy))
+            await proxy.idle()
+            (row,) = proxy.books.requests()
+    assert 390 < row["first_token_ms"] <= row["duration_ms"]  # two counts
+
+
 @BOTH
 async def test_a_whole_answer_above_64_mb_is_refused(wire: str, tmp_path: Path) -> None:
     large = fs.answer(pieces=["x" * 2**20] * 65)

@@ -539,7 +539,16 @@ def test_an_endless_name_costs_no_time_and_is_not_sent_back() -> None:
     slow = config('[router]\nbackground = "main"\nbackground_regex = "(?i)claude.*haiku"\n')
     with pytest.raises(ApiError) as caught:  # minutes, if the pattern saw it all
         route(ask("claude" * 300_000), config=slow)
-    assert len(caught.value.message) < 500
+    assert (caught.value.status, len(caught.value.message) < 500) == (400, True)
+
+
+def test_a_name_that_is_too_long_goes_nowhere() -> None:
+    """It would stay in what is known of each target, and in a header that clients do not take."""
+    at_most = "or/" + "m" * (ccmux.LONGEST_NAME - 3)
+    tagged = [ask(system=TAG.replace("helper", name)) for name in (at_most, at_most + "m")]
+    assert [route(body).reason for body in (ask(at_most), *tagged)] == ["asked", "tag", "default"]
+    with pytest.raises(ApiError, match="at most 256 characters"):
+        route(ask(at_most + "m"))
 
 
 def test_where_no_name_is_known_the_404_says_how_to_get_one() -> None:

@@ -870,14 +870,6 @@ def test_nothing_is_learnt_from() -> None:
     assert counter.factors == {}
 
 
-def test_what_is_remembered_of_a_count_is_small() -> None:
-    """However long the model's name that the client made up."""
-    counter, name = TokenCounter(lambda name: Words()), "m" * 100_000
-    counter.observe("p", name, counter.count_now(user("word " * 93), "p", name), 150)
-    assert counter.count_now(user("word " * 93), "p", name) == 150
-    assert all(len(model) < 1000 for _, model, *_ in [*counter.recent, *counter.export()])
-
-
 def test_factors_survive_a_restart() -> None:
     counter, again = TokenCounter(lambda name: Words()), TokenCounter(lambda name: Words())
     counter.observe("p", "gpt-5", counter.count_now(user("word " * 93), "p", "gpt-5"), 150)
