@@ -1226,6 +1226,7 @@ class Config:
         found = {self.server.admin_token}
         for p in self.providers:
             found |= {*p.api_key, *p.headers.values(), str(p.quirks.extra_body.get("api_key", ""))}
+            found |= {urllib.parse.urlsplit(url).password or "" for url in (p.base_url, p.proxy)}
         return sorted(found - {"", "passthrough"}, key=len, reverse=True)
 
 

@@ -335,6 +335,11 @@ def test_a_key_in_the_body_is_a_secret() -> None:
     assert made.secrets == ["body-abcdef"]
 
 
+def test_a_password_in_an_address_is_a_secret() -> None:
+    made = parse(PROVIDER + "proxy = 'http://anna:proxy-abcdef@proxy.test:3128'\n")
+    assert made.secrets == ["proxy-abcdef"]
+
+
 def test_a_passthrough_key_is_no_secret() -> None:
     assert parse(PROVIDER + "api_key = 'passthrough'\n").secrets == []
     assert parse(PROVIDER + "api_key = 'passthrough'\nheaders = { A = 'head-abcdef' }").secrets == [
