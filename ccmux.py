@@ -8672,7 +8672,8 @@ class Attempt:
         if call.is_passed_on:
             return UpstreamRequest(url, headers, compact(chat_passed_on(call.chat, to)))
         if dialect.request is None:
-            url += "?beta=true" if "beta=true" in call.query else ""
+            if "beta=true" in call.query:
+                url += "&beta=true" if "?" in url else "?beta=true"
             return UpstreamRequest(url, headers, forwarded(call, to))
         body = with_tool_changes(call.body)
         self.tools = {upstream: client for client, upstream in tool_names(body).items()}

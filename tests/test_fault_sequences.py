@@ -892,6 +892,16 @@ async def test_a_beta_request_is_one_upstream_too(wire: str, tmp_path: Path) -> 
     assert asked == (["beta=true", "", ""] if wire == "anthropic" else ["", "", ""])
 
 
+async def test_beta_stands_behind_the_query_of_an_address(tmp_path: Path) -> None:
+    async with FaultServer(*OK) as a:
+        text = config_text({"A": f"{a.url}?version=1"}, formats="anthropic")
+        async with in_process(tmp_path, text) as proxy, aiohttp.ClientSession() as session:
+            url = f"{proxy.url}/v1/messages?beta=true"
+            async with session.post(url, json=message_body(False)) as reply:
+                assert reply.status == 200
+    assert a.calls[0].path.partition("?")[2] == "version=1&beta=true"
+
+
 @BOTH
 async def test_auto_mode_needs_an_upstream_of_anthropics_format(wire: str, tmp_path: Path) -> None:
     """Claude Code asks again without `safeguards`, once a 400 names them, and classifies by itself."""
