@@ -13270,7 +13270,8 @@ def set_up_logging(level: str, path: Path | None) -> None:
     handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler()
     line = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(handlers=[handler], format=line, level=level.upper(), force=True)
-    logging.raiseExceptions = False  # a full disk is not told on the terminal, which may be Claude Code's
+    # A log file that cannot be written is not told on the terminal: it is Claude Code's.
+    logging.raiseExceptions = path is None
     for name in ("aiohttp.access", "aiohttp.server", "aiohttp.web", "aiohttp.client", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they echo header text, and a header may be a key
 
