@@ -477,9 +477,11 @@ def test_blank_lines_too_many_are_relayed_too() -> None:
     ("status", "retry"),
     [
         (400, Retry.NO), (401, Retry.KEY), (402, Retry.KEY), (403, Retry.KEY), (404, Retry.NEXT),
-        (408, Retry.SAME), (409, Retry.SAME), (413, Retry.NO), (422, Retry.NO), (429, Retry.KEY),
-        (500, Retry.SAME), (502, Retry.SAME), (503, Retry.SAME), (504, Retry.SAME), (520, Retry.SAME),
-        (529, Retry.NEXT), (301, Retry.NEXT), (204, Retry.NEXT),
+        (405, Retry.NO), (408, Retry.SAME), (409, Retry.SAME), (413, Retry.NO), (415, Retry.NO), (422, Retry.NO),
+        (429, Retry.KEY), (431, Retry.NO), (500, Retry.SAME), (502, Retry.SAME), (503, Retry.SAME),
+        (504, Retry.SAME), (520, Retry.SAME), (529, Retry.NEXT), (599, Retry.SAME), (600, Retry.NEXT),
+        (199, Retry.NEXT), (201, Retry.NEXT), (204, Retry.NEXT), (301, Retry.NEXT), (302, Retry.NEXT),
+        (307, Retry.NEXT),
     ],
 )  # fmt: skip
 def test_retry_class(status: int, retry: Retry) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import email.utils
 import gc
 import json
 import logging
@@ -50,39 +49,6 @@ NO_RETRY = {"providers": {"A": {"max_retries": 0}, "B": {"max_retries": 0}}}
 
 
 # Limits and cool-downs.
-
-
-def http_date(seconds: float) -> str:
-    return email.utils.formatdate(time.time() + seconds, usegmt=True)
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({"retry-after": "30"}, 30),
-        ({"retry-after": " 30 "}, 30),
-        ({"retry-after": "0.5"}, 0.5),
-        ({"retry-after-ms": "1500"}, 1.5),
-        ({"retry-after-ms": "1500", "retry-after": "30"}, 1.5),
-        ({"retry-after-ms": "x", "retry-after": "30"}, 30),
-        ({"retry-after": "nan"}, 0),
-        ({"retry-after": "-7"}, 0),
-        ({"retry-after": "inf"}, 3600),
-        ({"retry-after": "1e9"}, 3600),
-        ({"retry-after": http_date(-100)}, 0),
-        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, 3600),
-        ({"retry-after": "soon"}, None),
-        ({"retry-after": ""}, None),
-        ({}, None),
-    ],
-)
-def test_retry_after_is_read_in_every_form(headers: dict[str, str], seconds: float | None) -> None:
-    assert ccmux.retry_after(headers) == seconds
-
-
-def test_retry_after_may_be_a_date() -> None:
-    found = ccmux.retry_after({"retry-after": http_date(30)})
-    assert found is not None and 28 <= found <= 31
 
 
 @pytest.mark.parametrize(
