@@ -505,6 +505,9 @@ async def test_report_periods_and_users() -> None:
             await store.settle(settlement(f"r{day}", day))
         rows = store.report("day", "2026-11-02", "2026-11-03")
         assert [(r["key"], r["charge_microusd"]) for r in rows] == [("2026-11-02", 2)]
+        assert [r["key"][-2:] for r in store.report("day")] == ["01", "02", "03"]  # not by what was charged
+        await store.settle(settlement("r4", 9, model="dear"))
+        assert [r["key"] for r in store.report("model")] == ["dear", "m"]
         assert store.report("day", user="nobody") == []
         with pytest.raises(ccmux.ConfigError, match="report by"):
             store.report("colour")

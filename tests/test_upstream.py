@@ -144,9 +144,9 @@ def test_retry_budget_is_a_fifth_of_what_is_active_but_at_least_three() -> None:
     assert not health.may_retry()
 
 
-def a_plan(tries: int = 1, slept: float = 0.0) -> tuple[ccmux.Plan, ccmux.Slot]:
+def a_plan(tries: int = 1, slept: float = 0.0, formats: str = "anthropic") -> tuple[ccmux.Plan, ccmux.Slot]:
     """A plan after so many tries of its only target, which may have a lot; the slot of the last."""
-    rows = config_text({"A": "http://127.0.0.1:1"}, providers={"A": {"max_retries": 9}})
+    rows = config_text({"A": "http://127.0.0.1:1"}, formats=formats, providers={"A": {"max_retries": 9}})
     config, body = ccmux.load_config(rows, {}), message_body()
     call = ccmux.Call("req_1", body, b"", {}, ccmux.choose_route(body, {}, config), config, stream=False)
     plan = ccmux.Plan(ccmux.Relay(None, None, ccmux.Metrics()), call)  # type: ignore[arg-type]
@@ -170,6 +170,16 @@ def test_a_document_in_the_wrong_place_teaches_nothing_of_anthropics_own_models(
     words = "messages.1.content.0: Input tag 'document' found using 'type' does not match any of the expected tags"
     assert plan.mends(slot, ccmux.ApiError(400, words)) == bool(learnt)
     assert plan.relay.not_taken(plan.call, slot) == learnt
+
+
+@pytest.mark.parametrize(
+    ("status", "learnt"), [(400, True), (422, True), (403, False), (404, False), (500, False)]
+)
+def test_only_what_refuses_the_request_teaches_what_it_can_do_without(status: int, learnt: bool) -> None:
+    plan, slot = a_plan(formats="openai")
+    error = ccmux.ApiError(status, "Unsupported parameter: 'temperature'")
+    assert plan.mends(slot, error) is learnt
+    assert plan.relay.not_taken(plan.call, slot) == ({"temperature"} if learnt else set())
 
 
 def failure(status: int, retry_after: float | None = None) -> ccmux.ApiError:
