@@ -365,22 +365,8 @@ def test_a_body_cannot_choose_where_it_goes(ccm: Victim, model: str) -> None:
         assert evil.connections == 0
 
 
-LINK_LOCAL = [
-    "http://169.254.169.254/", "http://169.254.0.1:80/v1", "http://2852039166/", "http://0xa9fea9fe/",
-    "http://0251.0376.0251.0376/", "http://[fe80::1]/", "http://[::ffff:169.254.169.254]/", "http://169.254.169.254./",
-    "http://169.254.43518/",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("url", LINK_LOCAL)
-def test_link_local_addresses_are_refused(url: str) -> None:
-    text = f'[[providers]]\nname = "x"\ntype = "anthropic"\nbase_url = "{url}"\napi_key = "k"\n'
-    with pytest.raises(ccmux.ConfigError):
-        ccmux.load_config(text, {})
-
-
 async def test_a_name_that_leads_to_a_link_local_address_is_not_followed() -> None:
-    """The config cannot tell: the socket is never made."""
+    """A config's own are refused (test_config.py); of a name it cannot tell: the socket is never made."""
     async with ccmux.upstream_session() as session:
         for host in ("169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]"):
             with pytest.raises(aiohttp.ClientConnectorError, match="link-local"):
