@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from translation import check_grammar
 
 from ccmux import (
     AnthropicStream,
@@ -33,37 +33,7 @@ from ccmux import (
 )
 
 Json = dict[str, Any]
-EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 SEVEN = Usage(input=7)
-DELTA_OF = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
-
-
-def check_grammar(events: list[Json]) -> None:
-    """message_start; blocks in a row, each start, deltas of its kind, stop; message_delta; message_stop."""
-    for event in events:
-        EVENT.validate_python(event, strict=True)
-    kinds = [e["type"] for e in events]
-    assert kinds[0] == "message_start"
-    assert kinds[-2:] == ["message_delta", "message_stop"]
-    assert kinds.count("message_start") == kinds.count("message_delta") == kinds.count("message_stop") == 1
-    open_kind, index, tools = "", -1, 0
-    for event in events[1:-2]:
-        if event["type"] == "content_block_start":
-            assert not open_kind, "blocks interleave"
-            index += 1
-            open_kind = event["content_block"]["type"]
-            tools += open_kind == "tool_use"
-        elif event["type"] == "content_block_delta":
-            assert event["delta"]["type"] in (DELTA_OF.get(open_kind, "input_json_delta"), "signature_delta")
-        else:
-            assert event["type"] == "content_block_stop"
-            assert open_kind
-            open_kind = ""
-        assert event["index"] == index
-    assert not open_kind, "a block never ends"
-    assert (events[-2]["delta"]["stop_reason"] == "tool_use") is (tools > 0) or events[-2]["delta"][
-        "stop_reason"
-    ] in ("max_tokens", "refusal")
 
 
 def made(*said: tuple[Any, ...], usage: Usage = SEVEN) -> list[Json]:
@@ -85,10 +55,11 @@ def shape(events: list[Json]) -> list[str]:
         elif e["type"] == "message_delta":
             short.append(str(e["delta"]["stop_reason"]))
         else:
-            short.append(
-                {"content_block_stop": "-", "message_start": "start", "message_stop": "stop"}[e["type"]]
-            )
+            short.append(SHORT[e["type"]])
     return short
+
+
+SHORT = {"content_block_stop": "-", "message_start": "start", "message_stop": "stop"}
 
 
 SIGNED = sign()[:20]
@@ -135,7 +106,7 @@ SIGNED = sign()[:20]
 def test_order_of_events(said: list[tuple[Any, ...]], expected: list[str]) -> None:
     events = made(*said)
     assert shape(events) == expected
-    check_grammar(events)
+    check_grammar(events, True)
 
 
 SAID = st.one_of(
@@ -152,14 +123,13 @@ SAID = st.one_of(
 @given(st.lists(SAID, max_size=12), st.sampled_from(["end_turn", "tool_use", "max_tokens", "refusal"]))
 def test_whatever_is_said_obeys_the_grammar(said: list[tuple[Any, ...]], stop_reason: str) -> None:
     events = made(*said, ("finish", stop_reason))
-    check_grammar(events)
+    check_grammar(events, True)
     message = collect(events)
     Message.model_validate(message, strict=True)
     texts = "".join(b["text"] for b in message["content"] if b["type"] == "text")
     assert texts == "".join(s[1] for s in said if s[0] == "text")
-    assert len([b for b in message["content"] if b["type"] == "tool_use"]) == sum(
-        s[0] == "tool" for s in said
-    )
+    calls = [b for b in message["content"] if b["type"] == "tool_use"]
+    assert len(calls) == sum(method == "tool" for method, *_ in said)
 
 
 def test_message_start_names_the_message_and_its_estimate() -> None:

@@ -116,29 +116,37 @@ def check_golden(path: Path, found: Json) -> None:
     assert found == json.loads(path.read_text())
 
 
+DELTAS = {"text": {"text_delta", "citations_delta"}, "thinking": {"thinking_delta", "signature_delta"}}
+
+
 def check_grammar(events: list[Json], ended: bool) -> None:
-    """Every event is one that the anthropic package knows, and they come in the one order there is."""
-    open_at, next_index = None, 0
+    """Every event is one that the anthropic package knows, and they come in the one order there is: message_start;
+    blocks in a row, each a start, deltas of its kind, a stop; message_delta; message_stop.
+    """
+    open_kind, index = "", -1
     for number, event in enumerate(events):
-        EVENT.validate_python(event)
+        EVENT.validate_python(event, strict=True)
         kind = event["type"]
         assert (kind == "message_start") == (number == 0)
         if kind == "content_block_start":
-            assert open_at is None
-            assert event["index"] == next_index
-            open_at, next_index = next_index, next_index + 1
-        elif kind in ("content_block_delta", "content_block_stop"):
-            assert event["index"] == open_at
-            open_at = None if kind == "content_block_stop" else open_at
-        elif kind in ("message_delta", "message_stop"):
-            assert open_at is None
+            assert not open_kind, "blocks interleave"
+            open_kind, index = event["content_block"]["type"], index + 1
+        elif kind == "content_block_delta":
+            assert event["delta"]["type"] in DELTAS.get(open_kind, {"input_json_delta"})
+        else:
+            assert bool(open_kind) == (kind == "content_block_stop"), "a block never ends, or none has begun"
+            open_kind = ""
+        assert event.get("index", index) == index
     kinds = [e["type"] for e in events]
     assert kinds[-2:] == ["message_delta", "message_stop"] if ended else "message_stop" not in kinds
+    assert kinds.count("message_delta") == kinds.count("message_stop") == int(ended)
     if ended:
         message = anthropic.types.Message.model_validate(collect(events))
-        assert (message.stop_reason == "tool_use") == any(
-            b.type == "tool_use" for b in message.content
-        ) or message.stop_reason in ("max_tokens", "refusal")
+        calls = any(b.type == "tool_use" for b in message.content)
+        assert (message.stop_reason == "tool_use") == calls or message.stop_reason in (
+            "max_tokens",
+            "refusal",
+        )
 
 
 def expect_400(call: Any, words: str) -> None:
