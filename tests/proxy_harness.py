@@ -106,6 +106,17 @@ def total(rows: list[dict[str, Any]], user_id: int) -> int:
     return sum(int(row["amount_microusd"]) for row in rows if row["user_id"] == user_id)
 
 
+def settlement(request_id: str, charge: int = 100, user: str = "ann", **more: Any) -> ccmux.Settlement:
+    """A request as it stands in the ledger."""
+    fields: dict[str, Any] = {
+        "session": "s1", "agent": "", "asked": "claude-x", "route": "default", "provider": "p", "model": "m",
+        "stream": True, "status": 200, "error": "", "attempts": 1, "cost": charge, "markup": 0,
+        "usage": ccmux.Usage(input=10, output=5, cache_read=3), "price": {"input": "1", "output": "2"},
+        "first_token_ms": 12, "duration_ms": 34, "stop_reason": "end_turn", "trail": [["default", "m"]], **more,
+    }  # fmt: skip
+    return ccmux.Settlement(request_id=request_id, user=user, charge=charge, **fields)
+
+
 @dataclass
 class Proxy:
     """A running ccmux."""
