@@ -18,7 +18,7 @@ import proxy_harness
 import pytest
 import pytest_asyncio
 from fakes import Answer, AnthropicFake, Tokens
-from proxy_harness import ADMIN_TOKEN, ROOT, Proxy, in_process, until
+from proxy_harness import ADMIN_TOKEN, ROOT, Proxy, in_process, provider_row, until
 
 import ccmux
 
@@ -104,9 +104,9 @@ async def tab(page: Page, name: str) -> None:
 
 def config_of(fake: AnthropicFake, model: str = "tiny", extra: str = "") -> str:
     name = model.replace('"', '\\"')
+    row = provider_row("up", "anthropic", base_url=fake.base_url, api_key="sk-secret-0123456789")
     return (
-        f'# a comment that stays\n[[providers]]\nname = "up"\ntype = "anthropic"\nbase_url = "{fake.base_url}"\n'
-        f'api_key = "sk-secret-0123456789"\n[[models]]\nname = "{name}"\nprice = {{ input = 3.0, output = 15.0 }}\n'
+        f'# a comment that stays\n{row}[[models]]\nname = "{name}"\nprice = {{ input = 3.0, output = 15.0 }}\n'
         f'[[models.mappings]]\nprovider = "up"\nactual_model = "{name}"\n{extra}'
     )
 
@@ -282,7 +282,7 @@ async def test_a_provider_is_added_by_keyboard_alone(admin: Admin) -> None:
         await expect(page.locator(".problems")).to_contain_text(
             "The built-in demo answers what Claude Code asks"
         )
-    assert proxy.config_file.read_text() == '[[providers]]\nname = "demo"\ntype = "demo"\n'
+    assert proxy.config_file.read_text() == provider_row()
 
 
 async def tab_to(page: Page, words: str) -> None:
@@ -1330,7 +1330,7 @@ async def test_a_save_without_a_change_leaves_the_file_as_it_is(admin: Admin) ->
 async def test_a_demo_that_still_answers_beside_a_provider_is_told(
     browser: Browser, provider: AnthropicFake, tmp_path: Path
 ) -> None:
-    demo = '[[providers]]\nname = "demo"\ntype = "demo"\n'
+    demo = provider_row()
     off = '[[providers]]\nname = "off"\ntype = "openrouter"\napi_key = "$NO_SUCH_KEY_HERE"\nenabled = false\n'
     text = config_of(provider, extra=off)  # what is switched off is no problem
     for config, is_told in ((demo + text.partition("[[models]]")[0], True), (demo + text, False)):
