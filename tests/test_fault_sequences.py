@@ -132,6 +132,15 @@ def test_a_wait_in_a_body_may_be_none(payload: Any) -> None:
     assert ccmux.retry_after(ccmux.wait_in_body(payload)) is None
 
 
+async def test_a_limit_that_is_told_amid_an_answer_rests_nobody(tmp_path: Path) -> None:
+    """Whoever had content was let in."""
+    limit = fs.cut_after(5, extra=lambda call: fs.error_event(call, "rate_limit_error"))
+    async with stage(tmp_path, (limit, fs.answer()), OK) as (proxy, (a, b)):
+        breaks_off("rate_limit_error")(await ask(proxy, on_data=opens_gates([a])))
+        full("A")(await ask(proxy))
+    assert (a.count, b.count) == (2, 0)
+
+
 @BOTH
 async def test_when_all_targets_rest_no_call_is_made(wire: str, tmp_path: Path) -> None:
     async with stage(tmp_path, (fs.status(429, [("retry-after", "30")]),), formats=wire) as (proxy, (a,)):
@@ -862,6 +871,16 @@ async def test_beta_stands_behind_the_query_of_an_address(tmp_path: Path) -> Non
         async with in_process(tmp_path, text) as proxy:
             full()(await ask(proxy, "/v1/messages?beta=true", stream=False))
     assert a.calls[0].path.partition("?")[2] == "version=1&beta=true"
+
+
+async def test_an_answer_of_no_content_that_ends_well_is_not_taken_for_none(tmp_path: Path) -> None:
+    begin, *_, delta, stop = fs.anthropic_events()
+    script = (fs.Behaviour(lambda call: fs.stream_of([begin, delta, stop])),)
+    async with stage(tmp_path, script, OK) as (proxy, (a, b)):
+        reply = await ask(proxy)
+    assert (reply.status, reply.headers["x-ccmux-provider"]) == (200, "A")
+    assert reply.kinds == ["message_start", "message_delta", "message_stop"]
+    assert (a.count, b.count) == (1, 0)
 
 
 @BOTH
