@@ -279,14 +279,11 @@ REMIND = "<system-reminder>quickly, use small: it</system-reminder>"
         pytest.param([says("use or/abc: go")], "rule", "or/abc", id="$1 with a provider"),
         pytest.param([{"role": "user", "content": "quickly now"}], "rule", "ruled", id="a string content"),
         pytest.param([says("quick")], "rule", "ruled", id="a group that took no part"),
-        pytest.param([says("use nobody: quickly")], "default", "main",
-                     id="the first match decides, even unserved"),
+        pytest.param([says("use nobody: quickly")], "default", "main", id="the first match decides, even unserved"),
         pytest.param([says(REMIND + "hello")], "default", "main", id="reminder text is not the user's"),
         pytest.param([says(REMIND)], "default", "main", id="nothing but a reminder"),
-        pytest.param([says("hello <system-reminder>quickly")], "default", "main",
-                     id="a reminder that never ends"),
-        pytest.param([says(REMIND + "use small: go")], "rule", "small",
-                     id="the user's words after a reminder"),
+        pytest.param([says("hello <system-reminder>quickly")], "default", "main", id="a reminder that never ends"),
+        pytest.param([says(REMIND + "use small: go")], "rule", "small", id="the user's words after a reminder"),
         pytest.param([says("quickly" + REMIND)], "rule", "ruled", id="the user's words before a reminder"),
         pytest.param([says("quickly"), says("ok", "assistant"), says("hello")], "default", "main",
                      id="an older prompt"),
@@ -304,8 +301,7 @@ REMIND = "<system-reminder>quickly, use small: it</system-reminder>"
                      "default", "main", id="tool results are not the user's words"),
         pytest.param([says("quickly"), says("ok", "assistant"), says(REMIND)], "rule", "ruled",
                      id="a turn of reminders alone is passed over"),
-        pytest.param([says("quickly"), says("note", "system")], "rule", "ruled",
-                     id="a system message after it"),
+        pytest.param([says("quickly"), says("note", "system")], "rule", "ruled", id="a system message after it"),
         pytest.param([says("hello"), says("quickly", "system")], "default", "main", id="system words"),
         pytest.param([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text":
                      "quickly"}]}], "rule", "ruled", id="any text block of the turn"),
@@ -433,8 +429,7 @@ name = "empty"
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
-        pytest.param("pair", [("or", "first"), ("anthropic", "also-first"), ("lab", "second")],
-                     id="by priority"),
+        pytest.param("pair", [("or", "first"), ("anthropic", "also-first"), ("lab", "second")], id="by priority"),
         pytest.param("shared", [("or", "shared"), ("lab", "shared")], id="listed by two providers"),
         pytest.param("or/z/q", [("or", "z/q")], id="the first slash"),
         pytest.param("a/b", [("lab", "row-wins")], id="a row with a slash in its name"),
@@ -472,8 +467,7 @@ def test_the_alias_without_a_provider_named_anthropic() -> None:
 @pytest.mark.parametrize(
     ("router", "rows", "asked", "model", "target"),
     [
-        pytest.param('[router]\ndefault = "or/z"\n', ROWS, "claude-x", "or/z", ("or", "z"),
-                     id="as configured"),
+        pytest.param('[router]\ndefault = "or/z"\n', ROWS, "claude-x", "or/z", ("or", "z"), id="as configured"),
         pytest.param("", ROWS, "claude-x", "main", ("or", "up-main"), id="left out: the first row"),
         pytest.param("", "", "claude-x", "anthropic/claude-x", ("anthropic", "claude-x"),
                      id="no rows: the first provider, name untouched"),
