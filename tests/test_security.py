@@ -406,8 +406,11 @@ def test_pages_carry_their_policy(ccm: Victim, endpoint: tuple[str, str]) -> Non
         for part in answer.headers["content-security-policy"].split(";")
         if part.strip()
     )
-    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+    for kind in ("default-src", "frame-ancestors", "base-uri", "form-action"):
+        assert policy[kind] == "'none'"
+    assert "unsafe" not in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
+    assert (answer.headers["referrer-policy"], answer.headers["cache-control"]) == ("no-referrer", "no-cache")
     html = answer.body.decode()
     for tag, directive in (("script", "script-src"), ("style", "style-src")):
         assert "unsafe" not in policy[directive] and "*" not in policy[directive]
