@@ -175,6 +175,9 @@ def test_failures(events: list[Any], status: int, retry: Retry, cause: str) -> N
             Usage(111, 0),
             id="what tools said is input",
         ),
+        pytest.param(
+            {"promptTokenCount": 60, "cachedContentTokenCount": 60}, Usage(0, 0, 60), id="all of it cached"
+        ),
         pytest.param({"promptTokenCount": 1, "candidatesTokenCount": None}, Usage(1, 0), id="null is 0"),
         pytest.param({"promptTokenCount": 1, "candidatesTokenCount": -1}, None, id="absurd"),
         pytest.param({"candidatesTokenCount": 1}, None, id="no prompt"),

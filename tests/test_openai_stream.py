@@ -319,6 +319,7 @@ def test_stop_reason(events: list[Any], stop: str) -> None:
         pytest.param(USAGE, Usage(input=40, output=7, cache_read=60), id="cached inside prompt_tokens"),
         pytest.param(counts(100, 7, prompt_cache_hit_tokens=30), Usage(70, 7, 30), id="DeepSeek's cache hits"),
         pytest.param(counts(100, 7, cached_tokens=30), Usage(70, 7, 30), id="Kimi's cache hits"),
+        pytest.param(counts(60, 7, cached_tokens=60), Usage(0, 7, 60), id="all of it cached"),
         pytest.param(counts(10, 7, prompt_tokens_details={"cached_tokens": 60}), Usage(10, 7, 60),
                      id="more cached than prompted: not subtracted"),
         pytest.param({**USAGE, "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30}},

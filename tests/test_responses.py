@@ -278,6 +278,9 @@ TOLD = {"input_tokens": 100, "output_tokens": 5}
             Usage(10, 5, 60, 30),
             id="writes apart",
         ),
+        pytest.param(
+            {**TOLD, "input_tokens_details": {"cached_tokens": 100}}, Usage(0, 5, 100), id="all of it cached"
+        ),
         pytest.param({**TOLD, "input_tokens_details": None}, Usage(100, 5), id="no details"),
         pytest.param({"input_tokens": -3, "output_tokens": 0}, None, id="absurd"),
         pytest.param(None, None, id="none"),
