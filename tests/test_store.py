@@ -633,7 +633,7 @@ def test_kill_9_at_random_loses_nothing(tmp_path: Path) -> None:
     store.close()
 
 
-# Found by reading: each of these was possible once.
+# Beside other processes, odd values, a slow disk and a full one.
 
 
 def test_many_processes_may_make_the_database_at_once(tmp_path: Path) -> None:
