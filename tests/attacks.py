@@ -179,6 +179,9 @@ class Answer:
             self.body = rest
 
 
+Headers = Mapping[str, str] | None
+
+
 @dataclass
 class Victim:
     """A ccmux process under attack, and all that it ever answered."""
@@ -212,7 +215,7 @@ class Victim:
         self,
         method: str,
         path: str,
-        headers: Mapping[str, str] | None = None,
+        headers: Headers = None,
         body: bytes | None = None,
         host: str | None = None,
     ) -> Answer:
@@ -222,22 +225,16 @@ class Victim:
         self,
         method: str,
         path: str,
-        headers: Mapping[str, str] | None = None,
+        headers: Headers = None,
         body: bytes | None = None,
         host: str | None = None,
     ) -> bytes:
         """A request's bytes, JSON unless the headers say otherwise; the connection ends with it."""
         changes = method in ("POST", "PUT", "PATCH", "DELETE")
-        found = {
-            "Host": f"127.0.0.1:{self.port}" if host is None else host,
-            "Connection": "close",
-            **(
-                {"Content-Type": "application/json", "Content-Length": str(len(body or b""))}
-                if changes
-                else {}
-            ),
-            **(headers or {}),
-        }
+        found = {"Host": f"127.0.0.1:{self.port}" if host is None else host, "Connection": "close"}
+        if changes:
+            found |= {"Content-Type": "application/json", "Content-Length": str(len(body or b""))}
+        found |= headers or {}
         lines = [f"{method} {path} HTTP/1.1", *(f"{k}: {v}" for k, v in found.items() if v != "-"), "", ""]
         return "\r\n".join(lines).encode("utf-8", "surrogateescape") + ((body or b"") if changes else b"")
 
@@ -283,12 +280,8 @@ def victim(folder: Path, *script: fs.Behaviour, config: str = CONFIG) -> Iterato
             url=upstream.url, config_key=CONFIG_KEY, pool_key=POOL_KEY, header_value=HEADER_VALUE
         )
         (folder / "config.toml").write_text(text)
-        environment = {
-            **os.environ,
-            "HOME": str(folder),
-            "CANARY_KEY": ENVIRONMENT_KEY,
-            "CANARY_ADMIN": ADMIN_TOKEN,
-        }
+        canaries = {"CANARY_KEY": ENVIRONMENT_KEY, "CANARY_ADMIN": ADMIN_TOKEN}
+        environment = {**os.environ, "HOME": str(folder), **canaries}
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "ccmux.py"), "serve", "--config", str(folder / "config.toml"), "--port", "0",
              "--log-level", "debug"],

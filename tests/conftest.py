@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -21,7 +22,7 @@ for folder in (ROOT, ROOT / "tests"):
 import vocabulary
 from claude_cli import NoCliError, install
 from fakes import Fake
-from proxy_harness import Proxy, as_process
+from proxy_harness import Proxy, as_process, provider_row
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
@@ -30,10 +31,8 @@ def config_for(*fakes: Fake, extra: str = "") -> str:
     """A config that sends everything to the fakes' model `tiny`, the first fake first."""
     lines = ['[router]\ndefault = "tiny"\n']
     for n, fake in enumerate(fakes):
-        lines.append(
-            f'[[providers]]\nname = "p{n}"\ntype = "{fake.kind}"\nbase_url = "{fake.base_url}"\n'
-            f'api_key = "sk-upstream-{n}-0123456789"\n'
-        )
+        key = f"sk-upstream-{n}-0123456789"
+        lines.append(provider_row(f"p{n}", fake.kind, base_url=fake.base_url, api_key=key))
     lines.append('[[models]]\nname = "tiny"\ncontext = 200000\n')
     for n, _ in enumerate(fakes):
         lines.append(f'[[models.mappings]]\nprovider = "p{n}"\nactual_model = "tiny"\npriority = {n + 1}\n')
@@ -50,13 +49,20 @@ async def running_ccmux(folder: Path, text: str) -> AsyncIterator[Proxy]:
         yield proxy
         assert proxy.process
         proxy.process.terminate()
-        assert await asyncio.wait_for(proxy.process.wait(), 10) == 0, proxy.output.decode()
+        assert await asyncio.wait_for(proxy.process.wait(), 30) == 0, proxy.output.decode()
 
 
 @pytest.fixture
 def start_ccmux(tmp_path: Path) -> Start:
     """`async with start_ccmux(config_text) as running`: ccmux as a process, in this test's own folder."""
     return functools.partial(running_ccmux, tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> None:
+    """SIGINT ends a process again, in the background of a shell, too, which leaves it ignored to all it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,7 @@ Every request is recorded with its headers and body, and with whether the client
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import re
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 Json = dict[str, Any]
 
@@ -195,6 +197,15 @@ class Fake:
 
     def too_long(self, answer: Answer) -> Answer:
         raise NotImplementedError
+
+
+@contextlib.asynccontextmanager
+async def serving(*routes: web.RouteDef) -> AsyncIterator[str]:
+    """A server of these routes alone; its address."""
+    app = web.Application()
+    app.add_routes(routes)
+    async with TestServer(app) as server:
+        yield str(server.make_url("")).rstrip("/")
 
 
 def fragments(text: str, size: int = 12) -> list[str]:

@@ -548,6 +548,15 @@ def status(
     return Behaviour(steps)
 
 
+def refusing(words: str, what: Callable[[dict[str, Any]], Any], code: int = 400) -> Behaviour:
+    """A refusal in these words of each request of which `what` holds, and a good answer to any other."""
+
+    def steps(call: UpstreamCall) -> Iterable[Step]:
+        return (status(code, message=words) if what(call.json) else answer()).steps(call)
+
+    return Behaviour(steps)
+
+
 def raw(code: int = 200, headers: Iterable[tuple[str, str]] = (), body: bytes = b"") -> Behaviour:
     """Any status with any headers and any body."""
     return Behaviour(lambda call: [whole(code, headers, body)])

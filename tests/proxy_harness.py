@@ -39,6 +39,12 @@ def toml(value: Any) -> str:
     return json.dumps(value)
 
 
+def provider_row(name: str = "demo", type: str = "demo", **keys: Any) -> str:
+    """A [[providers]] table; without words the built-in demo's."""
+    rows = {"name": name, "type": type, **keys}.items()
+    return "\n".join(["[[providers]]", *(f"{k} = {toml(v)}" for k, v in rows), ""])
+
+
 def config_text(
     urls: Mapping[str, str],
     *,
@@ -53,9 +59,8 @@ def config_text(
     lines += ["[router]", 'default = "m"']
     lines += ["[credits]", *(f"{k} = {toml(v)}" for k, v in (credits or {}).items())]
     for name, url in urls.items():
-        table = {"name": name, "type": formats, "base_url": url, "api_key": f"sk-test-key-of-{name}"}
-        table |= (providers or {}).get(name, {})
-        lines += ["[[providers]]", *(f"{k} = {toml(v)}" for k, v in table.items())]
+        table = {"type": formats, "base_url": url, "api_key": f"sk-test-key-of-{name}"}
+        lines += [provider_row(name, **table | (providers or {}).get(name, {}))]
     lines += ["[[models]]", 'name = "m"']
     for number, name in enumerate(urls, 1):
         price = {"input": PRICES[name[0]][0], "output": PRICES[name[0]][1]}
@@ -101,6 +106,17 @@ def total(rows: list[dict[str, Any]], user_id: int) -> int:
     return sum(int(row["amount_microusd"]) for row in rows if row["user_id"] == user_id)
 
 
+def settlement(request_id: str, charge: int = 100, user: str = "ann", **more: Any) -> ccmux.Settlement:
+    """A request as it stands in the ledger."""
+    fields: dict[str, Any] = {
+        "session": "s1", "agent": "", "asked": "claude-x", "route": "default", "provider": "p", "model": "m",
+        "stream": True, "status": 200, "error": "", "attempts": 1, "cost": charge, "markup": 0,
+        "usage": ccmux.Usage(input=10, output=5, cache_read=3), "price": {"input": "1", "output": "2"},
+        "first_token_ms": 12, "duration_ms": 34, "stop_reason": "end_turn", "trail": [["default", "m"]], **more,
+    }  # fmt: skip
+    return ccmux.Settlement(request_id=request_id, user=user, charge=charge, **fields)
+
+
 @dataclass
 class Proxy:
     """A running ccmux."""
@@ -120,6 +136,11 @@ class Proxy:
     @property
     def config_file(self) -> Path:
         return self.folder / "config.toml"
+
+    def signal(self, number: int) -> None:
+        """To a process."""
+        assert self.process is not None
+        self.process.send_signal(number)
 
     def add_user(self, name: str, credit_microusd: int = 0) -> str:
         """A user with some credit; the key."""
@@ -260,6 +281,7 @@ def message_body(stream: bool = True, **more: Any) -> dict[str, Any]:
 
 async def ask(
     proxy: Proxy,
+    path: str = "/v1/messages",
     *,
     stream: bool = True,
     key: str = "",
@@ -267,15 +289,14 @@ async def ask(
     on_data: Callable[[Reply], None] = lambda reply: None,
     body: Mapping[str, Any] | None = None,
 ) -> Reply:
-    """One POST /v1/messages on a connection of its own; `on_data` sees the reply grow."""
+    """One POST on a connection of its own; `on_data` sees the reply grow."""
     began = time.monotonic()
     sent = {**({"x-api-key": key} if key else {}), **(headers or {})}
     reply = Reply()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
         try:
-            async with session.post(
-                f"{proxy.url}/v1/messages", json=body or message_body(stream), headers=sent
-            ) as response:
+            url, asked = f"{proxy.url}{path}", message_body(stream) if body is None else body
+            async with session.post(url, json=asked, headers=sent) as response:
                 reply.status = response.status
                 reply.headers = {k.lower(): v for k, v in response.headers.items()}
                 async for data in response.content.iter_any():
@@ -288,8 +309,8 @@ async def ask(
 
 
 async def soon_enough(go: Callable[[Path], Awaitable[float]], folder: Path, most: float) -> None:
-    """Runs something that is to take at most so many seconds, which it returns. Being late counts only when it
-    is so each of three times, as a shared machine may be away for longer.
+    """Runs something that is to take at most so many seconds, which it returns (inf: it was too late for more).
+    Being late counts only when it is so each of three times, as a shared machine may be away for longer.
     """
     took = []
     for number in range(3):

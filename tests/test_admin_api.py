@@ -19,9 +19,8 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
-from fakes import Answer, AnthropicFake, OpenAIFake, Turn
-from proxy_harness import ADMIN_TOKEN, in_process, until
+from fakes import Answer, AnthropicFake, OpenAIFake, Turn, serving
+from proxy_harness import ADMIN_TOKEN, in_process, provider_row, until
 
 import ccmux
 
@@ -82,9 +81,36 @@ class Admin:
         assert status == 200, body
         return body
 
+    async def save(self, path: str, method: str = "PUT", **body: Any) -> tuple[int, Any]:
+        """A change of the config as it now is."""
+        return await self.call(method, f"/admin/api/{path}", {"hash": await self.hash(), **body})
+
+    async def shown(self) -> str:
+        """The whole text as the page shows it."""
+        return str((await self.get("/admin/api/config"))["text"])
+
+    async def edit(self, old: str, new: str) -> tuple[int, str]:
+        """Saves the whole text as shown, with the only `old` in it replaced; the status, and an error's words."""
+        given = await self.get("/admin/api/config")
+        assert given["text"].count(old) == 1
+        body = {"text": given["text"].replace(old, new), "hash": given["hash"]}
+        status, told = await self.call("PUT", "/admin/api/config", body)
+        return status, told.get("error", {}).get("message", "")
+
+    async def add_line(self) -> int:
+        """The same, with a comment at the end."""
+        given = await self.get("/admin/api/config")
+        body = {"text": given["text"] + "# more\n", "hash": given["hash"]}
+        return (await self.call("PUT", "/admin/api/config", body))[0]
+
     @property
     def text(self) -> str:
         return str(self.file.read_text())
+
+
+def marks_in(text: str) -> list[str]:
+    """What stands in a shown text for the secrets that are kept."""
+    return [word for word in text.split('"') if word.startswith("[kept-")]
 
 
 def hi(turn: Turn) -> Answer:
@@ -146,21 +172,16 @@ async def test_a_provider_is_added_changed_and_taken_away_with_comments_kept(tmp
         assert 'api_key = "$Q_KEY"' in admin.text
         assert all(line in admin.text for line in before.splitlines())
         assert admin.state.config.provider("q").problem == "$Q_KEY is not set in the environment"
-        status, answer = await admin.call("DELETE", "/admin/api/providers/q", {"hash": await admin.hash()})
+        status, answer = await admin.save("providers/q", "DELETE")
         assert status == 200, answer
         assert list(filter(None, admin.text.splitlines())) == list(filter(None, before.splitlines()))
 
 
 async def test_a_key_left_out_stays_but_never_goes_to_another_address(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, fake):
-        await admin.put(
-            "/admin/api/providers/p", {"type": "openai", "base_url": fake.base_url, "max_retries": 0}
-        )
-        assert SECRET in admin.text
-        await admin.put(
-            "/admin/api/providers/p", {"type": "openai", "base_url": fake.base_url, "api_key": None}
-        )
-        assert SECRET in admin.text
+        for more in ({"max_retries": 0}, {"api_key": None}):
+            await admin.put("/admin/api/providers/p", {"type": "openai", "base_url": fake.base_url, **more})
+            assert SECRET in admin.text
         await admin.put("/admin/api/providers/p", {"type": "openai", "base_url": "https://elsewhere.test"})
         assert SECRET not in admin.text
         assert admin.state.config.provider("p").api_key != (SECRET,)
@@ -186,8 +207,7 @@ async def test_a_new_key_among_masks_is_no_silent_loss(tmp_path: Path) -> None:
         masks = (await admin.get("/admin/api/state"))["config"]["providers"][0]["api_key"]
         table = {"type": "anthropic", "api_key": masks}
         await admin.put("/admin/api/providers/p", table)
-        body = {"table": {**table, "api_key": [*masks, "new"]}, "hash": await admin.hash()}
-        status, told = await admin.call("PUT", "/admin/api/providers/p", body)
+        status, told = await admin.save("providers/p", table={**table, "api_key": [*masks, "new"]})
         assert (status, "item 1 must be text" in told["error"]["message"]) == (400, True)
         assert admin.text == row
 
@@ -244,11 +264,9 @@ async def test_another_name_in_the_body_renames(tmp_path: Path) -> None:
 
 async def test_a_provider_in_use_is_not_taken_away(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
-        status, body = await admin.call("DELETE", "/admin/api/providers/p", {"hash": await admin.hash()})
-        assert status == 409
-        assert "used by model m" in body["error"]["message"]
-        status, _ = await admin.call("DELETE", "/admin/api/providers/none", {"hash": await admin.hash()})
-        assert status == 404
+        status, body = await admin.save("providers/p", "DELETE")
+        assert (status, "used by model m" in body["error"]["message"]) == (409, True)
+        assert (await admin.save("providers/none", "DELETE"))[0] == 404
 
 
 async def test_testing_a_provider_uses_the_live_path(tmp_path: Path) -> None:
@@ -265,7 +283,7 @@ async def test_a_failing_provider_says_so_without_its_key(tmp_path: Path) -> Non
         return Answer(status=401, error=f"bad key {SECRET}")
 
     async with AnthropicFake(refuses) as fake:
-        text = f'[[providers]]\nname = "p"\ntype = "anthropic"\nbase_url = "{fake.base_url}"\napi_key = "{SECRET}"\nmodels = ["x"]\n'
+        text = provider_row("p", "anthropic", base_url=fake.base_url, api_key=SECRET, models=["x"])
         async with admin_of(tmp_path, text) as (admin, _):
             _, body = await admin.call("POST", "/admin/api/providers/p/test", {})
             assert (body["ok"], body["status"]) == (False, 500)
@@ -277,12 +295,15 @@ async def test_a_failing_provider_says_so_without_its_key(tmp_path: Path) -> Non
 @pytest.mark.parametrize("status", [401, 500])
 async def test_a_provider_that_is_put_right_is_tried_at_once(status: int, tmp_path: Path) -> None:
     async with AnthropicFake(lambda turn: Answer(status=status)) as wrong, AnthropicFake(hi) as right:
-        text = '[[providers]]\nname = "p"\ntype = "anthropic"\nbase_url = "{}"\napi_key = "k"\nmodels = ["x"]\nmax_retries = 0\n'
-        async with admin_of(tmp_path, text.format(wrong.base_url)) as (admin, _):
+        row = {"api_key": "k", "models": ["x"], "max_retries": 0}
+        async with admin_of(tmp_path, provider_row("p", "anthropic", base_url=wrong.base_url, **row)) as (
+            admin,
+            _,
+        ):
             for _ in range(6):
                 last, _ = await admin.call("POST", "/v1/messages", message(model="x"))
             assert last in (429, 529)  # its key rests, or its breaker is open
-            admin.file.write_text(text.format(right.base_url))
+            admin.file.write_text(provider_row("p", "anthropic", base_url=right.base_url, **row))
             ccmux.reload_config(admin.state)
             assert (await admin.call("POST", "/v1/messages", message(model="x")))[0] == 200
 
@@ -306,25 +327,23 @@ async def test_a_model_list_is_read_to_its_last_page(format: str, tmp_path: Path
             {"data": [{"id": "one" if first else "two"}], "has_more": first, "last_id": "one"}
         )
 
-    app = web.Application()
-    app.add_routes([web.get("/{version}/models", listed)])
-    async with TestServer(app) as server:
-        text = f'[[providers]]\nname = "p"\ntype = "{format}"\nbase_url = "{server.make_url("")}"\napi_key = "k"\n'
-        async with admin_of(tmp_path, text) as (admin, _):
-            assert (await admin.get("/admin/api/providers/p/models"))["models"] == ["one", "two"]
+    async with (
+        serving(web.get("/{version}/models", listed)) as url,
+        admin_of(tmp_path, provider_row("p", format, base_url=url, api_key="k")) as (admin, _),
+    ):
+        assert (await admin.get("/admin/api/providers/p/models"))["models"] == ["one", "two"]
 
 
 async def test_a_refused_model_list_tells_its_status(tmp_path: Path) -> None:
     async def refused(request: web.Request) -> web.Response:
         return web.Response(status=401, text="<html>who are you?", content_type="text/html")
 
-    app = web.Application()
-    app.add_routes([web.get("/v1/models", refused)])
-    async with TestServer(app) as server:
-        text = f'[[providers]]\nname = "p"\ntype = "openai"\nbase_url = "{server.make_url("/v1")}"\napi_key = "k"\n'
-        async with admin_of(tmp_path, text) as (admin, _):
-            status, body = await admin.call("GET", "/admin/api/providers/p/models")
-            assert (status, body["error"]["message"]) == (502, "provider p gave no model list (status 401)")
+    async with (
+        serving(web.get("/v1/models", refused)) as url,
+        admin_of(tmp_path, provider_row("p", "openai", base_url=url, api_key="k")) as (admin, _),
+    ):
+        status, body = await admin.call("GET", "/admin/api/providers/p/models")
+        assert (status, body["error"]["message"]) == (502, "provider p gave no model list (status 401)")
 
 
 # Models, routes, credits, the whole text.
@@ -341,7 +360,7 @@ async def test_a_backup_is_looked_at_and_restored(tmp_path: Path) -> None:
         assert changed == ["--- now", "+++ then", '-think = "m"']
         status, body = await admin.call("POST", place, {"hash": first})
         assert (status, admin.text) == (409, now), body
-        status, body = await admin.call("POST", place, {"hash": await admin.hash()})
+        status, body = await admin.save("backups/config.toml.bak1", "POST")
         assert (status, admin.text) == (200, before), body
         assert admin.state.config.router.think == "" and body["hash"] == await admin.hash()
         assert (tmp_path / "config.toml.bak1").read_text() == now
@@ -349,15 +368,8 @@ async def test_a_backup_is_looked_at_and_restored(tmp_path: Path) -> None:
             f'[server]\nhost = "0.0.0.0"\nlog_level = "{SECRET}"\nadmin_token = "{SECRET}"\n'
         )
         (tmp_path / "config.toml.bak3").write_bytes(b"\xff")
-        for name, wrong in (
-            ("config.toml.bak2", 400),
-            ("config.toml.bak3", 409),
-            ("config.toml.bak4", 404),
-            ("config.toml", 404),
-        ):
-            status, body = await admin.call(
-                "POST", f"/admin/api/backups/{name}", {"hash": await admin.hash()}
-            )
+        for end, wrong in ((".bak2", 400), (".bak3", 409), (".bak4", 404), ("", 404)):
+            status, body = await admin.save(f"backups/config.toml{end}", "POST")
             assert (status, admin.text) == (wrong, before), body
         admin.file.write_text("broken = [")  # by hand: a backup mends it
         hash = (await admin.get("/admin/api/config"))["hash"]
@@ -384,45 +396,37 @@ async def test_models_and_routes_are_edited_and_served_at_once(tmp_path: Path) -
             assert comment in admin.text
         status, answer = await admin.call("POST", "/v1/messages", message(), token="x")
         assert status == 200, answer
-        assert (
-            json.loads(
-                fake.asked[-1].body
-                if isinstance(fake.asked[-1].body, str)
-                else json.dumps(fake.asked[-1].body)
-            )["model"]
-            == "other"
-        )
-        status, body = await admin.call("DELETE", "/admin/api/models/a/b", {"hash": await admin.hash()})
-        assert status == 409
-        assert "[router] default" in body["error"]["message"]
+        assert fake.asked[-1].body["model"] == "other"
+        status, body = await admin.save("models/a/b", "DELETE")
+        assert (status, "[router] default" in body["error"]["message"]) == (409, True)
 
 
 @pytest.mark.parametrize(
     ("path", "table", "words"),
     [
-        ("/admin/api/router", {"default": "nobody"}, "which nobody serves"),
-        ("/admin/api/router", {"defualt": "m"}, "did you mean 'default'"),
-        ("/admin/api/router", {"background_regex": "("}, "not a regular expression"),
-        ("/admin/api/credits", {"markup_percent": -1}, "at least 0"),
-        ("/admin/api/server", {"host": "0.0.0.0"}, "require_key"),
-        ("/admin/api/providers/x", {"type": "nope"}, "key 'type'"),
-        ("/admin/api/providers/x", {"type": "openai", "base_url": "http://169.254.169.254/"}, "link-local"),
-        ("/admin/api/models/x", {"mappings": [{"provider": "zzz", "actual_model": "y"}]}, "no such provider"),
-        ("/admin/api/models/x", {"price": {"input": 1}}, "'output' is missing"),
-        ("/admin/api/router", {"default": "\ud800"}, "surrogate"),
+        ("router", {"default": "nobody"}, "which nobody serves"),
+        ("router", {"defualt": "m"}, "did you mean 'default'"),
+        ("router", {"background_regex": "("}, "not a regular expression"),
+        ("credits", {"markup_percent": -1}, "at least 0"),
+        ("server", {"host": "0.0.0.0"}, "require_key"),
+        ("providers/x", {"type": "nope"}, "key 'type'"),
+        ("providers/x", {"type": "openai", "base_url": "http://169.254.169.254/"}, "link-local"),
+        ("models/x", {"mappings": [{"provider": "zzz", "actual_model": "y"}]}, "no such provider"),
+        ("models/x", {"price": {"input": 1}}, "'output' is missing"),
+        ("router", {"default": "\ud800"}, "surrogate"),
     ],
 )
 async def test_wrong_tables_change_nothing(path: str, table: Any, words: str, tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         before = admin.text
-        status, body = await admin.call("PUT", path, {"table": table, "hash": await admin.hash()})
+        status, body = await admin.save(path, table=table)
         assert (status, body["error"]["type"]) == (400, "invalid_request_error")
         assert words in body["error"]["message"]
         assert admin.text == before
 
 
 OPEN = f'[server]\nhost = "0.0.0.0"\nadmin_token = "{ADMIN_TOKEN}"\n'
-DEMO = '[[providers]]\nname = "d"\ntype = "demo"\n'
+DEMO = provider_row("d")
 
 
 async def test_what_others_reach_needs_keys_until_the_next_start(tmp_path: Path) -> None:
@@ -487,7 +491,7 @@ async def test_a_new_log_level_holds_at_once(tmp_path: Path) -> None:
 async def test_a_mux_servers_key_is_not_shown_and_stays(tmp_path: Path) -> None:
     text = f'[server]\napi_key = "{SECRET}" # mux\n{DEMO}'
     async with admin_of(tmp_path, text) as (admin, _):
-        assert "[kept-" in (await admin.get("/admin/api/config"))["text"]
+        assert marks_in(await admin.shown())
         server = (await admin.get("/admin/api/state"))["config"]["server"]
         await admin.put("/admin/api/server", {**server, "drain_timeout": 5})  # as the page's settings do
         assert admin.text == text.replace("# mux\n", "# mux\ndrain_timeout = 5\n")
@@ -500,7 +504,7 @@ async def test_a_file_with_a_byte_order_mark_is_a_config(tmp_path: Path) -> None
         assert (admin.state.config_error, admin.state.config.providers[0].models) == ("", ("x",))
         assert ccmux.database_of(admin.file) == str(tmp_path / "ccmux.db")
         await admin.put("/admin/api/router", {"default": "d/y"})
-        assert "default" in admin.text and "[kept-" not in (await admin.get("/admin/api/config"))["text"]
+        assert "default" in admin.text and not marks_in(await admin.shown())
 
 
 async def test_a_config_made_after_the_start_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,12 +585,9 @@ HEADERS = '{ "x-auth" = "header-canary-5678" }'
 )  # fmt: skip
 async def test_a_kept_secret_stays_where_it_was(old: str, new: str, words: str, tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
-        given = await admin.get("/admin/api/config")
-        assert given["text"].count(old) == 1
-        mark = next(w for w in given["text"].split('"') if w.startswith("[kept-"))
-        text = given["text"].replace(old, new.replace("MARK", mark))
-        status, body = await admin.call("PUT", "/admin/api/config", {"text": text, "hash": given["hash"]})
-        assert (status, words in body["error"]["message"]) == (400, True), body
+        [mark] = marks_in(await admin.shown())
+        status, told = await admin.edit(old, new.replace("MARK", mark))
+        assert (status, words in told) == (400, True), told
         assert admin.text == CONFIG.format(url=tomllib.loads(admin.text)["providers"][0]["base_url"])
         await admin.get("/admin/api/state")
 
@@ -596,11 +597,9 @@ async def test_a_kept_secret_does_not_become_a_variables_name(reference: str, tm
     """State, warnings and the text show a variable's name as it stands."""
     text = CONFIG.replace(SECRET, "canary_abcdefgh_1234").format(url="http://127.0.0.1:9/v1")
     async with admin_of(tmp_path, text) as (admin, _):
-        given = await admin.get("/admin/api/config")
-        mark = next(w for w in given["text"].split('"') if w.startswith("[kept-"))
-        new = given["text"].replace(mark, reference.replace("MARK", mark))
-        status, body = await admin.call("PUT", "/admin/api/config", {"text": new, "hash": given["hash"]})
-        assert (status, "where its key stood" in body["error"]["message"]) == (400, True), body
+        [mark] = marks_in(await admin.shown())
+        status, told = await admin.edit(mark, reference.replace("MARK", mark))
+        assert (status, "where its key stood" in told) == (400, True), told
         assert admin.text == text
 
 
@@ -619,13 +618,10 @@ async def test_a_kept_secret_in_a_comment_is_not_shown(
     text = f'[[providers]]\nname = "p"\ntype = "demo"\napi_key = "{SECRET}"\n[[providers]]\n# api_key = "sk-spare-98765432"\n'
     text += 'name = "q"\ntype = "demo"\n[[models]]\nname = "m"\nmappings = [{provider = "p", actual_model = "x"}]\n'
     async with admin_of(tmp_path, text) as (admin, _):
-        given = await admin.get("/admin/api/config")
-        for n, mark in enumerate(w for w in given["text"].split('"') if w.startswith("[kept-")):
+        for n, mark in enumerate(marks_in(await admin.shown())):
             old, new = old.replace(f"M{n}", mark), new.replace(f"M{n}", mark)
-        assert given["text"].count(old) == 1
-        body = {"text": given["text"].replace(old, new), "hash": given["hash"]}
-        assert (await admin.call("PUT", "/admin/api/config", body))[0] == status
-        seen = (await admin.get("/admin/api/config"))["text"]
+        assert (await admin.edit(old, new))[0] == status
+        seen = await admin.shown()
         assert SECRET not in seen and "sk-spare" not in seen
 
 
@@ -641,20 +637,16 @@ async def test_a_kept_secret_in_a_comment_is_not_shown(
 )
 async def test_odd_tables_are_no_fault_of_the_server(text: str, tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
-        status, body = await admin.call(
-            "PUT", "/admin/api/config", {"text": text, "hash": await admin.hash()}
-        )
+        status, body = await admin.save("config", text=text)
         assert status < 500, body
 
 
 async def test_a_kept_header_never_goes_to_another_address(tmp_path: Path) -> None:
     text = f'[[providers]]\nname = "p"\ntype = "anthropic"\nheaders = {HEADERS}\n'
     async with admin_of(tmp_path, text) as (admin, _):
-        given = await admin.get("/admin/api/config")
-        assert "canary" not in given["text"]
-        moved = given["text"] + 'base_url = "https://elsewhere.test"\n'
-        status, body = await admin.call("PUT", "/admin/api/config", {"text": moved, "hash": given["hash"]})
-        assert (status, "type its key again" in body["error"]["message"]) == (400, True)
+        assert "canary" not in await admin.shown()
+        status, told = await admin.edit("headers", 'base_url = "https://elsewhere.test"\nheaders')
+        assert (status, "type its key again" in told) == (400, True)
         assert admin.text == text
 
 
@@ -666,21 +658,17 @@ async def test_a_kept_header_never_goes_to_another_address(tmp_path: Path) -> No
 async def test_a_secret_is_not_shown_however_it_is_spelled(spelled: str, tmp_path: Path) -> None:
     text = f'# it\'s "mine"\n[[providers]]\nname = "p"\ntype = "anthropic"\napi_key = {spelled} # "\n'
     async with admin_of(tmp_path, text) as (admin, _):
-        given = await admin.get("/admin/api/config")
-        assert "bcdefgh-1234" not in given["text"]
+        assert "bcdefgh-1234" not in await admin.shown()
         assert "bcdefgh-1234" not in json.dumps(await admin.get("/admin/api/state"))
-        body = {"text": given["text"] + "# more\n", "hash": given["hash"]}
-        assert (await admin.call("PUT", "/admin/api/config", body))[0] == 200
+        assert await admin.add_line() == 200
         assert admin.text == text + "# more\n"
 
 
 async def test_a_key_that_is_commented_out_is_not_shown(tmp_path: Path) -> None:
     text = f"{DEMO}  #api_key = '{SECRET}' # old\n# admin_token = \"$NAME_OF_IT\"\n"
     async with admin_of(tmp_path, text) as (admin, _):
-        given = await admin.get("/admin/api/config")  # `call` looks for the secret
-        assert "$NAME_OF_IT" in given["text"]
-        body = {"text": given["text"] + "# more\n", "hash": given["hash"]}
-        assert (await admin.call("PUT", "/admin/api/config", body))[0] == 200
+        assert "$NAME_OF_IT" in await admin.shown()  # `call` looks for the secret
+        assert await admin.add_line() == 200
         assert admin.text == text + "# more\n"
 
 
@@ -709,11 +697,9 @@ async def test_a_short_key_hides_no_names_and_breaks_no_mark(tmp_path: Path) -> 
     row = '[[providers]]\nname = "{}"\ntype = "anthropic"\napi_key = "{}" # ollama\n'
     text = "".join(row.format(*names) for names in rows)
     async with admin_of(tmp_path, text) as (admin, _):
-        given = await admin.get("/admin/api/config")
-        assert 'name = "ollama"' in given["text"] and "# ollama" in given["text"]
-        body = {"text": given["text"] + "# more\n", "hash": given["hash"]}
-        status, told = await admin.call("PUT", "/admin/api/config", body)
-        assert (status, admin.text) == (200, text + "# more\n"), told
+        seen = await admin.shown()
+        assert 'name = "ollama"' in seen and "# ollama" in seen
+        assert (await admin.add_line(), admin.text) == (200, text + "# more\n")
 
 
 @pytest.mark.parametrize(
@@ -746,16 +732,14 @@ async def test_a_secret_at_a_misspelt_key_is_not_shown(key: str, tmp_path: Path)
         admin.file.write_text(whole.replace("api_key =", f"{key} ="))
         ccmux.reload_config(admin.state)
         assert "unknown key" in (await admin.get("/admin/api/state"))["config_error"]
-        given = await admin.get("/admin/api/config")  # `call` looks for the secret
-        body = {**given, "text": given["text"].replace(f"{key} =", "api_key =")}
-        assert (await admin.call("PUT", "/admin/api/config", body))[0] == 200
+        assert (await admin.edit(f"{key} =", "api_key ="))[0] == 200  # `call` looks for the secret
         assert admin.text == whole
 
 
 async def test_a_short_secret_at_a_misspelt_key_is_not_shown(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         admin.file.write_text(admin.text.replace(f'api_key = "{SECRET}"', 'apikey = "sk-12345"'))
-        assert "sk-12345" not in (await admin.get("/admin/api/config"))["text"]
+        assert "sk-12345" not in await admin.shown()
 
 
 async def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path: Path) -> None:
@@ -881,15 +865,12 @@ async def test_a_write_that_waits_for_another_process_holds_up_nothing_else(
 
 async def test_credit_given_twice_with_one_key_counts_once(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
+        credit = "/admin/api/users/u/credit"
         await admin.call("POST", "/admin/api/users", {"name": "u"})
         for _ in range(2):
-            _, user = await admin.call(
-                "POST", "/admin/api/users/u/credit", {"amount_microusd": 7, "key": "k1"}
-            )
+            _, user = await admin.call("POST", credit, {"amount_microusd": 7, "key": "k1"})
         assert user["balance_microusd"] == 7
-        _, user = await admin.call(
-            "POST", "/admin/api/users/u/credit", {"amount_microusd": -2, "note": "back"}
-        )
+        _, user = await admin.call("POST", credit, {"amount_microusd": -2, "note": "back"})
         assert user["balance_microusd"] == 5
         _, ledger = await admin.call("GET", "/admin/api/users/u/transactions")
         assert [t["amount_microusd"] for t in ledger["transactions"]] == [-2, 7]
@@ -937,9 +918,8 @@ async def test_wrong_input(method: str, path: str, body: Any, status: int, tmp_p
 async def test_reports_explain_the_bill(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         for session in ("s1", "s1", "s2"):
-            await admin.call(
-                "POST", "/v1/messages", message(), token="x", **{"x-claude-code-session-id": session}
-            )
+            named = {"x-claude-code-session-id": session}
+            await admin.call("POST", "/v1/messages", message(), token="x", **named)
         rows = (await admin.get("/admin/api/report?by=session&as_if=claude-opus-5"))["report"]
         assert {r["key"]: r["requests"] for r in rows} == {"s1": 2, "s2": 1}
         assert all(r["charge_microusd"] == r["cost_microusd"] + r["markup_microusd"] for r in rows)
@@ -961,10 +941,8 @@ async def test_a_long_table_is_read_and_written_elsewhere_than_on_the_loop(forma
     async def get_table(request: web.Request) -> web.Response:
         return await ccmux.table_response(request, "usage", rows, ("thread",))
 
-    app = web.Application()
-    app.router.add_get("/", get_table)
-    async with TestClient(TestServer(app)) as client:
-        reply = await client.get(f"/?format={format}")
+    async with serving(web.get("/", get_table)) as url, aiohttp.ClientSession() as client:
+        reply = await client.get(f"{url}/?format={format}")
         text = await reply.text()
     assert reply.content_type == {"csv": "text/csv", "json": "application/json"}[format]
     thread = text.split()[-1] if format == "csv" else json.loads(text)["usage"][0]["thread"]
@@ -1013,10 +991,8 @@ async def test_the_live_log(tmp_path: Path) -> None:
         headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
         async with admin.session.get(admin.proxy.url + "/admin/api/events", headers=headers) as events:
             told = events.headers
-            assert told["request-id"] and (told["Server"], told["X-Content-Type-Options"]) == (
-                "ccmux",
-                "nosniff",
-            )
+            assert told["request-id"]
+            assert (told["Server"], told["X-Content-Type-Options"]) == ("ccmux", "nosniff")
             assert (await events.content.readline()).startswith(b":")
             await admin.call("POST", "/v1/messages", message(), token="x")
             lines = [await events.content.readline() for _ in range(3)]
@@ -1094,13 +1070,9 @@ async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -
         assert (await admin.get("/admin/api/inspect"))["held"] == []
         _, summary = await admin.call("PUT", "/admin/api/inspect", {"minutes": 15})
         assert 890 <= summary["on_for_s"] <= 900
-        await admin.call(
-            "POST",
-            "/v1/messages",
-            message(stream=True, system=f"my key is {SECRET}"),
-            token="x",
-            **{"x-claude-code-agent-id": "a1", "user-agent": f"claude-cli {SECRET}", "cookie": SECRET},
-        )
+        sent = {"x-claude-code-agent-id": "a1", "user-agent": f"claude-cli {SECRET}", "cookie": SECRET}
+        asked = message(stream=True, system=f"my key is {SECRET}")
+        await admin.call("POST", "/v1/messages", asked, token="x", **sent)
         [held] = (await admin.get("/admin/api/inspect"))["held"]
         record = await admin.get(f"/admin/api/inspect/{held['id']}")
         assert '"model":"up"' in record["upstream_request"]

@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from translation import check_grammar
 
 from ccmux import (
     AnthropicStream,
@@ -33,37 +33,7 @@ from ccmux import (
 )
 
 Json = dict[str, Any]
-EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 SEVEN = Usage(input=7)
-DELTA_OF = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
-
-
-def check_grammar(events: list[Json]) -> None:
-    """message_start; blocks in a row, each start, deltas of its kind, stop; message_delta; message_stop."""
-    for event in events:
-        EVENT.validate_python(event, strict=True)
-    kinds = [e["type"] for e in events]
-    assert kinds[0] == "message_start"
-    assert kinds[-2:] == ["message_delta", "message_stop"]
-    assert kinds.count("message_start") == kinds.count("message_delta") == kinds.count("message_stop") == 1
-    open_kind, index, tools = "", -1, 0
-    for event in events[1:-2]:
-        if event["type"] == "content_block_start":
-            assert not open_kind, "blocks interleave"
-            index += 1
-            open_kind = event["content_block"]["type"]
-            tools += open_kind == "tool_use"
-        elif event["type"] == "content_block_delta":
-            assert event["delta"]["type"] in (DELTA_OF.get(open_kind, "input_json_delta"), "signature_delta")
-        else:
-            assert event["type"] == "content_block_stop"
-            assert open_kind
-            open_kind = ""
-        assert event["index"] == index
-    assert not open_kind, "a block never ends"
-    assert (events[-2]["delta"]["stop_reason"] == "tool_use") is (tools > 0) or events[-2]["delta"][
-        "stop_reason"
-    ] in ("max_tokens", "refusal")
 
 
 def made(*said: tuple[Any, ...], usage: Usage = SEVEN) -> list[Json]:
@@ -85,10 +55,11 @@ def shape(events: list[Json]) -> list[str]:
         elif e["type"] == "message_delta":
             short.append(str(e["delta"]["stop_reason"]))
         else:
-            short.append(
-                {"content_block_stop": "-", "message_start": "start", "message_stop": "stop"}[e["type"]]
-            )
+            short.append(SHORT[e["type"]])
     return short
+
+
+SHORT = {"content_block_stop": "-", "message_start": "start", "message_stop": "stop"}
 
 
 SIGNED = sign()[:20]
@@ -135,7 +106,7 @@ SIGNED = sign()[:20]
 def test_order_of_events(said: list[tuple[Any, ...]], expected: list[str]) -> None:
     events = made(*said)
     assert shape(events) == expected
-    check_grammar(events)
+    check_grammar(events, True)
 
 
 SAID = st.one_of(
@@ -152,14 +123,13 @@ SAID = st.one_of(
 @given(st.lists(SAID, max_size=12), st.sampled_from(["end_turn", "tool_use", "max_tokens", "refusal"]))
 def test_whatever_is_said_obeys_the_grammar(said: list[tuple[Any, ...]], stop_reason: str) -> None:
     events = made(*said, ("finish", stop_reason))
-    check_grammar(events)
+    check_grammar(events, True)
     message = collect(events)
     Message.model_validate(message, strict=True)
     texts = "".join(b["text"] for b in message["content"] if b["type"] == "text")
     assert texts == "".join(s[1] for s in said if s[0] == "text")
-    assert len([b for b in message["content"] if b["type"] == "tool_use"]) == sum(
-        s[0] == "tool" for s in said
-    )
+    calls = [b for b in message["content"] if b["type"] == "tool_use"]
+    assert len(calls) == sum(method == "tool" for method, *_ in said)
 
 
 def test_message_start_names_the_message_and_its_estimate() -> None:
@@ -352,17 +322,14 @@ def test_the_tap_knows_where_content_begins() -> None:
     [
         pytest.param({"output_tokens": 5}, Usage(input=9, output=5, cache_read=4), False, id="output only"),
         pytest.param({"input_tokens": 20, "output_tokens": 5}, Usage(20, 5, 4), False, id="input corrected"),
-        pytest.param({"output_tokens": 5, "cache_read_input_tokens": 0}, Usage(9, 5, 0), False,
-                     id="a reported 0"),
+        pytest.param({"output_tokens": 5, "cache_read_input_tokens": 0}, Usage(9, 5, 0), False, id="a reported 0"),
         pytest.param({"output_tokens": 5, "input_tokens": 0, "cache_read_input_tokens": 0,
                       "cache_creation_input_tokens": 0}, Usage(9, 5, 4), False, id="no prompt told"),
         pytest.param({"output_tokens": 5, "input_tokens": 0, "cache_read_input_tokens": 13}, Usage(0, 5, 13),
                      False, id="all of it cached"),
-        pytest.param({"output_tokens": None, "input_tokens": 20}, Usage(20, 1, 4), True,
-                     id="no output told"),
+        pytest.param({"output_tokens": None, "input_tokens": 20}, Usage(20, 1, 4), True, id="no output told"),
         pytest.param({"input_tokens": None, "output_tokens": 5}, Usage(9, 5, 4), False, id="null is ignored"),
-        pytest.param({"output_tokens": 5, "cache_creation_input_tokens": 8}, Usage(9, 5, 4, 8), False,
-                     id="writes"),
+        pytest.param({"output_tokens": 5, "cache_creation_input_tokens": 8}, Usage(9, 5, 4, 8), False, id="writes"),
         pytest.param({"output_tokens": 5, "cache_creation_input_tokens": 8, "cache_creation":
                       {"ephemeral_5m_input_tokens": 3, "ephemeral_1h_input_tokens": 5}}, Usage(9, 5, 4, 3, 5),
                      False, id="one-hour writes"),
@@ -437,16 +404,13 @@ def test_a_last_event_without_its_blank_line_is_the_end() -> None:
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        pytest.param(b'{"type":"error","error":{"type":"overloaded_error","message":"busy"}}', 529,
-                     id="JSON error"),
-        pytest.param(b'{"type":"error","error":{"type":"rate_limit_error","message":"slow"}}', 429,
-                     id="limit"),
+        pytest.param(b'{"type":"error","error":{"type":"overloaded_error","message":"busy"}}', 529, id="JSON error"),
+        pytest.param(b'{"type":"error","error":{"type":"rate_limit_error","message":"slow"}}', 429, id="limit"),
         pytest.param(b'{"error":{"message":"no","code":400}}', 400, id="another vendor's"),
         pytest.param(b'{"error":{"message":"no","code":400}}\n\n', 400, id="JSON with a blank line behind it"),
         pytest.param(b"<html><body>502 Bad Gateway</body></html>", 502, id="HTML"),
         pytest.param(b"<html>\n\n502 Bad Gateway\n\n</html>", 502, id="HTML with blank lines"),
-        pytest.param(b'data: {"error": {"message": "no", "type": "rate_limit_error"}}\n\n', 429,
-                     id="as an event"),
+        pytest.param(b'data: {"error": {"message": "no", "type": "rate_limit_error"}}\n\n', 429, id="as an event"),
         pytest.param(b"data: not json\n\n", 502, id="an event that is not JSON"),
         pytest.param(b'{"ok": true}', 502, id="JSON that is no stream"),
         pytest.param(b"", 502, id="nothing"),
@@ -477,9 +441,11 @@ def test_blank_lines_too_many_are_relayed_too() -> None:
     ("status", "retry"),
     [
         (400, Retry.NO), (401, Retry.KEY), (402, Retry.KEY), (403, Retry.KEY), (404, Retry.NEXT),
-        (408, Retry.SAME), (409, Retry.SAME), (413, Retry.NO), (422, Retry.NO), (429, Retry.KEY),
-        (500, Retry.SAME), (502, Retry.SAME), (503, Retry.SAME), (504, Retry.SAME), (520, Retry.SAME),
-        (529, Retry.NEXT), (301, Retry.NEXT), (204, Retry.NEXT),
+        (405, Retry.NO), (408, Retry.SAME), (409, Retry.SAME), (413, Retry.NO), (415, Retry.NO), (422, Retry.NO),
+        (429, Retry.KEY), (431, Retry.NO), (500, Retry.SAME), (502, Retry.SAME), (503, Retry.SAME),
+        (504, Retry.SAME), (520, Retry.SAME), (529, Retry.NEXT), (599, Retry.SAME), (600, Retry.NEXT),
+        (199, Retry.NEXT), (201, Retry.NEXT), (204, Retry.NEXT), (301, Retry.NEXT), (302, Retry.NEXT),
+        (307, Retry.NEXT),
     ],
 )  # fmt: skip
 def test_retry_class(status: int, retry: Retry) -> None:
@@ -495,10 +461,8 @@ def test_retry_class(status: int, retry: Retry) -> None:
         pytest.param({"error": {"code": "429", "message": "slow"}}, 429, "slow", id="code as text"),
         pytest.param({"error": {"status": "RESOURCE_EXHAUSTED", "code": 429, "message": "q"}}, 429, "q",
                      id="Google's"),
-        pytest.param([{"error": {"status": "UNAVAILABLE", "message": "q"}}], 503, "q",
-                     id="Google's in a list"),
-        pytest.param({"error": {"type": "insufficient_quota", "message": "pay"}}, 429, "pay",
-                     id="OpenAI's quota"),
+        pytest.param([{"error": {"status": "UNAVAILABLE", "message": "q"}}], 503, "q", id="Google's in a list"),
+        pytest.param({"error": {"type": "insufficient_quota", "message": "pay"}}, 429, "pay", id="OpenAI's quota"),
         pytest.param({"error": "plain words"}, 502, "plain words", id="plain words"),
         pytest.param({"detail": "Not here"}, 502, "Not here", id="FastAPI's"),
         pytest.param({"success": False, "errors": [{"code": 5007, "message": "No such model"}]}, 502, "No such model",

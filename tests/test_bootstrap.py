@@ -7,15 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import psutil
 import pytest
+from attacks import until
 from conftest import Start
+from proxy_harness import ROOT, provider_row
 
-ROOT = Path(__file__).resolve().parent.parent
 PYTHON = "Scripts/python.exe" if os.name == "nt" else "bin/python"
 
 
@@ -81,10 +81,8 @@ def test_second_start_says_nothing(bare: Path, home: Path) -> None:
 
 def test_exit_status_comes_through(bare: Path, home: Path) -> None:
     done = start(bare, home, "reprot")
-    assert (done.returncode, done.stderr) == (
-        2,
-        "ccmux: there is no command 'reprot': did you mean 'report'?\n",
-    )
+    told = "ccmux: there is no command 'reprot': did you mean 'report'?\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 def test_lost_package_is_installed_again(bare: Path, home: Path) -> None:
@@ -104,18 +102,12 @@ def test_lost_package_is_installed_again(bare: Path, home: Path) -> None:
 
 def test_interrupted_installation_is_begun_again(bare: Path, tmp_path: Path) -> None:
     """In a folder of the user's choice."""
-    command = [bare / "python" / PYTHON, bare / "ccmux.py", "model"]
-    place = {"CCMUX_VENV": "~/else where/venv"}
+    place, venv = {"CCMUX_VENV": "~/else where/venv"}, tmp_path / "else where/venv"
     with subprocess.Popen(
-        command,
-        env=environment(bare, tmp_path, **place),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        venv, end = tmp_path / "else where/venv", time.monotonic() + 60
-        while not (venv / "pyvenv.cfg").exists() and time.monotonic() < end:
-            time.sleep(0.01)
+        [bare / "python" / PYTHON, bare / "ccmux.py", "model"], env=environment(bare, tmp_path, **place),
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        until((venv / "pyvenv.cfg").exists, "the installation has begun", 60)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -229,14 +221,14 @@ async def test_a_server_imports_nothing_from_the_folder_it_is_started_in(
     """It starts again as `python -c`, for which Python would look there first."""
     for name in ("aiohttp", "tiktoken", "queue", "types", "tomllib"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working folder')\n")
-    async with start_ccmux('[[providers]]\nname = "demo"\ntype = "demo"\n') as running:
+    async with start_ccmux(provider_row()) as running:
         ran = Path(f"/proc/{running.process.pid}/cmdline")  # the same pid, and still named
         assert not ran.exists() or str(ROOT / "ccmux.py") in ran.read_text().split("\0")
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux keeps no syntax tree")
 async def test_a_server_runs_from_its_compiled_code(start_ccmux: Start) -> None:
-    async with start_ccmux('[[providers]]\nname = "demo"\ntype = "demo"\n') as running:
+    async with start_ccmux(provider_row()) as running:
         process = Path(f"/proc/{running.process.pid}")
         assert "marshal.load" in (process / "cmdline").read_text()
         assert not [file for file in process.glob("fd/*") if "memfd" in os.readlink(file)]  # a megabyte
@@ -261,22 +253,20 @@ def test_a_start_without_room_for_the_compiled_code_or_an_output(
     setting: str, command: str, status: int, tmp_path: Path
 ) -> None:
     (tmp_path / "config.toml").write_text("wrong = 1\n" if status else "")
-    done = subprocess.run(
-        in_shell(setting, command), cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    shell = in_shell(setting, command)
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (status, 1 if status else 0)
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux keeps no syntax tree")
 def test_the_compiled_code_does_not_become_a_closed_output(tmp_path: Path) -> None:
     """The server would print into whatever file it opens next."""
-    (tmp_path / "config.toml").write_text('[[providers]]\nname = "demo"\ntype = "demo"\n')
+    (tmp_path / "config.toml").write_text(provider_row())
     with subprocess.Popen(in_shell("exec >&-", "--port", "0"), cwd=tmp_path) as process:
         try:
-            started, deadline = psutil.Process(process.pid), time.monotonic() + 60
-            while not started.net_connections() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert started.net_connections() and "-c" not in started.cmdline()
+            started = psutil.Process(process.pid)
+            until(started.net_connections, "it listens", 60)
+            assert "-c" not in started.cmdline()
         finally:
             process.kill()
 

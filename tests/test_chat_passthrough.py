@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import aiohttp
 import pytest
 from fakes import Answer, Call, OpenAIFake, Turn
 from openai import AsyncOpenAI, BadRequestError
-from proxy_harness import in_process
+from proxy_harness import Proxy, in_process, provider_row
 from translation import upstream
 
 from ccmux import ApiError, ChatTap, ChatWhole, chat_passed_on
@@ -88,10 +90,8 @@ def test_an_end_without_a_reason(mark: bytes) -> None:
 
 
 def test_a_whole_answer_is_relayed_byte_for_byte() -> None:
-    body = (
-        b'{ "choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": %s }'
-        % json.dumps(USAGE).encode()
-    )
+    choices = b'{ "choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]'
+    body = choices + b', "usage": %s }' % json.dumps(USAGE).encode()
     whole = ChatWhole()
     assert whole.feed(body) + whole.finish() == b""
     assert whole.ending == body
@@ -106,44 +106,50 @@ def test_a_whole_answer_is_relayed_byte_for_byte() -> None:
 def test_the_request_goes_on_as_the_client_wrote_it() -> None:
     given = {"model": "x", "stream": True, "n": 2, "seed": 7, "messages": [{"role": "user", "content": "hi"}]}
     sent = chat_passed_on(given, upstream("up", skip=frozenset({"seed"})))
-    assert sent == {
-        **{k: v for k, v in given.items() if k != "seed"},
-        "model": "up",
-        "stream_options": {"include_usage": True},
-    }
+    assert "seed" not in sent
+    assert {**sent, "seed": 7} == {**given, "model": "up", "stream_options": {"include_usage": True}}
     assert "stream_options" not in chat_passed_on({**given, "stream": False}, upstream("up"))
     assert chat_passed_on({**given, "stream": "yes"}, upstream("up"))["stream"] is False
+
+
+def row_of(fake: OpenAIFake, *models: str, name: str = "o", type: str = "openai") -> str:
+    keys = {"base_url": fake.base_url, "api_key": "sk-x-012345678", "models": models}
+    return provider_row(name, type, **keys)
+
+
+@asynccontextmanager
+async def sdk_on(folder: Path, text: str) -> AsyncIterator[tuple[AsyncOpenAI, Proxy]]:
+    """The SDK without retries of its own, pointed at a ccmux with this config."""
+    async with (
+        in_process(folder, text) as proxy,
+        AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        yield client, proxy
 
 
 async def test_the_openai_sdk_through_ccmux(tmp_path: Path) -> None:
     def script(turn: Turn) -> Answer:
         return Answer(text="hello", calls=(Call("Bash", {"command": "ls"}),))
 
-    async with OpenAIFake(script) as fake:
-        text = f'[[providers]]\nname = "o"\ntype = "openai"\nbase_url = "{fake.base_url}"\napi_key = "sk-x-012345678"\nmodels = ["up"]\n'
-        async with (
-            in_process(tmp_path, text) as proxy,
-            AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="x") as client,
-        ):
-            asked: Any = {"model": "up", "messages": [{"role": "user", "content": "hi"}], "seed": 5}
-            whole = await client.chat.completions.create(**asked)
-            assert whole.choices[0].message.content == "hello"
-            assert whole.choices[0].message.tool_calls
-            stream = await client.chat.completions.create(**asked, stream=True)
-            parts = [part async for part in stream]
-            assert all(part.choices for part in parts)
-            assert "".join(part.choices[0].delta.content or "" for part in parts) == "hello"
-            stream = await client.chat.completions.create(
-                **asked, stream=True, stream_options={"include_usage": True}
-            )
-            assert [part async for part in stream][-1].usage is not None
-            bodies = [r.body if isinstance(r.body, dict) else json.loads(r.body) for r in fake.asked]
-            assert [b.get("seed") for b in bodies] == [5, 5, 5]
-            async with aiohttp.ClientSession() as session:
-                reply = await session.get(f"{proxy.url}/api/requests")
-                rows = (await reply.json())["requests"]
-            assert len(rows) == 3
-            assert all(r["output_tokens"] == 40 and not r["estimated"] for r in rows)
+    async with OpenAIFake(script) as fake, sdk_on(tmp_path, row_of(fake, "up")) as (client, proxy):
+        asked: Any = {"model": "up", "messages": [{"role": "user", "content": "hi"}], "seed": 5}
+        whole = await client.chat.completions.create(**asked)
+        assert whole.choices[0].message.content == "hello"
+        assert whole.choices[0].message.tool_calls
+        stream = await client.chat.completions.create(**asked, stream=True)
+        parts = [part async for part in stream]
+        assert all(part.choices for part in parts)
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == "hello"
+        stream = await client.chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}
+        )
+        assert [part async for part in stream][-1].usage is not None
+        assert [r.body.get("seed") for r in fake.asked] == [5, 5, 5]
+        async with aiohttp.ClientSession() as session:
+            reply = await session.get(f"{proxy.url}/api/requests")
+            rows = (await reply.json())["requests"]
+        assert len(rows) == 3
+        assert all(r["output_tokens"] == 40 and not r["estimated"] for r in rows)
 
 
 async def test_what_no_messages_request_can_say_goes_to_an_upstream_of_the_clients_format(
@@ -152,17 +158,11 @@ async def test_what_no_messages_request_can_say_goes_to_an_upstream_of_the_clien
     audio = {"type": "input_audio", "input_audio": {"data": "aGk=", "format": "wav"}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}, audio]}]
     async with OpenAIFake(lambda turn: Answer(text="hello")) as fake:
-        address = f'base_url = "{fake.base_url}"\napi_key = "sk-x-012345678"\n'
-        text = f'[[providers]]\nname = "o"\ntype = "openai"\nmodels = ["up"]\n{address}'
-        text += f'[[providers]]\nname = "r"\ntype = "responses"\nmodels = ["other"]\n{address}'
-        async with (
-            in_process(tmp_path, text) as proxy,
-            AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=0) as client,
-        ):
+        text = row_of(fake, "up") + row_of(fake, "other", name="r", type="responses")
+        async with sdk_on(tmp_path, text) as (client, _):
             asked: Any = {"messages": messages, "n": 2}
-            assert (await client.chat.completions.create(model="up", **asked)).choices[
-                0
-            ].message.content == "hello"
+            answer = await client.chat.completions.create(model="up", **asked)
+            assert answer.choices[0].message.content == "hello"
             with pytest.raises(BadRequestError, match="n: only one choice"):
                 await client.chat.completions.create(model="other", **asked)
             with pytest.raises(BadRequestError, match="'input_audio' cannot be served"):
@@ -177,14 +177,12 @@ TOOL = {"name": "Bash", "description": "Runs", "input_schema": {"type": "object"
 async def test_cursors_tools_are_translated_even_where_the_upstream_speaks_openais_format(
     tmp_path: Path,
 ) -> None:
-    async with OpenAIFake(lambda turn: Answer(text="hello")) as fake:
-        text = f'[[providers]]\nname = "o"\ntype = "openai"\nbase_url = "{fake.base_url}"\napi_key = "sk-x-012345678"\nmodels = ["up"]\n'
-        async with (
-            in_process(tmp_path, text) as proxy,
-            AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="x") as client,
-        ):
-            asked: Any = {"model": "up", "messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]}
-            assert (await client.chat.completions.create(**asked)).choices[0].message.content == "hello"
+    async with (
+        OpenAIFake(lambda turn: Answer(text="hello")) as fake,
+        sdk_on(tmp_path, row_of(fake, "up")) as (client, _),
+    ):
+        asked: Any = {"model": "up", "messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]}
+        assert (await client.chat.completions.create(**asked)).choices[0].message.content == "hello"
     [sent] = fake.asked
     assert [tool["function"]["name"] for tool in sent.body["tools"]] == ["Bash"]
 
@@ -192,21 +190,8 @@ async def test_cursors_tools_are_translated_even_where_the_upstream_speaks_opena
 @pytest.mark.parametrize("streamed", [True, False])
 async def test_what_a_rule_takes_out_does_not_go_on(streamed: bool, tmp_path: Path) -> None:
     async with OpenAIFake(lambda turn: Answer(text="hello")) as fake:
-        text = f"""[[router.rules]]
-pattern = "^use up:"
-model = "up"
-strip = true
-[[providers]]
-name = "o"
-type = "openai"
-base_url = "{fake.base_url}"
-api_key = "sk-x-012345678"
-models = ["up", "other"]
-"""
-        async with (
-            in_process(tmp_path, text) as proxy,
-            AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="x") as client,
-        ):
+        rule = '[[router.rules]]\npattern = "^use up:"\nmodel = "up"\nstrip = true\n'
+        async with sdk_on(tmp_path, rule + row_of(fake, "up", "other")) as (client, _):
             asked: Any = {"model": "other", "messages": [{"role": "user", "content": "use up: say hello"}]}
             if streamed:
                 stream = await client.chat.completions.create(**asked, stream=True)

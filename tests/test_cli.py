@@ -23,12 +23,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import proxy_harness
 import pytest
 from attacks import until
+from proxy_harness import ROOT, provider_row
 
 import ccmux
 
-ROOT = Path(__file__).resolve().parent.parent
 CCMUX = str(ROOT / "ccmux.py")
 
 
@@ -72,9 +73,7 @@ def closed_port() -> int:
 
 def write_config(folder: Path, text: str = "", port: int = 0) -> Path:
     path = folder / "config.toml"
-    path.write_text(
-        f'[server]\nport = {port or closed_port()}\n{text}\n[[providers]]\nname = "demo"\ntype = "demo"\n'
-    )
+    path.write_text(f"[server]\nport = {port or closed_port()}\n{text}\n{provider_row()}")
     return path
 
 
@@ -86,6 +85,15 @@ def process_environment(home: Path, **more: str) -> dict[str, str]:
 def process(home: Path, *args: str, stdin: str = "", **more: str) -> Ran:
     done = subprocess.run(
         [sys.executable, CCMUX, *args], cwd=home, env=process_environment(home, **more),
+        input=stdin, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def in_shell(home: Path, script: str, shell: str = "sh", stdin: str = "") -> Ran:
+    """A script in which "$0" "$1" is ccmux."""
+    done = subprocess.run(
+        [shell, "-c", script, sys.executable, CCMUX], cwd=home, env=process_environment(home),
         input=stdin, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     return Ran(done.returncode, done.stdout, done.stderr)
@@ -189,11 +197,8 @@ def test_operator_errors_are_one_line(
 
 
 def test_explain_without_a_stdin(tmp_path: Path) -> None:
-    shell = f'"{sys.executable}" "{CCMUX}" explain - <&-'
-    ran = subprocess.run(
-        ["sh", "-c", shell], cwd=tmp_path, env=process_environment(tmp_path), capture_output=True, text=True
-    )
-    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    ran = in_shell(tmp_path, '"$0" "$1" explain - <&-')
+    assert (ran.status, ran.err.count("\n")) == (2, 1)
 
 
 def test_config_may_stand_before_the_command(cli: Cli, tmp_path: Path) -> None:
@@ -260,22 +265,10 @@ def test_taken_port_is_one_line(tmp_path: Path) -> None:
 
 
 def test_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    command = f"'{sys.executable}' '{CCMUX}' export | head -1; exit ${{PIPESTATUS[0]}}"
-    store = ccmux.Store(str(tmp_path / "ccmux.db"))
-    with store.transaction():
-        for n in range(3000):
-            done = settlement(f"req_{n:024}", "local", charge=1)
-            store.write_settlement(store.db, done, "charge")
-    store.close()
+    enter(tmp_path / "ccmux.db", *((TODAY, settlement(f"req_{n:024}", "local")) for n in range(3000)))
     write_config(tmp_path)
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=tmp_path,
-        env=process_environment(tmp_path),
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr, done.stdout[:5]) == (0, "", '"time')
+    ran = in_shell(tmp_path, '"$0" "$1" export | head -1; exit ${PIPESTATUS[0]}', "bash")
+    assert (ran.status, ran.err, ran.out[:5]) == (0, "", '"time')
 
 
 def test_colours_only_for_people_who_want_them(tmp_path: Path) -> None:
@@ -508,6 +501,15 @@ def test_env_says_that_a_key_is_needed(cli: Cli, tmp_path: Path) -> None:
     assert "set CCMUX_KEY" in cli("env").err
 
 
+def settings_of(home: Path, data: bytes, name: str = "settings.json") -> Path:
+    """Claude Code's settings in this home."""
+    path = home / ".claude" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    path.chmod(0o640)
+    return path
+
+
 ODD = b'{\n\t"env": {"FOO":  "1", "ANTHROPIC_BASE_URL": "https://old.example"},\n\t"model": "opus"   \n}'
 
 
@@ -516,11 +518,9 @@ ODD = b'{\n\t"env": {"FOO":  "1", "ANTHROPIC_BASE_URL": "https://old.example"},\
     ids=["none", "empty", "object", "odd-format", "own-statusline"],
 )  # fmt: skip
 def test_setup_and_undo(cli: Cli, tmp_path: Path, before: bytes | None) -> None:
-    path = tmp_path / ".claude/settings.json"
-    path.parent.mkdir()
-    if before is not None:
-        path.write_bytes(before)
-        path.chmod(0o640)
+    path = settings_of(tmp_path, before or b"")
+    if before is None:
+        path.unlink()
     write_config(tmp_path, port=4242)
     for _ in range(2):
         ran = cli("setup")
@@ -543,22 +543,17 @@ def test_setup_shows_the_change_without_keys(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CCMUX_KEY", "ccmux-secret-of-anna")
-    (tmp_path / ".claude").mkdir(mode=0o700)
-    (tmp_path / ".claude/settings.json").write_text(
-        '{"env":{"GLM_KEY":"sk-secret-of-anna","MAX_TOKENS":"7"}}'
-    )
-    (tmp_path / ".claude/settings.json").chmod(0o600)
+    path = settings_of(tmp_path, b'{"env":{"GLM_KEY":"sk-secret-of-anna","MAX_TOKENS":"7"}}')
+    path.chmod(0o600)
     out = cli("setup").out
     assert '-{"env":{"GLM_KEY":"...","MAX_TOKENS":"7"}}' in out
     assert '+    "ANTHROPIC_BASE_URL": "http://127.0.0.1:13456",' in out
     assert "secret-of-anna" not in out
-    assert (tmp_path / ".claude/settings.json").stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_undo_keeps_what_was_changed_since(cli: Cli, tmp_path: Path) -> None:
-    path = tmp_path / ".claude/settings.json"
-    path.parent.mkdir()
-    path.write_bytes(ODD)
+    path = settings_of(tmp_path, ODD)
     cli("setup")
     settings = json.loads(path.read_bytes())
     settings["model"] = "haiku"
@@ -571,9 +566,7 @@ def test_undo_keeps_what_was_changed_since(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_undo_keeps_what_was_changed_between_two_setups(cli: Cli, tmp_path: Path) -> None:
-    path = tmp_path / ".claude/settings.json"
-    path.parent.mkdir()
-    path.write_bytes(ODD)
+    path = settings_of(tmp_path, ODD)
     cli("setup")
     path.write_text(path.read_text().replace('"opus"', '"haiku"'))
     cli("setup", "--port", "7")
@@ -623,21 +616,15 @@ def test_setup_without_a_home(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_setup_leaves_no_half_of_a_file_behind(tmp_path: Path) -> None:
-    (tmp_path / ".claude").mkdir()
-    (tmp_path / ".claude/settings.json").write_text("{}")
-    shell = f'ulimit -f 0; "{sys.executable}" "{CCMUX}" setup'  # no room, as on a full disk
-    ran = subprocess.run(
-        ["sh", "-c", shell], cwd=tmp_path, env=process_environment(tmp_path), capture_output=True, text=True
-    )
-    assert (ran.returncode, ran.stderr) == (2, "ccmux: [Errno 27] File too large\n")
-    assert [p.name for p in (tmp_path / ".claude").iterdir()] == ["settings.json"]
-    assert (tmp_path / ".claude/settings.json").read_text() == "{}"
+    path = settings_of(tmp_path, b"{}")
+    ran = in_shell(tmp_path, 'ulimit -f 0; "$0" "$1" setup')  # no room, as on a full disk
+    assert (ran.status, ran.err) == (2, "ccmux: [Errno 27] File too large\n")
+    assert [p.name for p in path.parent.iterdir()] == ["settings.json"]
+    assert path.read_text() == "{}"
 
 
 def test_setup_touches_no_broken_settings(cli: Cli, tmp_path: Path) -> None:
-    path = tmp_path / ".claude/settings.json"
-    path.parent.mkdir()
-    path.write_text("{ // a comment\n}")
+    path = settings_of(tmp_path, b"{ // a comment\n}")
     ran = cli("setup")
     assert (ran.status, path.read_text()) == (2, "{ // a comment\n}")
     assert "not valid JSON" in ran.err and ran.err.count("\n") == 1
@@ -646,15 +633,14 @@ def test_setup_touches_no_broken_settings(cli: Cli, tmp_path: Path) -> None:
 # Users and money.
 
 
+PRICED = {
+    "model": "claude-sonnet-5-5", "cost": 47_500, "markup": 9_500, "charge": 57_000,
+    "usage": ccmux.Usage(input=12_000, output=1_200, cache_read=40_000, cache_write=3_000),
+}  # fmt: skip
+
+
 def settlement(request_id: str, user: str, **more: Any) -> ccmux.Settlement:
-    values = {
-        "request_id": request_id, "user": user, "session": "s1", "agent": "", "asked": "claude-x", "route": "default",
-        "provider": "p", "model": "claude-sonnet-5-5", "stream": True, "status": 200, "error": "", "attempts": 1,
-        "usage": ccmux.Usage(input=12_000, output=1_200, cache_read=40_000, cache_write=3_000), "cost": 47_500,
-        "markup": 9_500, "charge": 57_000, "price": None, "first_token_ms": 5, "duration_ms": 9, "stop_reason": "end_turn",
-        "trail": [], **more,
-    }  # fmt: skip
-    return ccmux.Settlement(**values)
+    return proxy_harness.settlement(request_id, user=user, **PRICED | more)
 
 
 def enter(path: Path, *rows: tuple[str, ccmux.Settlement]) -> None:
@@ -931,13 +917,11 @@ def open_config(path: Path) -> None:
 
 
 def settings_elsewhere(path: Path) -> None:
-    (path / ".claude").mkdir()
-    (path / ".claude/settings.json").write_text('{"env": {"ANTHROPIC_BASE_URL": "http://elsewhere.example"}}')
+    settings_of(path, b'{"env": {"ANTHROPIC_BASE_URL": "http://elsewhere.example"}}')
 
 
 def settings_broken(path: Path) -> None:
-    (path / ".claude").mkdir()
-    (path / ".claude/settings.local.json").write_text("{,}")
+    settings_of(path, b"{,}", "settings.local.json")
 
 
 def config_broken(path: Path) -> None:
@@ -1038,11 +1022,8 @@ def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_li
 
 
 def test_statusline_with_a_closed_input(tmp_path: Path) -> None:
-    ran = subprocess.run(
-        ["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, CCMUX, "statusline"], cwd=tmp_path,
-        env=process_environment(tmp_path), capture_output=True, text=True,
-    )  # fmt: skip
-    assert (ran.returncode, ran.stderr) == (0, "")
+    ran = in_shell(tmp_path, 'exec "$0" "$1" statusline <&-')
+    assert (ran.status, ran.err) == (0, "")
 
 
 @pytest.mark.parametrize("text", ["not TOML", "[server]\ndatabase = 5"])
@@ -1080,6 +1061,14 @@ def fake_claude(folder: Path, script: str) -> str:
     return f"{folder / 'bin'}:{os.environ['PATH']}"
 
 
+def started_code(folder: Path, path: str, **options: Any) -> subprocess.Popen[str]:
+    """`ccmux.py code` under way, with this PATH."""
+    return subprocess.Popen(
+        [sys.executable, CCMUX, "code"], cwd=folder, env=process_environment(folder, PATH=path), text=True,
+        **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **options},
+    )  # fmt: skip
+
+
 def answers(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
@@ -1112,8 +1101,8 @@ def test_code_starts_runs_and_stops(tmp_path: Path) -> None:
 
 async def test_code_leaves_a_running_server(tmp_path: Path, start_ccmux: Any) -> None:
     path = fake_claude(tmp_path, 'echo "$ANTHROPIC_BASE_URL"')
-    async with start_ccmux('[[providers]]\nname = "demo"\ntype = "demo"\n') as running:
-        port = int(running.url.rpartition(":")[2])
+    async with start_ccmux(provider_row()) as running:
+        port = running.port
         other = tmp_path / "other"
         other.mkdir()
         write_config(other, port=port)
@@ -1160,14 +1149,13 @@ def test_code_beside_settings_that_lead_elsewhere(tmp_path: Path) -> None:
     port = closed_port()
     write_config(tmp_path, port=port)
     path = fake_claude(tmp_path, "echo ran")
-    (tmp_path / ".claude").mkdir()
     for name, value, said in (
         ("ANTHROPIC_BASE_URL", "https://api.z.ai/api/anthropic", "https://api.z.ai/api/anthropic"),
         ("CLAUDE_CODE_USE_BEDROCK", "1", "what CLAUDE_CODE_USE_BEDROCK means"),
         ("CLAUDE_CODE_USE_BEDROCK", "0", ""),
         ("ANTHROPIC_BASE_URL", f"http://localhost:{port}/", ""),
     ):
-        (tmp_path / ".claude/settings.json").write_text(json.dumps({"env": {name: value}}))
+        settings_of(tmp_path, json.dumps({"env": {name: value}}).encode())
         ran = process(tmp_path, "code", PATH=path)
         assert (ran.status, ran.out) == ((2, "") if said else (0, "ran\n"))
         assert (f"settings.json sends Claude Code to {said}, whatever `code` says" in ran.err) == bool(said)
@@ -1175,9 +1163,7 @@ def test_code_beside_settings_that_lead_elsewhere(tmp_path: Path) -> None:
 
 def test_setup_and_code_leave_no_other_cloud(tmp_path: Path) -> None:
     write_config(tmp_path)
-    (tmp_path / ".claude").mkdir()
-    settings = tmp_path / ".claude/settings.json"
-    settings.write_text('{"env": {"CLAUDE_CODE_USE_VERTEX": "1"}}')
+    settings = settings_of(tmp_path, b'{"env": {"CLAUDE_CODE_USE_VERTEX": "1"}}')
     assert process(tmp_path, "setup").status == 0
     assert "VERTEX" not in settings.read_text()
     path = fake_claude(tmp_path, 'echo "[$CLAUDE_CODE_USE_BEDROCK]"')
@@ -1191,10 +1177,7 @@ def test_code_passes_signals_on(tmp_path: Path) -> None:
     path = fake_claude(tmp_path, 'trap "echo heard; exit 5" TERM; echo ready; while :; do sleep 0.05; done')
     port = closed_port()
     write_config(tmp_path, port=port)
-    with subprocess.Popen(
-        [sys.executable, CCMUX, "code"], cwd=tmp_path, env=process_environment(tmp_path, PATH=path),
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    ) as running:  # fmt: skip
+    with started_code(tmp_path, path) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "ready\n"
         running.send_signal(signal.SIGINT)  # claude's own to heed; ccmux goes on
@@ -1209,13 +1192,8 @@ def test_codes_server_ends_in_order_where_its_terminal_is_gone(tmp_path: Path) -
     path = fake_claude(tmp_path, 'trap "exit 5" TERM; echo ready; while :; do sleep 0.05; done')
     port = closed_port()
     write_config(tmp_path, port=port)
-    body = json.dumps(
-        {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
-    ).encode()
-    with subprocess.Popen(
-        [sys.executable, CCMUX, "code"], cwd=tmp_path, env=process_environment(tmp_path, PATH=path),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as running:  # fmt: skip
+    body = ccmux.compact(proxy_harness.message_body())
+    with started_code(tmp_path, path, stderr=subprocess.PIPE) as running:
         assert running.stdout is not None and running.stderr is not None
         assert running.stdout.readline() == "ready\n"
         with socket.create_connection(("127.0.0.1", port)) as client:
@@ -1263,12 +1241,9 @@ def test_a_killed_code_leaves_no_server(tmp_path: Path) -> None:
     path = fake_claude(tmp_path, "echo ready; exec cat > /dev/null")
     port = closed_port()
     write_config(tmp_path, port=port)
-    with subprocess.Popen(
-        [sys.executable, CCMUX, "code"], cwd=tmp_path, env=process_environment(tmp_path, PATH=path),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    ) as running:  # fmt: skip
+    with started_code(tmp_path, path, stdin=subprocess.PIPE) as running:
         assert running.stdout is not None
-        assert running.stdout.readline() == b"ready\n"
+        assert running.stdout.readline() == "ready\n"
         assert answers(port)
         running.kill()
         running.wait()
@@ -1279,10 +1254,8 @@ def test_a_killed_code_leaves_no_server(tmp_path: Path) -> None:
 def test_code_ended_while_its_server_starts(tmp_path: Path, number: int) -> None:
     """As SIGHUP does where the terminal is closed."""
     write_config(tmp_path)
-    environment = process_environment(tmp_path, PATH=fake_claude(tmp_path, "exec sleep 30"))
-    with subprocess.Popen(
-        [sys.executable, CCMUX, "code"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
-    ) as running:
+    path = fake_claude(tmp_path, "exec sleep 30")
+    with started_code(tmp_path, path, stdout=subprocess.DEVNULL) as running:
         until((tmp_path / "ccmux.db").exists, "the database is made", 20)  # made before the server answers
         running.send_signal(number)
     assert running.returncode in (128 + number, 128 + signal.SIGTERM)  # the latter where claude ran already

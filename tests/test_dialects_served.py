@@ -10,30 +10,12 @@ import anthropic
 import openai
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer
 from conftest import Start
-from translation import BASH, FIXTURES, tool_result, user
+from fakes import serving
+from proxy_harness import provider_row
+from translation import BASH, COMMAND, FIXTURES, tool_result, user
 
-CONFIG = """
-[router]
-default = "r/gpt-5.3-codex"
-auto_map_regex = ""
-[[providers]]
-name = "r"
-type = "responses"
-base_url = "{url}/v1"
-api_key = "key-of-r"
-[[providers]]
-name = "g"
-type = "gemini"
-base_url = "{url}"
-api_key = "key-of-g"
-[[providers]]
-name = "o"
-type = "openai"
-base_url = "{url}/v1"
-api_key = "key-of-r"
-"""
+FUNCTION: Any = {"type": "function", "function": {"name": "Bash", "parameters": COMMAND}}
 MODELS = ["r/gpt-5.3-codex", "g/gemini-3.8-flash"]
 CASES = {"responses": ("plain", "reasoning_then_tool"), "gemini": ("plain", "thoughts_then_tool")}
 
@@ -46,11 +28,17 @@ class Upstream:
         self.calls_again = False  # with the ids of the first calls
         self.refusals: list[Any] = []  # requests to the address that refuses them
         self.refusal = (400, "")
-        app = web.Application()
-        app.router.add_post("/v1/responses", self.answer)
-        app.router.add_post("/v1/chat/completions", self.refuse)
-        app.router.add_post("/v1beta/models/gemini-3.8-flash:streamGenerateContent", self.answer)
-        self.server = TestServer(app)
+        self.url = ""
+
+    def config(self, **quirks: Any) -> str:
+        """Its three formats as the providers r, g and o, the last with quirks."""
+        r = {"base_url": f"{self.url}/v1", "api_key": "key-of-r"}
+        rows = [
+            provider_row("r", "responses", **r),
+            provider_row("g", "gemini", base_url=self.url, api_key="key-of-g"),
+            provider_row("o", "openai", **r, quirks=quirks),
+        ]
+        return '[router]\ndefault = "r/gpt-5.3-codex"\nauto_map_regex = ""\n' + "".join(rows)
 
     async def answer(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -73,15 +61,17 @@ class Upstream:
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
     upstream = Upstream()
-    await upstream.server.start_server()
-    yield upstream
-    await upstream.server.close()
+    async with serving(
+        web.post("/v1/responses", upstream.answer),
+        web.post("/v1/chat/completions", upstream.refuse),
+        web.post("/v1beta/models/gemini-3.8-flash:streamGenerateContent", upstream.answer),
+    ) as upstream.url:
+        yield upstream
 
 
 async def test_anthropic_sdk_in_a_tool_round(upstream: Upstream, start_ccmux: Start) -> None:
-    config = CONFIG.format(url=upstream.server.make_url("").human_repr().rstrip("/"))
     async with (
-        start_ccmux(config) as ccmux,
+        start_ccmux(upstream.config()) as ccmux,
         anthropic.AsyncAnthropic(base_url=ccmux.url, api_key="x") as client,
     ):
         for model in MODELS:
@@ -106,14 +96,9 @@ async def test_anthropic_sdk_in_a_tool_round(upstream: Upstream, start_ccmux: St
 
 
 async def test_openai_sdk_streamed_and_whole(upstream: Upstream, start_ccmux: Start) -> None:
-    config = CONFIG.format(url=upstream.server.make_url("").human_repr().rstrip("/"))
-    function = {"name": "Bash", "parameters": BASH["input_schema"]}
-    asked: Any = {
-        "messages": [{"role": "user", "content": "list"}],
-        "tools": [{"type": "function", "function": function}],
-    }
+    asked: Any = {"messages": [{"role": "user", "content": "list"}], "tools": [FUNCTION]}
     async with (
-        start_ccmux(config) as ccmux,
+        start_ccmux(upstream.config()) as ccmux,
         openai.AsyncOpenAI(base_url=f"{ccmux.url}/v1", api_key="x") as client,
     ):
         for model in MODELS:
@@ -140,11 +125,10 @@ async def test_a_web_search_goes_to_responses_at_once(
     format: str, upstream: Upstream, start_ccmux: Start
 ) -> None:
     """OpenAI's Chat Completions answers it with a 400, of all models but those that are made for it."""
-    config = CONFIG.format(url=upstream.server.make_url("").human_repr().rstrip("/"))
     search: Any = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
     hello: Any = [user("who won?")]
     async with (
-        start_ccmux(config + 'quirks.web_search = "responses"\n') as ccmux,
+        start_ccmux(upstream.config(web_search="responses")) as ccmux,
         anthropic.AsyncAnthropic(base_url=ccmux.url, api_key="x", max_retries=0) as client,
         openai.AsyncOpenAI(base_url=f"{ccmux.url}/v1", api_key="x", max_retries=0) as other,
     ):
@@ -170,25 +154,17 @@ async def test_a_model_that_sends_on_to_responses_is_served_there(
     refusal: tuple[int, str], upstream: Upstream, start_ccmux: Start
 ) -> None:
     upstream.refusal = refusal
-    config = CONFIG.format(url=upstream.server.make_url("").human_repr().rstrip("/"))
-    function = {"name": "Bash", "parameters": BASH["input_schema"]}
+    hello: Any = [user("list")]
     async with (
-        start_ccmux(config) as ccmux,
+        start_ccmux(upstream.config()) as ccmux,
         anthropic.AsyncAnthropic(base_url=ccmux.url, api_key="x", max_retries=0) as client,
         openai.AsyncOpenAI(base_url=f"{ccmux.url}/v1", api_key="x", max_retries=0) as other,
     ):
         for _ in range(2):
             answer = await client.messages.create(
-                model="o/gpt-5.6",
-                max_tokens=99,
-                tools=[BASH],
-                messages=[user("list")],  # type: ignore[list-item]
+                model="o/gpt-5.6", max_tokens=99, tools=[BASH], messages=hello
             )
             assert answer.stop_reason == "tool_use"
-        whole = await other.chat.completions.create(
-            model="o/gpt-5.6",
-            messages=[{"role": "user", "content": "list"}],
-            tools=[{"type": "function", "function": function}],  # type: ignore[list-item]
-        )
+        whole = await other.chat.completions.create(model="o/gpt-5.6", messages=hello, tools=[FUNCTION])
         assert whole.choices[0].finish_reason == "tool_calls"
     assert (len(upstream.refusals), len(upstream.bodies)) == (1, 3)

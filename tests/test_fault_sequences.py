@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import email.utils
 import gc
 import json
 import logging
+import math
 import random
 import socket
 import ssl
@@ -38,7 +38,8 @@ from proxy_harness import (
     soon_enough,
     until,
 )
-from test_faults import HELLO, LIMITED_30, PART, TOO_LONG, breaks_off, check_ledger, fails, full, stage
+from test_faults import HELLO, LIMITED_30, PART, TOO_LONG, Check, breaks_off, check_ledger, fails, full, stage
+from translation import PDF, PNG, assistant, tool_result, tool_use, user
 
 import ccmux
 
@@ -48,39 +49,6 @@ NO_RETRY = {"providers": {"A": {"max_retries": 0}, "B": {"max_retries": 0}}}
 
 
 # Limits and cool-downs.
-
-
-def http_date(seconds: float) -> str:
-    return email.utils.formatdate(time.time() + seconds, usegmt=True)
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({"retry-after": "30"}, 30),
-        ({"retry-after": " 30 "}, 30),
-        ({"retry-after": "0.5"}, 0.5),
-        ({"retry-after-ms": "1500"}, 1.5),
-        ({"retry-after-ms": "1500", "retry-after": "30"}, 1.5),
-        ({"retry-after-ms": "x", "retry-after": "30"}, 30),
-        ({"retry-after": "nan"}, 0),
-        ({"retry-after": "-7"}, 0),
-        ({"retry-after": "inf"}, 3600),
-        ({"retry-after": "1e9"}, 3600),
-        ({"retry-after": http_date(-100)}, 0),
-        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, 3600),
-        ({"retry-after": "soon"}, None),
-        ({"retry-after": ""}, None),
-        ({}, None),
-    ],
-)
-def test_retry_after_is_read_in_every_form(headers: dict[str, str], seconds: float | None) -> None:
-    assert ccmux.retry_after(headers) == seconds
-
-
-def test_retry_after_may_be_a_date() -> None:
-    found = ccmux.retry_after({"retry-after": http_date(30)})
-    assert found is not None and 28 <= found <= 31
 
 
 @pytest.mark.parametrize(
@@ -162,6 +130,15 @@ async def test_a_limit_that_only_the_body_tells(
 )
 def test_a_wait_in_a_body_may_be_none(payload: Any) -> None:
     assert ccmux.retry_after(ccmux.wait_in_body(payload)) is None
+
+
+async def test_a_limit_that_is_told_amid_an_answer_rests_nobody(tmp_path: Path) -> None:
+    """Whoever had content was let in."""
+    limit = fs.cut_after(5, extra=lambda call: fs.error_event(call, "rate_limit_error"))
+    async with stage(tmp_path, (limit, fs.answer()), OK) as (proxy, (a, b)):
+        breaks_off("rate_limit_error")(await ask(proxy, on_data=opens_gates([a])))
+        full("A")(await ask(proxy))
+    assert (a.count, b.count) == (2, 0)
 
 
 @BOTH
@@ -283,6 +260,13 @@ async def test_at_most_four_tries_of_one_request(tmp_path: Path) -> None:
 # Breakers.
 
 
+async def break_a(proxy: Proxy, sees: Check) -> None:
+    """Five failures of A, which are seen so, and then the time after which its breaker is half-open."""
+    for _ in range(5):
+        sees(await ask(proxy))
+    age(proxy)
+
+
 def age(proxy: Proxy) -> None:
     """Lets the time pass after which open breakers become half-open."""
     for breaker in proxy.state.relay.breakers.values():
@@ -356,9 +340,7 @@ async def test_clients_that_hang_up_do_not_open_the_breaker(tmp_path: Path) -> N
 async def test_a_half_open_breaker_lets_one_probe_through(wire: str, tmp_path: Path) -> None:
     script = (*[fs.status(500)] * 5, fs.gated_answer(0))
     async with stage(tmp_path, script, OK, formats=wire, **NO_RETRY) as (proxy, (a, b)):
-        for _ in range(5):
-            full("B")(await ask(proxy))
-        age(proxy)
+        await break_a(proxy, full("B"))
         asked = [asyncio.create_task(ask(proxy)) for _ in range(20)]
         await a.called(6)
         await until(lambda: sum(task.done() for task in asked) == 19, "the others were answered by B")
@@ -405,9 +387,7 @@ async def test_with_all_breakers_open_the_answer_comes_at_once(wire: str, tmp_pa
 async def test_a_single_target_gets_one_probe_per_interval(tmp_path: Path) -> None:
     script = (*[fs.status(500)] * 5, fs.gated_answer(0))
     async with stage(tmp_path, script, **NO_RETRY) as (proxy, (a,)):
-        for _ in range(5):
-            fails(500)(await ask(proxy))
-        age(proxy)
+        await break_a(proxy, fails(500))
         probe = asyncio.create_task(ask(proxy))
         await a.called(6)
         for reply in await ask_many(proxy, 10):
@@ -420,9 +400,7 @@ async def test_a_single_target_gets_one_probe_per_interval(tmp_path: Path) -> No
 async def test_a_probe_that_streams_holds_nobody_up(tmp_path: Path) -> None:
     script = (*[fs.status(500)] * 5, fs.gated_answer(), fs.answer())
     async with stage(tmp_path, script, **NO_RETRY) as (proxy, (a,)):
-        for _ in range(5):
-            fails(500)(await ask(proxy))
-        age(proxy)
+        await break_a(proxy, fails(500))
         probe = asyncio.create_task(ask(proxy))
         await until(lambda: any(c.first_content for c in proxy.state.calls.values()), "the probe has content")
         full("A")(await ask(proxy))
@@ -445,9 +423,7 @@ async def test_failures_of_one_moment_open_the_breaker_once(tmp_path: Path) -> N
 async def test_a_probe_whose_client_hangs_up_makes_way_for_the_next(tmp_path: Path) -> None:
     script = (*[fs.status(500)] * 5, fs.stall(), fs.answer())
     async with stage(tmp_path, script, **NO_RETRY) as (proxy, (a,)):
-        for _ in range(5):
-            fails(500)(await ask(proxy))
-        age(proxy)
+        await break_a(proxy, fails(500))
         await hang_up(proxy, a.called(6))
         await a.cancelled(6)
         await proxy.idle()
@@ -458,9 +434,7 @@ async def test_a_probe_whose_client_hangs_up_makes_way_for_the_next(tmp_path: Pa
 async def test_a_probe_that_is_refused_makes_way_for_the_next(code: int, tmp_path: Path) -> None:
     refusal = fs.status(code, [("retry-after", "0")])
     async with stage(tmp_path, (*[fs.status(500)] * 5, refusal, fs.answer()), **NO_RETRY) as (proxy, _):
-        for _ in range(5):
-            fails(500)(await ask(proxy))
-        age(proxy)
+        await break_a(proxy, fails(500))
         fails(code)(await ask(proxy))
         full("A")(await ask(proxy))
 
@@ -884,10 +858,9 @@ async def test_an_overflow_without_a_larger_target_is_told_in_the_clients_words(
 
 @BOTH
 async def test_a_beta_request_is_one_upstream_too(wire: str, tmp_path: Path) -> None:
-    async with stage(tmp_path, OK, formats=wire) as (proxy, (a,)), aiohttp.ClientSession() as session:
+    async with stage(tmp_path, OK, formats=wire) as (proxy, (a,)):
         for query in ("?beta=true", "?x=1", ""):
-            async with session.post(f"{proxy.url}/v1/messages{query}", json=message_body(False)) as reply:
-                assert reply.status == 200
+            full()(await ask(proxy, f"/v1/messages{query}", stream=False))
     asked = [call.path.partition("?")[2] for call in a.calls]
     assert asked == (["beta=true", "", ""] if wire == "anthropic" else ["", "", ""])
 
@@ -895,11 +868,19 @@ async def test_a_beta_request_is_one_upstream_too(wire: str, tmp_path: Path) -> 
 async def test_beta_stands_behind_the_query_of_an_address(tmp_path: Path) -> None:
     async with FaultServer(*OK) as a:
         text = config_text({"A": f"{a.url}?version=1"}, formats="anthropic")
-        async with in_process(tmp_path, text) as proxy, aiohttp.ClientSession() as session:
-            url = f"{proxy.url}/v1/messages?beta=true"
-            async with session.post(url, json=message_body(False)) as reply:
-                assert reply.status == 200
+        async with in_process(tmp_path, text) as proxy:
+            full()(await ask(proxy, "/v1/messages?beta=true", stream=False))
     assert a.calls[0].path.partition("?")[2] == "version=1&beta=true"
+
+
+async def test_an_answer_of_no_content_that_ends_well_is_not_taken_for_none(tmp_path: Path) -> None:
+    begin, *_, delta, stop = fs.anthropic_events()
+    script = (fs.Behaviour(lambda call: fs.stream_of([begin, delta, stop])),)
+    async with stage(tmp_path, script, OK) as (proxy, (a, b)):
+        reply = await ask(proxy)
+    assert (reply.status, reply.headers["x-ccmux-provider"]) == (200, "A")
+    assert reply.kinds == ["message_start", "message_delta", "message_stop"]
+    assert (a.count, b.count) == (1, 0)
 
 
 @BOTH
@@ -994,13 +975,8 @@ async def test_a_parameter_that_is_refused_is_left_out(status: int, words: str, 
 
 async def test_a_user_message_behind_a_tools_that_is_refused_joins_it(tmp_path: Path) -> None:
     """As it is said by Mistral's own models wherever they are served."""
-    call = {"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {}}
-    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "out"}
-    messages = [
-        {"role": "user", "content": "Say hello."},
-        {"role": "assistant", "content": [call]},
-        {"role": "user", "content": [result, {"type": "text", "text": "And now?"}]},
-    ]
+    answered = user(tool_result("toolu_1", "out"), "And now?")
+    messages = [user("Say hello."), assistant(tool_use("toolu_1")), answered]
     refusal = fs.status(400, message="Unexpected role 'user' after role 'tool'")
     async with stage(tmp_path, (refusal, fs.answer()), formats="openai") as (proxy, (a,)):
         for _ in range(2):
@@ -1008,51 +984,40 @@ async def test_a_user_message_behind_a_tools_that_is_refused_joins_it(tmp_path: 
     assert [len(call.json["messages"]) for call in a.calls] == [4, 3, 3]
 
 
-PNG = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
+PNG_DATA = PNG["source"]["data"]
+LOOK = message_body(messages=[user(PNG, "Say hello.")])
+NO_IMAGES = "No endpoints found that support image input"
 
 
 @pytest.mark.parametrize("formats", ["openai", "anthropic"])
 async def test_an_image_that_a_model_cannot_see_is_left_out(formats: str, tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": [PNG, {"type": "text", "text": "Say hello."}]}]
-    refusal = fs.status(404, message="No endpoints found that support image input")
+    refusal = fs.status(404, message=NO_IMAGES)
     async with stage(tmp_path, (refusal, fs.answer()), formats=formats) as (proxy, (a,)):
         for _ in range(2):
-            full("A")(await ask(proxy, body=message_body(messages=messages)))
-    assert ["iVBORw0KGgo=" in json.dumps(call.json) for call in a.calls] == [True, False, False]
+            full("A")(await ask(proxy, body=LOOK))
+    assert [PNG_DATA in json.dumps(call.json) for call in a.calls] == [True, False, False]
     assert "left out" in json.dumps(a.calls[-1].json)
 
 
 @pytest.mark.parametrize("others", ["keys", "targets"])
 async def test_an_image_that_nobody_can_see_is_left_out(others: str, tmp_path: Path) -> None:
     """Another key is not another model, and what has refused it already is not asked again."""
-
-    def answers(call: fs.UpstreamCall) -> Any:
-        refusal = fs.status(404, message="No endpoints found that support image input")
-        return (refusal if "iVBORw0KGgo=" in json.dumps(call.json) else fs.answer()).steps(call)
-
-    messages = [{"role": "user", "content": [PNG, {"type": "text", "text": "Say hello."}]}]
-    scripts = [(fs.Behaviour(answers),)] * (2 if others == "targets" else 1)
+    script = (fs.refusing(NO_IMAGES, lambda asked: PNG_DATA in json.dumps(asked), 404),)
+    scripts = [script] * (2 if others == "targets" else 1)
     providers = {"A": {"api_key": ["k1", "k2"]}} if others == "keys" else {}
     async with stage(tmp_path, *scripts, formats="openai", providers=providers) as (proxy, servers):
-        full("A" if others == "keys" else "B")(await ask(proxy, body=message_body(messages=messages)))
+        full("A" if others == "keys" else "B")(await ask(proxy, body=LOOK))
     assert [a.count for a in servers] == ([2] if others == "keys" else [1, 2])
 
 
 async def test_a_document_that_a_server_of_anthropics_format_refuses_is_left_out(tmp_path: Path) -> None:
     """As vLLM 0.33 and SGLang 0.5 do: a conversation that a PDF got into ended there."""
-    pdf = {
-        "type": "document",
-        "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="},
-    }
-    messages = [{"role": "user", "content": [PNG, pdf, {"type": "text", "text": "Say hello."}]}]
-    refusal = fs.status(
-        400, message="messages.0.content.1: Input tag 'document' found using 'type' does not match"
-    )
-    async with stage(tmp_path, (refusal, fs.answer())) as (proxy, (a,)):
+    words = "messages.0.content.1: Input tag 'document' found using 'type' does not match"
+    async with stage(tmp_path, (fs.status(400, message=words), fs.answer())) as (proxy, (a,)):
         for _ in range(2):
-            full("A")(await ask(proxy, body=message_body(messages=messages)))
-    assert ["JVBERg==" in json.dumps(call.json) for call in a.calls] == [True, False, False]
-    assert "iVBORw0KGgo=" in json.dumps(a.calls[-1].json)
+            full("A")(await ask(proxy, body=message_body(messages=[user(PNG, PDF, "Say hello.")])))
+    assert [PDF["source"]["data"] in json.dumps(call.json) for call in a.calls] == [True, False, False]
+    assert PNG_DATA in json.dumps(a.calls[-1].json)
 
 
 @pytest.mark.parametrize(
@@ -1079,12 +1044,10 @@ async def test_an_error_of_another_form_becomes_anthropics(
 
 
 async def test_an_image_goes_to_the_next_target_where_the_first_cannot_see_it(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": [PNG, {"type": "text", "text": "Say hello."}]}]
-    refusal = fs.status(404, message="No endpoints found that support image input")
-    async with stage(tmp_path, (refusal,), OK, formats="openai") as (proxy, (a, b)):
-        full("B")(await ask(proxy, body=message_body(messages=messages)))
+    async with stage(tmp_path, (fs.status(404, message=NO_IMAGES),), OK, formats="openai") as (proxy, (a, b)):
+        full("B")(await ask(proxy, body=LOOK))
     assert (a.count, b.count) == (1, 1)
-    assert "iVBORw0KGgo=" in json.dumps(b.calls[0].json)
+    assert PNG_DATA in json.dumps(b.calls[0].json)
 
 
 async def test_a_parameter_is_left_out_once(tmp_path: Path) -> None:
@@ -1131,13 +1094,11 @@ async def test_thinking_is_left_out_for_a_model_that_has_none(
     client: str, words: str, tmp_path: Path
 ) -> None:
     """As LiteLLM and Ollama say on /v1/messages; an effort asks for it, too."""
-
-    def answers(call: fs.UpstreamCall) -> Any:
-        is_asked = "thinking" in call.json or "effort" in call.json.get("output_config", {})
-        return (fs.status(400, message=words) if is_asked else fs.answer()).steps(call)
-
+    script = (
+        fs.refusing(words, lambda asked: "thinking" in asked or "effort" in asked.get("output_config", {})),
+    )
     body = message_body(thinking={"type": "adaptive"}, output_config={"effort": "high"})
-    async with stage(tmp_path, (fs.Behaviour(answers),)) as (proxy, (a,)):
+    async with stage(tmp_path, script) as (proxy, (a,)):
         for _ in range(2):
             if client == "openai":
                 assert await chat(proxy, reasoning_effort="high") == HELLO
@@ -1157,18 +1118,12 @@ async def test_what_an_openai_client_sends_to_an_anthropic_upstream_is_left_out_
     tmp_path: Path,
 ) -> None:
     """And of no one's who speaks the upstream's own format: those bytes are not ours."""
-
-    def answers(call: fs.UpstreamCall) -> Any:
-        refusal = fs.status(400, message="temperature: Extra inputs are not permitted")
-        return (refusal if "temperature" in call.json else fs.answer()).steps(call)
-
-    asked = {
-        "model": "claude-sonnet-5-5", "temperature": 0.5, "stop": ["x"], "messages": [{"role": "user", "content": "hi"}],
-    }  # fmt: skip
-    async with stage(tmp_path, (fs.Behaviour(answers),)) as (proxy, (a,)), aiohttp.ClientSession() as session:
+    script = (
+        fs.refusing("temperature: Extra inputs are not permitted", lambda asked: "temperature" in asked),
+    )
+    async with stage(tmp_path, script) as (proxy, (a,)):
         for _ in range(2):
-            async with session.post(f"{proxy.url}/v1/chat/completions", json=asked) as reply:
-                assert (await reply.json())["choices"][0]["message"]["content"] == HELLO
+            assert await chat(proxy, temperature=0.5, stop=["x"]) == HELLO
         fails(400, says="temperature")(await ask(proxy, body=message_body(temperature=0.5)))
     assert ["temperature" in call.json for call in a.calls] == [True, False, False, True]
     assert all(call.json.get("stop_sequences") == ["x"] for call in a.calls[:3])
@@ -1177,23 +1132,16 @@ async def test_what_an_openai_client_sends_to_an_anthropic_upstream_is_left_out_
 async def chat(proxy: Proxy, **more: Any) -> str:
     """What an OpenAI client gets to read: the answer's text, or an error's."""
     asked = {"model": "claude-opus-4-8", "messages": [{"role": "user", "content": "hi"}], **more}
-    async with (
-        aiohttp.ClientSession() as session,
-        session.post(f"{proxy.url}/v1/chat/completions", json=asked) as reply,
-    ):
-        told = await reply.json()
+    told = (await ask(proxy, "/v1/chat/completions", body=asked)).json
     return str(told["error"]["message"] if "error" in told else told["choices"][0]["message"]["content"])
 
 
 async def test_a_thinking_that_an_openai_client_may_not_ask_for_is_claude_codes_all_the_same(
     tmp_path: Path,
 ) -> None:
-    def answers(call: fs.UpstreamCall) -> Any:
-        refusal = fs.status(400, message='"thinking.type.enabled" is not supported for this model.')
-        kind = call.json.get("thinking", {}).get("type")
-        return (refusal if kind == "enabled" else fs.answer()).steps(call)
-
-    async with stage(tmp_path, (fs.Behaviour(answers),)) as (proxy, (a,)):
+    words = '"thinking.type.enabled" is not supported for this model.'
+    script = (fs.refusing(words, lambda asked: asked.get("thinking", {}).get("type") == "enabled"),)
+    async with stage(tmp_path, script) as (proxy, (a,)):
         assert await chat(proxy, thinking={"type": "enabled", "budget_tokens": 2000}) == HELLO
         full("A")(await ask(proxy, body=message_body(thinking={"type": "adaptive"})))
     assert [call.json.get("thinking", {}).get("type") for call in a.calls] == ["enabled", None, "adaptive"]
@@ -1202,24 +1150,18 @@ async def test_a_thinking_that_an_openai_client_may_not_ask_for_is_claude_codes_
 async def test_an_effort_that_a_model_has_not_becomes_one_that_it_has_for_openai_clients_too(
     tmp_path: Path,
 ) -> None:
-    def answers(call: fs.UpstreamCall) -> Any:
-        refusal = fs.status(
-            400, message="Invalid value: 'max'. Supported values are: 'low', 'medium', and 'high'."
-        )
-        return (refusal if call.json["reasoning_effort"] == "max" else fs.answer()).steps(call)
-
-    async with stage(tmp_path, (fs.Behaviour(answers),), formats="openai") as (proxy, (a,)):
+    words = "Invalid value: 'max'. Supported values are: 'low', 'medium', and 'high'."
+    script = (fs.refusing(words, lambda asked: asked["reasoning_effort"] == "max"),)
+    async with stage(tmp_path, script, formats="openai") as (proxy, (a,)):
         for effort in ("max", "max", "low"):
             assert await chat(proxy, reasoning_effort=effort) == HELLO
     assert [call.json["reasoning_effort"] for call in a.calls] == ["max", "xhigh", "xhigh", "low"]
 
 
 async def test_a_wrong_value_of_one_openai_client_takes_nothing_from_the_next(tmp_path: Path) -> None:
-    def answers(call: fs.UpstreamCall) -> Any:
-        refusal = fs.status(400, message="max_tokens: Input should be greater than or equal to 1")
-        return (refusal if call.json.get("max_tokens", 0) < 1 else fs.answer()).steps(call)
-
-    async with stage(tmp_path, (fs.Behaviour(answers),)) as (proxy, (a,)):
+    words = "max_tokens: Input should be greater than or equal to 1"
+    script = (fs.refusing(words, lambda asked: asked.get("max_tokens", 0) < 1),)
+    async with stage(tmp_path, script) as (proxy, (a,)):
         assert "max_tokens" in await chat(proxy, max_tokens=-5)
         assert await chat(proxy, max_tokens=100) == HELLO
     assert [call.json["max_tokens"] for call in a.calls] == [-5, 100]
@@ -1228,7 +1170,7 @@ async def test_a_wrong_value_of_one_openai_client_takes_nothing_from_the_next(tm
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        pytest.param(404, "No endpoints found that support image input", id="an image"),
+        pytest.param(404, NO_IMAGES, id="an image"),
         pytest.param(400, "Invalid part type: file", id="a file"),
         pytest.param(400, "Unexpected role 'user' after role 'tool'", id="an order of roles"),
         pytest.param(400, "Thought signature is not valid", id="a signature"),
@@ -1241,17 +1183,11 @@ async def test_what_is_passed_on_is_not_sent_again_unchanged(status: int, words:
 
 
 async def test_an_effort_that_is_refused_takes_no_schema_with_it(tmp_path: Path) -> None:
-    def answers(call: fs.UpstreamCall) -> Any:
-        refusal = fs.status(
-            400, message='output_config.effort "xhigh" is not supported by model m; supported values: [low]'
-        )
-        return (refusal if "effort" in call.json["output_config"] else fs.answer()).steps(call)
-
-    form = {
-        "type": "json_schema",
-        "json_schema": {"name": "n", "schema": {"type": "object", "properties": {}}},
-    }
-    async with stage(tmp_path, (fs.Behaviour(answers),)) as (proxy, (a,)):
+    words = 'output_config.effort "xhigh" is not supported by model m; supported values: [low]'
+    script = (fs.refusing(words, lambda asked: "effort" in asked["output_config"]),)
+    schema = {"name": "n", "schema": {"type": "object", "properties": {}}}
+    form = {"type": "json_schema", "json_schema": schema}
+    async with stage(tmp_path, script) as (proxy, (a,)):
         assert await chat(proxy, reasoning_effort="xhigh", response_format=form) == HELLO
     assert [[*call.json["output_config"]] for call in a.calls] == [["effort", "format"], ["format"]]
 
@@ -1435,10 +1371,8 @@ async def test_an_input_that_is_not_told_is_counted_here(
     usage: ccmux.Json, path: str, stream: bool, tmp_path: Path
 ) -> None:
     """As of gateways in front of models that do not stream their usage."""
-    async with stage(tmp_path, (fs.answer(usage=usage),)) as (proxy, _), aiohttp.ClientSession() as session:
-        async with session.post(f"{proxy.url}/v1/{path}", json=message_body(stream)) as reply:
-            assert reply.status == 200
-            await reply.read()
+    async with stage(tmp_path, (fs.answer(usage=usage),)) as (proxy, _):
+        assert (await ask(proxy, f"/v1/{path}", stream=stream)).status == 200
         await proxy.idle()
     (row,) = proxy.books.requests()
     assert row["estimated"] and row["input_tokens"] > 0 and row["output_tokens"] >= 50
@@ -1449,10 +1383,8 @@ async def test_an_output_that_only_message_start_tells_is_counted_here(path: str
     """Of an answer that ended well: the 1 there is that of a beginning."""
     blocks = fs.anthropic_events(end_usage={"input_tokens": 100})
     script = (fs.Behaviour(lambda call: fs.stream_of(blocks)),)
-    async with stage(tmp_path, script) as (proxy, _), aiohttp.ClientSession() as session:
-        async with session.post(f"{proxy.url}/v1/{path}", json=message_body()) as reply:
-            assert reply.status == 200
-            await reply.read()
+    async with stage(tmp_path, script) as (proxy, _):
+        assert (await ask(proxy, f"/v1/{path}")).status == 200
         await proxy.idle()
     (row,) = proxy.books.requests()
     assert (row["status"], row["input_tokens"], row["estimated"]) == (200, 100, 1)
@@ -1645,13 +1577,30 @@ def plain_request(proxy: Proxy, stream: bool = True) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
+@contextlib.asynccontextmanager
+async def raw_client(
+    proxy: Proxy, request: bytes = b"", **options: Any
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A client that has sent these bytes, by default those of a plain request."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port, **options)
+    writer.write(request or plain_request(proxy))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def read_chunk(reader: asyncio.StreamReader) -> bytes:
+    """The next chunk of an answer's body; empty at its end."""
+    size = int(await reader.readuntil(b"\r\n"), 16)
+    return (await reader.readexactly(size + 2))[:-2]
+
+
 async def hang_up(proxy: Proxy, when: Any, *, stream: bool = True) -> float:
     """A client that closes its connection once `when` has come; the moment it did."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
-    writer.write(plain_request(proxy, stream))
-    await (when(reader) if callable(when) else when)
-    closed = time.monotonic()
-    writer.close()
+    async with raw_client(proxy, plain_request(proxy, stream)) as (reader, writer):
+        await (when(reader) if callable(when) else when)
+        closed = time.monotonic()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
     return closed
@@ -1784,10 +1733,9 @@ def busy_connections(proxy: Proxy) -> int:
 async def test_a_stream_of_http_1_0_ends_with_its_connection(tmp_path: Path) -> None:
     """Also where the client asks to keep that: without chunks there is no other end."""
     async with stage(tmp_path, OK) as (proxy, _), asyncio.timeout(20):
-        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
-        writer.write(plain_request(proxy).replace(b" HTTP/1.1", b" HTTP/1.0\r\nConnection: keep-alive", 1))
-        _, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        writer.close()
+        asked = plain_request(proxy).replace(b" HTTP/1.1", b" HTTP/1.0\r\nConnection: keep-alive", 1)
+        async with raw_client(proxy, asked) as (reader, _):
+            _, _, body = (await reader.read()).partition(b"\r\n\r\n")
     full()(Reply(200, {"content-type": "text/event-stream", "x-ccmux-provider": "A"}, body))
 
 
@@ -1838,24 +1786,35 @@ async def test_a_client_that_stalls_at_the_end_is_aborted_at_the_limit(
     assert len(proxy.books.requests()) == 1
 
 
-@pytest.mark.parametrize("reads", [False, True])
-async def test_a_whole_answer_waits_only_for_who_reads(reads: bool, tmp_path: Path) -> None:
-    """However slowly."""
-    size, loop = 20_000_000, asyncio.get_running_loop()
+LARGE = fs.answer(pieces=("x" * 20_000_000,))
+
+
+async def test_a_whole_answer_does_not_wait_for_who_does_not_read(tmp_path: Path) -> None:
     async with (
-        stage(tmp_path, (fs.answer(pieces=("x" * size,)),), server={"client_stall_timeout": 1}) as (proxy, _),
-        dawdler(proxy, stream=False) as client,
+        stage(tmp_path, (LARGE,), server={"client_stall_timeout": 1}) as (proxy, _),
+        dawdler(proxy, stream=False),
     ):
-        got = 0
-        while reads and got < size:
+        await until(lambda: len(proxy.books.requests()) == 1 and not proxy.connections, "it was cut off")
+
+
+async def test_a_whole_answer_waits_for_who_reads_however_slowly(tmp_path: Path) -> None:
+    async def go(folder: Path) -> float:
+        """For longer than the limit in all, and never for so long at a time."""
+        loop, began, got = asyncio.get_running_loop(), time.monotonic(), b""
+        async with (
+            stage(folder, (LARGE,), server={"client_stall_timeout": 1}) as (proxy, _),
+            dawdler(proxy, stream=False) as client,
+        ):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
-            data = await loop.sock_recv(client, 1_000_000)
-            assert data
-            got += len(data)
-            await asyncio.sleep(0.1)
-        await until(
-            lambda: reads or (len(proxy.books.requests()) == 1 and not proxy.connections), "it was cut off"
-        )
+            while not got.endswith(b"}"):
+                if not (data := await loop.sock_recv(client, 1_000_000)):
+                    return math.inf
+                got += data
+                await asyncio.sleep(0.1)
+        assert len(got) > 20_000_000 and time.monotonic() - began > 1
+        return 0
+
+    await soon_enough(go, tmp_path, 0)
 
 
 @ENDINGS
@@ -1863,29 +1822,29 @@ async def test_no_ping_follows_the_end(script: fs.Behaviour, behind_at_the_end: 
     """It would stand before the next answer on that connection."""
     async with stage(tmp_path, (script,)) as (proxy, _):
         proxy.state.relay.ping_interval = 0.02
-        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
-        writer.write(plain_request(proxy).replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
-        await until(lambda: len(proxy.books.requests()) == 1, "it is settled")
-        await asyncio.sleep(0.3)  # the time of some pings
-        assert (await reader.read()).endswith(b"\r\n0\r\n\r\n")
-        writer.close()
+        asked = plain_request(proxy).replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+        async with raw_client(proxy, asked) as (reader, _):
+            await until(lambda: len(proxy.books.requests()) == 1, "it is settled")
+            await asyncio.sleep(0.3)  # the time of some pings
+            assert (await reader.read()).endswith(b"\r\n0\r\n\r\n")
 
 
 @BOTH
 async def test_a_client_that_stalls_is_aborted_at_the_limit(wire: str, tmp_path: Path) -> None:
-    async with stage(tmp_path, (fs.endless(),), formats=wire, server={"client_stall_timeout": 1}) as (
-        proxy,
-        (a,),
-    ):
-        async with dawdler(proxy):
-            call = await a.called(1)
-            ended = await a.cancelled(1)
-            assert 0.9 < ended - call.began < 4
-        await proxy.idle()
-        assert not proxy.state.relay.health_of("A").outcomes  # it was not A that failed
-    (row,) = proxy.books.requests()
-    assert row["error"] == "client_stall"
-    assert len(proxy.books.ledger()) == 1
+    async def go(folder: Path) -> float:
+        server = {"client_stall_timeout": 1}
+        async with stage(folder, (fs.endless(),), formats=wire, server=server) as (proxy, (a,)):
+            async with dawdler(proxy):
+                call = await a.called(1)
+                took = await a.cancelled(1) - call.began
+            await proxy.idle()
+            assert not proxy.state.relay.health_of("A").outcomes  # it was not A that failed
+        (row,) = proxy.books.requests()
+        assert row["error"] == "client_stall"
+        assert len(proxy.books.ledger()) == 1 and took > 0.9
+        return took
+
+    await soon_enough(go, tmp_path, 4)
 
 
 @BOTH
@@ -1893,15 +1852,13 @@ async def test_a_client_that_pauses_is_not_its_providers_silence(wire: str, tmp_
     """It reads nothing for longer than `idle_timeout`, while more waits for it than buffers hold."""
     script = (fs.slow_answer(pieces=["x" * 60_000] * 200),)
     async with stage(tmp_path, script, formats=wire, providers={"A": {"idle_timeout": 0.5}}) as (proxy, (a,)):
-        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=4096)
-        writer.write(plain_request(proxy))
-        await a.called(1)
-        await still(lambda: a.sent, 1.0)
-        assert a.sent < 200 * 60_000
-        answer = b""
-        while not answer.endswith(b"0\r\n\r\n") and (data := await reader.read(2**20)):
-            answer += data
-        writer.close()
+        async with raw_client(proxy, limit=4096) as (reader, _):
+            await a.called(1)
+            await still(lambda: a.sent, 1.0)
+            assert a.sent < 200 * 60_000
+            answer = b""
+            while not answer.endswith(b"0\r\n\r\n") and (data := await reader.read(2**20)):
+                answer += data
         await proxy.idle()
     (row,) = proxy.books.requests()
     assert answer.count(b"text_delta") == 200 and b"message_stop" in answer
@@ -1911,16 +1868,15 @@ async def test_a_client_that_pauses_is_not_its_providers_silence(wire: str, tmp_
 @BOTH
 async def test_events_that_come_together_go_out_together(wire: str, tmp_path: Path) -> None:
     pieces = ["x "] * 400
-    async with stage(tmp_path, (fs.answer(pieces=pieces),), formats=wire) as (proxy, _):
-        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
-        writer.write(plain_request(proxy))
+    async with (
+        stage(tmp_path, (fs.answer(pieces=pieces),), formats=wire) as (proxy, _),
+        raw_client(proxy) as (reader, _),
+    ):
         await reader.readuntil(b"\r\n\r\n")
-        sizes, body = [], b""
-        while not sizes or sizes[-1]:
-            sizes.append(int(await reader.readuntil(b"\r\n"), 16))
-            body += (await reader.readexactly(sizes[-1] + 2))[:-2]
-        writer.close()
-    assert body.count(b"text_delta") == 400 and len(sizes) < 20
+        chunks = [await read_chunk(reader)]
+        while chunks[-1]:
+            chunks.append(await read_chunk(reader))
+    assert b"".join(chunks).count(b"text_delta") == 400 and len(chunks) < 20
 
 
 @BOTH
@@ -2097,15 +2053,15 @@ async def test_an_answer_that_breaks_off_after_its_finish_reason_is_whole(
 async def test_a_client_that_reads_by_fits_and_starts_gets_all(wire: str, seed: int, tmp_path: Path) -> None:
     rand = random.Random(seed)
     pieces = [chr(97 + n % 26) * rand.choice([1, 1, 1, 1, 5_000, 40_000, 300_000]) for n in range(120)]
-    async with stage(tmp_path, (fs.slow_answer(pieces=pieces),), formats=wire) as (proxy, _):
-        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=2**14)
-        writer.write(plain_request(proxy))
+    async with (
+        stage(tmp_path, (fs.slow_answer(pieces=pieces),), formats=wire) as (proxy, _),
+        raw_client(proxy, limit=2**14) as (reader, _),
+    ):
         await reader.readuntil(b"\r\n\r\n")
         body = b""
-        while size := int(await reader.readuntil(b"\r\n"), 16):
-            body += (await reader.readexactly(size + 2))[:-2]
+        while chunk := await read_chunk(reader):
+            body += chunk
             await asyncio.sleep(rand.choice([0, 0, 0.001, 0.02]))
-        writer.close()
     assert Reply(200, {"content-type": "text/event-stream"}, body).text == "".join(pieces)
 
 

@@ -19,11 +19,16 @@ from translation import (
     SEARCH,
     assistant,
     check_cuts,
+    check_failure,
     check_golden,
     check_grammar,
     golden,
+    maybe,
     read,
+    signatures_of,
+    sse,
     stream_of,
+    text,
     thinking,
     tool_result,
     tool_use,
@@ -38,6 +43,7 @@ FLASH = upstream("gemini-3.8-flash")
 CASES = sorted(p.stem for p in (FIXTURES / "gemini").glob("*.sse"))
 BODY_KEYS = {"contents", "systemInstruction", "tools", "toolConfig", "generationConfig"}
 DUMMY = "skip_thought_signature_validator"
+ADAPTIVE, OFF = {"thinking": {"type": "adaptive"}}, {"thinking": {"type": "disabled"}}
 
 
 def valid(out: Any) -> Any:
@@ -65,7 +71,7 @@ def request_of(*messages: Any, to: Any = FLASH, **body: Any) -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case: str) -> None:
-    events, error = read(stream_of(GeminiStream, FLASH), (FIXTURES / "gemini" / f"{case}.sse").read_bytes())
+    events, error = read(flash(), (FIXTURES / "gemini" / f"{case}.sse").read_bytes())
     check_grammar(events, ended=error is None)
     check_golden(FIXTURES / "gemini" / f"{case}.json", golden(events, error))
 
@@ -79,18 +85,16 @@ def test_fixture_is_what_google_sends(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_cut_anywhere(case: str) -> None:
-    check_cuts(lambda: stream_of(GeminiStream, FLASH), (FIXTURES / "gemini" / f"{case}.sse").read_bytes())
+    check_cuts(flash, (FIXTURES / "gemini" / f"{case}.sse").read_bytes())
 
 
-def sse(*chunks: Any) -> bytes:
-    return b"".join(b"data: %s\n\n" % json.dumps(c).encode() for c in chunks)
+def flash() -> GeminiStream:
+    return stream_of(GeminiStream, FLASH)
 
 
-def said(*parts: Any, finish: str = "STOP", **more: Any) -> Any:
-    return {
-        "candidates": [{"content": {"role": "model", "parts": list(parts)}, "finishReason": finish}],
-        **more,
-    }
+def said(*parts: Any, finish: str = "STOP") -> Any:
+    content = {"role": "model", "parts": list(parts)}
+    return {"candidates": [{"content": content, "finishReason": finish}]}
 
 
 @pytest.mark.parametrize(
@@ -105,20 +109,20 @@ def said(*parts: Any, finish: str = "STOP", **more: Any) -> Any:
     ],
 )
 def test_finish_reasons(finish: str, stop: str) -> None:
-    events, error = read(stream_of(GeminiStream, FLASH), sse(said({"text": "x"}, finish=finish)))
+    events, error = read(flash(), sse(said({"text": "x"}, finish=finish)))
     assert error is None
     assert events[-2]["delta"]["stop_reason"] == stop
 
 
 def test_a_whole_call_before_the_limit_is_one_to_run() -> None:
     call = said({"functionCall": {"name": "Bash", "args": {"command": "ls"}}}, finish="MAX_TOKENS")
-    events, _ = read(stream_of(GeminiStream, FLASH), sse(call))
+    events, _ = read(flash(), sse(call))
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
 @pytest.mark.parametrize("reason", ["SAFETY", "OTHER", "JAILBREAK"])
 def test_a_blocked_prompt_is_refused(reason: str) -> None:
-    events, error = read(stream_of(GeminiStream, FLASH), sse({"promptFeedback": {"blockReason": reason}}))
+    events, error = read(flash(), sse({"promptFeedback": {"blockReason": reason}}))
     assert error is None
     assert events[-2]["delta"]["stop_reason"] == "refusal"
     assert reason in collect(events)["content"][0]["text"]
@@ -126,61 +130,31 @@ def test_a_blocked_prompt_is_refused(reason: str) -> None:
 
 def test_a_part_that_is_text_and_a_call_whose_arguments_are_text() -> None:
     part = {"text": "I look.", "functionCall": {"name": "Bash", "args": '{"command": "ls"}'}}
-    events, error = read(stream_of(GeminiStream, FLASH), sse(said(part)))
+    events, error = read(flash(), sse(said(part)))
     assert error is None
     text, call = collect(events)["content"]
     assert (text["text"], call["input"]) == ("I look.", {"command": "ls"})
 
 
 @pytest.mark.parametrize(
-    ("data", "status", "retry", "cause"),
+    ("events", "status", "retry", "cause"),
     [
-        pytest.param(sse(said()), 502, Retry.SAME, "empty", id="nothing in it"),
-        pytest.param(sse(said({"text": "x"}, finish="")), 502, Retry.SAME, "stream", id="cut off"),
-        pytest.param(
-            sse(said({"text": "x"}, finish="OTHER")), 502, Retry.SAME, "stream", id="ended for no reason"
-        ),
-        pytest.param(
-            sse(said(finish="MISSING_THOUGHT_SIGNATURE")), 400, Retry.NO, "stream", id="our mistake"
-        ),
-        pytest.param(
-            sse(said({"functionCall": {"args": {}}})), 502, Retry.SAME, "stream", id="a call without a name"
-        ),
-        pytest.param(
-            sse(said({"functionCall": {"name": "Bash", "args": "ls"}})),
-            502,
-            Retry.SAME,
-            "stream",
-            id="arguments of no form",
-        ),
-        pytest.param(b"data: <html>\n\n", 502, Retry.SAME, "stream", id="not JSON"),
-        pytest.param(
-            sse([{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "quota"}}]),
-            429,
-            Retry.KEY,
-            "http_429",
-            id="in a list",
-        ),
-        pytest.param(
-            sse(
-                {
-                    "error": {
-                        "code": 400,
-                        "message": "The input token count (1200000) exceeds the maximum (1048576).",
-                    }
-                }
-            ),
-            400,
-            Retry.LARGER,
-            "overflow",
-            id="too long",
-        ),
+        pytest.param([said()], 502, Retry.SAME, "empty", id="nothing in it"),
+        pytest.param([said({"text": "x"}, finish="")], 502, Retry.SAME, "stream", id="cut off"),
+        pytest.param([said({"text": "x"}, finish="OTHER")], 502, Retry.SAME, "stream", id="ended for no reason"),
+        pytest.param([said(finish="MISSING_THOUGHT_SIGNATURE")], 400, Retry.NO, "stream", id="our mistake"),
+        pytest.param([said({"functionCall": {"args": {}}})], 502, Retry.SAME, "stream", id="a call without a name"),
+        pytest.param([said({"functionCall": {"name": "Bash", "args": "ls"}})], 502, Retry.SAME, "stream",
+                     id="arguments of no form"),
+        pytest.param(["<html>"], 502, Retry.SAME, "stream", id="not JSON"),
+        pytest.param([[{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "quota"}}]], 429, Retry.KEY,
+                     "http_429", id="in a list"),
+        pytest.param([{"error": {"code": 400, "message": "The input token count (1200000) exceeds the maximum (1048576)."}}],
+                     400, Retry.LARGER, "overflow", id="too long"),
     ],
-)
-def test_failures(data: bytes, status: int, retry: Retry, cause: str) -> None:
-    _, error = read(stream_of(GeminiStream, FLASH), data)
-    assert error is not None
-    assert (error.status, error.retry, error.cause) == (status, retry, cause)
+)  # fmt: skip
+def test_failures(events: list[Any], status: int, retry: Retry, cause: str) -> None:
+    check_failure(flash(), sse(*events), status, retry, cause)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +175,9 @@ def test_failures(data: bytes, status: int, retry: Retry, cause: str) -> None:
             Usage(111, 0),
             id="what tools said is input",
         ),
+        pytest.param(
+            {"promptTokenCount": 60, "cachedContentTokenCount": 60}, Usage(0, 0, 60), id="all of it cached"
+        ),
         pytest.param({"promptTokenCount": 1, "candidatesTokenCount": None}, Usage(1, 0), id="null is 0"),
         pytest.param({"promptTokenCount": 1, "candidatesTokenCount": -1}, None, id="absurd"),
         pytest.param({"candidatesTokenCount": 1}, None, id="no prompt"),
@@ -211,64 +188,33 @@ def test_usage(usage: Any, expected: Usage | None) -> None:
     assert gemini_usage(usage) == expected
 
 
-ANY_PART = st.fixed_dictionaries(
-    {},
-    optional={
-        "text": st.sampled_from(["", "a", None, 3, "\ud800"]),
-        "thought": st.booleans(),
-        "thoughtSignature": st.sampled_from(["c2ln", "", None, 4]),
-        "functionCall": st.sampled_from(
-            [
-                None,
-                {"name": "Bash"},
-                {"name": "Bash", "args": {"a": 1}, "id": "x y"},
-                {"args": 3},
-                {"name": "B", "args": None},
-            ]
-        ),
-        "inlineData": st.just({"mimeType": "image/png", "data": ""}),
-    },
+ANY_PART = maybe(
+    text=st.sampled_from(["", "a", None, 3, "\ud800"]),
+    thought=st.booleans(),
+    thoughtSignature=st.sampled_from(["c2ln", "", None, 4]),
+    functionCall=st.sampled_from([
+        None, {"name": "Bash"}, {"name": "Bash", "args": {"a": 1}, "id": "x y"}, {"args": 3}, {"name": "B", "args": None},
+    ]),
+    inlineData=st.just({"mimeType": "image/png", "data": ""}),
+)  # fmt: skip
+GROUNDING = {"webSearchQueries": ["q", 3], "groundingChunks": [None, {"web": {"uri": "https://a.org"}}]}
+ANY_CANDIDATE = maybe(
+    content=st.one_of(st.none(), maybe(parts=st.one_of(st.none(), st.lists(ANY_PART, max_size=3)))),
+    finishReason=st.sampled_from(["STOP", "SAFETY", "MAX_TOKENS", "MALFORMED_FUNCTION_CALL", "", None]),
+    groundingMetadata=st.sampled_from([None, GROUNDING]),
 )
-ANY_CHUNK = st.fixed_dictionaries(
-    {},
-    optional={
-        "candidates": st.lists(
-            st.fixed_dictionaries(
-                {},
-                optional={
-                    "content": st.one_of(
-                        st.none(),
-                        st.fixed_dictionaries(
-                            {}, optional={"parts": st.one_of(st.none(), st.lists(ANY_PART, max_size=3))}
-                        ),
-                    ),
-                    "finishReason": st.sampled_from(
-                        ["STOP", "SAFETY", "MAX_TOKENS", "MALFORMED_FUNCTION_CALL", "", None]
-                    ),
-                    "groundingMetadata": st.sampled_from(
-                        [
-                            None,
-                            {
-                                "webSearchQueries": ["q", 3],
-                                "groundingChunks": [None, {"web": {"uri": "https://a.org"}}],
-                            },
-                        ]
-                    ),
-                },
-            ),
-            max_size=2,
-        ),
-        "promptFeedback": st.sampled_from([None, {}, {"blockReason": "SAFETY"}]),
-        "usageMetadata": st.sampled_from([None, {}, {"promptTokenCount": 1}]),
-        "error": st.sampled_from([None, {"code": 500}, "x"]),
-    },
+ANY_CHUNK = maybe(
+    candidates=st.lists(ANY_CANDIDATE, max_size=2),
+    promptFeedback=st.sampled_from([None, {}, {"blockReason": "SAFETY"}]),
+    usageMetadata=st.sampled_from([None, {}, {"promptTokenCount": 1}]),
+    error=st.sampled_from([None, {"code": 500}, "x"]),
 )
 
 
 @given(st.lists(ANY_CHUNK, max_size=8))
 @settings(max_examples=300, deadline=None)
 def test_any_chunks_end_well_or_in_one_error(chunks: list[Any]) -> None:
-    events, error = read(stream_of(GeminiStream, FLASH), sse(*chunks))
+    events, error = read(flash(), sse(*chunks))
     check_grammar(events, ended=error is None)
 
 
@@ -277,84 +223,43 @@ def test_any_chunks_end_well_or_in_one_error(chunks: list[Any]) -> None:
 
 def test_conversation_as_contents() -> None:
     kept = {"dialect": "gemini", "model": FLASH.model, "call": "call_1", "signature": "c2lnbmF0dXJl"}
+    linked = {"type": "image", "source": {"type": "url", "url": "https://a.org/b.png"}}
+    seen = tool_result("call_2", [text("see"), PNG], is_error=True)
     out = request_of(
-        user("look", PNG, PDF, {"type": "image", "source": {"type": "url", "url": "https://a.org/b.png"}}),
+        user("look", PNG, PDF, linked),
         assistant(
-            thinking("hm", kept),
-            {"type": "text", "text": "I look."},
-            tool_use("call_1", command="ls"),
-            tool_use("call_2", "Read"),
+            thinking("hm", kept), "I look.", tool_use("call_1", command="ls"), tool_use("call_2", "Read")
         ),
-        user(
-            tool_result("call_2", [{"type": "text", "text": "see"}, PNG], is_error=True),
-            tool_result("call_1", "a.txt"),
-            tool_result("gone"),
-            "and?",
-        ),
+        user(seen, tool_result("call_1", "a.txt"), tool_result("gone"), "and?"),
         {"role": "system", "content": "Plan mode is active"},
         assistant(tool_use("call_3")),
-        system=[
-            {"type": "text", "text": "x-anthropic-billing-header: cc=1"},
-            {"type": "text", "text": "Be good."},
-        ],
+        system=[text("x-anthropic-billing-header: cc=1"), text("Be good.")],
     )
+
+    def calls(id: str, name: str = "Bash", **args: Any) -> Any:
+        return {"functionCall": {"id": id, "name": name, "args": args}}
+
+    def answers(id: str, name: str = "Bash", **response: Any) -> Any:
+        return {"functionResponse": {"id": id, "name": name, "response": response}}
+
     inline = {"inlineData": {"mimeType": "image/png", "data": "iVBORw0KGgo="}}
+    pdf = {"inlineData": {"mimeType": "application/pdf", "data": "JVBERi0="}}
+    url = {"fileData": {"mimeType": "image/png", "fileUri": "https://a.org/b.png"}}
+    signed = {**calls("call_1", command="ls"), "thoughtSignature": "c2lnbmF0dXJl"}
     assert out["systemInstruction"] == {"parts": [{"text": "Be good."}]}
-    assert out["contents"] == [
-        {
-            "role": "user",
-            "parts": [
-                {"text": "look"},
-                inline,
-                {"inlineData": {"mimeType": "application/pdf", "data": "JVBERi0="}},
-                {"fileData": {"mimeType": "image/png", "fileUri": "https://a.org/b.png"}},
-            ],
-        },
-        {
-            "role": "model",
-            "parts": [
-                {"text": "I look."},
-                {
-                    "functionCall": {"id": "call_1", "name": "Bash", "args": {"command": "ls"}},
-                    "thoughtSignature": "c2lnbmF0dXJl",
-                },
-                {"functionCall": {"id": "call_2", "name": "Read", "args": {}}},
-            ],
-        },
-        {
-            "role": "user",
-            "parts": [
-                {"functionResponse": {"id": "call_1", "name": "Bash", "response": {"output": "a.txt"}}},
-                {
-                    "functionResponse": {
-                        "id": "call_2",
-                        "name": "Read",
-                        "response": {"error": "see\n\n[image: in the next user message]"},
-                    }
-                },
-                inline,
-                {"text": "and?"},
-                {"text": "<system-reminder>\nPlan mode is active\n</system-reminder>"},
-            ],
-        },
-        {
-            "role": "model",
-            "parts": [
-                {"functionCall": {"id": "call_3", "name": "Bash", "args": {}}, "thoughtSignature": DUMMY}
-            ],
-        },
-        {
-            "role": "user",
-            "parts": [
-                {
-                    "functionResponse": {
-                        "id": "call_3",
-                        "name": "Bash",
-                        "response": {"output": "No result was recorded for this call."},
-                    }
-                }
-            ],
-        },
+    assert [c["role"] for c in out["contents"]] == ["user", "model", "user", "model", "user"]
+    assert [c["parts"] for c in out["contents"]] == [
+        [{"text": "look"}, inline, pdf, url],
+        [{"text": "I look."}, signed, calls("call_2", "Read")],
+        [
+            answers("call_1", output="a.txt"),
+            answers("call_2", "Read", error="see\n\n[image: in the next user message]"),
+            inline,
+            {"text": "and?"},
+            {"text": "<system-reminder>\nPlan mode is active\n</system-reminder>"},
+        ],
+        [{**calls("call_3"), "thoughtSignature": DUMMY}],
+        [answers("call_3", output="No result was recorded for this call.")],
     ]
 
 
@@ -367,15 +272,8 @@ def test_answers_around_a_turn_that_comes_to_nothing_are_one() -> None:
 
 
 def test_signature_comes_back_from_the_stream_that_made_it() -> None:
-    events, _ = read(
-        stream_of(GeminiStream, FLASH), (FIXTURES / "gemini" / "thoughts_then_tool.sse").read_bytes()
-    )
-    blocks = [
-        {"type": "thinking", "signature": e["delta"]["signature"]}
-        for e in events
-        if e.get("delta", {}).get("type") == "signature_delta"
-    ]
-    history = (user("hi"), assistant(*blocks, tool_use("fc-7f3a"), tool_use("other")))
+    events, _ = read(flash(), (FIXTURES / "gemini" / "thoughts_then_tool.sse").read_bytes())
+    history = (user("hi"), assistant(*signatures_of(events), tool_use("fc-7f3a"), tool_use("other")))
     made = "CpcBAdHtim9TaWduYXR1cmUx"
     for model, first in ((FLASH.model, made), ("gemini-3.1-pro", DUMMY), ("gemini-2.5-pro", None)):
         parts = request_of(*history, to=upstream(model))["contents"][1]["parts"]
@@ -385,61 +283,23 @@ def test_signature_comes_back_from_the_stream_that_made_it() -> None:
 @pytest.mark.parametrize(
     ("model", "body", "expected"),
     [
-        pytest.param(
-            "gemini-3.8-flash",
-            {"thinking": {"type": "adaptive"}, "output_config": {"effort": "xhigh"}},
-            {"includeThoughts": True, "thinkingLevel": "high"},
-            id="level",
-        ),
-        pytest.param(
-            "gemini-4-neon",
-            {"output_config": {"effort": "max"}},
-            {"thinkingLevel": "xhigh"},
-            id="a level of its own",
-        ),
-        pytest.param(
-            "gemini-3.8-flash",
-            {"thinking": {"type": "enabled", "budget_tokens": 3000}},
-            {"includeThoughts": True, "thinkingLevel": "low"},
-            id="budget as level",
-        ),
-        pytest.param(
-            "gemini-3.8-flash",
-            {"thinking": {"type": "disabled"}},
-            {"thinkingLevel": "low"},
-            id="the least level",
-        ),
-        pytest.param(
-            "gemini-3.8-flash",
-            {"thinking": {"type": "adaptive"}},
-            {"includeThoughts": True},
-            id="its own measure",
-        ),
+        pytest.param("gemini-3.8-flash", {**ADAPTIVE, "output_config": {"effort": "xhigh"}},
+                     {"includeThoughts": True, "thinkingLevel": "high"}, id="level"),
+        pytest.param("gemini-4-neon", {"output_config": {"effort": "max"}}, {"thinkingLevel": "xhigh"}, id="a level of its own"),
+        pytest.param("gemini-3.8-flash", {"thinking": {"type": "enabled", "budget_tokens": 3000}},
+                     {"includeThoughts": True, "thinkingLevel": "low"}, id="budget as level"),
+        pytest.param("gemini-3.8-flash", OFF, {"thinkingLevel": "low"}, id="the least level"),
+        pytest.param("gemini-3.8-flash", ADAPTIVE, {"includeThoughts": True}, id="its own measure"),
         pytest.param("gemini-3.8-flash", {}, None, id="nothing asked"),
-        pytest.param(
-            "gemini-2.5-pro",
-            {"thinking": {"type": "enabled", "budget_tokens": 99999}},
-            {"includeThoughts": True, "thinkingBudget": 24576},
-            id="budget",
-        ),
-        pytest.param(
-            "gemini-2.5-flash",
-            {"output_config": {"effort": "medium"}},
-            {"thinkingBudget": 12288},
-            id="effort as budget",
-        ),
-        pytest.param("gemini-2.5-flash", {"thinking": {"type": "disabled"}}, {"thinkingBudget": 0}, id="off"),
-        pytest.param(
-            "gemini-2.5-pro",
-            {"thinking": {"type": "disabled"}},
-            {"thinkingBudget": 128},
-            id="the least budget",
-        ),
-        pytest.param(
-            "gemini-2.0-flash", {"thinking": {"type": "adaptive"}}, None, id="a model that does not think"
-        ),
+        pytest.param("gemini-2.5-pro", {"thinking": {"type": "enabled", "budget_tokens": 99999}},
+                     {"includeThoughts": True, "thinkingBudget": 24576}, id="budget"),
+        pytest.param("gemini-2.5-flash", {"output_config": {"effort": "medium"}}, {"thinkingBudget": 12288},
+                     id="effort as budget"),
+        pytest.param("gemini-2.5-flash", OFF, {"thinkingBudget": 0}, id="off"),
+        pytest.param("gemini-2.5-pro", OFF, {"thinkingBudget": 128}, id="the least budget"),
+        pytest.param("gemini-2.0-flash", ADAPTIVE, None, id="a model that does not think"),
     ],
-)
+)  # fmt: skip
 def test_thinking(model: str, body: Any, expected: Any) -> None:
     out = request_of(user("hi"), to=upstream(model), **body)
     assert out.get("generationConfig", {}).get("thinkingConfig") == expected
@@ -453,26 +313,14 @@ def test_a_refused_level_is_the_next_lower_one() -> None:
 
 def test_generation_config() -> None:
     schema = {"type": "object", "properties": {"title": {"type": "string"}}, "additionalProperties": False}
-    out = request_of(
-        user("hi"),
-        max_tokens=99,
-        temperature=0.5,
-        top_p=0.9,
-        top_k=7,
-        stop_sequences=list("abcdef"),
-        output_config={"format": {"type": "json_schema", "schema": schema}},
-        metadata={},
-        safeguards=[],
-    )
-    assert out["generationConfig"] == {
-        "temperature": 0.5,
-        "topP": 0.9,
-        "topK": 7,
-        "maxOutputTokens": 99,
-        "stopSequences": list("abcde"),
-        "responseMimeType": "application/json",
-        "responseJsonSchema": schema,
-    }
+    asked = {
+        "max_tokens": 99, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "stop_sequences": list("abcdef"),
+        "output_config": {"format": {"type": "json_schema", "schema": schema}}, "metadata": {}, "safeguards": [],
+    }  # fmt: skip
+    assert request_of(user("hi"), **asked)["generationConfig"] == {
+        "temperature": 0.5, "topP": 0.9, "topK": 7, "maxOutputTokens": 99, "stopSequences": list("abcde"),
+        "responseMimeType": "application/json", "responseJsonSchema": schema,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -594,16 +442,13 @@ LEAVES = st.sampled_from([
 ])  # fmt: skip
 SCHEMAS = st.recursive(
     LEAVES,
-    lambda inner: st.fixed_dictionaries(
-        {},
-        optional={
-            "type": st.sampled_from(["object", "array", "string", ["array", "null"], 3]),
-            "description": st.just("d"),
-            "properties": st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
-            "required": st.just(["a", "gone", 1]),
-            "items": inner,
-            **{key: st.lists(inner, max_size=3) for key in ("anyOf", "oneOf", "allOf")},
-        },
+    lambda inner: maybe(
+        type=st.sampled_from(["object", "array", "string", ["array", "null"], 3]),
+        description=st.just("d"),
+        properties=st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+        required=st.just(["a", "gone", 1]),
+        items=inner,
+        **{key: st.lists(inner, max_size=3) for key in ("anyOf", "oneOf", "allOf")},
     ),
     max_leaves=12,
 )
@@ -621,12 +466,9 @@ def check_node(node: Any) -> None:
     assert all(node["type"] == kind for key, kind in only.items() if key in node)
     assert set(node.get("required", ())) <= set(node.get("properties", ()))
     assert ("items" in node) == (node.get("type") == "array")
-    for inner in (
-        *node.get("anyOf", ()),
-        *node.get("properties", {}).values(),
-        *filter(None, [node.get("items")]),
-    ):
-        check_node(inner)
+    inner = [*node.get("anyOf", ()), *node.get("properties", {}).values(), node.get("items")]
+    for each in filter(None, inner):
+        check_node(each)
 
 
 @given(st.dictionaries(st.sampled_from("ab"), SCHEMAS, min_size=1), SCHEMAS)
@@ -639,9 +481,8 @@ def test_any_schema_is_one_that_gemini_takes(properties: Any, referred: Any) -> 
 
 
 def test_web_search() -> None:
-    assert request_of(user("hi"), tools=[SEARCH], tool_choice={"type": "tool", "name": "web_search"})[
-        "tools"
-    ] == [{"googleSearch": {}}]
+    out = request_of(user("hi"), tools=[SEARCH], tool_choice={"type": "tool", "name": "web_search"})
+    assert out["tools"] == [{"googleSearch": {}}]
 
 
 @pytest.mark.parametrize(
@@ -658,13 +499,8 @@ def test_server_tools_that_are_left_out_are_told(format: str, tools: list[Any], 
 
 
 def test_what_an_upstream_refuses_is_left_out() -> None:
-    out = request_of(
-        user("hi"),
-        to=upstream("gemini-3-pro", skip=frozenset({"temperature"}), vision=False),
-        temperature=1,
-        top_p=1,
-    )
-    assert out["generationConfig"] == {"topP": 1}
+    to = upstream("gemini-3-pro", skip=frozenset({"temperature"}), vision=False)
+    assert request_of(user("hi"), to=to, temperature=1, top_p=1)["generationConfig"] == {"topP": 1}
 
 
 @given(BODIES)

@@ -17,8 +17,10 @@ from translation import (
     PNG,
     SEARCH,
     assistant,
+    base64_source,
     drain,
     expect_400,
+    text,
     thinking,
     tool_result,
     tool_use,
@@ -67,7 +69,7 @@ def messages_of(*messages: Any, to: Upstream = PLAIN, **body: Any) -> Any:
 
 IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
 HI = {"role": "user", "content": "hi"}
-CALLED = assistant({"type": "text", "text": "ok"}, tool_use("t1", command="ls"))
+CALLED = assistant("ok", tool_use("t1", command="ls"))
 CALL = {"id": "t1", "type": "function", "function": {"name": "Bash", "arguments": '{"command": "ls"}'}}
 
 
@@ -78,22 +80,12 @@ CALL = {"id": "t1", "type": "function", "function": {"name": "Bash", "arguments"
             {"system": "be brief"}, [{"role": "system", "content": "be brief"}, HI], id="system text"
         ),
         pytest.param(
-            {
-                "system": [
-                    {"type": "text", "text": "a"},
-                    {"type": "text", "text": "b", "cache_control": {"type": "x"}},
-                ]
-            },
+            {"system": [text("a"), text("b", cache_control={"type": "x"})]},
             [{"role": "system", "content": "a\n\nb"}, HI],
             id="system blocks joined by blank lines, cache_control dropped",
         ),
         pytest.param(
-            {
-                "system": [
-                    {"type": "text", "text": "x-anthropic-billing-header: v=1"},
-                    {"type": "text", "text": "b"},
-                ]
-            },
+            {"system": [text("x-anthropic-billing-header: v=1"), text("b")]},
             [{"role": "system", "content": "b"}, HI],
             id="billing header dropped",
         ),
@@ -106,130 +98,92 @@ def test_system(body: dict[str, Any], expected: Any) -> None:
 
 def test_cache_control_stays_for_models_that_take_it() -> None:
     to = upstream("anthropic/claude-x", cache_control="claude|gemini")
-    marked = {"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}
-    result = tool_result("t1", "out", cache_control={"type": "ephemeral"})
+    mark = {"cache_control": {"type": "ephemeral"}}
+    marked, result = text("s", **mark), tool_result("t1", "out", **mark)
     body = {"model": "m", "system": [marked], "messages": [user(marked), CALLED, user(result)]}
     out = openai_request(body, to)["messages"]
     assert out[0]["content"] == [marked]
     assert out[1]["content"] == [marked]
-    assert out[3]["content"] == [{"type": "text", "text": "out", "cache_control": {"type": "ephemeral"}}]
+    assert out[3]["content"] == [text("out", **mark)]
     plain = openai_request(body, upstream("openai/gpt", cache_control="claude|gemini"))["messages"]
     assert "cache_control" not in json.dumps(plain)
 
 
+def left_out(what: str) -> str:
+    return f"[{what} was left out: this model cannot {'see' if what == 'an image' else 'read'} it]"
+
+
+def document(source: Json, **more: Any) -> Json:
+    return {"type": "document", "source": source, **more}
+
+
+FOUND = {"type": "search_result", "title": "T", "source": "u", "content": [text("c")]}
+
+
 @pytest.mark.parametrize(
-    ("messages", "expected"),
+    ("messages", "content"),
     [
-        pytest.param([user("hi")], [HI], id="only text is a string"),
-        pytest.param([user("a", "b")], [{"role": "user", "content": "a\n\nb"}], id="two texts"),
-        pytest.param(
-            [user("look", PNG)],
-            [{"role": "user", "content": [{"type": "text", "text": "look"}, IMAGE_PART]}],
-            id="image base64",
-        ),
+        pytest.param([user("hi")], "hi", id="only text is a string"),
+        pytest.param([user("a", "b")], "a\n\nb", id="two texts"),
+        pytest.param([user("look", PNG)], [text("look"), IMAGE_PART], id="image base64"),
         pytest.param(
             [user({"type": "image", "source": {"type": "url", "url": "https://a.test/b.png"}})],
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image_url", "image_url": {"url": "https://a.test/b.png"}}],
-                }
-            ],
+            [{"type": "image_url", "image_url": {"url": "https://a.test/b.png"}}],
             id="image url is passed, never fetched",
         ),
         pytest.param(
-            [user({"type": "document", "title": "T", "source": {"type": "text", "data": "body"}})],
-            [{"role": "user", "content": "T\n\nbody"}],
+            [user(document({"type": "text", "data": "body"}, title="T"))],
+            "T\n\nbody",
             id="text document inlined with its title",
         ),
         pytest.param(
-            [
-                user(
-                    {
-                        "type": "document",
-                        "source": {"type": "content", "content": [{"type": "text", "text": "c"}]},
-                    }
-                )
-            ],
-            [{"role": "user", "content": "c"}],
-            id="content document",
+            [user(document({"type": "content", "content": [text("c")]}))], "c", id="content document"
         ),
-        pytest.param(
-            [user(PDF)],
-            [{"role": "user", "content": "[a PDF named a.pdf was left out: this model cannot read it]"}],
-            id="PDF where files are not taken",
-        ),
+        pytest.param([user(PDF)], left_out("a PDF named a.pdf"), id="PDF where files are not taken"),
         *(
             pytest.param(
-                [user({**PDF, "source": {"type": "base64", "media_type": media_type, "data": data}})],
-                [{"role": "user", "content": expected}],
-                id=f"a file of {media_type}",
+                [user({**PDF, "source": base64_source(media_type, data)})], told, id=f"a file of {media_type}"
             )
-            for media_type, data, expected in (
+            for media_type, data, told in (
                 ("text/plain", "w7xibGU=", "a.pdf\n\nüble"),
-                (
-                    "text/csv",
-                    "broken",
-                    "[a file of type text/csv named a.pdf was left out: this model cannot read it]",
-                ),
-                (
-                    "application/zip",
-                    "w7xibGU=",
-                    "[a file of type application/zip named a.pdf was left out: this model cannot read it]",
-                ),
+                ("text/csv", "broken", left_out("a file of type text/csv named a.pdf")),
+                ("application/zip", "w7xibGU=", left_out("a file of type application/zip named a.pdf")),
             )
         ),
-        pytest.param(
-            [
-                user(
-                    {
-                        "type": "search_result",
-                        "title": "T",
-                        "source": "u",
-                        "content": [{"type": "text", "text": "c"}],
-                    }
-                )
-            ],
-            [{"role": "user", "content": "T\nu\nc"}],
-            id="search_result as text",
-        ),
+        pytest.param([user(FOUND)], "T\nu\nc", id="search_result as text"),
         pytest.param(
             [user({"type": "tool_reference", "tool_name": "Grep"})],
-            [{"role": "user", "content": "[tool: Grep]"}],
+            "[tool: Grep]",
             id="tool_reference as text",
         ),
         pytest.param(
-            [user({"type": "hologram", "x": 1})],
-            [{"role": "user", "content": '{"type": "hologram", "x": 1}'}],
-            id="unknown block as text",
+            [user({"type": "hologram", "x": 1})], '{"type": "hologram", "x": 1}', id="unknown block as text"
         ),
         pytest.param(
             [user({"type": "image", "source": {"type": "file", "file_id": "f"}})],
-            [{"role": "user", "content": "[an image was left out: this model cannot see it]"}],
+            left_out("an image"),
             id="an image that is not here",
         ),
-        pytest.param(
-            [user("a"), user("b")], [{"role": "user", "content": "a\n\nb"}], id="turns of one role are merged"
-        ),
+        pytest.param([user("a"), user("b")], "a\n\nb", id="turns of one role are merged"),
         pytest.param(
             [user("a"), assistant(thinking("hm")), user("b")],
-            [{"role": "user", "content": "a\n\nb"}],
+            "a\n\nb",
             id="turns around one of nothing but thinking are merged",
         ),
         pytest.param(
             [user("a"), assistant({"type": "web_search_tool_result"}), user("b")],
-            [{"role": "user", "content": "a\n\nb"}],
+            "a\n\nb",
             id="turns around one of a search that found nothing are merged",
         ),
         pytest.param(
             [user("a"), {"role": "system", "content": "mode on"}],
-            [{"role": "user", "content": "a\n\n<system-reminder>\nmode on\n</system-reminder>"}],
+            "a\n\n<system-reminder>\nmode on\n</system-reminder>",
             id="system in mid-conversation",
         ),
     ],
 )
-def test_user_content(messages: list[Any], expected: Any) -> None:
-    assert messages_of(*messages) == expected
+def test_user_content(messages: list[Any], content: Any) -> None:
+    assert messages_of(*messages) == [{"role": "user", "content": content}]
 
 
 def test_what_is_kept_of_a_conversation_may_end_anywhere_in_it() -> None:
@@ -261,7 +215,7 @@ def test_what_is_kept_of_a_conversation_may_end_anywhere_in_it() -> None:
 def test_an_image_that_a_model_does_not_take_is_said_to_be_left_out(translate: Any) -> None:
     body = {"messages": [user("x", PNG), CALLED, user(tool_result("t1", [PNG]))]}
     sent = json.dumps(translate(body, upstream("m", vision=False)))
-    assert sent.count("[an image was left out: this model cannot see it]") == 2
+    assert sent.count(left_out("an image")) == 2
     assert "iVBORw0KGgo=" not in sent
 
 
@@ -269,7 +223,7 @@ def test_an_image_that_a_model_does_not_take_is_said_to_be_left_out(translate: A
 def test_nothing_untrue_is_said_of_a_model_where_an_image_is_not_in_the_request(translate: Any) -> None:
     image = {"type": "image", "source": {"type": "file", "file_id": "f"}}
     sent = json.dumps(translate({"messages": [user(image)]}, upstream("m", vision=True)))
-    assert "[an image was left out: this model cannot see it]" in sent
+    assert left_out("an image") in sent
 
 
 def test_files_and_vision_by_quirk() -> None:
@@ -278,7 +232,7 @@ def test_files_and_vision_by_quirk() -> None:
     assert message["content"] == [{"type": "file", "file": file}]
     for to in (upstream("m", vision=False), upstream("m", skip=frozenset({"media"}))):
         [message] = messages_of(user("x", PNG), to=to)
-        assert message["content"] == "x\n\n[an image was left out: this model cannot see it]"
+        assert message["content"] == "x\n\n" + left_out("an image")
     [message] = messages_of(user(PDF), to=upstream("m", skip=frozenset({"files"}), files=True))
     assert "was left out" in message["content"]
 
@@ -328,10 +282,13 @@ def test_a_request_that_changes_no_tools_stays_the_same_object() -> None:
 
 
 def test_midway_system_by_quirk() -> None:
-    out = messages_of(
-        user("a"), {"role": "system", "content": "s"}, user("b"), to=upstream("m", midway_system=True)
-    )
+    turns = user("a"), {"role": "system", "content": "s"}, user("b")
+    out = messages_of(*turns, to=upstream("m", midway_system=True))
     assert [(m["role"], m["content"]) for m in out] == [("user", "a"), ("system", "s"), ("user", "b")]
+
+
+def tool(id: str, content: str) -> Any:
+    return {"role": "tool", "tool_call_id": id, "content": content}
 
 
 RESULTS_READ = {"role": "assistant", "content": "I have the results."}
@@ -341,19 +298,15 @@ RESULTS_READ = {"role": "assistant", "content": "I have the results."}
     ("blocks", "expected"),
     [
         pytest.param(
-            [tool_result("t1", "out"), {"type": "text", "text": "and"}],
-            [{"role": "tool", "tool_call_id": "t1", "content": "out\n\nand"}],
-            id="text joins the result",
+            [tool_result("t1", "out"), text("and")], [tool("t1", "out\n\nand")], id="text joins the result"
         ),
         pytest.param(
-            [tool_result("t1", ""), {"type": "text", "text": "and"}],
-            [{"role": "tool", "tool_call_id": "t1", "content": "and"}],
-            id="text joins an empty result",
+            [tool_result("t1", ""), text("and")], [tool("t1", "and")], id="text joins an empty result"
         ),
         pytest.param(
             [tool_result("t1", [PNG])],
             [
-                {"role": "tool", "tool_call_id": "t1", "content": "[image: in the next user message]"},
+                tool("t1", "[image: in the next user message]"),
                 RESULTS_READ,
                 {"role": "user", "content": [IMAGE_PART]},
             ],
@@ -374,23 +327,17 @@ def test_no_user_message_behind_a_tools(to: Upstream, blocks: list[Any], expecte
     assert openai_request({"messages": kept}, to)["messages"][2:] == expected
 
 
-def tool(id: str, content: str) -> Any:
-    return {"role": "tool", "tool_call_id": id, "content": content}
-
-
 @pytest.mark.parametrize(
     ("results", "expected"),
     [
         pytest.param([tool_result("t1", "out")], [tool("t1", "out")], id="string"),
         pytest.param(
-            [tool_result("t1", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])],
-            [tool("t1", "a\n\nb")],
-            id="text blocks joined",
+            [tool_result("t1", [text("a"), text("b")])], [tool("t1", "a\n\nb")], id="text blocks joined"
         ),
         pytest.param([{"type": "tool_result", "tool_use_id": "t1"}], [tool("t1", "")], id="absent content"),
         pytest.param([tool_result("t1", "no", is_error=True)], [tool("t1", "Error: no")], id="is_error"),
         pytest.param(
-            [tool_result("t1", [{"type": "text", "text": "see"}, PNG])],
+            [tool_result("t1", [text("see"), PNG])],
             [
                 tool("t1", "see\n\n[image: in the next user message]"),
                 {"role": "user", "content": [IMAGE_PART]},
@@ -403,7 +350,7 @@ def tool(id: str, content: str) -> Any:
             id="tool_reference",
         ),
         pytest.param(
-            [tool_result("other", "x"), {"type": "text", "text": "go on"}],
+            [tool_result("other", "x"), text("go on")],
             [tool("t1", "No result was recorded for this call."), {"role": "user", "content": "go on"}],
             id="orphan dropped, unanswered call answered",
         ),
@@ -413,7 +360,7 @@ def tool(id: str, content: str) -> Any:
             id="of duplicates the last",
         ),
         pytest.param(
-            [{"type": "text", "text": "and"}, tool_result("t1", "out")],
+            [text("and"), tool_result("t1", "out")],
             [tool("t1", "out"), {"role": "user", "content": "and"}],
             id="the rest of the turn comes after the results",
         ),
@@ -442,13 +389,9 @@ def test_a_call_at_the_very_end_is_answered_neutrally() -> None:
         pytest.param(
             [tool_use("t1", command="ls")], {"content": None, "tool_calls": [CALL]}, id="no text is null"
         ),
+        pytest.param([text(""), text("a")], {"content": "a"}, id="empty text skipped"),
         pytest.param(
-            [{"type": "text", "text": ""}, {"type": "text", "text": "a"}],
-            {"content": "a"},
-            id="empty text skipped",
-        ),
-        pytest.param(
-            [{"type": "tool_use", "id": "t1", "name": "Bash", "input": None}],
+            [{**tool_use("t1"), "input": None}],
             {"content": None, "tool_calls": [{**CALL, "function": {"name": "Bash", "arguments": "{}"}}]},
             id="null input",
         ),
@@ -458,24 +401,16 @@ def test_a_call_at_the_very_end_is_answered_neutrally() -> None:
             id="input that is no object",
         ),
         pytest.param(
-            [thinking("why"), {"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "a"}],
+            [thinking("why"), {"type": "redacted_thinking", "data": "x"}, text("a")],
             {"content": "a"},
             id="thinking and redacted thinking dropped",
         ),
         pytest.param(
-            [
-                {"type": "text", "text": "a"},
-                {"type": "web_search_tool_result"},
-                {"type": "text", "text": "b"},
-            ],
+            [text("a"), {"type": "web_search_tool_result"}, text("b")],
             {"content": "a\n\nb"},
             id="a search that found nothing is no blank paragraph",
         ),
-        pytest.param(
-            [PNG],
-            {"content": "[an image was left out: this model cannot see it]"},
-            id="an image is not written out",
-        ),
+        pytest.param([PNG], {"content": left_out("an image")}, id="an image is not written out"),
     ],
 )
 def test_assistant_turn(blocks: list[Any], expected: Any) -> None:
@@ -488,9 +423,9 @@ def test_assistant_turn(blocks: list[Any], expected: Any) -> None:
         ("none", [thinking("why"), tool_use("t1")], None),
         ("tool_turns", [thinking("why"), tool_use("t1")], "why"),
         ("tool_turns", [tool_use("t1")], " "),
-        ("tool_turns", [thinking("why"), {"type": "text", "text": "a"}], None),
-        ("all", [thinking("why"), {"type": "text", "text": "a"}], "why"),
-        ("all", [{"type": "text", "text": "a"}], None),
+        ("tool_turns", [thinking("why"), text("a")], None),
+        ("all", [thinking("why"), text("a")], "why"),
+        ("all", [text("a")], None),
     ],
 )
 def test_reasoning_replay(replay: str, blocks: list[Any], expected: str | None) -> None:
@@ -690,11 +625,8 @@ def test_schema_cleaning_for_gemini(schema: Any, expected: Any) -> None:
 
 
 def test_a_schema_that_refers_to_itself_ends() -> None:
-    loop = {
-        "$defs": {"N": {"type": "object", "properties": {"n": {"$ref": "#/$defs/N"}}}},
-        "$ref": "#/$defs/N",
-    }
-    json.dumps(gemini_schema(loop))
+    again = {"$ref": "#/$defs/N"}
+    json.dumps(gemini_schema({"$defs": {"N": {"type": "object", "properties": {"n": again}}}, **again}))
 
 
 def test_schemas_are_cleaned_only_where_needed() -> None:
@@ -789,20 +721,11 @@ def test_output_format(strict: bool | None) -> None:
 
 def test_nothing_anthropic_only_leaks() -> None:
     extras = {
-        "metadata": {"user_id": "u"},
-        "context_management": {},
-        "service_tier": "auto",
-        "betas": ["x"],
-        "container": "c",
-        "unheard_of": 1,
-        "thinking": {"type": "adaptive"},
-    }
-    assert request_of(user("hi"), **extras) == {
-        "model": "gpt-x",
-        "messages": [HI],
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+        "metadata": {"user_id": "u"}, "context_management": {}, "service_tier": "auto", "betas": ["x"],
+        "container": "c", "unheard_of": 1, "thinking": {"type": "adaptive"},
+    }  # fmt: skip
+    kept = {"model": "gpt-x", "messages": [HI], "stream": True, "stream_options": {"include_usage": True}}
+    assert request_of(user("hi"), **extras) == kept
 
 
 def test_stream_options_by_quirk() -> None:
@@ -863,10 +786,7 @@ def test_any_conversation_becomes_a_valid_request(body: Any) -> None:
 
 @pytest.mark.parametrize(
     "messages",
-    [
-        [{"role": "user", "content": "x"}] * 60_000,
-        [{"role": "user", "content": [{"type": "text", "text": "x"}] * 60_000}],
-    ],
+    [[{"role": "user", "content": "x"}] * 60_000, [{"role": "user", "content": [text("x")] * 60_000}]],
     ids=["messages", "blocks"],
 )
 def test_many_neighbours_cost_no_time(messages: list[Json]) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+import translation
 from hypothesis import given, settings
-from translation import check_cuts, check_grammar, read, stream_of, upstream
+from translation import check_cuts, check_grammar, maybe, read, sse, stream_of, upstream
 
 from ccmux import (
     ApiError,
@@ -29,11 +30,6 @@ from ccmux import (
 
 TO = upstream("gpt-x")
 NAMES = {"short_1a2b3c4d": "mcp__a long name"}
-
-
-def data(*events: Any) -> bytes:
-    lines = (e if isinstance(e, str) else json.dumps(e) for e in events)
-    return b"".join(b"data: %s\n\n" % line.encode() for line in lines)
 
 
 def chunk(delta: Json | None = None, finish: str | None = None, **more: Any) -> Json:
@@ -58,12 +54,16 @@ def end(reason: str = "stop") -> tuple[Any, ...]:
     return (chunk({}, reason), "[DONE]")
 
 
-USAGE = {"prompt_tokens": 100, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 60}}
+def counts(prompt: Any, completion: int, **more: Any) -> Json:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, **more}
+
+
+USAGE = counts(100, 7, prompt_tokens_details={"cached_tokens": 60})
 
 
 def outcome(*events: Any, **quirks: Any) -> tuple[Any, ApiError | None]:
     """The message that a stream amounts to (content, stop_reason, usage), and the error it ends with."""
-    raw = events[0] if len(events) == 1 and isinstance(events[0], bytes) else data(*events)
+    raw = events[0] if len(events) == 1 and isinstance(events[0], bytes) else sse(*events)
 
     def make() -> OpenAIStream:
         return stream_of(OpenAIStream, upstream("gpt-x", **quirks), NAMES)
@@ -242,9 +242,6 @@ BASH = used("Bash", command="ls")
             [said("yes")],
             id="several choices: choice 0",
         ),
-        pytest.param(
-            [": OPENROUTER PROCESSING", text("a"), *end()], [said("a")], id="comments"
-        ),
         pytest.param([text("a"), chunk({}, "stop")], [said("a")], id="end without [DONE] after a finish_reason"),
         pytest.param([text("a"), *end(), text("late")], [said("a")], id="nothing after [DONE]"),
         pytest.param([chunk({"content": [{"type": "text", "text": "a"}]}), *end()], [said("a")], id="content parts"),
@@ -264,11 +261,11 @@ BASH = used("Bash", command="ls")
     ],
 )  # fmt: skip
 def test_content(events: list[Any], expected: Any) -> None:
-    if events[0] == ": OPENROUTER PROCESSING":
-        raw = b": OPENROUTER PROCESSING\n\n" + data(*events[1:])
-        assert content_of(raw) == expected
-    else:
-        assert content_of(*events) == expected
+    assert content_of(*events) == expected
+
+
+def test_comments_are_passed_over() -> None:
+    assert content_of(b": OPENROUTER PROCESSING\n\n" + sse(text("a"), *end())) == [said("a")]
 
 
 @pytest.mark.parametrize(
@@ -320,64 +317,28 @@ def test_stop_reason(events: list[Any], stop: str) -> None:
     ("usage", "expected"),
     [
         pytest.param(USAGE, Usage(input=40, output=7, cache_read=60), id="cached inside prompt_tokens"),
-        pytest.param(
-            {"prompt_tokens": 100, "completion_tokens": 7, "prompt_cache_hit_tokens": 30},
-            Usage(input=70, output=7, cache_read=30),
-            id="DeepSeek's cache hits",
-        ),
-        pytest.param(
-            {"prompt_tokens": 100, "completion_tokens": 7, "cached_tokens": 30},
-            Usage(input=70, output=7, cache_read=30),
-            id="Kimi's cache hits",
-        ),
-        pytest.param(
-            {"prompt_tokens": 10, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 60}},
-            Usage(input=10, output=7, cache_read=60),
-            id="more cached than prompted: not subtracted",
-        ),
-        pytest.param(
-            {**USAGE, "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30}},
-            Usage(input=10, output=7, cache_read=60, cache_write=30),
-            id="cache writes",
-        ),
-        pytest.param({"prompt_tokens": 0, "completion_tokens": 0}, Usage(), id="a reported 0 stands"),
-        pytest.param(
-            {
-                "prompt_tokens": 12,
-                "completion_tokens": 1,
-                "total_tokens": 399,
-                "completion_tokens_details": {"reasoning_tokens": 386},
-            },
-            Usage(input=12, output=387),
-            id="xAI's thinking beside the output",
-        ),
-        pytest.param(
-            {
-                "prompt_tokens": 12,
-                "completion_tokens": 387,
-                "total_tokens": 399,
-                "completion_tokens_details": {"reasoning_tokens": 386},
-            },
-            Usage(input=12, output=387),
-            id="OpenAI's thinking inside the output",
-        ),
-        pytest.param(
-            {"prompt_tokens": 98, "completion_tokens": 17, "total_tokens": 155},
-            Usage(input=98, output=57),
-            id="Gemini's thinking in the total alone",
-        ),
-        pytest.param(
-            {"prompt_tokens": 98, "completion_tokens": 17, "total_tokens": 155, "cached_tokens": 40},
-            Usage(input=58, output=17, cache_read=40),
-            id="a total with the cached ones twice",
-        ),
-        pytest.param({"prompt_tokens": -1, "completion_tokens": 7}, None, id="negative"),
-        pytest.param({"prompt_tokens": 1.5, "completion_tokens": 7}, None, id="no integer"),
-        pytest.param({"prompt_tokens": 10**8 + 1, "completion_tokens": 7}, None, id="absurd"),
-        pytest.param({"prompt_tokens": None, "completion_tokens": 7}, None, id="null"),
+        pytest.param(counts(100, 7, prompt_cache_hit_tokens=30), Usage(70, 7, 30), id="DeepSeek's cache hits"),
+        pytest.param(counts(100, 7, cached_tokens=30), Usage(70, 7, 30), id="Kimi's cache hits"),
+        pytest.param(counts(60, 7, cached_tokens=60), Usage(0, 7, 60), id="all of it cached"),
+        pytest.param(counts(10, 7, prompt_tokens_details={"cached_tokens": 60}), Usage(10, 7, 60),
+                     id="more cached than prompted: not subtracted"),
+        pytest.param({**USAGE, "prompt_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30}},
+                     Usage(10, 7, 60, 30), id="cache writes"),
+        pytest.param(counts(0, 0), Usage(), id="a reported 0 stands"),
+        pytest.param(counts(12, 1, total_tokens=399, completion_tokens_details={"reasoning_tokens": 386}), Usage(12, 387),
+                     id="xAI's thinking beside the output"),
+        pytest.param(counts(12, 387, total_tokens=399, completion_tokens_details={"reasoning_tokens": 386}), Usage(12, 387),
+                     id="OpenAI's thinking inside the output"),
+        pytest.param(counts(98, 17, total_tokens=155), Usage(98, 57), id="Gemini's thinking in the total alone"),
+        pytest.param(counts(98, 17, total_tokens=155, cached_tokens=40), Usage(58, 17, 40),
+                     id="a total with the cached ones twice"),
+        pytest.param(counts(-1, 7), None, id="negative"),
+        pytest.param(counts(1.5, 7), None, id="no integer"),
+        pytest.param(counts(10**8 + 1, 7), None, id="absurd"),
+        pytest.param(counts(None, 7), None, id="null"),
         pytest.param(None, None, id="none"),
     ],
-)
+)  # fmt: skip
 def test_usage(usage: Any, expected: Usage | None) -> None:
     assert openai_usage(usage) == expected
 
@@ -407,7 +368,7 @@ def test_usage_is_found_and_told(events: list[Any]) -> None:
 
 def test_usage_that_nobody_told_is_counted() -> None:
     stream = stream_of(OpenAIStream, TO)
-    found, _ = read(stream, data(text("some words here"), *end()))
+    found, _ = read(stream, sse(text("some words here"), *end()))
     assert stream.usage is None
     assert stream.out.usage.estimated
     assert collect(found)["usage"]["input_tokens"] == 7
@@ -417,53 +378,53 @@ def test_usage_that_nobody_told_is_counted() -> None:
 @pytest.mark.parametrize(
     ("raw", "status", "retry", "words"),
     [
-        pytest.param(data({"error": {"message": "slow down", "code": 429}}), 429, Retry.KEY, "slow down", id="code"),
-        pytest.param(data({"error": {"message": "x", "type": "overloaded_error"}}), 529, Retry.NEXT, "x", id="type"),
-        pytest.param(data({"error": {"message": "bad"}}), 502, Retry.SAME, "bad", id="no status of its own"),
+        pytest.param(sse({"error": {"message": "slow down", "code": 429}}), 429, Retry.KEY, "slow down", id="code"),
+        pytest.param(sse({"error": {"message": "x", "type": "overloaded_error"}}), 529, Retry.NEXT, "x", id="type"),
+        pytest.param(sse({"error": {"message": "bad"}}), 502, Retry.SAME, "bad", id="no status of its own"),
         pytest.param(
-            data(text("a"), chunk({}, "stop", x_groq={"id": "r", "error": "over capacity"})), 502, Retry.SAME,
+            sse(text("a"), chunk({}, "stop", x_groq={"id": "r", "error": "over capacity"})), 502, Retry.SAME,
             "over capacity", id="Groq's",
         ),
-        pytest.param(data({"error": "text"}), 502, Retry.SAME, "text", id="error as text"),
-        pytest.param(data([{"error": {"message": "busy", "code": 503}}]), 503, Retry.SAME, "busy", id="Google's, in a list"),
-        pytest.param(data({"detail": "nope"}), 502, Retry.SAME, "nope", id="detail"),
+        pytest.param(sse({"error": "text"}), 502, Retry.SAME, "text", id="error as text"),
+        pytest.param(sse([{"error": {"message": "busy", "code": 503}}]), 503, Retry.SAME, "busy", id="Google's, in a list"),
+        pytest.param(sse({"detail": "nope"}), 502, Retry.SAME, "nope", id="detail"),
         pytest.param(
-            data(chunk({"content": ""}, "error", error={"message": "slow down", "code": 429})),
+            sse(chunk({"content": ""}, "error", error={"message": "slow down", "code": 429})),
             429, Retry.KEY, "slow down", id="OpenRouter's, with a choice beside it",
         ),
         pytest.param(
-            data(text("a"), {"choices": [], "error": {"message": "gone", "code": "server_error"}}),
+            sse(text("a"), {"choices": [], "error": {"message": "gone", "code": "server_error"}}),
             500, Retry.SAME, "gone", id="with no choices",
         ),
         pytest.param(
-            data({"error": {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000"}}),
+            sse({"error": {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000"}}),
             400, Retry.LARGER, "prompt is too long: 9000 tokens > 8192 maximum", id="overflow in a 200",
         ),
-        pytest.param(data(text("a"), "{broken"), 502, Retry.SAME, "not an OpenAI stream", id="broken JSON"),
-        pytest.param(data(text("a")), 502, Retry.SAME, "ended before", id="no finish_reason"),
-        pytest.param(data(*end()), 502, Retry.SAME, "empty", id="empty answer"),
+        pytest.param(sse(text("a"), "{broken"), 502, Retry.SAME, "not an OpenAI stream", id="broken JSON"),
+        pytest.param(sse(text("a")), 502, Retry.SAME, "ended before", id="no finish_reason"),
+        pytest.param(sse(*end()), 502, Retry.SAME, "empty", id="empty answer"),
         *(
-            pytest.param(data(text("a"), *end(reason)), 502, Retry.SAME, reason, id=f"broke off: {reason}")
+            pytest.param(sse(text("a"), *end(reason)), 502, Retry.SAME, reason, id=f"broke off: {reason}")
             for reason in (
                 "error", "insufficient_system_resource", "network_error", "abort",
                 "function_call_filter: MALFORMED_FUNCTION_CALL",
             )
         ),
         pytest.param(
-            data(*end("model_context_window_exceeded")), 400, Retry.LARGER, "prompt is too long: 7 tokens > 6 maximum",
+            sse(*end("model_context_window_exceeded")), 400, Retry.LARGER, "prompt is too long: 7 tokens > 6 maximum",
             id="overflow told by the finish_reason",
         ),
-        pytest.param(data(*end("tool_calls")), 502, Retry.SAME, "empty", id="tool calls that never came"),
+        pytest.param(sse(*end("tool_calls")), 502, Retry.SAME, "empty", id="tool calls that never came"),
         pytest.param(
-            data(calls(call(0, "c", "Bash", '{"comm')), *end("tool_calls")), 502, Retry.SAME, "not a JSON object",
+            sse(calls(call(0, "c", "Bash", '{"comm')), *end("tool_calls")), 502, Retry.SAME, "not a JSON object",
             id="arguments that cannot be parsed",
         ),
         pytest.param(
-            data(calls(call(0, "c", "Bash", "[1]")), *end("tool_calls")), 502, Retry.SAME, "not a JSON object",
+            sse(calls(call(0, "c", "Bash", "[1]")), *end("tool_calls")), 502, Retry.SAME, "not a JSON object",
             id="arguments that are a list",
         ),
         pytest.param(
-            data(calls(call(0, "c", None, "{}")), *end("tool_calls")), 502, Retry.SAME, "without a name", id="no name"
+            sse(calls(call(0, "c", None, "{}")), *end("tool_calls")), 502, Retry.SAME, "without a name", id="no name"
         ),
     ],
 )  # fmt: skip
@@ -476,7 +437,7 @@ def test_errors(raw: bytes, status: int, retry: Retry, words: str) -> None:
 
 def test_a_call_that_max_tokens_cut_off_is_sent_as_far_as_it_came() -> None:
     events = [text("a"), calls(call(0, "c", "Bash", '{"comm')), *end("length")]
-    found, error = read(stream_of(OpenAIStream, TO), data(*events))
+    found, error = read(stream_of(OpenAIStream, TO), sse(*events))
     assert error is None
     assert [e["delta"]["partial_json"] for e in found if "partial_json" in e.get("delta", {})] == ['{"comm']
     message = json.loads(WholeAnswer(without_cut_off).end(found))
@@ -542,7 +503,7 @@ def test_ids_that_the_conversation_has_had_become_new_ones_and_go_back_as_they_c
     stream.out.tool_ids = {"call_0", "call_1"}
     found, _ = read(
         stream,
-        data(calls(*(call(n, id, "Bash", LS) for n, id in enumerate(("call_0", "new", "new")))), *end()),
+        sse(calls(*(call(n, id, "Bash", LS) for n, id in enumerate(("call_0", "new", "new")))), *end()),
     )
     ids = [b["id"] for b in collect(found)["content"]]
     assert len({*ids, "call_0", "call_1"}) == 5
@@ -551,6 +512,11 @@ def test_ids_that_the_conversation_has_had_become_new_ones_and_go_back_as_they_c
 
 
 # Through `Translation`: bytes to bytes.
+
+
+def to_events() -> Translation:
+    stream = stream_of(OpenAIStream, TO)
+    return Translation(stream, stream.out, EventWriter())
 
 
 @pytest.mark.parametrize(
@@ -565,49 +531,42 @@ def test_ids_that_the_conversation_has_had_become_new_ones_and_go_back_as_they_c
 )
 @pytest.mark.parametrize("cut", [None, 5])
 def test_a_200_that_is_no_stream(body: bytes, status: int, cut: int | None) -> None:
-    stream = stream_of(OpenAIStream, TO)
-    translation = Translation(stream, stream.out, EventWriter())
-    out = (
-        b"".join(map(translation.feed, [body] if cut is None else [body[:cut], body[cut:]]))
-        + translation.finish()
-    )
-    assert out == b""
-    assert translation.error is not None
-    assert translation.error.status == status
-    assert not translation.has_content
+    machine = to_events()
+    pieces = [body] if cut is None else [body[:cut], body[cut:]]
+    assert b"".join(map(machine.feed, pieces)) + machine.finish() == b""
+    assert machine.error is not None
+    assert machine.error.status == status
+    assert not machine.has_content
 
 
 @pytest.mark.parametrize("before", [[], [text("a")]], ids=["the first", "a later one"])
 @pytest.mark.parametrize("lacks", [3, 20])
 def test_a_last_event_that_is_cut_off_is_said_to_be(before: list[Any], lacks: int) -> None:
-    stream = stream_of(OpenAIStream, TO)
-    translation = Translation(stream, stream.out, EventWriter())
-    out = translation.feed(data(*before, text("b"))[:-lacks]) + translation.finish()
+    machine = to_events()
+    out = machine.feed(sse(*before, text("b"))[:-lacks]) + machine.finish()
     assert out.count(b"text_delta") == len(before)
-    assert translation.error is not None
-    assert translation.error.message == "the provider's stream ended before the answer did"
+    assert machine.error is not None
+    assert machine.error.message == "the provider's stream ended before the answer did"
 
 
 def test_an_answer_that_had_ended_stands_though_its_last_event_is_cut_off() -> None:
-    stream = stream_of(OpenAIStream, TO)
-    translation = Translation(stream, stream.out, EventWriter())
-    translation.feed(data(text("a"), chunk({}, "stop"), {"choices": [], "usage": USAGE})[:-9])
-    translation.finish()
-    assert (translation.error, translation.ended) == (None, True)
+    machine = to_events()
+    machine.feed(sse(text("a"), chunk({}, "stop"), {"choices": [], "usage": USAGE})[:-9])
+    machine.finish()
+    assert (machine.error, machine.ended) == (None, True)
 
 
 def test_what_came_before_a_fault_still_goes_out_and_no_ending_is_made_up() -> None:
-    stream = stream_of(OpenAIStream, TO)
-    translation = Translation(stream, stream.out, EventWriter())
-    out = translation.feed(data(text("a"), text("b"), "{broken", text("c")))
+    machine = to_events()
+    out = machine.feed(sse(text("a"), text("b"), "{broken", text("c")))
     assert out.count(b"text_delta") == 2
-    assert translation.error is not None
-    assert translation.ending == b""
-    assert b"message_stop" not in out + translation.finish()
+    assert machine.error is not None
+    assert machine.ending == b""
+    assert b"message_stop" not in out + machine.finish()
 
 
 def test_streamed_and_whole_answers_agree() -> None:
-    raw = data(chunk({"reasoning": "r"}), text("a"), calls(call(0, "c", "Bash", LS)), *end("tool_calls"))
+    raw = sse(chunk({"reasoning": "r"}), text("a"), calls(call(0, "c", "Bash", LS)), *end("tool_calls"))
     stream = stream_of(OpenAIStream, TO)
     whole = Translation(stream, stream.out, WholeAnswer(without_cut_off))
     assert whole.feed(raw) + whole.finish() == b""
@@ -618,44 +577,25 @@ def test_streamed_and_whole_answers_agree() -> None:
 # Any stream.
 
 TEXTS = st.text(max_size=6)
-PIECES = st.fixed_dictionaries(
-    {},
-    optional={
-        "index": st.sampled_from([0, 1, 2, None, "x", []]),
-        "id": st.sampled_from(["a", "b", "", None, 7]),
-        "function": st.one_of(
-            st.none(),
-            st.fixed_dictionaries(
-                {},
-                optional={
-                    "name": st.sampled_from(["Bash", "", None]),
-                    "arguments": st.one_of(
-                        TEXTS, st.sampled_from(["{}", '{"a":', "1}", LS, None, {"a": 1}, [1]])
-                    ),
-                },
-            ),
-        ),
-    },
+ARGUMENTS = st.one_of(TEXTS, st.sampled_from(["{}", '{"a":', "1}", LS, None, {"a": 1}, [1]]))
+FUNCTIONS = maybe(name=st.sampled_from(["Bash", "", None]), arguments=ARGUMENTS)
+PIECES = maybe(
+    index=st.sampled_from([0, 1, 2, None, "x", []]),
+    id=st.sampled_from(["a", "b", "", None, 7]),
+    function=st.one_of(st.none(), FUNCTIONS),
 )
-DELTAS = st.one_of(
-    st.none(),
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "content": st.one_of(TEXTS, st.none(), st.just([{"type": "text", "text": "p"}])),
-            "reasoning_content": st.one_of(TEXTS, st.none(), st.just(3)),
-            "reasoning": st.one_of(TEXTS, st.none()),
-            "reasoning_details": st.one_of(
-                st.none(), st.just([{"type": "reasoning.text", "text": "d"}]), st.just(["x"])
-            ),
-            "refusal": st.one_of(TEXTS, st.none()),
-            "tool_calls": st.one_of(st.none(), st.lists(PIECES, max_size=2), st.just("x")),
-            "function_call": st.one_of(st.none(), st.just({"name": "f", "arguments": "{}"})),
-        },
-    ),
+DETAILS = [None, [{"type": "reasoning.text", "text": "d"}], ["x"]]
+DELTAS = maybe(
+    content=st.one_of(TEXTS, st.none(), st.just([translation.text("p")])),
+    reasoning_content=st.one_of(TEXTS, st.none(), st.just(3)),
+    reasoning=st.one_of(TEXTS, st.none()),
+    reasoning_details=st.sampled_from(DETAILS),
+    refusal=st.one_of(TEXTS, st.none()),
+    tool_calls=st.one_of(st.none(), st.lists(PIECES, max_size=2), st.just("x")),
+    function_call=st.sampled_from([None, {"name": "f", "arguments": "{}"}]),
 )
 CHOICES = st.fixed_dictionaries(
-    {"delta": DELTAS},
+    {"delta": st.one_of(st.none(), DELTAS)},
     optional={
         "index": st.sampled_from([0, 1, None]),
         "finish_reason": st.sampled_from([None, "stop", "length", "?", 3]),
@@ -664,10 +604,7 @@ CHOICES = st.fixed_dictionaries(
 CHUNKS = st.one_of(
     st.fixed_dictionaries(
         {"choices": st.one_of(st.lists(CHOICES, max_size=2), st.none(), st.just("x"))},
-        optional={
-            "usage": st.one_of(st.none(), st.just(USAGE), st.just("x")),
-            "error": st.sampled_from([None, "x"]),
-        },
+        optional={"usage": st.sampled_from([None, USAGE, "x"]), "error": st.sampled_from([None, "x"])},
     ),
     st.sampled_from([None, [], "x", 3, {}]),
 )
@@ -681,7 +618,7 @@ CHUNKS = st.one_of(
 )
 def test_any_stream_is_well_formed_or_one_error(chunks: list[Any], tail: list[Any], tags: bool) -> None:
     stream = stream_of(OpenAIStream, upstream("gpt-x", think_tags=tags))
-    found, error = read(stream, data(*(json.dumps(c) for c in chunks), *tail))
+    found, error = read(stream, sse(*(json.dumps(c) for c in chunks), *tail))
     check_grammar(found, error is None)
     for block in collect(found)["content"] if error is None else ():
         if block["type"] == "tool_use":

@@ -15,18 +15,25 @@ from pydantic import TypeAdapter
 from translation import (
     BASH,
     BODIES,
+    COMMAND,
     FIXTURES,
     PDF,
     PNG,
     SEARCH,
     assistant,
+    base64_source,
     check_cuts,
+    check_failure,
     check_golden,
     check_grammar,
     drain,
     golden,
+    maybe,
     read,
+    signatures_of,
+    sse,
     stream_of,
+    text,
     thinking,
     tool_result,
     tool_use,
@@ -83,8 +90,12 @@ def test_cut_anywhere(case: str) -> None:
     check_cuts(lambda: stream_of(ResponsesStream, CODEX, NAMES), data)
 
 
-def sse(*events: Any) -> bytes:
-    return b"".join(b"data: %s\n\n" % json.dumps(e).encode() for e in events)
+def told(*events: Any) -> Any:
+    """The message that these events amount to."""
+    found, error = read(stream_of(ResponsesStream, CODEX), sse(*events))
+    assert error is None
+    check_grammar(found, ended=True)
+    return collect(found)
 
 
 def done(item: Any, index: int = 0) -> Any:
@@ -95,13 +106,22 @@ def completed(*output: Any, **more: Any) -> Any:
     return {"type": "response.completed", "response": {"status": "completed", "output": list(output), **more}}
 
 
-def text_delta(text: str, index: int = 0) -> Any:
-    return {"type": "response.output_text.delta", "output_index": index, "delta": text}
+def text_delta(words: str, index: int = 0) -> Any:
+    return {"type": "response.output_text.delta", "output_index": index, "delta": words}
+
+
+def piece_of(arguments: str) -> Any:
+    return {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": arguments}
+
+
+def added(item: Any, index: int = 0) -> Any:
+    return {"type": "response.output_item.added", "output_index": index, "item": item}
 
 
 MESSAGE = {"type": "message", "content": [{"type": "output_text", "text": "hi"}]}
 CALL = {"type": "function_call", "call_id": "c1", "name": "Bash", "arguments": '{"a":1}'}
 
+BEGUN = added({**CALL, "arguments": ""})
 REASONING = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}
 
 
@@ -132,14 +152,7 @@ REASONING = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "
         pytest.param(
             [done({**CALL, "arguments": '"{}"'}), completed()], ["tool_use"], id="arguments encoded twice"
         ),
-        pytest.param(
-            [
-                {"type": "response.output_item.added", "output_index": 0, "item": {**CALL, "arguments": ""}},
-                completed(),
-            ],
-            ["tool_use"],
-            id="a call that is never told done",
-        ),
+        pytest.param([BEGUN, completed()], ["tool_use"], id="a call that is never told done"),
         pytest.param(
             [done({"type": "image_generation_call"}), done(MESSAGE, 1), completed()],
             ["text"],
@@ -149,14 +162,7 @@ REASONING = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "
     ],
 )
 def test_answers(events: list[Any], kinds: list[str]) -> None:
-    found, error = read(stream_of(ResponsesStream, CODEX), sse(*events))
-    assert error is None
-    check_grammar(found, ended=True)
-    assert [e["content_block"]["type"] for e in found if e["type"] == "content_block_start"] == kinds
-
-
-def added(item: Any, index: int) -> Any:
-    return {"type": "response.output_item.added", "output_index": index, "item": item}
+    assert [block["type"] for block in told(*events)["content"]] == kinds
 
 
 WAYS = st.sampled_from(["in pieces", "whole", "last"])
@@ -176,9 +182,7 @@ def test_each_item_is_told_once_whichever_events_tell_it(plan: list[tuple[bool, 
             events += [text_delta(letter, place) for letter in "hi" if item is MESSAGE]
         if way != "last":
             events.append(done(item, place))
-    found, error = read(stream_of(ResponsesStream, CODEX), sse(*events, completed(*output)))
-    assert error is None
-    content = collect(found)["content"]
+    content = told(*events, completed(*output))["content"]
     assert sorted(b["id"] for b in content if b["type"] == "tool_use") == [
         i["call_id"] for i in output if i is not MESSAGE
     ]
@@ -186,69 +190,48 @@ def test_each_item_is_told_once_whichever_events_tell_it(plan: list[tuple[bool, 
 
 
 def test_a_call_that_is_begun_twice_goes_out_once() -> None:
-    piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": '{"a":'}
-    start = added({**CALL, "arguments": ""}, 0)
-    found, error = read(
-        stream_of(ResponsesStream, CODEX), sse(start, piece, start, done(CALL), completed(CALL))
-    )
-    assert error is None
-    assert [b["input"] for b in collect(found)["content"]] == [{"a": 1}]
+    message = told(BEGUN, piece_of('{"a":'), BEGUN, done(CALL), completed(CALL))
+    assert [b["input"] for b in message["content"]] == [{"a": 1}]
 
 
 def test_a_call_that_has_the_number_of_the_text_before_it() -> None:
     """As Ollama 0.17 tells it, which never ends the text's item."""
-    piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": '{"a":1}'}
-    data = sse(
-        text_delta("Looking."),
-        added({**CALL, "arguments": ""}, 0),
-        piece,
-        done(CALL),
-        completed(MESSAGE, CALL),
-    )
-    found, error = read(stream_of(ResponsesStream, CODEX), data)
-    assert error is None
-    assert [b.get("text") or b.get("input") for b in collect(found)["content"]] == ["Looking.", {"a": 1}]
+    message = told(text_delta("Looking."), BEGUN, piece_of('{"a":1}'), done(CALL), completed(MESSAGE, CALL))
+    assert [b.get("text") or b.get("input") for b in message["content"]] == ["Looking.", {"a": 1}]
 
 
 @pytest.mark.parametrize(
     "place", [{"item_id": "m1"}, {"output_index": 3}], ids=["by id", "counted otherwise"]
 )
-@pytest.mark.parametrize("told", ["hi", "h"], ids=["whole", "in part"])
-def test_a_text_whose_item_is_never_told_done_goes_out_once(place: Any, told: str) -> None:
-    piece = {"type": "response.output_text.delta", **place, "delta": told}
-    found, error = read(stream_of(ResponsesStream, CODEX), sse(piece, completed({**MESSAGE, "id": "m1"})))
-    assert error is None
-    (text,) = [b["text"] for b in collect(found)["content"]]
-    assert text == ("hi" if "item_id" in place else told)
+@pytest.mark.parametrize("words", ["hi", "h"], ids=["whole", "in part"])
+def test_a_text_whose_item_is_never_told_done_goes_out_once(place: Any, words: str) -> None:
+    piece = {"type": "response.output_text.delta", **place, "delta": words}
+    (block,) = told(piece, completed({**MESSAGE, "id": "m1"}))["content"]
+    assert block["text"] == ("hi" if "item_id" in place else words)
 
 
 def test_a_text_that_goes_on_beside_a_call() -> None:
     whole = {"type": "message", "content": [{"type": "output_text", "text": "abcdefg"}]}
-    data = sse(
-        *(text_delta("abc"), added({**CALL, "arguments": ""}, 1), text_delta("de"), done(CALL, 1)),
-        *(text_delta("fg"), done(whole), completed()),
-    )
-    found, error = read(stream_of(ResponsesStream, CODEX), data)
-    assert error is None
-    texts = [e["delta"]["text"] for e in found if e.get("delta", {}).get("type") == "text_delta"]
-    assert "".join(texts) == "abcdefg"
+    begun = added({**CALL, "arguments": ""}, 1)
+    beside = [text_delta("abc"), begun, text_delta("de"), done(CALL, 1), text_delta("fg"), done(whole)]
+    content = told(*beside, completed())["content"]
+    assert "".join(b["text"] for b in content if b["type"] == "text") == "abcdefg"
 
 
 def test_arguments_told_only_in_the_event_that_ends_them() -> None:
-    told = {"type": "response.function_call_arguments.done", "output_index": 0, "arguments": '{"a":1}'}
-    data = sse(added({**CALL, "arguments": ""}, 0), told, completed())
-    found, error = read(stream_of(ResponsesStream, CODEX), data)
-    assert error is None
-    assert collect(found)["content"][0]["input"] == {"a": 1}
+    end = {"type": "response.function_call_arguments.done", "output_index": 0, "arguments": '{"a":1}'}
+    assert told(BEGUN, end, completed())["content"][0]["input"] == {"a": 1}
+
+
+def cut_off(*output: Any) -> Any:
+    details = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+    return {"type": "response.incomplete", "response": {**details, "output": list(output)}}
 
 
 @pytest.mark.parametrize("is_told", [True, False], ids=["told done", "never told done"])
 def test_a_call_that_the_outputs_limit_cut_off_is_sent_as_far_as_it_came(is_told: bool) -> None:
     cut = {**CALL, "arguments": '{"a":', "status": "incomplete"}
-    piece = {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": '{"a":'}
-    end = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}, "output": [cut]}
-    events = [added({**CALL, "arguments": ""}, 0), piece, *([done(cut)] if is_told else [])]
-    data = sse(*events, {"type": "response.incomplete", "response": end})
+    data = sse(BEGUN, piece_of('{"a":'), *([done(cut)] if is_told else []), cut_off(cut))
     found, error = read(stream_of(ResponsesStream, CODEX), data)
     assert error is None
     message = collect(found)
@@ -258,14 +241,7 @@ def test_a_call_that_the_outputs_limit_cut_off_is_sent_as_far_as_it_came(is_told
 @pytest.mark.parametrize(("arguments", "stop"), [('{"a":1}', "tool_use"), ("", "max_tokens")])
 def test_a_call_of_an_answer_that_the_outputs_limit_cut_off(arguments: str, stop: str) -> None:
     call = {**CALL, "arguments": arguments, "status": "completed" if arguments else "incomplete"}
-    end = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}, "output": [call]}
-    events = [
-        added({**CALL, "arguments": ""}, 0),
-        done(call),
-        {"type": "response.incomplete", "response": end},
-    ]
-    found, _ = read(stream_of(ResponsesStream, CODEX), sse(*events))
-    assert collect(found)["stop_reason"] == stop
+    assert told(BEGUN, done(call), cut_off(call))["stop_reason"] == stop
 
 
 @pytest.mark.parametrize(
@@ -273,66 +249,39 @@ def test_a_call_of_an_answer_that_the_outputs_limit_cut_off(arguments: str, stop
     [
         pytest.param(sse(completed()), 502, Retry.SAME, "empty", id="nothing in it"),
         pytest.param(sse(done(MESSAGE)), 502, Retry.SAME, "stream", id="cut off"),
-        pytest.param(
-            sse({"type": "response.failed"}), 502, Retry.SAME, "http_502", id="failed, and nothing more"
-        ),
+        pytest.param(sse({"type": "response.failed"}), 502, Retry.SAME, "http_502", id="failed, and nothing more"),
         pytest.param(b"", 502, Retry.SAME, "stream", id="no bytes at all"),
-        pytest.param(b"data: {nonsense\n\n", 502, Retry.SAME, "stream", id="not JSON"),
-        pytest.param(b"data: [1]\n\n", 502, Retry.SAME, "http_502", id="no object"),
-        pytest.param(
-            sse(done({**CALL, "arguments": "[1]"})),
-            502,
-            Retry.SAME,
-            "stream",
-            id="arguments that are no object",
-        ),
+        pytest.param(sse("{nonsense"), 502, Retry.SAME, "stream", id="not JSON"),
+        pytest.param(sse([1]), 502, Retry.SAME, "http_502", id="no object"),
+        pytest.param(sse(done({**CALL, "arguments": "[1]"})), 502, Retry.SAME, "stream", id="arguments that are no object"),
         pytest.param(sse(done({**CALL, "name": ""})), 502, Retry.SAME, "stream", id="a call without a name"),
-        pytest.param(
-            sse({"error": {"code": 429, "message": "slow"}}), 429, Retry.KEY, "http_429", id="a bare error"
-        ),
-        pytest.param(
-            sse(
-                {
-                    "type": "error",
-                    "code": "context_length_exceeded",
-                    "message": "Your input exceeds the context window",
-                }
-            ),
-            400,
-            Retry.LARGER,
-            "overflow",
-            id="too long",
-        ),
+        pytest.param(sse({"error": {"code": 429, "message": "slow"}}), 429, Retry.KEY, "http_429", id="a bare error"),
+        pytest.param(sse({"type": "error", "code": "context_length_exceeded", "message": "Your input exceeds the context window"}),
+                     400, Retry.LARGER, "overflow", id="too long"),
     ],
-)
+)  # fmt: skip
 def test_failures(data: bytes, status: int, retry: Retry, cause: str) -> None:
-    _, error = read(stream_of(ResponsesStream, CODEX), data)
-    assert error is not None
-    assert (error.status, error.retry, error.cause) == (status, retry, cause)
+    check_failure(stream_of(ResponsesStream, CODEX), data, status, retry, cause)
+
+
+TOLD = {"input_tokens": 100, "output_tokens": 5}
 
 
 @pytest.mark.parametrize(
     ("usage", "expected"),
     [
         pytest.param(
-            {"input_tokens": 100, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 60}},
-            Usage(40, 5, 60),
-            id="cached apart",
+            {**TOLD, "input_tokens_details": {"cached_tokens": 60}}, Usage(40, 5, 60), id="cached apart"
         ),
         pytest.param(
-            {
-                "input_tokens": 100,
-                "output_tokens": 5,
-                "input_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30},
-            },
+            {**TOLD, "input_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 30}},
             Usage(10, 5, 60, 30),
             id="writes apart",
         ),
         pytest.param(
-            {"input_tokens": 3, "output_tokens": 0, "input_tokens_details": None},
-            Usage(3, 0),
-            id="no details",
+            {**TOLD, "input_tokens_details": {"cached_tokens": 100}}, Usage(0, 5, 100), id="all of it cached"
         ),
+        pytest.param({**TOLD, "input_tokens_details": None}, Usage(100, 5), id="no details"),
         pytest.param({"input_tokens": -3, "output_tokens": 0}, None, id="absurd"),
         pytest.param(None, None, id="none"),
     ],
@@ -341,61 +290,39 @@ def test_usage(usage: Any, expected: Usage | None) -> None:
     assert responses_usage(usage) == expected
 
 
-ANY_ITEM = st.fixed_dictionaries(
-    {},
-    optional={
-        "type": st.sampled_from(["message", "reasoning", "function_call", "web_search_call", "?"]),
-        "id": st.sampled_from(["i1", "i2", "\ud800", None]),
-        "call_id": st.sampled_from(["c1", "", None, "c d"]),
-        "name": st.sampled_from(["Bash", "", None]),
-        "phase": st.sampled_from(["commentary", None]),
-        "arguments": st.sampled_from(["", "{}", '{"a":', '{"a":1}', "null", None, {"a": 1}, "x"]),
-        "content": st.sampled_from(
-            [[], None, MESSAGE["content"], [{"type": "refusal", "refusal": "no"}], [None]]
-        ),
-        "summary": st.sampled_from([[], [{"text": "so"}], None]),
-        "encrypted_content": st.sampled_from(["enc", None]),
-        "action": st.sampled_from(
-            [None, {"query": "q", "sources": [{"url": "https://a.org"}, None]}, {"url": "https://b.org"}]
-        ),
-    },
+ANY_ITEM = maybe(
+    type=st.sampled_from(["message", "reasoning", "function_call", "web_search_call", "?"]),
+    id=st.sampled_from(["i1", "i2", "\ud800", None]),
+    call_id=st.sampled_from(["c1", "", None, "c d"]),
+    name=st.sampled_from(["Bash", "", None]),
+    phase=st.sampled_from(["commentary", None]),
+    arguments=st.sampled_from(["", "{}", '{"a":', '{"a":1}', "null", None, {"a": 1}, "x"]),
+    content=st.sampled_from([[], None, MESSAGE["content"], [{"type": "refusal", "refusal": "no"}], [None]]),
+    summary=st.sampled_from([[], [{"text": "so"}], None]),
+    encrypted_content=st.sampled_from(["enc", None]),
+    action=st.sampled_from([None, {"query": "q", "sources": [{"url": "https://a.org"}, None]}, {"url": "https://b.org"}]),
+)  # fmt: skip
+ANY_TYPE = st.sampled_from([
+    "response.created", "response.output_item.added", "response.output_item.done", "response.output_text.delta",
+    "response.refusal.delta", "response.reasoning_summary_text.delta", "response.reasoning_summary_part.added",
+    "response.function_call_arguments.delta", "response.output_text.annotation.added", "response.completed",
+    "response.incomplete", "?", None,
+])  # fmt: skip
+ANY_RESPONSE = maybe(
+    status=st.sampled_from(["completed", "incomplete", "failed"]),
+    output=st.lists(ANY_ITEM, max_size=2),
+    usage=st.sampled_from([None, {"input_tokens": 1, "output_tokens": 1}]),
+    error=st.sampled_from([None, {"code": "x"}]),
+    incomplete_details=st.sampled_from([None, {"reason": "content_filter"}]),
 )
-ANY_EVENT = st.fixed_dictionaries(
-    {},
-    optional={
-        "type": st.sampled_from(
-            [
-                "response.created",
-                "response.output_item.added",
-                "response.output_item.done",
-                "response.output_text.delta",
-                "response.refusal.delta",
-                "response.reasoning_summary_text.delta",
-                "response.reasoning_summary_part.added",
-                "response.function_call_arguments.delta",
-                "response.output_text.annotation.added",
-                "response.completed",
-                "response.incomplete",
-                "?",
-                None,
-            ]
-        ),
-        "output_index": st.sampled_from([0, 1, 2, None, "0"]),
-        "item_id": st.sampled_from(["i1", None]),
-        "item": ANY_ITEM,
-        "delta": st.sampled_from(["a", "{", '{"a":', "1}", "", None, {}]),
-        "annotation": st.sampled_from([None, {"type": "url_citation", "url": "https://a.org", "title": "A"}]),
-        "response": st.fixed_dictionaries(
-            {},
-            optional={
-                "status": st.sampled_from(["completed", "incomplete", "failed"]),
-                "output": st.lists(ANY_ITEM, max_size=2),
-                "usage": st.sampled_from([None, {"input_tokens": 1, "output_tokens": 1}]),
-                "error": st.sampled_from([None, {"code": "x"}]),
-                "incomplete_details": st.sampled_from([None, {"reason": "content_filter"}]),
-            },
-        ),
-    },
+ANY_EVENT = maybe(
+    type=ANY_TYPE,
+    output_index=st.sampled_from([0, 1, 2, None, "0"]),
+    item_id=st.sampled_from(["i1", None]),
+    item=ANY_ITEM,
+    delta=st.sampled_from(["a", "{", '{"a":', "1}", "", None, {}]),
+    annotation=st.sampled_from([None, {"type": "url_citation", "url": "https://a.org", "title": "A"}]),
+    response=ANY_RESPONSE,
 )
 
 
@@ -410,7 +337,7 @@ def test_any_events_end_well_or_in_one_error(events: list[Any]) -> None:
 
 
 def test_a_file_of_text_is_inlined() -> None:
-    source = {"type": "base64", "media_type": "text/plain", "data": "aGk="}
+    source = base64_source("text/plain", "aGk=")
     [said] = request_of(user({"type": "document", "source": source}))["input"]
     assert said["content"] == [{"type": "input_text", "text": "hi"}]
 
@@ -419,87 +346,52 @@ def test_conversation_as_items() -> None:
     kept = {"dialect": "responses", "model": CODEX.model}
     item = {"type": "reasoning", "encrypted_content": "enc", "summary": []}
     foreign = {**kept, "model": "gpt-6-astra", "item": {**item, "encrypted_content": "other"}}
+    thought = thinking("hm", {**kept, "item": item, "phase": "commentary"})
+    seen = tool_result("call_2", [text("see"), PNG], is_error=True)
+    calls = tool_use("call_1", command="ls"), tool_use("call_2", "a b")
     out = request_of(
         user("look", PNG, PDF),
-        assistant(
-            thinking("", foreign),
-            thinking("hm", {**kept, "item": item, "phase": "commentary"}),
-            {"type": "text", "text": "I look."},
-            tool_use("call_1", command="ls"),
-            tool_use("call_2", "a b"),
-        ),
-        user(
-            tool_result("call_2", [{"type": "text", "text": "see"}, PNG], is_error=True),
-            tool_result("call_1", "a.txt"),
-            tool_result("gone"),
-            "and?",
-        ),
+        assistant(thinking("", foreign), thought, "I look.", *calls),
+        user(seen, tool_result("call_1", "a.txt"), tool_result("gone"), "and?"),
         {"role": "system", "content": "Plan mode is active"},
         assistant(thinking("last", {**kept, "item": item})),
-        system=[
-            {"type": "text", "text": "x-anthropic-billing-header: cc=1"},
-            {"type": "text", "text": "Be good."},
-        ],
+        system=[text("x-anthropic-billing-header: cc=1"), text("Be good.")],
     )
+
+    def said(*content: Any) -> Any:
+        parts = [{"type": "input_text", "text": c} if isinstance(c, str) else c for c in content]
+        return {"type": "message", "role": "user", "content": parts}
+
+    def called(id: str, name: str, arguments: str) -> Any:
+        return {"type": "function_call", "call_id": id, "name": name, "arguments": arguments}
+
+    def answered(id: str, output: Any) -> Any:
+        return {"type": "function_call_output", "call_id": id, "output": output}
+
+    image = {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo=", "detail": "auto"}
+    pdf = {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}
     assert out["instructions"] == "Be good."
     assert out["input"] == [
-        {
-            "type": "message",
-            "role": "user",
-            "content": [
-                {"type": "input_text", "text": "look"},
-                {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo=", "detail": "auto"},
-                {
-                    "type": "input_file",
-                    "filename": "a.pdf",
-                    "file_data": "data:application/pdf;base64,JVBERi0=",
-                },
-            ],
-        },
+        said("look", image, pdf),
         item,
         {"type": "message", "role": "assistant", "content": "I look.", "phase": "commentary"},
-        {"type": "function_call", "call_id": "call_1", "name": "Bash", "arguments": '{"command": "ls"}'},
-        {
-            "type": "function_call",
-            "call_id": "call_2",
-            "name": "a_b_" + out["input"][4]["name"][-8:],
-            "arguments": "{}",
-        },
-        {"type": "function_call_output", "call_id": "call_1", "output": "a.txt"},
-        {
-            "type": "function_call_output",
-            "call_id": "call_2",
-            "output": [
-                {"type": "input_text", "text": "Error:"},
-                {"type": "input_text", "text": "see"},
-                {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo=", "detail": "auto"},
-            ],
-        },
-        {
-            "type": "message",
-            "role": "user",
-            "content": [
-                {"type": "input_text", "text": "and?"},
-                {"type": "input_text", "text": "<system-reminder>\nPlan mode is active\n</system-reminder>"},
-            ],
-        },
+        called("call_1", "Bash", '{"command": "ls"}'),
+        called("call_2", "a_b_" + out["input"][4]["name"][-8:], "{}"),
+        answered("call_1", "a.txt"),
+        answered("call_2", said("Error:", "see", image)["content"]),
+        said("and?", "<system-reminder>\nPlan mode is active\n</system-reminder>"),
     ]
 
 
 def test_reasoning_comes_back_from_the_stream_that_made_it() -> None:
     data = (FIXTURES / "responses" / "reasoning_then_tool.sse").read_bytes()
     events, _ = read(stream_of(ResponsesStream, CODEX), data)
-    blocks = [
-        {"type": "thinking", "signature": e["delta"]["signature"]}
-        for e in events
-        if e.get("delta", {}).get("type") == "signature_delta"
-    ]
+    blocks = signatures_of(events)
     items = request_of(user("hi"), assistant(*blocks, tool_use("call_A1b2C3")))["input"]
     assert [i["type"] for i in items] == ["message", "reasoning", "function_call", "function_call_output"]
     assert items[1]["encrypted_content"] == "gAAAAABo4Wq1-encrypted-reasoning-=="
-    assert [
-        i["type"] for i in request_of(assistant(*blocks, tool_use("c")), to=upstream("gpt-6-astra"))["input"]
-    ] == ["function_call", "function_call_output"]
+    items = request_of(assistant(*blocks, tool_use("c")), to=upstream("gpt-6-astra"))["input"]
+    assert [i["type"] for i in items] == ["function_call", "function_call_output"]
 
 
 @pytest.mark.parametrize(
@@ -523,16 +415,7 @@ def test_reasoning_comes_back_from_the_stream_that_made_it() -> None:
         ),
         pytest.param(
             {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
-            {
-                "text": {
-                    "format": {
-                        "type": "json_schema",
-                        "name": "answer",
-                        "schema": {"type": "object"},
-                        "strict": False,
-                    }
-                }
-            },
+            {"text": {"format": {"type": "json_schema", "name": "answer", "schema": {"type": "object"}, "strict": False}}},
             id="schema",
         ),
         pytest.param(
@@ -540,15 +423,7 @@ def test_reasoning_comes_back_from_the_stream_that_made_it() -> None:
             {
                 "tool_choice": "required",
                 "parallel_tool_calls": False,
-                "tools": [
-                    {
-                        "type": "function",
-                        "name": "Bash",
-                        "description": "Runs",
-                        "parameters": BASH["input_schema"],
-                        "strict": False,
-                    }
-                ],
+                "tools": [{"type": "function", "name": "Bash", "description": "Runs", "parameters": COMMAND, "strict": False}],
             },
             id="tools",
         ),
@@ -562,24 +437,13 @@ def test_reasoning_comes_back_from_the_stream_that_made_it() -> None:
             {
                 "tool_choice": "required",
                 "include": ["web_search_call.action.sources", "reasoning.encrypted_content"],
-                "tools": [
-                    {
-                        "type": "web_search",
-                        "filters": {"allowed_domains": ["a.org"]},
-                        "user_location": {"type": "approximate", "city": "Oslo"},
-                    }
-                ],
+                "tools": [{"type": "web_search", "filters": {"allowed_domains": ["a.org"]},
+                           "user_location": {"type": "approximate", "city": "Oslo"}}],
             },
             id="web search",
         ),
         pytest.param(
-            {
-                "stop_sequences": ["x"],
-                "metadata": {"user_id": "u"},
-                "safeguards": [],
-                "context_management": {},
-                "top_k": 3,
-            },
+            {"stop_sequences": ["x"], "metadata": {"user_id": "u"}, "safeguards": [], "context_management": {}, "top_k": 3},
             {"stop": None, "metadata": None, "safeguards": None, "context_management": None, "top_k": None},
             id="what does not go up",
         ),
@@ -589,7 +453,7 @@ def test_reasoning_comes_back_from_the_stream_that_made_it() -> None:
             id="sampling",
         ),
     ],
-)
+)  # fmt: skip
 def test_parameters(body: Any, expected: Any) -> None:
     out = request_of(user("hi"), **body)
     assert {k: out.get(k) for k in expected} == expected
@@ -624,22 +488,15 @@ def test_a_refused_effort_is_the_next_lower_one() -> None:
 
 def test_a_pdf_is_left_out_where_the_server_takes_no_files() -> None:
     """As llama.cpp and Ollama, whose refusal teaches it."""
-    source = {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="}
     for skip in ((), ("files",)):
-        out = request_of(user({"type": "document", "source": source}), to=upstream("m", skip=frozenset(skip)))
+        out = request_of(user(PDF), to=upstream("m", skip=frozenset(skip)))
         assert ("input_file" in json.dumps(out)) == (not skip)
-    assert "a PDF was left out" in json.dumps(out)
+    assert "a PDF named a.pdf was left out" in json.dumps(out)
 
 
 def test_what_an_upstream_refuses_is_left_out() -> None:
-    to = upstream(
-        "gpt-5",
-        session="s" * 80,
-        skip=frozenset({"include"}),
-        drop=("store",),
-        prompt_cache_key=True,
-        extra_body={"service_tier": "flex"},
-    )
+    quirks = {"drop": ("store",), "prompt_cache_key": True, "extra_body": {"service_tier": "flex"}}
+    to = upstream("gpt-5", session="s" * 80, skip=frozenset({"include"}), **quirks)
     out = request_of(user("hi"), to=to)
     assert not {"include", "store"} & out.keys()
     assert (out["prompt_cache_key"], out["service_tier"]) == ("s" * 64, "flex")
@@ -651,13 +508,6 @@ def test_any_conversation_makes_a_valid_request(body: Any) -> None:
     before = copy.deepcopy(body)
     items = valid(responses_request(body, upstream("m", effort=("low", "high"))))["input"]
     assert body == before
-    check_pairs(
-        [i["call_id"] for i in items if i["type"] == "function_call"],
-        [i["call_id"] for i in items if i["type"] == "function_call_output"],
-    )
+    calls = [i["call_id"] for i in items if i["type"] == "function_call"]
+    assert [i["call_id"] for i in items if i["type"] == "function_call_output"] == calls
     assert not items or items[-1]["type"] != "reasoning"
-
-
-def check_pairs(calls: list[str], answers: list[str]) -> None:
-    """Every call has its answer, in the same order."""
-    assert calls == answers

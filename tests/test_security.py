@@ -30,6 +30,7 @@ from attacks import (
     CANARIES,
     CLIENT_KEY,
     FORGED_LINE,
+    HOSTILE_HEADERS,
     LEAK,
     Answer,
     Upstream,
@@ -37,7 +38,7 @@ from attacks import (
     until,
     victim,
 )
-from proxy_harness import ROOT, in_process, message_body
+from proxy_harness import ROOT, in_process, message_body, provider_row
 
 import ccmux
 
@@ -297,23 +298,21 @@ def from_address(
         return Answer(b"".join(iter(lambda: client.recv(65536), b"")))
 
 
+KEYED = f'[server]\nrequire_key = true\nadmin_token = "$CANARY_ADMIN"\n{provider_row()}'
+
+
 def test_wrong_keys_are_counted_on_v1_too(tmp_path: Path) -> None:
-    config = '[server]\nrequire_key = true\nadmin_token = "$CANARY_ADMIN"\n[[providers]]\nname = "demo"\ntype = "demo"\n'
-    with victim(tmp_path, config=config) as ccm:
+    with victim(tmp_path, config=KEYED) as ccm:
         key = new_user(ccm, "anna")
-        path = "/v1/messages"
-        statuses = [
-            from_address(ccm, "127.8.2.1", path, {"x-api-key": f"k{n}"}, MESSAGE).status for n in range(13)
-        ]
+
+        def status(source: str, **headers: str) -> int:
+            return from_address(ccm, source, "/v1/messages", headers, MESSAGE).status
+
+        statuses = [status("127.8.2.1", **{"x-api-key": f"k{n}"}) for n in range(13)]
         assert statuses == [401] * 10 + [429] * 3
-        assert from_address(ccm, "127.8.2.1", path, {"x-api-key": key}, MESSAGE).status == 200
-        assert from_address(ccm, "127.8.2.2", path, {"x-api-key": "\u00e9\udcff"}, MESSAGE).status == 401
-        assert (
-            from_address(
-                ccm, "127.8.2.3", path, {"x-api-key": "x", "Authorization": f"Bearer {key}"}, MESSAGE
-            ).status
-            == 200
-        )
+        assert status("127.8.2.1", **{"x-api-key": key}) == 200
+        assert status("127.8.2.2", **{"x-api-key": "\u00e9\udcff"}) == 401
+        assert status("127.8.2.3", **{"x-api-key": "x", "Authorization": f"Bearer {key}"}) == 200
         for method, other in [*V1, *USER_API]:
             answer = ccm.ask(method, other, {}, b"{}")
             assert answer.status == 401, (method, other)
@@ -322,16 +321,14 @@ def test_wrong_keys_are_counted_on_v1_too(tmp_path: Path) -> None:
 
 
 def test_a_key_is_refused_before_the_body_is_read(tmp_path: Path) -> None:
-    config = '[server]\nrequire_key = true\nadmin_token = "$CANARY_ADMIN"\n[[providers]]\nname = "demo"\ntype = "demo"\n'
-    with victim(tmp_path, config=config) as ccm:
+    """Which never comes, and would be waited for."""
+    with victim(tmp_path, config=KEYED) as ccm:
         head = ccm.request("POST", "/v1/messages", {"Content-Length": "1000000"})
-        began = time.monotonic()
         assert ccm.send(head).status == 401
-        assert time.monotonic() - began < 1
 
 
 def test_a_made_token_is_long_and_kept_private(tmp_path: Path) -> None:
-    with victim(tmp_path, config='[[providers]]\nname = "demo"\ntype = "demo"\n') as ccm:
+    with victim(tmp_path, config=provider_row()) as ccm:
         token = (tmp_path / "ccmux.token").read_text().strip()
         assert len(base64.urlsafe_b64decode(token + "==")) >= 16
         assert ccm.ask("GET", "/admin/api/users", {"Authorization": f"Bearer {token}"}).status == 200
@@ -368,22 +365,8 @@ def test_a_body_cannot_choose_where_it_goes(ccm: Victim, model: str) -> None:
         assert evil.connections == 0
 
 
-LINK_LOCAL = [
-    "http://169.254.169.254/", "http://169.254.0.1:80/v1", "http://2852039166/", "http://0xa9fea9fe/",
-    "http://0251.0376.0251.0376/", "http://[fe80::1]/", "http://[::ffff:169.254.169.254]/", "http://169.254.169.254./",
-    "http://169.254.43518/",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("url", LINK_LOCAL)
-def test_link_local_addresses_are_refused(url: str) -> None:
-    text = f'[[providers]]\nname = "x"\ntype = "anthropic"\nbase_url = "{url}"\napi_key = "k"\n'
-    with pytest.raises(ccmux.ConfigError):
-        ccmux.load_config(text, {})
-
-
 async def test_a_name_that_leads_to_a_link_local_address_is_not_followed() -> None:
-    """The config cannot tell: the socket is never made."""
+    """A config's own are refused (test_config.py); of a name it cannot tell: the socket is never made."""
     async with ccmux.upstream_session() as session:
         for host in ("169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]"):
             with pytest.raises(aiohttp.ClientConnectorError, match="link-local"):
@@ -423,8 +406,11 @@ def test_pages_carry_their_policy(ccm: Victim, endpoint: tuple[str, str]) -> Non
         for part in answer.headers["content-security-policy"].split(";")
         if part.strip()
     )
-    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+    for kind in ("default-src", "frame-ancestors", "base-uri", "form-action"):
+        assert policy[kind] == "'none'"
+    assert "unsafe" not in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
+    assert (answer.headers["referrer-policy"], answer.headers["cache-control"]) == ("no-referrer", "no-cache")
     html = answer.body.decode()
     for tag, directive in (("script", "script-src"), ("style", "style-src")):
         assert "unsafe" not in policy[directive] and "*" not in policy[directive]
@@ -494,9 +480,7 @@ def test_wide_json_is_too_much(ccm: Victim, endpoint: tuple[str, str]) -> None:
 @pytest.mark.parametrize("endpoint", JSON_ENDPOINTS, ids=named)
 def test_large_bodies_are_refused_unread(ccm: Victim, endpoint: tuple[str, str]) -> None:
     head = ccm.request(*endpoint, {**ccm.admin, "Content-Length": str(33 * 2**20)})
-    began = time.monotonic()
-    assert ccm.send(head).status == 413
-    assert time.monotonic() - began < 0.9
+    assert ccm.send(head).status == 413  # once it had waited for the body it would be a 408
     chunked = {**ccm.admin, "Content-Length": "-", "Transfer-Encoding": "chunked"}
     data = ccm.request(*endpoint, chunked) + (b"100000\r\n" + b" " * 2**20 + b"\r\n") * 33 + b"0\r\n\r\n"
     assert ccm.send(data).status == 413
@@ -549,15 +533,8 @@ def test_half_a_surrogate_pair_harms_nobody(ccm: Victim, model: str, name: str) 
 
 @pytest.mark.parametrize(
     "header",
-    [
-        "x-claude-code-session-id",
-        "x-claude-code-agent-id",
-        "user-agent",
-        "anthropic-beta",
-        "x-api-key",
-        "x-app",
-    ],
-)
+    ["x-claude-code-session-id", "x-claude-code-agent-id", "user-agent", "anthropic-beta", "x-api-key", "x-app"],
+)  # fmt: skip
 @pytest.mark.parametrize("value", ["\udcff\udcfe", "\u00e9", "\u2603" * 200, "a" * 8000, "\x7f", "a\tb"])
 @pytest.mark.parametrize("model", ["claude-a", "claude-o"])
 def test_odd_bytes_in_headers_harm_nobody(ccm: Victim, model: str, header: str, value: str) -> None:
@@ -611,15 +588,8 @@ def test_a_passthrough_credential_goes_to_its_provider_alone(ccm: Victim) -> Non
 @pytest.mark.parametrize("model", ["claude-a", "claude-o"])
 def test_only_listed_headers_come_down(ccm: Victim, model: str, words: str, stream: bool) -> None:
     answer = ccm.message(words, model, stream)
-    hostile = {
-        "set-cookie",
-        "content-security-policy",
-        "x-powered-by",
-        "location",
-        "refresh",
-        "clear-site-data",
-        "alt-svc",
-    }
+    passed_on = {"request-id", "anthropic-ratelimit-requests-remaining"}
+    hostile = {name.lower() for name, _ in HOSTILE_HEADERS} - passed_on - {"server"}
     assert not hostile & set(answer.headers)
     assert answer.headers["server"] == "ccmux"
 
@@ -750,16 +720,10 @@ def test_odd_names_in_paths_are_not_found(ccm: Victim, name: str) -> None:
 def test_csv_cells_are_no_formulas(ccm: Victim, start: str) -> None:
     cell = f'{start}cmd|"/c calc"!A0'
     body = {**message_body(False), "model": f"demo/{cell}"}
-    assert (
-        ccm.ask("POST", "/v1/messages", {"x-claude-code-session-id": "=1+1"}, ccmux.compact(body)).status
-        == 200
-    )
-    for path in (
-        "/api/export?format=csv",
-        "/admin/api/export?format=csv",
-        "/admin/api/report?by=model&format=csv",
-    ):
-        answer = ccm.ask("GET", path, ccm.admin)
+    sent = ccm.ask("POST", "/v1/messages", {"x-claude-code-session-id": "=1+1"}, ccmux.compact(body))
+    assert sent.status == 200
+    for path in ("/api/export", "/admin/api/export", "/admin/api/report"):
+        answer = ccm.ask("GET", f"{path}?by=model&format=csv", ccm.admin)
         assert answer.status == 200 and answer.headers["content-type"].startswith("text/csv")
         cells = [
             c
@@ -805,35 +769,33 @@ def test_a_dripping_body_is_cut_off(ccm: Victim) -> None:
                 client.sendall(b" ")
             with contextlib.suppress(TimeoutError):
                 client_done = b"408" in client.recv(65536)[:20]
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 30
         assert time.monotonic() - began > 0.9
 
 
 async def test_a_head_that_does_not_come_is_waited_for_75_seconds(tmp_path: Path) -> None:
     """By aiohttp's keepalive_timeout, which runs from the connection's beginning."""
-    async with in_process(tmp_path, '[[providers]]\nname = "demo"\ntype = "demo"\n') as proxy:
+    async with in_process(tmp_path, provider_row()) as proxy:
         runner = ccmux.runner_of(proxy.state)
         await runner.setup()
         assert runner.server and runner.server().keepalive_timeout == 75
         await runner.cleanup()
 
 
+BOMB = gzip.compress(b" " * 50_000_000 + MESSAGE)
+
+
 @pytest.mark.parametrize(
     "encoding", ["gzip", "deflate", "br", "zstd", "gzip, gzip", "identity, gzip", "x", "GZIP"]
 )
 def test_compressed_bodies_are_not_taken(ccm: Victim, encoding: str) -> None:
-    bomb = gzip.compress(b" " * 50_000_000 + MESSAGE)
-    began = time.monotonic()
-    answer = ccm.ask(
-        "POST", "/v1/messages", {"Content-Encoding": encoding, "Content-Length": str(len(bomb))}, bomb
-    )
+    answer = ccm.ask("POST", "/v1/messages", {"Content-Encoding": encoding}, BOMB)
     assert answer.status == 415 and b'"invalid_request_error"' in answer.body
-    assert time.monotonic() - began < 1
     assert ccm.ask("GET", "/health").status == 200
 
 
 def test_connections_beyond_the_cap_are_turned_away(tmp_path: Path) -> None:
-    config = '[server]\nmax_connections = 20\nadmin_token = "$CANARY_ADMIN"\n[[providers]]\nname = "demo"\ntype = "demo"\n'
+    config = f'[server]\nmax_connections = 20\nadmin_token = "$CANARY_ADMIN"\n{provider_row()}'
     with victim(tmp_path, config=config) as ccm, contextlib.ExitStack() as stack:
         held = [stack.enter_context(socket.create_connection(("127.0.0.1", ccm.port), 5)) for _ in range(20)]
         for client in held:  # each has been accepted once it is answered
@@ -871,35 +833,26 @@ def test_a_compressed_answer_of_an_upstream_is_no_bomb(tmp_path: Path) -> None:
 )
 def test_a_leaking_upstream_is_scrubbed(ccm: Victim, words: str, stream: bool, model: str) -> None:
     answer = ccm.message(words, model, stream, Authorization=f"Bearer {CLIENT_KEY}")
-    for canary in CANARIES:
-        assert canary.encode() not in answer.raw
+    assert not canaries_in(answer.raw)
     chat = {"model": model, "stream": stream, "messages": [{"role": "user", "content": words}]}
     answer = ccm.ask("POST", "/v1/chat/completions", {"x-api-key": CLIENT_KEY}, ccmux.compact(chat))
-    for canary in CANARIES:
-        assert canary.encode() not in answer.raw
+    assert not canaries_in(answer.raw)
+
+
+def canaries_in(data: bytes) -> list[str]:
+    return [canary for canary in CANARIES if canary.encode() in data]
 
 
 def test_no_canary_is_in_any_answer(ccm: Victim) -> None:
     for method, path in ALL:
         if method in ("GET", "HEAD") and "events" not in path:
             ccm.ask(method, path, ccm.admin)
-    for path in (
-        "/admin/api/state",
-        "/admin/api/config",
-        "/admin/api/backups",
-        "/admin/api/inspect",
-        "/metrics",
-        "/health",
-    ):
-        ccm.ask("GET", path, ccm.admin)
-    for canary in CANARIES:
-        assert canary.encode() not in ccm.answers, canary
+    assert not canaries_in(ccm.answers)
 
 
 def test_no_canary_is_in_the_log(ccm: Victim) -> None:
     assert b"request=" in ccm.log
-    for canary in CANARIES:
-        assert canary.encode() not in ccm.log, canary
+    assert not canaries_in(ccm.log)
     assert b"Say hello" not in ccm.log and b"Hello there" not in ccm.log  # nor prompts, nor answers
     assert b"Traceback" not in ccm.log
     assert FORGED_LINE.encode() not in [line[: len(FORGED_LINE)] for line in ccm.log.splitlines()]
@@ -907,24 +860,14 @@ def test_no_canary_is_in_the_log(ccm: Victim) -> None:
 
 def test_no_canary_is_in_the_database_or_its_backup(ccm: Victim) -> None:
     backup = ccm.folder / "copy.db"
-    command = [
-        sys.executable,
-        str(ROOT / "ccmux.py"),
-        "backup",
-        str(backup),
-        "--config",
-        str(ccm.folder / "config.toml"),
-    ]
-    done = subprocess.run(
-        command, capture_output=True, env={"HOME": str(ccm.folder), "PATH": "/bin"}, timeout=60
-    )
+    command = [sys.executable, ROOT / "ccmux.py", "backup", backup, "--config", ccm.folder / "config.toml"]
+    environment = {"HOME": str(ccm.folder), "PATH": "/bin"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
     files = [*ccm.folder.glob("ccmux.db*"), backup]
     assert len(files) >= 2
     for file in files:
-        data = file.read_bytes()
-        for canary in CANARIES:
-            assert canary.encode() not in data, (file.name, canary)
+        assert not canaries_in(file.read_bytes()), file.name
     assert LEAK.encode() not in backup.read_bytes()
 
 

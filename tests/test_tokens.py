@@ -19,13 +19,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+import attacks
 import pytest
 import vocabulary
 from aiohttp import web
-from aiohttp.test_utils import TestServer
+from fakes import serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from proxy_harness import in_process
+from proxy_harness import ROOT, Proxy, ask, in_process, provider_row, until
+from translation import tool_use
 
 from ccmux import (
     CACHE_SIZE,
@@ -55,7 +57,6 @@ from ccmux import (
     vocabulary_state,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 if "TIKTOKEN_CACHE_DIR" not in os.environ:
     os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary.filled(vocabulary.cache_dir()))
 VOCABULARY = Vocabulary()
@@ -80,6 +81,11 @@ class Words(Encoding):
         return super().lengths(texts)
 
 
+def counting_words() -> tuple[TokenCounter, Words]:
+    words = Words()
+    return TokenCounter(lambda name: words), words
+
+
 def count(body: Json, model: str) -> int:
     return TokenCounter(VOCABULARY.load).count_now(body, "p", model)
 
@@ -96,10 +102,6 @@ def user(content: Any, **rest: Any) -> Json:
 
 def tool(name: str, description: str = "", **schema: Any) -> Json:
     return {"name": name, "description": description, "input_schema": {"type": "object", **schema}}
-
-
-def schema_of(made: Json) -> Json:
-    return {"parameters": made["input_schema"]}
 
 
 # Whole requests. What is counted beyond the texts is written out by hand.
@@ -131,6 +133,13 @@ type Stop = () => any;
 
 } // namespace functions"""
 TOOLS = [tool("Read", "Reads a file", properties=PROPERTIES, required=["path"]), tool("Stop")]
+CHAT_TOOLS = [
+    {
+        "type": "function",
+        "function": {"parameters": t["input_schema"], **{k: t[k] for k in ("name", "description")}},
+    }
+    for t in TOOLS
+]
 PROMPT = length("Say hello.")
 NAMESPACE = length(RENDERED) + 9
 OPENAI = {
@@ -155,26 +164,11 @@ OPENAI = {
         3 + 4 + PROMPT,
     ),
     "call-and-result": (
-        user(
-            [
-                {"type": "tool_use", "id": "1", "name": "Read", "input": {"path": "a"}},
-                {"type": "tool_result", "content": "ok"},
-            ]
-        ),
+        user([tool_use("1", "Read", path="a"), {"type": "tool_result", "content": "ok"}]),
         3 + 4 + 3 + length('Read {"path": "a"}') + 4 + length("ok"),
     ),
     "openai-form-tools": (
-        user(
-            "Say hello.",
-            tools=[
-                {
-                    "type": "function",
-                    "function": {"name": t["name"], "description": t["description"], **schema_of(t)},
-                }
-                for t in TOOLS
-            ],
-            tool_choice={"type": "function", "function": {"name": "Read"}},
-        ),
+        user("Say hello.", tools=CHAT_TOOLS, tool_choice={"type": "function", "function": {"name": "Read"}}),
         3 + 4 + PROMPT + NAMESPACE + 4 + length("Read"),
     ),
     "openai-form-name": (
@@ -184,11 +178,7 @@ OPENAI = {
     "openai-form-call": (
         {
             "messages": [
-                {
-                    "role": "assistant",
-                    "content": None,
-                    "tool_calls": [{"function": {"name": "Read", "arguments": "{}"}}],
-                }
+                {"role": "assistant", "tool_calls": [{"function": {"name": "Read", "arguments": "{}"}}]}
             ]
         },
         3 + 4 + 3 + length("Read") + length("{}"),
@@ -244,9 +234,8 @@ def test_claude_framing(model: str, factor: float, frame: int, auto: int, forced
     written = "".join(json.dumps({k: t[k] for k in ("name", "description", "input_schema")}) for t in TOOLS)
     texts = (length(text) + length(written)) * factor + frame
     assert count(user(text, tools=TOOLS), model) == pytest.approx(texts + auto, abs=1)
-    assert count(user(text, tools=TOOLS, tool_choice={"type": "any"}), model) == pytest.approx(
-        texts + forced, abs=1
-    )
+    counted = count(user(text, tools=TOOLS, tool_choice={"type": "any"}), model)
+    assert counted == pytest.approx(texts + forced, abs=1)
 
 
 # Images and documents.
@@ -257,9 +246,8 @@ def encoded(data: bytes) -> str:
 
 
 def png(width: int, height: int) -> bytes:
-    return (
-        b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, height) + b"\x08\x06" + bytes(90_000)
-    )
+    header = struct.pack(">I4sII", 13, b"IHDR", width, height)
+    return b"\x89PNG\r\n\x1a\n" + header + b"\x08\x06" + bytes(90_000)
 
 
 def jpeg(width: int, height: int, metadata: int = 0) -> bytes:
@@ -498,10 +486,7 @@ def test_bytes_that_are_not_at_hand_tell_nothing() -> None:
 
 
 def test_content_nested_too_deeply_to_look_at_is_counted() -> None:
-    content: Any = "text"
-    for _ in range(400):
-        content = [{"type": "tool_result", "content": content}]
-    assert not is_surely_within(compact(user(content)), user(content), 180_000)
+    assert not is_surely_within(compact(user(results(400))), user(results(400)), 180_000)
 
 
 @given(st.text(alphabet="ab \n", max_size=50).map(lambda text: text * 9000))
@@ -525,8 +510,7 @@ def conversation(turns: int) -> Json:
 
 
 def test_only_what_is_new_is_encoded() -> None:
-    words = Words()
-    counter = TokenCounter(lambda name: words)
+    counter, words = counting_words()
     before = counter.count_now(conversation(20), "p", "gpt-5")
     assert len(words.texts) == 20 * 2 + 2
     words.texts.clear()
@@ -536,18 +520,14 @@ def test_only_what_is_new_is_encoded() -> None:
 
 
 def test_equal_bytes_of_another_kind_are_no_hit() -> None:
-    words = Words()
-    counter = TokenCounter(lambda name: words)
+    counter, words = counting_words()
     counter.count_now(user("a b", tools=TOOLS), "p", "gpt-5")
-    claude = counter.count_now(user("a b", tools=TOOLS), "p", "claude-sonnet-4-5")
-    assert claude == TokenCounter(lambda name: words).count_now(
-        user("a b", tools=TOOLS), "p", "claude-sonnet-4-5"
-    )
+    asked = user("a b", tools=TOOLS), "p", "claude-sonnet-4-5"
+    assert counter.count_now(*asked) == TokenCounter(lambda name: words).count_now(*asked)
 
 
 def test_cache_is_bounded_and_oldest_go_first() -> None:
-    words = Words()
-    counter = TokenCounter(lambda name: words)
+    counter, words = counting_words()
     many = {"messages": [{"role": "user", "content": f"message {n}"} for n in range(CACHE_SIZE + 100)]}
     assert counter.count_now(many, "p", "gpt-5") == 3 + 6 * (CACHE_SIZE + 100)
     assert len(counter.cache) == CACHE_SIZE == 20_000
@@ -558,8 +538,7 @@ def test_cache_is_bounded_and_oldest_go_first() -> None:
 
 @pytest.mark.parametrize("size", [10, 20_000], ids=["short", "long"])
 async def test_texts_are_counted_in_a_thread(size: int) -> None:
-    words = Words()
-    counter = TokenCounter(lambda name: words)
+    counter, words = counting_words()
     assert await counter.count(user("word\n" * size), "p", "gpt-5") == 7 + size
     assert counter.count_now(user("what else"), "p", "gpt-5") == 9
     assert counter.count_text("an answer", "gpt-5") == 2
@@ -567,8 +546,7 @@ async def test_texts_are_counted_in_a_thread(size: int) -> None:
 
 
 async def test_a_short_text_waits_for_a_slice_of_a_long_one() -> None:
-    words = Words()
-    counter = TokenCounter(lambda name: words)
+    counter, words = counting_words()
     bodies = [user("word\n" * 200_000), user("short")]
     assert await asyncio.gather(*(counter.count(b, "p", "gpt-5") for b in bodies)) == [200_007, 8]
     assert words.texts.index("short") == 1 and len(words.texts) == 17
@@ -609,8 +587,7 @@ def test_a_part_that_stands_twice_is_encoded_once() -> None:
 
 
 def test_what_is_forgotten_during_a_count_is_counted() -> None:
-    words = Words()
-    counter = TokenCounter(lambda name: words)
+    counter, words = counting_words()
     counter.count_now(user("an old text"), "p", "gpt-5")
     words.before = counter.cache.clear  # as if other requests had driven it out
     both = user([{"type": "text", "text": text} for text in ("an old text", "a new one")])
@@ -664,10 +641,8 @@ class Gone(Words):
 
 async def test_an_estimate_where_the_counting_process_is_gone() -> None:
     gone = Gone()
-    counter = TokenCounter(lambda name: gone)
-    assert await counter.count(user("x" * 37), "p", "gpt-5") == counter.count_now(
-        user("x" * 37), "p", "gpt-5"
-    )
+    counter, asked = TokenCounter(lambda name: gone), (user("x" * 37), "p", "gpt-5")
+    assert await counter.count(*asked) == counter.count_now(*asked)
     assert counter.count_text("x" * 37, "gpt-5") == 10 and not knows(counter, "x" * 37, gone)
 
 
@@ -714,9 +689,8 @@ async def test_a_killed_process_is_started_again(apart: Vocabulary) -> None:
     counter, text = TokenCounter(apart.load), "antidisestablishmentarianism " * 20
     child = child_of(apart)
     child.child.kill()
-    assert await counter.count(user(text), "p", "gpt-4") == TokenCounter(lambda _: None).count_now(
-        user(text), "p", "gpt-4"
-    )
+    estimate = TokenCounter(lambda _: None).count_now(user(text), "p", "gpt-4")
+    assert await counter.count(user(text), "p", "gpt-4") == estimate
     apart.forget_missing()
     assert await counter.count(user(text), "p", "gpt-4") == count(user(text), "gpt-4")
     assert child.is_gone and child_of(apart) is not child
@@ -752,10 +726,12 @@ def test_a_process_ends_with_a_parent_that_was_killed() -> None:
         child = Path("/proc") / parent.stdout.readline().decode().strip() / "stat"
         assert child.exists()
         parent.kill()
-    deadline = time.monotonic() + 30
-    while child.exists() and child.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    attacks.until(lambda: not child.exists() or child.read_text().split()[2] == "Z", "it has ended", 30)
+
+
+async def counted(proxy: Proxy, body: Json) -> int:
+    """What a server says of a request."""
+    return int((await ask(proxy, "/v1/messages/count_tokens", body=body)).json["input_tokens"])
 
 
 def children_of(pid: int) -> list[Path]:
@@ -768,19 +744,15 @@ def children_of(pid: int) -> list[Path]:
 async def test_a_server_counts_in_a_process_of_its_own(start_ccmux: Any) -> None:
     body = {"model": "gpt-4", **user("antidisestablishmentarianism " * 20)}
     exact = count(body, "gpt-4")
-    async with start_ccmux('[[providers]]\nname = "demo"\ntype = "demo"\n') as running:
-        pid, url = running.process.pid, f"{running.url}/v1/messages/count_tokens"
-        headers = {"anthropic-version": "2023-06-01"}
+    async with start_ccmux(provider_row()) as running:
+        pid = running.process.pid
         assert children_of(pid) == []  # and so no encoding anywhere: nothing has been counted
-        async with aiohttp.ClientSession() as client, asyncio.timeout(60):
-            counted, counts = 0, []
-            while counted != exact:
-                async with client.post(url, json=body, headers=headers) as answer:
-                    counted = (await answer.json())["input_tokens"]
-                counts.append(counted)
-                await asyncio.sleep(0.01)
+        counts = [0]
+        async with asyncio.timeout(60):
+            while counts[-1] != exact:
+                counts.append(await counted(running, body))
         child = children_of(pid)
-        assert set(counts) == {TokenCounter(lambda _: None).count_now(body, "p", "gpt-4"), exact}
+        assert set(counts[1:]) == {TokenCounter(lambda _: None).count_now(body, "p", "gpt-4"), exact}
         assert len(child) == 1 and child[0].exists()
     assert not child[0].exists()
 
@@ -809,9 +781,8 @@ def test_estimates_are_near_and_kept_apart() -> None:
 def test_text_of_an_answer() -> None:
     counter = TokenCounter(VOCABULARY.load)
     assert counter.count_text("Say hello.", "gpt-5") == PROMPT
-    assert counter.count_text("Say hello. " * 100, "claude-opus-4-7") == pytest.approx(
-        length("Say hello. " * 100) * 1.45, abs=1
-    )
+    many = "Say hello. " * 100
+    assert counter.count_text(many, "claude-opus-4-7") == pytest.approx(length(many) * 1.45, abs=1)
     assert counter.count_text("", "gpt-5") == 0
 
 
@@ -908,6 +879,10 @@ def test_the_choice_of_a_server_tool_is_not_sent_to_be_counted(others: list[Json
     assert ("tool_choice" in count_request_body(body)) is bool(others)
 
 
+def counts_at(url: str, **keys: Any) -> str:
+    return provider_row("a", "anthropic", base_url=url, api_key="k", **keys)
+
+
 UPSTREAM_COUNTS = {  # what the quirk says; the answer -> whose count, and how often it was asked in two counts
     "auto": ("auto", 200, b'{"input_tokens": 4321}', 4321, 2),
     "auto-400": ("auto", 400, b'{"input_tokens": 4321}', None, 1),
@@ -938,23 +913,18 @@ async def test_who_counts(
         asked.append(await request.json())
         return web.Response(status=status, body=answer)
 
-    app = web.Application()
-    app.add_routes([web.post("/v1/messages/count_tokens", upstream)])
-    async with TestServer(app) as server:
-        text = (
-            f'[[providers]]\nname = "a"\ntype = "anthropic"\nbase_url = "{server.make_url("/")}"\n'
-            f'api_key = "k"\nmodels = ["gpt-5"]\nquirks = {{ count_tokens = "{quirk}" }}\n'
-        )
-        async with in_process(tmp_path, text) as proxy, aiohttp.ClientSession() as client:
-            proxy.state.vocabulary.load("o200k_base")
+    async with (
+        serving(web.post("/v1/messages/count_tokens", upstream)) as url,
+        in_process(tmp_path, counts_at(url, models=["gpt-5"], quirks={"count_tokens": quirk})) as proxy,
+    ):
+        proxy.state.vocabulary.load("o200k_base")
+        for _ in range(2):
             body = {"model": "gpt-5", "metadata": {}, **user("Say hello.")}
-            for _ in range(2):
-                async with client.post(f"{proxy.url}/v1/messages/count_tokens", json=body) as told:
-                    assert await told.json() == {"input_tokens": upstreams or 7 + PROMPT}
-            relay = proxy.state.relay
-            assert not relay.breakers and not relay.cooling  # a failed count says nothing of the provider
-            books = proxy.books
-            assert books.ledger() == books.holds() == books.requests() == []  # and a count is free
+            assert await counted(proxy, body) == (upstreams or 7 + PROMPT)
+        relay = proxy.state.relay
+        assert not relay.breakers and not relay.cooling  # a failed count says nothing of the provider
+        books = proxy.books
+        assert books.ledger() == books.holds() == books.requests() == []  # and a count is free
     assert asked == [{"model": "gpt-5", **user("Say hello.")}] * times
 
 
@@ -968,19 +938,13 @@ async def test_nobody_waits_long_for_an_upstreams_count(tmp_path: Path) -> None:
         await ended.wait()
         return web.Response()
 
-    app = web.Application()
-    app.add_routes([web.post("/v1/messages/count_tokens", upstream)])
-    async with TestServer(app) as server:
-        row = '[[providers]]\nname = "a"\ntype = "anthropic"\napi_key = "k"\nmodels = ["gpt-5"]\nbase_url = "{}"\n'
-        async with in_process(tmp_path, row.format(server.make_url("/"))) as proxy, asyncio.timeout(30):
+    async with serving(web.post("/v1/messages/count_tokens", upstream)) as url:
+        async with in_process(tmp_path, counts_at(url, models=["gpt-5"])) as proxy, asyncio.timeout(30):
             proxy.state.vocabulary.load("o200k_base")
-            async with aiohttp.ClientSession() as client:
-                body = {"model": "gpt-5", **user("Say hello.")}
-                for _ in range(2):
-                    async with client.post(f"{proxy.url}/v1/messages/count_tokens", json=body) as told:
-                        assert await told.json() == {"input_tokens": 7 + PROMPT}
-            [until] = proxy.state.refused_counts.values()
-            assert 200 < until - time.monotonic() <= 300
+            for _ in range(2):
+                assert await counted(proxy, {"model": "gpt-5", **user("Say hello.")}) == 7 + PROMPT
+            [end] = proxy.state.refused_counts.values()
+            assert 200 < end - time.monotonic() <= 300
         ended.set()
     assert len(asked) == 1
 
@@ -989,23 +953,16 @@ async def test_a_refusal_holds_for_its_address(tmp_path: Path) -> None:
     async def upstream(request: web.Request) -> web.Response:
         return web.json_response({"input_tokens": 4321})
 
-    app = web.Application()
-    app.add_routes([web.post("/new/v1/messages/count_tokens", upstream)])
-    async with TestServer(app) as server:
-        row = (
-            '[[providers]]\nname = "a"\ntype = "anthropic"\napi_key = "k"\nmodels = ["m"]\nbase_url = "{}"\n'
-        )
-        old, new = (row.format(server.make_url(path)) for path in ("/old", "/new"))
-        async with in_process(tmp_path, old) as proxy, aiohttp.ClientSession() as client:
+    async with serving(web.post("/new/v1/messages/count_tokens", upstream)) as url:
+        old, new = (counts_at(f"{url}/{path}", models=["m"]) for path in ("old", "new"))
+        async with in_process(tmp_path, old) as proxy:
             counts = []
             for text in (old, new, old, new):
                 proxy.state.config = load_config(text, {})
-                url = f"{proxy.url}/v1/messages/count_tokens"
-                async with client.post(url, json={"model": "m", **user("Say hello.")}) as told:
-                    counts.append((await told.json())["input_tokens"] == 4321)
+                counts.append(await counted(proxy, {"model": "m", **user("Say hello.")}) == 4321)
             assert counts == [False, True, False, True]
-            [until] = proxy.state.refused_counts.values()
-            assert 86_300 < until - time.monotonic() <= 86_400
+            [end] = proxy.state.refused_counts.values()
+            assert 86_300 < end - time.monotonic() <= 86_400
 
 
 async def test_a_refusal_holds_for_its_model(tmp_path: Path) -> None:
@@ -1015,17 +972,13 @@ async def test_a_refusal_holds_for_its_model(tmp_path: Path) -> None:
         known = (await request.json())["model"] == "m"
         return web.Response(status=200 if known else 404, body=b'{"input_tokens": 4321}')
 
-    app = web.Application()
-    app.add_routes([web.post("/v1/messages/count_tokens", upstream)])
-    async with TestServer(app) as server:
-        text = f'[[providers]]\nname = "a"\ntype = "anthropic"\napi_key = "k"\nbase_url = "{server.make_url("")}"\n'
-        async with in_process(tmp_path, text) as proxy, aiohttp.ClientSession() as client:
-            counts = []
-            for model in ("a/m", "a/mistyped", "a/m"):
-                url = f"{proxy.url}/v1/messages/count_tokens"
-                async with client.post(url, json={"model": model, **user("Say hello.")}) as told:
-                    counts.append((await told.json())["input_tokens"] == 4321)
-            assert counts == [True, False, True]
+    async with (
+        serving(web.post("/v1/messages/count_tokens", upstream)) as url,
+        in_process(tmp_path, counts_at(url)) as proxy,
+    ):
+        models = ("a/m", "a/mistyped", "a/m")
+        counts = [await counted(proxy, {"model": model, **user("Say hello.")}) for model in models]
+    assert [count == 4321 for count in counts] == [True, False, True]
 
 
 # Vocabulary files.
@@ -1069,12 +1022,9 @@ async def test_first_count_loads_in_a_thread() -> None:
     counter = TokenCounter(found.get)
     assert found.loaded == {}
     assert counter.count_now(user("Say hello."), "p", "gpt-4") == 7 + 3  # an estimate: ten bytes
-    async with asyncio.timeout(30):
-        while "cl100k_base" not in found.loaded:
-            await asyncio.sleep(0.01)
-    assert counter.count_now(user("Say hello!!!!"), "p", "gpt-4") == 7 + length(
-        "Say hello!!!!", "cl100k_base"
-    )
+    await until(lambda: "cl100k_base" in found.loaded, "it is loaded")
+    loud = "Say hello!!!!"
+    assert counter.count_now(user(loud), "p", "gpt-4") == 7 + length(loud, "cl100k_base")
 
 
 async def test_names_of_one_source_share_what_is_loaded() -> None:
@@ -1083,9 +1033,7 @@ async def test_names_of_one_source_share_what_is_loaded() -> None:
     assert found.get(names[0]) is None  # its thread has only just set out
     for name in names[1:]:
         found.get(name)
-    async with asyncio.timeout(30):
-        while len(found.loaded) < 3:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(found.loaded) == 3, "all are loaded")
     assert len({id(found.get(name)) for name in names}) == 1 and found.get("o200k_base") is not None
 
 
@@ -1108,9 +1056,7 @@ def test_counting_opens_no_socket(folder: Path, present: bool) -> None:
     if present:
         shutil.copy(CL100K_FILE, folder)
     command = [sys.executable, "-c", NO_NETWORK, str(ROOT)]
-    done = subprocess.run(
-        command, env=dict(os.environ), capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == (["8", "8"] if present else ["9", "9"])
 
 
@@ -1149,16 +1095,12 @@ async def test_a_download_that_fails_is_tried_again_in_an_hour(
         asked.append(request.path)
         return web.Response(status=404)
 
-    app = web.Application()
-    app.add_routes([web.get("/{name}", answer)])
     found = Vocabulary()
     assert found.load("cl100k_base") is None
-    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+    async with serving(web.get("/{name}", answer)) as url, aiohttp.ClientSession() as session:
         state: Any = SimpleNamespace(vocabulary=found, relay=SimpleNamespace(session=session))
-        task = asyncio.create_task(fetch_vocabularies(state, str(server.make_url("")).rstrip("/")))
-        async with asyncio.timeout(10):
-            while not asked:
-                await asyncio.sleep(0.01)
+        task = asyncio.create_task(fetch_vocabularies(state, url))
+        await until(lambda: asked, "it is asked for")
         await asyncio.sleep(1.5)  # it looks every second for what is missing
         task.cancel()
     assert asked == ["/cl100k_base.tiktoken"]
@@ -1177,11 +1119,9 @@ async def test_download(folder: Path, status: int, data: bytes | None, good: boo
         body = CL100K_FILE.read_bytes() if data is None else data
         return web.Response(status=status, body=body, headers={"Location": "/elsewhere"})
 
-    app = web.Application()
-    app.add_routes([web.get("/encodings/cl100k_base.tiktoken", answer)])
-    async with TestServer(app) as server, aiohttp.ClientSession() as session:
-        url = str(server.make_url("/encodings/cl100k_base.tiktoken"))
-        assert await fetch_vocabulary(session, url, "cl100k_base") is good
+    path = "/encodings/cl100k_base.tiktoken"
+    async with serving(web.get(path, answer)) as url, aiohttp.ClientSession() as session:
+        assert await fetch_vocabulary(session, url + path, "cl100k_base") is good
     kept = folder.parent / ".ccmux" / "tiktoken"
     assert (find_vocabulary("cl100k_base") == kept / VOCABULARIES["cl100k_base"][0]) is good
     assert list(kept.glob("*.part")) == []

@@ -38,8 +38,7 @@ def test_strict_json_takes(data: bytes, value: object) -> None:
     ("data", "status", "words"),
     [
         pytest.param(b'{"a": 1, "a": 2}', 400, "duplicate key 'a'", id="duplicate key"),
-        pytest.param(b'{"m": [{"x": {"b": 1, "c": 2, "b": 1}}]}', 400, "duplicate key 'b'",
-                     id="deep duplicate"),
+        pytest.param(b'{"m": [{"x": {"b": 1, "c": 2, "b": 1}}]}', 400, "duplicate key 'b'", id="deep duplicate"),
         pytest.param(rb'{"a": 1, "\u0061": 2}', 400, "duplicate key 'a'", id="escaped duplicate"),
         pytest.param(b"{" + b"".join(b'"%d": 1, ' % n for n in range(200_000)) + b'"last": 1, "last": 2}', 400,
                      "duplicate key 'last'", id="a duplicate among many"),  # 400 s where each is counted
@@ -49,8 +48,7 @@ def test_strict_json_takes(data: bytes, value: object) -> None:
         pytest.param(b'{"a": 1e999}', 400, "too large", id="number that overflows"),
         pytest.param(b'{"a": -1e999}', 400, "too large", id="negative number that overflows"),
         pytest.param(b'{"a": ' + b"9" * 5000 + b"}", 400, "not valid JSON", id="integer of 5,000 digits"),
-        pytest.param(b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "nested too deeply",
-                     id="deep lists"),
+        pytest.param(b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "nested too deeply", id="deep lists"),
         pytest.param(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, 400, "nested too deeply", id="deep objects"),
         pytest.param(b"[" * 100_000, 400, "nested too deeply", id="deep and never closed"),
         pytest.param(b"[1, 2]", 400, "must be a JSON object", id="a list"),
@@ -180,8 +178,7 @@ def test_scrub(text: str, clean: str) -> None:
         pytest.param(None, [], id="absent"),
         pytest.param(7, [], id="a number"),
         pytest.param({"type": "text"}, [], id="an object"),
-        pytest.param([{"type": "x"}, "hi", "", 3, None], [{"type": "x"}, {"type": "text", "text": "hi"}],
-                     id="mixed"),
+        pytest.param([{"type": "x"}, "hi", "", 3, None], [{"type": "x"}, {"type": "text", "text": "hi"}], id="mixed"),
     ],
 )  # fmt: skip
 def test_blocks_of(content: object, blocks: list) -> None:
@@ -208,8 +205,7 @@ def test_text_of(content: object, text: str) -> None:
     [
         pytest.param({}, [], [], id="absent"),
         pytest.param({"messages": "x", "tools": {}}, [], [], id="of a wrong type"),
-        pytest.param({"messages": [1, {"a": 1}], "tools": [None, {"b": 2}]}, [{"a": 1}], [{"b": 2}],
-                     id="mixed"),
+        pytest.param({"messages": [1, {"a": 1}], "tools": [None, {"b": 2}]}, [{"a": 1}], [{"b": 2}], id="mixed"),
     ],
 )  # fmt: skip
 def test_messages_and_tools_of(body: dict, messages: list, tools: list) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from multidict import CIMultiDict
-from proxy_harness import config_text, message_body
+from proxy_harness import config_text, message_body, provider_row
+from translation import PDF, PNG, text, tool_result, user
 
 import ccmux
 
@@ -18,6 +19,11 @@ import ccmux
 def a_call() -> ccmux.Call:
     route = ccmux.Route("m", "default", (), ())
     return ccmux.Call("req_1", {}, b"", {}, route, ccmux.Config(), stream=False)
+
+
+def a_slot(key: str, **quirks: Any) -> ccmux.Slot:
+    provider = ccmux.Provider(name="p", api_key=(key,), quirks=ccmux.Quirks(**quirks))
+    return ccmux.Slot(ccmux.Target("p", "m"), provider, key)
 
 
 def record(breaker: ccmux.Breaker, now: float, ok: bool) -> None:
@@ -138,10 +144,10 @@ def test_retry_budget_is_a_fifth_of_what_is_active_but_at_least_three() -> None:
     assert not health.may_retry()
 
 
-def a_plan(tries: int = 1, slept: float = 0.0) -> tuple[ccmux.Plan, ccmux.Slot]:
+def a_plan(tries: int = 1, slept: float = 0.0, formats: str = "anthropic") -> tuple[ccmux.Plan, ccmux.Slot]:
     """A plan after so many tries of its only target, which may have a lot; the slot of the last."""
-    text = config_text({"A": "http://127.0.0.1:1"}, providers={"A": {"max_retries": 9}})
-    config, body = ccmux.load_config(text, {}), message_body()
+    rows = config_text({"A": "http://127.0.0.1:1"}, formats=formats, providers={"A": {"max_retries": 9}})
+    config, body = ccmux.load_config(rows, {}), message_body()
     call = ccmux.Call("req_1", body, b"", {}, ccmux.choose_route(body, {}, config), config, stream=False)
     plan = ccmux.Plan(ccmux.Relay(None, None, ccmux.Metrics()), call)  # type: ignore[arg-type]
     slot = plan.next_slot()
@@ -164,6 +170,16 @@ def test_a_document_in_the_wrong_place_teaches_nothing_of_anthropics_own_models(
     words = "messages.1.content.0: Input tag 'document' found using 'type' does not match any of the expected tags"
     assert plan.mends(slot, ccmux.ApiError(400, words)) == bool(learnt)
     assert plan.relay.not_taken(plan.call, slot) == learnt
+
+
+@pytest.mark.parametrize(
+    ("status", "learnt"), [(400, True), (422, True), (403, False), (404, False), (500, False)]
+)
+def test_only_what_refuses_the_request_teaches_what_it_can_do_without(status: int, learnt: bool) -> None:
+    plan, slot = a_plan(formats="openai")
+    error = ccmux.ApiError(status, "Unsupported parameter: 'temperature'")
+    assert plan.mends(slot, error) is learnt
+    assert plan.relay.not_taken(plan.call, slot) == ({"temperature"} if learnt else set())
 
 
 def failure(status: int, retry_after: float | None = None) -> ccmux.ApiError:
@@ -233,19 +249,6 @@ def test_how_long_a_key_rests(status: int, retry_after: float | None, here: floa
 
 
 @pytest.mark.parametrize(
-    ("status", "retry"),
-    [
-        *((s, ccmux.Retry.NO) for s in (400, 405, 413, 415, 422, 431)),
-        *((s, ccmux.Retry.SAME) for s in (408, 409, 500, 502, 503, 504, 520, 599)),
-        *((s, ccmux.Retry.KEY) for s in (401, 402, 403, 429)),
-        *((s, ccmux.Retry.NEXT) for s in (404, 529, 301, 302, 307, 199, 201, 600)),
-    ],
-)
-def test_retry_class(status: int, retry: ccmux.Retry) -> None:
-    assert ccmux.retry_class(status) is retry
-
-
-@pytest.mark.parametrize(
     ("status", "words"),
     [
         (401, "bad key"),
@@ -257,22 +260,23 @@ def test_retry_class(status: int, retry: ccmux.Retry) -> None:
     ],
 )
 def test_client_sees_a_refused_provider_key_as_ccmux_trouble(status: int, words: str) -> None:
-    provider = ccmux.Provider(name="p", api_key=("sk-secret-value",))
-    slot = ccmux.Slot(ccmux.Target("p", "m"), provider, "sk-secret-value")
-    call = ccmux.Call("req_1", {}, b"", {}, ccmux.Route("m", "default", (), ()), ccmux.Config(), stream=False)
     refusal = ccmux.upstream_error(status, {"error": {"message": words}})
     assert refusal.retry is ccmux.Retry.KEY
-    seen = ccmux.client_error(refusal, slot, call)
+    seen = ccmux.client_error(refusal, a_slot("sk-secret-value"), a_call())
     assert (seen.status, seen.type, seen.should_retry) == (500, "api_error", False)
     assert "sk-secret" not in seen.message
     assert "'p'" in seen.message
 
 
 def test_passthrough_keeps_the_upstreams_word_on_the_clients_own_login() -> None:
-    provider = ccmux.Provider(name="p", api_key=("passthrough",))
-    slot = ccmux.Slot(ccmux.Target("p", "m"), provider, "passthrough")
-    call = ccmux.Call("req_1", {}, b"", {}, ccmux.Route("m", "default", (), ()), ccmux.Config(), stream=False)
-    assert ccmux.client_error(ccmux.upstream_error(401, {}), slot, call).status == 401
+    refusal = ccmux.upstream_error(401, {})
+    assert ccmux.client_error(refusal, a_slot("passthrough"), a_call()).status == 401
+
+
+def test_an_overloaded_provider_that_does_not_say_when_is_asked_again_in_five_seconds() -> None:
+    for said, told in ((None, 5), (2.0, 2)):
+        assert ccmux.client_error(failure(529, said), a_slot("k"), a_call()).retry_after == told
+    assert ccmux.client_error(failure(500), a_slot("k"), a_call()).retry_after is None
 
 
 @pytest.mark.parametrize(
@@ -285,9 +289,7 @@ def test_passthrough_keeps_the_upstreams_word_on_the_clients_own_login() -> None
     ],
 )
 def test_auth_styles(style: str, expected: dict[str, str]) -> None:
-    provider = ccmux.Provider(name="p", api_key=("k",), quirks=ccmux.Quirks(auth=style))
-    slot = ccmux.Slot(ccmux.Target("p", "m"), provider, "k")
-    assert ccmux.auth_headers(slot, ccmux.DIALECTS["anthropic"]) == expected
+    assert ccmux.auth_headers(a_slot("k", auth=style), ccmux.DIALECTS["anthropic"]) == expected
 
 
 def test_metrics_are_prometheus_text() -> None:
@@ -328,8 +330,13 @@ def test_metrics_are_prometheus_text() -> None:
     ]
 
 
-PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="}}
-TEXT = {"type": "text", "data": "words"}
+LOST_IMAGE = text("[image left out: this model takes only text]")
+LOST_PDF = text("[a PDF named a.pdf was left out: this model cannot read it]")
+WORDS = {"type": "document", "source": {"type": "text", "data": "words"}}
+
+
+def said(*blocks: Any) -> ccmux.Json:
+    return {"messages": [user(*blocks)]}
 
 
 @pytest.mark.parametrize(
@@ -339,13 +346,8 @@ TEXT = {"type": "text", "data": "words"}
         pytest.param(("foo",), {"model": "m"}, {"model": "m"}, id="nothing to drop"),
         pytest.param(
             ("billing_header",),
-            {
-                "system": [
-                    {"type": "text", "text": "x-anthropic-billing-header: v"},
-                    {"type": "text", "text": "s"},
-                ]
-            },
-            {"system": [{"type": "text", "text": "s"}]},
+            {"system": [text("x-anthropic-billing-header: v"), text("s")]},
+            {"system": [text("s")]},
             id="billing header",
         ),
         pytest.param(
@@ -356,52 +358,11 @@ TEXT = {"type": "text", "data": "words"}
         ),
         pytest.param(
             ("media",),
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image"}]}]}
-                ]
-            },
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [
-                            {
-                                "type": "tool_result",
-                                "content": [
-                                    {"type": "text", "text": "[image left out: this model takes only text]"}
-                                ],
-                            }
-                        ],
-                    }
-                ]
-            },
+            said(tool_result("t", [PNG])),
+            said(tool_result("t", [LOST_IMAGE])),
             id="images in tool results",
         ),
-        pytest.param(
-            ("files",),
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image"}, PDF, {"type": "document", "source": TEXT}],
-                    }
-                ]
-            },
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "image"},
-                            {"type": "text", "text": "[a PDF was left out: this model cannot read it]"},
-                            {"type": "text", "text": "words"},
-                        ],
-                    }
-                ]
-            },
-            id="documents",
-        ),
+        pytest.param(("files",), said(PNG, PDF, WORDS), said(PNG, LOST_PDF, "words"), id="documents"),
         pytest.param(
             ("reasoning",),
             {
@@ -434,8 +395,7 @@ def test_drop_list(drop: tuple[str, ...], body: ccmux.Json, expected: ccmux.Json
 def test_an_effort_that_an_anthropic_format_upstream_lacks(
     preset: str, asked: ccmux.Json, sent: ccmux.Json
 ) -> None:
-    text = f'[[providers]]\nname = "p"\ntype = "{preset}"\napi_key = "k"\n'
-    [provider] = ccmux.load_config(text, {}).providers
+    [provider] = ccmux.load_config(provider_row("p", preset, api_key="k"), {}).providers
     body = {"model": "m", "thinking": {"type": "adaptive"}, "output_config": asked}
     found = ccmux.without_dropped(body, ccmux.Upstream("m", provider.quirks, ccmux.Facts()))
     assert found == {**body, "output_config": sent}

@@ -18,6 +18,7 @@ from ccmux import (
     Facts,
     Json,
     Quirks,
+    Retry,
     SseDecoder,
     Upstream,
     Usage,
@@ -93,33 +94,59 @@ def golden(events: list[Json], error: ApiError | None) -> Json:
     return {"events": events, "error": told}
 
 
+def sse(*events: Any) -> bytes:
+    """A stream of these events, each one's data a JSON text or what becomes one."""
+    texts = (e if isinstance(e, str) else json.dumps(e) for e in events)
+    return b"".join(b"data: %s\n\n" % text.encode() for text in texts)
+
+
+def check_failure(stream: Any, data: bytes, status: int, retry: Retry, cause: str) -> None:
+    _, error = read(stream, data)
+    assert error is not None
+    assert (error.status, error.retry, error.cause) == (status, retry, cause)
+
+
+def signatures_of(events: list[Json]) -> list[Json]:
+    """The thinking blocks as which a client sends a stream's signatures back."""
+    deltas = [e["delta"] for e in events if e["type"] == "content_block_delta"]
+    return [{"type": "thinking", "signature": d["signature"]} for d in deltas if "signature" in d]
+
+
 def check_golden(path: Path, found: Json) -> None:
     assert found == json.loads(path.read_text())
 
 
+DELTAS = {"text": {"text_delta", "citations_delta"}, "thinking": {"thinking_delta", "signature_delta"}}
+
+
 def check_grammar(events: list[Json], ended: bool) -> None:
-    """Every event is one that the anthropic package knows, and they come in the one order there is."""
-    open_at, next_index = None, 0
+    """Every event is one that the anthropic package knows, and they come in the one order there is: message_start;
+    blocks in a row, each a start, deltas of its kind, a stop; message_delta; message_stop.
+    """
+    open_kind, index = "", -1
     for number, event in enumerate(events):
-        EVENT.validate_python(event)
+        EVENT.validate_python(event, strict=True)
         kind = event["type"]
         assert (kind == "message_start") == (number == 0)
         if kind == "content_block_start":
-            assert open_at is None
-            assert event["index"] == next_index
-            open_at, next_index = next_index, next_index + 1
-        elif kind in ("content_block_delta", "content_block_stop"):
-            assert event["index"] == open_at
-            open_at = None if kind == "content_block_stop" else open_at
-        elif kind in ("message_delta", "message_stop"):
-            assert open_at is None
+            assert not open_kind, "blocks interleave"
+            open_kind, index = event["content_block"]["type"], index + 1
+        elif kind == "content_block_delta":
+            assert event["delta"]["type"] in DELTAS.get(open_kind, {"input_json_delta"})
+        else:
+            assert bool(open_kind) == (kind == "content_block_stop"), "a block never ends, or none has begun"
+            open_kind = ""
+        assert event.get("index", index) == index
     kinds = [e["type"] for e in events]
     assert kinds[-2:] == ["message_delta", "message_stop"] if ended else "message_stop" not in kinds
+    assert kinds.count("message_delta") == kinds.count("message_stop") == int(ended)
     if ended:
         message = anthropic.types.Message.model_validate(collect(events))
-        assert (message.stop_reason == "tool_use") == any(
-            b.type == "tool_use" for b in message.content
-        ) or message.stop_reason in ("max_tokens", "refusal")
+        calls = any(b.type == "tool_use" for b in message.content)
+        assert (message.stop_reason == "tool_use") == calls or message.stop_reason in (
+            "max_tokens",
+            "refusal",
+        )
 
 
 def expect_400(call: Any, words: str) -> None:
@@ -128,15 +155,24 @@ def expect_400(call: Any, words: str) -> None:
     assert caught.value.status == 400
 
 
-def assistant(*blocks: Json) -> Json:
-    return {"role": "assistant", "content": list(blocks)}
+def text(words: str, **more: Any) -> Json:
+    return {"type": "text", "text": words, **more}
+
+
+def turn(role: str, blocks: Iterable[Json | str]) -> Json:
+    return {"role": role, "content": [text(b) if isinstance(b, str) else b for b in blocks]}
+
+
+def assistant(*blocks: Json | str) -> Json:
+    return turn("assistant", blocks)
 
 
 def user(*blocks: Json | str) -> Json:
-    return {
-        "role": "user",
-        "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks],
-    }
+    return turn("user", blocks)
+
+
+def base64_source(media_type: str, data: str) -> Json:
+    return {"type": "base64", "media_type": media_type, "data": data}
 
 
 def tool_use(id: str, name: str = "Bash", **input: Any) -> Json:
@@ -151,23 +187,14 @@ def thinking(text: str = "", payload: Json | None = None) -> Json:
     return {"type": "thinking", "thinking": text, "signature": sign(payload)}
 
 
-PNG = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
-PDF = {
-    "type": "document",
-    "title": "a.pdf",
-    "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="},
-}
-BASH = {
-    "name": "Bash",
-    "description": "Runs",
-    "input_schema": {"type": "object", "properties": {"command": {"type": "string"}}},
-}
+PNG = {"type": "image", "source": base64_source("image/png", "iVBORw0KGgo=")}
+PDF = {"type": "document", "title": "a.pdf", "source": base64_source("application/pdf", "JVBERi0=")}
+COMMAND = {"type": "object", "properties": {"command": {"type": "string"}}}
+BASH = {"name": "Bash", "description": "Runs", "input_schema": COMMAND}
 SEARCH = {
-    "type": "web_search_20250305",
-    "name": "web_search",
-    "allowed_domains": ["a.org"],
+    "type": "web_search_20250305", "name": "web_search", "allowed_domains": ["a.org"],
     "user_location": {"city": "Oslo"},
-}
+}  # fmt: skip
 
 
 # Conversations of any shape.
@@ -178,16 +205,23 @@ SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), TEXTS)
 PLAIN = st.dictionaries(
     st.sampled_from(["type", "text", "source", "content", "id", "title", "url"]), SCALARS, max_size=4
 )
+
+
+def maybe(**fields: Any) -> st.SearchStrategy[Json]:
+    """A dictionary that has any of these keys."""
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+def block(kind: str, **fields: Any) -> st.SearchStrategy[Json]:
+    """The same, of a type."""
+    return st.fixed_dictionaries({"type": st.just(kind)}, optional=fields)
+
+
 SOURCES = st.one_of(
     SCALARS,
     PLAIN,
-    st.fixed_dictionaries(
-        {"type": st.just("base64")},
-        optional={"media_type": SCALARS, "data": st.sampled_from(["", "aGk=", None])},
-    ),
-    st.fixed_dictionaries(
-        {"type": st.just("url")}, optional={"url": st.sampled_from(["", "https://a.org/b.png", None])}
-    ),
+    block("base64", media_type=SCALARS, data=st.sampled_from(["", "aGk=", None])),
+    block("url", url=st.sampled_from(["", "https://a.org/b.png", None])),
     st.fixed_dictionaries({"type": st.just("text"), "data": SCALARS}),
 )
 PAYLOADS = st.one_of(
@@ -202,12 +236,6 @@ PAYLOADS = st.one_of(
         },
     ),
 )
-
-
-def block(kind: str, **fields: Any) -> st.SearchStrategy[Json]:
-    return st.fixed_dictionaries({"type": st.just(kind)}, optional=fields)
-
-
 SMALL = st.one_of(
     block("text", text=SCALARS),
     block("image", source=SOURCES),
@@ -216,20 +244,12 @@ SMALL = st.one_of(
     block("tool_reference", tool_name=SCALARS),
     PLAIN,
 )
+RESULTS = st.one_of(SCALARS, st.lists(SMALL, max_size=3))
+NAMES = st.one_of(SCALARS, st.just("mcp__a b__" + "n" * 70))
 BLOCKS = st.one_of(
     SMALL,
-    block(
-        "tool_use",
-        id=IDS,
-        name=st.one_of(SCALARS, st.just("mcp__a b__" + "n" * 70)),
-        input=st.one_of(SCALARS, PLAIN),
-    ),
-    block(
-        "tool_result",
-        tool_use_id=IDS,
-        content=st.one_of(SCALARS, st.lists(SMALL, max_size=3)),
-        is_error=SCALARS,
-    ),
+    block("tool_use", id=IDS, name=NAMES, input=st.one_of(SCALARS, PLAIN)),
+    block("tool_result", tool_use_id=IDS, content=RESULTS, is_error=SCALARS),
     block("server_tool_use", id=IDS, name=SCALARS, input=PLAIN),
     block("web_search_tool_result", content=st.lists(PLAIN, max_size=2)),
     PAYLOADS.map(lambda p: thinking("so", p)),
@@ -237,15 +257,17 @@ BLOCKS = st.one_of(
     block("redacted_thinking", data=SCALARS),
 )
 CONTENT = st.one_of(SCALARS, st.lists(st.one_of(BLOCKS, SCALARS), max_size=5))
-MESSAGES = st.lists(
-    st.one_of(
-        SCALARS,
-        st.fixed_dictionaries(
-            {}, optional={"role": st.sampled_from(["user", "assistant", "system", None]), "content": CONTENT}
-        ),
-    ),
-    max_size=6,
+ROLES = st.sampled_from(["user", "assistant", "system", None])
+MESSAGES = st.lists(st.one_of(SCALARS, maybe(role=ROLES, content=CONTENT)), max_size=6)
+TOOLS = st.lists(st.sampled_from([BASH, SEARCH, {"name": "x y"}, {"name": None}, {}]), max_size=3)
+CHOICES = st.fixed_dictionaries(
+    {"type": st.sampled_from(["auto", "any", "tool", "none", None]), "name": SCALARS}
 )
+THINKING = st.fixed_dictionaries(
+    {"type": st.sampled_from(["enabled", "disabled", "adaptive", None])}, optional={"budget_tokens": SCALARS}
+)
+FORMATS = st.one_of(SCALARS, st.just({"type": "json_schema", "schema": {"type": "object"}}))
+OUTPUT = maybe(effort=st.sampled_from(["low", "max", "?", None]), format=FORMATS)
 BODIES = st.fixed_dictionaries(
     {"model": st.just("claude-sonnet-5-5"), "messages": st.one_of(MESSAGES, MESSAGES, MESSAGES, SCALARS)},
     optional={
@@ -253,36 +275,11 @@ BODIES = st.fixed_dictionaries(
         "max_tokens": st.one_of(SCALARS, st.just(32000)),
         "temperature": SCALARS,
         "top_k": SCALARS,
-        "tools": st.one_of(
-            SCALARS,
-            st.lists(st.sampled_from([BASH, SEARCH, {"name": "x y"}, {"name": None}, {}]), max_size=3),
-        ),
-        "tool_choice": st.one_of(
-            SCALARS,
-            st.fixed_dictionaries(
-                {"type": st.sampled_from(["auto", "any", "tool", "none", None]), "name": SCALARS}
-            ),
-        ),
+        "tools": st.one_of(SCALARS, TOOLS),
+        "tool_choice": st.one_of(SCALARS, CHOICES),
         "stop_sequences": st.one_of(SCALARS, st.lists(SCALARS, max_size=6)),
-        "thinking": st.one_of(
-            SCALARS,
-            st.fixed_dictionaries(
-                {"type": st.sampled_from(["enabled", "disabled", "adaptive", None])},
-                optional={"budget_tokens": SCALARS},
-            ),
-        ),
-        "output_config": st.one_of(
-            SCALARS,
-            st.fixed_dictionaries(
-                {},
-                optional={
-                    "effort": st.sampled_from(["low", "max", "?", None]),
-                    "format": st.one_of(
-                        SCALARS, st.just({"type": "json_schema", "schema": {"type": "object"}})
-                    ),
-                },
-            ),
-        ),
+        "thinking": st.one_of(SCALARS, THINKING),
+        "output_config": st.one_of(SCALARS, OUTPUT),
         "metadata": SCALARS,
         "safeguards": SCALARS,
     },
