@@ -11942,6 +11942,7 @@ function signIn(again) {
   const submit = (event) => {
     event.preventDefault();
     SESSION.setItem(SECRET, input.value.trim());
+    tell(""); /* what was said of another one */
     start();
   };
   refill($("main"), el("section", { class: "card signin" }, el("h2", "Sign in"),
