@@ -10194,6 +10194,8 @@ class Exchange:
             error = fault if isinstance(fault, ApiError) else own_fault(call.request_id)
             self.settle(error)
             if sink is None or not sink.began:
+                if call.on_raw:
+                    call.on_raw("events", error.raw or compact(error.body(call.request_id)))
                 error.headers = {**self.headers(), **error.headers}
                 raise error from None
             watch_client(self.request)
@@ -10223,7 +10225,10 @@ class Exchange:
         call, reader = self.call, self.call.reader
         with contextlib.suppress(ClientGoneError, ConnectionError):  # the client has left meanwhile
             if not (call.has_answered and reader and reader.error_relayed and reader.error is error):
-                await sink.write(encode_error(error, call))
+                last = encode_error(error, call)
+                if call.on_raw:
+                    call.on_raw("events", last)
+                await sink.write(last)
             await sink.finish(b"")
         return sink.response
 

@@ -1150,6 +1150,27 @@ def test_the_recorder_shows_no_key_that_came_in_two_pieces() -> None:
     assert recorder.shown("req_1") is None and len(recorder.held) == recorder.MOST == 20
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(Answer(status=400, error="no such thing"), id="refused"),
+        pytest.param(Answer(text="one two three four five six", cut=2), id="cut off"),
+    ],
+)
+async def test_the_recorder_keeps_the_error_that_the_client_got(
+    answer: Answer, stream: bool, tmp_path: Path
+) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        fake.script = lambda turn: answer
+        await admin.call("PUT", "/admin/api/inspect", {"minutes": 15})
+        _, got = await admin.call("POST", "/v1/messages", message(stream=stream), token="x")
+        [held] = (await admin.get("/admin/api/inspect"))["held"]
+        events = (await admin.get(f"/admin/api/inspect/{held['id']}"))["events"]
+        said = got if isinstance(got, str) else json.dumps(got)
+        assert json.loads(events.split("data: ")[-1]) == json.loads(said.split("data: ")[-1])
+
+
 async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         assert (await admin.get("/admin/api/inspect"))["held"] == []
