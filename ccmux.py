@@ -9896,9 +9896,9 @@ def count_failure(state: State, request: web.Request) -> None:
 
 def is_admin(request: web.Request, state: State) -> bool:
     """Whether the admin token came as Bearer. Compared as bytes: str comparison raises beyond ASCII."""
-    bearer = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-    wanted = f"Bearer {state.admin_token}".encode()
-    return bool(state.admin_token) and hmac.compare_digest(bearer, wanted)
+    given = next((key for header, _, key in credentials(request) if header == "authorization"), "")
+    token = state.admin_token.encode()
+    return bool(token) and hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token)
 
 
 def require_admin(request: web.Request) -> State:
