@@ -1496,8 +1496,9 @@ def check_url(url: str, at: str) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
         host, _ = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise ConfigError(f"{at} is not a URL: {error}") from None
+    except ValueError as error:  # which may quote of a password what looks like a port
+        words = "in its user and password / ? # stand as %2F %3F %23" if "@" in url else error
+        raise ConfigError(f"{at} is not a URL: {words}") from None
     if not url:
         return
     if parts.scheme not in ("http", "https") or not host:
