@@ -1150,20 +1150,6 @@ def test_the_recorder_shows_no_key_that_came_in_two_pieces() -> None:
     assert recorder.shown("req_1") is None and len(recorder.held) == recorder.MOST == 20
 
 
-async def test_others_are_served_while_a_large_export_is_sent() -> None:
-    turns, data = [0], bytes(range(256)) * 2**12
-
-    async def other() -> None:
-        while True:
-            turns[0] += 1
-            await asyncio.sleep(0)
-
-    task = asyncio.create_task(other())
-    pieces = [piece async for piece in ccmux.in_pieces(data)]
-    task.cancel()
-    assert b"".join(pieces) == data and turns[0] >= len(pieces) == 16
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     "answer",
