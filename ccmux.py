@@ -1491,11 +1491,14 @@ def price_tier(tier: Json, base: Json, at: str) -> tuple[int, Price]:
 
 def check_url(url: str, at: str) -> None:
     """http(s) with a host that is not link-local (cloud metadata services live there)."""
+    if "[kept-" in url:
+        raise ConfigError(f"{at} has a new host: type its user and password again")
     try:
         parts = urllib.parse.urlsplit(url)
         host, _ = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise ConfigError(f"{at} is not a URL: {error}") from None
+    except ValueError as error:  # which may quote of a password what looks like a port
+        words = "in its user and password / ? # stand as %2F %3F %23" if "@" in url else error
+        raise ConfigError(f"{at} is not a URL: {words}") from None
     if not url:
         return
     if parts.scheme not in ("http", "https") or not host:
@@ -9894,9 +9897,9 @@ def count_failure(state: State, request: web.Request) -> None:
 
 def is_admin(request: web.Request, state: State) -> bool:
     """Whether the admin token came as Bearer. Compared as bytes: str comparison raises beyond ASCII."""
-    bearer = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-    wanted = f"Bearer {state.admin_token}".encode()
-    return bool(state.admin_token) and hmac.compare_digest(bearer, wanted)
+    given = next((key for header, _, key in credentials(request) if header == "authorization"), "")
+    token = state.admin_token.encode()
+    return bool(token) and hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token)
 
 
 def require_admin(request: web.Request) -> State:
@@ -10192,6 +10195,8 @@ class Exchange:
             error = fault if isinstance(fault, ApiError) else own_fault(call.request_id)
             self.settle(error)
             if sink is None or not sink.began:
+                if call.on_raw:
+                    call.on_raw("events", error.raw or compact(error.body(call.request_id)))
                 error.headers = {**self.headers(), **error.headers}
                 raise error from None
             watch_client(self.request)
@@ -10221,7 +10226,10 @@ class Exchange:
         call, reader = self.call, self.call.reader
         with contextlib.suppress(ClientGoneError, ConnectionError):  # the client has left meanwhile
             if not (call.has_answered and reader and reader.error_relayed and reader.error is error):
-                await sink.write(encode_error(error, call))
+                last = encode_error(error, call)
+                if call.on_raw:
+                    call.on_raw("events", last)
+                await sink.write(last)
             await sink.finish(b"")
         return sink.response
 
@@ -10916,6 +10924,7 @@ def ceiling_of(config: Config, route: Route, target: Target, tokens: int, limit:
 # The config, seen and edited.
 
 SECRET_KEYS = ("api_key", "admin_token", "headers")  # claude-code-mux has an api_key in [server]
+URL_KEYS = ("base_url", "proxy")  # which may have a login in them
 
 
 def masked(secret: Any) -> Any:
@@ -10934,12 +10943,32 @@ def masked(secret: Any) -> Any:
 def masked_table(table: Any) -> Any:
     """A parsed table without its secrets, as JSON has it."""
     if isinstance(table, dict):
-        return {k: masked(v) if k in SECRET_KEYS else masked_table(v) for k, v in table.items()}
+        return {key: masked_value(key, value) for key, value in table.items()}
     if isinstance(table, list):
         return [masked_table(item) for item in table]
     if isinstance(table, Decimal):
         return float(table)
     return table if isinstance(table, (str, int)) else str(table)
+
+
+def masked_value(key: str, value: Any) -> Any:
+    if key in SECRET_KEYS:
+        return masked(value)
+    return without_logins(value) if key in URL_KEYS and isinstance(value, str) else masked_table(value)
+
+
+def without_logins(text: str) -> str:
+    """The text with a mark for the user and password of each URL in it."""
+    return _LOGIN.sub(lambda m: f"://[kept-{hash_text(m[1])}]@{m[2]}", text)
+
+
+def with_logins(text: str, old: str) -> str:
+    """The text with the logins of an old one for their marks; beside another host a mark stays one."""
+    logins = {without_logins(m[0]): m[0] for m in _LOGIN.finditer(old)}
+    return _LOGIN.sub(lambda m: logins.get(m[0], m[0]), text)
+
+
+_LOGIN = re.compile(r"""://([^\s/?#"']+)@([^\s/?#"'@]+)""")
 
 
 def form_fields() -> Json:
@@ -11006,8 +11035,8 @@ def provider_state(state: State, provider: Provider) -> Json:
 
 
 def called_url(base_url: str, wire_format: str) -> str:
-    """The URL that requests go to; "" for what answers in this process."""
-    return endpoint_url(base_url, DIALECTS[wire_format], model="MODEL") if base_url else ""
+    """The URL that requests go to, as it may be shown; "" for what answers in this process."""
+    return without_logins(endpoint_url(base_url, DIALECTS[wire_format], model="MODEL")) if base_url else ""
 
 
 def preset_json(row: Json) -> Json:
@@ -11113,6 +11142,9 @@ def put_table(root: str) -> Callable[[web.Request], Any]:
         if name is not None:
             table = {"name": name, **table}
         old = config_table(state, root, name)
+        for key in URL_KEYS:
+            if isinstance(table.get(key), str):
+                table[key] = with_logins(table[key], str(old.get(key)))
         is_moved = address_of(table) != address_of(old)  # no secret goes along to another address
         return save_table(state, root, name, with_secrets({} if is_moved else old, table), hash)
 
@@ -11301,6 +11333,7 @@ async def get_config(request: web.Request) -> web.StreamResponse:
 
 
 def without_secrets(text: str, marks: Mapping[str, str]) -> str:
+    text = without_logins(text)
     for secret in sorted(marks, key=len, reverse=True):  # a short one may be part of a longer one
         text = text.replace(secret, marks[secret])
     return text
@@ -11387,7 +11420,8 @@ async def put_config(request: web.Request) -> web.StreamResponse:
     """Saves the whole text. A kept secret stays where it was: it never moves to another key or address."""
     state = require_admin(request)
     body = await body_of(request, ("text", "hash"))
-    after, current = text_in(body, "text", 2**20), config_text(state)
+    current = config_text(state)
+    after = with_logins(text_in(body, "text", 2**20), current)
     old, kept, marked = state.config.tables, set(), set()
     for secret, mark in reversed(secret_marks(current).items()):  # a short one may be part of another's mark
         if mark in after:
@@ -11398,7 +11432,7 @@ async def put_config(request: web.Request) -> web.StreamResponse:
         kept, marked = {value for raw, value in string_values(current) if raw in kept}, kept
     # Before anything else reads it: an error about a misplaced secret would quote it. A broken text is told below.
     with contextlib.suppress(ValueError, RecursionError):
-        check_kept(old, tomllib.loads(after), kept)
+        check_kept(old, tomllib.loads(after), kept, {m[0] for m in _LOGIN.finditer(current)})
         before, now = seen_text(current), seen_text(after)
         if any(len(secret) >= 8 and secret in now and secret not in before for secret in marked):
             raise ApiError(400, MISPLACED_MARK)
@@ -11408,12 +11442,13 @@ async def put_config(request: web.Request) -> web.StreamResponse:
 MISPLACED_MARK = "a [kept-...] mark may only stand where its key stood"
 
 
-def check_kept(old: Json, new: Json, kept: set[str]) -> None:
+def check_kept(old: Json, new: Json, kept: set[str], logins: set[str]) -> None:
     """ApiError 400 where a secret that the editor never saw would be shown, or sent elsewhere."""
     secret = kept & (literal_secrets(old) | literal_secrets(new))
-    before, after = (shown_text(tables, SECRET_KEYS.__contains__) for tables in (old, new))
-    if any(s in after and s not in before for s in secret):
-        raise ApiError(400, MISPLACED_MARK)
+    for keys, hidden in ((SECRET_KEYS, secret), (URL_KEYS, logins)):
+        before, after = (shown_text(tables, keys.__contains__) for tables in (old, new))
+        if any(s in after and s not in before for s in hidden):
+            raise ApiError(400, MISPLACED_MARK)
     tokens = [str(as_object(tables.get("server")).get("admin_token")) for tables in (old, new)]
     if tokens[0] != tokens[1] and tokens[1] in secret:
         raise ApiError(400, "[server]: key 'admin_token' may not be another's [kept-...] mark")
@@ -11913,6 +11948,7 @@ function signIn(again) {
   const submit = (event) => {
     event.preventDefault();
     SESSION.setItem(SECRET, input.value.trim());
+    tell(""); /* what was said of another one */
     start();
   };
   refill($("main"), el("section", { class: "card signin" }, el("h2", "Sign in"),
@@ -13647,9 +13683,8 @@ def model_command(args: argparse.Namespace) -> int:
 
 
 def provider_url(provider: Provider) -> str:
-    return (
-        endpoint_url(provider.base_url, DIALECTS[provider.format]) if provider.base_url else "in this process"
-    )
+    url = provider.base_url and endpoint_url(provider.base_url, DIALECTS[provider.format])
+    return without_logins(url) or "in this process"
 
 
 def price_text(price: Price | None) -> str:

@@ -581,6 +581,7 @@ HEADERS = '{ "x-auth" = "header-canary-5678" }'
         pytest.param('[[models]]', '[[providers]]\nname = "q"\ntype = "demo"\napi_key = "MARK"\n[[models]]', "new address", id="to another provider"),
         pytest.param('database =', 'admin_token = "MARK"\ndatabase =', "admin_token", id="to the admin token"),
         pytest.param('type = "openai"', 'type = "openai"\nproxy = "http://MARK"', "where its key stood", id="into a proxy"),
+        pytest.param('type = "openai"', 'type = "openai"\nproxy = "http://u:MARK@h"', "where its key stood", id="into a login"),
     ],
 )  # fmt: skip
 async def test_a_kept_secret_stays_where_it_was(old: str, new: str, words: str, tmp_path: Path) -> None:
@@ -590,6 +591,66 @@ async def test_a_kept_secret_stays_where_it_was(old: str, new: str, words: str, 
         assert (status, words in told) == (400, True), told
         assert admin.text == CONFIG.format(url=tomllib.loads(admin.text)["providers"][0]["base_url"])
         await admin.get("/admin/api/state")
+
+
+LOGINS = """\
+[[providers]]
+name = "p"
+type = "openai"
+base_url = "http://anna:wonder-land@127.0.0.1:9/v1"
+api_key = "$NOWHERE"
+proxy = "http://ben:rabbit-hole@127.0.0.1:80"
+# proxy = "http://ben:looking-glass@127.0.0.1:80"
+[[models]]
+name = "m"
+mappings = [{provider = "p", actual_model = "x"}]
+"""
+
+
+async def test_a_password_in_an_address_is_not_shown_and_stays(tmp_path: Path) -> None:
+    async with admin_of(tmp_path, LOGINS) as (admin, _):
+        state, given = await admin.get("/admin/api/state"), await admin.get("/admin/api/config")
+        for seen in (state, given):
+            assert not [w for w in ("wonder-land", "rabbit-hole", "looking-glass") if w in json.dumps(seen)]
+        assert state["providers"]["p"]["url"].endswith("]@127.0.0.1:9/v1/chat/completions")
+        await admin.put("/admin/api/providers/p", state["config"]["providers"][0])
+        assert admin.text == LOGINS
+        status, body = await admin.call("PUT", "/admin/api/config", given)
+        assert (status, admin.text) == (200, LOGINS), body
+        row = state["config"]["providers"][0]
+        longer = row | {"base_url": row["base_url"] + "/x"}
+        await admin.put("/admin/api/providers/p", longer)
+        assert 'base_url = "http://anna:wonder-land@127.0.0.1:9/v1/x"' in admin.text
+        seen = await admin.get("/admin/api/backups/config.toml.bak1")
+        assert "+base_url" in seen["changes"] and "wonder-land" not in json.dumps(seen)
+        for moved in (row["base_url"].replace(":9", ":90"), row["base_url"].replace("127", "x127")):
+            table = {"table": row | {"base_url": moved}, "hash": await admin.hash()}
+            status, body = await admin.call("PUT", "/admin/api/providers/p", table)
+            assert (status, "type its user and password again" in body["error"]["message"]) == (400, True), (
+                body
+            )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "status"),
+    [
+        pytest.param('name = "m"', 'name = "MARK127.0.0.1:80"', 400, id="into a model's name"),
+        pytest.param('MARK127.0.0.1:80', 'MARK127.0.0.1:8080', 400, id="beside another host"),
+        pytest.param('api_key = "$NOWHERE"', '# see MARK127.0.0.1:80', 200, id="into a comment, which hides it"),
+        pytest.param('MARK127.0.0.1:80"\n#', 'MARK127.0.0.1:80/"\n#', 200, id="a longer path"),
+    ],
+)  # fmt: skip
+async def test_a_kept_login_goes_nowhere_else(old: str, new: str, status: int, tmp_path: Path) -> None:
+    async with admin_of(tmp_path, LOGINS) as (admin, _):
+        given = await admin.get("/admin/api/config")
+        mark = given["text"].split('proxy = "')[1].split("127")[0]
+        old, new = old.replace("MARK", mark), new.replace("MARK", mark)
+        assert old in given["text"]
+        body = {"text": given["text"].replace(old, new, 1), "hash": given["hash"]}
+        assert (await admin.call("PUT", "/admin/api/config", body))[0] == status
+        assert "rabbit-hole" in admin.text
+        for place in ("config", "state"):
+            assert "rabbit-hole" not in json.dumps(await admin.get(f"/admin/api/{place}"))
 
 
 @pytest.mark.parametrize("reference", ["$MARK", "${MARK}", "${MARK:-}"])
@@ -1063,6 +1124,27 @@ def test_the_recorder_shows_no_key_that_came_in_two_pieces() -> None:
         call.request_id = f"req_new{number}"
         recorder.begin(call)
     assert recorder.shown("req_1") is None and len(recorder.held) == recorder.MOST == 20
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(Answer(status=400, error="no such thing"), id="refused"),
+        pytest.param(Answer(text="one two three four five six", cut=2), id="cut off"),
+    ],
+)
+async def test_the_recorder_keeps_the_error_that_the_client_got(
+    answer: Answer, stream: bool, tmp_path: Path
+) -> None:
+    async with admin_of(tmp_path) as (admin, fake):
+        fake.script = lambda turn: answer
+        await admin.call("PUT", "/admin/api/inspect", {"minutes": 15})
+        _, got = await admin.call("POST", "/v1/messages", message(stream=stream), token="x")
+        [held] = (await admin.get("/admin/api/inspect"))["held"]
+        events = (await admin.get(f"/admin/api/inspect/{held['id']}"))["events"]
+        said = got if isinstance(got, str) else json.dumps(got)
+        assert json.loads(events.split("data: ")[-1]) == json.loads(said.split("data: ")[-1])
 
 
 async def test_the_recorder_keeps_a_request_whole_without_keys(tmp_path: Path) -> None:

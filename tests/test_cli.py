@@ -252,6 +252,13 @@ def test_models_is_model(cli: Cli) -> None:
     assert cli("models") == cli("model")
 
 
+def test_model_hides_a_login_in_an_address(cli: Cli, tmp_path: Path) -> None:
+    config = tmp_path / "login.toml"
+    config.write_text('[[providers]]\nname = "p"\ntype = "openai"\nbase_url = "http://anna:wonder@h/v1"\n')
+    out = cli("model", "--config", str(config)).out
+    assert "@h/v1/chat/completions" in out and "wonder" not in out
+
+
 def test_taken_port_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

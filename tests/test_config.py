@@ -411,6 +411,10 @@ def test_addresses_that_are_taken(url: str) -> None:
         ("http:///v1", "must be an http or https URL"),
         ("http://host.test:99999", "is not a URL"),
         ("http://[::1", "is not a URL"),
+        (
+            "http://anna:won/der@host.test",
+            "is not a URL: in its user and password / ? # stand as %2F %3F %23",
+        ),
         ("http://169.254.169.254/latest", "link-local"),
         ("http://169.254.0.1:80", "link-local"),
         ("http://[fe80::1]/", "link-local"),

@@ -395,8 +395,8 @@ async def test_a_key_is_given_where_none_is_asked_for(browser: Browser, tmp_path
             await page.get_by_label("Your ccmux key").fill(given)
             await page.keyboard.press("Enter")
             await expect(page.locator(".tiles")).to_contain_text(f"by {name}")
-            told = "No user here has that key" if name == "local" else ""
-            await expect(page.locator("#status")).to_contain_text(told)
+            told = "No user here has that key: this is the local user." if name == "local" else ""
+            await expect(page.locator("#status")).to_have_text(told)
 
 
 async def test_adding_a_user_shows_the_key_once_and_who_has_no_credit(

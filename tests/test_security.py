@@ -262,6 +262,11 @@ def test_admin_endpoints_need_the_token(ccm: Victim, endpoint: tuple[str, str], 
     assert ccm.ask(*endpoint, BAD_TOKENS[token], b"{}").status == 401
 
 
+def test_the_schemes_case_is_no_matter(ccm: Victim) -> None:
+    """As with a user's key, and as RFC 9110 has it."""
+    assert ccm.ask("GET", "/metrics", {"Authorization": f"bearer {ADMIN_TOKEN}"}).status == 200
+
+
 @pytest.mark.parametrize("path", ["/admin/api/users", "/metrics"])
 def test_a_token_in_the_query_is_none(ccm: Victim, path: str) -> None:
     assert ccm.ask("GET", f"{path}?token={ADMIN_TOKEN}&access_token={ADMIN_TOKEN}").status == 401
