@@ -9505,7 +9505,8 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
     """
     error.message = scrub(error.message, call.config.secrets)
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
-        name, said = slot.provider.name, error.message[:300]
+        # Claude Code takes every error with this word in it for one about its own key.
+        name, said = slot.provider.name, re.sub("(?i)x-api-key", "API key", error.message[:300])
         words = (
             f"provider {name} refuses ccmux's key ({error.status}): check api_key of [[providers]] {name!r}"
         )
