@@ -10498,7 +10498,7 @@ async def get_models(request: web.Request) -> web.StreamResponse:
 def model_entry(id: str, display_name: str) -> Json:
     return {
         "type": "model", "id": id, "display_name": display_name, "created_at": "2026-01-01T00:00:00Z",
-        "object": "model", "created": 1767225600, "owned_by": "ccmux",
+        "lifecycle": "active", "object": "model", "created": 1767225600, "owned_by": "ccmux",
     }  # fmt: skip
 
 
