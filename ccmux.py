@@ -3269,7 +3269,9 @@ def not_a_stream(text: str, what: str) -> ApiError:
     payload = parsed(text)
     if isinstance(payload, (dict, list)) and error_words(payload):
         return error_of_event(payload)
-    start = " ".join(text.split())[:120]
+    start = " ".join(re.sub("<[^>]*>", " ", text[:4000]).split())[
+        :120
+    ]  # Claude Code hides words with tags in them
     return broken_stream(f"the provider's answer is not an {what}; it begins: {start}")
 
 

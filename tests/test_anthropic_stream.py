@@ -461,6 +461,7 @@ def test_what_is_not_a_stream_is_an_error(body: bytes, status: int) -> None:
         assert t.error.status == status, t.error.message
         assert not t.has_content
         assert b"Gateway" not in out
+        assert "<" not in t.error.message  # Claude Code shows no words of a message with HTML in it
 
 
 def test_blank_lines_too_many_are_relayed_too() -> None:
