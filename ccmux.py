@@ -3205,6 +3205,7 @@ _OVERFLOW = (
     r".inputs. (?:tokens \+|must have less than)"
 )
 _LIMIT = r"(?i)(?:maximum context length (?:is|of)|max_new_tokens. must be <=) (\d[\d,]*)"
+UNSIZED = "prompt is too long: 2 tokens > 1 maximum"  # where nothing is known of either
 LEAST_CONTEXT = 4000  # below it are years and error codes
 _ANTHROPICS_WORDS = (
     r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
@@ -8755,7 +8756,14 @@ class Attempt:
                 raise ApiError(502, words, retry=Retry.NEXT, cause="stream")
             out += self.read_on(data)
         if reader.error is not None:
-            raise reader.error
+            raise self.sized(reader.error)
+
+    def sized(self, error: ApiError) -> ApiError:
+        """An overflow told inside a 200, by the count and the model's context where the upstream names no numbers."""
+        if error.message == UNSIZED:
+            tokens, context = self.call.tokens, self.to.facts.context
+            error.message = upstream_error(400, "prompt is too long", tokens=tokens, context=context).message
+        return error
 
     async def begin_answer(self, headers: dict[str, str]) -> None:
         call = self.call

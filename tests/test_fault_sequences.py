@@ -882,6 +882,18 @@ async def test_an_overflow_without_a_larger_target_is_told_in_the_clients_words(
     assert (a.count, b.count) == (1, 0)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@BOTH
+async def test_an_overflow_told_in_a_200_is_told_by_the_models_context(
+    stream: bool, wire: str, tmp_path: Path
+) -> None:
+    told = b'{"type": "error", "error": {"type": "invalid_request_error", "message": "Input is too long"}}'
+    script = (fs.raw(200, [("Content-Type", "application/json")], told),)
+    async with stage(tmp_path, script, formats=wire, context={"A": 8192}) as (proxy, _):
+        reply = await ask(proxy, stream=stream)
+    fails(400, "invalid_request_error", says="prompt is too long: 8193 tokens > 8192 maximum")(reply)
+
+
 @BOTH
 async def test_a_beta_request_is_one_upstream_too(wire: str, tmp_path: Path) -> None:
     async with stage(tmp_path, OK, formats=wire) as (proxy, (a,)), aiohttp.ClientSession() as session:
