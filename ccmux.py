@@ -8165,6 +8165,9 @@ class Health:
     def may_retry(self) -> bool:
         return self.retrying < max(3, self.active // 5)
 
+    def last_fault(self) -> int:
+        return next((outcome["status"] for outcome in reversed(self.outcomes) if not outcome["ok"]), 0)
+
 
 @dataclass(slots=True)
 class Call:
@@ -9023,7 +9026,9 @@ class Plan:
         rests = [self.relay.rests(slot, now) for slot in slots]
         if all(rests):
             wait = math.ceil(min(rests))
-            words = f"every provider of {model!r} limits requests or refuses its key; the next is tried in {wait} s"
+            faults = {n: self.relay.health_of(n).last_fault() for n in (s.provider.name for s in slots)}
+            told = ", ".join(f"{name} said {status}" for name, status in faults.items())
+            words = f"every provider of {model!r} limits requests or refuses its key ({told}); the next is tried in {wait} s"
             return ApiError(429, words, retry_after=wait, cause="cooling")
         breakers = [self.relay.breakers.get(slot.id) for slot in slots]
         waits = [max(r, b.open_until - now if b else 0) for r, b in zip(rests, breakers, strict=True)]

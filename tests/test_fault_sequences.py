@@ -262,7 +262,10 @@ async def test_a_refused_key_rests_for_every_model_and_a_limit_for_one(tmp_path:
             await ask(proxy, body=message_body(model="A/one"))
             reply = await ask(proxy, body=message_body(model="A/two"))
             rest = 300 if code == 401 else 30
-            fails(429, retry_after=(rest - 10, rest))(await ask(proxy, body=message_body(model="A/one")))
+            says = f"limits requests or refuses its key (A said {code})"
+            fails(429, says=says, retry_after=(rest - 10, rest))(
+                await ask(proxy, body=message_body(model="A/one"))
+            )
         assert (a.count, reply.status) == (calls, 429)
 
 
