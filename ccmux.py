@@ -3180,7 +3180,12 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         message = f"max_tokens: {asked} > {most[3]}, which is the maximum allowed number of output tokens for this model"
         return ApiError(400, message, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
-    error = ApiError(status, message, retry=retry_class(status))
+    is_nowhere = status == 404 and re.search(_NO_SUCH_ADDRESS, words)
+    if is_nowhere:
+        message = f"the provider has nothing at this address ({words or 404}): check its base_url"
+    # Of a 404 Claude Code shows no words: it says that there is an issue with the model.
+    is_told = is_nowhere or (status == 404 and re.search(_NOT_THE_MODEL, words))
+    error = ApiError(400 if is_told else status, message, retry=retry_class(status))
     error.param = str(error_detail(payload).get("param") or "")
     return error
 
@@ -3190,6 +3195,11 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
 # Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
 _KEY_REFUSED = (
     r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
+)
+
+_NO_SUCH_ADDRESS = r"(?i)^(?:404 )?(?:page )?(?:not found)?$"
+_NOT_THE_MODEL = (
+    r"(?i)no endpoints (?:found|available) (?:that|matching)|no allowed providers"  # OpenRouter's 404s
 )
 
 _OVERFLOW = (

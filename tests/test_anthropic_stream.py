@@ -798,6 +798,25 @@ def test_other_errors_keep_their_words(words: str) -> None:
     assert (error.status, error.message, error.retry) == (400, words, Retry.NO)
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        ("model: foo", 404, ""),
+        ("No endpoints found for foo/bar.", 404, ""),
+        ("No endpoints found that support tool use. To learn more about provider routing, visit: https://a", 400, ""),
+        ("No endpoints available matching your guardrail restrictions and data policy. Configure: https://a", 400, ""),
+        ("No allowed providers are available for the selected model.", 400, ""),
+        ("404 page not found", 400, "check its base_url"),
+        ("Not Found", 400, "check its base_url"),
+        ("", 400, "check its base_url"),
+    ],
+)  # fmt: skip
+def test_a_404_that_is_not_of_the_model_shows_its_words(words: str, status: int, says: str) -> None:
+    error = upstream_error(404, {"error": {"message": words}} if words else "")
+    assert (error.status, error.retry) == (status, Retry.NEXT)
+    assert words in error.message and says in error.message
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 529])
 def test_an_overflow_is_not_read_into_other_statuses(status: int) -> None:
     assert upstream_error(status, {"error": {"message": "context window"}}).status == status
