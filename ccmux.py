@@ -8626,7 +8626,7 @@ class Attempt:
         ended = {"status": status, "error": cause, "ms": round((now - self.began) * 1000)}
         call.attempts.append({"provider": provider, "model": model, "key": key, **ended})
         relay.metrics.attempt(provider, model, cause if status else "gone")
-        if not status or (error and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY)):
+        if status in (0, 400) or (error and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY)):
             breaker.leave(call)
         else:
             breaker.record(call, self.began, now, error is None)

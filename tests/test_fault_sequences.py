@@ -300,6 +300,15 @@ async def test_five_failures_in_a_row_open_the_breaker(wire: str, tmp_path: Path
     assert (a.count, b.count) == (5, 8)
 
 
+@BOTH
+async def test_a_404_that_shows_its_words_opens_no_breaker(wire: str, tmp_path: Path) -> None:
+    script = (fs.status(404, message="No endpoints found that support tool use."),)
+    async with stage(tmp_path, script, formats=wire, **NO_RETRY) as (proxy, (a,)):
+        for _ in range(7):  # Claude Code sends six for an unknown 400
+            fails(400, "invalid_request_error", says="No endpoints found")(await ask(proxy))
+    assert a.count == 7
+
+
 async def test_what_an_open_breaker_guards_is_not_tried_last_either(tmp_path: Path) -> None:
     async with stage(tmp_path, (fs.status(500),), (*OK * 5, fs.status(503)), **NO_RETRY) as (proxy, (a, b)):
         for _ in range(5):
