@@ -3169,6 +3169,8 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         return ApiError(502, message, retry=retry_class(status))
     if status == 400 and re.search(_KEY_REFUSED, words):
         status = 401
+    if status in (413, 429) and re.search(_ABOVE_A_LIMIT, words):
+        return ApiError(429, words, retry=Retry.KEY, should_retry=False)
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         if parts := output_overflow(words, tokens):
@@ -3196,6 +3198,10 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
 _KEY_REFUSED = (
     r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
 )
+
+# Groq's 413 and OpenAI's 429 for more than a minute's tokens, max_tokens among them. It is no overflow, as less of a
+# conversation would not help, and of a 413 Claude Code says that it is 32 MB of images.
+_ABOVE_A_LIMIT = r"(?i)request too large.*tokens per min"
 
 _NO_SUCH_ADDRESS = r"(?i)^(?:404 )?(?:page )?(?:not found)?$"
 _NOT_THE_MODEL = (
@@ -8850,7 +8856,7 @@ class Attempt:
         if error.retry_after is None:
             error.retry_after = retry_after(wait_in_body(payload))
         should = response.headers.get("x-should-retry", "").lower()
-        error.should_retry = {"true": True, "false": False}.get(should)
+        error.should_retry = {"true": True, "false": False}.get(should, error.should_retry)
         if self.dialect.request is None and call.format == "anthropic":
             error.headers = answer_headers(response.headers, self.dialect)
             words = error_words(payload) if as_object(payload).get("type") == "error" else ""

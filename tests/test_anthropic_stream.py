@@ -799,6 +799,23 @@ def test_other_errors_keep_their_words(words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (413, "Request too large for model `x` in organization `o` service tier `on_demand` on tokens per minute (TPM): "
+         "Limit 8000, Requested 32979, please reduce your message size and try again."),
+        (429, "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 342389. The input or output "
+         "tokens must be reduced in order to run successfully."),
+    ],
+    ids=["Groq", "OpenAI"],
+)  # fmt: skip
+def test_a_request_above_a_minutes_tokens_is_a_limit_that_no_wait_helps(status: int, words: str) -> None:
+    error = upstream_error(
+        status, {"error": {"message": words, "code": "rate_limit_exceeded"}}, tokens=9, context=9
+    )
+    assert (error.status, error.message, error.retry, error.should_retry) == (429, words, Retry.KEY, False)
+
+
+@pytest.mark.parametrize(
     ("words", "status", "says"),
     [
         ("model: foo", 404, ""),

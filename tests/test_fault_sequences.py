@@ -301,6 +301,14 @@ async def test_five_failures_in_a_row_open_the_breaker(wire: str, tmp_path: Path
 
 
 @BOTH
+async def test_a_request_above_a_minutes_tokens_is_told_at_once(wire: str, tmp_path: Path) -> None:
+    words = "Request too large for model `x` on tokens per minute (TPM): Limit 8000, Requested 32979"
+    async with stage(tmp_path, (fs.status(413, message=words),), formats=wire) as (proxy, (a,)):
+        fails(429, "rate_limit_error", says=words, should_retry="false")(await ask(proxy))
+    assert a.count == 1
+
+
+@BOTH
 async def test_a_404_that_shows_its_words_opens_no_breaker(wire: str, tmp_path: Path) -> None:
     script = (fs.status(404, message="No endpoints found that support tool use."),)
     async with stage(tmp_path, script, formats=wire, **NO_RETRY) as (proxy, (a,)):
