@@ -3172,6 +3172,8 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         return ApiError(502, message, retry=retry_class(status))
     if status == 400 and re.search(_KEY_REFUSED, words):
         status = 401
+    if status in (413, 429) and re.search(_ABOVE_A_LIMIT, words):
+        return ApiError(429, words, retry=Retry.KEY, should_retry=False)
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         if parts := output_overflow(words, tokens):
@@ -3183,7 +3185,12 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         message = f"max_tokens: {asked} > {most[3]}, which is the maximum allowed number of output tokens for this model"
         return ApiError(400, message, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
-    error = ApiError(status, message, retry=retry_class(status))
+    is_nowhere = status == 404 and re.search(_NO_SUCH_ADDRESS, words)
+    if is_nowhere:
+        message = f"the provider has nothing at this address ({words or 404}): check its base_url"
+    # Of a 404 Claude Code shows no words: it says that there is an issue with the model.
+    is_told = is_nowhere or (status == 404 and re.search(_NOT_THE_MODEL, words))
+    error = ApiError(400 if is_told else status, message, retry=retry_class(status))
     error.param = str(error_detail(payload).get("param") or "")
     return error
 
@@ -3193,6 +3200,15 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
 # Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
 _KEY_REFUSED = (
     r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
+)
+
+# Groq's 413 and OpenAI's 429 for more than a minute's tokens, max_tokens among them. It is no overflow, as less of a
+# conversation would not help, and of a 413 Claude Code says that it is 32 MB of images.
+_ABOVE_A_LIMIT = r"(?i)request too large.*tokens per min"
+
+_NO_SUCH_ADDRESS = r"(?i)^(?:404 )?(?:page )?(?:not found)?$"
+_NOT_THE_MODEL = (
+    r"(?i)no endpoints (?:found|available) (?:that|matching)|no allowed providers"  # OpenRouter's 404s
 )
 
 _OVERFLOW = (
@@ -3208,6 +3224,7 @@ _OVERFLOW = (
     r".inputs. (?:tokens \+|must have less than)"
 )
 _LIMIT = r"(?i)(?:maximum context length (?:is|of)|max_new_tokens. must be <=) (\d[\d,]*)"
+UNSIZED = "prompt is too long: 2 tokens > 1 maximum"  # where nothing is known of either
 LEAST_CONTEXT = 4000  # below it are years and error codes
 _ANTHROPICS_WORDS = (
     r"prompt is too long: \d+ tokens > \d+ maximum|input length and `max_tokens` exceed context"
@@ -3272,7 +3289,9 @@ def not_a_stream(text: str, what: str) -> ApiError:
     payload = parsed(text)
     if isinstance(payload, (dict, list)) and error_words(payload):
         return error_of_event(payload)
-    start = " ".join(text.split())[:120]
+    start = " ".join(re.sub("<[^>]*>", " ", text[:4000]).split())[
+        :120
+    ]  # Claude Code hides words with tags in them
     return broken_stream(f"the provider's answer is not an {what}; it begins: {start}")
 
 
@@ -8165,6 +8184,9 @@ class Health:
     def may_retry(self) -> bool:
         return self.retrying < max(3, self.active // 5)
 
+    def last_fault(self) -> int:
+        return next((outcome["status"] for outcome in reversed(self.outcomes) if not outcome["ok"]), 0)
+
 
 @dataclass(slots=True)
 class Call:
@@ -8613,7 +8635,7 @@ class Attempt:
         ended = {"status": status, "error": cause, "ms": round((now - self.began) * 1000)}
         call.attempts.append({"provider": provider, "model": model, "key": key, **ended})
         relay.metrics.attempt(provider, model, cause if status else "gone")
-        if not status or (error and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY)):
+        if status in (0, 400) or (error and error.retry in (Retry.NO, Retry.LARGER, Retry.KEY)):
             breaker.leave(call)
         else:
             breaker.record(call, self.began, now, error is None)
@@ -8756,7 +8778,14 @@ class Attempt:
                 raise ApiError(502, words, retry=Retry.NEXT, cause="stream")
             out += self.read_on(data)
         if reader.error is not None:
-            raise reader.error
+            raise self.sized(reader.error)
+
+    def sized(self, error: ApiError) -> ApiError:
+        """An overflow told inside a 200, by the count and the model's context where the upstream names no numbers."""
+        if error.message == UNSIZED:
+            tokens, context = self.call.tokens, self.to.facts.context
+            error.message = upstream_error(400, "prompt is too long", tokens=tokens, context=context).message
+        return error
 
     async def begin_answer(self, headers: dict[str, str]) -> None:
         call = self.call
@@ -8830,7 +8859,7 @@ class Attempt:
         if error.retry_after is None:
             error.retry_after = retry_after(wait_in_body(payload))
         should = response.headers.get("x-should-retry", "").lower()
-        error.should_retry = {"true": True, "false": False}.get(should)
+        error.should_retry = {"true": True, "false": False}.get(should, error.should_retry)
         if self.dialect.request is None and call.format == "anthropic":
             error.headers = answer_headers(response.headers, self.dialect)
             words = error_words(payload) if as_object(payload).get("type") == "error" else ""
@@ -9016,7 +9045,9 @@ class Plan:
         rests = [self.relay.rests(slot, now) for slot in slots]
         if all(rests):
             wait = math.ceil(min(rests))
-            words = f"every provider of {model!r} limits requests or refuses its key; the next is tried in {wait} s"
+            faults = {n: self.relay.health_of(n).last_fault() for n in (s.provider.name for s in slots)}
+            told = ", ".join(f"{name} said {status}" for name, status in faults.items())
+            words = f"every provider of {model!r} limits requests or refuses its key ({told}); the next is tried in {wait} s"
             return ApiError(429, words, retry_after=wait, cause="cooling")
         breakers = [self.relay.breakers.get(slot.id) for slot in slots]
         waits = [max(r, b.open_until - now if b else 0) for r, b in zip(rests, breakers, strict=True)]
@@ -9508,7 +9539,8 @@ def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:
     """
     error.message = scrub(error.message, call.config.secrets)
     if error.status in (401, 403) and error.retry is Retry.KEY and not slot.provider.passthrough:
-        name, said = slot.provider.name, error.message[:300]
+        # Claude Code takes every error with this word in it for one about its own key.
+        name, said = slot.provider.name, re.sub("(?i)x-api-key", "API key", error.message[:300])
         words = (
             f"provider {name} refuses ccmux's key ({error.status}): check api_key of [[providers]] {name!r}"
         )
@@ -10505,7 +10537,7 @@ async def get_models(request: web.Request) -> web.StreamResponse:
 def model_entry(id: str, display_name: str) -> Json:
     return {
         "type": "model", "id": id, "display_name": display_name, "created_at": "2026-01-01T00:00:00Z",
-        "object": "model", "created": 1767225600, "owned_by": "ccmux",
+        "lifecycle": "active", "object": "model", "created": 1767225600, "owned_by": "ccmux",
     }  # fmt: skip
 
 

@@ -425,6 +425,7 @@ def test_what_is_not_a_stream_is_an_error(body: bytes, status: int) -> None:
         assert t.error.status == status, t.error.message
         assert not t.has_content
         assert b"Gateway" not in out
+        assert "<" not in t.error.message  # Claude Code shows no words of a message with HTML in it
 
 
 def test_blank_lines_too_many_are_relayed_too() -> None:
@@ -759,6 +760,42 @@ def test_overflow_numbers(words: str, tokens: int, context: int, expected: tuple
 def test_other_errors_keep_their_words(words: str) -> None:
     error = upstream_error(400, {"error": {"message": words}}, tokens=5, context=5)
     assert (error.status, error.message, error.retry) == (400, words, Retry.NO)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (413, "Request too large for model `x` in organization `o` service tier `on_demand` on tokens per minute (TPM): "
+         "Limit 8000, Requested 32979, please reduce your message size and try again."),
+        (429, "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 342389. The input or output "
+         "tokens must be reduced in order to run successfully."),
+    ],
+    ids=["Groq", "OpenAI"],
+)  # fmt: skip
+def test_a_request_above_a_minutes_tokens_is_a_limit_that_no_wait_helps(status: int, words: str) -> None:
+    error = upstream_error(
+        status, {"error": {"message": words, "code": "rate_limit_exceeded"}}, tokens=9, context=9
+    )
+    assert (error.status, error.message, error.retry, error.should_retry) == (429, words, Retry.KEY, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        ("model: foo", 404, ""),
+        ("No endpoints found for foo/bar.", 404, ""),
+        ("No endpoints found that support tool use. To learn more about provider routing, visit: https://a", 400, ""),
+        ("No endpoints available matching your guardrail restrictions and data policy. Configure: https://a", 400, ""),
+        ("No allowed providers are available for the selected model.", 400, ""),
+        ("404 page not found", 400, "check its base_url"),
+        ("Not Found", 400, "check its base_url"),
+        ("", 400, "check its base_url"),
+    ],
+)  # fmt: skip
+def test_a_404_that_is_not_of_the_model_shows_its_words(words: str, status: int, says: str) -> None:
+    error = upstream_error(404, {"error": {"message": words}} if words else "")
+    assert (error.status, error.retry) == (status, Retry.NEXT)
+    assert words in error.message and says in error.message
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 529])

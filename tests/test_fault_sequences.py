@@ -239,7 +239,10 @@ async def test_a_refused_key_rests_for_every_model_and_a_limit_for_one(tmp_path:
             await ask(proxy, body=message_body(model="A/one"))
             reply = await ask(proxy, body=message_body(model="A/two"))
             rest = 300 if code == 401 else 30
-            fails(429, retry_after=(rest - 10, rest))(await ask(proxy, body=message_body(model="A/one")))
+            says = f"limits requests or refuses its key (A said {code})"
+            fails(429, says=says, retry_after=(rest - 10, rest))(
+                await ask(proxy, body=message_body(model="A/one"))
+            )
         assert (a.count, reply.status) == (calls, 429)
 
 
@@ -279,6 +282,23 @@ async def test_five_failures_in_a_row_open_the_breaker(wire: str, tmp_path: Path
         for _ in range(8):
             full("B")(await ask(proxy))
     assert (a.count, b.count) == (5, 8)
+
+
+@BOTH
+async def test_a_request_above_a_minutes_tokens_is_told_at_once(wire: str, tmp_path: Path) -> None:
+    words = "Request too large for model `x` on tokens per minute (TPM): Limit 8000, Requested 32979"
+    async with stage(tmp_path, (fs.status(413, message=words),), formats=wire) as (proxy, (a,)):
+        fails(429, "rate_limit_error", says=words, should_retry="false")(await ask(proxy))
+    assert a.count == 1
+
+
+@BOTH
+async def test_a_404_that_shows_its_words_opens_no_breaker(wire: str, tmp_path: Path) -> None:
+    script = (fs.status(404, message="No endpoints found that support tool use."),)
+    async with stage(tmp_path, script, formats=wire, **NO_RETRY) as (proxy, (a,)):
+        for _ in range(7):  # Claude Code sends six for an unknown 400
+            fails(400, "invalid_request_error", says="No endpoints found")(await ask(proxy))
+    assert a.count == 7
 
 
 async def test_what_an_open_breaker_guards_is_not_tried_last_either(tmp_path: Path) -> None:
@@ -854,6 +874,18 @@ async def test_an_overflow_without_a_larger_target_is_told_in_the_clients_words(
         reply = await ask(proxy)
     fails(400, "invalid_request_error", says="prompt is too long: ")(reply)
     assert (a.count, b.count) == (1, 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@BOTH
+async def test_an_overflow_told_in_a_200_is_told_by_the_models_context(
+    stream: bool, wire: str, tmp_path: Path
+) -> None:
+    told = b'{"type": "error", "error": {"type": "invalid_request_error", "message": "Input is too long"}}'
+    script = (fs.raw(200, [("Content-Type", "application/json")], told),)
+    async with stage(tmp_path, script, formats=wire, context={"A": 8192}) as (proxy, _):
+        reply = await ask(proxy, stream=stream)
+    fails(400, "invalid_request_error", says="prompt is too long: 8193 tokens > 8192 maximum")(reply)
 
 
 @BOTH

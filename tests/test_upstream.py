@@ -252,6 +252,7 @@ def test_how_long_a_key_rests(status: int, retry_after: float | None, here: floa
     ("status", "words"),
     [
         (401, "bad key"),
+        (401, "invalid x-api-key"),
         (400, "API key not valid. Please pass a valid API key."),
         (400, "Incorrect API key provided: sk***YA. You can obtain an API key from https://console.x.ai."),
         (400, "Access denied, please make sure your account is in good standing."),
@@ -266,6 +267,7 @@ def test_client_sees_a_refused_provider_key_as_ccmux_trouble(status: int, words:
     assert (seen.status, seen.type, seen.should_retry) == (500, "api_error", False)
     assert "sk-secret" not in seen.message
     assert "'p'" in seen.message
+    assert "x-api-key" not in seen.message  # Claude Code would say "Invalid API key", meaning its own
 
 
 def test_passthrough_keeps_the_upstreams_word_on_the_clients_own_login() -> None:
