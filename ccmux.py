@@ -13563,11 +13563,16 @@ def stop_on_signals() -> asyncio.Event:
         asked.set()
         stop.set()
 
-    with contextlib.suppress(NotImplementedError):  # Windows has Ctrl-C only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, ask, number)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            loop.add_signal_handler(signal.SIGHUP, stop.set)
+    if (
+        sys.platform == "win32"
+    ):  # the loop takes no handlers there; SIGBREAK is Ctrl-Break, and a console that closes
+        for number in (signal.SIGINT, signal.SIGBREAK):
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(ask, number))
+        return stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask, number)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        loop.add_signal_handler(signal.SIGHUP, stop.set)
     return stop
 
 
@@ -13651,9 +13656,19 @@ def start_text(config: Config, port: int, token: str) -> str:
         f"  admin      {url}/admin#token={urllib.parse.quote(token, safe='')}",
         *["  others     put the name or address they use into allowed_hosts of [server]"] * is_unnamed,
         "  Claude Code, in another terminal (`ccmux.py code` does this, and sets what auto mode needs):",
-        f"    export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key_to_print(config)}",
+        f"    {set_here({'ANTHROPIC_BASE_URL': url, 'ANTHROPIC_AUTH_TOKEN': key_to_print(config)})}",
         "    claude",
     ])  # fmt: skip
+
+
+SHELL_HERE = "powershell" if sys.platform == "win32" else "bash"
+
+
+def set_here(variables: Mapping[str, str]) -> str:
+    """A line that sets variables in the shell that this machine most likely has."""
+    if SHELL_HERE == "powershell":
+        return "; ".join(f"$env:{name} = '{value}'" for name, value in variables.items())
+    return " ".join(["export", *(f"{name}={value}" for name, value in variables.items())])
 
 
 def key_to_print(config: Config) -> str:
@@ -14849,7 +14864,7 @@ COMMANDS = (
     ),
     Command(
         "env", env_command, "print the variables that point Claude Code here",
-        (*ADDRESS, flag("--shell", choices=(*SHELLS, "json"), default="bash", help="for which shell")),
+        (*ADDRESS, flag("--shell", choices=(*SHELLS, "json"), default=SHELL_HERE, help="for which shell")),
         'eval "$(ccmux.py env)"\nccmux.py env --shell fish | source\nccmux.py env --shell powershell | Invoke-Expression',
     ),
     Command(

@@ -379,6 +379,28 @@ def test_start_text_says_all(cli: Cli) -> None:
     assert "demo answers" in ccmux.start_text(ccmux.read_config(""), 9, "tok")
 
 
+def test_start_text_on_windows(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ccmux, "SHELL_HERE", "powershell")
+    text = ccmux.start_text(ccmux.read_config(""), 9, "tok")
+    line = "$env:ANTHROPIC_BASE_URL = 'http://127.0.0.1:9'; $env:ANTHROPIC_AUTH_TOKEN = 'ccmux-local'"
+    assert line in map(str.strip, text.splitlines())
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGBREAK"])
+async def test_windows_stops_by_signal_handlers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Its event loop takes none, and without one Ctrl-C would cut live streams (seen under Wine 8)."""
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        stop = ccmux.stop_on_signals()
+        signal.raise_signal(getattr(signal, name))
+        await asyncio.wait_for(stop.wait(), 10)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_no_key_is_offered_that_is_refused(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the user `local` disabled each client needs a key, as with require_key."""
     write_config(tmp_path)
