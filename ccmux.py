@@ -3169,6 +3169,8 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         return ApiError(502, message, retry=retry_class(status))
     if status == 400 and re.search(_KEY_REFUSED, words):
         status = 401
+    if status == 400 and re.search(_MODEL_UNKNOWN, f"{words} {error_detail(payload).get('code')}"):
+        status = 404
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         if parts := output_overflow(words, tokens):
@@ -3190,6 +3192,12 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
 # Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
 _KEY_REFUSED = (
     r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
+)
+
+# LiteLLM's, OpenRouter's, DeepSeek's, Mistral's and Z.ai's, and of OpenAI's Responses the code, where others have a 404.
+_MODEL_UNKNOWN = (
+    r"(?i)invalid model name passed|is not a valid model ID|^model not exist|^invalid model:|^unknown model\b|"
+    r"\bmodel_not_found\b"
 )
 
 _OVERFLOW = (
