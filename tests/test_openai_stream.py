@@ -340,7 +340,8 @@ def test_stop_reason(events: list[Any], stop: str) -> None:
             Usage(input=10, output=7, cache_read=60, cache_write=30),
             id="cache writes",
         ),
-        pytest.param({"prompt_tokens": 0, "completion_tokens": 0}, Usage(), id="a reported 0 stands"),
+        pytest.param({"prompt_tokens": 9, "completion_tokens": 0}, Usage(input=9), id="a reported 0 stands"),
+        pytest.param({"prompt_tokens": 0, "completion_tokens": 0}, None, id="but no prompt is empty"),
         pytest.param(
             {
                 "prompt_tokens": 12,
