@@ -3065,9 +3065,10 @@ class AnthropicTap:
             self.usage_broken |= not (self.output_told and self.usage and self.usage.prompt)
             return b""
         elif kind == "error":
-            self.error, self.error_relayed = error_of_event(event), self.has_content
-            text = self.scrub_text(block.decode("utf-8", "surrogateescape"))
-            return text.encode("utf-8", "surrogateescape") if self.has_content else b""
+            self.error = error_of_event(event)
+            self.error_relayed = self.has_content and len(block) <= MOST_WORDS
+            text = self.scrub_text(block.decode("utf-8", "surrogateescape")) if self.error_relayed else ""
+            return text.encode("utf-8", "surrogateescape")
         return block
 
     def note_usage(self, usage: Any) -> None:
@@ -3101,6 +3102,9 @@ def is_cut_off(block: bytes) -> bool:
 
 
 # What upstreams answer when something is wrong. The words are for a person, the retry class is for the Relay.
+
+
+MOST_WORDS = 10_000  # characters of an upstream's error that a client gets; an event may have 16 MB
 
 
 def retry_class(status: int) -> Retry:
@@ -3163,7 +3167,7 @@ def error_words(payload: Any) -> str:
 
 def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int = 0) -> ApiError:
     """An upstream's error as the client gets it: an overflow in the words Claude Code acts on, the rest by status."""
-    words = error_words(payload)
+    words = error_words(payload)[:MOST_WORDS]
     if not 400 <= status < 600:
         message = f"the provider answered with status {status}, which is no answer to this request"
         return ApiError(502, message, retry=retry_class(status))
