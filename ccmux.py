@@ -6350,7 +6350,7 @@ SMALL = 16_384  # bytes of new messages that are counted ahead of longer ones
 LIMIT = 3  # seconds that a server waits for a count before it estimates
 PATIENCE = 0.01  # the same where the event loop would wait
 CACHE_SIZE = 20_000
-RECENT = 1000  # counts that wait for their true usage
+RECENT = 1000  # counts that wait for their true usage, and names of models that they have taught
 SAMPLES = 50  # true usages that a factor is the average of
 DEPTH = 20  # of tool results inside tool results
 IMAGE_TOKENS = 1500
@@ -6558,10 +6558,12 @@ class TokenCounter:
         tokens = self.recent.get((provider, model, counted), 0.0)
         if tokens <= 0 or true <= 0:
             return
-        factor, samples = self.factors.get((provider, model), (1.0, 0))
+        factor, samples = self.factors.pop((provider, model), (1.0, 0))
         samples = min(samples + 1, SAMPLES)
         factor += (min(max(true / tokens, 0.5), 2.5) - factor) / samples
-        self.factors[provider, model] = (factor, samples)
+        self.factors[provider, model] = (factor, samples)  # the newest last
+        while len(self.factors) > RECENT:  # clients choose the names
+            self.factors.pop(next(iter(self.factors)))
 
     def export(self) -> list[tuple[str, str, float, int]]:
         return [(*key, *value) for key, value in self.factors.items()]
@@ -7911,8 +7913,14 @@ class Store:
         return [tuple(row) for row in rows]
 
     def save_calibration(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
+        """Puts these in the place of all that were kept."""
         given = [(storable(provider), storable(model), *learnt) for provider, model, *learnt in rows]
-        self.do(lambda db: db.executemany("insert or replace into calibration values (?, ?, ?, ?)", given))
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("delete from calibration")
+            db.executemany("insert or replace into calibration values (?, ?, ?, ?)", given)
+
+        self.do(work)
 
 
 REPORT_KEYS = {
@@ -13324,7 +13332,7 @@ async def serving(
     finally:
         await runner.cleanup()
         await close_state(state)
-        save_calibration(state)
+        save_calibration(store, state.counter.export())
         store.close()
 
 
@@ -13384,13 +13392,13 @@ async def keep_calibration(state: State) -> None:
         state.vocabulary.forget_missing()
         learnt = state.counter.export()
         if learnt != kept:
-            await asyncio.to_thread(save_calibration, state)
+            await asyncio.to_thread(save_calibration, state.store, learnt)
             kept = learnt
 
 
-def save_calibration(state: State) -> None:
+def save_calibration(store: Store, learnt: list[tuple[str, str, float, int]]) -> None:
     try:
-        state.store.save_calibration(state.counter.export())
+        store.save_calibration(learnt)
     except sqlite3.Error as error:
         log.warning("what true usage has taught is not written down: %s", error)
 
