@@ -5779,9 +5779,10 @@ def endpoint_url(base_url: str, dialect: Dialect, endpoint: str = "", model: str
     endpoint.
     """
     parts = urllib.parse.urlsplit(base_url.strip())
-    path = _ENDPOINT.sub("", parts.path.rstrip("/"))
+    given = parts.path.rstrip("/")
+    path = _ENDPOINT.sub("", given)
     # Anthropic's format has its version behind any path; the others' base URLs end with theirs, if they have a path.
-    if not _VERSION_SEGMENT.search(path) and (not path or dialect.endpoint == "/messages"):
+    if not _VERSION_SEGMENT.search(path) and (not given or dialect.endpoint == "/messages"):
         path += dialect.version
     name = urllib.parse.quote(model.removeprefix("models/"), safe="/@:.-")  # as Google lists its models
     path, _, query = (path + (endpoint or dialect.endpoint).format(model=name)).partition("?")
