@@ -3193,15 +3193,15 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
 
 # Patterns of errors are texts: Python compiles them where an error comes, and not at each start.
 
-# Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
-_KEY_REFUSED = (
-    r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
-)
-
 # LiteLLM's, OpenRouter's, DeepSeek's, Mistral's and Z.ai's, and of OpenAI's Responses the code, where others have a 404.
 _MODEL_UNKNOWN = (
     r"(?i)invalid model name passed|is not a valid model ID|^model not exist|^invalid model:|^unknown model\b|"
     r"\bmodel_not_found\b"
+)
+
+# Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
+_KEY_REFUSED = (
+    r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
 )
 
 _OVERFLOW = (
