@@ -3068,9 +3068,10 @@ class AnthropicTap:
             self.usage_broken |= not (self.output_told and self.usage and self.usage.prompt)
             return b""
         elif kind == "error":
-            self.error, self.error_relayed = error_of_event(event), self.has_content
-            text = self.scrub_text(block.decode("utf-8", "surrogateescape"))
-            return text.encode("utf-8", "surrogateescape") if self.has_content else b""
+            self.error = error_of_event(event)
+            self.error_relayed = self.has_content and len(block) <= MOST_WORDS
+            text = self.scrub_text(block.decode("utf-8", "surrogateescape")) if self.error_relayed else ""
+            return text.encode("utf-8", "surrogateescape")
         return block
 
     def note_usage(self, usage: Any) -> None:
@@ -3104,6 +3105,9 @@ def is_cut_off(block: bytes) -> bool:
 
 
 # What upstreams answer when something is wrong. The words are for a person, the retry class is for the Relay.
+
+
+MOST_WORDS = 10_000  # characters of an upstream's error that a client gets; an event may have 16 MB
 
 
 def retry_class(status: int) -> Retry:
@@ -3166,7 +3170,7 @@ def error_words(payload: Any) -> str:
 
 def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int = 0) -> ApiError:
     """An upstream's error as the client gets it: an overflow in the words Claude Code acts on, the rest by status."""
-    words = error_words(payload)
+    words = error_words(payload)[:MOST_WORDS]
     if not 400 <= status < 600:
         message = f"the provider answered with status {status}, which is no answer to this request"
         return ApiError(502, message, retry=retry_class(status))
@@ -3174,6 +3178,8 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         status = 401
     if status in (413, 429) and re.search(_ABOVE_A_LIMIT, words):
         return ApiError(429, words, retry=Retry.KEY, should_retry=False)
+    if status == 400 and re.search(_MODEL_UNKNOWN, f"{words} {error_detail(payload).get('code')}"):
+        status = 404
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         if parts := output_overflow(words, tokens):
@@ -3196,6 +3202,12 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
 
 
 # Patterns of errors are texts: Python compiles them where an error comes, and not at each start.
+
+# LiteLLM's, OpenRouter's, DeepSeek's, Mistral's and Z.ai's, and of OpenAI's Responses the code, where others have a 404.
+_MODEL_UNKNOWN = (
+    r"(?i)invalid model name passed|is not a valid model ID|^model not exist|^invalid model:|^unknown model\b|"
+    r"\bmodel_not_found\b"
+)
 
 # Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
 _KEY_REFUSED = (
@@ -4087,7 +4099,7 @@ def search_place(tool: Json) -> Json:
 
 
 def openai_usage(usage: Any) -> Usage | None:
-    """OpenAI's counts as Anthropic has them; None where there are none, or they are absurd.
+    """OpenAI's counts as Anthropic has them; None where there are none, or they are absurd: no prompt is empty.
 
     OpenAI counts cached tokens inside prompt_tokens; Anthropic counts them apart.
     """
@@ -4095,7 +4107,7 @@ def openai_usage(usage: Any) -> Usage | None:
         return None
     details = as_object(usage.get("prompt_tokens_details"))
     prompt, output = token_number(usage.get("prompt_tokens")), token_number(usage.get("completion_tokens"))
-    if prompt is None or output is None:
+    if not prompt or output is None:
         return None
     hits = (details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"))
     cached = next(filter(None, map(token_number, hits)), 0)
@@ -4968,14 +4980,14 @@ def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
 
 
 def gemini_usage(usage: Any) -> Usage | None:
-    """usageMetadata as Anthropic counts: cached tokens apart, thoughts within the output."""
+    """usageMetadata as Anthropic counts: cached tokens apart, thoughts within the output; None as of `openai_usage`."""
     given = as_object(usage)
     prompt = token_number(given.get("promptTokenCount"))
     parts = (
         given.get(f"{k}TokenCount") for k in ("toolUsePrompt", "cachedContent", "candidates", "thoughts")
     )
     counts = [0 if part is None else token_number(part) for part in parts]
-    if prompt is None or None in counts:
+    if not prompt or None in counts:
         return None
     tools, cached, answer, thoughts = (n or 0 for n in counts)
     prompt += tools
@@ -5789,9 +5801,10 @@ def endpoint_url(base_url: str, dialect: Dialect, endpoint: str = "", model: str
     endpoint.
     """
     parts = urllib.parse.urlsplit(base_url.strip())
-    path = _ENDPOINT.sub("", parts.path.rstrip("/"))
+    given = parts.path.rstrip("/")
+    path = _ENDPOINT.sub("", given)
     # Anthropic's format has its version behind any path; the others' base URLs end with theirs, if they have a path.
-    if not _VERSION_SEGMENT.search(path) and (not path or dialect.endpoint == "/messages"):
+    if not _VERSION_SEGMENT.search(path) and (not given or dialect.endpoint == "/messages"):
         path += dialect.version
     name = urllib.parse.quote(model.removeprefix("models/"), safe="/@:.-")  # as Google lists its models
     path, _, query = (path + (endpoint or dialect.endpoint).format(model=name)).partition("?")
@@ -6360,7 +6373,7 @@ SMALL = 16_384  # bytes of new messages that are counted ahead of longer ones
 LIMIT = 3  # seconds that a server waits for a count before it estimates
 PATIENCE = 0.01  # the same where the event loop would wait
 CACHE_SIZE = 20_000
-RECENT = 1000  # counts that wait for their true usage
+RECENT = 1000  # counts that wait for their true usage, and names of models that they have taught
 SAMPLES = 50  # true usages that a factor is the average of
 DEPTH = 20  # of tool results inside tool results
 IMAGE_TOKENS = 1500
@@ -6568,10 +6581,12 @@ class TokenCounter:
         tokens = self.recent.get((provider, model, counted), 0.0)
         if tokens <= 0 or true <= 0:
             return
-        factor, samples = self.factors.get((provider, model), (1.0, 0))
+        factor, samples = self.factors.pop((provider, model), (1.0, 0))
         samples = min(samples + 1, SAMPLES)
         factor += (min(max(true / tokens, 0.5), 2.5) - factor) / samples
-        self.factors[provider, model] = (factor, samples)
+        self.factors[provider, model] = (factor, samples)  # the newest last
+        while len(self.factors) > RECENT:  # clients choose the names
+            self.factors.pop(next(iter(self.factors)))
 
     def export(self) -> list[tuple[str, str, float, int]]:
         return [(*key, *value) for key, value in self.factors.items()]
@@ -7921,8 +7936,14 @@ class Store:
         return [tuple(row) for row in rows]
 
     def save_calibration(self, rows: Iterable[tuple[str, str, float, int]]) -> None:
+        """Puts these in the place of all that were kept."""
         given = [(storable(provider), storable(model), *learnt) for provider, model, *learnt in rows]
-        self.do(lambda db: db.executemany("insert or replace into calibration values (?, ?, ?, ?)", given))
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("delete from calibration")
+            db.executemany("insert or replace into calibration values (?, ?, ?, ?)", given)
+
+        self.do(work)
 
 
 REPORT_KEYS = {
@@ -13380,7 +13401,7 @@ async def serving(
     finally:
         await runner.cleanup()
         await close_state(state)
-        save_calibration(state)
+        save_calibration(store, state.counter.export())
         store.close()
 
 
@@ -13440,13 +13461,13 @@ async def keep_calibration(state: State) -> None:
         state.vocabulary.forget_missing()
         learnt = state.counter.export()
         if learnt != kept:
-            await asyncio.to_thread(save_calibration, state)
+            await asyncio.to_thread(save_calibration, state.store, learnt)
             kept = learnt
 
 
-def save_calibration(state: State) -> None:
+def save_calibration(store: Store, learnt: list[tuple[str, str, float, int]]) -> None:
     try:
-        state.store.save_calibration(state.counter.export())
+        store.save_calibration(learnt)
     except sqlite3.Error as error:
         log.warning("what true usage has taught is not written down: %s", error)
 

@@ -371,6 +371,14 @@ def test_an_error_before_content_is_kept_back() -> None:
     assert not t.error_relayed
 
 
+def test_an_error_of_megabytes_is_cut_short() -> None:
+    t = tap()
+    head = STREAM[: STREAM.index(b"event: message_delta")]
+    assert t.feed(head) + t.feed(ERROR.replace(b"the-secret", b"no " * 10**6)) == head
+    assert not t.error_relayed  # it goes out in our words, without the rest
+    assert (t.error.status, len(t.error.message)) == (529, 10_000)
+
+
 def test_an_error_after_content_is_relayed_without_keys_and_ends_it() -> None:
     t = tap()
     head = STREAM[: STREAM.index(b"event: message_delta")]

@@ -38,6 +38,7 @@ from ccmux import DIALECTS, PRESETS, Call, Config, Route, endpoint_url, with_mod
         ("openai", "https://a.test/v1beta/openai", "https://a.test/v1beta/openai/chat/completions"),
         ("openai", "https://a.test/inference", "https://a.test/inference/chat/completions"),
         ("openai", "https://a.test/x/chat/completions", "https://a.test/x/chat/completions"),
+        ("openai", "https://a.test/chat/completions", "https://a.test/chat/completions"),
         ("openai", "https://a.test/v1/chat/completions/", "https://a.test/v1/chat/completions"),
         ("openai", "https://a.test/my/models", "https://a.test/my/models/chat/completions"),
         ("openai", "https://a.test/v1?version=2", "https://a.test/v1/chat/completions?version=2"),

@@ -718,6 +718,8 @@ def test_half_a_surrogate_pair_is_written_out(tmp_path: Path) -> None:
         assert store.report("user", user="ann\udce9") == []
         store.save_calibration([("p", "m\ud800", 1.5, 3)])
         assert store.load_calibration() == [("p", "m\\ud800", 1.5, 3)]
+        store.save_calibration([("p", "n", 1.5, 3)])  # what is no longer known goes
+        assert store.load_calibration() == [("p", "n", 1.5, 3)]
 
 
 async def test_what_can_never_be_written_is_told_and_holds_up_nobody(

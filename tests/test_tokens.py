@@ -841,6 +841,14 @@ def test_nothing_is_learnt_from() -> None:
     assert counter.factors == {}
 
 
+def test_factors_of_the_last_thousand_models_are_kept() -> None:
+    counter = TokenCounter(lambda name: Words())
+    for model in ["first", *map(str, range(999)), "first", "one more"]:
+        counter.observe("p", model, counter.count_now(user("word"), "p", model), 10)
+    assert len(counter.factors) == 1000
+    assert ("p", "first") in counter.factors and ("p", "0") not in counter.factors
+
+
 def test_factors_survive_a_restart() -> None:
     counter, again = TokenCounter(lambda name: Words()), TokenCounter(lambda name: Words())
     counter.observe("p", "gpt-5", counter.count_now(user("word " * 93), "p", "gpt-5"), 150)

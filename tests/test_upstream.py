@@ -282,6 +282,31 @@ def test_an_overloaded_provider_that_does_not_say_when_is_asked_again_in_five_se
 
 
 @pytest.mark.parametrize(
+    "payload",
+    [
+        {
+            "error": "/v1/messages: Invalid model name passed in model=x. Call `/v1/models` to view available models."
+        },
+        {"error": {"message": "a/b is not a valid model ID", "code": 400}},
+        {"error": {"message": "Model Not Exist", "code": "invalid_request_error"}},
+        {"object": "error", "message": "Invalid model: x", "type": "invalid_model", "code": "1500"},
+        {"error": {"code": "1211", "message": "Unknown Model, please check the model code."}},
+        {"error": {"message": "The requested model 'x' does not exist.", "code": "model_not_found"}},
+    ],
+)
+def test_an_unknown_model_is_a_404_whatever_the_status(payload: ccmux.Json) -> None:
+    error = ccmux.upstream_error(400, payload)
+    assert (error.status, error.type, error.retry) == (404, "not_found_error", ccmux.Retry.NEXT)
+
+
+@pytest.mark.parametrize(
+    "words", ["Unknown model_settings", "model: Extra inputs are not permitted", "invalid model output"]
+)
+def test_other_refusals_that_name_the_model_stay_a_400(words: str) -> None:
+    assert ccmux.upstream_error(400, {"error": {"message": words}}).status == 400
+
+
+@pytest.mark.parametrize(
     ("style", "expected"),
     [
         ("", {"x-api-key": "k"}),
