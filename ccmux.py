@@ -2484,8 +2484,10 @@ def rule_step(asked: Asked) -> Pick:
 def fill_groups(template: str, match: re.Match[str]) -> str:
     """`$1`, `$name` and `${name}` in a rule's model, filled from the match."""
     groups = match.groupdict() | {str(n): text for n, text in enumerate((match[0], *match.groups()))}
-    reference = r"\$(?:\{(\w+)\}|(\d+|[A-Za-z_]\w*))"
-    return re.sub(reference, lambda name: groups.get(name[1] or name[2]) or "", template)
+    return _GROUP.sub(lambda name: groups.get(name[1] or name[2]) or "", template)
+
+
+_GROUP = re.compile(r"\$(?:\{(\w+)\}|(\d+|[A-Za-z_]\w*))")
 
 
 # What Claude Code (2.1.330) puts among the user's words: reminders; and beside a tool result that it loaded a tool or a
@@ -2698,11 +2700,14 @@ ROUTE_STEPS: tuple[tuple[str, Callable[[Asked], Pick]], ...] = (
 
 
 def idle_rules(config: Config) -> Iterator[str]:
-    """A warning for each prompt rule that is passed over whatever it matches."""
+    """A warning for each prompt rule that is passed over whatever it matches, or names a group that its pattern lacks."""
     for number, rule in enumerate(config.router.rules, 1):
+        at, groups = f"[[router.rules]] {number}: its model {rule.model!r}", rule.pattern.groupindex
         if "$" not in rule.model and not resolve(config, rule.model):
-            hint = instead_of(config, rule.model)
-            yield f"[[router.rules]] {number}: its model {rule.model!r} is served by nobody, so it is passed over: {hint}"
+            yield f"{at} is served by nobody, so it is passed over: {instead_of(config, rule.model)}"
+        for name in (a or b for a, b in _GROUP.findall(rule.model)):
+            if not (int(name) <= rule.pattern.groups if name.isdecimal() else name in groups):
+                yield f"{at} names the group ${name}, which its pattern lacks: it stands for nothing"
 
 
 def check_routes(config: Config) -> None:

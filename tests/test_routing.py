@@ -319,12 +319,16 @@ def test_a_rule_that_names_nothing_served_is_told_in_the_trail() -> None:
 
 
 def test_a_rule_that_can_name_nothing_served_is_warned_of() -> None:
-    rule = "[[router.rules]]\npattern = 'a'\nmodel = '{}'\n"
+    rule = "[[router.rules]]\npattern = 'use (?P<name>\\S+)'\nmodel = '{}'\n"
     served = '[[providers]]\nname = "d"\ntype = "demo"\nmodels = ["small"]\n'
-    [warning] = ccmux.load_config("".join(map(rule.format, ["d/x", "$1", "smal"])) + served, {}).warnings
-    assert (
-        warning.startswith("[[router.rules]] 3: its model 'smal' is") and "did you mean 'small'?" in warning
-    )
+    models = ["d/x", "$1", "$0", "d/${name}", "smal", "$2", "d/$nam"]
+    warnings = ccmux.load_config("".join(map(rule.format, models)) + served, {}).warnings
+    assert [w[:43] for w in warnings] == [
+        "[[router.rules]] 5: its model 'smal' is ser",
+        "[[router.rules]] 6: its model '$2' names th",
+        "[[router.rules]] 7: its model 'd/$nam' name",
+    ]
+    assert "did you mean 'small'?" in warnings[0] and "group $nam, which its pattern lacks" in warnings[2]
 
 
 @pytest.mark.parametrize("model", ["small", "$1"])
