@@ -13627,15 +13627,20 @@ async def no_more_posts(state: State, seconds: float) -> None:
 
 
 async def watch_config(state: State, args: argparse.Namespace) -> None:
-    """Swaps the config in when its file has changed; a broken file keeps the old one and says so."""
+    """Swaps the config in when its file has changed; a broken file keeps the old one and says so.
+
+    Only a file that two looks find the same: many editors empty it and write it anew, and its first half may be a
+    good config that lacks the models.
+    """
     seen: tuple[str, tuple[int, ...]] = (state.config.path, ())  # it may have changed since it was read
+    now = seen
     while True:
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.25)
         # `init` may have made one since the start.
         if not state.config.path and (made := ccmux_home() / "config.toml").exists():
             state.config = dataclasses.replace(state.config, path=str(made))
-        now = (state.config.path, stamp_of(Path(state.config.path)))
-        if state.config.path and now != seen:
+        before, now = now, (state.config.path, stamp_of(Path(state.config.path)))
+        if state.config.path and before == now != seen:
             seen = now
             reload_config(state, args)
 

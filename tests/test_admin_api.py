@@ -529,6 +529,24 @@ async def test_a_change_between_the_load_and_the_watch_is_seen(tmp_path: Path) -
         watcher.cancel()
 
 
+async def test_a_file_that_is_still_being_written_is_no_config(tmp_path: Path) -> None:
+    half, rest = DEMO, '[router]\ndefault = "d/x"\n'
+    async with admin_of(tmp_path, half + rest) as (admin, _):
+        old = admin.state.config
+        watcher = asyncio.create_task(ccmux.watch_config(admin.state, argparse.Namespace()))
+        with admin.file.open(
+            "w"
+        ) as file:  # emptied, and written anew in pieces, as by an editor on a slow disk
+            for piece in (half, *["#" * 99 + "\n"] * 50):
+                file.write(piece)
+                file.flush()
+                await asyncio.sleep(0.02)
+                assert admin.state.config is old
+            file.write(rest.replace("d/x", "d/y"))
+        await until(lambda: admin.state.config.router.default == "d/y", "the whole file is in use")
+        watcher.cancel()
+
+
 async def test_a_stale_save_is_a_conflict(tmp_path: Path) -> None:
     async with admin_of(tmp_path) as (admin, _):
         first = await admin.hash()
