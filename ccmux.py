@@ -3306,9 +3306,8 @@ def not_a_stream(text: str, what: str) -> ApiError:
     payload = parsed(text)
     if isinstance(payload, (dict, list)) and error_words(payload):
         return error_of_event(payload)
-    start = " ".join(re.sub("<[^>]*>", " ", text[:4000]).split())[
-        :120
-    ]  # Claude Code hides words with tags in them
+    # Claude Code hides words with tags in them.
+    start = " ".join(re.sub("<[^>]*>", " ", text[:4000]).split())[:120]
     return broken_stream(f"the provider's answer is not an {what}; it begins: {start}")
 
 
@@ -13589,9 +13588,7 @@ def stop_on_signals() -> asyncio.Event:
         asked.set()
         stop.set()
 
-    if (
-        sys.platform == "win32"
-    ):  # the loop takes no handlers there; SIGBREAK is Ctrl-Break, and a console that closes
+    if sys.platform == "win32":  # whose loop takes no handlers; SIGBREAK is also a console that closes
         for number in (signal.SIGINT, signal.SIGBREAK):
             signal.signal(number, lambda number, _: loop.call_soon_threadsafe(ask, number))
         return stop
