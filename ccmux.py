@@ -6568,10 +6568,11 @@ class TokenCounter:
             self.whole[piece.key] = in_piece
         count = max(1, math.ceil(tokens * self.factors.get(place, (1.0, 0))[0]))
         self.cache.update(counts)
+        counted = (*place, count)
         if looked.encoding is not ESTIMATE:
-            self.recent[*place, count] = tokens
+            self.recent[counted] = tokens
         else:
-            self.recent.pop((*place, count), None)  # the same number, but nothing to learn from
+            self.recent.pop(counted, None)  # the same number, but nothing to learn from
         for kept, most in ((self.whole, CACHE_SIZE), (self.cache, CACHE_SIZE), (self.recent, RECENT)):
             while len(kept) > most:
                 kept.popitem(last=False)
@@ -13557,10 +13558,8 @@ async def fetch_vocabulary(session: aiohttp.ClientSession, url: str, name: str) 
     file_name, sha256 = VOCABULARIES[name]
     try:
         folder = ccmux_home() / "tiktoken"
-        async with (
-            asyncio.timeout(10),
-            session.get(url, proxy=environment_proxy(url), allow_redirects=False) as answer,
-        ):
+        request = session.get(url, proxy=environment_proxy(url), allow_redirects=False)
+        async with asyncio.timeout(10), request as answer:
             data = await answer.read()
         if answer.status != 200 or hashlib.sha256(data).hexdigest() != sha256:
             log.warning("the tiktoken vocabulary %s could not be downloaded: status %s", name, answer.status)

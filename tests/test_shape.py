@@ -53,6 +53,16 @@ def test_a_banner_says_whether_its_section_is_pure() -> None:
     assert [("(pure" in t) for t in listed()] == [("(pure" in t) for t in TITLES[1:]]
 
 
+def test_an_older_python_gets_as_far_as_being_told_so() -> None:
+    """It compiles the whole file before it runs the first line, so the file keeps to what Python 3.8 can read."""
+    tree = ast.parse(SOURCE, feature_version=(3, 8))  # which lets these two pass:
+    indexes = [
+        n.slice for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Tuple)
+    ]
+    assert not [i.lineno for i in indexes if any(isinstance(part, ast.Starred) for part in i.elts)]
+    assert not [n for n, line in enumerate(LINES, 1) if re.fullmatch(r"\s*(async )?with \(", line)]
+
+
 def names_defined(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         yield node.name
