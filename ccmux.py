@@ -51,7 +51,11 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 11):
-    sys.exit(f"ccmux needs Python 3.11 or newer; this is Python {sys.version.split()[0]}")
+    sys.stderr.write(
+        f"ccmux needs Python 3.11 or newer, and this is {sys.version.split()[0]}: start it with a newer one "
+        "(python3.12 ccmux.py, say), or with `uv run --script ccmux.py`, which brings its own\n"
+    )
+    sys.exit(2)
 
 import contextlib
 import marshal
