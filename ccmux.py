@@ -7338,6 +7338,16 @@ def storable(value: Any) -> Any:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
+def check_sqlite(version: tuple[int, ...]) -> None:
+    """ConfigError where Python was built with a SQLite that knows no strict tables (RHEL 9's, Debian 11's)."""
+    if version < (3, 37):
+        mine = ".".join(map(str, version))
+        raise ConfigError(
+            f"this Python has SQLite {mine}, and ccmux needs 3.37 or newer: start it with another Python, or with "
+            "`uv run --script ccmux.py`, which brings its own"
+        )
+
+
 def iso(moment: datetime) -> str:
     """ISO 8601 in UTC with milliseconds and Z."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
@@ -7382,6 +7392,7 @@ class Store:
 
     def __init__(self, path: str, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         """Opens and migrates the database (made with mode 0600); ConfigError in one line where that fails."""
+        check_sqlite(sqlite3.sqlite_version_info)
         self.path, self.now = path, now
         self.lock_file: typing.IO[str] | None = None
         self.thread: threading.Thread | None = None

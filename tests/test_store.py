@@ -72,6 +72,12 @@ async def place(
 # Users and keys.
 
 
+def test_a_sqlite_that_is_too_old_is_told() -> None:
+    ccmux.check_sqlite((3, 37, 0))
+    with pytest.raises(ccmux.ConfigError, match="SQLite 3.34.1, and ccmux needs 3.37 or newer"):
+        ccmux.check_sqlite((3, 34, 1))
+
+
 def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path: Path) -> None:
     store = ccmux.Store(str(tmp_path / "a.db"))
     user, key = store.add_user("ann", 5_000_000, {"day_microusd": 1}, "a friend")
