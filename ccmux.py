@@ -4567,13 +4567,26 @@ def responses_tools(body: Json, to: Upstream) -> list[Json]:
 
 
 def responses_tool_choice(body: Json, to: Upstream) -> Json:
-    """Flat where Chat Completions nests; a forced server tool is the only tool there, so any call will do."""
     out = openai_tool_choice(body, to)
     if isinstance(out.get("tool_choice"), dict):
-        name = out["tool_choice"]["function"]["name"]
-        known = name in {upstream_name(str(t["name"])) for t in client_tools(body)}
-        out["tool_choice"] = {"type": "function", "name": name} if known else "required"
+        out["tool_choice"] = responses_forced(body["tool_choice"].get("name"), body)
     return out
+
+
+def responses_forced(name: Any, body: Json) -> Json | str:
+    """The tool that must be called: flat where Chat Completions nests it; the web search by its type, or as any call
+    where it is the only tool; auto where it is one that was left out.
+    """
+    if is_function(name, body):
+        return {"type": "function", "name": upstream_name(str(name))}
+    if name != (web_search_of(body) or {}).get("name"):
+        return "auto"
+    return {"type": "web_search"} if client_tools(body) else "required"
+
+
+def is_function(name: Any, body: Json) -> bool:
+    """Whether it is the name of a tool that the client itself runs."""
+    return any(tool["name"] == name for tool in client_tools(body))
 
 
 def responses_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
@@ -4876,6 +4889,8 @@ def gemini_function(tool: Json) -> Json:
 def gemini_tool_config(body: Json, to: Upstream) -> Json:
     choice = as_object(body.get("tool_choice"))
     kind = to.tool_choice(str(choice.get("type")))
+    if kind == "tool" and not is_function(choice.get("name"), body):
+        kind = "auto"  # nothing forces a search
     config: Json = {"mode": {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}.get(kind)}
     if kind == "tool":
         config["allowedFunctionNames"] = [upstream_name(str(choice.get("name")))]

@@ -332,6 +332,7 @@ def test_generation_config() -> None:
         ({"type": "none"}, {"mode": "NONE"}),
         (None, None),
         ({"type": "tool", "name": "Bash"}, {"mode": "ANY", "allowedFunctionNames": ["Bash"]}),
+        ({"type": "tool", "name": "web_search"}, {"mode": "AUTO"}),
     ],
 )
 def test_tool_choice(choice: Any, expected: Any) -> None:

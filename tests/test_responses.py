@@ -460,6 +460,21 @@ def test_parameters(body: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("tools", "name", "expected"),
+    [
+        ([SEARCH], "web_search", "required"),
+        ([SEARCH, BASH], "web_search", {"type": "web_search"}),
+        ([SEARCH, BASH], "Bash", {"type": "function", "name": "Bash"}),
+        ([SEARCH, BASH], "code_execution", "auto"),
+        ([BASH], "web_search", "auto"),
+    ],
+)
+def test_a_tool_that_must_be_called(tools: list[Any], name: str, expected: Any) -> None:
+    body = {"messages": [user("hi")], "tools": tools, "tool_choice": {"type": "tool", "name": name}}
+    assert responses_request(body, CODEX)["tool_choice"] == expected
+
+
+@pytest.mark.parametrize(
     ("model", "asks"),
     [
         ("gpt-4.1", False),
