@@ -3383,8 +3383,14 @@ def openai_request(body: Json, to: Upstream) -> Json:
 
 
 def without(out: Json, to: Upstream) -> Json:
-    """The request without what this upstream is known to refuse."""
-    return {k: v for k, v in out.items() if k not in to.skip and k not in to.quirks.drop}
+    """The request, or a part of it, without what this upstream is known to refuse; the names of that are in snake case."""
+    refused = to.skip.union(to.quirks.drop)
+    return {k: v for k, v in out.items() if k not in refused and snake_case(k) not in refused}
+
+
+@functools.lru_cache(1024)
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 # Turns: what all translated dialects build their messages from.
@@ -4916,16 +4922,16 @@ GEMINI_BUDGETS = {"minimal": 512, "low": 4096, "medium": 12288, "high": 24576, "
 
 def gemini_thinking(body: Json, to: Upstream) -> Json:
     """thinkingConfig by effort or budget; thoughts are shown unless the client turned thinking off."""
-    if _NEVER_THINKS.search(to.model):
+    if _NEVER_THINKS.search(to.model) or "reasoning_effort" in to.skip:
         return {}
     thinking = as_object(body.get("thinking"))
     by_budget = bool(_THINKS_BY_BUDGET.search(to.model))
+    above = ("xhigh",) if _TAKES_XHIGH.search(to.model) else ()
+    levels = efforts_of(to, EFFORTS if by_budget else ("low", "medium", "high", *above))
     if thinking.get("type") == "disabled":  # the least there is: only 2.5 Flash can do without
         least = 128 if "pro" in to.model else 0
-        return {"thinkingBudget": least} if by_budget else {"thinkingLevel": "low"}
-    above = ("xhigh",) if _TAKES_XHIGH.search(to.model) else ()
-    levels = EFFORTS if by_budget else ("low", "medium", "high", *above)
-    effort, budget = wanted_effort(body, efforts_of(to, levels)), thinking.get("budget_tokens")
+        return {"thinkingBudget": least} if by_budget else {"thinkingLevel": levels[0]} if levels else {}
+    effort, budget = wanted_effort(body, levels), thinking.get("budget_tokens")
     out: Json = {"includeThoughts": True} if thinking.get("type") in ("enabled", "adaptive") else {}
     if by_budget and type(budget) is int:
         out["thinkingBudget"] = min(max(budget, 512), GEMINI_BUDGETS["max"])
@@ -9215,9 +9221,9 @@ class Plan:
 
 DROPPABLE = (
     "temperature", "top_p", "top_k", "reasoning_effort", "stream_options", "parallel_tool_calls", "prompt_cache_key",
-    "stop", "response_format", "tool_choice", "max_tokens", "max_completion_tokens", "web_search_options", "plugins",
-    "reasoning", "include", "store", "text", "thinking", "metadata", "cache_control", "stop_sequences", "output_config",
-    "output_config.effort",
+    "stop", "response_format", "tool_choice", "max_tokens", "max_completion_tokens", "max_output_tokens",
+    "web_search_options", "plugins", "reasoning", "include", "store", "text", "thinking", "metadata", "cache_control",
+    "stop_sequences", "output_config", "output_config.effort",
 )  # fmt: skip
 _REFUSES = re.compile(
     r"(?i)unsupported|unknown|unrecognized|not supported|not permitted|extra inputs|does not support|unexpected|"
@@ -9256,8 +9262,12 @@ PARTS_REFUSED = {
 }
 # What `refused_parameter` knows besides parameters: only a request that is made here can do without.
 OURS_ALONE = ("reasoning.summary", "user_after_tool")
-# Ollama's, of a model that does not think, or knows no levels of it (v0.17.4).
-_THINKING_REFUSED = re.compile(r'" does not support thinking|^think value ')
+# Ollama's, of a model that does not think, or knows no levels of it (v0.17.4); Google's, of one that has no such setting
+# (github.com/googleapis/js-genai/issues/681, github.com/google-gemini/gemini-cli/issues/1953).
+_THINKING_REFUSED = re.compile(
+    r'" does not support thinking|^think value |(?i:\bthinking(?:[ _](?:config|level|budget))?(?:\.include_thoughts)? is '
+    r"(?:not (?:supported|enabled|configurable)|only enabled))"
+)
 # On /v1/messages, where Claude Code asks for thinking in each main turn: those words, and LiteLLM's of a model that it
 # does not know to reason.
 _NO_REASONING = re.compile(
@@ -9308,7 +9318,7 @@ def refused_parameter(message: str, param: str = "") -> str:
     )
     quoted = re.findall(named_in, message.replace("response format", "response_format"))
     named = [param, *(name for names in quoted for name in names if name)]
-    snake = (re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in named)  # xAI's are in camel case
+    snake = map(snake_case, named)  # xAI's and Google's are in camel case
     tops = (name if name in DROPPABLE else name.split(".")[0] for name in snake)
     return next((top for top in tops if top in DROPPABLE), "")
 

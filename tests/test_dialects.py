@@ -402,6 +402,16 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
          "reasoning_effort"),  # vLLM
         ('"llama3.1:8b" does not support thinking', "", "reasoning_effort"),
         ('think value "high" is not supported for this model', "", "reasoning_effort"),
+        ("thinking_config is not supported.", "", "reasoning_effort"),
+        ("Thinking level is not supported for this model.", "", "reasoning_effort"),
+        ("Unable to submit request because thinking is not supported by this model. Learn more: https://cloud.google.com/",
+         "", "reasoning_effort"),
+        ("Unable to submit request because thinking is not configurable in this model; please remove the thinking_config "
+         "setting and try it again.", "", "reasoning_effort"),
+        ("Thinking_config.include_thoughts is only enabled when thinking is enabled..", "", "reasoning_effort"),
+        ("Thinking is not enabled for models/gemini-2.0-flash-preview-image-generation", "", "reasoning_effort"),
+        ('Invalid JSON payload received. Unknown name "topK" at \'generation_config\': Cannot find field.', "", "top_k"),
+        ("Unsupported parameter: max_output_tokens", "", "max_output_tokens"),
         ("output_config.effort: Input should be 'low', 'medium', 'high' or 'max'", "", "output_config.effort"),
         ('output_config.effort "high" is not supported by model m; supported values: [medium]', "", "output_config.effort"),
         ("output_config: Extra inputs are not permitted", "", "output_config"),

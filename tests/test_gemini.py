@@ -312,6 +312,11 @@ def test_a_refused_level_is_the_next_lower_one() -> None:
     assert out["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "low"}
 
 
+def test_the_least_level_is_the_least_that_is_not_refused() -> None:
+    out = request_of(user("hi"), to=upstream("gemini-3-pro", skip=frozenset({"effort.low"})), **OFF)
+    assert out["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "medium"}
+
+
 def test_generation_config() -> None:
     schema = {"type": "object", "properties": {"title": {"type": "string"}}, "additionalProperties": False}
     asked = {
@@ -500,9 +505,13 @@ def test_server_tools_that_are_left_out_are_told(format: str, tools: list[Any], 
     assert ccmux.left_out({"tools": tools}, ccmux.DIALECTS[format]) == left
 
 
-def test_what_an_upstream_refuses_is_left_out() -> None:
-    to = upstream("gemini-3-pro", skip=frozenset({"temperature"}), vision=False)
-    assert request_of(user("hi"), to=to, temperature=1, top_p=1)["generationConfig"] == {"topP": 1}
+@pytest.mark.parametrize("refused", ["temperature", "top_p", "stop_sequences", "reasoning_effort"])
+def test_what_an_upstream_refuses_is_left_out(refused: str) -> None:
+    asked = {"temperature": 1, "top_p": 1, "stop_sequences": ["x"], **ADAPTIVE}
+    names = {"top_p": "topP", "stop_sequences": "stopSequences", "reasoning_effort": "thinkingConfig"}
+    to = upstream("gemini-3-pro", skip=frozenset({refused}))
+    sent, all_sent = (request_of(user("hi"), to=t, **asked)["generationConfig"] for t in (to, FLASH))
+    assert all_sent.keys() - sent.keys() == {names.get(refused, refused)}
 
 
 @given(BODIES)
