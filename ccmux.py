@@ -4874,12 +4874,14 @@ def gemini_request(body: Json, to: Upstream) -> Json:
     out: Json = {"contents": gemini_contents(body, to)}
     if blocks := system_blocks(body):
         out["systemInstruction"] = {"parts": [{"text": str(b["text"])} for b in blocks]}
-    if declarations := each(client_tools(body), gemini_function):
-        out["tools"] = [{"functionDeclarations": declarations}]
-        out.update(gemini_tool_config(body, to))
-    elif web_search_of(body):
-        # Before Gemini 3 none takes it beside functions; later ones do, where all that they found comes back each time.
-        out["tools"] = [{"googleSearch": {}}]
+    declarations = each(client_tools(body), gemini_function)
+    tool: Json = {"functionDeclarations": declarations} if declarations else {}
+    if web_search_of(body) and not (declarations and searches_alone(to)):
+        tool["googleSearch"] = {}
+    if tool:
+        out["tools"] = [tool]
+    if declarations:
+        out.update(gemini_tool_config(body, to, searches="googleSearch" in tool))
     if config := without(gemini_config(body, to), to):
         out["generationConfig"] = config
     return without(out | to.quirks.extra_body, to)
@@ -4892,7 +4894,16 @@ def gemini_function(tool: Json) -> Json:
     return function
 
 
-def gemini_tool_config(body: Json, to: Upstream) -> Json:
+def searches_alone(to: Upstream) -> bool:
+    """Whether a model takes its web search only where there are no functions beside it, as all before Gemini 3 do."""
+    return not wants_signatures(to.model) or "googleSearch" in to.skip
+
+
+def gemini_tool_config(body: Json, to: Upstream, searches: bool) -> Json:
+    """Which functions may be called. Beside a search it must be asked to show what it found, and does not know AUTO.
+
+    https://ai.google.dev/gemini-api/docs/generate-content/tool-combination
+    """
     choice = as_object(body.get("tool_choice"))
     kind = to.tool_choice(str(choice.get("type")))
     if kind == "tool" and not is_function(choice.get("name"), body):
@@ -4900,7 +4911,11 @@ def gemini_tool_config(body: Json, to: Upstream) -> Json:
     config: Json = {"mode": {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}.get(kind)}
     if kind == "tool":
         config["allowedFunctionNames"] = [upstream_name(str(choice.get("name")))]
-    return {"toolConfig": {"functionCallingConfig": config}} if config["mode"] else {}
+    if config["mode"] == "AUTO" and searches:
+        config["mode"] = "VALIDATED"
+    out: Json = {"functionCallingConfig": config} if config["mode"] else {}
+    out |= {"includeServerSideToolInvocations": True} if searches else {}
+    return {"toolConfig": out} if out else {}
 
 
 def gemini_config(body: Json, to: Upstream) -> Json:
@@ -4982,7 +4997,9 @@ def gemini_result(call: Json, block: Json | None, to: Upstream) -> Json:
 
 
 def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
-    """An assistant turn. Of parallel calls only the first has a signature, and must have one."""
+    """An assistant turn, with what a search in it found. Of parallel calls only the first has a signature, and must have
+    one.
+    """
     kept = [p for p in own_payloads(blocks, to) if p.get("dialect") == "gemini"]
     signatures = {str(p.get("call")): p.get("signature") for p in kept}
     first = next(iter(calls_of(blocks)), "") if wants_signatures(to.model) else None
@@ -4997,6 +5014,8 @@ def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
             parts.append({"functionCall": call, **signed})
         elif text := words_of(block):
             parts.append({"text": text})
+        else:
+            parts += [part for kept in own_payloads([block], to) for part in as_list(kept.get("parts"))]
     return parts
 
 
@@ -5088,6 +5107,11 @@ class GeminiStream:
             self.out.thinking(text) if part.get("thought") else self.out.text(text)
         if isinstance(call, dict):
             self.call(call, part.get("thoughtSignature"))
+        if (
+            "toolCall" in part or "toolResponse" in part
+        ):  # a search beside functions, which is to come back as it is
+            parts = [*self.out.signature.get("parts", ()), part]
+            self.out.keep({"dialect": "gemini", "model": self.to.model, "parts": parts})
 
     def call(self, call: Json, signature: Any) -> None:
         name = str(call.get("name") or "")
@@ -5667,7 +5691,7 @@ class Dialect:
     version: str = "/v1"  # what a bare host is followed by
     is_local: bool = False  # answered in this process
     passes: str = ""  # the client format whose answers are relayed as they come
-    searches_alone: bool = False  # takes web search only where there are no functions beside it
+    searches_alone: Callable[[Upstream], bool] | None = None  # as the function of that name; None: none does
 
 
 DIALECTS: dict[str, Dialect] = {
@@ -5679,7 +5703,7 @@ DIALECTS: dict[str, Dialect] = {
     "responses": Dialect("/responses", ResponsesStream, responses_request),
     "gemini": Dialect(
         "/models/{model}:streamGenerateContent?alt=sse", GeminiStream, gemini_request, auth="x-goog-api-key",
-        version="/v1beta", searches_alone=True,
+        version="/v1beta", searches_alone=searches_alone,
     ),
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
 }  # fmt: skip
@@ -5780,9 +5804,9 @@ def preset(row: str) -> tuple[str, Json]:
 PRESETS: dict[str, Json] = dict(map(preset, PRESET_ROWS.strip().splitlines()))
 
 
-def left_out(body: Json, dialect: Dialect) -> list[str]:
+def left_out(body: Json, dialect: Dialect, to: Upstream) -> list[str]:
     """The types of those server tools that a translated request does without."""
-    is_crowd = dialect.searches_alone and bool(client_tools(body))
+    is_crowd = dialect.searches_alone and dialect.searches_alone(to) and bool(client_tools(body))
     others = [t for t in tools_of(body) if not is_client_tool(t)]
     return [str(t.get("type"))[:64] for t in others if is_crowd or not is_web_search(t)]
 
@@ -8745,7 +8769,7 @@ class Attempt:
         body = with_tool_changes(call.body)
         self.tools = {upstream: client for client, upstream in tool_names(body).items()}
         translated = dialect.request(body, to)
-        if left := left_out(call.body, dialect):
+        if left := left_out(call.body, dialect, to):
             name = self.provider.name
             log.info("request %s: server tools left out for %s: %r", call.request_id, name, left[:8])
         if len(call.raw) > LARGE:
@@ -9261,7 +9285,7 @@ PARTS_REFUSED = {
     ),
 }
 # What `refused_parameter` knows besides parameters: only a request that is made here can do without.
-OURS_ALONE = ("reasoning.summary", "user_after_tool")
+OURS_ALONE = ("reasoning.summary", "user_after_tool", "googleSearch")
 # Ollama's, of a model that does not think, or knows no levels of it (v0.17.4); Google's, of one that has no such setting
 # (github.com/googleapis/js-genai/issues/681, github.com/google-gemini/gemini-cli/issues/1953).
 _THINKING_REFUSED = re.compile(
@@ -9273,6 +9297,11 @@ _THINKING_REFUSED = re.compile(
 _NO_REASONING = re.compile(
     rf"{_THINKING_REFUSED.pattern}|doesn't support `reasoning\.effort`|"
     r"support parameters: \['(?:thinking|reasoning_effort)'"
+)
+# Google's, where a web search and functions come together: a model's, and Vertex AI's, which knows no key for it.
+_SEARCHES_ALONE = re.compile(
+    r"(?i)tool use with function calling is unsupported|\btools \(.{0,80}cannot be combined|they are all search tools|"
+    r"include_?server_?side_?tool_?invocations"
 )
 # "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
 _ROLES_REFUSED = re.compile(r"'user' after role 'tool'|roles must alternate")
@@ -9310,6 +9339,8 @@ def refused_parameter(message: str, param: str = "") -> str:
         return "reasoning.summary"
     if _ROLES_REFUSED.search(message):
         return "user_after_tool"
+    if _SEARCHES_ALONE.search(message):
+        return "googleSearch"
     if not _REFUSES.search(message):
         return ""
     named_in = (

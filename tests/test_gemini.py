@@ -493,16 +493,57 @@ def test_web_search() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "tools", "left"),
+    ("format", "model", "tools", "left"),
     [
-        ("gemini", [SEARCH], []),
-        ("gemini", [SEARCH, BASH], ["web_search_20250305"]),
-        ("responses", [SEARCH, BASH], []),
-        ("gemini", [{"type": "code_execution_20250825", "name": "c"}], ["code_execution_20250825"]),
+        ("gemini", "gemini-2.5-pro", [SEARCH], []),
+        ("gemini", "gemini-2.5-pro", [SEARCH, BASH], ["web_search_20250305"]),
+        ("gemini", "gemini-3.8-flash", [SEARCH, BASH], []),
+        ("responses", "gpt-5", [SEARCH, BASH], []),
+        ("gemini", "m", [{"type": "code_execution_20250825", "name": "c"}], ["code_execution_20250825"]),
     ],
 )
-def test_server_tools_that_are_left_out_are_told(format: str, tools: list[Any], left: list[str]) -> None:
-    assert ccmux.left_out({"tools": tools}, ccmux.DIALECTS[format]) == left
+def test_server_tools_that_are_left_out_are_told(
+    format: str, model: str, tools: list[Any], left: list[str]
+) -> None:
+    assert ccmux.left_out({"tools": tools}, ccmux.DIALECTS[format], upstream(model)) == left
+
+
+@pytest.mark.parametrize(
+    ("model", "skip", "searches"),
+    [
+        ("gemini-2.5-pro", (), False),
+        ("gemini-3.1-pro-preview", (), True),
+        ("gemini-3.8-flash", ("googleSearch",), False),
+    ],
+)
+def test_a_web_search_beside_functions(model: str, skip: tuple[str, ...], searches: bool) -> None:
+    to = upstream(model, skip=frozenset(skip))
+    out = request_of(user("hi"), to=to, tools=[SEARCH, BASH], tool_choice={"type": "auto"})
+    [tool] = out["tools"]
+    assert [f["name"] for f in tool["functionDeclarations"]] == ["Bash"]
+    assert ("googleSearch" in tool) == searches
+    mode = {"functionCallingConfig": {"mode": "VALIDATED" if searches else "AUTO"}}
+    assert out["toolConfig"] == ({**mode, "includeServerSideToolInvocations": True} if searches else mode)
+
+
+def test_what_a_search_beside_functions_found_comes_back_in_its_place() -> None:
+    searched = {"toolType": "GOOGLE_SEARCH_WEB", "id": "s1"}
+    parts = [
+        {"text": "I look."},
+        {"toolCall": {**searched, "args": {"queries": ["q"]}}, "thoughtSignature": "c2lnMQ=="},
+        {"toolResponse": {**searched, "response": {"search_suggestions": "<div></div>"}}},
+        {
+            "functionCall": {"id": "f1", "name": "Bash", "args": {"command": "ls"}},
+            "thoughtSignature": "c2lnMg==",
+        },
+    ]
+    events, error = read(flash(), sse(said(*parts[:2], finish=""), said(*parts[2:])))
+    assert error is None
+    check_grammar(events, ended=True)
+    contents = request_of(user("hi"), {"role": "assistant", "content": collect(events)["content"]})[
+        "contents"
+    ]
+    assert contents[1]["parts"] == parts
 
 
 @pytest.mark.parametrize("refused", ["temperature", "top_p", "stop_sequences", "reasoning_effort"])
