@@ -4673,11 +4673,16 @@ class ResponsesStream:
         self.out, self.names, self.to = out, names, to
         self.usage: Usage | None = None
         self.refused = False
-        self.sent: dict[Any, list[str]] = {}  # item -> what of its text or arguments is out
+        self.keys: dict[str, Any] = {}  # an item's id -> what tells it from the others
+        self.latest: Any = ""  # of the item that was begun last
+        self.items: dict[Any, Json] = {}  # as they were told last
+        self.sent: dict[Any, list[str]] = {}  # item -> what of its thought or arguments is out
+        self.begun: dict[Any, list[str]] = {}  # message that is not whole -> what of its text is out
+        self.said: list[str] = []  # the texts of the others
         self.live: Json | None = None  # the call that is open
         self.live_key: Any = None
         self.done: set[Any] = set()
-        self.told: set[str] = set()  # which calls are out, and which other kinds of items
+        self.told: set[str] = set()  # which calls are out, and which other kinds of items but messages
         self.behind: set[Any] = set()  # items of which a delta was passed over, so that they are taken whole
         self.waiting: list[tuple[Any, Json]] = []
         self.cited: dict[str, str] = {}  # URL -> title
@@ -4695,8 +4700,8 @@ class ResponsesStream:
         self.read(kind, event)
 
     def read(self, kind: str, event: Json) -> None:
-        item, key = as_object(event.get("item")), event.get("output_index")
-        key = key if isinstance(key, int) else str(event.get("item_id") or item.get("id") or "")
+        item = as_object(event.get("item"))
+        key = self.key_of(event, item)
         if self.live and key == self.live_key and "arguments" in event:
             self.live = {**self.live, "arguments": event["arguments"]}  # some tell them only here
         if kind == "response.output_item.added":
@@ -4712,15 +4717,49 @@ class ResponsesStream:
         elif kind == "response.reasoning_summary_part.added" and self.sent.get(key) and not self.live:
             self.show(self.out.thinking, key, "\n\n")
 
-    def item_added(self, key: Any, item: Json) -> None:
+    def key_of(self, event: Json, item: Json) -> Any:
+        """What tells an item from the others: its number, or its id where it has none or shares it.
+
+        Ollama 0.17 gives a call the number of the text before it, which it never ends; some relays tell none at all.
+        """
+        id, number = str(event.get("item_id") or item.get("id") or ""), event.get("output_index")
+        if isinstance(number, int) and self.keys.get(id) != id:
+            return number
+        return self.keys.get(id, id) if id else self.latest
+
+    def key_of_new(self, number: Any, item: Json) -> Any:
+        """What tells an item that begins from the others: its id where one that is not whole yet has its number."""
+        id, before = str(item.get("id") or ""), self.items.get(number, {})
+        is_shared = id and before.get("id") not in (None, "", id) and number not in self.done
+        key = id if is_shared else number
+        self.keys |= {id: key} if id else {}
+        return key
+
+    def item_added(self, number: Any, item: Json) -> None:
+        key = self.latest = self.key_of_new(number, item)
+        if self.live and key == self.live_key and not is_end_of(self.live, item) and self.is_whole():
+            self.item_done(key, self.live)  # no event has told so
         if not self.live:
-            self.sent.pop(key, None)  # Ollama gives a call the number of the text before it
+            self.anew(key, item)
         if item.get("type") == "function_call" and not self.live and item.get("name"):
             self.begin(key, item)
         elif item.get("type") == "reasoning" and self.out.kind == "thinking":
             self.out.close()  # one thinking block for each item, as each carries its own signature
         elif item.get("phase") and not self.live:
             self.out.keep(self.kept(phase=item["phase"]))
+
+    def anew(self, key: Any, item: Json) -> None:
+        """Lets go of the item that had this key before."""
+        self.sent.pop(key, None)
+        if key in self.begun:
+            self.said.append("".join(self.begun.pop(key)))
+        if key in self.done and is_another(item, self.items[key]):
+            self.done.discard(key)
+        self.items[key] = item
+
+    def is_whole(self) -> bool:
+        """Whether the arguments of the open call are."""
+        return whole_arguments(["".join(self.sent.get(self.live_key, ()))]) is not None
 
     def kept(self, **payload: Any) -> Json:
         return {"dialect": "responses", "model": self.to.model, **payload}
@@ -4734,9 +4773,10 @@ class ResponsesStream:
             self.behind.add(key)
         elif kind in ("response.output_text.delta", "response.refusal.delta"):
             self.refused |= kind == "response.refusal.delta"
-            self.told.add("message")
-            self.show(self.out.text, key, delta)
+            self.begun.setdefault(key, []).append(delta)
+            self.out.text(delta)
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            self.told.add("reasoning")
             self.show(self.out.thinking, key, delta)
 
     def show(self, write: Callable[[str], None], key: Any, text: str) -> None:
@@ -4755,12 +4795,15 @@ class ResponsesStream:
 
     def item_done(self, key: Any, item: Json) -> None:
         """An item is whole; it waits for a call that is still open."""
-        if key in self.done:
-            return
-        if self.live and key != self.live_key:
+        if self.live and not (key == self.live_key and is_end_of(self.live, item)):
             self.waiting.append((key, item))
             return
+        if key in self.done:
+            self.anew(key, item)
+            if key in self.done:
+                return
         self.done.add(key)
+        self.items[key] = item
         self.told.add(told_as(item))
         write = {
             "message": self.message_done, "reasoning": self.reasoning_done, "function_call": self.call_done,
@@ -4774,8 +4817,9 @@ class ResponsesStream:
         self.refused |= any(p.get("type") == "refusal" for p in parts)
         for note in (n for p in parts for n in as_list(p.get("annotations"))):
             self.note_citation(as_object(note))
-        text = "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
-        self.out.text(text[sum(map(len, self.sent.get(key, ()))) :])
+        text, begun = message_text(item), "".join(self.begun.pop(key, ()))
+        self.out.text(text[len(begun) :])
+        self.said.append(text or begun)
 
     def reasoning_done(self, key: Any, item: Json) -> None:
         summary = [as_object(p) for p in as_list(item.get("summary"))]
@@ -4824,13 +4868,33 @@ class ResponsesStream:
     def told_late(self, output: list[Json]) -> None:
         """Some servers tell items only in the last event, all or some, and may count them otherwise than before."""
         told, is_all = {*self.told}, not self.done
+        messages = self.late_messages(output)
         for place, item in enumerate(output):
             id = str(item.get("id"))
             key = id if id in self.sent else place
-            if is_all and key in self.sent:
+            if item.get("type") == "message":
+                if place in messages:
+                    self.item_done(messages[place], item)
+            elif is_all and key in self.sent:
                 self.item_done(key, item)  # what is left of it
-            elif told_as(item) not in told and (is_all or item.get("type") in ("message", "function_call")):
+            elif told_as(item) not in told and (is_all or item.get("type") == "function_call"):
                 self.item_done(("late", place), item)
+
+    def late_messages(self, output: list[Json]) -> dict[int, Any]:
+        """The places of the messages that are not told, or not to their end, with their keys; one that was told in other
+        words is the first of the rest.
+        """
+        texts = {n: message_text(item) for n, item in enumerate(output) if item.get("type") == "message"}
+        keys: dict[int, Any] = {}
+        for text in self.said:
+            texts.pop(next((n for n in texts if texts[n] == text), next(iter(texts), -1)), "")
+        for key, pieces in self.begun.items():
+            place = next((n for n in texts if texts[n].startswith("".join(pieces))), -1)
+            if texts.pop(place, None) is not None:
+                keys[place] = key
+            else:
+                texts.pop(next(iter(texts), -1), "")
+        return keys | {n: ("late", n) for n in texts}
 
     def finish(self) -> None:
         """The end of the bytes, which is an error unless the answer has ended."""
@@ -4840,6 +4904,23 @@ class ResponsesStream:
 
 def told_as(item: Json) -> str:
     return str(item.get("call_id") or item.get("type"))
+
+
+def is_end_of(call: Json, item: Json) -> bool:
+    """Whether an item that bears an open call's number is that call."""
+    ids = {call.get("call_id"), item.get("call_id")} - {None, ""}
+    return item.get("type") == "function_call" and len(ids) < 2
+
+
+def is_another(item: Json, before: Json) -> bool:
+    """Whether two items of one number are not the same."""
+    ids = [i.get("id") or i.get("call_id") for i in (item, before)]
+    return ids[0] != ids[1] if any(ids) else item != before
+
+
+def message_text(item: Json) -> str:
+    parts = [p for p in as_list(item.get("content")) if isinstance(p, dict)]
+    return "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
 
 
 # Codes of a failed response that say the request is at fault: another try would not differ.

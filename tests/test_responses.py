@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from typing import Any
 
@@ -166,27 +167,70 @@ def test_answers(events: list[Any], kinds: list[str]) -> None:
 
 
 WAYS = st.sampled_from(["in pieces", "whole", "last"])
+NUMBERS: dict[str, Any] = {  # what tells items from each other
+    "numbers": lambda place: {"output_index": place},
+    "both": lambda place: {"output_index": place, "item_id": f"i{place}"},
+    "ids": lambda place: {"item_id": f"i{place}"},
+    "ids, numbered alike": lambda place: {"output_index": 0, "item_id": f"i{place}"},
+    "the same number": lambda place: {"output_index": 0},
+    "nothing": lambda place: {},
+    "ids, numbered by their beginning and end": lambda place: {"output_index": place, "item_id": f"i{place}"},
+}
 
 
-@given(st.lists(st.tuples(st.booleans(), WAYS), min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None)
-def test_each_item_is_told_once_whichever_events_tell_it(plan: list[tuple[bool, str]]) -> None:
-    """A message at most, and calls, each in pieces, whole, or in the last event alone, which has them all."""
-    events: list[Any] = []
-    output: list[Any] = []
-    for place, (is_call, way) in enumerate(plan):
-        item = {**CALL, "call_id": f"c{place}"} if is_call or MESSAGE in output else MESSAGE
-        output.append(item)
-        if way == "in pieces":
-            events.append(added({**item, "arguments": "", "content": []}, place))
-            events += [text_delta(letter, place) for letter in "hi" if item is MESSAGE]
-        if way != "last":
-            events.append(done(item, place))
-    content = told(*events, completed(*output))["content"]
-    assert sorted(b["id"] for b in content if b["type"] == "tool_use") == [
-        i["call_id"] for i in output if i is not MESSAGE
+def numbered(event: Any, place: int, numbers: str) -> Any:
+    """The event as a server tells it that counts items so."""
+    mark = NUMBERS[numbers](place)
+    told = {k: v for k, v in event.items() if k != "output_index"} | mark
+    if "item" not in told and numbers.endswith("end"):
+        del told["output_index"]
+    if "item" in told and "item_id" in told:
+        told["item"] = {**told["item"], "id": told.pop("item_id")}
+    return told
+
+
+def told_of(item: Any, way: str) -> list[Any]:
+    """The events that tell of an item before the last one."""
+    if way == "last":
+        return []
+    if way == "whole":
+        return [done(item)]
+    kind = "output_text" if item["type"] == "message" else "function_call_arguments"
+    whole = item["content"][0]["text"] if item["type"] == "message" else item["arguments"]
+    pieces = [{"type": f"response.{kind}.delta", "delta": letter} for letter in whole]
+    return [added({**item, "arguments": "", "content": []}), *pieces, done(item)]
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@given(
+    st.lists(st.tuples(st.sampled_from(["hi", "ho", ""]), WAYS), min_size=1, max_size=4), *[st.booleans()] * 2
+)
+@settings(max_examples=60, deadline=None)
+def test_each_item_is_told_once_whichever_events_tell_it(
+    numbers: str, plan: list[tuple[str, str]], at_once: bool, ends: bool
+) -> None:
+    """Messages and calls, each in pieces, whole, or in the last event alone, which has them all; one after another, or
+    all of them at once where each event says what item it is of. Some servers end none of them.
+    """
+    output = [
+        {**MESSAGE, "content": [{"type": "output_text", "text": words}]}
+        if words
+        else {**CALL, "call_id": f"c{n}"}
+        for n, (words, _) in enumerate(plan)
     ]
-    assert [b["text"] for b in content if b["type"] == "text"] == ["hi" for i in output if i is MESSAGE]
+    events = [
+        [numbered(e, n, numbers) for e in told_of(item, way)]
+        for n, (item, (_, way)) in enumerate(zip(output, plan, strict=True))
+    ]
+    events = [[e for e in item if ends or e["type"] != done({})["type"]] for item in events]
+    is_clear = numbers != "ids, numbered alike" or "whole" not in [way for _, way in plan]
+    is_told_apart = is_clear and numbers not in ("the same number", "nothing")
+    turns = itertools.zip_longest(*events) if at_once and is_told_apart else events
+    content = told(*filter(None, itertools.chain.from_iterable(turns)), completed(*output))["content"]
+    calls = [(b["id"], b["input"]) for b in content if b["type"] == "tool_use"]
+    assert sorted(calls) == sorted((i["call_id"], {"a": 1}) for i in output if i["type"] != "message")
+    texts = "".join(b["text"] for b in content if b["type"] == "text")
+    assert sorted(texts) == sorted("".join(words for words, _ in plan))
 
 
 def test_a_call_that_is_begun_twice_goes_out_once() -> None:
@@ -207,7 +251,7 @@ def test_a_call_that_has_the_number_of_the_text_before_it() -> None:
 def test_a_text_whose_item_is_never_told_done_goes_out_once(place: Any, words: str) -> None:
     piece = {"type": "response.output_text.delta", **place, "delta": words}
     (block,) = told(piece, completed({**MESSAGE, "id": "m1"}))["content"]
-    assert block["text"] == ("hi" if "item_id" in place else words)
+    assert block["text"] == "hi"
 
 
 def test_a_text_that_goes_on_beside_a_call() -> None:
