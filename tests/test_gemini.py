@@ -120,6 +120,19 @@ def test_a_whole_call_before_the_limit_is_one_to_run() -> None:
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+@pytest.mark.parametrize("id", [{}, {"id": "f1"}], ids=["no id", "the same id"])
+def test_calls_that_their_ids_do_not_tell_apart_get_their_own_results(id: Any) -> None:
+    calls = [{"functionCall": {"name": "Bash", "args": {"n": n}, **id}} for n in (1, 2)]
+    events, _ = read(flash(), sse(said(*calls)))
+    made = collect(events)["content"]
+    first, second = (block["id"] for block in made)
+    assert first != second
+    results = user(tool_result(second, "two"), tool_result(first, "one"))
+    sent = request_of(user("hi"), {"role": "assistant", "content": made}, results)["contents"]
+    assert [p["functionCall"]["args"]["n"] for p in sent[1]["parts"]] == [1, 2]
+    assert [p["functionResponse"]["response"]["output"] for p in sent[2]["parts"]] == ["one", "two"]
+
+
 @pytest.mark.parametrize("reason", ["SAFETY", "OTHER", "JAILBREAK"])
 def test_a_blocked_prompt_is_refused(reason: str) -> None:
     events, error = read(flash(), sse({"promptFeedback": {"blockReason": reason}}))

@@ -233,6 +233,17 @@ def test_each_item_is_told_once_whichever_events_tell_it(
     assert sorted(texts) == sorted("".join(words for words, _ in plan))
 
 
+@pytest.mark.parametrize("id", ["", "c1"], ids=["no id", "the same id"])
+def test_calls_that_their_ids_do_not_tell_apart_get_their_own_results(id: str) -> None:
+    calls = [{**CALL, "call_id": id, "arguments": '{"n":%d}' % n} for n in (1, 2)]
+    made = told(done(calls[0]), done(calls[1], 1), completed())["content"]
+    first, second = (block["id"] for block in made)
+    assert first != second
+    results = user(tool_result(second, "two"), tool_result(first, "one"))
+    items = request_of(user("hi"), {"role": "assistant", "content": made}, results)["input"][1:]
+    assert [i.get("arguments") or i["output"] for i in items] == ['{"n": 1}', '{"n": 2}', "one", "two"]
+
+
 def test_a_call_that_is_begun_twice_goes_out_once() -> None:
     message = told(BEGUN, piece_of('{"a":'), BEGUN, done(CALL), completed(CALL))
     assert [b["input"] for b in message["content"]] == [{"a": 1}]
