@@ -3586,8 +3586,20 @@ def words_of(block: Json) -> str:
 def parts_of(blocks: Iterable[Json], part: Callable[[Json, Upstream], Json], to: Upstream) -> list[Json]:
     """A user's blocks as content parts, each made by `part`; results and what no user says are left out."""
     apart = ("tool_result", "tool_use", "thinking", "redacted_thinking")
-    parts = [part(block, to) for block in blocks if block.get("type") not in apart]
+    parts = [part(b, to) for block in blocks if block.get("type") not in apart for b in unfolded(block)]
     return [p for p in parts if p.get("text") != ""]
+
+
+def unfolded(block: Json) -> list[Json]:
+    """A document that is made of blocks, images among them, as these under its title; another block as it is."""
+    inner = inner_blocks(block) if block.get("type") == "document" else []
+    if not any(b.get("type") == "image" for b in inner):
+        return [block]
+    return [{"type": "text", "text": str(block.get("title") or "")}, *inner]
+
+
+def inner_blocks(document: Json) -> list[Json]:
+    return blocks_of(as_object(document.get("source")).get("content"))
 
 
 def roles_of(blocks: list[Json], system: str, to: Upstream) -> list[tuple[str, list[Json]]]:
@@ -3605,7 +3617,7 @@ def document_text(block: Json) -> str:
     if source.get("type") == "text":
         text = str(source.get("data") or "")
     elif source.get("type") == "content":
-        text = text_of(source.get("content"))
+        text = "\n\n".join(map(block_text, inner_blocks(block)))
     elif source.get("type") == "url":
         text = str(source.get("url") or "")
     else:

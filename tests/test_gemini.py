@@ -277,6 +277,12 @@ def test_conversation_as_contents() -> None:
     ]
 
 
+def test_a_document_of_blocks_keeps_its_images() -> None:
+    document = {"type": "document", "title": "T", "source": {"type": "content", "content": ["see", PNG]}}
+    parts = request_of(user(document))["contents"][0]["parts"]
+    assert [p.get("text") or [*p] for p in parts] == ["T", "see", ["inlineData"]]
+
+
 def test_answers_around_a_turn_that_comes_to_nothing_are_one() -> None:
     orphan = tool_result("nobody asked", "x")
     contents = request_of(user("a"), assistant("b"), user(orphan), assistant("c"), user("d"))["contents"]

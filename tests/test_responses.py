@@ -235,7 +235,7 @@ def test_each_item_is_told_once_whichever_events_tell_it(
 
 @pytest.mark.parametrize("id", ["", "c1"], ids=["no id", "the same id"])
 def test_calls_that_their_ids_do_not_tell_apart_get_their_own_results(id: str) -> None:
-    calls = [{**CALL, "call_id": id, "arguments": '{"n":%d}' % n} for n in (1, 2)]
+    calls = [{**CALL, "call_id": id, "arguments": json.dumps({"n": n})} for n in (1, 2)]
     made = told(done(calls[0]), done(calls[1], 1), completed())["content"]
     first, second = (block["id"] for block in made)
     assert first != second
@@ -395,6 +395,17 @@ def test_a_file_of_text_is_inlined() -> None:
     source = base64_source("text/plain", "aGk=")
     [said] = request_of(user({"type": "document", "source": source}))["input"]
     assert said["content"] == [{"type": "input_text", "text": "hi"}]
+
+
+def test_a_document_of_blocks_keeps_its_images() -> None:
+    document = {"type": "document", "source": {"type": "content", "content": ["see", PNG]}}
+    items = request_of(user(document), assistant(tool_use("c1")), user(tool_result("c1", [document])))[
+        "input"
+    ]
+    kinds = ["input_text", "input_image"]
+    assert [[p["type"] for p in items[n].get("content", items[n].get("output"))] for n in (0, 2)] == [
+        kinds
+    ] * 2
 
 
 def test_conversation_as_items() -> None:
