@@ -9377,8 +9377,18 @@ PARTS_REFUSED = {
         r"content type: input_file"
     ),
 }
-# What `refused_parameter` knows besides parameters: only a request that is made here can do without.
-OURS_ALONE = ("reasoning.summary", "user_after_tool", "googleSearch")
+# What is no parameter: only a request that is made here can do without.
+OURS_ALONE = {
+    # OpenAI's, to organisations that are not verified.
+    "reasoning.summary": re.compile(r"reasoning summaries"),
+    # "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
+    "user_after_tool": re.compile(r"'user' after role 'tool'|roles must alternate"),
+    # Google's, where a web search and functions come together: a model's, and Vertex AI's, which knows no key for it.
+    "googleSearch": re.compile(
+        r"(?i)tool use with function calling is unsupported|\btools \(.{0,80}cannot be combined|they are all search tools|"
+        r"include_?server_?side_?tool_?invocations"
+    ),
+}
 # Ollama's, of a model that does not think, or knows no levels of it (v0.17.4); Google's, of one that has no such setting
 # (github.com/googleapis/js-genai/issues/681, github.com/google-gemini/gemini-cli/issues/1953).
 _THINKING_REFUSED = re.compile(
@@ -9391,13 +9401,6 @@ _NO_REASONING = re.compile(
     rf"{_THINKING_REFUSED.pattern}|doesn't support `reasoning\.effort`|"
     r"support parameters: \['(?:thinking|reasoning_effort)'"
 )
-# Google's, where a web search and functions come together: a model's, and Vertex AI's, which knows no key for it.
-_SEARCHES_ALONE = re.compile(
-    r"(?i)tool use with function calling is unsupported|\btools \(.{0,80}cannot be combined|they are all search tools|"
-    r"include_?server_?side_?tool_?invocations"
-)
-# "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
-_ROLES_REFUSED = re.compile(r"'user' after role 'tool'|roles must alternate")
 
 
 # OpenAI's 400 of gpt-5.4 and later where tools come with reasoning, which gpt-5.6 and later do unasked (seen July 2026:
@@ -9428,12 +9431,8 @@ def refused_parameter(message: str, param: str = "") -> str:
         return effort
     if _THINKING_REFUSED.search(message):
         return "reasoning_effort"
-    if "reasoning summaries" in message:  # OpenAI, to organisations that are not verified
-        return "reasoning.summary"
-    if _ROLES_REFUSED.search(message):
-        return "user_after_tool"
-    if _SEARCHES_ALONE.search(message):
-        return "googleSearch"
+    if other := next((name for name, known in OURS_ALONE.items() if known.search(message)), ""):
+        return other
     if not _REFUSES.search(message):
         return ""
     named_in = (
