@@ -5054,8 +5054,11 @@ def gemini_contents(body: Json, to: Upstream) -> list[Json]:
     if len(groups) < len(contents):  # a turn between two of one role came to nothing
         contents = [{"role": role, "parts": [p for c in group for p in c["parts"]]} for role, group in groups]
     # It refuses a request without contents, and one that begins with a function call.
-    begins = bool(contents) and contents[0]["role"] == "user"
-    return contents if begins else [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
+    if not contents or contents[0]["role"] != "user":
+        contents = [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
+    if contents[-1]["role"] == "model" and "prefill" in to.skip:
+        contents = [*contents, {"role": "user", "parts": [{"text": "Continue."}]}]
+    return contents
 
 
 def gemini_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
@@ -9388,6 +9391,8 @@ OURS_ALONE = {
         r"(?i)tool use with function calling is unsupported|\btools \(.{0,80}cannot be combined|they are all search tools|"
         r"include_?server_?side_?tool_?invocations"
     ),
+    # Gemini's of 3.5 Flash-Lite and later, where the answer is begun by the client.
+    "prefill": re.compile(r"(?i)requests ending with a model turn|last turn cannot be model"),
 }
 # Ollama's, of a model that does not think, or knows no levels of it (v0.17.4); Google's, of one that has no such setting
 # (github.com/googleapis/js-genai/issues/681, github.com/google-gemini/gemini-cli/issues/1953).

@@ -417,6 +417,7 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
         ("Multiple tools are supported only when they are all search tools.", "", "googleSearch"),
         ('Invalid JSON payload received. Unknown name "includeServerSideToolInvocations" at \'tool_config\': Cannot find field.',
          "", "googleSearch"),
+        ("Requests ending with a model turn are not supported unless the last part is a function response.", "", "prefill"),
         ("Unsupported parameter: max_output_tokens", "", "max_output_tokens"),
         ("output_config.effort: Input should be 'low', 'medium', 'high' or 'max'", "", "output_config.effort"),
         ('output_config.effort "high" is not supported by model m; supported values: [medium]', "", "output_config.effort"),

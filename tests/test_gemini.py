@@ -291,6 +291,12 @@ def test_answers_around_a_turn_that_comes_to_nothing_are_one() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("skip", "last"), [((), "model"), (("prefill",), "user")])
+def test_an_answer_that_the_client_begins(skip: tuple[str, ...], last: str) -> None:
+    to = upstream("gemini-3.8-flash", skip=frozenset(skip))
+    assert request_of(user("hi"), assistant("{"), to=to)["contents"][-1]["role"] == last
+
+
 def test_signature_comes_back_from_the_stream_that_made_it() -> None:
     events, _ = read(flash(), (FIXTURES / "gemini" / "thoughts_then_tool.sse").read_bytes())
     history = (user("hi"), assistant(*signatures_of(events), tool_use("fc-7f3a"), tool_use("other")))
