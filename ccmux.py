@@ -4757,8 +4757,8 @@ class ResponsesStream:
             self.begin(key, item)
         elif item.get("type") == "reasoning" and self.out.kind == "thinking":
             self.out.close()  # one thinking block for each item, as each carries its own signature
-        elif item.get("phase") and not self.live:
-            self.out.keep(self.kept(phase=item["phase"]))
+        elif item.get("type") == "message" and not self.live:
+            self.begin_message(item)
 
     def anew(self, key: Any, item: Json) -> None:
         """Lets go of the item that had this key before."""
@@ -4824,17 +4824,28 @@ class ResponsesStream:
         if write:
             write(key, item)
 
+    def begin_message(self, item: Json) -> None:
+        """Ends the text of another; what phase of the answer it belongs to comes back with it."""
+        if self.out.kind == "text":
+            self.out.close()
+        if item.get("phase"):
+            self.out.keep(self.kept(phase=item["phase"]))
+
     def message_done(self, key: Any, item: Json) -> None:
         parts = [p for p in as_list(item.get("content")) if isinstance(p, dict)]
         self.refused |= any(p.get("type") == "refusal" for p in parts)
         for note in (n for p in parts for n in as_list(p.get("annotations"))):
             self.note_citation(as_object(note))
         text, begun = message_text(item), "".join(self.begun.pop(key, ()))
+        if text and not begun:
+            self.begin_message(item)
         self.out.text(text[len(begun) :])
         self.said.append(text or begun)
 
     def reasoning_done(self, key: Any, item: Json) -> None:
         summary = [as_object(p) for p in as_list(item.get("summary"))]
+        if "item" in self.out.signature:
+            self.out.close()
         if not self.sent.get(key):
             content = summary or [as_object(p) for p in as_list(item.get("content"))]
             self.out.thinking("\n\n".join(str(p.get("text") or "") for p in content))

@@ -244,6 +244,22 @@ def test_calls_that_their_ids_do_not_tell_apart_get_their_own_results(id: str) -
     assert [i.get("arguments") or i["output"] for i in items] == ['{"n": 1}', '{"n": 2}', "one", "two"]
 
 
+def test_thoughts_told_whole_come_back_each() -> None:
+    thoughts = [{"type": "reasoning", "summary": [], "encrypted_content": f"enc{n}"} for n in (1, 2)]
+    made = told(done(thoughts[0]), done(thoughts[1], 1), done(MESSAGE, 2), completed())["content"]
+    assert request_of(user("hi"), {"role": "assistant", "content": made})["input"][1:3] == thoughts
+
+
+@pytest.mark.parametrize("way", ["in pieces", "whole", "last"])
+def test_messages_stay_apart_each_in_its_phase(way: str) -> None:
+    phases = ("commentary", "commentary", "final_answer")
+    output = [{**MESSAGE, "role": "assistant", "phase": phase} for phase in phases]
+    events = [numbered(e, n, "numbers") for n, item in enumerate(output) for e in told_of(item, way)]
+    made = told(*events, completed(*output))["content"]
+    items = request_of(user("hi"), {"role": "assistant", "content": made})["input"][1:]
+    assert items == [{**item, "content": "hi"} for item in output]
+
+
 def test_a_call_that_is_begun_twice_goes_out_once() -> None:
     message = told(BEGUN, piece_of('{"a":'), BEGUN, done(CALL), completed(CALL))
     assert [b["input"] for b in message["content"]] == [{"a": 1}]
