@@ -9366,7 +9366,7 @@ _REFUSES = re.compile(
 # Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's
 # signatures.
 _SIGNATURE_REFUSED = re.compile(
-    r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,60}verified"
+    r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,160}verified"
 )
 
 

@@ -464,6 +464,19 @@ def test_a_model_that_reads_only_text_says_so(message: str, expected: bool) -> N
 @pytest.mark.parametrize(
     "message",
     [
+        "messages.1.content.0: Invalid `signature` in `thinking` block",
+        "Function call is missing a thought_signature in functionCall parts.",
+        "The encrypted content gAAA...DQ== could not be verified.",
+        f"The encrypted content for item rs_{'0f26baa4a8bfec6b' * 3} could not be verified.",
+    ],
+)
+def test_a_signature_that_an_upstream_does_not_know(message: str) -> None:
+    assert ccmux._SIGNATURE_REFUSED.search(message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
         "Unknown part type: file",
         "invalid message format",
         "messages[0]: unknown variant `file`, expected `text` at line 1 column 99",
