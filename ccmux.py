@@ -3391,8 +3391,14 @@ def openai_request(body: Json, to: Upstream) -> Json:
 
 
 def without(out: Json, to: Upstream) -> Json:
-    """The request without what this upstream is known to refuse."""
-    return {k: v for k, v in out.items() if k not in to.skip and k not in to.quirks.drop}
+    """The request, or a part of it, without what this upstream is known to refuse; the names of that are in snake case."""
+    refused = to.skip.union(to.quirks.drop)
+    return {k: v for k, v in out.items() if k not in refused and snake_case(k) not in refused}
+
+
+@functools.lru_cache(1024)
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 # Turns: what all translated dialects build their messages from.
@@ -3588,8 +3594,20 @@ def words_of(block: Json) -> str:
 def parts_of(blocks: Iterable[Json], part: Callable[[Json, Upstream], Json], to: Upstream) -> list[Json]:
     """A user's blocks as content parts, each made by `part`; results and what no user says are left out."""
     apart = ("tool_result", "tool_use", "thinking", "redacted_thinking")
-    parts = [part(block, to) for block in blocks if block.get("type") not in apart]
+    parts = [part(b, to) for block in blocks if block.get("type") not in apart for b in unfolded(block)]
     return [p for p in parts if p.get("text") != ""]
+
+
+def unfolded(block: Json) -> list[Json]:
+    """A document that is made of blocks, images among them, as these under its title; another block as it is."""
+    inner = inner_blocks(block) if block.get("type") == "document" else []
+    if not any(b.get("type") == "image" for b in inner):
+        return [block]
+    return [{"type": "text", "text": str(block.get("title") or "")}, *inner]
+
+
+def inner_blocks(document: Json) -> list[Json]:
+    return blocks_of(as_object(document.get("source")).get("content"))
 
 
 def roles_of(blocks: list[Json], system: str, to: Upstream) -> list[tuple[str, list[Json]]]:
@@ -3607,7 +3625,7 @@ def document_text(block: Json) -> str:
     if source.get("type") == "text":
         text = str(source.get("data") or "")
     elif source.get("type") == "content":
-        text = text_of(source.get("content"))
+        text = "\n\n".join(map(block_text, inner_blocks(block)))
     elif source.get("type") == "url":
         text = str(source.get("url") or "")
     else:
@@ -4575,13 +4593,26 @@ def responses_tools(body: Json, to: Upstream) -> list[Json]:
 
 
 def responses_tool_choice(body: Json, to: Upstream) -> Json:
-    """Flat where Chat Completions nests; a forced server tool is the only tool there, so any call will do."""
     out = openai_tool_choice(body, to)
     if isinstance(out.get("tool_choice"), dict):
-        name = out["tool_choice"]["function"]["name"]
-        known = name in {upstream_name(str(t["name"])) for t in client_tools(body)}
-        out["tool_choice"] = {"type": "function", "name": name} if known else "required"
+        out["tool_choice"] = responses_forced(body["tool_choice"].get("name"), body)
     return out
+
+
+def responses_forced(name: Any, body: Json) -> Json | str:
+    """The tool that must be called: flat where Chat Completions nests it; the web search by its type, or as any call
+    where it is the only tool; auto where it is one that was left out.
+    """
+    if is_function(name, body):
+        return {"type": "function", "name": upstream_name(str(name))}
+    if name != (web_search_of(body) or {}).get("name"):
+        return "auto"
+    return {"type": "web_search"} if client_tools(body) else "required"
+
+
+def is_function(name: Any, body: Json) -> bool:
+    """Whether it is the name of a tool that the client itself runs."""
+    return any(tool["name"] == name for tool in client_tools(body))
 
 
 def responses_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
@@ -4662,11 +4693,16 @@ class ResponsesStream:
         self.out, self.names, self.to = out, names, to
         self.usage: Usage | None = None
         self.refused = False
-        self.sent: dict[Any, list[str]] = {}  # item -> what of its text or arguments is out
+        self.keys: dict[str, Any] = {}  # an item's id -> what tells it from the others
+        self.latest: Any = ""  # of the item that was begun last
+        self.items: dict[Any, Json] = {}  # as they were told last
+        self.sent: dict[Any, list[str]] = {}  # item -> what of its thought or arguments is out
+        self.begun: dict[Any, list[str]] = {}  # message that is not whole -> what of its text is out
+        self.said: list[str] = []  # the texts of the others
         self.live: Json | None = None  # the call that is open
         self.live_key: Any = None
         self.done: set[Any] = set()
-        self.told: set[str] = set()  # which calls are out, and which other kinds of items
+        self.told: set[str] = set()  # which calls are out, and which other kinds of items but messages
         self.behind: set[Any] = set()  # items of which a delta was passed over, so that they are taken whole
         self.waiting: list[tuple[Any, Json]] = []
         self.cited: dict[str, str] = {}  # URL -> title
@@ -4684,8 +4720,8 @@ class ResponsesStream:
         self.read(kind, event)
 
     def read(self, kind: str, event: Json) -> None:
-        item, key = as_object(event.get("item")), event.get("output_index")
-        key = key if isinstance(key, int) else str(event.get("item_id") or item.get("id") or "")
+        item = as_object(event.get("item"))
+        key = self.key_of(event, item)
         if self.live and key == self.live_key and "arguments" in event:
             self.live = {**self.live, "arguments": event["arguments"]}  # some tell them only here
         if kind == "response.output_item.added":
@@ -4701,15 +4737,49 @@ class ResponsesStream:
         elif kind == "response.reasoning_summary_part.added" and self.sent.get(key) and not self.live:
             self.show(self.out.thinking, key, "\n\n")
 
-    def item_added(self, key: Any, item: Json) -> None:
+    def key_of(self, event: Json, item: Json) -> Any:
+        """What tells an item from the others: its number, or its id where it has none or shares it.
+
+        Ollama 0.17 gives a call the number of the text before it, which it never ends; some relays tell none at all.
+        """
+        id, number = str(event.get("item_id") or item.get("id") or ""), event.get("output_index")
+        if isinstance(number, int) and self.keys.get(id) != id:
+            return number
+        return self.keys.get(id, id) if id else self.latest
+
+    def key_of_new(self, number: Any, item: Json) -> Any:
+        """What tells an item that begins from the others: its id where one that is not whole yet has its number."""
+        id, before = str(item.get("id") or ""), self.items.get(number, {})
+        is_shared = id and before.get("id") not in (None, "", id) and number not in self.done
+        key = id if is_shared else number
+        self.keys |= {id: key} if id else {}
+        return key
+
+    def item_added(self, number: Any, item: Json) -> None:
+        key = self.latest = self.key_of_new(number, item)
+        if self.live and key == self.live_key and not is_end_of(self.live, item) and self.is_whole():
+            self.item_done(key, self.live)  # no event has told so
         if not self.live:
-            self.sent.pop(key, None)  # Ollama gives a call the number of the text before it
+            self.anew(key, item)
         if item.get("type") == "function_call" and not self.live and item.get("name"):
             self.begin(key, item)
         elif item.get("type") == "reasoning" and self.out.kind == "thinking":
             self.out.close()  # one thinking block for each item, as each carries its own signature
-        elif item.get("phase") and not self.live:
-            self.out.keep(self.kept(phase=item["phase"]))
+        elif item.get("type") == "message" and not self.live:
+            self.begin_message(item)
+
+    def anew(self, key: Any, item: Json) -> None:
+        """Lets go of the item that had this key before."""
+        self.sent.pop(key, None)
+        if key in self.begun:
+            self.said.append("".join(self.begun.pop(key)))
+        if key in self.done and is_another(item, self.items[key]):
+            self.done.discard(key)
+        self.items[key] = item
+
+    def is_whole(self) -> bool:
+        """Whether the arguments of the open call are."""
+        return whole_arguments(["".join(self.sent.get(self.live_key, ()))]) is not None
 
     def kept(self, **payload: Any) -> Json:
         return {"dialect": "responses", "model": self.to.model, **payload}
@@ -4723,9 +4793,10 @@ class ResponsesStream:
             self.behind.add(key)
         elif kind in ("response.output_text.delta", "response.refusal.delta"):
             self.refused |= kind == "response.refusal.delta"
-            self.told.add("message")
-            self.show(self.out.text, key, delta)
+            self.begun.setdefault(key, []).append(delta)
+            self.out.text(delta)
         elif kind in ("response.reasoning_summary_text.delta", "response.reasoning_text.delta"):
+            self.told.add("reasoning")
             self.show(self.out.thinking, key, delta)
 
     def show(self, write: Callable[[str], None], key: Any, text: str) -> None:
@@ -4744,12 +4815,15 @@ class ResponsesStream:
 
     def item_done(self, key: Any, item: Json) -> None:
         """An item is whole; it waits for a call that is still open."""
-        if key in self.done:
-            return
-        if self.live and key != self.live_key:
+        if self.live and not (key == self.live_key and is_end_of(self.live, item)):
             self.waiting.append((key, item))
             return
+        if key in self.done:
+            self.anew(key, item)
+            if key in self.done:
+                return
         self.done.add(key)
+        self.items[key] = item
         self.told.add(told_as(item))
         write = {
             "message": self.message_done, "reasoning": self.reasoning_done, "function_call": self.call_done,
@@ -4758,16 +4832,28 @@ class ResponsesStream:
         if write:
             write(key, item)
 
+    def begin_message(self, item: Json) -> None:
+        """Ends the text of another; what phase of the answer it belongs to comes back with it."""
+        if self.out.kind == "text":
+            self.out.close()
+        if item.get("phase"):
+            self.out.keep(self.kept(phase=item["phase"]))
+
     def message_done(self, key: Any, item: Json) -> None:
         parts = [p for p in as_list(item.get("content")) if isinstance(p, dict)]
         self.refused |= any(p.get("type") == "refusal" for p in parts)
         for note in (n for p in parts for n in as_list(p.get("annotations"))):
             self.note_citation(as_object(note))
-        text = "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
-        self.out.text(text[sum(map(len, self.sent.get(key, ()))) :])
+        text, begun = message_text(item), "".join(self.begun.pop(key, ()))
+        if text and not begun:
+            self.begin_message(item)
+        self.out.text(text[len(begun) :])
+        self.said.append(text or begun)
 
     def reasoning_done(self, key: Any, item: Json) -> None:
         summary = [as_object(p) for p in as_list(item.get("summary"))]
+        if "item" in self.out.signature:
+            self.out.close()
         if not self.sent.get(key):
             content = summary or [as_object(p) for p in as_list(item.get("content"))]
             self.out.thinking("\n\n".join(str(p.get("text") or "") for p in content))
@@ -4813,13 +4899,33 @@ class ResponsesStream:
     def told_late(self, output: list[Json]) -> None:
         """Some servers tell items only in the last event, all or some, and may count them otherwise than before."""
         told, is_all = {*self.told}, not self.done
+        messages = self.late_messages(output)
         for place, item in enumerate(output):
             id = str(item.get("id"))
             key = id if id in self.sent else place
-            if is_all and key in self.sent:
+            if item.get("type") == "message":
+                if place in messages:
+                    self.item_done(messages[place], item)
+            elif is_all and key in self.sent:
                 self.item_done(key, item)  # what is left of it
-            elif told_as(item) not in told and (is_all or item.get("type") in ("message", "function_call")):
+            elif told_as(item) not in told and (is_all or item.get("type") == "function_call"):
                 self.item_done(("late", place), item)
+
+    def late_messages(self, output: list[Json]) -> dict[int, Any]:
+        """The places of the messages that are not told, or not to their end, with their keys; one that was told in other
+        words is the first of the rest.
+        """
+        texts = {n: message_text(item) for n, item in enumerate(output) if item.get("type") == "message"}
+        keys: dict[int, Any] = {}
+        for text in self.said:
+            texts.pop(next((n for n in texts if texts[n] == text), next(iter(texts), -1)), "")
+        for key, pieces in self.begun.items():
+            place = next((n for n in texts if texts[n].startswith("".join(pieces))), -1)
+            if texts.pop(place, None) is not None:
+                keys[place] = key
+            else:
+                texts.pop(next(iter(texts), -1), "")
+        return keys | {n: ("late", n) for n in texts}
 
     def finish(self) -> None:
         """The end of the bytes, which is an error unless the answer has ended."""
@@ -4829,6 +4935,23 @@ class ResponsesStream:
 
 def told_as(item: Json) -> str:
     return str(item.get("call_id") or item.get("type"))
+
+
+def is_end_of(call: Json, item: Json) -> bool:
+    """Whether an item that bears an open call's number is that call."""
+    ids = {call.get("call_id"), item.get("call_id")} - {None, ""}
+    return item.get("type") == "function_call" and len(ids) < 2
+
+
+def is_another(item: Json, before: Json) -> bool:
+    """Whether two items of one number are not the same."""
+    ids = [i.get("id") or i.get("call_id") for i in (item, before)]
+    return ids[0] != ids[1] if any(ids) else item != before
+
+
+def message_text(item: Json) -> str:
+    parts = [p for p in as_list(item.get("content")) if isinstance(p, dict)]
+    return "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
 
 
 # Codes of a failed response that say the request is at fault: another try would not differ.
@@ -4863,12 +4986,14 @@ def gemini_request(body: Json, to: Upstream) -> Json:
     out: Json = {"contents": gemini_contents(body, to)}
     if blocks := system_blocks(body):
         out["systemInstruction"] = {"parts": [{"text": str(b["text"])} for b in blocks]}
-    if declarations := each(client_tools(body), gemini_function):
-        out["tools"] = [{"functionDeclarations": declarations}]
-        out.update(gemini_tool_config(body, to))
-    elif web_search_of(body):
-        # Before Gemini 3 none takes it beside functions; later ones do, where all that they found comes back each time.
-        out["tools"] = [{"googleSearch": {}}]
+    declarations = each(client_tools(body), gemini_function)
+    tool: Json = {"functionDeclarations": declarations} if declarations else {}
+    if web_search_of(body) and not (declarations and searches_alone(to)):
+        tool["googleSearch"] = {}
+    if tool:
+        out["tools"] = [tool]
+    if declarations:
+        out.update(gemini_tool_config(body, to, searches="googleSearch" in tool))
     if config := without(gemini_config(body, to), to):
         out["generationConfig"] = config
     return without(out | to.quirks.extra_body, to)
@@ -4881,13 +5006,28 @@ def gemini_function(tool: Json) -> Json:
     return function
 
 
-def gemini_tool_config(body: Json, to: Upstream) -> Json:
+def searches_alone(to: Upstream) -> bool:
+    """Whether a model takes its web search only where there are no functions beside it, as all before Gemini 3 do."""
+    return not wants_signatures(to.model) or "googleSearch" in to.skip
+
+
+def gemini_tool_config(body: Json, to: Upstream, searches: bool) -> Json:
+    """Which functions may be called. Beside a search it must be asked to show what it found, and does not know AUTO.
+
+    https://ai.google.dev/gemini-api/docs/generate-content/tool-combination
+    """
     choice = as_object(body.get("tool_choice"))
     kind = to.tool_choice(str(choice.get("type")))
+    if kind == "tool" and not is_function(choice.get("name"), body):
+        kind = "auto"  # nothing forces a search
     config: Json = {"mode": {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}.get(kind)}
     if kind == "tool":
         config["allowedFunctionNames"] = [upstream_name(str(choice.get("name")))]
-    return {"toolConfig": {"functionCallingConfig": config}} if config["mode"] else {}
+    if config["mode"] == "AUTO" and searches:
+        config["mode"] = "VALIDATED"
+    out: Json = {"functionCallingConfig": config} if config["mode"] else {}
+    out |= {"includeServerSideToolInvocations": True} if searches else {}
+    return {"toolConfig": out} if out else {}
 
 
 def gemini_config(body: Json, to: Upstream) -> Json:
@@ -4909,16 +5049,16 @@ GEMINI_BUDGETS = {"minimal": 512, "low": 4096, "medium": 12288, "high": 24576, "
 
 def gemini_thinking(body: Json, to: Upstream) -> Json:
     """thinkingConfig by effort or budget; thoughts are shown unless the client turned thinking off."""
-    if _NEVER_THINKS.search(to.model):
+    if _NEVER_THINKS.search(to.model) or "reasoning_effort" in to.skip:
         return {}
     thinking = as_object(body.get("thinking"))
     by_budget = bool(_THINKS_BY_BUDGET.search(to.model))
+    above = ("xhigh",) if _TAKES_XHIGH.search(to.model) else ()
+    levels = efforts_of(to, EFFORTS if by_budget else ("low", "medium", "high", *above))
     if thinking.get("type") == "disabled":  # the least there is: only 2.5 Flash can do without
         least = 128 if "pro" in to.model else 0
-        return {"thinkingBudget": least} if by_budget else {"thinkingLevel": "low"}
-    above = ("xhigh",) if _TAKES_XHIGH.search(to.model) else ()
-    levels = EFFORTS if by_budget else ("low", "medium", "high", *above)
-    effort, budget = wanted_effort(body, efforts_of(to, levels)), thinking.get("budget_tokens")
+        return {"thinkingBudget": least} if by_budget else {"thinkingLevel": levels[0]} if levels else {}
+    effort, budget = wanted_effort(body, levels), thinking.get("budget_tokens")
     out: Json = {"includeThoughts": True} if thinking.get("type") in ("enabled", "adaptive") else {}
     if by_budget and type(budget) is int:
         out["thinkingBudget"] = min(max(budget, 512), GEMINI_BUDGETS["max"])
@@ -4933,8 +5073,11 @@ def gemini_contents(body: Json, to: Upstream) -> list[Json]:
     if len(groups) < len(contents):  # a turn between two of one role came to nothing
         contents = [{"role": role, "parts": [p for c in group for p in c["parts"]]} for role, group in groups]
     # It refuses a request without contents, and one that begins with a function call.
-    begins = bool(contents) and contents[0]["role"] == "user"
-    return contents if begins else [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
+    if not contents or contents[0]["role"] != "user":
+        contents = [{"role": "user", "parts": [{"text": "Begin."}]}, *contents]
+    if contents[-1]["role"] == "model" and "prefill" in to.skip:
+        contents = [*contents, {"role": "user", "parts": [{"text": "Continue."}]}]
+    return contents
 
 
 def gemini_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
@@ -4969,7 +5112,9 @@ def gemini_result(call: Json, block: Json | None, to: Upstream) -> Json:
 
 
 def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
-    """An assistant turn. Of parallel calls only the first has a signature, and must have one."""
+    """An assistant turn, with what a search in it found. Of parallel calls only the first has a signature, and must have
+    one.
+    """
     kept = [p for p in own_payloads(blocks, to) if p.get("dialect") == "gemini"]
     signatures = {str(p.get("call")): p.get("signature") for p in kept}
     first = next(iter(calls_of(blocks)), "") if wants_signatures(to.model) else None
@@ -4984,6 +5129,8 @@ def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
             parts.append({"functionCall": call, **signed})
         elif text := words_of(block):
             parts.append({"text": text})
+        else:
+            parts += [part for kept in own_payloads([block], to) for part in as_list(kept.get("parts"))]
     return parts
 
 
@@ -5075,6 +5222,11 @@ class GeminiStream:
             self.out.thinking(text) if part.get("thought") else self.out.text(text)
         if isinstance(call, dict):
             self.call(call, part.get("thoughtSignature"))
+        if (
+            "toolCall" in part or "toolResponse" in part
+        ):  # a search beside functions, which is to come back as it is
+            parts = [*self.out.signature.get("parts", ()), part]
+            self.out.keep({"dialect": "gemini", "model": self.to.model, "parts": parts})
 
     def call(self, call: Json, signature: Any) -> None:
         name = str(call.get("name") or "")
@@ -5654,7 +5806,7 @@ class Dialect:
     version: str = "/v1"  # what a bare host is followed by
     is_local: bool = False  # answered in this process
     passes: str = ""  # the client format whose answers are relayed as they come
-    searches_alone: bool = False  # takes web search only where there are no functions beside it
+    searches_alone: Callable[[Upstream], bool] | None = None  # as the function of that name; None: none does
 
 
 DIALECTS: dict[str, Dialect] = {
@@ -5666,7 +5818,7 @@ DIALECTS: dict[str, Dialect] = {
     "responses": Dialect("/responses", ResponsesStream, responses_request),
     "gemini": Dialect(
         "/models/{model}:streamGenerateContent?alt=sse", GeminiStream, gemini_request, auth="x-goog-api-key",
-        version="/v1beta", searches_alone=True,
+        version="/v1beta", searches_alone=searches_alone,
     ),
     "demo": Dialect("", AnthropicEvents, auth="none", is_local=True),
 }  # fmt: skip
@@ -5767,9 +5919,9 @@ def preset(row: str) -> tuple[str, Json]:
 PRESETS: dict[str, Json] = dict(map(preset, PRESET_ROWS.strip().splitlines()))
 
 
-def left_out(body: Json, dialect: Dialect) -> list[str]:
+def left_out(body: Json, dialect: Dialect, to: Upstream) -> list[str]:
     """The types of those server tools that a translated request does without."""
-    is_crowd = dialect.searches_alone and bool(client_tools(body))
+    is_crowd = dialect.searches_alone and dialect.searches_alone(to) and bool(client_tools(body))
     others = [t for t in tools_of(body) if not is_client_tool(t)]
     return [str(t.get("type"))[:64] for t in others if is_crowd or not is_web_search(t)]
 
@@ -8744,7 +8896,7 @@ class Attempt:
         body = with_tool_changes(call.body)
         self.tools = {upstream: client for client, upstream in tool_names(body).items()}
         translated = dialect.request(body, to)
-        if left := left_out(call.body, dialect):
+        if left := left_out(call.body, dialect, to):
             name = self.provider.name
             log.info("request %s: server tools left out for %s: %r", call.request_id, name, left[:8])
         if len(call.raw) > LARGE:
@@ -9220,9 +9372,9 @@ class Plan:
 
 DROPPABLE = (
     "temperature", "top_p", "top_k", "reasoning_effort", "stream_options", "parallel_tool_calls", "prompt_cache_key",
-    "stop", "response_format", "tool_choice", "max_tokens", "max_completion_tokens", "web_search_options", "plugins",
-    "reasoning", "include", "store", "text", "thinking", "metadata", "cache_control", "stop_sequences", "output_config",
-    "output_config.effort",
+    "stop", "response_format", "tool_choice", "max_tokens", "max_completion_tokens", "max_output_tokens",
+    "web_search_options", "plugins", "reasoning", "include", "store", "text", "thinking", "metadata", "cache_control",
+    "stop_sequences", "output_config", "output_config.effort",
 )  # fmt: skip
 _REFUSES = re.compile(
     r"(?i)unsupported|unknown|unrecognized|not supported|not permitted|extra inputs|does not support|unexpected|"
@@ -9234,7 +9386,7 @@ _REFUSES = re.compile(
 # Anthropic's "Invalid `signature` in `thinking` block", OpenAI's unverifiable encrypted content, Gemini's
 # signatures.
 _SIGNATURE_REFUSED = re.compile(
-    r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,60}verified"
+    r"(?i)signature.{0,80}thinking|thinking.{0,80}signature|thought.?signature|encrypted content .{0,160}verified"
 )
 
 
@@ -9259,18 +9411,32 @@ PARTS_REFUSED = {
         r"content type: input_file"
     ),
 }
-# What `refused_parameter` knows besides parameters: only a request that is made here can do without.
-OURS_ALONE = ("reasoning.summary", "user_after_tool")
-# Ollama's, of a model that does not think, or knows no levels of it (v0.17.4).
-_THINKING_REFUSED = re.compile(r'" does not support thinking|^think value ')
+# What is no parameter: only a request that is made here can do without.
+OURS_ALONE = {
+    # OpenAI's, to organisations that are not verified.
+    "reasoning.summary": re.compile(r"reasoning summaries"),
+    # "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
+    "user_after_tool": re.compile(r"'user' after role 'tool'|roles must alternate"),
+    # Google's, where a web search and functions come together: a model's, and Vertex AI's, which knows no key for it.
+    "googleSearch": re.compile(
+        r"(?i)tool use with function calling is unsupported|\btools \(.{0,80}cannot be combined|they are all search tools|"
+        r"include_?server_?side_?tool_?invocations"
+    ),
+    # Gemini's of 3.5 Flash-Lite and later, where the answer is begun by the client.
+    "prefill": re.compile(r"(?i)requests ending with a model turn|last turn cannot be model"),
+}
+# Ollama's, of a model that does not think, or knows no levels of it (v0.17.4); Google's, of one that has no such setting
+# (github.com/googleapis/js-genai/issues/681, github.com/google-gemini/gemini-cli/issues/1953).
+_THINKING_REFUSED = re.compile(
+    r'" does not support thinking|^think value |(?i:\bthinking(?:[ _](?:config|level|budget))?(?:\.include_thoughts)? is '
+    r"(?:not (?:supported|enabled|configurable)|only enabled))"
+)
 # On /v1/messages, where Claude Code asks for thinking in each main turn: those words, and LiteLLM's of a model that it
 # does not know to reason.
 _NO_REASONING = re.compile(
     rf"{_THINKING_REFUSED.pattern}|doesn't support `reasoning\.effort`|"
     r"support parameters: \['(?:thinking|reasoning_effort)'"
 )
-# "Unexpected role 'user' after role 'tool'" of Mistral and its models on vLLM, and what their templates say elsewhere.
-_ROLES_REFUSED = re.compile(r"'user' after role 'tool'|roles must alternate")
 
 
 # OpenAI's 400 of gpt-5.4 and later where tools come with reasoning, which gpt-5.6 and later do unasked (seen July 2026:
@@ -9301,10 +9467,8 @@ def refused_parameter(message: str, param: str = "") -> str:
         return effort
     if _THINKING_REFUSED.search(message):
         return "reasoning_effort"
-    if "reasoning summaries" in message:  # OpenAI, to organisations that are not verified
-        return "reasoning.summary"
-    if _ROLES_REFUSED.search(message):
-        return "user_after_tool"
+    if other := next((name for name, known in OURS_ALONE.items() if known.search(message)), ""):
+        return other
     if not _REFUSES.search(message):
         return ""
     named_in = (
@@ -9313,7 +9477,7 @@ def refused_parameter(message: str, param: str = "") -> str:
     )
     quoted = re.findall(named_in, message.replace("response format", "response_format"))
     named = [param, *(name for names in quoted for name in names if name)]
-    snake = (re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in named)  # xAI's are in camel case
+    snake = map(snake_case, named)  # xAI's and Google's are in camel case
     tops = (name if name in DROPPABLE else name.split(".")[0] for name in snake)
     return next((top for top in tops if top in DROPPABLE), "")
 

@@ -402,6 +402,23 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
          "reasoning_effort"),  # vLLM
         ('"llama3.1:8b" does not support thinking', "", "reasoning_effort"),
         ('think value "high" is not supported for this model', "", "reasoning_effort"),
+        ("thinking_config is not supported.", "", "reasoning_effort"),
+        ("Thinking level is not supported for this model.", "", "reasoning_effort"),
+        ("Unable to submit request because thinking is not supported by this model. Learn more: https://cloud.google.com/",
+         "", "reasoning_effort"),
+        ("Unable to submit request because thinking is not configurable in this model; please remove the thinking_config "
+         "setting and try it again.", "", "reasoning_effort"),
+        ("Thinking_config.include_thoughts is only enabled when thinking is enabled..", "", "reasoning_effort"),
+        ("Thinking is not enabled for models/gemini-2.0-flash-preview-image-generation", "", "reasoning_effort"),
+        ('Invalid JSON payload received. Unknown name "topK" at \'generation_config\': Cannot find field.', "", "top_k"),
+        ("Tool use with function calling is unsupported by the model.", "", "googleSearch"),
+        ("Built-in tools ({google_search}) and Custom tools (Function Calling) cannot be combined in the same request.", "",
+         "googleSearch"),
+        ("Multiple tools are supported only when they are all search tools.", "", "googleSearch"),
+        ('Invalid JSON payload received. Unknown name "includeServerSideToolInvocations" at \'tool_config\': Cannot find field.',
+         "", "googleSearch"),
+        ("Requests ending with a model turn are not supported unless the last part is a function response.", "", "prefill"),
+        ("Unsupported parameter: max_output_tokens", "", "max_output_tokens"),
         ("output_config.effort: Input should be 'low', 'medium', 'high' or 'max'", "", "output_config.effort"),
         ('output_config.effort "high" is not supported by model m; supported values: [medium]', "", "output_config.effort"),
         ("output_config: Extra inputs are not permitted", "", "output_config"),
@@ -442,6 +459,19 @@ def test_refused_parameter(message: str, param: str, expected: str) -> None:
 )
 def test_a_model_that_reads_only_text_says_so(message: str, expected: bool) -> None:
     assert bool(ccmux.PARTS_REFUSED["media"].search(message)) == expected
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "messages.1.content.0: Invalid `signature` in `thinking` block",
+        "Function call is missing a thought_signature in functionCall parts.",
+        "The encrypted content gAAA...DQ== could not be verified.",
+        f"The encrypted content for item rs_{'0f26baa4a8bfec6b' * 3} could not be verified.",
+    ],
+)
+def test_a_signature_that_an_upstream_does_not_know(message: str) -> None:
+    assert ccmux._SIGNATURE_REFUSED.search(message)
 
 
 @pytest.mark.parametrize(

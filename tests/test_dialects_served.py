@@ -28,6 +28,7 @@ class Upstream:
         self.calls_again = False  # with the ids of the first calls
         self.refusals: list[Any] = []  # requests to the address that refuses them
         self.refusal = (400, "")
+        self.thinking_refused = ""  # in what words, by a Gemini model
         self.url = ""
 
     def config(self, **quirks: Any) -> str:
@@ -48,6 +49,9 @@ class Upstream:
         assert key in ("Bearer key-of-r", "key-of-g")
         assert format == "responses" or request.query_string == "alt=sse"
         is_answered = "function_call_output" in json.dumps(body) or "functionResponse" in json.dumps(body)
+        if self.thinking_refused and "thinkingConfig" in body.get("generationConfig", {}):
+            error = {"code": 400, "message": self.thinking_refused, "status": "INVALID_ARGUMENT"}
+            return web.json_response({"error": error}, status=400)
         case = CASES[format]["tools" in body and (self.calls_again or not is_answered)]
         data = (FIXTURES / format / f"{case}.sse").read_bytes()
         return web.Response(body=data, content_type="text/event-stream")
@@ -168,3 +172,19 @@ async def test_a_model_that_sends_on_to_responses_is_served_there(
         whole = await other.chat.completions.create(model="o/gpt-5.6", messages=hello, tools=[FUNCTION])
         assert whole.choices[0].finish_reason == "tool_calls"
     assert (len(upstream.refusals), len(upstream.bodies)) == (1, 3)
+
+
+async def test_a_gemini_model_that_takes_no_thinking_config_is_asked_without(
+    upstream: Upstream, start_ccmux: Start
+) -> None:
+    upstream.thinking_refused = "Thinking level is not supported for this model."
+    asked: Any = {"model": "g/gemini-3.8-flash", "max_tokens": 99, "thinking": {"type": "adaptive"}}
+    async with (
+        start_ccmux(upstream.config()) as ccmux,
+        anthropic.AsyncAnthropic(base_url=ccmux.url, api_key="x", max_retries=0) as client,
+    ):
+        for _ in range(2):
+            answer = await client.messages.create(messages=[{"role": "user", "content": "hi"}], **asked)
+            assert answer.stop_reason == "end_turn"
+    configs = [body["generationConfig"] for body in upstream.bodies]
+    assert ["thinkingConfig" in config for config in configs] == [True, False, False]

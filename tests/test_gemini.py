@@ -120,6 +120,19 @@ def test_a_whole_call_before_the_limit_is_one_to_run() -> None:
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+@pytest.mark.parametrize("id", [{}, {"id": "f1"}], ids=["no id", "the same id"])
+def test_calls_that_their_ids_do_not_tell_apart_get_their_own_results(id: Any) -> None:
+    calls = [{"functionCall": {"name": "Bash", "args": {"n": n}, **id}} for n in (1, 2)]
+    events, _ = read(flash(), sse(said(*calls)))
+    made = collect(events)["content"]
+    first, second = (block["id"] for block in made)
+    assert first != second
+    results = user(tool_result(second, "two"), tool_result(first, "one"))
+    sent = request_of(user("hi"), {"role": "assistant", "content": made}, results)["contents"]
+    assert [p["functionCall"]["args"]["n"] for p in sent[1]["parts"]] == [1, 2]
+    assert [p["functionResponse"]["response"]["output"] for p in sent[2]["parts"]] == ["one", "two"]
+
+
 @pytest.mark.parametrize("reason", ["SAFETY", "OTHER", "JAILBREAK"])
 def test_a_blocked_prompt_is_refused(reason: str) -> None:
     events, error = read(flash(), sse({"promptFeedback": {"blockReason": reason}}))
@@ -264,12 +277,24 @@ def test_conversation_as_contents() -> None:
     ]
 
 
+def test_a_document_of_blocks_keeps_its_images() -> None:
+    document = {"type": "document", "title": "T", "source": {"type": "content", "content": ["see", PNG]}}
+    parts = request_of(user(document))["contents"][0]["parts"]
+    assert [p.get("text") or [*p] for p in parts] == ["T", "see", ["inlineData"]]
+
+
 def test_answers_around_a_turn_that_comes_to_nothing_are_one() -> None:
     orphan = tool_result("nobody asked", "x")
     contents = request_of(user("a"), assistant("b"), user(orphan), assistant("c"), user("d"))["contents"]
     assert [(c["role"], [p["text"] for p in c["parts"]]) for c in contents] == [
         ("user", ["a"]), ("model", ["b", "c"]), ("user", ["d"]),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("skip", "last"), [((), "model"), (("prefill",), "user")])
+def test_an_answer_that_the_client_begins(skip: tuple[str, ...], last: str) -> None:
+    to = upstream("gemini-3.8-flash", skip=frozenset(skip))
+    assert request_of(user("hi"), assistant("{"), to=to)["contents"][-1]["role"] == last
 
 
 def test_signature_comes_back_from_the_stream_that_made_it() -> None:
@@ -312,6 +337,11 @@ def test_a_refused_level_is_the_next_lower_one() -> None:
     assert out["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "low"}
 
 
+def test_the_least_level_is_the_least_that_is_not_refused() -> None:
+    out = request_of(user("hi"), to=upstream("gemini-3-pro", skip=frozenset({"effort.low"})), **OFF)
+    assert out["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "medium"}
+
+
 def test_generation_config() -> None:
     schema = {"type": "object", "properties": {"title": {"type": "string"}}, "additionalProperties": False}
     asked = {
@@ -332,6 +362,7 @@ def test_generation_config() -> None:
         ({"type": "none"}, {"mode": "NONE"}),
         (None, None),
         ({"type": "tool", "name": "Bash"}, {"mode": "ANY", "allowedFunctionNames": ["Bash"]}),
+        ({"type": "tool", "name": "web_search"}, {"mode": "AUTO"}),
     ],
 )
 def test_tool_choice(choice: Any, expected: Any) -> None:
@@ -487,21 +518,66 @@ def test_web_search() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "tools", "left"),
+    ("format", "model", "tools", "left"),
     [
-        ("gemini", [SEARCH], []),
-        ("gemini", [SEARCH, BASH], ["web_search_20250305"]),
-        ("responses", [SEARCH, BASH], []),
-        ("gemini", [{"type": "code_execution_20250825", "name": "c"}], ["code_execution_20250825"]),
+        ("gemini", "gemini-2.5-pro", [SEARCH], []),
+        ("gemini", "gemini-2.5-pro", [SEARCH, BASH], ["web_search_20250305"]),
+        ("gemini", "gemini-3.8-flash", [SEARCH, BASH], []),
+        ("responses", "gpt-5", [SEARCH, BASH], []),
+        ("gemini", "m", [{"type": "code_execution_20250825", "name": "c"}], ["code_execution_20250825"]),
     ],
 )
-def test_server_tools_that_are_left_out_are_told(format: str, tools: list[Any], left: list[str]) -> None:
-    assert ccmux.left_out({"tools": tools}, ccmux.DIALECTS[format]) == left
+def test_server_tools_that_are_left_out_are_told(
+    format: str, model: str, tools: list[Any], left: list[str]
+) -> None:
+    assert ccmux.left_out({"tools": tools}, ccmux.DIALECTS[format], upstream(model)) == left
 
 
-def test_what_an_upstream_refuses_is_left_out() -> None:
-    to = upstream("gemini-3-pro", skip=frozenset({"temperature"}), vision=False)
-    assert request_of(user("hi"), to=to, temperature=1, top_p=1)["generationConfig"] == {"topP": 1}
+@pytest.mark.parametrize(
+    ("model", "skip", "searches"),
+    [
+        ("gemini-2.5-pro", (), False),
+        ("gemini-3.1-pro-preview", (), True),
+        ("gemini-3.8-flash", ("googleSearch",), False),
+    ],
+)
+def test_a_web_search_beside_functions(model: str, skip: tuple[str, ...], searches: bool) -> None:
+    to = upstream(model, skip=frozenset(skip))
+    out = request_of(user("hi"), to=to, tools=[SEARCH, BASH], tool_choice={"type": "auto"})
+    [tool] = out["tools"]
+    assert [f["name"] for f in tool["functionDeclarations"]] == ["Bash"]
+    assert ("googleSearch" in tool) == searches
+    mode = {"functionCallingConfig": {"mode": "VALIDATED" if searches else "AUTO"}}
+    assert out["toolConfig"] == ({**mode, "includeServerSideToolInvocations": True} if searches else mode)
+
+
+def test_what_a_search_beside_functions_found_comes_back_in_its_place() -> None:
+    searched = {"toolType": "GOOGLE_SEARCH_WEB", "id": "s1"}
+    parts = [
+        {"text": "I look."},
+        {"toolCall": {**searched, "args": {"queries": ["q"]}}, "thoughtSignature": "c2lnMQ=="},
+        {"toolResponse": {**searched, "response": {"search_suggestions": "<div></div>"}}},
+        {
+            "functionCall": {"id": "f1", "name": "Bash", "args": {"command": "ls"}},
+            "thoughtSignature": "c2lnMg==",
+        },
+    ]
+    events, error = read(flash(), sse(said(*parts[:2], finish=""), said(*parts[2:])))
+    assert error is None
+    check_grammar(events, ended=True)
+    contents = request_of(user("hi"), {"role": "assistant", "content": collect(events)["content"]})[
+        "contents"
+    ]
+    assert contents[1]["parts"] == parts
+
+
+@pytest.mark.parametrize("refused", ["temperature", "top_p", "stop_sequences", "reasoning_effort"])
+def test_what_an_upstream_refuses_is_left_out(refused: str) -> None:
+    asked = {"temperature": 1, "top_p": 1, "stop_sequences": ["x"], **ADAPTIVE}
+    names = {"top_p": "topP", "stop_sequences": "stopSequences", "reasoning_effort": "thinkingConfig"}
+    to = upstream("gemini-3-pro", skip=frozenset({refused}))
+    sent, all_sent = (request_of(user("hi"), to=t, **asked)["generationConfig"] for t in (to, FLASH))
+    assert all_sent.keys() - sent.keys() == {names.get(refused, refused)}
 
 
 @given(BODIES)

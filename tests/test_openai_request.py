@@ -139,6 +139,11 @@ FOUND = {"type": "search_result", "title": "T", "source": "u", "content": [text(
         pytest.param(
             [user(document({"type": "content", "content": [text("c")]}))], "c", id="content document"
         ),
+        pytest.param(
+            [user(document({"type": "content", "content": [text("c"), PNG]}, title="T"))],
+            [text("T"), text("c"), IMAGE_PART],
+            id="content document with an image",
+        ),
         pytest.param([user(PDF)], left_out("a PDF named a.pdf"), id="PDF where files are not taken"),
         *(
             pytest.param(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from typing import Any
 
@@ -166,27 +167,97 @@ def test_answers(events: list[Any], kinds: list[str]) -> None:
 
 
 WAYS = st.sampled_from(["in pieces", "whole", "last"])
+NUMBERS: dict[str, Any] = {  # what tells items from each other
+    "numbers": lambda place: {"output_index": place},
+    "both": lambda place: {"output_index": place, "item_id": f"i{place}"},
+    "ids": lambda place: {"item_id": f"i{place}"},
+    "ids, numbered alike": lambda place: {"output_index": 0, "item_id": f"i{place}"},
+    "the same number": lambda place: {"output_index": 0},
+    "nothing": lambda place: {},
+    "ids, numbered by their beginning and end": lambda place: {"output_index": place, "item_id": f"i{place}"},
+}
 
 
-@given(st.lists(st.tuples(st.booleans(), WAYS), min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None)
-def test_each_item_is_told_once_whichever_events_tell_it(plan: list[tuple[bool, str]]) -> None:
-    """A message at most, and calls, each in pieces, whole, or in the last event alone, which has them all."""
-    events: list[Any] = []
-    output: list[Any] = []
-    for place, (is_call, way) in enumerate(plan):
-        item = {**CALL, "call_id": f"c{place}"} if is_call or MESSAGE in output else MESSAGE
-        output.append(item)
-        if way == "in pieces":
-            events.append(added({**item, "arguments": "", "content": []}, place))
-            events += [text_delta(letter, place) for letter in "hi" if item is MESSAGE]
-        if way != "last":
-            events.append(done(item, place))
-    content = told(*events, completed(*output))["content"]
-    assert sorted(b["id"] for b in content if b["type"] == "tool_use") == [
-        i["call_id"] for i in output if i is not MESSAGE
+def numbered(event: Any, place: int, numbers: str) -> Any:
+    """The event as a server tells it that counts items so."""
+    mark = NUMBERS[numbers](place)
+    told = {k: v for k, v in event.items() if k != "output_index"} | mark
+    if "item" not in told and numbers.endswith("end"):
+        del told["output_index"]
+    if "item" in told and "item_id" in told:
+        told["item"] = {**told["item"], "id": told.pop("item_id")}
+    return told
+
+
+def told_of(item: Any, way: str) -> list[Any]:
+    """The events that tell of an item before the last one."""
+    if way == "last":
+        return []
+    if way == "whole":
+        return [done(item)]
+    kind = "output_text" if item["type"] == "message" else "function_call_arguments"
+    whole = item["content"][0]["text"] if item["type"] == "message" else item["arguments"]
+    pieces = [{"type": f"response.{kind}.delta", "delta": letter} for letter in whole]
+    return [added({**item, "arguments": "", "content": []}), *pieces, done(item)]
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@given(
+    st.lists(st.tuples(st.sampled_from(["hi", "ho", ""]), WAYS), min_size=1, max_size=4), *[st.booleans()] * 2
+)
+@settings(max_examples=60, deadline=None)
+def test_each_item_is_told_once_whichever_events_tell_it(
+    numbers: str, plan: list[tuple[str, str]], at_once: bool, ends: bool
+) -> None:
+    """Messages and calls, each in pieces, whole, or in the last event alone, which has them all; one after another, or
+    all of them at once where each event says what item it is of. Some servers end none of them.
+    """
+    output = [
+        {**MESSAGE, "content": [{"type": "output_text", "text": words}]}
+        if words
+        else {**CALL, "call_id": f"c{n}"}
+        for n, (words, _) in enumerate(plan)
     ]
-    assert [b["text"] for b in content if b["type"] == "text"] == ["hi" for i in output if i is MESSAGE]
+    events = [
+        [numbered(e, n, numbers) for e in told_of(item, way)]
+        for n, (item, (_, way)) in enumerate(zip(output, plan, strict=True))
+    ]
+    events = [[e for e in item if ends or e["type"] != done({})["type"]] for item in events]
+    is_clear = numbers != "ids, numbered alike" or "whole" not in [way for _, way in plan]
+    is_told_apart = is_clear and numbers not in ("the same number", "nothing")
+    turns = itertools.zip_longest(*events) if at_once and is_told_apart else events
+    content = told(*filter(None, itertools.chain.from_iterable(turns)), completed(*output))["content"]
+    calls = [(b["id"], b["input"]) for b in content if b["type"] == "tool_use"]
+    assert sorted(calls) == sorted((i["call_id"], {"a": 1}) for i in output if i["type"] != "message")
+    texts = "".join(b["text"] for b in content if b["type"] == "text")
+    assert sorted(texts) == sorted("".join(words for words, _ in plan))
+
+
+@pytest.mark.parametrize("id", ["", "c1"], ids=["no id", "the same id"])
+def test_calls_that_their_ids_do_not_tell_apart_get_their_own_results(id: str) -> None:
+    calls = [{**CALL, "call_id": id, "arguments": json.dumps({"n": n})} for n in (1, 2)]
+    made = told(done(calls[0]), done(calls[1], 1), completed())["content"]
+    first, second = (block["id"] for block in made)
+    assert first != second
+    results = user(tool_result(second, "two"), tool_result(first, "one"))
+    items = request_of(user("hi"), {"role": "assistant", "content": made}, results)["input"][1:]
+    assert [i.get("arguments") or i["output"] for i in items] == ['{"n": 1}', '{"n": 2}', "one", "two"]
+
+
+def test_thoughts_told_whole_come_back_each() -> None:
+    thoughts = [{"type": "reasoning", "summary": [], "encrypted_content": f"enc{n}"} for n in (1, 2)]
+    made = told(done(thoughts[0]), done(thoughts[1], 1), done(MESSAGE, 2), completed())["content"]
+    assert request_of(user("hi"), {"role": "assistant", "content": made})["input"][1:3] == thoughts
+
+
+@pytest.mark.parametrize("way", ["in pieces", "whole", "last"])
+def test_messages_stay_apart_each_in_its_phase(way: str) -> None:
+    phases = ("commentary", "commentary", "final_answer")
+    output = [{**MESSAGE, "role": "assistant", "phase": phase} for phase in phases]
+    events = [numbered(e, n, "numbers") for n, item in enumerate(output) for e in told_of(item, way)]
+    made = told(*events, completed(*output))["content"]
+    items = request_of(user("hi"), {"role": "assistant", "content": made})["input"][1:]
+    assert items == [{**item, "content": "hi"} for item in output]
 
 
 def test_a_call_that_is_begun_twice_goes_out_once() -> None:
@@ -207,7 +278,7 @@ def test_a_call_that_has_the_number_of_the_text_before_it() -> None:
 def test_a_text_whose_item_is_never_told_done_goes_out_once(place: Any, words: str) -> None:
     piece = {"type": "response.output_text.delta", **place, "delta": words}
     (block,) = told(piece, completed({**MESSAGE, "id": "m1"}))["content"]
-    assert block["text"] == ("hi" if "item_id" in place else words)
+    assert block["text"] == "hi"
 
 
 def test_a_text_that_goes_on_beside_a_call() -> None:
@@ -342,6 +413,17 @@ def test_a_file_of_text_is_inlined() -> None:
     assert said["content"] == [{"type": "input_text", "text": "hi"}]
 
 
+def test_a_document_of_blocks_keeps_its_images() -> None:
+    document = {"type": "document", "source": {"type": "content", "content": ["see", PNG]}}
+    items = request_of(user(document), assistant(tool_use("c1")), user(tool_result("c1", [document])))[
+        "input"
+    ]
+    kinds = ["input_text", "input_image"]
+    assert [[p["type"] for p in items[n].get("content", items[n].get("output"))] for n in (0, 2)] == [
+        kinds
+    ] * 2
+
+
 def test_conversation_as_items() -> None:
     kept = {"dialect": "responses", "model": CODEX.model}
     item = {"type": "reasoning", "encrypted_content": "enc", "summary": []}
@@ -457,6 +539,21 @@ def test_reasoning_comes_back_from_the_stream_that_made_it() -> None:
 def test_parameters(body: Any, expected: Any) -> None:
     out = request_of(user("hi"), **body)
     assert {k: out.get(k) for k in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("tools", "name", "expected"),
+    [
+        ([SEARCH], "web_search", "required"),
+        ([SEARCH, BASH], "web_search", {"type": "web_search"}),
+        ([SEARCH, BASH], "Bash", {"type": "function", "name": "Bash"}),
+        ([SEARCH, BASH], "code_execution", "auto"),
+        ([BASH], "web_search", "auto"),
+    ],
+)
+def test_a_tool_that_must_be_called(tools: list[Any], name: str, expected: Any) -> None:
+    body = {"messages": [user("hi")], "tools": tools, "tool_choice": {"type": "tool", "name": name}}
+    assert responses_request(body, CODEX)["tool_choice"] == expected
 
 
 @pytest.mark.parametrize(
