@@ -5224,7 +5224,7 @@ class GeminiStream:
             self.call(call, part.get("thoughtSignature"))
         if (
             "toolCall" in part or "toolResponse" in part
-        ):  # a search beside functions, which is to come back as it is
+        ):  # a search beside functions: it is to come back as it is
             parts = [*self.out.signature.get("parts", ()), part]
             self.out.keep({"dialect": "gemini", "model": self.to.model, "parts": parts})
 
