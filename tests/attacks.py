@@ -305,6 +305,13 @@ def started_port(process: subprocess.Popen[bytes]) -> int:
     raise AssertionError("ccmux did not start")
 
 
+def hostile_folder(folder: Path) -> Path:
+    """A project that would be imported from: a module for each name that somebody may ask for."""
+    for name in {*sys.stdlib_module_names, "ccmux", "aiohttp", "tiktoken", "pip"}:
+        (folder / f"{name}.py").write_text("raise SystemExit('imported from the current folder')\n")
+    return folder
+
+
 def until(holds: Any, what: str, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not holds():

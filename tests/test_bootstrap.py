@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from attacks import until
+from attacks import hostile_folder, until
 from conftest import Start
 from proxy_harness import ROOT, provider_row
 
@@ -98,6 +98,15 @@ def test_lost_package_is_installed_again(bare: Path, home: Path) -> None:
     ready.write_text(of_another_python)  # two Pythons in turn do not take it from one another
     assert start(bare, home, "model").stderr == ""
     assert ready.read_text() == of_another_python
+
+
+def test_nothing_is_imported_from_the_folder_it_starts_in(bare: Path, tmp_path: Path) -> None:
+    hostile_folder(tmp_path)
+    done = start(bare, tmp_path, "model")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    ready = tmp_path / ".ccmux/venv/ccmux-ready"
+    ready.write_text(ready.read_text() + "0")  # as of another Python: the packages are looked for
+    assert start(bare, tmp_path, "model").stderr == ""
 
 
 def test_interrupted_installation_is_begun_again(bare: Path, tmp_path: Path) -> None:

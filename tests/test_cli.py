@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import proxy_harness
 import pytest
-from attacks import until
+from attacks import hostile_folder, until
 from proxy_harness import ROOT, provider_row
 
 import ccmux
@@ -1035,8 +1035,9 @@ def test_statusline(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ccmux.py", "ccmux", "cc.mux", "my-proxy.py"])
 @pytest.mark.parametrize("is_link", [True, False], ids=["link", "copy"])
 def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_link: bool) -> None:
-    """Whatever the file is called, and where only a link to it is on the PATH."""
+    """Whatever the file is called, where only a link to it is on the PATH, and whatever is in the project's folder."""
     (tmp_path / "my bin").mkdir()
+    (tmp_path / "project").mkdir()
     started = tmp_path / "my bin" / name
     started.symlink_to(CCMUX) if is_link else shutil.copy(CCMUX, started)
     write_config(tmp_path)
@@ -1044,8 +1045,9 @@ def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_li
     environment = process_environment(tmp_path, PYTHONDONTWRITEBYTECODE="1")
     subprocess.run([sys.executable, started, "setup"], cwd=tmp_path, env=environment, check=True)
     command = json.loads((tmp_path / ".claude/settings.json").read_bytes())["statusLine"]["command"]
+    project = hostile_folder(tmp_path / "project")
     ran = subprocess.run(
-        ["sh", "-c", command], cwd=tmp_path, env=environment, input="{}", capture_output=True, text=True
+        ["sh", "-c", command], cwd=project, env=environment, input="{}", capture_output=True, text=True
     )
     assert (ran.returncode, ran.stderr, ran.stdout) == (0, "", "today $0.0000\n")
 
@@ -1072,7 +1074,7 @@ def test_statusline_loads_no_more_than_it_needs(tmp_path: Path) -> None:
     write_config(tmp_path)
     environment = process_environment(tmp_path, PYTHONPATH=str(tmp_path / "app"))
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "ccmux", "statusline"],
+        [sys.executable, "-X", "importtime", "-P", "-m", "ccmux", "statusline"],
         env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "sqlite3" in done.stderr

@@ -74,7 +74,7 @@ async def place(
 
 def test_a_sqlite_that_is_too_old_is_told() -> None:
     ccmux.check_sqlite((3, 37, 0))
-    with pytest.raises(ccmux.ConfigError, match="SQLite 3.34.1, and ccmux needs 3.37 or newer"):
+    with pytest.raises(ccmux.ConfigError, match=r"SQLite 3\.34\.1, and ccmux needs 3\.37 or newer"):
         ccmux.check_sqlite((3, 34, 1))
 
 
