@@ -14323,12 +14323,16 @@ def settings_with(bare: bytes | None, variables: Mapping[str, str], shell: str) 
 
 
 def settings_without(now: bytes | None, bare: bytes | None, made: bytes) -> bytes | None:
-    """The settings without what setup made of the `bare` ones (None: no file): these, unless others changed them."""
+    """The settings without what setup made of the `bare` ones (None: no file): these, unless others changed them. A
+    variable that has another value by now stays.
+    """
     if now == made:
         return bare
     settings, first = settings_of(now), settings_of(bare)
-    environment = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
-    environment |= {k: v for k, v in as_object(first.get("env")).items() if k in MANAGED}
+    has, had, ours = (as_object(settings_of(each).get("env")) for each in (now, bare, made))
+    is_ours = {name for name in MANAGED if has.get(name) == ours.get(name)}
+    environment = {k: v for k, v in has.items() if k not in is_ours}
+    environment |= {k: v for k, v in had.items() if k in is_ours}
     settings["env"] = environment
     if not environment and "env" not in first:
         del settings["env"]

@@ -594,6 +594,18 @@ def test_undo_keeps_what_was_changed_since(cli: Cli, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_undo_keeps_an_address_that_was_set_by_hand_since(cli: Cli, tmp_path: Path) -> None:
+    path = settings_of(tmp_path, b'{"env": {"CLAUDE_CODE_USE_VERTEX": "1"}}')
+    cli("setup")
+    path.write_text(path.read_text().replace("http://127.0.0.1:13456", "https://mine.example"))
+    cli("setup", "--port", "7")
+    assert '"http://127.0.0.1:7"' in path.read_text()
+    assert cli("setup", "--undo").status == 0
+    assert json.loads(path.read_bytes()) == {
+        "env": {"CLAUDE_CODE_USE_VERTEX": "1", "ANTHROPIC_BASE_URL": "https://mine.example"}
+    }
+
+
 def test_undo_keeps_what_was_changed_between_two_setups(cli: Cli, tmp_path: Path) -> None:
     path = settings_of(tmp_path, ODD)
     cli("setup")
