@@ -84,11 +84,11 @@ def expanded(path: str) -> Path:
         ) from None
 
 
-def config_path(given: str) -> Path | None:
+def config_path(given: str, is_mine: Callable[[Path], bool] = lambda path: True) -> Path | None:
     """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None: there is none."""
     if given or os.environ.get("CCMUX_CONFIG"):
         return expanded(given or os.environ["CCMUX_CONFIG"])
-    if (here := Path("config.toml")).exists():
+    if (here := Path("config.toml")).exists() and is_mine(here):
         return here
     kept = ccmux_home() / "config.toml"
     return kept if kept.exists() else None
@@ -114,10 +114,23 @@ def statusline(given: str = "") -> str:
     except (ValueError, KeyError, TypeError, AttributeError):  # a closed stdin is None
         model, session = "", ""
     try:
-        figures = session_figures(database_of(config_path(given)), session)
+        figures = session_figures(database_of(config_path(given, is_ccmux_config)), session)
     except (OSError, ValueError, AttributeError, TypeError, sqlite3.Error) as error:
         figures = [f"ccmux: no figures ({error})"]
     return " | ".join(filter(None, [model, *figures]))
+
+
+def is_ccmux_config(path: Path) -> bool:
+    """Whether a config.toml is ccmux's: the status line runs in a project's folder, and others have one, too."""
+    import tomllib
+
+    try:
+        tables = tomllib.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError):
+        return False
+    server = tables.get("server")
+    has_database = isinstance(server, dict) and "database" in server
+    return has_database or bool(tables.keys() & {"providers", "models", "router", "credits"})
 
 
 def session_figures(database: str, session: str) -> list[str]:
@@ -1548,8 +1561,8 @@ def check_names(config: Config) -> None:
 
 def check_hosts(server: Server) -> None:
     for host in server.allowed_hosts:
-        if not host_name(host):
-            hint = "write a name or an address alone, as in ccmux.example, 192.168.1.5 or [fd00::7]"
+        if not host_name(host) or "*" in host:
+            hint = "write each name or address alone, as in ccmux.example, 192.168.1.5 or [fd00::7]"
             raise ConfigError(f"[server]: key 'allowed_hosts' has {host!r}: {hint}")
 
 
@@ -13957,12 +13970,15 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 async def check_live(config: Config) -> bool:
-    """Whether all providers answer."""
+    """Whether all providers that are in use answer."""
     store = Store(":memory:")
     state = await make_state(config, store)
     is_well = True
     try:
         for provider in config.providers:
+            if not provider.usable:
+                print_found("note", f"{provider.name}  is not asked: {provider.problem or 'enabled = false'}")
+                continue
             model = provider_model(config, provider)
             result = await test_provider(state, provider, model)
             is_well &= result["ok"]
@@ -14198,7 +14214,8 @@ async def run_claude(command: list[str], config: Config, args: argparse.Namespac
 async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[str]:
     """The address of a server in this process, which logs to a file: the terminal is Claude Code's."""
     path = home_of(config) / "ccmux.log"
-    print(f"ccmux: starting at {client_url(config)}, its log is {path}", file=sys.stderr, flush=True)
+    by = " by this folder's config.toml" if config.path == "config.toml" else ""
+    print(f"ccmux: starting at {client_url(config)}{by}, its log is {path}", file=sys.stderr, flush=True)
     write_text(path, "", os.O_TRUNC)
     async with serving(config, args, path) as (state, port):
         log.info("serving at %s", client_url(config, port))
@@ -14216,8 +14233,9 @@ def has_proxy() -> bool:
 def no_proxy_for(url: str) -> dict[str, str]:
     """The variables with which Claude Code does not look for this address through HTTPS_PROXY."""
     known = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
-    host = urllib.parse.urlsplit(url).hostname
-    listed = known if known == "*" else ",".join(filter(None, [known, host]))
+    host = urllib.parse.urlsplit(url).hostname or ""
+    is_there = known == "*" or host in map(str.strip, known.split(","))
+    listed = known if is_there else ",".join(filter(None, [known, host]))
     return {"NO_PROXY": listed, "no_proxy": listed}
 
 
@@ -14375,10 +14393,15 @@ def statusline_shell(config: Config) -> str:
     files = [Path(os.path.abspath(__file__)), Path(os.path.realpath(__file__))]
     module = next((f for f in files if f.suffix == ".py" and "." not in f.stem), None)
     if os.name == "nt" or module is None:
-        join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+        join = windows_line if os.name == "nt" else shlex.join
         return join([sys.executable, str(files[0]), "statusline", *flag])
     command = shlex.join([sys.executable, "-P", "-m", module.stem, "statusline", *flag])
     return f"PYTHONPATH={shlex.quote(str(module.parent))} {command}"
+
+
+def windows_line(command: list[str]) -> str:
+    """A command as Git Bash and cmd read it; to the former a backslash is no part of a path."""
+    return subprocess.list2cmdline([part.replace("\\", "/") for part in command])
 
 
 def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:
@@ -14677,7 +14700,7 @@ def diagnose_database(config: Config) -> tuple[str, str]:
                 return "FAILED", f"database {path}: {problem}"
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
     except (ConfigError, sqlite3.Error, UnicodeDecodeError) as error:  # the last: of SQLite's own words
-        return "FAILED", f"database {path}: {error}"
+        return "FAILED", f"database {path}: " + str(error).removeprefix(f"database {path}: ")
     return "ok", f"database {path}: requests {requests}, users {users}, all sums equal their rows"
 
 

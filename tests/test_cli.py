@@ -479,7 +479,13 @@ def test_env_of_each_shell(cli: Cli, monkeypatch: pytest.MonkeyPatch, shell: str
 
 
 @pytest.mark.parametrize(
-    ("known", "listed"), [("", "127.0.0.1"), ("a.example", "a.example,127.0.0.1"), ("*", "*")]
+    ("known", "listed"),
+    [
+        ("", "127.0.0.1"),
+        ("a.example", "a.example,127.0.0.1"),
+        ("*", "*"),
+        ("127.0.0.1, a.example", "127.0.0.1, a.example"),
+    ],
 )
 def test_env_beside_a_proxy(cli: Cli, monkeypatch: pytest.MonkeyPatch, known: str, listed: str) -> None:
     """Claude Code looks even for 127.0.0.1 through HTTPS_PROXY, and waits for a minute or more."""
@@ -840,6 +846,9 @@ def test_check_live(cli: Cli, tmp_path: Path) -> None:
     write_config(tmp_path, dead)
     ran = cli("check", "--live")
     assert (ran.status, "FAILED  dead/gpt-6.1-terra" in ran.out) == (1, True)
+    write_config(tmp_path, dead + "enabled = false\n")
+    ran = cli("check", "--live")
+    assert (ran.status, words_of(ran, "note")) == (0, ["dead  is not asked: enabled = false"])
     write_config(
         tmp_path, '[[models]]\nname = "m[1m]"\nmappings = [{provider = "demo", actual_model = "x"}]\n'
     )
@@ -1064,15 +1073,28 @@ def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_li
     assert (ran.returncode, ran.stderr, ran.stdout) == (0, "", "today $0.0000\n")
 
 
+def test_the_status_line_on_windows_has_forward_slashes() -> None:
+    command = [r"C:\Program Files\Python\python.exe", r"C:\x\ccmux.py", "statusline"]
+    assert ccmux.windows_line(command) == '"C:/Program Files/Python/python.exe" C:/x/ccmux.py statusline'
+
+
 def test_statusline_with_a_closed_input(tmp_path: Path) -> None:
     ran = in_shell(tmp_path, 'exec "$0" "$1" statusline <&-')
     assert (ran.status, ran.err) == (0, "")
 
 
+@pytest.mark.parametrize("text", ["not TOML", "[server]\nport = 1313", "server = 1", "[package]\nname = 'x'"])
+def test_statusline_takes_no_projects_config_for_its_own(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.toml").write_text(text)
+    (tmp_path / ".ccmux").mkdir()
+    enter(tmp_path / ".ccmux/ccmux.db", (TODAY, settlement("r1", "local")))
+    assert process(tmp_path, "statusline") == Ran(0, "today $0.0000\n", "")
+
+
 @pytest.mark.parametrize("text", ["not TOML", "[server]\ndatabase = 5"])
 def test_statusline_never_fails(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.toml").write_text(text)
-    ran = process(tmp_path, "statusline")
+    (tmp_path / "ccmux.toml").write_text(text)
+    ran = process(tmp_path, "statusline", "--config", "ccmux.toml")
     assert (ran.status, ran.err) == (0, "") and ran.out.startswith("ccmux: no figures (")
 
 
@@ -1137,7 +1159,10 @@ def test_code_starts_runs_and_stops(tmp_path: Path) -> None:
         "NO_PROXY=corp.example,127.0.0.1",
         "<-p>", "<say hi>", "<--version>", "<>",
     ]  # fmt: skip
-    assert ran.err == f"ccmux: starting at http://127.0.0.1:{port}, its log is {tmp_path / 'ccmux.log'}\n"
+    by = "by this folder's config.toml"
+    assert (
+        ran.err == f"ccmux: starting at http://127.0.0.1:{port} {by}, its log is {tmp_path / 'ccmux.log'}\n"
+    )
     assert (tmp_path / "ccmux.log").stat().st_mode & 0o777 == 0o600
     assert not answers(port)
 
