@@ -3200,6 +3200,10 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         status = 401
     if status in (413, 429) and re.search(_ABOVE_A_LIMIT, words):
         return ApiError(429, words, retry=Retry.KEY, should_retry=False)
+    if status == 429 and {"insufficient_quota", "exceeded_current_quota_error"} & codes_of(payload):
+        return ApiError(
+            429, words, retry=Retry.KEY, should_retry=False, cause="quota"
+        )  # money, not a minute's limit
     if status == 400 and re.search(_MODEL_UNKNOWN, f"{words} {error_detail(payload).get('code')}"):
         status = 404
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
@@ -3212,15 +3216,31 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         asked = max(number_of(most[1] or most[2] or "0"), number_of(most[3]) + 1)
         message = f"max_tokens: {asked} > {most[3]}, which is the maximum allowed number of output tokens for this model"
         return ApiError(400, message, cause="overflow")
+    if status == 404:
+        return not_found(words, is_anthropics=as_object(payload).get("type") == "error")
+    if status == 400 and re.search(_TOO_MANY_TOOLS, words):
+        words += " (tools come from MCP servers, too: turn off those that are not needed)"
+        return ApiError(400, words, retry=Retry.NEXT)  # others take more
     message = words or f"the provider answered with status {status} and no message"
-    is_nowhere = status == 404 and re.search(_NO_SUCH_ADDRESS, words)
-    if is_nowhere:
-        message = f"the provider has nothing at this address ({words or 404}): check its base_url"
-    # Of a 404 Claude Code shows no words: it says that there is an issue with the model.
-    is_told = is_nowhere or (status == 404 and re.search(_NOT_THE_MODEL, words))
-    error = ApiError(400 if is_told else status, message, retry=retry_class(status))
+    error = ApiError(status, message, retry=retry_class(status))
     error.param = str(error_detail(payload).get("param") or "")
     return error
+
+
+def not_found(words: str, is_anthropics: bool) -> ApiError:
+    """A 404; as a 400 where it is not about the model, as of a 404 Claude Code shows no words but its own of a model."""
+    if re.search(_NO_SUCH_ADDRESS, words) and not is_anthropics:
+        words = f"the provider has nothing at this address ({words or 404}): check its base_url"
+    elif not re.search(_NOT_THE_MODEL, words):
+        return ApiError(
+            404, words or "the provider answered with status 404 and no message", retry=Retry.NEXT
+        )
+    return ApiError(400, words, retry=Retry.NEXT)
+
+
+def codes_of(payload: Any) -> set[str]:
+    """What an error is by its own codes, wherever a vendor puts them."""
+    return {str(error_detail(payload).get(key)) for key in ("code", "type")}
 
 
 # Patterns of errors are texts: Python compiles them where an error comes, and not at each start.
@@ -3239,6 +3259,11 @@ _KEY_REFUSED = (
 # Groq's 413 and OpenAI's 429 for more than a minute's tokens, max_tokens among them. It is no overflow, as less of a
 # conversation would not help, and of a 413 Claude Code says that it is 32 MB of images.
 _ABOVE_A_LIMIT = r"(?i)request too large.*tokens per min"
+
+# OpenAI's, Groq's, xAI's and Copilot's.
+_TOO_MANY_TOOLS = (
+    r"(?i)'tools' ?: (?:array too long|maximum number of items)|maximum tools limit|more than \d+ tools"
+)
 
 _NO_SUCH_ADDRESS = r"(?i)^(?:404 )?(?:page )?(?:not found)?$"
 _NOT_THE_MODEL = (
@@ -4047,6 +4072,10 @@ def openai_limits(body: Json, to: Upstream) -> Json:
         if key == "auto":
             is_new = _NEW_LIMIT_KEY.match(to.model.rsplit("/", 1)[-1])
             key = "max_completion_tokens" if is_new else "max_tokens"
+        if (
+            key in to.skip
+        ):  # some endpoints know it by the other name only; `without` takes it out where by none
+            key = {"max_tokens": "max_completion_tokens"}.get(key, "max_tokens")
         # A reasoning model answers 400 where it cannot begin a message within the limit; Claude Code tries a model
         # named in /model with a single token.
         out[key] = max(limit, 16) if key == "max_completion_tokens" else limit
@@ -4128,6 +4157,7 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
         400,
         "this model's provider cannot search the web: set `websearch` in [router] to a model whose provider can "
         "(Anthropic, OpenAI, Gemini, xAI or OpenRouter), or turn the WebSearch tool off in Claude Code",
+        retry=Retry.NEXT,
     )
 
 
@@ -4579,8 +4609,9 @@ def responses_reasoning(body: Json, to: Upstream) -> Json:
 
 
 _EFFORT_REFUSED = re.compile(
-    r"(?i)(?:unsupported|invalid) value: '(\w+)'|thinking[_ ]level (\w+) is not supported"
-)  # OpenAI, Gemini
+    r"(?i)(?:unsupported|invalid) value: (?:'reasoning_effort' does not support )?'(\w+)'|"
+    r"thinking[_ ]level (\w+) is not supported"
+)  # OpenAI and Kimi, Gemini
 
 
 def refused_effort(message: str, param: str) -> str:

@@ -806,6 +806,13 @@ def test_a_404_that_is_not_of_the_model_shows_its_words(words: str, status: int,
     assert words in error.message and says in error.message
 
 
+def test_anthropics_own_404_goes_on_as_it_came() -> None:
+    error = upstream_error(
+        404, {"type": "error", "error": {"type": "not_found_error", "message": "Not Found"}}
+    )
+    assert (error.status, error.message, error.retry) == (404, "Not Found", Retry.NEXT)
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 529])
 def test_an_overflow_is_not_read_into_other_statuses(status: int) -> None:
     assert upstream_error(status, {"error": {"message": "context window"}}).status == status

@@ -396,6 +396,8 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
          "reasoning.effort", "effort.xhigh"),
         ("Invalid value: 'max'. Supported values are: 'none', 'low', 'medium', 'high', and 'xhigh'.", "reasoning_effort",
          "effort.max"),
+        ("Unsupported value: 'reasoning_effort' does not support 'minimal' with this model. Supported values are: 'low', "
+         "'medium', and 'high'.", "", "effort.minimal"),
         ("Unsupported value: 'low' is not supported with the 'm' model.", "text.verbosity", "text"),
         ("Thinking level MEDIUM is not supported for this model. Please retry with other thinking level.", "", "effort.medium"),
         ("[{'type': 'literal_error', 'loc': ('body', 'reasoning_effort'), 'msg': \"Input should be 'low' or 'high'\"}]", "",

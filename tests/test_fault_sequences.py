@@ -1082,6 +1082,17 @@ async def test_an_image_goes_to_the_next_target_where_the_first_cannot_see_it(tm
     assert PNG_DATA in json.dumps(b.calls[0].json)
 
 
+async def test_a_web_search_goes_to_the_next_target_where_the_first_cannot_search(tmp_path: Path) -> None:
+    search = message_body(tools=[{"type": "web_search_20260209", "name": "web_search"}])
+    kinds = {"A": {"type": "groq"}, "B": {"type": "anthropic"}}
+    async with stage(tmp_path, OK, OK, formats="openai", providers=kinds) as (proxy, (a, b)):
+        full("B")(await ask(proxy, body=search))
+        assert (a.count, b.count, b.calls[0].json["tools"]) == (0, 1, search["tools"])
+    async with stage(tmp_path, OK, formats="groq") as (proxy, (a,)):
+        fails(400, says="set `websearch` in")(await ask(proxy, body=search))
+        assert a.count == 0
+
+
 async def test_a_parameter_is_left_out_once(tmp_path: Path) -> None:
     refusal = fs.status(400, message="Unsupported parameter: 'temperature'")
     async with stage(tmp_path, (refusal,), OK, formats="openai") as (proxy, (a, b)):

@@ -750,6 +750,22 @@ def test_extra_body_and_drop_and_learnt_parameters() -> None:
     assert not {"temperature", "top_p"} & out.keys()
 
 
+@pytest.mark.parametrize(
+    ("model", "refused", "key"),
+    [
+        ("m", {"max_tokens"}, "max_completion_tokens"),
+        ("gpt-5", {"max_completion_tokens"}, "max_tokens"),
+        ("gpt-5", {"max_completion_tokens", "max_tokens"}, None),
+    ],
+)
+def test_a_limit_that_is_refused_goes_by_its_other_name(
+    model: str, refused: set[str], key: str | None
+) -> None:
+    out = request_of(user("hi"), max_tokens=50, to=upstream(model, skip=frozenset(refused)))
+    found = {k: v for k, v in out.items() if k.startswith("max_")}
+    assert found == ({key: 50} if key else {})
+
+
 def test_web_search() -> None:
     out = request_of(user("hi"), tools=[SEARCH], to=upstream("m", web_search="options"))
     place = {"type": "approximate", "approximate": {"city": "Oslo"}}

@@ -300,6 +300,30 @@ def test_an_unknown_model_is_a_404_whatever_the_status(payload: ccmux.Json) -> N
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length 130 instead.",
+        "'tools' : maximum number of items is 128",
+        "Maximum tools limit reached. 219 tools have been provided but the maximum is 200.",
+        "You may not include more than 128 tools in your request.",
+    ],
+)
+def test_where_a_provider_takes_fewer_tools_another_may_take_them(words: str) -> None:
+    error = ccmux.upstream_error(400, {"error": {"message": words}})
+    assert (error.status, error.retry) == (400, ccmux.Retry.NEXT) and "turn off those" in error.message
+    other = ccmux.upstream_error(400, {"error": {"message": words.replace("tools", "messages")}})
+    assert other.retry is ccmux.Retry.NO
+
+
+@pytest.mark.parametrize("code", ["insufficient_quota", "exceeded_current_quota_error"])
+def test_an_account_without_money_is_asked_no_more(code: str) -> None:
+    for detail in ({"code": code}, {"type": code}):
+        error = ccmux.upstream_error(429, {"error": {"message": "no", **detail}})
+        assert (error.status, error.retry, error.should_retry) == (429, ccmux.Retry.KEY, False)
+        assert error.cause == "quota"
+
+
+@pytest.mark.parametrize(
     "words", ["Unknown model_settings", "model: Extra inputs are not permitted", "invalid model output"]
 )
 def test_other_refusals_that_name_the_model_stay_a_400(words: str) -> None:
