@@ -3196,16 +3196,7 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
     if not 400 <= status < 600:
         message = f"the provider answered with status {status}, which is no answer to this request"
         return ApiError(502, message, retry=retry_class(status))
-    if status == 400 and re.search(_KEY_REFUSED, words):
-        status = 401
-    if status in (413, 429) and re.search(_ABOVE_A_LIMIT, words):
-        return ApiError(429, words, retry=Retry.KEY, should_retry=False)
-    if status == 429 and {"insufficient_quota", "exceeded_current_quota_error"} & codes_of(payload):
-        return ApiError(
-            429, words, retry=Retry.KEY, should_retry=False, cause="quota"
-        )  # money, not a minute's limit
-    if status == 400 and re.search(_MODEL_UNKNOWN, f"{words} {error_detail(payload).get('code')}"):
-        status = 404
+    status = status_meant(status, words, payload)
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         if parts := output_overflow(words, tokens):
@@ -3216,14 +3207,35 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         asked = max(number_of(most[1] or most[2] or "0"), number_of(most[3]) + 1)
         message = f"max_tokens: {asked} > {most[3]}, which is the maximum allowed number of output tokens for this model"
         return ApiError(400, message, cause="overflow")
+    return other_error(status, words, payload)
+
+
+def status_meant(status: int, words: str, payload: Any) -> int:
+    """The status that other vendors give for what these words say."""
+    if status == 400 and re.search(_KEY_REFUSED, words):
+        return 401
+    if status == 400 and re.search(_MODEL_UNKNOWN, f"{words} {error_detail(payload).get('code')}"):
+        return 404
+    return 429 if status == 413 and re.search(_ABOVE_A_LIMIT, words) else status
+
+
+def other_error(status: int, words: str, payload: Any) -> ApiError:
+    """An error that is not about the size of a request, by its status."""
+    detail = error_detail(payload)
     if status == 404:
         return not_found(words, is_anthropics=as_object(payload).get("type") == "error")
+    if status == 429 and any(detail.get(key) in NO_MONEY for key in ("code", "type")):
+        return ApiError(
+            429, words, retry=Retry.KEY, should_retry=False, cause="quota"
+        )  # of money, which no wait brings
+    if status == 429 and re.search(_ABOVE_A_LIMIT, words):
+        return ApiError(429, words, retry=Retry.KEY, should_retry=False)
     if status == 400 and re.search(_TOO_MANY_TOOLS, words):
         words += " (tools come from MCP servers, too: turn off those that are not needed)"
         return ApiError(400, words, retry=Retry.NEXT)  # others take more
     message = words or f"the provider answered with status {status} and no message"
     error = ApiError(status, message, retry=retry_class(status))
-    error.param = str(error_detail(payload).get("param") or "")
+    error.param = str(detail.get("param") or "")
     return error
 
 
@@ -3238,10 +3250,7 @@ def not_found(words: str, is_anthropics: bool) -> ApiError:
     return ApiError(400, words, retry=Retry.NEXT)
 
 
-def codes_of(payload: Any) -> set[str]:
-    """What an error is by its own codes, wherever a vendor puts them."""
-    return {str(error_detail(payload).get(key)) for key in ("code", "type")}
-
+NO_MONEY = ("insufficient_quota", "exceeded_current_quota_error")  # OpenAI's code, and Moonshot's
 
 # Patterns of errors are texts: Python compiles them where an error comes, and not at each start.
 
