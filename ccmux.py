@@ -3888,6 +3888,11 @@ def client_tools(body: Json) -> list[Json]:
     return tools if all(wanted) else [*itertools.compress(tools, wanted)]
 
 
+def is_function(name: Any, body: Json) -> bool:
+    """Whether it is the name of a tool that the client itself runs."""
+    return any(tool["name"] == name for tool in client_tools(body))
+
+
 TOOL_CHANGES = {"tool_addition": "tool added", "tool_removal": "tool removed"}  # blocks of system messages
 
 
@@ -4065,6 +4070,8 @@ def openai_tool_choice(body: Json, to: Upstream) -> Json:
         "auto": "auto", "any": "required", "none": "none", "tool": {"type": "function", "function": {"name": name}},
     }  # fmt: skip
     kind = to.tool_choice(str(choice.get("type")))
+    if kind == "tool" and not is_function(choice.get("name"), body):
+        kind = "auto"  # a web search is none of the functions
     out: Json = {"tool_choice": forms[kind]} if kind in forms else {}
     if choice.get("disable_parallel_tool_use"):
         out["parallel_tool_calls"] = False
@@ -4646,9 +4653,9 @@ def responses_tools(body: Json, to: Upstream) -> list[Json]:
 
 
 def responses_tool_choice(body: Json, to: Upstream) -> Json:
-    out = openai_tool_choice(body, to)
-    if isinstance(out.get("tool_choice"), dict):
-        out["tool_choice"] = responses_forced(body["tool_choice"].get("name"), body)
+    out, choice = openai_tool_choice(body, to), as_object(body.get("tool_choice"))
+    if to.tool_choice(str(choice.get("type"))) == "tool":
+        out["tool_choice"] = responses_forced(choice.get("name"), body)
     return out
 
 
@@ -4661,11 +4668,6 @@ def responses_forced(name: Any, body: Json) -> Json | str:
     if name != (web_search_of(body) or {}).get("name"):
         return "auto"
     return {"type": "web_search"} if client_tools(body) else "required"
-
-
-def is_function(name: Any, body: Json) -> bool:
-    """Whether it is the name of a tool that the client itself runs."""
-    return any(tool["name"] == name for tool in client_tools(body))
 
 
 def responses_turn(turn: Turn, calls: dict[str, Json], to: Upstream) -> list[Json]:
@@ -5323,8 +5325,10 @@ def chat_request(body: Json) -> tuple[Json, ApiError | None]:
     except ApiError as error:
         if not isinstance(body.get("messages"), list):
             raise
+        error.retry = Retry.NEXT
         messages = [servable(message) for message in messages_of(body)]
-        return messages_request({**body, "n": 1, "messages": messages}), error
+        tools = [t for t in as_list(body.get("tools")) if not is_custom(t)]
+        return messages_request({**body, "n": 1, "messages": messages, "tools": tools}), error
 
 
 def servable(message: Json) -> Json:
@@ -5487,6 +5491,8 @@ def messages_tools(body: Json) -> Json:
     old = [{"function": f} for f in as_list(body.get("functions"))]
     tools: list[Json] = []
     for tool in map(as_object, (*as_list(body.get("tools")), *old)):
+        if is_custom(tool):
+            raise ApiError(400, "tools: one of type 'custom' cannot be served; describe it as a function")
         is_flat = tool.get("type") == "function" or "input_schema" in tool
         function = as_object(tool.get("function")) or (tool if is_flat else {})
         if name := function.get("name"):
@@ -5508,6 +5514,11 @@ def messages_tools(body: Json) -> Json:
     if is_single and choice["type"] != "none":
         choice["disable_parallel_tool_use"] = True
     return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
+
+
+def is_custom(tool: Any) -> bool:
+    """Whether a tool's input is free text, which only OpenAI knows. Cursor's in another form are for its own models."""
+    return isinstance(as_object(tool).get("custom"), dict)
 
 
 CHAT_CHOICES = {"required": "any", "any": "any", "none": "none"}
@@ -6242,7 +6253,8 @@ class ChatTap:
         if chunk.get("error") or name == "error":
             self.error = error_of_event(chunk)
             return b""
-        self.usage = openai_usage(chunk.get("usage")) or self.usage
+        if told := chunk.get("usage") or as_object(chunk.get("x_groq")).get("usage"):
+            self.usage = openai_usage(told) or self.usage
         choices = [c for c in as_list(chunk.get("choices")) if isinstance(c, dict)]
         for choice in choices:
             self.look(choice)
@@ -6251,6 +6263,8 @@ class ChatTap:
 
     def look(self, choice: Json) -> None:
         self.stop_reason = str(choice.get("finish_reason") or "") or self.stop_reason
+        if choice.get("usage"):  # Moonshot's
+            self.usage = openai_usage(choice["usage"]) or self.usage
         said = {k: v for k, v in as_object(choice.get("delta")).items() if k != "role" and v}
         self.has_content = self.has_content or bool(said) or bool(self.stop_reason)
         self.texts += [v if isinstance(v, str) else json.dumps(v) for v in said.values()]
@@ -8743,8 +8757,8 @@ class Relay:
         while True:
             slot = plan.next_slot()
             attempt = Attempt(self, call, slot, sink)
-            attempt.check()
             try:
+                attempt.check()
                 await attempt.run()
                 return
             except ApiError as error:

@@ -390,7 +390,7 @@ class OpenAIFake(Fake):
         names = {"tool": "tool", "user": "user"}
         said = [(names.get(m["role"], "model"), flat(m.get("content"))) for m in body["messages"]]
         prompt, results = newest(said)
-        tools = tuple(t["function"]["name"] for t in body.get("tools") or [])
+        tools = tuple(t["function"]["name"] for t in body.get("tools") or [] if "function" in t)
         text = "\n".join(flat(m.get("content")) for m in body["messages"] if m["role"] != "system")
         return Turn(prompt, results, tools, text, body["model"], bool(body.get("stream")), 0, body)
 

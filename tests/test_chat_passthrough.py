@@ -31,6 +31,21 @@ STREAM = (
 )
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "x_groq": {"usage": USAGE}},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "usage": USAGE}]},
+    ],
+    ids=["Groq", "Moonshot"],
+)
+def test_usage_is_read_wherever_a_stream_tells_it(told: Any) -> None:
+    tap = ChatTap(wants_usage=False)
+    data = b"data: %s\n\n" % json.dumps(told).encode()
+    assert tap.feed(data) + tap.feed(b"data: [DONE]\n\n") == data
+    assert tap.ended and tap.usage and (tap.usage.input, tap.usage.output) == (10, 3)
+
+
 @pytest.mark.parametrize("wants_usage", [True, False])
 def test_a_stream_is_relayed_byte_for_byte_cut_anywhere(wants_usage: bool) -> None:
     data = STREAM + OURS + DONE
@@ -152,6 +167,9 @@ async def test_the_openai_sdk_through_ccmux(tmp_path: Path) -> None:
         assert all(r["output_tokens"] == 40 and not r["estimated"] for r in rows)
 
 
+HELLO: Any = {"role": "user", "content": "hello"}
+
+
 async def test_what_no_messages_request_can_say_goes_to_an_upstream_of_the_clients_format(
     tmp_path: Path,
 ) -> None:
@@ -159,16 +177,23 @@ async def test_what_no_messages_request_can_say_goes_to_an_upstream_of_the_clien
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}, audio]}]
     async with OpenAIFake(lambda turn: Answer(text="hello")) as fake:
         text = row_of(fake, "up") + row_of(fake, "other", name="r", type="responses")
+        text += "[[models]]\nname = 'both'\nmappings = [{provider = 'r', actual_model = 'other'}, {provider = 'o', actual_model = 'up'}]\n"
         async with sdk_on(tmp_path, text) as (client, _):
             asked: Any = {"messages": messages, "n": 2}
-            answer = await client.chat.completions.create(model="up", **asked)
-            assert answer.choices[0].message.content == "hello"
+            for model in ("up", "both"):  # the first target of the latter is passed over
+                answer = await client.chat.completions.create(model=model, **asked)
+                assert answer.choices[0].message.content == "hello"
             with pytest.raises(BadRequestError, match="n: only one choice"):
                 await client.chat.completions.create(model="other", **asked)
             with pytest.raises(BadRequestError, match="'input_audio' cannot be served"):
                 await client.chat.completions.create(model="other", messages=messages)
-    [sent] = fake.asked
-    assert (sent.body["messages"], sent.body["n"]) == (messages, 2)
+            free: Any = [{"type": "custom", "custom": {"name": "patch"}}]
+            with pytest.raises(BadRequestError, match="'custom' cannot be served"):
+                await client.chat.completions.create(model="other", messages=[HELLO], tools=free)
+            await client.chat.completions.create(model="both", messages=[HELLO], tools=free)
+    *sent, last = fake.asked
+    assert [(s.body["messages"], s.body["n"]) for s in sent] == [(messages, 2)] * 2
+    assert last.body["tools"] == free
 
 
 TOOL = {"name": "Bash", "description": "Runs", "input_schema": {"type": "object", "properties": {}}}

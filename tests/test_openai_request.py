@@ -766,6 +766,14 @@ def test_a_limit_that_is_refused_goes_by_its_other_name(
     assert found == ({key: 50} if key else {})
 
 
+def test_no_web_search_is_forced_as_a_function() -> None:
+    to = upstream("m", web_search="options")
+    out = request_of(
+        user("hi"), tools=[SEARCH, BASH], tool_choice={"type": "tool", "name": "web_search"}, to=to
+    )
+    assert out["tool_choice"] == "auto"
+
+
 def test_web_search() -> None:
     out = request_of(user("hi"), tools=[SEARCH], to=upstream("m", web_search="options"))
     place = {"type": "approximate", "approximate": {"city": "Oslo"}}
