@@ -12313,8 +12313,8 @@ const FAULTS = { http_400: "request refused", http_401: "key refused", http_402:
   busy: "too many at once", client_gone: "client hung up", client_stall: "client stopped reading",
   connect: "cannot be reached", cooling: "limited everywhere", disconnect: "connection broke", empty: "empty answer",
   internal: "fault in ccmux", interrupted: "ccmux was ended", no_credit: "no credit left", overflow: "too long",
-  shutdown: "ccmux was stopped", store: "database failed", stream: "answer broke off", timeout: "took too long",
-  unavailable: "all failing or busy" };
+  quota: "provider wants paying", shutdown: "ccmux was stopped", store: "database failed", stream: "answer broke off",
+  timeout: "took too long", unavailable: "all failing or busy" };
 const faultWord = (error) => FAULTS[error] || (/^http_5/.test(error) ? "server fault" : error.slice(0, 50));
 const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.status < 500 ? "warn" : "bad",
   `${row.status} ${faultWord(row.error)}`);
