@@ -2782,6 +2782,7 @@ class AnthropicStream:
         self.has_content = False  # a delta went out, or a block ended
         self.has_tool = False
         self.tool_ids: set[str] = set()  # that the conversation has had
+        self.call_ids: set[str] = set()  # that the upstream gave to the calls of this answer
         self.cut_off = False  # in the midst of a tool call
         self.started = self.ended = False
         self.stop_reason = ""
@@ -4221,11 +4222,14 @@ def call_id(name: str, given: str, out: AnthropicStream, place: Any) -> str:
     """The id of a call that begins in the answer; ApiError 502 where it has no name.
 
     It is new to the conversation, as some servers number the calls of each answer from 0: Claude Code would lose the
-    results of all but the first, and the model ask for ever (seen with 2.1.330).
+    results of all but the first, and the model ask for ever (seen with 2.1.330). An id that two calls of one answer
+    share does not go back: OpenAI and others refuse it (github.com/HKUDS/nanobot/pull/3943).
     """
     if not name:
         raise broken_stream("the provider sent a tool call without a name")
-    upstream_id = given or made_up_id("toolu_", out, place)
+    is_own = bool(given) and given not in out.call_ids
+    out.call_ids.add(given)
+    upstream_id = given if is_own else made_up_id("toolu_", out, place)
     id = client_tool_id(upstream_id)
     if id in out.tool_ids:
         id = client_tool_id(f"{upstream_id}\0{made_up_id('', out, out.index)[:8]}")
