@@ -6254,10 +6254,11 @@ class ChatTap:
         if not isinstance(chunk, dict):
             self.error = not_a_stream(data, "OpenAI stream")
             return b""
-        if chunk.get("error") or name == "error":
-            self.error = error_of_event(chunk)
+        groq = as_object(chunk.get("x_groq"))
+        if chunk.get("error") or groq.get("error") or name == "error":
+            self.error = error_of_event(groq if groq.get("error") else chunk)
             return b""
-        if told := chunk.get("usage") or as_object(chunk.get("x_groq")).get("usage"):
+        if told := chunk.get("usage") or groq.get("usage"):
             self.usage = openai_usage(told) or self.usage
         choices = [c for c in as_list(chunk.get("choices")) if isinstance(c, dict)]
         for choice in choices:
