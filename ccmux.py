@@ -10402,7 +10402,7 @@ class StreamSink:
         self.began = False
         self.last = time.monotonic()
         self.pinging: asyncio.Task[None] | None = None
-        self.timer = asyncio.get_running_loop().call_later(interval, self.look)
+        self.timer = asyncio.get_running_loop().call_later(interval / 4, self.look)
 
     async def begin(self) -> None:
         if self.began:
