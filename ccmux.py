@@ -5331,8 +5331,9 @@ def chat_request(body: Json) -> tuple[Json, ApiError | None]:
             raise
         error.retry = Retry.NEXT
         messages = [servable(message) for message in messages_of(body)]
-        tools = [t for t in as_list(body.get("tools")) if not is_custom(t)]
-        return messages_request({**body, "n": 1, "messages": messages, "tools": tools}), error
+        tools = [tool for tool in as_list(body.get("tools")) if not is_openais(tool)]
+        told = {"n": 1, "modalities": ["text"], "messages": messages, "tools": tools}
+        return messages_request({**body, **told}), error
 
 
 def servable(message: Json) -> Json:
@@ -5351,6 +5352,8 @@ def messages_request(body: Json) -> Json:
         raise ApiError(400, "messages: a list of messages is needed")
     if body.get("n") not in (None, 1):
         raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
+    if "audio" in as_list(body.get("modalities")):
+        raise ApiError(400, "modalities: only text can be made; leave it out or set it to ['text']")
     system, messages = chat_conversation(messages_of(body))
     limits = map(body.get, ("max_completion_tokens", "max_tokens"))
     limit = next((n for n in limits if n and n != -1), None)  # -1: llama.cpp's and LM Studio's "no limit"
@@ -5495,8 +5498,9 @@ def messages_tools(body: Json) -> Json:
     old = [{"function": f} for f in as_list(body.get("functions"))]
     tools: list[Json] = []
     for tool in map(as_object, (*as_list(body.get("tools")), *old)):
-        if is_custom(tool):
-            raise ApiError(400, "tools: one of type 'custom' cannot be served; describe it as a function")
+        if is_openais(tool):
+            kind = str(tool.get("type"))[:40]
+            raise ApiError(400, f"tools: one of type {kind!r} cannot be served; describe it as a function")
         is_flat = tool.get("type") == "function" or "input_schema" in tool
         function = as_object(tool.get("function")) or (tool if is_flat else {})
         if name := function.get("name"):
@@ -5520,9 +5524,13 @@ def messages_tools(body: Json) -> Json:
     return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
 
 
-def is_custom(tool: Any) -> bool:
-    """Whether a tool's input is free text, which only OpenAI knows. Cursor's in another form are for its own models."""
-    return isinstance(as_object(tool).get("custom"), dict)
+def is_openais(tool: Any) -> bool:
+    """Whether a tool has no form in the Messages API: its input is free text, or the provider runs it. Cursor's custom ones
+    have a flat form, and are left out: they are for its own models.
+    """
+    given = as_object(tool)
+    is_ours = not {"function", "input_schema"}.isdisjoint(given)
+    return "custom" in given or not (is_ours or given.get("type") in (None, "", "function", "custom"))
 
 
 CHAT_CHOICES = {"required": "any", "any": "any", "none": "none"}
@@ -5582,8 +5590,8 @@ def chat_calls(message: Json, number: int) -> list[Json]:
         calls.append({"id": f"{legacy.get('name')}_{number}", "function": legacy})
     blocks = []
     for call in calls:
-        function = as_object(call.get("function"))
-        text = function.get("arguments") or "{}"
+        function = as_object(call.get("function")) or as_object(call.get("custom"))
+        text = function.get("arguments") or function.get("input") or "{}"
         value = parsed(text) if isinstance(text, str) else text
         id, name = client_tool_id(str(call.get("id") or "")), str(function.get("name") or "")
         given = value if isinstance(value, dict) else {"arguments": text}

@@ -180,7 +180,7 @@ async def test_what_no_messages_request_can_say_goes_to_an_upstream_of_the_clien
         text = row_of(fake, "up") + row_of(fake, "other", name="r", type="responses")
         text += "[[models]]\nname = 'both'\nmappings = [{provider = 'r', actual_model = 'other'}, {provider = 'o', actual_model = 'up'}]\n"
         async with sdk_on(tmp_path, text) as (client, _):
-            asked: Any = {"messages": messages, "n": 2}
+            asked: Any = {"messages": messages, "n": 2, "modalities": ["text", "audio"]}
             for model in ("up", "both"):  # the first target of the latter is passed over
                 answer = await client.chat.completions.create(model=model, **asked)
                 assert answer.choices[0].message.content == "hello"
