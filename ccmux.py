@@ -5329,7 +5329,6 @@ def chat_request(body: Json) -> tuple[Json, ApiError | None]:
     except ApiError as error:
         if not isinstance(body.get("messages"), list):
             raise
-        error.retry = Retry.NEXT
         messages = [servable(message) for message in messages_of(body)]
         tools = [tool for tool in as_list(body.get("tools")) if not is_openais(tool)]
         told = {"n": 1, "modalities": ["text"], "messages": messages, "tools": tools}
@@ -8770,8 +8769,8 @@ class Relay:
         while True:
             slot = plan.next_slot()
             attempt = Attempt(self, call, slot, sink)
+            attempt.check()
             try:
-                attempt.check()
                 await attempt.run()
                 return
             except ApiError as error:
@@ -8847,6 +8846,11 @@ class Relay:
         context = slot.target.context or (row.context if row else 0) or facts.context
         facts = dataclasses.replace(facts, context=context)
         return Upstream(model, slot.provider.quirks, facts, call.session, self.not_taken(call, slot))
+
+    def passes(self, call: Call, slot: Slot) -> bool:
+        """Whether the slot's upstream gets what the client wrote."""
+        model, skip = slot.target.actual_model, self.not_taken(call, slot)
+        return call.passes(dialect_of(slot.provider, model, skip, call.body))
 
 
 class Attempt:
@@ -9299,6 +9303,8 @@ class Plan:
             provider = config.provider(target.provider)
             if provider and provider.usable:
                 found += relay.slots_of(target, provider, self.call.credential)
+        if self.call.unserved:  # then it is for upstreams of the client's own format, where there are any
+            found = [slot for slot in found if relay.passes(self.call, slot)] or found
         mine = relay.sticky.get((self.call.session, self.call.route.model), ("", "", ""))
         return sorted(found, key=lambda slot: (slot.place != mine[:2], slot.id != mine))
 
