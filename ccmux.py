@@ -4429,6 +4429,8 @@ class OpenAIStream:
                 call.sent = len(call.pieces)
 
     def begin(self, call: ToolCall) -> None:
+        if self.think is not None:
+            self.think.release()
         self.details = []
         self.live = call
         id = call_id(call.name, call.id, self.out, f"{self.out.index} {len(self.calls)}")
@@ -4569,11 +4571,16 @@ class ThinkTags:
             self.text(self.rest)
             self.rest = ""
 
+    def release(self) -> None:
+        """Lets out what might have been the beginning of the opening tag, as something else follows it."""
+        if self.mode == "start" and self.rest:
+            self.text(self.rest)
+            self.rest = ""
+
     def finish(self) -> None:
+        self.release()
         if self.mode == "thinking":
             self.thinking(self.rest)
-        elif self.mode == "start" and self.rest:
-            self.text(self.rest)
 
 
 # ----------------------------------------------------------------------------------------------------------

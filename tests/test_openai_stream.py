@@ -285,6 +285,12 @@ def test_think_tags_by_quirk(pieces: list[str], expected: Any) -> None:
     assert content_of(*map(text, pieces), *end()) == [said("".join(pieces))]
 
 
+@pytest.mark.parametrize("begin", ["\n", "<", "<think"])
+def test_what_might_have_been_a_think_tag_stands_before_the_call_behind_it(begin: str) -> None:
+    events = [text(begin), calls(call(0, "c", "Bash", LS)), *end("tool_calls")]
+    assert content_of(*events, think_tags=True) == [said(begin), BASH]
+
+
 @pytest.mark.parametrize(
     ("events", "stop"),
     [
