@@ -2782,6 +2782,7 @@ class AnthropicStream:
         self.has_content = False  # a delta went out, or a block ended
         self.has_tool = False
         self.tool_ids: set[str] = set()  # that the conversation has had
+        self.call_ids: set[str] = set()  # that the upstream gave to the calls of this answer
         self.cut_off = False  # in the midst of a tool call
         self.started = self.ended = False
         self.stop_reason = ""
@@ -4221,11 +4222,14 @@ def call_id(name: str, given: str, out: AnthropicStream, place: Any) -> str:
     """The id of a call that begins in the answer; ApiError 502 where it has no name.
 
     It is new to the conversation, as some servers number the calls of each answer from 0: Claude Code would lose the
-    results of all but the first, and the model ask for ever (seen with 2.1.330).
+    results of all but the first, and the model ask for ever (seen with 2.1.330). An id that two calls of one answer
+    share does not go back: OpenAI and others refuse it (github.com/HKUDS/nanobot/pull/3943).
     """
     if not name:
         raise broken_stream("the provider sent a tool call without a name")
-    upstream_id = given or made_up_id("toolu_", out, place)
+    is_own = bool(given) and given not in out.call_ids
+    out.call_ids.add(given)
+    upstream_id = given if is_own else made_up_id("toolu_", out, place)
     id = client_tool_id(upstream_id)
     if id in out.tool_ids:
         id = client_tool_id(f"{upstream_id}\0{made_up_id('', out, out.index)[:8]}")
@@ -4425,6 +4429,8 @@ class OpenAIStream:
                 call.sent = len(call.pieces)
 
     def begin(self, call: ToolCall) -> None:
+        if self.think is not None:
+            self.think.release()
         self.details = []
         self.live = call
         id = call_id(call.name, call.id, self.out, f"{self.out.index} {len(self.calls)}")
@@ -4565,11 +4571,16 @@ class ThinkTags:
             self.text(self.rest)
             self.rest = ""
 
+    def release(self) -> None:
+        """Lets out what might have been the beginning of the opening tag, as something else follows it."""
+        if self.mode == "start" and self.rest:
+            self.text(self.rest)
+            self.rest = ""
+
     def finish(self) -> None:
+        self.release()
         if self.mode == "thinking":
             self.thinking(self.rest)
-        elif self.mode == "start" and self.rest:
-            self.text(self.rest)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5325,10 +5336,10 @@ def chat_request(body: Json) -> tuple[Json, ApiError | None]:
     except ApiError as error:
         if not isinstance(body.get("messages"), list):
             raise
-        error.retry = Retry.NEXT
         messages = [servable(message) for message in messages_of(body)]
-        tools = [t for t in as_list(body.get("tools")) if not is_custom(t)]
-        return messages_request({**body, "n": 1, "messages": messages, "tools": tools}), error
+        tools = [tool for tool in as_list(body.get("tools")) if not is_openais(tool)]
+        told = {"n": 1, "modalities": ["text"], "messages": messages, "tools": tools}
+        return messages_request({**body, **told}), error
 
 
 def servable(message: Json) -> Json:
@@ -5347,6 +5358,8 @@ def messages_request(body: Json) -> Json:
         raise ApiError(400, "messages: a list of messages is needed")
     if body.get("n") not in (None, 1):
         raise ApiError(400, "n: only one choice can be made; leave it out or set it to 1")
+    if "audio" in as_list(body.get("modalities")):
+        raise ApiError(400, "modalities: only text can be made; leave it out or set it to ['text']")
     system, messages = chat_conversation(messages_of(body))
     limits = map(body.get, ("max_completion_tokens", "max_tokens"))
     limit = next((n for n in limits if n and n != -1), None)  # -1: llama.cpp's and LM Studio's "no limit"
@@ -5491,8 +5504,9 @@ def messages_tools(body: Json) -> Json:
     old = [{"function": f} for f in as_list(body.get("functions"))]
     tools: list[Json] = []
     for tool in map(as_object, (*as_list(body.get("tools")), *old)):
-        if is_custom(tool):
-            raise ApiError(400, "tools: one of type 'custom' cannot be served; describe it as a function")
+        if is_openais(tool):
+            kind = str(tool.get("type"))[:40]
+            raise ApiError(400, f"tools: one of type {kind!r} cannot be served; describe it as a function")
         is_flat = tool.get("type") == "function" or "input_schema" in tool
         function = as_object(tool.get("function")) or (tool if is_flat else {})
         if name := function.get("name"):
@@ -5516,9 +5530,13 @@ def messages_tools(body: Json) -> Json:
     return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
 
 
-def is_custom(tool: Any) -> bool:
-    """Whether a tool's input is free text, which only OpenAI knows. Cursor's in another form are for its own models."""
-    return isinstance(as_object(tool).get("custom"), dict)
+def is_openais(tool: Any) -> bool:
+    """Whether a tool has no form in the Messages API: its input is free text, or the provider runs it. Cursor's custom ones
+    have a flat form, and are left out: they are for its own models.
+    """
+    given = as_object(tool)
+    is_ours = not {"function", "input_schema"}.isdisjoint(given)
+    return "custom" in given or not (is_ours or given.get("type") in (None, "", "function", "custom"))
 
 
 CHAT_CHOICES = {"required": "any", "any": "any", "none": "none"}
@@ -5578,8 +5596,8 @@ def chat_calls(message: Json, number: int) -> list[Json]:
         calls.append({"id": f"{legacy.get('name')}_{number}", "function": legacy})
     blocks = []
     for call in calls:
-        function = as_object(call.get("function"))
-        text = function.get("arguments") or "{}"
+        function = as_object(call.get("function")) or as_object(call.get("custom"))
+        text = function.get("arguments") or function.get("input") or "{}"
         value = parsed(text) if isinstance(text, str) else text
         id, name = client_tool_id(str(call.get("id") or "")), str(function.get("name") or "")
         given = value if isinstance(value, dict) else {"arguments": text}
@@ -6250,10 +6268,11 @@ class ChatTap:
         if not isinstance(chunk, dict):
             self.error = not_a_stream(data, "OpenAI stream")
             return b""
-        if chunk.get("error") or name == "error":
-            self.error = error_of_event(chunk)
+        groq = as_object(chunk.get("x_groq"))
+        if chunk.get("error") or groq.get("error") or name == "error":
+            self.error = error_of_event(groq if groq.get("error") else chunk)
             return b""
-        if told := chunk.get("usage") or as_object(chunk.get("x_groq")).get("usage"):
+        if told := chunk.get("usage") or groq.get("usage"):
             self.usage = openai_usage(told) or self.usage
         choices = [c for c in as_list(chunk.get("choices")) if isinstance(c, dict)]
         for choice in choices:
@@ -8757,8 +8776,8 @@ class Relay:
         while True:
             slot = plan.next_slot()
             attempt = Attempt(self, call, slot, sink)
+            attempt.check()
             try:
-                attempt.check()
                 await attempt.run()
                 return
             except ApiError as error:
@@ -8834,6 +8853,11 @@ class Relay:
         context = slot.target.context or (row.context if row else 0) or facts.context
         facts = dataclasses.replace(facts, context=context)
         return Upstream(model, slot.provider.quirks, facts, call.session, self.not_taken(call, slot))
+
+    def passes(self, call: Call, slot: Slot) -> bool:
+        """Whether the slot's upstream gets what the client wrote."""
+        model, skip = slot.target.actual_model, self.not_taken(call, slot)
+        return call.passes(dialect_of(slot.provider, model, skip, call.body))
 
 
 class Attempt:
@@ -9286,6 +9310,8 @@ class Plan:
             provider = config.provider(target.provider)
             if provider and provider.usable:
                 found += relay.slots_of(target, provider, self.call.credential)
+        if self.call.unserved:  # then it is for upstreams of the client's own format, where there are any
+            found = [slot for slot in found if relay.passes(self.call, slot)] or found
         mine = relay.sticky.get((self.call.session, self.call.route.model), ("", "", ""))
         return sorted(found, key=lambda slot: (slot.place != mine[:2], slot.id != mine))
 
@@ -10397,7 +10423,7 @@ class StreamSink:
         self.began = False
         self.last = time.monotonic()
         self.pinging: asyncio.Task[None] | None = None
-        self.timer = asyncio.get_running_loop().call_later(interval, self.look)
+        self.timer = asyncio.get_running_loop().call_later(interval / 4, self.look)
 
     async def begin(self) -> None:
         if self.began:

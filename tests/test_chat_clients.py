@@ -415,9 +415,12 @@ def test_thoughts_go_back_to_those_that_want_them() -> None:
     [({"a": 1}, {"a": 1}), ('{"a": 1}', {"a": 1}), ("", {}), (None, {}), ("oh", {"arguments": "oh"})],
 )
 def test_arguments_of_earlier_calls(arguments: Any, given: Any) -> None:
-    call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
-    out = valid(messages_request({"model": "m", "messages": [{"role": "assistant", "tool_calls": [call]}]}))
-    assert out["messages"][1]["content"][0]["input"] == given
+    said = {"name": "f", "arguments": arguments}, {"name": "f", "input": arguments}
+    for call in ({"id": "c", "function": said[0]}, {"id": "c", "type": "custom", "custom": said[1]}):
+        out = valid(
+            messages_request({"model": "m", "messages": [{"role": "assistant", "tool_calls": [call]}]})
+        )
+        assert out["messages"][1]["content"] == [tool_use("c", "f", **given)]
 
 
 def test_calls_of_the_old_form_have_an_id_each() -> None:
@@ -434,6 +437,13 @@ def test_calls_of_the_old_form_have_an_id_each() -> None:
         pytest.param({}, "messages", id="no messages"),
         pytest.param({"messages": [], "n": 2}, "n: only one", id="two choices"),
         pytest.param({"messages": [user({"type": "input_audio"})]}, "input_audio", id="audio"),
+        pytest.param({"messages": [], "modalities": ["text", "audio"]}, "only text", id="an answer in audio"),
+        *(
+            pytest.param(
+                {"messages": [], "tools": [tool]}, f"'{tool['type']}' cannot be served", id=tool["type"]
+            )
+            for tool in ({"type": "custom", "custom": {"name": "patch"}}, {"type": "browser_search"})
+        ),
         pytest.param(
             {"messages": [user({"type": "image_url", "image_url": "/etc/passwd"})]}, "http", id="a path"
         ),

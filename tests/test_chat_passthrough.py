@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 from fakes import Answer, Call, OpenAIFake, Turn
-from openai import AsyncOpenAI, BadRequestError
+from openai import AsyncOpenAI, BadRequestError, RateLimitError
 from proxy_harness import Proxy, in_process, provider_row
 from translation import upstream
 
@@ -72,6 +72,7 @@ def test_a_last_chunk_without_its_blank_line_is_apart_from_what_follows() -> Non
         (b'data: {"error": {"message": "x", "code": 429}}\n\n', 429, False),
         (b'{"error": {"message": "x", "code": 429}}', 429, False),
         (b'{"error": {"message": "x", "code": 429}}\n\n', 429, False),
+        (chunk({"content": "a"}) + chunk({}, "stop", x_groq={"error": "over capacity"}) + DONE, 502, True),
         (b"<html>", 502, False),
         (b"data: {broken\n\n", 502, False),
         (b"", 502, False),
@@ -179,7 +180,7 @@ async def test_what_no_messages_request_can_say_goes_to_an_upstream_of_the_clien
         text = row_of(fake, "up") + row_of(fake, "other", name="r", type="responses")
         text += "[[models]]\nname = 'both'\nmappings = [{provider = 'r', actual_model = 'other'}, {provider = 'o', actual_model = 'up'}]\n"
         async with sdk_on(tmp_path, text) as (client, _):
-            asked: Any = {"messages": messages, "n": 2}
+            asked: Any = {"messages": messages, "n": 2, "modalities": ["text", "audio"]}
             for model in ("up", "both"):  # the first target of the latter is passed over
                 answer = await client.chat.completions.create(model=model, **asked)
                 assert answer.choices[0].message.content == "hello"
@@ -194,6 +195,18 @@ async def test_what_no_messages_request_can_say_goes_to_an_upstream_of_the_clien
     *sent, last = fake.asked
     assert [(s.body["messages"], s.body["n"]) for s in sent] == [(messages, 2)] * 2
     assert last.body["tools"] == free
+
+
+async def test_what_only_openais_format_can_say_is_refused_by_those_that_speak_it(tmp_path: Path) -> None:
+    limited = Answer(status=429, error="slow down", headers=(("retry-after", "60"),))
+    async with OpenAIFake(lambda turn: limited) as fake:
+        rows = row_of(fake, "up") + row_of(fake, "other", name="r", type="responses")
+        model = "[[models]]\nname = 'm'\n[[models.mappings]]\nprovider = 'o'\nactual_model = 'up'\n"
+        model += "[[models.mappings]]\nprovider = 'r'\nactual_model = 'other'\n"
+        async with sdk_on(tmp_path, rows + model) as (client, _):
+            with pytest.raises(RateLimitError, match="slow down"):
+                await client.chat.completions.create(model="m", messages=[HELLO], n=2)
+    assert len(fake.asked) == 1
 
 
 TOOL = {"name": "Bash", "description": "Runs", "input_schema": {"type": "object", "properties": {}}}

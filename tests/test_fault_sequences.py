@@ -1306,6 +1306,32 @@ async def test_pings_keep_a_client_waiting_and_failover_possible(wire: str, tmp_
     assert (a.count, b.count) == (1, 1)
 
 
+@pytest.mark.parametrize("told", [0, 4], ids=["before content", "amid content"])
+@pytest.mark.parametrize("keep_alive", [b"", b": OPENROUTER PROCESSING\n\n"], ids=["silent", "comments"])
+@pytest.mark.parametrize(
+    ("path", "wire", "ping"),
+    [("/v1/messages", "openai", b"event: ping\n"), ("/v1/chat/completions", "anthropic", b": ping\n")],
+    ids=["messages", "chat"],
+)
+async def test_a_ping_comes_within_the_interval(
+    path: str, wire: str, ping: bytes, keep_alive: bytes, told: int, tmp_path: Path
+) -> None:
+    def steps(call: fs.UpstreamCall) -> Any:
+        events = fs.events_for(call)
+        yield fs.Send(fs.head(200, fs.STREAM_HEAD) + b"".join(map(fs.chunked, events[:told])))
+        for _ in range(5):
+            yield fs.Pause(0.1)
+            if keep_alive:
+                yield fs.Send(fs.chunked(keep_alive))
+        yield fs.Send(b"".join(map(fs.chunked, events[told:])) + fs.LAST_CHUNK)
+
+    async with stage(tmp_path, (fs.Behaviour(steps),), formats=wire) as (proxy, _):
+        proxy.state.relay.ping_interval = 0.4
+        reply = await ask(proxy, path)
+    assert ping in reply.body
+    assert reply.body.endswith((b"data: [DONE]\n\n", b'"message_stop"}\n\n'))
+
+
 async def test_after_a_ping_a_failure_is_an_error_event(tmp_path: Path) -> None:
     limits = {"providers": {"A": {"first_byte_timeout": 1}}}
     async with stage(tmp_path, (fs.stall(),), **limits) as (proxy, _):

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import translation
 from hypothesis import given, settings
-from translation import check_cuts, check_grammar, maybe, read, sse, stream_of, upstream
+from translation import check_cuts, check_grammar, maybe, read, sse, stream_of, tool_result, upstream, user
 
 from ccmux import (
     ApiError,
@@ -285,6 +285,12 @@ def test_think_tags_by_quirk(pieces: list[str], expected: Any) -> None:
     assert content_of(*map(text, pieces), *end()) == [said("".join(pieces))]
 
 
+@pytest.mark.parametrize("begin", ["\n", "<", "<think"])
+def test_what_might_have_been_a_think_tag_stands_before_the_call_behind_it(begin: str) -> None:
+    events = [text(begin), calls(call(0, "c", "Bash", LS)), *end("tool_calls")]
+    assert content_of(*events, think_tags=True) == [said(begin), BASH]
+
+
 @pytest.mark.parametrize(
     ("events", "stop"),
     [
@@ -502,13 +508,28 @@ def test_ids_that_the_conversation_has_had_become_new_ones_and_go_back_as_they_c
     stream = stream_of(OpenAIStream, TO)
     stream.out.tool_ids = {"call_0", "call_1"}
     found, _ = read(
-        stream,
-        sse(calls(*(call(n, id, "Bash", LS) for n, id in enumerate(("call_0", "new", "new")))), *end()),
+        stream, sse(calls(*(call(n, id, "Bash", LS) for n, id in enumerate(("call_0", "new")))), *end())
     )
     ids = [b["id"] for b in collect(found)["content"]]
-    assert len({*ids, "call_0", "call_1"}) == 5
+    assert len({*ids, "call_0", "call_1"}) == 4
     assert ids[1] == "new"
-    assert [upstream_tool_id(id) for id in ids] == ["call_0", "new", "new"]
+    assert [upstream_tool_id(id) for id in ids] == ["call_0", "new"]
+
+
+@pytest.mark.parametrize("id", ["", "call_0"], ids=["no id", "the same id"])
+@pytest.mark.parametrize("known", [set(), {"call_0"}], ids=["new", "had"])
+def test_calls_that_their_ids_do_not_tell_apart_get_their_own_results(id: str, known: set[str]) -> None:
+    stream = stream_of(OpenAIStream, TO)
+    stream.out.tool_ids = {*known}
+    pieces = [[call(n, id, "Bash", '{"n":'), call(n, id, "Bash", f"{n}}}")] for n in (0, 1)]
+    found, _ = read(stream, sse(*(calls(*both) for both in zip(*pieces, strict=True)), *end()))
+    made = collect(found)["content"]
+    results = [tool_result(block["id"], str(block["input"]["n"])) for block in made]
+    body = {"messages": [user("hi"), {"role": "assistant", "content": made}, user(*reversed(results))]}
+    said, *told = openai_request(body, TO)["messages"][1:]
+    sent = [(c["id"], json.loads(c["function"]["arguments"])["n"]) for c in said["tool_calls"]]
+    assert sent == [(m["tool_call_id"], int(m["content"])) for m in told]
+    assert len(dict(sent)) == 2
 
 
 # Through `Translation`: bytes to bytes.
