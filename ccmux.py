@@ -4099,7 +4099,7 @@ def search_place(tool: Json) -> Json:
 
 
 def openai_usage(usage: Any) -> Usage | None:
-    """OpenAI's counts as Anthropic has them; None where there are none, or they are absurd: no prompt is empty.
+    """OpenAI's counts as Anthropic has them; None where there are none, or they are absurd.
 
     OpenAI counts cached tokens inside prompt_tokens; Anthropic counts them apart.
     """
@@ -4107,7 +4107,7 @@ def openai_usage(usage: Any) -> Usage | None:
         return None
     details = as_object(usage.get("prompt_tokens_details"))
     prompt, output = token_number(usage.get("prompt_tokens")), token_number(usage.get("completion_tokens"))
-    if not prompt or output is None:
+    if prompt is None or output is None:
         return None
     hits = (details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"))
     cached = next(filter(None, map(token_number, hits)), 0)
@@ -4980,14 +4980,14 @@ def gemini_assistant(blocks: list[Json], to: Upstream) -> list[Json]:
 
 
 def gemini_usage(usage: Any) -> Usage | None:
-    """usageMetadata as Anthropic counts: cached tokens apart, thoughts within the output; None as of `openai_usage`."""
+    """usageMetadata as Anthropic counts: cached tokens apart, thoughts within the output."""
     given = as_object(usage)
     prompt = token_number(given.get("promptTokenCount"))
     parts = (
         given.get(f"{k}TokenCount") for k in ("toolUsePrompt", "cachedContent", "candidates", "thoughts")
     )
     counts = [0 if part is None else token_number(part) for part in parts]
-    if not prompt or None in counts:
+    if prompt is None or None in counts:
         return None
     tools, cached, answer, thoughts = (n or 0 for n in counts)
     prompt += tools
