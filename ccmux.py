@@ -3174,12 +3174,8 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
     if not 400 <= status < 600:
         message = f"the provider answered with status {status}, which is no answer to this request"
         return ApiError(502, message, retry=retry_class(status))
-    if status == 400 and re.search(_KEY_REFUSED, words):
-        status = 401
-    if status in (413, 429) and re.search(_ABOVE_A_LIMIT, words):
-        return ApiError(429, words, retry=Retry.KEY, should_retry=False)
-    if status == 400 and re.search(_MODEL_UNKNOWN, f"{words} {error_detail(payload).get('code')}"):
-        status = 404
+    if (error := plain_error(status, payload, words)) is not None:
+        return error
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         if parts := output_overflow(words, tokens):
@@ -3191,37 +3187,50 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         message = f"max_tokens: {asked} > {most[3]}, which is the maximum allowed number of output tokens for this model"
         return ApiError(400, message, cause="overflow")
     message = words or f"the provider answered with status {status} and no message"
-    is_nowhere = status == 404 and re.search(_NO_SUCH_ADDRESS, words)
-    if is_nowhere:
-        message = f"the provider has nothing at this address ({words or 404}): check its base_url"
-    # Of a 404 Claude Code shows no words: it says that there is an issue with the model.
-    is_told = is_nowhere or (status == 404 and re.search(_NOT_THE_MODEL, words))
-    error = ApiError(400 if is_told else status, message, retry=retry_class(status))
+    error = ApiError(status, message, retry=retry_class(status))
     error.param = str(error_detail(payload).get("param") or "")
     return error
 
 
+def plain_error(status: int, payload: Any, words: str) -> ApiError | None:
+    """The error that an upstream's words, or its code, tell more plainly than its status; None where they do not."""
+    if status == 404 and re.search(_NO_SUCH_ADDRESS, words):
+        words = f"the provider has nothing at this address ({words or 404}): check its base_url"
+        return ApiError(400, words, retry=Retry.NEXT)
+    told = f"{words} {error_detail(payload).get('code')}"
+    found = (error for statuses, says, error in PLAIN_ERRORS if status in statuses and re.search(says, told))
+    error = next(found, None)
+    return error(words or told.strip()) if error else None
+
+
 # Patterns of errors are texts: Python compiles them where an error comes, and not at each start.
 
-# LiteLLM's, OpenRouter's, DeepSeek's, Mistral's and Z.ai's, and of OpenAI's Responses the code, where others have a 404.
-_MODEL_UNKNOWN = (
-    r"(?i)invalid model name passed|is not a valid model ID|^model not exist|^invalid model:|^unknown model\b|"
-    r"\bmodel_not_found\b"
-)
-
-# Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
-_KEY_REFUSED = (
-    r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
-)
-
-# Groq's 413 and OpenAI's 429 for more than a minute's tokens, max_tokens among them. It is no overflow, as less of a
-# conversation would not help, and of a 413 Claude Code says that it is 32 MB of images.
-_ABOVE_A_LIMIT = r"(?i)request too large.*tokens per min"
-
 _NO_SUCH_ADDRESS = r"(?i)^(?:404 )?(?:page )?(?:not found)?$"
-_NOT_THE_MODEL = (
-    r"(?i)no endpoints (?:found|available) (?:that|matching)|no allowed providers"  # OpenRouter's 404s
-)
+
+PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...] = (
+    (  # Gemini's, xAI's and DashScope's; LiteLLM's, where it has no database to look for a key in.
+        (400,),
+        r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\.",
+        functools.partial(ApiError, 401, retry=Retry.KEY),
+    ),
+    (  # LiteLLM's, OpenRouter's, DeepSeek's, Mistral's and Z.ai's, and of OpenAI's Responses the code.
+        (400,),
+        r"(?i)invalid model name passed|is not a valid model ID|^model not exist|^invalid model:|^unknown model\b|"
+        r"\bmodel_not_found\b",
+        functools.partial(ApiError, 404, retry=Retry.NEXT),
+    ),
+    (  # OpenRouter's. Of a 404 Claude Code shows no words: it says that there is an issue with the model.
+        (404,),
+        r"(?i)no endpoints (?:found|available) (?:that|matching)|no allowed providers",
+        functools.partial(ApiError, 400, retry=Retry.NEXT),
+    ),
+    (  # Groq's 413 and OpenAI's 429 for more than a minute's tokens, max_tokens among them. It is no overflow, as less
+        # of a conversation would not help, and of a 413 Claude Code says that it is 32 MB of images.
+        (413, 429),
+        r"(?i)request too large.*tokens per min",
+        functools.partial(ApiError, 429, retry=Retry.KEY, should_retry=False),
+    ),
+)  # fmt: skip
 
 _OVERFLOW = (
     r"(?i)prompt (?:is )?too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
