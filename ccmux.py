@@ -3194,6 +3194,8 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
 
 def plain_error(status: int, payload: Any, words: str) -> ApiError | None:
     """The error that an upstream's words, or its code, tell more plainly than its status; None where they do not."""
+    if status == 404 and as_object(payload).get("type") == "error":
+        return None  # in Anthropic's own form it goes on as it came
     if status == 404 and re.search(_NO_SUCH_ADDRESS, words):
         words = f"the provider has nothing at this address ({words or 404}): check its base_url"
         return ApiError(400, words, retry=Retry.NEXT)

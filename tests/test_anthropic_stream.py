@@ -806,6 +806,13 @@ def test_a_404_that_is_not_of_the_model_shows_its_words(words: str, status: int,
     assert words in error.message and says in error.message
 
 
+@pytest.mark.parametrize("words", ["No endpoints found that support tool use.", "Not Found", ""])
+def test_a_404_in_anthropics_form_stays_one(words: str) -> None:
+    payload = {"type": "error", "error": {"type": "not_found_error", "message": words}}
+    error = upstream_error(404, payload)
+    assert (error.status, error.type, error.retry) == (404, "not_found_error", Retry.NEXT)
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 529])
 def test_an_overflow_is_not_read_into_other_statuses(status: int) -> None:
     assert upstream_error(status, {"error": {"message": "context window"}}).status == status

@@ -292,13 +292,19 @@ async def test_a_request_above_a_minutes_tokens_is_told_at_once(wire: str, tmp_p
     assert a.count == 1
 
 
-@BOTH
-async def test_a_404_that_shows_its_words_opens_no_breaker(wire: str, tmp_path: Path) -> None:
+async def test_a_404_that_shows_its_words_opens_no_breaker(tmp_path: Path) -> None:
     script = (fs.status(404, message="No endpoints found that support tool use."),)
-    async with stage(tmp_path, script, formats=wire, **NO_RETRY) as (proxy, (a,)):
+    async with stage(tmp_path, script, formats="openai", **NO_RETRY) as (proxy, (a,)):
         for _ in range(7):  # Claude Code sends six for an unknown 400
             fails(400, "invalid_request_error", says="No endpoints found")(await ask(proxy))
     assert a.count == 7
+
+
+async def test_a_404_of_anthropics_format_goes_on_as_it_came(tmp_path: Path) -> None:
+    body = b'{"type":"error", "error":{"type":"not_found_error","message":"No allowed providers"}, "request_id":"r"}'
+    async with stage(tmp_path, (fs.raw(404, [fs.JSON_TYPE], body),)) as (proxy, (a,)):
+        reply = await ask(proxy)
+    assert (reply.status, reply.body, a.count) == (404, body, 1)
 
 
 async def test_what_an_open_breaker_guards_is_not_tried_last_either(tmp_path: Path) -> None:
