@@ -3232,7 +3232,23 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
         r"(?i)request too large.*tokens per min",
         functools.partial(ApiError, 429, retry=Retry.KEY, should_retry=False),
     ),
+    (  # OpenAI's and Groq's 128, xAI's 200, Gemini's 512, Copilot's 128, OpenCode's 16
+        (400,),
+        r"(?i)'tools' ?: (?:array too long|maximum number of items)|maximum tools limit|more than \d+ tools|"
+        r"at most \d+ function declarations|tool_count_limit",
+        lambda words: ApiError(400, f"{words} ({FEWER_TOOLS})", retry=Retry.NEXT),
+    ),
+    (  # Bedrock's ("Input tag 'web_search_20250305' found using 'type' does not match any"), OpenAI's of some models
+        (400,),
+        r"(?i)\bweb_search(?:_\w+)?'.{0,30}(?:not supported|does not match)",
+        lambda words: ApiError(400, f"{words} ({SET_WEBSEARCH})", retry=Retry.NEXT),
+    ),
 )  # fmt: skip
+FEWER_TOOLS = "turn off MCP servers in Claude Code (/mcp), or give the model a target that takes more tools"
+SET_WEBSEARCH = (
+    "set `websearch` in [router] to a model whose provider can (Anthropic, OpenAI, Gemini, xAI or OpenRouter), or turn "
+    "the WebSearch tool off in Claude Code"
+)
 
 _OVERFLOW = (
     r"(?i)prompt (?:is )?too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
@@ -4096,11 +4112,7 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
     keys = as_object(forms.get(to.quirks.web_search))
     if keys and to.skip.isdisjoint(keys):  # left out, the model would make up what it found
         return keys
-    raise ApiError(
-        400,
-        "this model's provider cannot search the web: set `websearch` in [router] to a model whose provider can "
-        "(Anthropic, OpenAI, Gemini, xAI or OpenRouter), or turn the WebSearch tool off in Claude Code",
-    )
+    raise ApiError(400, f"this model's provider cannot search the web: {SET_WEBSEARCH}", retry=Retry.NEXT)
 
 
 def search_place(tool: Json) -> Json:

@@ -39,7 +39,7 @@ from proxy_harness import (
     until,
 )
 from test_faults import HELLO, LIMITED_30, PART, TOO_LONG, Check, breaks_off, check_ledger, fails, full, stage
-from translation import PDF, PNG, assistant, tool_result, tool_use, user
+from translation import PDF, PNG, SEARCH, assistant, tool_result, tool_use, user
 
 import ccmux
 
@@ -305,6 +305,17 @@ async def test_a_404_of_anthropics_format_goes_on_as_it_came(tmp_path: Path) -> 
     async with stage(tmp_path, (fs.raw(404, [fs.JSON_TYPE], body),)) as (proxy, (a,)):
         reply = await ask(proxy)
     assert (reply.status, reply.body, a.count) == (404, body, 1)
+
+
+@pytest.mark.parametrize("asked", [0, 1], ids=["it is known", "it is learnt"])
+async def test_a_web_search_goes_to_a_target_that_can(asked: int, tmp_path: Path) -> None:
+    quirks = {"web_search": "options" if asked else ""}
+    providers = {"A": {"quirks": quirks}, "B": {"type": "anthropic"}}
+    script = (fs.status(400, message="Unknown parameter: 'web_search_options'."),)
+    async with stage(tmp_path, script, OK, formats="openai", providers=providers) as (proxy, (a, b)):
+        for _ in range(2):
+            full("B")(await ask(proxy, body=message_body(tools=[SEARCH])))
+    assert (a.count, b.count) == (asked, 2)
 
 
 async def test_what_an_open_breaker_guards_is_not_tried_last_either(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ LIMITED_30 = fs.status(429, [("retry-after", "30")])
 DOWN_10 = fs.status(503, [("retry-after", "10")])
 SPEND_LIMIT = fs.status(429, [("x-should-retry", "false")], message="spend limit reached")
 BAD_TOOL = fs.status(400, type="invalid_request_error", message="bad tool")
+MANY_TOOLS = fs.status(400, message="'tools' : maximum number of items is 128")
 TOO_LONG = "prompt is too long: 250000 tokens > 200000 maximum"
 OVERFLOW = fs.status(400, type="invalid_request_error", message=TOO_LONG)
 NOT_HTTP = fs.bytes_then(fs.Send(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), fs.End())
@@ -210,6 +211,8 @@ MATRIX = [
     Row("400-prompt-too-long", (OVERFLOW,), fails(400, says=TOO_LONG), ONE, NOTHING, B, modes="sn"),
     Row("400-no-key-in-the-text", (fs.status(400, message="bad key sk-test-key-of-A"),), fails(400, says="bad key"),
         ONE, NOTHING, modes="sn"),
+    Row("400-too-many-tools", (MANY_TOOLS,), fails(400, says="is 128"), ONE, NOTHING, modes="sn"),
+    Row("400-too-many-tools-then-B", (MANY_TOOLS,), full("B"), ONE, FULL_B, B, 1, modes="sn"),
     Row("413", (fs.status(413, message="too large"),), fails(413), ONE, NOTHING, B, modes="sn"),
     Row("422", (fs.status(422, message="no"),), fails(422), ONE, NOTHING, B),
     *(Row(f"{code}-then-B", (fs.status(code),), full("B"), ONE, FULL_B, B, 1, modes="sn")

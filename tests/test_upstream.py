@@ -300,6 +300,28 @@ def test_an_unknown_model_is_a_404_whatever_the_status(payload: ccmux.Json) -> N
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length 130 instead.",
+        "'tools' : maximum number of items is 128",
+        "Maximum tools limit reached. 219 tools have been provided but the maximum is 200.",
+        "The GenerateContentRequest proto is invalid:\n  * tools[0].function_declarations: [FIELD_INVALID] At most 512 "
+        "function declarations can be specified.",
+        "You may not include more than 128 tools in your request.",
+        "Upstream request failed: [unsupported_tool_schema] The tool schema is not supported (tool_count_limit).",
+        "tools.0: Input tag 'web_search_20250305' found using 'type' does not match any of the expected tags: 'custom'",
+        "Hosted tool 'web_search_preview' is not supported with m.",
+    ],
+    ids=["OpenAI", "Groq", "xAI", "Gemini", "Copilot", "OpenCode", "Bedrock", "search"],
+)  # fmt: skip
+def test_what_another_vendor_may_take_is_a_400_that_goes_to_the_next_target(words: str) -> None:
+    error = ccmux.upstream_error(400, {"error": {"message": words, "param": "tools"}})
+    assert (error.status, error.type, error.retry) == (400, "invalid_request_error", ccmux.Retry.NEXT)
+    assert error.message.startswith(words) and "in Claude Code" in error.message
+    assert ccmux.refused_parameter(error.message, error.param) == ""
+
+
+@pytest.mark.parametrize(
     "words", ["Unknown model_settings", "model: Extra inputs are not permitted", "invalid model output"]
 )
 def test_other_refusals_that_name_the_model_stay_a_400(words: str) -> None:
