@@ -3193,13 +3193,14 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
 
 
 def plain_error(status: int, payload: Any, words: str) -> ApiError | None:
-    """The error that an upstream's words, or its code, tell more plainly than its status; None where they do not."""
+    """The error that an upstream's words, code or type tell more plainly than its status; None where they do not."""
     if status == 404 and as_object(payload).get("type") == "error":
         return None  # in Anthropic's own form it goes on as it came
     if status == 404 and re.search(_NO_SUCH_ADDRESS, words):
         words = f"the provider has nothing at this address ({words or 404}): check its base_url"
         return ApiError(400, words, retry=Retry.NEXT)
-    told = f"{words} {error_detail(payload).get('code')}"
+    detail = error_detail(payload)
+    told = f"{words} {detail.get('code')} {detail.get('type')}"
     found = (error for statuses, says, error in PLAIN_ERRORS if status in statuses and re.search(says, told))
     error = next(found, None)
     return error(words or told.strip()) if error else None
@@ -3231,6 +3232,13 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
         (413, 429),
         r"(?i)request too large.*tokens per min",
         functools.partial(ApiError, 429, retry=Retry.KEY, should_retry=False),
+    ),
+    (  # OpenAI's and Moonshot's type, Z.ai's code and xAI's words for an account that has no money left
+        (429,),
+        r"\b(?:insufficient_quota|exceeded_current_quota_error|1113)(?: \S+)?$|^Your team \S+ has (?:either )?used all",
+        functools.partial(
+            ApiError, 429, type="billing_error", retry=Retry.KEY, should_retry=False, cause="no_money"
+        ),
     ),
     (  # OpenAI's and Groq's 128, xAI's 200, Gemini's 512, Copilot's 128, OpenCode's 16
         (400,),
@@ -8554,7 +8562,7 @@ class Relay:
                     raise client_error(error, slot, call) from None
 
     def cool(self, slot: Slot, error: ApiError, now: float) -> None:
-        """Lets a key rest: for a 429 as long as the upstream says, for a refused key five minutes."""
+        """Lets a key rest: for a 429 as long as the upstream says, for a refused key, or one without money, five minutes."""
         provider, model, key = slot.id
         if error.cause == "http_429":
             wait = RATE_WAIT if error.retry_after is None else error.retry_after

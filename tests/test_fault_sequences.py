@@ -38,7 +38,19 @@ from proxy_harness import (
     soon_enough,
     until,
 )
-from test_faults import HELLO, LIMITED_30, PART, TOO_LONG, Check, breaks_off, check_ledger, fails, full, stage
+from test_faults import (
+    HELLO,
+    LIMITED_30,
+    NO_MONEY,
+    PART,
+    TOO_LONG,
+    Check,
+    breaks_off,
+    check_ledger,
+    fails,
+    full,
+    stage,
+)
 from translation import PDF, PNG, SEARCH, assistant, tool_result, tool_use, user
 
 import ccmux
@@ -171,10 +183,13 @@ def key_of(call: fs.UpstreamCall) -> str:
     return call.header("x-api-key") or (call.header("authorization") or "").removeprefix("Bearer ")
 
 
-@pytest.mark.parametrize("code", [401, 402, 403, 429])
+@pytest.mark.parametrize(
+    "refusal", [*map(fs.status, (401, 402, 403)), LIMITED_30, NO_MONEY], ids=["401", "402", "403", "429", "no money"]
+)  # fmt: skip
 @BOTH
-async def test_a_bad_key_rests_and_the_next_key_is_tried_first(code: int, wire: str, tmp_path: Path) -> None:
-    refusal = fs.status(code, [("retry-after", "30")] if code == 429 else [])
+async def test_a_bad_key_rests_and_the_next_key_is_tried_first(
+    refusal: fs.Behaviour, wire: str, tmp_path: Path
+) -> None:
     script = (fs.by_key("sk-test-key-one", refusal=refusal, otherwise=fs.answer()),)
     async with stage(tmp_path, script, OK, formats=wire, **POOL) as (proxy, (a, b)):
         for _ in range(4):

@@ -119,6 +119,9 @@ ANTHROPIC, OPENAI = ("anthropic",), ("openai",)
 LIMITED_30 = fs.status(429, [("retry-after", "30")])
 DOWN_10 = fs.status(503, [("retry-after", "10")])
 SPEND_LIMIT = fs.status(429, [("x-should-retry", "false")], message="spend limit reached")
+NO_MONEY = fs.raw(
+    429, [fs.JSON_TYPE], b'{"error": {"message": "Check your plan", "type": "insufficient_quota"}}'
+)
 BAD_TOOL = fs.status(400, type="invalid_request_error", message="bad tool")
 MANY_TOOLS = fs.status(400, message="'tools' : maximum number of items is 128")
 TOO_LONG = "prompt is too long: 250000 tokens > 200000 maximum"
@@ -207,6 +210,8 @@ MATRIX = [
     Row("429-retry-after-30-then-B", (LIMITED_30,), full("B"), ONE, FULL_B, B, 1),
     Row("429-spend-limit", (SPEND_LIMIT,), fails(429, says="spend limit", should_retry="false"), ONE, NOTHING,
         modes="sn"),
+    Row("429-no-money", (NO_MONEY,), fails(429, says="Check your plan", should_retry="false"), ONE, NOTHING, modes="sn"),
+    Row("429-no-money-then-B", (NO_MONEY,), full("B"), ONE, FULL_B, B, 1),
     Row("400", (BAD_TOOL,), fails(400, says="bad tool"), ONE, NOTHING, B, modes="sn"),
     Row("400-prompt-too-long", (OVERFLOW,), fails(400, says=TOO_LONG), ONE, NOTHING, B, modes="sn"),
     Row("400-no-key-in-the-text", (fs.status(400, message="bad key sk-test-key-of-A"),), fails(400, says="bad key"),

@@ -248,6 +248,41 @@ def test_how_long_a_key_rests(status: int, retry_after: float | None, here: floa
     assert (plan.relay.rests(slot, 1000.0), plan.relay.rests(other, 1000.0)) == (here, elsewhere)
 
 
+QUOTA = "You exceeded your current quota, please check your plan and billing details."
+KIMI = "Your account org-1 <ak-1> is suspended due to insufficient balance, please recharge your account"
+GROK = (
+    "Your team 1f2 has either used all available credits or reached its monthly spending limit. To continue"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "rests"),
+    [
+        pytest.param({"message": QUOTA, "type": "insufficient_quota", "code": "insufficient_quota"}, 300, id="OpenAI"),
+        pytest.param({"message": QUOTA, "type": "insufficient_quota", "code": None}, 300, id="OpenAI's older"),
+        pytest.param({"message": KIMI, "type": "exceeded_current_quota_error"}, 300, id="Moonshot"),
+        pytest.param({"code": "1113", "message": "Insufficient balance or no resource package."}, 300, id="Z.ai"),
+        pytest.param({"type": "rate_limit_error", "code": "1113", "message": "[1113][Insufficient balance]"}, 300,
+                     id="Z.ai in Anthropic's format"),
+        pytest.param(GROK, 300, id="xAI"),
+        pytest.param({"message": QUOTA, "code": 429, "status": "RESOURCE_EXHAUSTED"}, 1, id="Gemini's limit of a minute"),
+        pytest.param({"message": "Provider returned error", "code": 429,
+                      "metadata": {"raw": '{"error":{"type":"exceeded_current_quota_error"}}'}}, 1,
+                     id="OpenRouter's own account"),
+    ],
+)  # fmt: skip
+def test_an_account_without_money_rests_as_for_a_402(error: Any, rests: float) -> None:
+    plan, slot = a_plan()
+    told = ccmux.upstream_error(429, {"error": error})
+    plan.relay.cool(slot, told, 1000.0)
+    other = dataclasses.replace(slot, target=ccmux.Target("A", "another"))
+    assert (told.status, told.retry) == (429, ccmux.Retry.KEY)
+    assert plan.relay.rests(slot, 1000.0) == rests
+    is_broke = rests == 300
+    assert (plan.relay.rests(other, 1000.0) == 300, told.should_retry is False) == (is_broke, is_broke)
+    assert told.type == ("billing_error" if is_broke else "rate_limit_error")
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [
