@@ -4043,12 +4043,21 @@ def openai_limits(body: Json, to: Upstream) -> Json:
         if key == "auto":
             is_new = _NEW_LIMIT_KEY.match(to.model.rsplit("/", 1)[-1])
             key = "max_completion_tokens" if is_new else "max_tokens"
+        key = limit_key(key, to)
         # A reasoning model answers 400 where it cannot begin a message within the limit; Claude Code tries a model
         # named in /model with a single token.
         out[key] = max(limit, 16) if key == "max_completion_tokens" else limit
     if texts := [s for s in as_list(body.get("stop_sequences")) if isinstance(s, str) and s]:
         out["stop"] = texts[:4]
     return out
+
+
+LIMIT_KEYS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+
+
+def limit_key(key: str, to: Upstream) -> str:
+    """The name of the output limit; the other one where a 400 has refused this one."""
+    return LIMIT_KEYS[key] if key in to.skip else key
 
 
 def output_limit(body: Json, facts: Facts) -> int:
@@ -6096,6 +6105,8 @@ def chat_passed_on(given: Json, to: Upstream) -> Json:
     out = {**given, "model": to.model, "stream": given.get("stream") is True}
     if out["stream"] and to.quirks.stream_options:
         out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}
+    for key in LIMIT_KEYS.keys() & given.keys() & to.skip:
+        out.setdefault(limit_key(key, to), given[key])
     if f"effort.{given.get('reasoning_effort')}" in to.skip:
         asked = {"output_config": {"effort": given["reasoning_effort"]}}
         out["reasoning_effort"] = wanted_effort(asked, efforts_of(to, EFFORTS))

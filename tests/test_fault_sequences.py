@@ -1037,6 +1037,28 @@ async def test_a_parameter_that_is_refused_is_left_out(status: int, words: str, 
     assert ["temperature" in call.json for call in a.calls] == [True, False, False, False]
 
 
+LIMITS = ("max_tokens", "max_completion_tokens")
+
+
+@pytest.mark.parametrize(("refused", "used"), [LIMITS, LIMITS[::-1]])
+@pytest.mark.parametrize("client", ["claude-code", "openai"])
+async def test_an_output_limit_goes_by_the_name_that_a_refusal_tells(
+    client: str, refused: str, used: str, tmp_path: Path
+) -> None:
+    words = f"Unsupported parameter: '{refused}' is not supported with this model. Use '{used}' instead."
+    script = (fs.refusing(words, lambda asked: refused in asked),)
+    providers = {"A": {"quirks": {"max_tokens_key": refused}}}
+    async with stage(tmp_path, script, formats="openai", providers=providers) as (proxy, (a,)):
+        for _ in range(2):
+            if client == "openai":
+                assert await chat(proxy, **{refused: 99}) == HELLO
+            else:
+                full("A")(await ask(proxy, body=message_body(max_tokens=99)))
+    assert [[(k, v) for k, v in call.json.items() if k in LIMITS] for call in a.calls] == [
+        [(refused, 99)], [(used, 99)], [(used, 99)]
+    ]  # fmt: skip
+
+
 async def test_a_user_message_behind_a_tools_that_is_refused_joins_it(tmp_path: Path) -> None:
     """As it is said by Mistral's own models wherever they are served."""
     answered = user(tool_result("toolu_1", "out"), "And now?")

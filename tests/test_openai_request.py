@@ -656,6 +656,21 @@ def test_name_of_the_output_limit(model: str, key: str) -> None:
     assert request_of(user("hi"), max_tokens=20, to=upstream(model))[key] == 20
 
 
+@pytest.mark.parametrize(
+    ("model", "refused", "sent"),
+    [
+        ("deployed", ["max_tokens"], {"max_completion_tokens": 20}),
+        ("gpt-5", ["max_completion_tokens"], {"max_tokens": 20}),
+        ("m", ["max_tokens", "max_completion_tokens"], {}),
+    ],
+)
+def test_an_output_limit_that_was_refused_has_its_other_name(
+    model: str, refused: list[str], sent: dict[str, int]
+) -> None:
+    out = request_of(user("hi"), max_tokens=20, to=upstream(model, skip=frozenset(refused)))
+    assert {k: v for k, v in out.items() if k.startswith("max_")} == sent
+
+
 @pytest.mark.parametrize(("model", "limit"), [("gpt-4o", 1), ("gpt-5", 16), ("openai/o3", 16)])
 def test_a_reasoning_model_gets_room_to_begin(model: str, limit: int) -> None:
     sent = request_of(user("Hi"), max_tokens=1, to=upstream(model))
