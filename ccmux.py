@@ -4579,16 +4579,27 @@ def responses_reasoning(body: Json, to: Upstream) -> Json:
     return {"reasoning": out} if out else {}
 
 
-_EFFORT_REFUSED = re.compile(
-    r"(?i)(?:unsupported|invalid) value: '(\w+)'|thinking[_ ]level (\w+) is not supported"
-)  # OpenAI, Gemini
+_EFFORT_REFUSED = (  # OpenAI's of either API, Gemini's, CLIProxyAPI's
+    r"(?i)(?:unsupported|invalid) value: '(?:reasoning_effort' does not support ')?(\w+)'|"
+    r"thinking[_ ]level (\w+) is not supported|level \"(\w+)\" not supported"
+)
+_EFFORTS_TAKEN = (  # and Groq's, vLLM's, SGLang's, Kimi's
+    r"(?i)(?:(?:supported|valid) (?:values|levels)(?: are)?|one of(?: the allowed values)?|should be)"
+    rf"((?:\W|\b(?:and|or|none|default|{'|'.join(EFFORTS)})\b)+)"
+)
 
 
-def refused_effort(message: str, param: str) -> str:
-    """The level of effort that a 400 says this model does not know, as `skip` has it; "" where it says another thing."""
-    found = _EFFORT_REFUSED.search(message)
-    level = (found[1] or found[2]).lower() if found else ""
-    return f"effort.{level}" if level in EFFORTS and (not param or "effort" in param) else ""
+def refused_efforts(message: str, param: str = "") -> list[str]:
+    """The levels of effort that a 400 says this model does not know, as `skip` has them: all that it does not list, or
+    where it lists none the one it refuses; [] where it says another thing.
+    """
+    found, listed = re.search(_EFFORT_REFUSED, message), re.search(_EFFORTS_TAKEN, message)
+    level = next(filter(None, found.groups())).lower() if found else ""
+    is_of_effort = re.search(r"reasoning[_. ]effort", param or message) or (level and not param)
+    if not is_of_effort or (level and level not in EFFORTS):
+        return []
+    taken = set(EFFORTS).intersection(re.findall(r"\w+", listed[1].lower()) if listed else ())
+    return [f"effort.{e}" for e in EFFORTS if (e not in taken if taken else e == level)]
 
 
 def responses_tools(body: Json, to: Upstream) -> list[Json]:
@@ -9202,6 +9213,8 @@ class Plan:
             return self.learns(slot, "reasoning")
         if self.call.format == provider.format == "anthropic":
             return False  # the client's own bytes
+        if self.learns(slot, *refused_efforts(words, error.param)):
+            return True
         name = refused_parameter(words, error.param)
         return self.learns(slot, name if is_ours or name not in OURS_ALONE else "")
 
@@ -9217,13 +9230,13 @@ class Plan:
             return True
         return False
 
-    def learns(self, slot: Slot, name: str) -> bool:
-        """Keeps in mind what an upstream does not take; false where this request was tried without it."""
+    def learns(self, slot: Slot, *names: str) -> bool:
+        """Keeps in mind what an upstream does not take; false where that is nothing, or this request was tried so."""
         place = (self.call.config.text_hash, *slot.place)
-        if not name or not self.once(name, *place):
+        if not any(names) or not self.once(*names, *place):
             return False
         forget_oldest(self.relay.learnt)
-        self.relay.learnt[place] = self.relay.not_taken(self.call, slot) | {name}
+        self.relay.learnt[place] = self.relay.not_taken(self.call, slot) | set(names)
         return True
 
     def once(self, *mend: str) -> bool:
@@ -9319,8 +9332,6 @@ def refused_parameter(message: str, param: str = "") -> str:
 
     `param` is the one that the error names in a field of its own, as OpenAI's do.
     """
-    if effort := refused_effort(message, param):
-        return effort
     if _THINKING_REFUSED.search(message):
         return "reasoning_effort"
     if "reasoning summaries" in message:  # OpenAI, to organisations that are not verified

@@ -1233,15 +1233,24 @@ async def test_a_thinking_that_an_openai_client_may_not_ask_for_is_claude_codes_
     assert [call.json.get("thinking", {}).get("type") for call in a.calls] == ["enabled", None, "adaptive"]
 
 
-async def test_an_effort_that_a_model_has_not_becomes_one_that_it_has_for_openai_clients_too(
-    tmp_path: Path,
+LEVELS = ["low", "medium", "high"]
+
+
+@pytest.mark.parametrize(("effort", "taken"), [("max", "high"), ("minimal", "low")])
+@pytest.mark.parametrize("client", ["claude-code", "openai"])
+async def test_an_effort_that_a_model_has_not_becomes_the_nearest_that_it_has(
+    client: str, effort: str, taken: str, tmp_path: Path
 ) -> None:
-    words = "Invalid value: 'max'. Supported values are: 'low', 'medium', and 'high'."
-    script = (fs.refusing(words, lambda asked: asked["reasoning_effort"] == "max"),)
+    words = f"Unsupported value: 'reasoning_effort' does not support '{effort}' with this model. Supported values are: "
+    words += "'low', 'medium', and 'high'."
+    script = (fs.refusing(words, lambda asked: asked["reasoning_effort"] not in LEVELS),)
     async with stage(tmp_path, script, formats="openai") as (proxy, (a,)):
-        for effort in ("max", "max", "low"):
-            assert await chat(proxy, reasoning_effort=effort) == HELLO
-    assert [call.json["reasoning_effort"] for call in a.calls] == ["max", "xhigh", "xhigh", "low"]
+        for wanted in (effort, effort, "medium"):
+            if client == "openai":
+                assert await chat(proxy, reasoning_effort=wanted) == HELLO
+            else:
+                full("A")(await ask(proxy, body=message_body(output_config={"effort": wanted})))
+    assert [call.json["reasoning_effort"] for call in a.calls] == [effort, taken, taken, "medium"]
 
 
 async def test_a_wrong_value_of_one_openai_client_takes_nothing_from_the_next(tmp_path: Path) -> None:
