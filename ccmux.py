@@ -3208,6 +3208,9 @@ def plain_error(status: int, payload: Any, words: str) -> ApiError | None:
 
 # Patterns of errors are texts: Python compiles them where an error comes, and not at each start.
 
+# Of an account that has none left: no wait helps, and its key rests as for a 402.
+NO_MONEY = functools.partial(ApiError, retry=Retry.KEY, should_retry=False, cause="no_money")
+
 _NO_SUCH_ADDRESS = r"(?i)^(?:404 )?(?:page )?(?:not found)?$"
 
 PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...] = (
@@ -3233,12 +3236,16 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
         r"(?i)request too large.*tokens per min",
         functools.partial(ApiError, 429, retry=Retry.KEY, should_retry=False),
     ),
-    (  # OpenAI's and Moonshot's type, Z.ai's code and xAI's words for an account that has no money left
-        (429,),
-        r"\b(?:insufficient_quota|exceeded_current_quota_error|1113)(?: \S+)?$|^Your team \S+ has (?:either )?used all",
-        functools.partial(
-            ApiError, 429, type="billing_error", retry=Retry.KEY, should_retry=False, cause="no_money"
-        ),
+    (  # OpenAI's and Moonshot's type, Z.ai's code; xAI's, Fireworks's (412) and OpenRouter's words (403)
+        (403, 412, 429),
+        r"\b(?:insufficient_quota|exceeded_current_quota_error|1113)(?: \S+)?$|^Your team \S+ has (?:either )?used all|"
+        r"^Account \S+ is suspended|^Key limit exceeded",
+        functools.partial(NO_MONEY, 429, type="billing_error"),
+    ),
+    (  # Anthropic's
+        (400,),
+        r"^Your credit balance is too low",
+        functools.partial(NO_MONEY, 400),
     ),
     (  # OpenAI's and Groq's 128, xAI's 200, Gemini's 512, Copilot's 128, OpenCode's 16
         (400,),

@@ -122,6 +122,7 @@ SPEND_LIMIT = fs.status(429, [("x-should-retry", "false")], message="spend limit
 NO_MONEY = fs.raw(
     429, [fs.JSON_TYPE], b'{"error": {"message": "Check your plan", "type": "insufficient_quota"}}'
 )
+TOO_LOW = fs.status(400, message="Your credit balance is too low to access the Anthropic API.")
 BAD_TOOL = fs.status(400, type="invalid_request_error", message="bad tool")
 MANY_TOOLS = fs.status(400, message="'tools' : maximum number of items is 128")
 TOO_LONG = "prompt is too long: 250000 tokens > 200000 maximum"
@@ -212,6 +213,8 @@ MATRIX = [
         modes="sn"),
     Row("429-no-money", (NO_MONEY,), fails(429, says="Check your plan", should_retry="false"), ONE, NOTHING, modes="sn"),
     Row("429-no-money-then-B", (NO_MONEY,), full("B"), ONE, FULL_B, B, 1),
+    Row("400-no-money", (TOO_LOW,), fails(400, says="credit balance", should_retry="false"), ONE, NOTHING),
+    Row("400-no-money-then-B", (TOO_LOW,), full("B"), ONE, FULL_B, B, 1),
     Row("400", (BAD_TOOL,), fails(400, says="bad tool"), ONE, NOTHING, B, modes="sn"),
     Row("400-prompt-too-long", (OVERFLOW,), fails(400, says=TOO_LONG), ONE, NOTHING, B, modes="sn"),
     Row("400-no-key-in-the-text", (fs.status(400, message="bad key sk-test-key-of-A"),), fails(400, says="bad key"),

@@ -255,32 +255,48 @@ GROK = (
 )
 
 
+SUSPENDED = "Account a is suspended, possibly due to reaching the monthly spending limit or failure to pay past invoices."
+TOO_LOW = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to purchase credits."
+
+
 @pytest.mark.parametrize(
-    ("error", "rests"),
+    ("status", "error"),
     [
-        pytest.param({"message": QUOTA, "type": "insufficient_quota", "code": "insufficient_quota"}, 300, id="OpenAI"),
-        pytest.param({"message": QUOTA, "type": "insufficient_quota", "code": None}, 300, id="OpenAI's older"),
-        pytest.param({"message": KIMI, "type": "exceeded_current_quota_error"}, 300, id="Moonshot"),
-        pytest.param({"code": "1113", "message": "Insufficient balance or no resource package."}, 300, id="Z.ai"),
-        pytest.param({"type": "rate_limit_error", "code": "1113", "message": "[1113][Insufficient balance]"}, 300,
+        pytest.param(429, {"message": QUOTA, "type": "insufficient_quota", "code": "insufficient_quota"}, id="OpenAI"),
+        pytest.param(429, {"message": QUOTA, "type": "insufficient_quota", "code": None}, id="OpenAI's older"),
+        pytest.param(429, {"message": KIMI, "type": "exceeded_current_quota_error"}, id="Moonshot"),
+        pytest.param(429, {"code": "1113", "message": "Insufficient balance or no resource package."}, id="Z.ai"),
+        pytest.param(429, {"type": "rate_limit_error", "code": "1113", "message": "[1113][Insufficient balance]"},
                      id="Z.ai in Anthropic's format"),
-        pytest.param(GROK, 300, id="xAI"),
-        pytest.param({"message": QUOTA, "code": 429, "status": "RESOURCE_EXHAUSTED"}, 1, id="Gemini's limit of a minute"),
-        pytest.param({"message": "Provider returned error", "code": 429,
-                      "metadata": {"raw": '{"error":{"type":"exceeded_current_quota_error"}}'}}, 1,
-                     id="OpenRouter's own account"),
+        pytest.param(429, GROK, id="xAI"),
+        pytest.param(403, GROK, id="xAI's 403"),
+        pytest.param(403, {"message": "Key limit exceeded (total limit).", "code": 403}, id="OpenRouter"),
+        pytest.param(412, {"message": SUSPENDED, "code": "PRECONDITION_FAILED", "type": "error"}, id="Fireworks"),
+        pytest.param(400, {"type": "invalid_request_error", "message": TOO_LOW}, id="Anthropic"),
     ],
 )  # fmt: skip
-def test_an_account_without_money_rests_as_for_a_402(error: Any, rests: float) -> None:
+def test_an_account_without_money_rests_as_for_a_402(status: int, error: Any) -> None:
     plan, slot = a_plan()
-    told = ccmux.upstream_error(429, {"error": error})
+    told = ccmux.upstream_error(status, {"error": error})
     plan.relay.cool(slot, told, 1000.0)
-    other = dataclasses.replace(slot, target=ccmux.Target("A", "another"))
-    assert (told.status, told.retry) == (429, ccmux.Retry.KEY)
-    assert plan.relay.rests(slot, 1000.0) == rests
-    is_broke = rests == 300
-    assert (plan.relay.rests(other, 1000.0) == 300, told.should_retry is False) == (is_broke, is_broke)
-    assert told.type == ("billing_error" if is_broke else "rate_limit_error")
+    another = dataclasses.replace(slot, target=ccmux.Target("A", "another"))
+    assert (plan.relay.rests(slot, 1000.0), plan.relay.rests(another, 1000.0)) == (300, 300)
+    assert (told.retry, told.should_retry) == (ccmux.Retry.KEY, False)
+    kinds = (400, "invalid_request_error") if status == 400 else (429, "billing_error")
+    assert (told.status, told.type) == kinds
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param({"message": QUOTA, "code": 429, "status": "RESOURCE_EXHAUSTED"}, id="Gemini's limit of a minute"),
+        pytest.param({"message": "Provider returned error", "code": 429,
+                      "metadata": {"raw": '{"error":{"type":"exceeded_current_quota_error"}}'}}, id="OpenRouter's own"),
+    ],
+)  # fmt: skip
+def test_a_limit_that_sounds_like_an_empty_account_is_one(error: Any) -> None:
+    told = ccmux.upstream_error(429, {"error": error})
+    assert (told.type, told.cause, told.should_retry) == ("rate_limit_error", "http_429", None)
 
 
 @pytest.mark.parametrize(
