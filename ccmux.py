@@ -3208,21 +3208,22 @@ def plain_error(status: int, payload: Any, words: str) -> ApiError | None:
 
 # Patterns of errors are texts: Python compiles them where an error comes, and not at each start.
 
-# Of an account that has none left: no wait helps, and its key rests as for a 402.
+# Of an account without money: no wait helps, and its key rests as for a 402.
 NO_MONEY = functools.partial(ApiError, retry=Retry.KEY, should_retry=False, cause="no_money")
 
 _NO_SUCH_ADDRESS = r"(?i)^(?:404 )?(?:page )?(?:not found)?$"
 
+# Statuses, what an error with one of them says, and the error that this is.
 PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...] = (
     (  # Gemini's, xAI's and DashScope's; LiteLLM's, where it has no database to look for a key in.
         (400,),
         r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\.",
         functools.partial(ApiError, 401, retry=Retry.KEY),
     ),
-    (  # LiteLLM's, OpenRouter's, DeepSeek's, Mistral's and Z.ai's, and of OpenAI's Responses the code.
+    (  # LiteLLM's, OpenRouter's, DeepSeek's, Mistral's, Z.ai's, Bedrock's, LM Studio's; codes of OpenAI, Groq, Together
         (400,),
-        r"(?i)invalid model name passed|is not a valid model ID|^model not exist|^invalid model:|^unknown model\b|"
-        r"\bmodel_not_found\b",
+        r"(?i)invalid model name passed|is not a valid model ID|^model not exist|^invalid model(?::| identifier )|"
+        r"^unknown model\b|model identifier is invalid|\bmodel_(?:not_found|decommissioned|not_available)\b",
         functools.partial(ApiError, 404, retry=Retry.NEXT),
     ),
     (  # OpenRouter's. Of a 404 Claude Code shows no words: it says that there is an issue with the model.
@@ -3252,6 +3253,11 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
         r"(?i)'tools' ?: (?:array too long|maximum number of items)|maximum tools limit|more than \d+ tools|"
         r"at most \d+ function declarations|tool_count_limit",
         lambda words: ApiError(400, f"{words} ({FEWER_TOOLS})", retry=Retry.NEXT),
+    ),
+    (  # Ollama's and DeepSeek's of some models, vLLM's where it was not started for tools
+        (400,),
+        r"(?i)does not support (?:tools|function calling)\b|requires --enable-auto-tool-choice",
+        functools.partial(ApiError, 400, retry=Retry.NEXT),
     ),
     (  # Bedrock's ("Input tag 'web_search_20250305' found using 'type' does not match any"), OpenAI's of some models
         (400,),

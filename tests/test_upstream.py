@@ -343,6 +343,10 @@ def test_an_overloaded_provider_that_does_not_say_when_is_asked_again_in_five_se
         {"object": "error", "message": "Invalid model: x", "type": "invalid_model", "code": "1500"},
         {"error": {"code": "1211", "message": "Unknown Model, please check the model code."}},
         {"error": {"message": "The requested model 'x' does not exist.", "code": "model_not_found"}},
+        {"error": {"message": "The model `x` has been decommissioned.", "code": "model_decommissioned"}},
+        {"error": {"message": "Unable to access non-serverless model x.", "code": "model_not_available"}},
+        {"message": "The provided model identifier is invalid."},
+        {"error": 'Invalid model identifier "x". Please specify a valid downloaded model'},
     ],
 )
 def test_an_unknown_model_is_a_404_whatever_the_status(payload: ccmux.Json) -> None:
@@ -370,6 +374,20 @@ def test_what_another_vendor_may_take_is_a_400_that_goes_to_the_next_target(word
     assert (error.status, error.type, error.retry) == (400, "invalid_request_error", ccmux.Retry.NEXT)
     assert error.message.startswith(words) and "in Claude Code" in error.message
     assert ccmux.refused_parameter(error.message, error.param) == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "registry.ollama.ai/library/m does not support tools",
+        "deepseek-reasoner does not support Function Calling",
+        '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+    ],
+)
+def test_a_model_without_tools_is_a_400_that_goes_to_the_next_target(words: str) -> None:
+    error = ccmux.upstream_error(400, {"error": {"message": words}})
+    assert (error.status, error.message, error.retry) == (400, words, ccmux.Retry.NEXT)
+    assert ccmux.refused_parameter(words) == ""
 
 
 @pytest.mark.parametrize(
