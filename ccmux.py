@@ -3197,7 +3197,8 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
     if not 400 <= status < 600:
         message = f"the provider answered with status {status}, which is no answer to this request"
         return ApiError(502, message, retry=retry_class(status))
-    status = status_meant(status, words, payload)
+    if (error := plain_error(status, payload, words)) is not None:
+        return error
     if status in (400, 413, 422, 500, 502) and (sizes := overflow(words, payload, tokens, context)):
         message = f"prompt is too long: {sizes[0]} tokens > {sizes[1]} maximum"
         if parts := output_overflow(words, tokens):
@@ -3208,76 +3209,89 @@ def upstream_error(status: int, payload: Any, *, tokens: int = 0, context: int =
         asked = max(number_of(most[1] or most[2] or "0"), number_of(most[3]) + 1)
         message = f"max_tokens: {asked} > {most[3]}, which is the maximum allowed number of output tokens for this model"
         return ApiError(400, message, cause="overflow")
-    return other_error(status, words, payload)
-
-
-def status_meant(status: int, words: str, payload: Any) -> int:
-    """The status that other vendors give for what these words say."""
-    if status == 400 and re.search(_KEY_REFUSED, words):
-        return 401
-    if status == 400 and re.search(_MODEL_UNKNOWN, f"{words} {error_detail(payload).get('code')}"):
-        return 404
-    return 429 if status == 413 and re.search(_ABOVE_A_LIMIT, words) else status
-
-
-def other_error(status: int, words: str, payload: Any) -> ApiError:
-    """An error that is not about the size of a request, by its status."""
-    detail = error_detail(payload)
-    if status == 404:
-        return not_found(words, is_anthropics=as_object(payload).get("type") == "error")
-    if status == 429 and any(detail.get(key) in NO_MONEY for key in ("code", "type")):
-        return ApiError(
-            429, words, retry=Retry.KEY, should_retry=False, cause="quota"
-        )  # of money, which no wait brings
-    if status == 429 and re.search(_ABOVE_A_LIMIT, words):
-        return ApiError(429, words, retry=Retry.KEY, should_retry=False)
-    if status == 400 and re.search(_TOO_MANY_TOOLS, words):
-        words += " (tools come from MCP servers, too: turn off those that are not needed)"
-        return ApiError(400, words, retry=Retry.NEXT)  # others take more
     message = words or f"the provider answered with status {status} and no message"
     error = ApiError(status, message, retry=retry_class(status))
-    error.param = str(detail.get("param") or "")
+    error.param = str(error_detail(payload).get("param") or "")
     return error
 
 
-def not_found(words: str, is_anthropics: bool) -> ApiError:
-    """A 404; as a 400 where it is not about the model, as of a 404 Claude Code shows no words but its own of a model."""
-    if re.search(_NO_SUCH_ADDRESS, words) and not is_anthropics:
+def plain_error(status: int, payload: Any, words: str) -> ApiError | None:
+    """The error that an upstream's words, code or type tell more plainly than its status; None where they do not."""
+    if status == 404 and as_object(payload).get("type") == "error":
+        return None  # in Anthropic's own form it goes on as it came
+    if status == 404 and re.search(_NO_SUCH_ADDRESS, words):
         words = f"the provider has nothing at this address ({words or 404}): check its base_url"
-    elif not re.search(_NOT_THE_MODEL, words):
-        return ApiError(
-            404, words or "the provider answered with status 404 and no message", retry=Retry.NEXT
-        )
-    return ApiError(400, words, retry=Retry.NEXT)
+        return ApiError(400, words, retry=Retry.NEXT)
+    detail = error_detail(payload)
+    told = f"{words} {detail.get('code')} {detail.get('type')}"
+    found = (error for statuses, says, error in PLAIN_ERRORS if status in statuses and re.search(says, told))
+    error = next(found, None)
+    return error(words or told.strip()) if error else None
 
-
-NO_MONEY = ("insufficient_quota", "exceeded_current_quota_error")  # OpenAI's code, and Moonshot's
 
 # Patterns of errors are texts: Python compiles them where an error comes, and not at each start.
 
-# LiteLLM's, OpenRouter's, DeepSeek's, Mistral's and Z.ai's, and of OpenAI's Responses the code, where others have a 404.
-_MODEL_UNKNOWN = (
-    r"(?i)invalid model name passed|is not a valid model ID|^model not exist|^invalid model:|^unknown model\b|"
-    r"\bmodel_not_found\b"
-)
-
-# Gemini's, xAI's and DashScope's, with a 400; LiteLLM's, where it has no database to look for a key in.
-_KEY_REFUSED = (
-    r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\."
-)
-
-# Groq's 413 and OpenAI's 429 for more than a minute's tokens, max_tokens among them. It is no overflow, as less of a
-# conversation would not help, and of a 413 Claude Code says that it is 32 MB of images.
-_ABOVE_A_LIMIT = r"(?i)request too large.*tokens per min"
-
-# OpenAI's, Groq's, xAI's and Copilot's.
-_TOO_MANY_TOOLS = (
-    r"(?i)'tools' ?: (?:array too long|maximum number of items)|maximum tools limit|more than \d+ tools"
-)
+# Of an account without money: no wait helps, and its key rests as for a 402.
+NO_MONEY = functools.partial(ApiError, retry=Retry.KEY, should_retry=False, cause="no_money")
 
 _NO_SUCH_ADDRESS = r"(?i)^(?:404 )?(?:page )?(?:not found)?$"
-_NOT_THE_MODEL = (
-    r"(?i)no endpoints (?:found|available) (?:that|matching)|no allowed providers"  # OpenRouter's 404s
+
+# Statuses, what an error with one of them says, and the error that this is.
+PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...] = (
+    (  # Gemini's, xAI's and DashScope's; LiteLLM's, where it has no database to look for a key in.
+        (400,),
+        r"API key (?:not valid|expired)|Incorrect API key|account is in good standing|No connected db\.",
+        functools.partial(ApiError, 401, retry=Retry.KEY),
+    ),
+    (  # LiteLLM's, OpenRouter's, DeepSeek's, Mistral's, Z.ai's, Bedrock's, LM Studio's; codes of OpenAI, Groq, Together
+        (400,),
+        r"(?i)invalid model name passed|is not a valid model ID|^model not exist|^invalid model(?::| identifier )|"
+        r"^unknown model\b|model identifier is invalid|\bmodel_(?:not_found|decommissioned|not_available)\b",
+        functools.partial(ApiError, 404, retry=Retry.NEXT),
+    ),
+    (  # OpenRouter's. Of a 404 Claude Code shows no words: it says that there is an issue with the model.
+        (404,),
+        r"(?i)no endpoints (?:found|available) (?:that|matching)|no allowed providers",
+        functools.partial(ApiError, 400, retry=Retry.NEXT),
+    ),
+    (  # Groq's 413 and OpenAI's 429 for more than a minute's tokens, max_tokens among them. It is no overflow, as less
+        # of a conversation would not help, and of a 413 Claude Code says that it is 32 MB of images.
+        (413, 429),
+        r"(?i)request too large.*tokens per min",
+        functools.partial(ApiError, 429, retry=Retry.KEY, should_retry=False),
+    ),
+    (  # OpenAI's and Moonshot's type, Z.ai's code; xAI's, Fireworks's (412) and OpenRouter's words (403)
+        (403, 412, 429),
+        r"\b(?:insufficient_quota|exceeded_current_quota_error|1113)(?: \S+)?$|^Your team \S+ has (?:either )?used all|"
+        r"^Account \S+ is suspended|^Key limit exceeded",
+        functools.partial(NO_MONEY, 429, type="billing_error"),
+    ),
+    (  # Anthropic's
+        (400,),
+        r"^Your credit balance is too low",
+        functools.partial(NO_MONEY, 400),
+    ),
+    (  # OpenAI's and Groq's 128, xAI's 200, Gemini's 512, Copilot's 128, OpenCode's 16
+        (400,),
+        r"(?i)'tools' ?: (?:array too long|maximum number of items)|maximum tools limit|more than \d+ tools|"
+        r"at most \d+ function declarations|tool_count_limit",
+        lambda words: ApiError(400, f"{words} ({FEWER_TOOLS})", retry=Retry.NEXT),
+    ),
+    (  # Ollama's and DeepSeek's of some models, vLLM's where it was not started for tools
+        (400,),
+        r"(?i)does not support (?:tools|function calling)\b|requires --enable-auto-tool-choice",
+        functools.partial(ApiError, 400, retry=Retry.NEXT),
+    ),
+    (  # Bedrock's ("Input tag 'web_search_20250305' found using 'type' does not match any"), OpenAI's of some models
+        (400,),
+        r"(?i)\bweb_search(?:_\w+)?'.{0,30}(?:not supported|does not match)",
+        lambda words: ApiError(400, f"{words} ({SET_WEBSEARCH})", retry=Retry.NEXT),
+    ),
+)  # fmt: skip
+FEWER_TOOLS = "turn off MCP servers in Claude Code (/mcp), or give the model a target that takes more tools"
+SET_WEBSEARCH = (
+    "set `websearch` in [router] to a model whose provider can (Anthropic, OpenAI, Gemini, xAI or OpenRouter), or turn "
+    "the WebSearch tool off in Claude Code"
 )
 
 _OVERFLOW = (
@@ -4089,16 +4103,21 @@ def openai_limits(body: Json, to: Upstream) -> Json:
         if key == "auto":
             is_new = _NEW_LIMIT_KEY.match(to.model.rsplit("/", 1)[-1])
             key = "max_completion_tokens" if is_new else "max_tokens"
-        if (
-            key in to.skip
-        ):  # some endpoints know it by the other name only; `without` takes it out where by none
-            key = {"max_tokens": "max_completion_tokens"}.get(key, "max_tokens")
+        key = limit_key(key, to)
         # A reasoning model answers 400 where it cannot begin a message within the limit; Claude Code tries a model
         # named in /model with a single token.
         out[key] = max(limit, 16) if key == "max_completion_tokens" else limit
     if texts := [s for s in as_list(body.get("stop_sequences")) if isinstance(s, str) and s]:
         out["stop"] = texts[:4]
     return out
+
+
+LIMIT_KEYS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+
+
+def limit_key(key: str, to: Upstream) -> str:
+    """The name of the output limit; the other one where a 400 has refused this one."""
+    return LIMIT_KEYS[key] if key in to.skip else key
 
 
 def output_limit(body: Json, facts: Facts) -> int:
@@ -4170,12 +4189,7 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
     keys = as_object(forms.get(to.quirks.web_search))
     if keys and to.skip.isdisjoint(keys):  # left out, the model would make up what it found
         return keys
-    raise ApiError(
-        400,
-        "this model's provider cannot search the web: set `websearch` in [router] to a model whose provider can "
-        "(Anthropic, OpenAI, Gemini, xAI or OpenRouter), or turn the WebSearch tool off in Claude Code",
-        retry=Retry.NEXT,
-    )
+    raise ApiError(400, f"this model's provider cannot search the web: {SET_WEBSEARCH}", retry=Retry.NEXT)
 
 
 def search_place(tool: Json) -> Json:
@@ -4635,17 +4649,27 @@ def responses_reasoning(body: Json, to: Upstream) -> Json:
     return {"reasoning": out} if out else {}
 
 
-_EFFORT_REFUSED = re.compile(
-    r"(?i)(?:unsupported|invalid) value: (?:'reasoning_effort' does not support )?'(\w+)'|"
-    r"thinking[_ ]level (\w+) is not supported"
-)  # OpenAI and Kimi, Gemini
+_EFFORT_REFUSED = (  # OpenAI's of either API, Gemini's, CLIProxyAPI's
+    r"(?i)(?:unsupported|invalid) value: '(?:reasoning_effort' does not support ')?(\w+)'|"
+    r"thinking[_ ]level (\w+) is not supported|level \"(\w+)\" not supported"
+)
+_EFFORTS_TAKEN = (  # and Groq's, vLLM's, SGLang's, Kimi's
+    r"(?i)(?:(?:supported|valid) (?:values|levels)(?: are)?|one of(?: the allowed values)?|should be)"
+    rf"((?:\W|\b(?:and|or|none|default|{'|'.join(EFFORTS)})\b)+)"
+)
 
 
-def refused_effort(message: str, param: str) -> str:
-    """The level of effort that a 400 says this model does not know, as `skip` has it; "" where it says another thing."""
-    found = _EFFORT_REFUSED.search(message)
-    level = (found[1] or found[2]).lower() if found else ""
-    return f"effort.{level}" if level in EFFORTS and (not param or "effort" in param) else ""
+def refused_efforts(message: str, param: str = "") -> list[str]:
+    """The levels of effort that a 400 says this model does not know, as `skip` has them: all that it does not list, or
+    where it lists none the one it refuses; [] where it says another thing.
+    """
+    found, listed = re.search(_EFFORT_REFUSED, message), re.search(_EFFORTS_TAKEN, message)
+    level = next(filter(None, found.groups())).lower() if found else ""
+    is_of_effort = re.search(r"reasoning[_. ]effort", param or message) or (level and not param)
+    if not is_of_effort or (level and level not in EFFORTS):
+        return []
+    taken = set(EFFORTS).intersection(re.findall(r"\w+", listed[1].lower()) if listed else ())
+    return [f"effort.{e}" for e in EFFORTS if (e not in taken if taken else e == level)]
 
 
 def responses_tools(body: Json, to: Upstream) -> list[Json]:
@@ -6311,6 +6335,8 @@ def chat_passed_on(given: Json, to: Upstream) -> Json:
     out = {**given, "model": to.model, "stream": given.get("stream") is True}
     if out["stream"] and to.quirks.stream_options:
         out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}
+    for key in LIMIT_KEYS.keys() & given.keys() & to.skip:
+        out.setdefault(limit_key(key, to), given[key])
     if f"effort.{given.get('reasoning_effort')}" in to.skip:
         asked = {"output_config": {"effort": given["reasoning_effort"]}}
         out["reasoning_effort"] = wanted_effort(asked, efforts_of(to, EFFORTS))
@@ -8789,7 +8815,7 @@ class Relay:
                     raise client_error(error, slot, call) from None
 
     def cool(self, slot: Slot, error: ApiError, now: float) -> None:
-        """Lets a key rest: for a 429 as long as the upstream says, for a refused key five minutes."""
+        """Lets a key rest: for a 429 as long as the upstream says, for a refused key, or one without money, five minutes."""
         provider, model, key = slot.id
         if error.cause == "http_429":
             wait = RATE_WAIT if error.retry_after is None else error.retry_after
@@ -9425,6 +9451,8 @@ class Plan:
             return self.learns(slot, "reasoning")
         if self.call.format == provider.format == "anthropic":
             return False  # the client's own bytes
+        if self.learns(slot, *refused_efforts(words, error.param)):
+            return True
         name = refused_parameter(words, error.param)
         return self.learns(slot, name if is_ours or name not in OURS_ALONE else "")
 
@@ -9440,13 +9468,13 @@ class Plan:
             return True
         return False
 
-    def learns(self, slot: Slot, name: str) -> bool:
-        """Keeps in mind what an upstream does not take; false where this request was tried without it."""
+    def learns(self, slot: Slot, *names: str) -> bool:
+        """Keeps in mind what an upstream does not take; false where that is nothing, or this request was tried so."""
         place = (self.call.config.text_hash, *slot.place)
-        if not name or not self.once(name, *place):
+        if not any(names) or not self.once(*names, *place):
             return False
         forget_oldest(self.relay.learnt)
-        self.relay.learnt[place] = self.relay.not_taken(self.call, slot) | {name}
+        self.relay.learnt[place] = self.relay.not_taken(self.call, slot) | set(names)
         return True
 
     def once(self, *mend: str) -> bool:
@@ -9556,8 +9584,6 @@ def refused_parameter(message: str, param: str = "") -> str:
 
     `param` is the one that the error names in a field of its own, as OpenAI's do.
     """
-    if effort := refused_effort(message, param):
-        return effort
     if _THINKING_REFUSED.search(message):
         return "reasoning_effort"
     if other := next((name for name, known in OURS_ALONE.items() if known.search(message)), ""):
@@ -12339,7 +12365,7 @@ const FAULTS = { http_400: "request refused", http_401: "key refused", http_402:
   busy: "too many at once", client_gone: "client hung up", client_stall: "client stopped reading",
   connect: "cannot be reached", cooling: "limited everywhere", disconnect: "connection broke", empty: "empty answer",
   internal: "fault in ccmux", interrupted: "ccmux was ended", no_credit: "no credit left", overflow: "too long",
-  quota: "provider wants paying", shutdown: "ccmux was stopped", store: "database failed", stream: "answer broke off",
+  no_money: "provider wants paying", shutdown: "ccmux was stopped", store: "database failed", stream: "answer broke off",
   timeout: "took too long", unavailable: "all failing or busy" };
 const faultWord = (error) => FAULTS[error] || (/^http_5/.test(error) ? "server fault" : error.slice(0, 50));
 const statusBadge = (row) => badge(row.status < 300 && !row.error ? "ok" : row.status < 500 ? "warn" : "bad",

@@ -806,11 +806,11 @@ def test_a_404_that_is_not_of_the_model_shows_its_words(words: str, status: int,
     assert words in error.message and says in error.message
 
 
-def test_anthropics_own_404_goes_on_as_it_came() -> None:
-    error = upstream_error(
-        404, {"type": "error", "error": {"type": "not_found_error", "message": "Not Found"}}
-    )
-    assert (error.status, error.message, error.retry) == (404, "Not Found", Retry.NEXT)
+@pytest.mark.parametrize("words", ["No endpoints found that support tool use.", "Not Found", ""])
+def test_a_404_in_anthropics_form_stays_one(words: str) -> None:
+    payload = {"type": "error", "error": {"type": "not_found_error", "message": words}}
+    error = upstream_error(404, payload)
+    assert (error.status, error.type, error.retry) == (404, "not_found_error", Retry.NEXT)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 529])

@@ -392,14 +392,7 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
         ("After the optional system message, conversation roles must alternate user and assistant roles except for tool calls "
          "and results.", "", "user_after_tool"),
         ("Provider returned error: {\"message\":\"Unexpected role 'user' after role 'tool'\"}", "", "user_after_tool"),
-        ("Unsupported value: 'xhigh' is not supported with the 'gpt-5.1' model. Supported values are: 'none', 'low'.",
-         "reasoning.effort", "effort.xhigh"),
-        ("Invalid value: 'max'. Supported values are: 'none', 'low', 'medium', 'high', and 'xhigh'.", "reasoning_effort",
-         "effort.max"),
-        ("Unsupported value: 'reasoning_effort' does not support 'minimal' with this model. Supported values are: 'low', "
-         "'medium', and 'high'.", "", "effort.minimal"),
         ("Unsupported value: 'low' is not supported with the 'm' model.", "text.verbosity", "text"),
-        ("Thinking level MEDIUM is not supported for this model. Please retry with other thinking level.", "", "effort.medium"),
         ("[{'type': 'literal_error', 'loc': ('body', 'reasoning_effort'), 'msg': \"Input should be 'low' or 'high'\"}]", "",
          "reasoning_effort"),  # vLLM
         ('"llama3.1:8b" does not support thinking', "", "reasoning_effort"),
@@ -436,6 +429,55 @@ def test_a_turn_of_nothing_but_foreign_thinking_is_left_out() -> None:
 )  # fmt: skip
 def test_refused_parameter(message: str, param: str, expected: str) -> None:
     assert ccmux.refused_parameter(message, param) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "refused"),
+    [
+        pytest.param(
+            "Unsupported value: 'reasoning_effort' does not support 'minimal' with this model. Supported values are: 'low', "
+            "'medium', and 'high'.", "reasoning_effort", "minimal xhigh max", id="OpenAI's Chat",
+        ),
+        pytest.param(
+            "Unsupported value: 'minimal' is not supported with the 'gpt-5.1-codex' model. Supported values are: 'low', "
+            "'medium', 'high', and 'xhigh'.", "reasoning.effort", "minimal max", id="OpenAI's Responses",
+        ),
+        pytest.param(
+            "Invalid value: 'max'. Supported values are: 'none', 'minimal', 'low', 'medium', 'high', and 'xhigh'.", "",
+            "max", id="that no model has",
+        ),
+        pytest.param("`reasoning_effort` must be one of `low`, `medium`, or `high`", "", "minimal xhigh max", id="Groq"),
+        pytest.param(
+            "'reasoning_effort' : value is not one of the allowed values ['none','default','low','medium','high']", "",
+            "minimal xhigh max", id="Groq's schema",
+        ),
+        pytest.param(
+            "[{'type': 'literal_error', 'loc': ('body', 'reasoning_effort'), 'msg': \"Input should be 'low', 'medium' or "
+            "'high'\", 'input': 'xhigh'}]", "", "minimal xhigh max", id="vLLM",
+        ),
+        pytest.param(
+            "Validation error for `reasoning_effort`: expected one of `'low' | 'medium' | 'high'`, received `'xhigh'`.", "",
+            "minimal xhigh max", id="Kimi",
+        ),
+        pytest.param('level "max" not supported, valid levels: low, medium, high, xhigh', "", "minimal max", id="CLIProxyAPI"),
+        pytest.param(
+            "Thinking level MEDIUM is not supported for this model. Please retry with other thinking level.", "", "medium",
+            id="Gemini",
+        ),
+        pytest.param("`reasoning_effort` must be one of `none` or `default`", "", "", id="a model without levels"),
+        pytest.param(
+            "Unsupported value: 'reasoning_effort' does not support 'none' with this model. Supported values are: 'low'.", "",
+            "", id="no level",
+        ),
+        pytest.param("Model grok-4 does not support parameter reasoningEffort.", "", "", id="none at all"),
+        pytest.param("Unsupported value: 'low' is not supported with the 'm' model.", "text.verbosity", "", id="verbosity"),
+        pytest.param("Unsupported value: 'temperature' does not support 0.5 with this model.", "", "", id="temperature"),
+        pytest.param("output_config.effort: Input should be 'low' or 'high'", "", "", id="Anthropic's"),
+        pytest.param("tool_choice must be one of auto, none", "", "", id="a choice"),
+    ],
+)  # fmt: skip
+def test_refused_efforts(message: str, param: str, refused: str) -> None:
+    assert ccmux.refused_efforts(message, param) == [f"effort.{level}" for level in refused.split()]
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,20 @@ from proxy_harness import (
     soon_enough,
     until,
 )
-from test_faults import HELLO, LIMITED_30, PART, TOO_LONG, Check, breaks_off, check_ledger, fails, full, stage
-from translation import PDF, PNG, assistant, tool_result, tool_use, user
+from test_faults import (
+    HELLO,
+    LIMITED_30,
+    NO_MONEY,
+    PART,
+    TOO_LONG,
+    Check,
+    breaks_off,
+    check_ledger,
+    fails,
+    full,
+    stage,
+)
+from translation import PDF, PNG, SEARCH, assistant, tool_result, tool_use, user
 
 import ccmux
 
@@ -171,10 +183,13 @@ def key_of(call: fs.UpstreamCall) -> str:
     return call.header("x-api-key") or (call.header("authorization") or "").removeprefix("Bearer ")
 
 
-@pytest.mark.parametrize("code", [401, 402, 403, 429])
+@pytest.mark.parametrize(
+    "refusal", [*map(fs.status, (401, 402, 403)), LIMITED_30, NO_MONEY], ids=["401", "402", "403", "429", "no money"]
+)  # fmt: skip
 @BOTH
-async def test_a_bad_key_rests_and_the_next_key_is_tried_first(code: int, wire: str, tmp_path: Path) -> None:
-    refusal = fs.status(code, [("retry-after", "30")] if code == 429 else [])
+async def test_a_bad_key_rests_and_the_next_key_is_tried_first(
+    refusal: fs.Behaviour, wire: str, tmp_path: Path
+) -> None:
     script = (fs.by_key("sk-test-key-one", refusal=refusal, otherwise=fs.answer()),)
     async with stage(tmp_path, script, OK, formats=wire, **POOL) as (proxy, (a, b)):
         for _ in range(4):
@@ -292,13 +307,30 @@ async def test_a_request_above_a_minutes_tokens_is_told_at_once(wire: str, tmp_p
     assert a.count == 1
 
 
-@BOTH
-async def test_a_404_that_shows_its_words_opens_no_breaker(wire: str, tmp_path: Path) -> None:
+async def test_a_404_that_shows_its_words_opens_no_breaker(tmp_path: Path) -> None:
     script = (fs.status(404, message="No endpoints found that support tool use."),)
-    async with stage(tmp_path, script, formats=wire, **NO_RETRY) as (proxy, (a,)):
+    async with stage(tmp_path, script, formats="openai", **NO_RETRY) as (proxy, (a,)):
         for _ in range(7):  # Claude Code sends six for an unknown 400
             fails(400, "invalid_request_error", says="No endpoints found")(await ask(proxy))
     assert a.count == 7
+
+
+async def test_a_404_of_anthropics_format_goes_on_as_it_came(tmp_path: Path) -> None:
+    body = b'{"type":"error", "error":{"type":"not_found_error","message":"No allowed providers"}, "request_id":"r"}'
+    async with stage(tmp_path, (fs.raw(404, [fs.JSON_TYPE], body),)) as (proxy, (a,)):
+        reply = await ask(proxy)
+    assert (reply.status, reply.body, a.count) == (404, body, 1)
+
+
+@pytest.mark.parametrize("asked", [0, 1], ids=["it is known", "it is learnt"])
+async def test_a_web_search_goes_to_a_target_that_can(asked: int, tmp_path: Path) -> None:
+    quirks = {"web_search": "options" if asked else ""}
+    providers = {"A": {"quirks": quirks}, "B": {"type": "anthropic"}}
+    script = (fs.status(400, message="Unknown parameter: 'web_search_options'."),)
+    async with stage(tmp_path, script, OK, formats="openai", providers=providers) as (proxy, (a, b)):
+        for _ in range(2):
+            full("B")(await ask(proxy, body=message_body(tools=[SEARCH])))
+    assert (a.count, b.count) == (asked, 2)
 
 
 async def test_what_an_open_breaker_guards_is_not_tried_last_either(tmp_path: Path) -> None:
@@ -1005,6 +1037,28 @@ async def test_a_parameter_that_is_refused_is_left_out(status: int, words: str, 
     assert ["temperature" in call.json for call in a.calls] == [True, False, False, False]
 
 
+LIMITS = ("max_tokens", "max_completion_tokens")
+
+
+@pytest.mark.parametrize(("refused", "used"), [LIMITS, LIMITS[::-1]])
+@pytest.mark.parametrize("client", ["claude-code", "openai"])
+async def test_an_output_limit_goes_by_the_name_that_a_refusal_tells(
+    client: str, refused: str, used: str, tmp_path: Path
+) -> None:
+    words = f"Unsupported parameter: '{refused}' is not supported with this model. Use '{used}' instead."
+    script = (fs.refusing(words, lambda asked: refused in asked),)
+    providers = {"A": {"quirks": {"max_tokens_key": refused}}}
+    async with stage(tmp_path, script, formats="openai", providers=providers) as (proxy, (a,)):
+        for _ in range(2):
+            if client == "openai":
+                assert await chat(proxy, **{refused: 99}) == HELLO
+            else:
+                full("A")(await ask(proxy, body=message_body(max_tokens=99)))
+    assert [[(k, v) for k, v in call.json.items() if k in LIMITS] for call in a.calls] == [
+        [(refused, 99)], [(used, 99)], [(used, 99)]
+    ]  # fmt: skip
+
+
 async def test_a_user_message_behind_a_tools_that_is_refused_joins_it(tmp_path: Path) -> None:
     """As it is said by Mistral's own models wherever they are served."""
     answered = user(tool_result("toolu_1", "out"), "And now?")
@@ -1080,17 +1134,6 @@ async def test_an_image_goes_to_the_next_target_where_the_first_cannot_see_it(tm
         full("B")(await ask(proxy, body=LOOK))
     assert (a.count, b.count) == (1, 1)
     assert PNG_DATA in json.dumps(b.calls[0].json)
-
-
-async def test_a_web_search_goes_to_the_next_target_where_the_first_cannot_search(tmp_path: Path) -> None:
-    search = message_body(tools=[{"type": "web_search_20260209", "name": "web_search"}])
-    kinds = {"A": {"type": "groq"}, "B": {"type": "anthropic"}}
-    async with stage(tmp_path, OK, OK, formats="openai", providers=kinds) as (proxy, (a, b)):
-        full("B")(await ask(proxy, body=search))
-        assert (a.count, b.count, b.calls[0].json["tools"]) == (0, 1, search["tools"])
-    async with stage(tmp_path, OK, formats="groq") as (proxy, (a,)):
-        fails(400, says="set `websearch` in")(await ask(proxy, body=search))
-        assert a.count == 0
 
 
 async def test_a_parameter_is_left_out_once(tmp_path: Path) -> None:
@@ -1190,15 +1233,24 @@ async def test_a_thinking_that_an_openai_client_may_not_ask_for_is_claude_codes_
     assert [call.json.get("thinking", {}).get("type") for call in a.calls] == ["enabled", None, "adaptive"]
 
 
-async def test_an_effort_that_a_model_has_not_becomes_one_that_it_has_for_openai_clients_too(
-    tmp_path: Path,
+LEVELS = ["low", "medium", "high"]
+
+
+@pytest.mark.parametrize(("effort", "taken"), [("max", "high"), ("minimal", "low")])
+@pytest.mark.parametrize("client", ["claude-code", "openai"])
+async def test_an_effort_that_a_model_has_not_becomes_the_nearest_that_it_has(
+    client: str, effort: str, taken: str, tmp_path: Path
 ) -> None:
-    words = "Invalid value: 'max'. Supported values are: 'low', 'medium', and 'high'."
-    script = (fs.refusing(words, lambda asked: asked["reasoning_effort"] == "max"),)
+    words = f"Unsupported value: 'reasoning_effort' does not support '{effort}' with this model. Supported values are: "
+    words += "'low', 'medium', and 'high'."
+    script = (fs.refusing(words, lambda asked: asked["reasoning_effort"] not in LEVELS),)
     async with stage(tmp_path, script, formats="openai") as (proxy, (a,)):
-        for effort in ("max", "max", "low"):
-            assert await chat(proxy, reasoning_effort=effort) == HELLO
-    assert [call.json["reasoning_effort"] for call in a.calls] == ["max", "xhigh", "xhigh", "low"]
+        for wanted in (effort, effort, "medium"):
+            if client == "openai":
+                assert await chat(proxy, reasoning_effort=wanted) == HELLO
+            else:
+                full("A")(await ask(proxy, body=message_body(output_config={"effort": wanted})))
+    assert [call.json["reasoning_effort"] for call in a.calls] == [effort, taken, taken, "medium"]
 
 
 async def test_a_wrong_value_of_one_openai_client_takes_nothing_from_the_next(tmp_path: Path) -> None:

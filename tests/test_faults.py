@@ -119,13 +119,12 @@ ANTHROPIC, OPENAI = ("anthropic",), ("openai",)
 LIMITED_30 = fs.status(429, [("retry-after", "30")])
 DOWN_10 = fs.status(503, [("retry-after", "10")])
 SPEND_LIMIT = fs.status(429, [("x-should-retry", "false")], message="spend limit reached")
-QUOTA = fs.status(
-    429, type="insufficient_quota", message="You exceeded your current quota, please check your plan"
+NO_MONEY = fs.raw(
+    429, [fs.JSON_TYPE], b'{"error": {"message": "Check your plan", "type": "insufficient_quota"}}'
 )
-MANY_TOOLS = fs.status(
-    400, message="Invalid 'tools': array too long. Expected an array with maximum length 128, but"
-)
+TOO_LOW = fs.status(400, message="Your credit balance is too low to access the Anthropic API.")
 BAD_TOOL = fs.status(400, type="invalid_request_error", message="bad tool")
+MANY_TOOLS = fs.status(400, message="'tools' : maximum number of items is 128")
 TOO_LONG = "prompt is too long: 250000 tokens > 200000 maximum"
 OVERFLOW = fs.status(400, type="invalid_request_error", message=TOO_LONG)
 NOT_HTTP = fs.bytes_then(fs.Send(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), fs.End())
@@ -212,16 +211,16 @@ MATRIX = [
     Row("429-retry-after-30-then-B", (LIMITED_30,), full("B"), ONE, FULL_B, B, 1),
     Row("429-spend-limit", (SPEND_LIMIT,), fails(429, says="spend limit", should_retry="false"), ONE, NOTHING,
         modes="sn"),
-    Row("429-no-money", (QUOTA,), fails(429, says="current quota", should_retry="false"), ONE, NOTHING, modes="sn",
-        log_error="quota"),
-    Row("429-no-money-then-B", (QUOTA,), full("B"), ONE, FULL_B, B, 1),
-    Row("429-no-money-for-one-key-of-a-pool", (QUOTA, fs.answer()), full(), TWO, FULL_A, limits=POOL),
-    Row("400-too-many-tools", (MANY_TOOLS,), fails(400, says="array too long"), ONE, NOTHING, modes="sn"),
-    Row("400-too-many-tools-then-B", (MANY_TOOLS,), full("B"), ONE, FULL_B, B, 1, modes="sn"),
+    Row("429-no-money", (NO_MONEY,), fails(429, says="Check your plan", should_retry="false"), ONE, NOTHING, modes="sn"),
+    Row("429-no-money-then-B", (NO_MONEY,), full("B"), ONE, FULL_B, B, 1),
+    Row("400-no-money", (TOO_LOW,), fails(400, says="credit balance", should_retry="false"), ONE, NOTHING),
+    Row("400-no-money-then-B", (TOO_LOW,), full("B"), ONE, FULL_B, B, 1),
     Row("400", (BAD_TOOL,), fails(400, says="bad tool"), ONE, NOTHING, B, modes="sn"),
     Row("400-prompt-too-long", (OVERFLOW,), fails(400, says=TOO_LONG), ONE, NOTHING, B, modes="sn"),
     Row("400-no-key-in-the-text", (fs.status(400, message="bad key sk-test-key-of-A"),), fails(400, says="bad key"),
         ONE, NOTHING, modes="sn"),
+    Row("400-too-many-tools", (MANY_TOOLS,), fails(400, says="is 128"), ONE, NOTHING, modes="sn"),
+    Row("400-too-many-tools-then-B", (MANY_TOOLS,), full("B"), ONE, FULL_B, B, 1, modes="sn"),
     Row("413", (fs.status(413, message="too large"),), fails(413), ONE, NOTHING, B, modes="sn"),
     Row("422", (fs.status(422, message="no"),), fails(422), ONE, NOTHING, B),
     *(Row(f"{code}-then-B", (fs.status(code),), full("B"), ONE, FULL_B, B, 1, modes="sn")

@@ -194,6 +194,7 @@ def test_failures(events: list[Any], status: int, retry: Retry, cause: str) -> N
         pytest.param({"promptTokenCount": 1, "candidatesTokenCount": None}, Usage(1, 0), id="null is 0"),
         pytest.param({"promptTokenCount": 1, "candidatesTokenCount": -1}, None, id="absurd"),
         pytest.param({"candidatesTokenCount": 1}, None, id="no prompt"),
+        pytest.param({"promptTokenCount": 0, "candidatesTokenCount": 0}, Usage(), id="a reported 0 stands"),
         pytest.param(None, None, id="none"),
     ],
 )

@@ -248,6 +248,57 @@ def test_how_long_a_key_rests(status: int, retry_after: float | None, here: floa
     assert (plan.relay.rests(slot, 1000.0), plan.relay.rests(other, 1000.0)) == (here, elsewhere)
 
 
+QUOTA = "You exceeded your current quota, please check your plan and billing details."
+KIMI = "Your account org-1 <ak-1> is suspended due to insufficient balance, please recharge your account"
+GROK = (
+    "Your team 1f2 has either used all available credits or reached its monthly spending limit. To continue"
+)
+
+
+SUSPENDED = "Account a is suspended, possibly due to reaching the monthly spending limit or failure to pay past invoices."
+TOO_LOW = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to purchase credits."
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        pytest.param(429, {"message": QUOTA, "type": "insufficient_quota", "code": "insufficient_quota"}, id="OpenAI"),
+        pytest.param(429, {"message": QUOTA, "type": "insufficient_quota", "code": None}, id="OpenAI's older"),
+        pytest.param(429, {"message": KIMI, "type": "exceeded_current_quota_error"}, id="Moonshot"),
+        pytest.param(429, {"code": "1113", "message": "Insufficient balance or no resource package."}, id="Z.ai"),
+        pytest.param(429, {"type": "rate_limit_error", "code": "1113", "message": "[1113][Insufficient balance]"},
+                     id="Z.ai in Anthropic's format"),
+        pytest.param(429, GROK, id="xAI"),
+        pytest.param(403, GROK, id="xAI's 403"),
+        pytest.param(403, {"message": "Key limit exceeded (total limit).", "code": 403}, id="OpenRouter"),
+        pytest.param(412, {"message": SUSPENDED, "code": "PRECONDITION_FAILED", "type": "error"}, id="Fireworks"),
+        pytest.param(400, {"type": "invalid_request_error", "message": TOO_LOW}, id="Anthropic"),
+    ],
+)  # fmt: skip
+def test_an_account_without_money_rests_as_for_a_402(status: int, error: Any) -> None:
+    plan, slot = a_plan()
+    told = ccmux.upstream_error(status, {"error": error})
+    plan.relay.cool(slot, told, 1000.0)
+    another = dataclasses.replace(slot, target=ccmux.Target("A", "another"))
+    assert (plan.relay.rests(slot, 1000.0), plan.relay.rests(another, 1000.0)) == (300, 300)
+    assert (told.retry, told.should_retry) == (ccmux.Retry.KEY, False)
+    kinds = (400, "invalid_request_error") if status == 400 else (429, "billing_error")
+    assert (told.status, told.type) == kinds
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param({"message": QUOTA, "code": 429, "status": "RESOURCE_EXHAUSTED"}, id="Gemini's limit of a minute"),
+        pytest.param({"message": "Provider returned error", "code": 429,
+                      "metadata": {"raw": '{"error":{"type":"exceeded_current_quota_error"}}'}}, id="OpenRouter's own"),
+    ],
+)  # fmt: skip
+def test_a_limit_that_sounds_like_an_empty_account_is_one(error: Any) -> None:
+    told = ccmux.upstream_error(429, {"error": error})
+    assert (told.type, told.cause, told.should_retry) == ("rate_limit_error", "http_429", None)
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [
@@ -292,6 +343,10 @@ def test_an_overloaded_provider_that_does_not_say_when_is_asked_again_in_five_se
         {"object": "error", "message": "Invalid model: x", "type": "invalid_model", "code": "1500"},
         {"error": {"code": "1211", "message": "Unknown Model, please check the model code."}},
         {"error": {"message": "The requested model 'x' does not exist.", "code": "model_not_found"}},
+        {"error": {"message": "The model `x` has been decommissioned.", "code": "model_decommissioned"}},
+        {"error": {"message": "Unable to access non-serverless model x.", "code": "model_not_available"}},
+        {"message": "The provided model identifier is invalid."},
+        {"error": 'Invalid model identifier "x". Please specify a valid downloaded model'},
     ],
 )
 def test_an_unknown_model_is_a_404_whatever_the_status(payload: ccmux.Json) -> None:
@@ -305,22 +360,34 @@ def test_an_unknown_model_is_a_404_whatever_the_status(payload: ccmux.Json) -> N
         "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an array with length 130 instead.",
         "'tools' : maximum number of items is 128",
         "Maximum tools limit reached. 219 tools have been provided but the maximum is 200.",
+        "The GenerateContentRequest proto is invalid:\n  * tools[0].function_declarations: [FIELD_INVALID] At most 512 "
+        "function declarations can be specified.",
         "You may not include more than 128 tools in your request.",
+        "Upstream request failed: [unsupported_tool_schema] The tool schema is not supported (tool_count_limit).",
+        "tools.0: Input tag 'web_search_20250305' found using 'type' does not match any of the expected tags: 'custom'",
+        "Hosted tool 'web_search_preview' is not supported with m.",
+    ],
+    ids=["OpenAI", "Groq", "xAI", "Gemini", "Copilot", "OpenCode", "Bedrock", "search"],
+)  # fmt: skip
+def test_what_another_vendor_may_take_is_a_400_that_goes_to_the_next_target(words: str) -> None:
+    error = ccmux.upstream_error(400, {"error": {"message": words, "param": "tools"}})
+    assert (error.status, error.type, error.retry) == (400, "invalid_request_error", ccmux.Retry.NEXT)
+    assert error.message.startswith(words) and "in Claude Code" in error.message
+    assert ccmux.refused_parameter(error.message, error.param) == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "registry.ollama.ai/library/m does not support tools",
+        "deepseek-reasoner does not support Function Calling",
+        '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
     ],
 )
-def test_where_a_provider_takes_fewer_tools_another_may_take_them(words: str) -> None:
+def test_a_model_without_tools_is_a_400_that_goes_to_the_next_target(words: str) -> None:
     error = ccmux.upstream_error(400, {"error": {"message": words}})
-    assert (error.status, error.retry) == (400, ccmux.Retry.NEXT) and "turn off those" in error.message
-    other = ccmux.upstream_error(400, {"error": {"message": words.replace("tools", "messages")}})
-    assert other.retry is ccmux.Retry.NO
-
-
-@pytest.mark.parametrize("code", ["insufficient_quota", "exceeded_current_quota_error"])
-def test_an_account_without_money_is_asked_no_more(code: str) -> None:
-    for detail in ({"code": code}, {"type": code}):
-        error = ccmux.upstream_error(429, {"error": {"message": "no", **detail}})
-        assert (error.status, error.retry, error.should_retry) == (429, ccmux.Retry.KEY, False)
-        assert error.cause == "quota"
+    assert (error.status, error.message, error.retry) == (400, words, ccmux.Retry.NEXT)
+    assert ccmux.refused_parameter(words) == ""
 
 
 @pytest.mark.parametrize(
