@@ -91,7 +91,8 @@ def config_path(given: str) -> Path | None:
 
 
 # What runs before the packages are there. `statusline` is asked for at every turn of a conversation, and
-# stays under 60 ms by ending here: aiohttp alone takes 200.
+# stays under 60 ms by ending here: aiohttp alone takes 200. The folder that ccmux is started in may be anybody's: `-P`
+# keeps `python -m` and `python -c` from looking there for what they import.
 
 
 def wants_help(argv: list[str]) -> bool:
@@ -192,7 +193,7 @@ def bootstrap(problem: str) -> None:
 
 
 def has_packages(python: Path) -> bool:
-    command = [str(python), "-c", "import aiohttp, tiktoken"]
+    command = [str(python), "-P", "-c", "import aiohttp, tiktoken"]
     return subprocess.run(command, capture_output=True).returncode == 0  # noqa: S603
 
 
@@ -233,8 +234,8 @@ def install_packages(venv: Path, python: Path) -> None:
         bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
     flags = ("--quiet", "--disable-pip-version-check", "--no-user")
     steps = (
-        [sys.executable, "-m", "venv", "--clear", str(venv)],
-        [str(python), "-m", "pip", "install", *flags, *PACKAGES],
+        [sys.executable, "-P", "-m", "venv", "--clear", str(venv)],
+        [str(python), "-P", "-m", "pip", "install", *flags, *PACKAGES],
     )
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True)  # noqa: S603
@@ -243,7 +244,7 @@ def install_packages(venv: Path, python: Path) -> None:
             if any("ensurepip" in line or "No module named venv" in line for line in words):
                 words = ["this Python lacks its venv parts (on Debian and Ubuntu: apt install python3-venv)"]
             said = next((line for line in words if line.startswith("ERROR")), (words or ["it failed"])[-1])
-            bootstrap_failed(f"{step[2]}: {said}")
+            bootstrap_failed(f"{step[3]}: {said}")
 
 
 def bootstrap_failed(why: str) -> NoReturn:
@@ -14179,15 +14180,17 @@ def settings_of(data: bytes | None) -> Json:
 
 def statusline_shell(config: Config) -> str:
     """The status line's command. `-m` uses the compiled file, which `python3 ccmux.py` cannot; it needs the
-    file's own name, where this was started by a link such as ~/bin/ccmux.
+    file's own name, where this was started by a link such as ~/bin/ccmux, and `-P`, as Claude Code runs it in whatever
+    project it is in.
     """
     flag = ["--config", os.path.abspath(config.path)] if config.path else []
     files = [Path(os.path.abspath(__file__)), Path(os.path.realpath(__file__))]
-    module = next((f for f in files if f.suffix == ".py" and "." not in f.stem), None)
+    named = (f for f in files if re.fullmatch(r"[^.]+\.py", f.name) and os.pathsep not in str(f.parent))
+    module = next(named, None)
     if os.name == "nt" or module is None:
         join = subprocess.list2cmdline if os.name == "nt" else shlex.join
         return join([sys.executable, str(files[0]), "statusline", *flag])
-    command = shlex.join([sys.executable, "-m", module.stem, "statusline", *flag])
+    command = shlex.join([sys.executable, "-P", "-m", module.stem, "statusline", *flag])
     return f"PYTHONPATH={shlex.quote(str(module.parent))} {command}"
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import proxy_harness
 import pytest
-from attacks import until
+from attacks import set_traps, until
 from proxy_harness import ROOT, provider_row
 
 import ccmux
@@ -1032,12 +1032,13 @@ def test_statusline(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a right there")
-@pytest.mark.parametrize("name", ["ccmux.py", "ccmux", "cc.mux", "my-proxy.py"])
+@pytest.mark.parametrize("name", ["ccmux.py", "ccmux", "cc.mux", "my-proxy.py", "a:b/ccmux.py"])
 @pytest.mark.parametrize("is_link", [True, False], ids=["link", "copy"])
 def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_link: bool) -> None:
-    """Whatever the file is called, and where only a link to it is on the PATH."""
-    (tmp_path / "my bin").mkdir()
+    """Whatever the file is called, and where only a link to it is on the PATH; in whatever project."""
+    sprung = set_traps(tmp_path)
     started = tmp_path / "my bin" / name
+    started.parent.mkdir(parents=True)
     started.symlink_to(CCMUX) if is_link else shutil.copy(CCMUX, started)
     write_config(tmp_path)
     enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")))
@@ -1048,6 +1049,7 @@ def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_li
         ["sh", "-c", command], cwd=tmp_path, env=environment, input="{}", capture_output=True, text=True
     )
     assert (ran.returncode, ran.stderr, ran.stdout) == (0, "", "today $0.0000\n")
+    assert not sprung.exists()
 
 
 def test_statusline_with_a_closed_input(tmp_path: Path) -> None:
@@ -1072,7 +1074,7 @@ def test_statusline_loads_no_more_than_it_needs(tmp_path: Path) -> None:
     write_config(tmp_path)
     environment = process_environment(tmp_path, PYTHONPATH=str(tmp_path / "app"))
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "ccmux", "statusline"],
+        [sys.executable, "-X", "importtime", "-P", "-m", "ccmux", "statusline"],
         env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "sqlite3" in done.stderr
