@@ -14142,15 +14142,19 @@ def settings_without(now: bytes | None, bare: bytes | None, made: bytes) -> byte
     """The settings without what setup made of the `bare` ones (None: no file): these, unless others changed them."""
     if now == made:
         return bare
-    settings, first = settings_of(now), settings_of(bare)
-    environment = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
-    environment |= {k: v for k, v in as_object(first.get("env")).items() if k in MANAGED}
-    settings["env"] = environment
-    if not environment and "env" not in first:
+    settings, first, ours = (settings_of(data) for data in (now, bare, made))
+    now_set, first_set, made_set = (as_object(told.get("env")) for told in (settings, first, ours))
+    settings["env"] = taken_back(now_set, first_set, made_set, MANAGED)
+    if not settings["env"] and "env" not in first:
         del settings["env"]
-    if "statusLine" not in first and settings.get("statusLine") == settings_of(made)["statusLine"]:
-        del settings["statusLine"]
-    return settings_text(settings, now)
+    return settings_text(taken_back(settings, first, ours, ["statusLine"]), now)
+
+
+def taken_back(now: Json, first: Json, made: Json, names: Iterable[str]) -> Json:
+    """`now`, with those names as at first that are as setup made them; what somebody has changed since stays."""
+    unchanged = [name for name in names if now.get(name) == made.get(name)]
+    kept = {name: value for name, value in now.items() if name not in unchanged}
+    return kept | {name: first[name] for name in unchanged if name in first}
 
 
 def settings_text(settings: Json, like: bytes | None) -> bytes:

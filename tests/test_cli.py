@@ -594,6 +594,31 @@ def test_undo_keeps_what_was_changed_since(cli: Cli, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_undo_keeps_what_was_changed_of_setups_own(cli: Cli, tmp_path: Path) -> None:
+    """Setup again points here all the same, and its undo gives what the user had set by then."""
+    path = settings_of(tmp_path, ODD)
+    cli("setup")
+    by_hand = json.loads(path.read_bytes())
+    by_hand["env"]["ANTHROPIC_BASE_URL"] = "https://new.example"
+    by_hand["env"]["CLAUDE_CODE_USE_VERTEX"] = "1"
+    del by_hand["env"]["ANTHROPIC_AUTH_TOKEN"]
+    by_hand["statusLine"] = {"type": "command", "command": "mine"}
+    path.write_text(json.dumps(by_hand))
+    cli("setup", "--port", "7")
+    settings = json.loads(path.read_bytes())
+    assert settings["env"]["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:7"
+    assert settings["statusLine"]["command"] == "mine"
+    for _ in range(2):  # after this setup, and after the first
+        cli("setup", "--undo")
+        assert json.loads(path.read_bytes()) == {
+            "env": {"FOO": "1", "ANTHROPIC_BASE_URL": "https://new.example", "CLAUDE_CODE_USE_VERTEX": "1"},
+            "model": "opus", "statusLine": {"type": "command", "command": "mine"},
+        }  # fmt: skip
+        path.write_bytes(ODD)
+        cli("setup")
+        path.write_text(json.dumps(by_hand))
+
+
 def test_undo_keeps_what_was_changed_between_two_setups(cli: Cli, tmp_path: Path) -> None:
     path = settings_of(tmp_path, ODD)
     cli("setup")
