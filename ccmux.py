@@ -14130,11 +14130,12 @@ OTHER_CLOUDS = tuple(
 
 
 def settings_with(bare: bytes | None, variables: Mapping[str, str], shell: str) -> bytes:
-    """Claude Code's settings with these variables in their `env`, and a status line where there is none."""
+    """Claude Code's settings with these variables in their `env`, and a status line where there is none of the user's."""
     settings = settings_of(bare)
     kept = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
     settings["env"] = {**kept, **variables}
-    settings.setdefault("statusLine", {"type": "command", "command": shell})
+    if "statusLine" not in settings or has_unsafe_statusline(settings):
+        settings["statusLine"] = {"type": "command", "command": shell}
     return settings_text(settings, bare)
 
 
@@ -14143,6 +14144,8 @@ def settings_without(now: bytes | None, bare: bytes | None, made: bytes) -> byte
     if now == made:
         return bare
     settings, first, ours = (settings_of(data) for data in (now, bare, made))
+    if has_unsafe_statusline(settings):
+        del settings["statusLine"]
     now_set, first_set, made_set = (as_object(told.get("env")) for told in (settings, first, ours))
     settings["env"] = taken_back(now_set, first_set, made_set, MANAGED)
     if not settings["env"] and "env" not in first:
@@ -14155,6 +14158,12 @@ def taken_back(now: Json, first: Json, made: Json, names: Iterable[str]) -> Json
     unchanged = [name for name in names if now.get(name) == made.get(name)]
     kept = {name: value for name, value in now.items() if name not in unchanged}
     return kept | {name: first[name] for name in unchanged if name in first}
+
+
+def has_unsafe_statusline(settings: Json) -> bool:
+    """Whether their status line is as setup wrote it before `-P`: it runs a ccmux.py of the project one works in."""
+    command = str(as_object(settings.get("statusLine")).get("command"))
+    return bool(re.match(r"PYTHONPATH=.+(?<! -P) -m [^ ]+ statusline( --config |$)", command))
 
 
 def settings_text(settings: Json, like: bytes | None) -> bytes:
@@ -14534,6 +14543,8 @@ def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
         place = elsewhere(settings, url)
         if place or "ANTHROPIC_BASE_URL" in as_object(settings.get("env")):
             yield ("FAILED" if place else "ok"), f"{path} sends Claude Code to {place or url}"
+        if has_unsafe_statusline(settings):
+            yield "FAILED", f"{path}: its status line runs a project's files: `ccmux.py setup` renews it"
         if "apiKeyHelper" in settings:
             yield "note", f"{path} has an apiKeyHelper: its key is sent to ccmux in place of yours"
 

@@ -656,6 +656,29 @@ def test_setup_again_renews_its_own_status_line(cli: Cli, tmp_path: Path) -> Non
     assert not path.exists()
 
 
+@pytest.mark.parametrize("more", [{}, {"padding": 0}], ids=["as-written", "edited"])
+def test_setup_again_replaces_a_status_line_that_ran_a_projects_files(
+    cli: Cli, tmp_path: Path, more: dict[str, int]
+) -> None:
+    """As setup wrote it until it knew `-P`; also where no file tells any more that it did."""
+    cli("setup")
+    path, made = tmp_path / ".claude/settings.json", tmp_path / ".claude/settings.json.by-ccmux"
+    safe = json.loads(path.read_bytes())
+    unsafe = safe | {
+        "statusLine": {**safe["statusLine"], "command": safe["statusLine"]["command"].replace(" -P", "")}
+    }
+    made.write_text(json.dumps(unsafe))
+    for is_known in (True, False):
+        path.write_text(json.dumps(unsafe | {"statusLine": {**unsafe["statusLine"], **more}}))
+        assert "its status line runs" in "".join(words_of(cli("doctor"), "FAILED"))
+        if not is_known:
+            made.unlink()
+        cli("setup")
+        assert json.loads(path.read_bytes()) == safe
+        assert words_of(cli("doctor"), "FAILED") == []
+    assert not ccmux.has_unsafe_statusline({"statusLine": {"command": "python3 ~/ccmux.py statusline"}})
+
+
 def test_setup_writes_no_key_that_is_none(cli: Cli, tmp_path: Path) -> None:
     write_config(tmp_path, "require_key = true")
     ran = cli("setup")
