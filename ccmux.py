@@ -14201,10 +14201,18 @@ def statusline_shell(config: Config) -> str:
     named = (f for f in files if re.fullmatch(r"[^.]+\.py", f.name) and os.pathsep not in str(f.parent))
     module = next(named, None)
     if os.name == "nt" or module is None:
-        join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+        join = windows_shell if os.name == "nt" else shlex.join
         return join([sys.executable, str(files[0]), "statusline", *flag])
     command = shlex.join([sys.executable, "-P", "-m", module.stem, "statusline", *flag])
     return f"PYTHONPATH={shlex.quote(str(module.parent))} {command}"
+
+
+def windows_shell(words: Iterable[str]) -> str:
+    """A command as Claude Code runs it on Windows: by Git Bash, which takes backslashes away, else by PowerShell, which
+    takes a word in quotes for a text (anthropics/claude-code#67588, #88256); formerly by cmd.
+    """
+    paths = (word.replace("\\", "/") for word in words)
+    return " ".join(path if re.fullmatch(r"[\w./:~-]+", path) else f'"{path}"' for path in paths)
 
 
 def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:

@@ -1100,6 +1100,18 @@ def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_li
     assert not sprung.exists()
 
 
+@pytest.mark.parametrize("python", ["C:\\Python\\python.exe", "C:\\Program Files (x86)\\Python\\python.exe"])
+def test_the_status_line_on_windows(python: str) -> None:
+    """Git Bash eats backslashes, and PowerShell runs no first word in quotes; cmd takes all of it."""
+    words = [python, "C:\\Users\\JOE~1\\ccmux.py", "statusline", "--config", "C:\\my files\\ccmux.toml"]
+    command = ccmux.windows_shell(words)
+    bash = subprocess.run(
+        ["sh", "-c", f'printf "%s\n" {command}'], capture_output=True, text=True, check=True
+    )
+    assert bash.stdout.splitlines() == [word.replace("\\", "/") for word in words]
+    assert command.startswith('"') == (" " in python)
+
+
 def test_statusline_with_a_closed_input(tmp_path: Path) -> None:
     ran = in_shell(tmp_path, 'exec "$0" "$1" statusline <&-')
     assert (ran.status, ran.err) == (0, "")
