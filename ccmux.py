@@ -13773,12 +13773,15 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 async def check_live(config: Config) -> bool:
-    """Whether all providers answer."""
+    """Whether all providers answer that are enabled."""
     store = Store(":memory:")
     state = await make_state(config, store)
     is_well = True
     try:
         for provider in config.providers:
+            if not provider.enabled:
+                print_found("note", f"{provider.name}  not tried: it has enabled = false")
+                continue
             model = provider_model(config, provider)
             result = await test_provider(state, provider, model)
             is_well &= result["ok"]

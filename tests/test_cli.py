@@ -872,6 +872,10 @@ def test_check_live(cli: Cli, tmp_path: Path) -> None:
     write_config(tmp_path)
     ran = cli("check", "--live")
     assert (ran.status, "ok      demo/demo" in ran.out) == (0, True)
+    write_config(tmp_path, '[[providers]]\nname = "resting"\ntype = "demo"\nenabled = false\n')
+    ran = cli("check", "--live")
+    assert (ran.status, words_of(ran, "note")) == (0, ["resting  not tried: it has enabled = false"])
+    assert "ok      demo/demo" in ran.out
     dead = f'[[providers]]\nname = "dead"\ntype = "openai"\nbase_url = "http://127.0.0.1:{closed_port()}"\napi_key = "k"\n'
     write_config(tmp_path, dead)
     ran = cli("check", "--live")
