@@ -1546,14 +1546,14 @@ def check_names(config: Config) -> None:
 def check_hosts(server: Server) -> None:
     for host in server.allowed_hosts:
         if not host_name(host):
-            hint = "write a name or an address alone, as in ccmux.example, 192.168.1.5 or [fd00::7]"
+            hint = "write each name or address out, alone, as in ccmux.example, 192.168.1.5 or [fd00::7]"
             raise ConfigError(f"[server]: key 'allowed_hosts' has {host!r}: {hint}")
 
 
 @functools.lru_cache(256)
 def host_name(host: str) -> str:
-    """A Host without its port and trailing dot, in lower case; "" where it is malformed."""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?", host)
+    """A Host without its port and trailing dot, in lower case; "" where it is malformed, or one of many (*)."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s*]+)(?::[0-9]{1,5})?", host)
     return match[1].rstrip(".").lower() if match else ""
 
 
