@@ -13690,7 +13690,7 @@ def set_here(variables: Mapping[str, str]) -> str:
     """A line that sets variables in the shell that this machine most likely has."""
     if SHELL_HERE == "powershell":
         return "; ".join(f"$env:{name} = '{value}'" for name, value in variables.items())
-    return " ".join(["export", *(f"{name}={value}" for name, value in variables.items())])
+    return " ".join(["export", *(f"{name}={shlex.quote(value)}" for name, value in variables.items())])
 
 
 def key_to_print(config: Config) -> str:
@@ -14035,9 +14035,12 @@ def has_proxy() -> bool:
 def no_proxy_for(url: str) -> dict[str, str]:
     """The variables with which Claude Code does not look for this address through HTTPS_PROXY."""
     known = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
-    host = urllib.parse.urlsplit(url).hostname
-    listed = known if known == "*" else ",".join(filter(None, [known, host]))
-    return {"NO_PROXY": listed, "no_proxy": listed}
+    host = urllib.parse.urlsplit(url).hostname or ""
+    is_listed = {host, "*"} & set(re.split(r"[,\s]+", known))
+    return dict.fromkeys(NO_PROXY, known if is_listed else ",".join(filter(None, [known, host])))
+
+
+NO_PROXY = ("NO_PROXY",) if sys.platform == "win32" else ("NO_PROXY", "no_proxy")  # there these are one
 
 
 async def run_child(command: list[str], variables: dict[str, str]) -> int:
@@ -14531,10 +14534,11 @@ def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
     for name in ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"):
         if asked := env.get(name):
             yield "note", f"{name} is set: Claude Code asks for {asked} whatever /model says"
-    known = env.get("NO_PROXY") or env.get("no_proxy") or ""
-    if has_proxy() and known != "*" and "127.0.0.1" not in known:
-        lacks = "a proxy is set and NO_PROXY lacks 127.0.0.1"
-        yield "note", f"{lacks}: Claude Code looks for ccmux through the proxy; export NO_PROXY=127.0.0.1"
+    wanted = no_proxy_for(url)["NO_PROXY"]
+    if has_proxy() and wanted not in map(env.get, NO_PROXY):
+        lacks = f"a proxy is set and NO_PROXY lacks {urllib.parse.urlsplit(url).hostname}"
+        remedy = set_here({"NO_PROXY": wanted})
+        yield "note", f"{lacks}: Claude Code looks for ccmux through the proxy; {remedy}"
 
 
 def is_same_place(base: str, url: str) -> bool:

@@ -479,7 +479,14 @@ def test_env_of_each_shell(cli: Cli, monkeypatch: pytest.MonkeyPatch, shell: str
 
 
 @pytest.mark.parametrize(
-    ("known", "listed"), [("", "127.0.0.1"), ("a.example", "a.example,127.0.0.1"), ("*", "*")]
+    ("known", "listed"),
+    [
+        ("", "127.0.0.1"),
+        ("a.example", "a.example,127.0.0.1"),
+        ("127.0.0.11", "127.0.0.11,127.0.0.1"),
+        ("localhost, 127.0.0.1", "localhost, 127.0.0.1"),
+        ("*", "*"),
+    ],
 )
 def test_env_beside_a_proxy(cli: Cli, monkeypatch: pytest.MonkeyPatch, known: str, listed: str) -> None:
     """Claude Code looks even for 127.0.0.1 through HTTPS_PROXY, and waits for a minute or more."""
@@ -487,6 +494,8 @@ def test_env_beside_a_proxy(cli: Cli, monkeypatch: pytest.MonkeyPatch, known: st
     monkeypatch.setenv("NO_PROXY", known)
     variables = json.loads(cli("env", "--shell", "json").out)
     assert variables["NO_PROXY"] == variables["no_proxy"] == listed
+    monkeypatch.setattr(ccmux, "NO_PROXY", ("NO_PROXY",))  # as on Windows
+    assert "no_proxy" not in cli("env").out
 
 
 def test_env_as_json(cli: Cli) -> None:
@@ -1045,6 +1054,7 @@ def test_doctor_finds(
         pytest.param({"ANTHROPIC_API_KEY": "a", "ANTHROPIC_AUTH_TOKEN": "b"}, "are both set", id="two-credentials"),
         pytest.param({"ANTHROPIC_MODEL": "opus"}, "asks for opus whatever /model says", id="model"),
         pytest.param({"HTTPS_PROXY": "http://proxy.example"}, "NO_PROXY lacks 127.0.0.1", id="proxy"),
+        pytest.param({"HTTPS_PROXY": "p", "NO_PROXY": "127.0.0.11"}, "export NO_PROXY=127.0.0.11,127.0.0.1", id="no-proxy"),
     ],
 )  # fmt: skip
 def test_doctor_notes(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], said: str) -> None:
