@@ -14516,7 +14516,9 @@ def diagnose_database(config: Config) -> tuple[str, str]:
             if problem:
                 return "FAILED", f"database {path}: {problem}"
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
-    except (ConfigError, sqlite3.Error, UnicodeDecodeError) as error:  # the last: of SQLite's own words
+    except ConfigError as error:  # which names it
+        return "FAILED", str(error)
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: of SQLite's own words
         return "FAILED", f"database {path}: {error}"
     return "ok", f"database {path}: requests {requests}, users {users}, all sums equal their rows"
 

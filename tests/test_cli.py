@@ -1006,6 +1006,10 @@ def open_config(path: Path) -> None:
     write_config(path, text).chmod(0o644)
 
 
+def no_database(path: Path) -> None:
+    (path / "ccmux.db").write_bytes(b"no database" * 100)
+
+
 def settings_elsewhere(path: Path) -> None:
     settings_of(path, b'{"env": {"ANTHROPIC_BASE_URL": "http://elsewhere.example"}}')
 
@@ -1024,6 +1028,9 @@ def config_broken(path: Path) -> None:
         pytest.param(broken_sum, {}, "balance of user local differs from its rows", id="sums"),
         pytest.param(broken_index, {}, "missing from index requests_by_time", id="index"),
         pytest.param(broken_letters, {}, "codec can't decode", id="letters"),
+        pytest.param(
+            no_database, {}, "file is not a database; [server] database says where", id="no-database"
+        ),
         pytest.param(open_database, {}, "others can read", id="database-mode"),
         pytest.param(open_config, {}, "others can read", id="config-mode"),
         pytest.param(settings_elsewhere, {}, "sends Claude Code to http://elsewhere.example", id="settings"),
@@ -1044,7 +1051,9 @@ def test_doctor_finds(
         break_it(tmp_path)
     ran = cli("doctor")
     assert ran.status == 1
-    assert said in "\n".join(words_of(ran, "FAILED"))
+    failed = words_of(ran, "FAILED")
+    assert said in "\n".join(failed)
+    assert not [line for line in failed if line.count(str(tmp_path / "ccmux.db: ")) > 1]
     assert "sk-in-the-file" not in ran.out
 
 
