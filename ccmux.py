@@ -80,11 +80,11 @@ def expanded(path: str) -> Path:
         ) from None
 
 
-def config_path(given: str) -> Path | None:
-    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None: there is none."""
+def config_path(given: str, counts: Callable[[Path], bool] = os.path.exists) -> Path | None:
+    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml if it counts, ~/.ccmux/config.toml; None: none is."""
     if given or os.environ.get("CCMUX_CONFIG"):
         return expanded(given or os.environ["CCMUX_CONFIG"])
-    if (here := Path("config.toml")).exists():
+    if counts(here := Path("config.toml")):
         return here
     kept = ccmux_home() / "config.toml"
     return kept if kept.exists() else None
@@ -111,7 +111,7 @@ def statusline(given: str = "") -> str:
     except (ValueError, KeyError, TypeError, AttributeError):  # a closed stdin is None
         model, session = "", ""
     try:
-        figures = session_figures(database_of(config_path(given)), session)
+        figures = session_figures(database_of(config_path(given, is_own_config)), session)
     except (OSError, ValueError, AttributeError, TypeError, sqlite3.Error) as error:
         figures = [f"ccmux: no figures ({error})"]
     return " | ".join(filter(None, [model, *figures]))
@@ -141,6 +141,18 @@ def session_figures(database: str, session: str) -> list[str]:
     figures = [f"{target} ({route})", f"session {dollars(cost.fetchone()[0])}"] if last else []
     figures.append(f"today {dollars(spent)}")
     return figures + ([f"balance {dollars(balance)}"] if user != "local" else [])
+
+
+def is_own_config(path: Path) -> bool:
+    """Whether a file is a config of ccmux's. A config.toml in the project that Claude Code is in may be anything's."""
+    import tomllib
+
+    try:
+        tables = tomllib.loads(path.read_text("utf-8-sig")).keys()
+    except (OSError, ValueError, RecursionError):
+        return False
+    others = {"server", "credits", "presets", "cli"}  # the latter two: of claude-code-mux
+    return bool(tables - others) and tables - others <= {"providers", "router", "models"}
 
 
 def database_of(config: Path | None) -> str:

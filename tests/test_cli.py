@@ -1142,9 +1142,32 @@ def test_statusline_with_a_closed_input(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["not TOML", "[server]\ndatabase = 5"])
 def test_statusline_never_fails(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.toml").write_text(text)
-    ran = process(tmp_path, "statusline")
+    (tmp_path / "mine.toml").write_text(text)
+    ran = process(tmp_path, "statusline", "--config", "mine.toml")
     assert (ran.status, ran.err) == (0, "") and ran.out.startswith("ccmux: no figures (")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('baseURL = "/"\ntitle = "a site"\n[server]\nport = 1\n[[models]]\n', id="hugo"),
+        pytest.param('[server]\nport = 1\ndatabase = "x"\n', id="of-a-server"),
+        pytest.param('[build]\ntarget = "wasm32"\n', id="rust"),
+        pytest.param("not TOML", id="not-toml"),
+        pytest.param(f"a = {'[' * 5000}", id="deep"),
+        pytest.param("", id="empty"),
+    ],
+)
+def test_statusline_passes_over_a_projects_own_config(tmp_path: Path, text: str) -> None:
+    project, home = tmp_path / "project", tmp_path / ".ccmux"
+    for folder in (project, home):
+        folder.mkdir()
+    enter(home / "ccmux.db", (TODAY, settlement("r1", "local")))
+    (project / "config.toml").write_text(text)
+    ran = in_shell(tmp_path, 'cd project; "$0" "$1" statusline')
+    assert ran == Ran(0, "today $0.0000\n", "")
+    write_config(project)
+    assert "no figures" in in_shell(tmp_path, 'cd project; "$0" "$1" statusline').out
 
 
 def test_statusline_loads_no_more_than_it_needs(tmp_path: Path) -> None:
