@@ -159,10 +159,9 @@ def database_of(config: Path | None) -> str:
     """The database that a config file names: beside it, or in ~/.ccmux where there is no config."""
     import tomllib
 
-    if config is None:
-        return str(ccmux_home() / "ccmux.db")
-    name = tomllib.loads(config.read_text("utf-8-sig")).get("server", {}).get("database", "ccmux.db")
-    return str(config.resolve().parent / expanded(name))
+    config = config or ccmux_home() / "config.toml"
+    server = tomllib.loads(config.read_text("utf-8-sig")).get("server", {}) if config.exists() else {}
+    return str(config.resolve().parent / expanded(server.get("database", "ccmux.db")))
 
 
 def bootstrap(problem: str) -> None:
@@ -14211,10 +14210,10 @@ def settings_of(data: bytes | None) -> Json:
 
 def statusline_shell(config: Config) -> str:
     """The status line's command. `-m` uses the compiled file, which `python3 ccmux.py` cannot; it needs the
-    file's own name, where this was started by a link such as ~/bin/ccmux, and `-P`, as Claude Code runs it in whatever
-    project it is in.
+    file's own name, where this was started by a link such as ~/bin/ccmux, and `-P` and the config's name, as Claude Code
+    runs it in whatever project it is in.
     """
-    flag = ["--config", os.path.abspath(config.path)] if config.path else []
+    flag = ["--config", os.path.abspath(config.path or ccmux_home() / "config.toml")]
     files = [Path(os.path.abspath(__file__)), Path(os.path.realpath(__file__))]
     named = (f for f in files if re.fullmatch(r"[^.]+\.py", f.name) and os.pathsep not in str(f.parent))
     module = next(named, None)

@@ -1168,6 +1168,9 @@ def test_statusline_passes_over_a_projects_own_config(tmp_path: Path, text: str)
     assert ran == Ran(0, "today $0.0000\n", "")
     write_config(project)
     assert "no figures" in in_shell(tmp_path, 'cd project; "$0" "$1" statusline').out
+    process(tmp_path, "setup")  # without any config, so its server is that of ~/.ccmux
+    command = json.loads((tmp_path / ".claude/settings.json").read_bytes())["statusLine"]["command"]
+    assert in_shell(project, command).out == "today $0.0000\n"
 
 
 def test_statusline_loads_no_more_than_it_needs(tmp_path: Path) -> None:
