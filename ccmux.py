@@ -14013,6 +14013,8 @@ async def run_claude(command: list[str], config: Config, args: argparse.Namespac
             url = client_url(config)
             if not config.server.port or not is_ccmux(url):
                 url = await at_end.enter_async_context(own_server(config, args))
+            elif found_here(config):
+                print(f"ccmux: using the one at {url}{found_here(config)}", file=sys.stderr, flush=True)
         for path, settings, _ in settings_in_use():
             if place := elsewhere(settings, url):
                 remedy = "take that out of its env, or let `ccmux.py setup` replace it"
@@ -14028,7 +14030,8 @@ async def run_claude(command: list[str], config: Config, args: argparse.Namespac
 async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[str]:
     """The address of a server in this process, which logs to a file: the terminal is Claude Code's."""
     path = home_of(config) / "ccmux.log"
-    print(f"ccmux: starting at {client_url(config)}, its log is {path}", file=sys.stderr, flush=True)
+    place = f"{client_url(config)}{found_here(config)}"
+    print(f"ccmux: starting at {place}, its log is {path}", file=sys.stderr, flush=True)
     write_text(path, "", os.O_TRUNC)
     async with serving(config, args, path) as (state, port):
         log.info("serving at %s", client_url(config, port))
@@ -14037,6 +14040,11 @@ async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[
         if state.posts:
             with contextlib.suppress(OSError):  # the terminal may be closed
                 print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
+
+
+def found_here(config: Config) -> str:
+    """Words about a config that nobody has named: it says where keys and prompts go, and came with the folder."""
+    return " by this folder's config.toml" if config.path == "config.toml" else ""
 
 
 def has_proxy() -> bool:

@@ -1234,7 +1234,8 @@ def test_code_starts_runs_and_stops(tmp_path: Path) -> None:
         "NO_PROXY=corp.example,127.0.0.1",
         "<-p>", "<say hi>", "<--version>", "<>",
     ]  # fmt: skip
-    assert ran.err == f"ccmux: starting at http://127.0.0.1:{port}, its log is {tmp_path / 'ccmux.log'}\n"
+    place = f"http://127.0.0.1:{port} by this folder's config.toml"
+    assert ran.err == f"ccmux: starting at {place}, its log is {tmp_path / 'ccmux.log'}\n"
     assert (tmp_path / "ccmux.log").stat().st_mode & 0o777 == 0o600
     assert not answers(port)
 
@@ -1247,6 +1248,10 @@ async def test_code_leaves_a_running_server(tmp_path: Path, start_ccmux: Any) ->
         other.mkdir()
         write_config(other, port=port)
         ran = await asyncio.to_thread(process, other, "code", PATH=path)
+        place = f"{running.url} by this folder's config.toml"
+        assert ran == Ran(0, f"{running.url}\n", f"ccmux: using the one at {place}\n")
+        named = ("--config", str(other / "config.toml"))
+        ran = await asyncio.to_thread(process, other, "code", *named, PATH=path)
         assert ran == Ran(0, f"{running.url}\n", "")
         assert answers(port)
 
