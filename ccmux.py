@@ -84,18 +84,19 @@ def expanded(path: str) -> Path:
         ) from None
 
 
-def config_path(given: str, is_mine: Callable[[Path], bool] = lambda path: True) -> Path | None:
-    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml, ~/.ccmux/config.toml; None: there is none."""
+def config_path(given: str, counts: Callable[[Path], bool] = os.path.exists) -> Path | None:
+    """The config file in use: --config, $CCMUX_CONFIG, ./config.toml if it counts, ~/.ccmux/config.toml; None: none is."""
     if given or os.environ.get("CCMUX_CONFIG"):
         return expanded(given or os.environ["CCMUX_CONFIG"])
-    if (here := Path("config.toml")).exists() and is_mine(here):
+    if counts(here := Path("config.toml")):
         return here
     kept = ccmux_home() / "config.toml"
     return kept if kept.exists() else None
 
 
 # What runs before the packages are there. `statusline` is asked for at every turn of a conversation, and
-# stays under 60 ms by ending here: aiohttp alone takes 200.
+# stays under 60 ms by ending here: aiohttp alone takes 200. The folder that ccmux is started in may be anybody's: `-P`
+# keeps `python -m` and `python -c` from looking there for what they import.
 
 
 def wants_help(argv: list[str]) -> bool:
@@ -114,23 +115,10 @@ def statusline(given: str = "") -> str:
     except (ValueError, KeyError, TypeError, AttributeError):  # a closed stdin is None
         model, session = "", ""
     try:
-        figures = session_figures(database_of(config_path(given, is_ccmux_config)), session)
+        figures = session_figures(database_of(config_path(given, is_own_config)), session)
     except (OSError, ValueError, AttributeError, TypeError, sqlite3.Error) as error:
         figures = [f"ccmux: no figures ({error})"]
     return " | ".join(filter(None, [model, *figures]))
-
-
-def is_ccmux_config(path: Path) -> bool:
-    """Whether a config.toml is ccmux's: the status line runs in a project's folder, and others have one, too."""
-    import tomllib
-
-    try:
-        tables = tomllib.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError):
-        return False
-    server = tables.get("server")
-    has_database = isinstance(server, dict) and "database" in server
-    return has_database or bool(tables.keys() & {"providers", "models", "router", "credits"})
 
 
 def session_figures(database: str, session: str) -> list[str]:
@@ -159,14 +147,25 @@ def session_figures(database: str, session: str) -> list[str]:
     return figures + ([f"balance {dollars(balance)}"] if user != "local" else [])
 
 
+def is_own_config(path: Path) -> bool:
+    """Whether a file is a config of ccmux's. A config.toml in the project that Claude Code is in may be anything's."""
+    import tomllib
+
+    try:
+        tables = tomllib.loads(path.read_text("utf-8-sig")).keys()
+    except (OSError, ValueError, RecursionError):
+        return False
+    others = {"server", "credits", "presets", "cli"}  # the latter two: of claude-code-mux
+    return bool(tables - others) and tables - others <= {"providers", "router", "models"}
+
+
 def database_of(config: Path | None) -> str:
     """The database that a config file names: beside it, or in ~/.ccmux where there is no config."""
     import tomllib
 
-    if config is None:
-        return str(ccmux_home() / "ccmux.db")
-    name = tomllib.loads(config.read_text("utf-8-sig")).get("server", {}).get("database", "ccmux.db")
-    return str(config.resolve().parent / expanded(name))
+    config = config or ccmux_home() / "config.toml"
+    server = tomllib.loads(config.read_text("utf-8-sig")).get("server", {}) if config.exists() else {}
+    return str(config.resolve().parent / expanded(server.get("database", "ccmux.db")))
 
 
 def bootstrap(problem: str) -> None:
@@ -249,7 +248,7 @@ def install_packages(venv: Path, python: Path) -> None:
     if not is_own and venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         bootstrap_failed(f"{venv} is no virtual environment; CCMUX_VENV must name an empty or a new folder")
     flags = ("--quiet", "--disable-pip-version-check", "--no-user")
-    steps = (  # -P: nothing is imported from the folder that this was started in, which may be anybody's
+    steps = (
         [sys.executable, "-P", "-m", "venv", "--clear", str(venv)],
         [str(python), "-P", "-m", "pip", "install", *flags, *PACKAGES],
     )
@@ -1561,15 +1560,15 @@ def check_names(config: Config) -> None:
 
 def check_hosts(server: Server) -> None:
     for host in server.allowed_hosts:
-        if not host_name(host) or "*" in host:
-            hint = "write each name or address alone, as in ccmux.example, 192.168.1.5 or [fd00::7]"
+        if not host_name(host):
+            hint = "write each name or address out, alone, as in ccmux.example, 192.168.1.5 or [fd00::7]"
             raise ConfigError(f"[server]: key 'allowed_hosts' has {host!r}: {hint}")
 
 
 @functools.lru_cache(256)
 def host_name(host: str) -> str:
-    """A Host without its port and trailing dot, in lower case; "" where it is malformed."""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s]+)(?::[0-9]{1,5})?", host)
+    """A Host without its port and trailing dot, in lower case; "" where it is malformed, or one of many (*)."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/\s*]+)(?::[0-9]{1,5})?", host)
     return match[1].rstrip(".").lower() if match else ""
 
 
@@ -13993,7 +13992,7 @@ def set_here(variables: Mapping[str, str]) -> str:
     """A line that sets variables in the shell that this machine most likely has."""
     if SHELL_HERE == "powershell":
         return "; ".join(f"$env:{name} = '{value}'" for name, value in variables.items())
-    return " ".join(["export", *(f"{name}={value}" for name, value in variables.items())])
+    return " ".join(["export", *(f"{name}={shlex.quote(value)}" for name, value in variables.items())])
 
 
 def key_to_print(config: Config) -> str:
@@ -14076,14 +14075,14 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 async def check_live(config: Config) -> bool:
-    """Whether all providers that are in use answer."""
+    """Whether all providers answer that are enabled."""
     store = Store(":memory:")
     state = await make_state(config, store)
     is_well = True
     try:
         for provider in config.providers:
-            if not provider.usable:
-                print_found("note", f"{provider.name}  is not asked: {provider.problem or 'enabled = false'}")
+            if not provider.enabled:
+                print_found("note", f"{provider.name}  not tried: it has enabled = false")
                 continue
             model = provider_model(config, provider)
             result = await test_provider(state, provider, model)
@@ -14305,6 +14304,8 @@ async def run_claude(command: list[str], config: Config, args: argparse.Namespac
             url = client_url(config)
             if not config.server.port or not is_ccmux(url):
                 url = await at_end.enter_async_context(own_server(config, args))
+            elif found_here(config):
+                print(f"ccmux: using the one at {url}{found_here(config)}", file=sys.stderr, flush=True)
         for path, settings, _ in settings_in_use():
             if place := elsewhere(settings, url):
                 remedy = "take that out of its env, or let `ccmux.py setup` replace it"
@@ -14320,8 +14321,8 @@ async def run_claude(command: list[str], config: Config, args: argparse.Namespac
 async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[str]:
     """The address of a server in this process, which logs to a file: the terminal is Claude Code's."""
     path = home_of(config) / "ccmux.log"
-    by = " by this folder's config.toml" if config.path == "config.toml" else ""
-    print(f"ccmux: starting at {client_url(config)}{by}, its log is {path}", file=sys.stderr, flush=True)
+    place = f"{client_url(config)}{found_here(config)}"
+    print(f"ccmux: starting at {place}, its log is {path}", file=sys.stderr, flush=True)
     write_text(path, "", os.O_TRUNC)
     async with serving(config, args, path) as (state, port):
         log.info("serving at %s", client_url(config, port))
@@ -14332,6 +14333,11 @@ async def own_server(config: Config, args: argparse.Namespace) -> AsyncIterator[
                 print("ccmux: waiting for requests to end; Ctrl-C stops them", file=sys.stderr, flush=True)
 
 
+def found_here(config: Config) -> str:
+    """Words about a config that nobody has named: it says where keys and prompts go, and came with the folder."""
+    return " by this folder's config.toml" if config.path == "config.toml" else ""
+
+
 def has_proxy() -> bool:
     return any(os.environ.get(name) for name in ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"))
 
@@ -14340,9 +14346,11 @@ def no_proxy_for(url: str) -> dict[str, str]:
     """The variables with which Claude Code does not look for this address through HTTPS_PROXY."""
     known = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
     host = urllib.parse.urlsplit(url).hostname or ""
-    is_there = known == "*" or host in map(str.strip, known.split(","))
-    listed = known if is_there else ",".join(filter(None, [known, host]))
-    return {"NO_PROXY": listed, "no_proxy": listed}
+    is_listed = {host, "*"} & set(re.split(r"[,\s]+", known))
+    return dict.fromkeys(NO_PROXY, known if is_listed else ",".join(filter(None, [known, host])))
+
+
+NO_PROXY = ("NO_PROXY",) if sys.platform == "win32" else ("NO_PROXY", "no_proxy")  # there these are one
 
 
 async def run_child(command: list[str], variables: dict[str, str]) -> int:
@@ -14438,11 +14446,12 @@ OTHER_CLOUDS = tuple(
 
 
 def settings_with(bare: bytes | None, variables: Mapping[str, str], shell: str) -> bytes:
-    """Claude Code's settings with these variables in their `env`, and a status line where there is none."""
+    """Claude Code's settings with these variables in their `env`, and a status line where there is none of the user's."""
     settings = settings_of(bare)
     kept = {k: v for k, v in as_object(settings.get("env")).items() if k not in MANAGED}
     settings["env"] = {**kept, **variables}
-    settings.setdefault("statusLine", {"type": "command", "command": shell})
+    if "statusLine" not in settings or has_unsafe_statusline(settings):
+        settings["statusLine"] = {"type": "command", "command": shell}
     return settings_text(settings, bare)
 
 
@@ -14452,17 +14461,27 @@ def settings_without(now: bytes | None, bare: bytes | None, made: bytes) -> byte
     """
     if now == made:
         return bare
-    settings, first = settings_of(now), settings_of(bare)
-    has, had, ours = (as_object(settings_of(each).get("env")) for each in (now, bare, made))
-    is_ours = {name for name in MANAGED if has.get(name) == ours.get(name)}
-    environment = {k: v for k, v in has.items() if k not in is_ours}
-    environment |= {k: v for k, v in had.items() if k in is_ours}
-    settings["env"] = environment
-    if not environment and "env" not in first:
-        del settings["env"]
-    if "statusLine" not in first and settings.get("statusLine") == settings_of(made)["statusLine"]:
+    settings, first, ours = (settings_of(data) for data in (now, bare, made))
+    if has_unsafe_statusline(settings):
         del settings["statusLine"]
-    return settings_text(settings, now)
+    now_set, first_set, made_set = (as_object(told.get("env")) for told in (settings, first, ours))
+    settings["env"] = taken_back(now_set, first_set, made_set, MANAGED)
+    if not settings["env"] and "env" not in first:
+        del settings["env"]
+    return settings_text(taken_back(settings, first, ours, ["statusLine"]), now)
+
+
+def taken_back(now: Json, first: Json, made: Json, names: Iterable[str]) -> Json:
+    """`now`, with those names as at first that are as setup made them; what somebody has changed since stays."""
+    unchanged = [name for name in names if now.get(name) == made.get(name)]
+    kept = {name: value for name, value in now.items() if name not in unchanged}
+    return kept | {name: first[name] for name in unchanged if name in first}
+
+
+def has_unsafe_statusline(settings: Json) -> bool:
+    """Whether their status line is as setup wrote it before `-P`: it runs a ccmux.py of the project one works in."""
+    command = str(as_object(settings.get("statusLine")).get("command"))
+    return bool(re.match(r"PYTHONPATH=.+(?<! -P) -m [^ ]+ statusline( --config |$)", command))
 
 
 def settings_text(settings: Json, like: bytes | None) -> bytes:
@@ -14492,22 +14511,26 @@ def settings_of(data: bytes | None) -> Json:
 
 def statusline_shell(config: Config) -> str:
     """The status line's command. `-m` uses the compiled file, which `python3 ccmux.py` cannot; it needs the
-    file's own name, where this was started by a link such as ~/bin/ccmux. Claude Code runs it in the project's folder,
-    from which -P has nothing imported.
+    file's own name, where this was started by a link such as ~/bin/ccmux, and `-P` and the config's name, as Claude Code
+    runs it in whatever project it is in.
     """
-    flag = ["--config", os.path.abspath(config.path)] if config.path else []
+    flag = ["--config", os.path.abspath(config.path or ccmux_home() / "config.toml")]
     files = [Path(os.path.abspath(__file__)), Path(os.path.realpath(__file__))]
-    module = next((f for f in files if f.suffix == ".py" and "." not in f.stem), None)
+    named = (f for f in files if re.fullmatch(r"[^.]+\.py", f.name) and os.pathsep not in str(f.parent))
+    module = next(named, None)
     if os.name == "nt" or module is None:
-        join = windows_line if os.name == "nt" else shlex.join
+        join = windows_shell if os.name == "nt" else shlex.join
         return join([sys.executable, str(files[0]), "statusline", *flag])
     command = shlex.join([sys.executable, "-P", "-m", module.stem, "statusline", *flag])
     return f"PYTHONPATH={shlex.quote(str(module.parent))} {command}"
 
 
-def windows_line(command: list[str]) -> str:
-    """A command as Git Bash and cmd read it; to the former a backslash is no part of a path."""
-    return subprocess.list2cmdline([part.replace("\\", "/") for part in command])
+def windows_shell(words: Iterable[str]) -> str:
+    """A command as Claude Code runs it on Windows: by Git Bash, which takes backslashes away, else by PowerShell, which
+    takes a word in quotes for a text (anthropics/claude-code#67588, #88256); formerly by cmd.
+    """
+    paths = (word.replace("\\", "/") for word in words)
+    return " ".join(path if re.fullmatch(r"[\w./:~-]+", path) else f'"{path}"' for path in paths)
 
 
 def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:
@@ -14805,8 +14828,10 @@ def diagnose_database(config: Config) -> tuple[str, str]:
             if problem:
                 return "FAILED", f"database {path}: {problem}"
             requests, users = sum(r["requests"] for r in store.report("month")), len(store.users())
-    except (ConfigError, sqlite3.Error, UnicodeDecodeError) as error:  # the last: of SQLite's own words
-        return "FAILED", f"database {path}: " + str(error).removeprefix(f"database {path}: ")
+    except ConfigError as error:  # which names it
+        return "FAILED", str(error)
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: of SQLite's own words
+        return "FAILED", f"database {path}: {error}"
     return "ok", f"database {path}: requests {requests}, users {users}, all sums equal their rows"
 
 
@@ -14823,10 +14848,11 @@ def diagnose_variables(config: Config) -> Iterator[tuple[str, str]]:
     for name in ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL"):
         if asked := env.get(name):
             yield "note", f"{name} is set: Claude Code asks for {asked} whatever /model says"
-    known = env.get("NO_PROXY") or env.get("no_proxy") or ""
-    if has_proxy() and known != "*" and "127.0.0.1" not in known:
-        lacks = "a proxy is set and NO_PROXY lacks 127.0.0.1"
-        yield "note", f"{lacks}: Claude Code looks for ccmux through the proxy; export NO_PROXY=127.0.0.1"
+    wanted = no_proxy_for(url)["NO_PROXY"]
+    if has_proxy() and wanted not in map(env.get, NO_PROXY):
+        lacks = f"a proxy is set and NO_PROXY lacks {urllib.parse.urlsplit(url).hostname}"
+        remedy = set_here({"NO_PROXY": wanted})
+        yield "note", f"{lacks}: Claude Code looks for ccmux through the proxy; {remedy}"
 
 
 def is_same_place(base: str, url: str) -> bool:
@@ -14846,6 +14872,8 @@ def diagnose_claude(config: Config) -> Iterator[tuple[str, str]]:
         place = elsewhere(settings, url)
         if place or "ANTHROPIC_BASE_URL" in as_object(settings.get("env")):
             yield ("FAILED" if place else "ok"), f"{path} sends Claude Code to {place or url}"
+        if has_unsafe_statusline(settings):
+            yield "FAILED", f"{path}: its status line runs a project's files: `ccmux.py setup` renews it"
         if "apiKeyHelper" in settings:
             yield "note", f"{path} has an apiKeyHelper: its key is sent to ccmux in place of yours"
 

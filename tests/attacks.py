@@ -305,11 +305,14 @@ def started_port(process: subprocess.Popen[bytes]) -> int:
     raise AssertionError("ccmux did not start")
 
 
-def hostile_folder(folder: Path) -> Path:
-    """A project that would be imported from: a module for each name that somebody may ask for."""
-    for name in {*sys.stdlib_module_names, "ccmux", "aiohttp", "tiktoken", "pip"}:
-        (folder / f"{name}.py").write_text("raise SystemExit('imported from the current folder')\n")
-    return folder
+def set_traps(folder: Path) -> Path:
+    """Modules in a folder, named as all that ccmux and pip import; who runs one is written into the file returned."""
+    sprung = folder / "sprung.txt"
+    spring = f"open({str(sprung)!r}, 'a').write(__name__ + '\\n')\nraise SystemExit('imported from here')\n"
+    others = ("aiohttp", "ccmux", "pip", "setuptools", "sitecustomize", "tiktoken", "usercustomize", "yaml")
+    for name in {*sys.stdlib_module_names, *others}:
+        (folder / f"{name}.py").write_text(spring)
+    return sprung
 
 
 def until(holds: Any, what: str, seconds: float = 10.0) -> None:

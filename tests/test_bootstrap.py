@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 import os
 import shutil
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from attacks import hostile_folder, until
+from attacks import set_traps, until
 from conftest import Start
 from proxy_harness import ROOT, provider_row
+
+import ccmux
 
 PYTHON = "Scripts/python.exe" if os.name == "nt" else "bin/python"
 
@@ -98,15 +101,6 @@ def test_lost_package_is_installed_again(bare: Path, home: Path) -> None:
     ready.write_text(of_another_python)  # two Pythons in turn do not take it from one another
     assert start(bare, home, "model").stderr == ""
     assert ready.read_text() == of_another_python
-
-
-def test_nothing_is_imported_from_the_folder_it_starts_in(bare: Path, tmp_path: Path) -> None:
-    hostile_folder(tmp_path)
-    done = start(bare, tmp_path, "model")
-    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
-    ready = tmp_path / ".ccmux/venv/ccmux-ready"
-    ready.write_text(ready.read_text() + "0")  # as of another Python: the packages are looked for
-    assert start(bare, tmp_path, "model").stderr == ""
 
 
 def test_interrupted_installation_is_begun_again(bare: Path, tmp_path: Path) -> None:
@@ -227,12 +221,25 @@ def test_aiohttp_that_is_too_old(bare: Path, tmp_path: Path) -> None:
 async def test_a_server_imports_nothing_from_the_folder_it_is_started_in(
     start_ccmux: Start, tmp_path: Path
 ) -> None:
-    """It starts again as `python -c`, for which Python would look there first."""
-    for name in ("aiohttp", "tiktoken", "queue", "types", "tomllib"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working folder')\n")
+    """It starts again as `python -c`, for which Python would look there first; so does the process that counts."""
+    sprung = set_traps(tmp_path)
     async with start_ccmux(provider_row()) as running:
         ran = Path(f"/proc/{running.process.pid}/cmdline")  # the same pid, and still named
         assert not ran.exists() or str(ROOT / "ccmux.py") in ran.read_text().split("\0")
+    counts = subprocess.run(
+        [sys.executable, ROOT / "ccmux.py", ccmux.COUNT_TEXTS, "o200k_base"], cwd=tmp_path,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    assert (marshal.loads(counts.stdout), sprung.exists()) == ("o200k_base", False)
+
+
+def test_the_bootstrap_imports_nothing_from_the_folder_it_is_started_in(bare: Path, tmp_path: Path) -> None:
+    """Which may hold a pip.py or an aiohttp.py, whether it installs the packages or looks for another Python's."""
+    sprung, ready = set_traps(tmp_path), tmp_path / ".ccmux/venv/ccmux-ready"
+    assert start(bare, tmp_path, "model").returncode == 0
+    ready.write_text(ready.read_text() + "0")
+    done = start(bare, tmp_path, "model")
+    assert (done.returncode, done.stderr, sprung.exists()) == (0, "", False)
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux keeps no syntax tree")
@@ -282,8 +289,6 @@ def test_the_compiled_code_does_not_become_a_closed_output(tmp_path: Path) -> No
 
 def test_packages_are_those_of_the_script_block() -> None:
     """`uv run --script` and the bootstrap install the same."""
-    import ccmux
-
     text = (ROOT / "ccmux.py").read_text("utf-8")
     for package in ccmux.PACKAGES:
         assert f'"{package}"' in text.partition('"""')[0]

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import proxy_harness
 import pytest
-from attacks import hostile_folder, until
+from attacks import set_traps, until
 from proxy_harness import ROOT, provider_row
 
 import ccmux
@@ -483,8 +483,9 @@ def test_env_of_each_shell(cli: Cli, monkeypatch: pytest.MonkeyPatch, shell: str
     [
         ("", "127.0.0.1"),
         ("a.example", "a.example,127.0.0.1"),
+        ("127.0.0.11", "127.0.0.11,127.0.0.1"),
+        ("localhost, 127.0.0.1", "localhost, 127.0.0.1"),
         ("*", "*"),
-        ("127.0.0.1, a.example", "127.0.0.1, a.example"),
     ],
 )
 def test_env_beside_a_proxy(cli: Cli, monkeypatch: pytest.MonkeyPatch, known: str, listed: str) -> None:
@@ -493,6 +494,8 @@ def test_env_beside_a_proxy(cli: Cli, monkeypatch: pytest.MonkeyPatch, known: st
     monkeypatch.setenv("NO_PROXY", known)
     variables = json.loads(cli("env", "--shell", "json").out)
     assert variables["NO_PROXY"] == variables["no_proxy"] == listed
+    monkeypatch.setattr(ccmux, "NO_PROXY", ("NO_PROXY",))  # as on Windows
+    assert "no_proxy" not in cli("env").out
 
 
 def test_env_as_json(cli: Cli) -> None:
@@ -600,16 +603,29 @@ def test_undo_keeps_what_was_changed_since(cli: Cli, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_undo_keeps_an_address_that_was_set_by_hand_since(cli: Cli, tmp_path: Path) -> None:
-    path = settings_of(tmp_path, b'{"env": {"CLAUDE_CODE_USE_VERTEX": "1"}}')
+def test_undo_keeps_what_was_changed_of_setups_own(cli: Cli, tmp_path: Path) -> None:
+    """Setup again points here all the same, and its undo gives what the user had set by then."""
+    path = settings_of(tmp_path, ODD)
     cli("setup")
-    path.write_text(path.read_text().replace("http://127.0.0.1:13456", "https://mine.example"))
+    by_hand = json.loads(path.read_bytes())
+    by_hand["env"]["ANTHROPIC_BASE_URL"] = "https://new.example"
+    by_hand["env"]["CLAUDE_CODE_USE_VERTEX"] = "1"
+    del by_hand["env"]["ANTHROPIC_AUTH_TOKEN"]
+    by_hand["statusLine"] = {"type": "command", "command": "mine"}
+    path.write_text(json.dumps(by_hand))
     cli("setup", "--port", "7")
-    assert '"http://127.0.0.1:7"' in path.read_text()
-    assert cli("setup", "--undo").status == 0
-    assert json.loads(path.read_bytes()) == {
-        "env": {"CLAUDE_CODE_USE_VERTEX": "1", "ANTHROPIC_BASE_URL": "https://mine.example"}
-    }
+    settings = json.loads(path.read_bytes())
+    assert settings["env"]["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:7"
+    assert settings["statusLine"]["command"] == "mine"
+    for _ in range(2):  # after this setup, and after the first
+        cli("setup", "--undo")
+        assert json.loads(path.read_bytes()) == {
+            "env": {"FOO": "1", "ANTHROPIC_BASE_URL": "https://new.example", "CLAUDE_CODE_USE_VERTEX": "1"},
+            "model": "opus", "statusLine": {"type": "command", "command": "mine"},
+        }  # fmt: skip
+        path.write_bytes(ODD)
+        cli("setup")
+        path.write_text(json.dumps(by_hand))
 
 
 def test_undo_keeps_what_was_changed_between_two_setups(cli: Cli, tmp_path: Path) -> None:
@@ -647,6 +663,29 @@ def test_setup_again_renews_its_own_status_line(cli: Cli, tmp_path: Path) -> Non
     assert json.loads(path.read_bytes())["statusLine"]["command"].endswith("new.toml")
     cli("setup", "--undo")
     assert not path.exists()
+
+
+@pytest.mark.parametrize("more", [{}, {"padding": 0}], ids=["as-written", "edited"])
+def test_setup_again_replaces_a_status_line_that_ran_a_projects_files(
+    cli: Cli, tmp_path: Path, more: dict[str, int]
+) -> None:
+    """As setup wrote it until it knew `-P`; also where no file tells any more that it did."""
+    cli("setup")
+    path, made = tmp_path / ".claude/settings.json", tmp_path / ".claude/settings.json.by-ccmux"
+    safe = json.loads(path.read_bytes())
+    unsafe = safe | {
+        "statusLine": {**safe["statusLine"], "command": safe["statusLine"]["command"].replace(" -P", "")}
+    }
+    made.write_text(json.dumps(unsafe))
+    for is_known in (True, False):
+        path.write_text(json.dumps(unsafe | {"statusLine": {**unsafe["statusLine"], **more}}))
+        assert "its status line runs" in "".join(words_of(cli("doctor"), "FAILED"))
+        if not is_known:
+            made.unlink()
+        cli("setup")
+        assert json.loads(path.read_bytes()) == safe
+        assert words_of(cli("doctor"), "FAILED") == []
+    assert not ccmux.has_unsafe_statusline({"statusLine": {"command": "python3 ~/ccmux.py statusline"}})
 
 
 def test_setup_writes_no_key_that_is_none(cli: Cli, tmp_path: Path) -> None:
@@ -842,13 +881,14 @@ def test_check_live(cli: Cli, tmp_path: Path) -> None:
     write_config(tmp_path)
     ran = cli("check", "--live")
     assert (ran.status, "ok      demo/demo" in ran.out) == (0, True)
+    write_config(tmp_path, '[[providers]]\nname = "resting"\ntype = "demo"\nenabled = false\n')
+    ran = cli("check", "--live")
+    assert (ran.status, words_of(ran, "note")) == (0, ["resting  not tried: it has enabled = false"])
+    assert "ok      demo/demo" in ran.out
     dead = f'[[providers]]\nname = "dead"\ntype = "openai"\nbase_url = "http://127.0.0.1:{closed_port()}"\napi_key = "k"\n'
     write_config(tmp_path, dead)
     ran = cli("check", "--live")
     assert (ran.status, "FAILED  dead/gpt-6.1-terra" in ran.out) == (1, True)
-    write_config(tmp_path, dead + "enabled = false\n")
-    ran = cli("check", "--live")
-    assert (ran.status, words_of(ran, "note")) == (0, ["dead  is not asked: enabled = false"])
     write_config(
         tmp_path, '[[models]]\nname = "m[1m]"\nmappings = [{provider = "demo", actual_model = "x"}]\n'
     )
@@ -966,6 +1006,10 @@ def open_config(path: Path) -> None:
     write_config(path, text).chmod(0o644)
 
 
+def no_database(path: Path) -> None:
+    (path / "ccmux.db").write_bytes(b"no database" * 100)
+
+
 def settings_elsewhere(path: Path) -> None:
     settings_of(path, b'{"env": {"ANTHROPIC_BASE_URL": "http://elsewhere.example"}}')
 
@@ -984,6 +1028,9 @@ def config_broken(path: Path) -> None:
         pytest.param(broken_sum, {}, "balance of user local differs from its rows", id="sums"),
         pytest.param(broken_index, {}, "missing from index requests_by_time", id="index"),
         pytest.param(broken_letters, {}, "codec can't decode", id="letters"),
+        pytest.param(
+            no_database, {}, "file is not a database; [server] database says where", id="no-database"
+        ),
         pytest.param(open_database, {}, "others can read", id="database-mode"),
         pytest.param(open_config, {}, "others can read", id="config-mode"),
         pytest.param(settings_elsewhere, {}, "sends Claude Code to http://elsewhere.example", id="settings"),
@@ -1004,7 +1051,9 @@ def test_doctor_finds(
         break_it(tmp_path)
     ran = cli("doctor")
     assert ran.status == 1
-    assert said in "\n".join(words_of(ran, "FAILED"))
+    failed = words_of(ran, "FAILED")
+    assert said in "\n".join(failed)
+    assert not [line for line in failed if line.count(str(tmp_path / "ccmux.db: ")) > 1]
     assert "sk-in-the-file" not in ran.out
 
 
@@ -1014,6 +1063,7 @@ def test_doctor_finds(
         pytest.param({"ANTHROPIC_API_KEY": "a", "ANTHROPIC_AUTH_TOKEN": "b"}, "are both set", id="two-credentials"),
         pytest.param({"ANTHROPIC_MODEL": "opus"}, "asks for opus whatever /model says", id="model"),
         pytest.param({"HTTPS_PROXY": "http://proxy.example"}, "NO_PROXY lacks 127.0.0.1", id="proxy"),
+        pytest.param({"HTTPS_PROXY": "p", "NO_PROXY": "127.0.0.11"}, "export NO_PROXY=127.0.0.11,127.0.0.1", id="no-proxy"),
     ],
 )  # fmt: skip
 def test_doctor_notes(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], said: str) -> None:
@@ -1053,29 +1103,36 @@ def test_statusline(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a right there")
-@pytest.mark.parametrize("name", ["ccmux.py", "ccmux", "cc.mux", "my-proxy.py"])
+@pytest.mark.parametrize("name", ["ccmux.py", "ccmux", "cc.mux", "my-proxy.py", "a:b/ccmux.py"])
 @pytest.mark.parametrize("is_link", [True, False], ids=["link", "copy"])
 def test_the_status_line_that_setup_writes_runs(tmp_path: Path, name: str, is_link: bool) -> None:
-    """Whatever the file is called, where only a link to it is on the PATH, and whatever is in the project's folder."""
-    (tmp_path / "my bin").mkdir()
-    (tmp_path / "project").mkdir()
+    """Whatever the file is called, and where only a link to it is on the PATH; in whatever project."""
+    sprung = set_traps(tmp_path)
     started = tmp_path / "my bin" / name
+    started.parent.mkdir(parents=True)
     started.symlink_to(CCMUX) if is_link else shutil.copy(CCMUX, started)
     write_config(tmp_path)
     enter(tmp_path / "ccmux.db", (TODAY, settlement("r1", "local")))
     environment = process_environment(tmp_path, PYTHONDONTWRITEBYTECODE="1")
     subprocess.run([sys.executable, started, "setup"], cwd=tmp_path, env=environment, check=True)
     command = json.loads((tmp_path / ".claude/settings.json").read_bytes())["statusLine"]["command"]
-    project = hostile_folder(tmp_path / "project")
     ran = subprocess.run(
-        ["sh", "-c", command], cwd=project, env=environment, input="{}", capture_output=True, text=True
+        ["sh", "-c", command], cwd=tmp_path, env=environment, input="{}", capture_output=True, text=True
     )
     assert (ran.returncode, ran.stderr, ran.stdout) == (0, "", "today $0.0000\n")
+    assert not sprung.exists()
 
 
-def test_the_status_line_on_windows_has_forward_slashes() -> None:
-    command = [r"C:\Program Files\Python\python.exe", r"C:\x\ccmux.py", "statusline"]
-    assert ccmux.windows_line(command) == '"C:/Program Files/Python/python.exe" C:/x/ccmux.py statusline'
+@pytest.mark.parametrize("python", ["C:\\Python\\python.exe", "C:\\Program Files (x86)\\Python\\python.exe"])
+def test_the_status_line_on_windows(python: str) -> None:
+    """Git Bash eats backslashes, and PowerShell runs no first word in quotes; cmd takes all of it."""
+    words = [python, "C:\\Users\\JOE~1\\ccmux.py", "statusline", "--config", "C:\\my files\\ccmux.toml"]
+    command = ccmux.windows_shell(words)
+    bash = subprocess.run(
+        ["sh", "-c", f'printf "%s\n" {command}'], capture_output=True, text=True, check=True
+    )
+    assert bash.stdout.splitlines() == [word.replace("\\", "/") for word in words]
+    assert command.startswith('"') == (" " in python)
 
 
 def test_statusline_with_a_closed_input(tmp_path: Path) -> None:
@@ -1083,19 +1140,37 @@ def test_statusline_with_a_closed_input(tmp_path: Path) -> None:
     assert (ran.status, ran.err) == (0, "")
 
 
-@pytest.mark.parametrize("text", ["not TOML", "[server]\nport = 1313", "server = 1", "[package]\nname = 'x'"])
-def test_statusline_takes_no_projects_config_for_its_own(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.toml").write_text(text)
-    (tmp_path / ".ccmux").mkdir()
-    enter(tmp_path / ".ccmux/ccmux.db", (TODAY, settlement("r1", "local")))
-    assert process(tmp_path, "statusline") == Ran(0, "today $0.0000\n", "")
-
-
 @pytest.mark.parametrize("text", ["not TOML", "[server]\ndatabase = 5"])
 def test_statusline_never_fails(tmp_path: Path, text: str) -> None:
-    (tmp_path / "ccmux.toml").write_text(text)
-    ran = process(tmp_path, "statusline", "--config", "ccmux.toml")
+    (tmp_path / "mine.toml").write_text(text)
+    ran = process(tmp_path, "statusline", "--config", "mine.toml")
     assert (ran.status, ran.err) == (0, "") and ran.out.startswith("ccmux: no figures (")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('baseURL = "/"\ntitle = "a site"\n[server]\nport = 1\n[[models]]\n', id="hugo"),
+        pytest.param('[server]\nport = 1\ndatabase = "x"\n', id="of-a-server"),
+        pytest.param('[build]\ntarget = "wasm32"\n', id="rust"),
+        pytest.param("not TOML", id="not-toml"),
+        pytest.param(f"a = {'[' * 5000}", id="deep"),
+        pytest.param("", id="empty"),
+    ],
+)
+def test_statusline_passes_over_a_projects_own_config(tmp_path: Path, text: str) -> None:
+    project, home = tmp_path / "project", tmp_path / ".ccmux"
+    for folder in (project, home):
+        folder.mkdir()
+    enter(home / "ccmux.db", (TODAY, settlement("r1", "local")))
+    (project / "config.toml").write_text(text)
+    ran = in_shell(tmp_path, 'cd project; "$0" "$1" statusline')
+    assert ran == Ran(0, "today $0.0000\n", "")
+    write_config(project)
+    assert "no figures" in in_shell(tmp_path, 'cd project; "$0" "$1" statusline').out
+    process(tmp_path, "setup")  # without any config, so its server is that of ~/.ccmux
+    command = json.loads((tmp_path / ".claude/settings.json").read_bytes())["statusLine"]["command"]
+    assert in_shell(project, command).out == "today $0.0000\n"
 
 
 def test_statusline_loads_no_more_than_it_needs(tmp_path: Path) -> None:
@@ -1159,10 +1234,8 @@ def test_code_starts_runs_and_stops(tmp_path: Path) -> None:
         "NO_PROXY=corp.example,127.0.0.1",
         "<-p>", "<say hi>", "<--version>", "<>",
     ]  # fmt: skip
-    by = "by this folder's config.toml"
-    assert (
-        ran.err == f"ccmux: starting at http://127.0.0.1:{port} {by}, its log is {tmp_path / 'ccmux.log'}\n"
-    )
+    place = f"http://127.0.0.1:{port} by this folder's config.toml"
+    assert ran.err == f"ccmux: starting at {place}, its log is {tmp_path / 'ccmux.log'}\n"
     assert (tmp_path / "ccmux.log").stat().st_mode & 0o777 == 0o600
     assert not answers(port)
 
@@ -1175,6 +1248,10 @@ async def test_code_leaves_a_running_server(tmp_path: Path, start_ccmux: Any) ->
         other.mkdir()
         write_config(other, port=port)
         ran = await asyncio.to_thread(process, other, "code", PATH=path)
+        place = f"{running.url} by this folder's config.toml"
+        assert ran == Ran(0, f"{running.url}\n", f"ccmux: using the one at {place}\n")
+        named = ("--config", str(other / "config.toml"))
+        ran = await asyncio.to_thread(process, other, "code", *named, PATH=path)
         assert ran == Ran(0, f"{running.url}\n", "")
         assert answers(port)
 
