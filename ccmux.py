@@ -3259,6 +3259,11 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
         r"(?i)does not support (?:tools|function calling)\b|requires --enable-auto-tool-choice",
         functools.partial(ApiError, 400, retry=Retry.NEXT),
     ),
+    (  # OpenAI's and Gemini's of what this account may not do; another's may
+        (400,),
+        r"organization must be verified to (?:stream|use)|User location is not supported",
+        functools.partial(ApiError, 400, retry=Retry.NEXT),
+    ),
     (  # Bedrock's ("Input tag 'web_search_20250305' found using 'type' does not match any"), OpenAI's of some models
         (400,),
         r"(?i)\bweb_search(?:_\w+)?'.{0,30}(?:not supported|does not match)",

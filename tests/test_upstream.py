@@ -382,9 +382,11 @@ def test_what_another_vendor_may_take_is_a_400_that_goes_to_the_next_target(word
         "registry.ollama.ai/library/m does not support tools",
         "deepseek-reasoner does not support Function Calling",
         '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+        "Your organization must be verified to stream this model. Please go to: https://a and click on Verify.",
+        "User location is not supported for the API use.",
     ],
 )
-def test_a_model_without_tools_is_a_400_that_goes_to_the_next_target(words: str) -> None:
+def test_what_a_model_or_an_account_has_not_goes_to_the_next_target_in_its_words(words: str) -> None:
     error = ccmux.upstream_error(400, {"error": {"message": words}})
     assert (error.status, error.message, error.retry) == (400, words, ccmux.Retry.NEXT)
     assert ccmux.refused_parameter(words) == ""
