@@ -3280,6 +3280,7 @@ _OVERFLOW = (
     r"(?i)prompt (?:is )?too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
     r"(?:maximum |available )?context|context ?window|prompt token count of|input token count|input is too long|"
     r"maximum prompt length|longer than the (?:maximum )?model(?:'s context)? length|too large for model with|"
+    r"too long to fit into the model|"
     r"exceeded model token limit|model_context_window_exceeded|greater than the context length|"
     r"prompt exceeds max length|exceeds the available context size|exceed_context_size|input length exceeds|"
     r"model'?s context length is only|context length of only|exceeded max context length|reduce the length of the "
