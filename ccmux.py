@@ -3237,16 +3237,22 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
         r"(?i)request too large.*tokens per min",
         functools.partial(ApiError, 429, retry=Retry.KEY, should_retry=False),
     ),
-    (  # OpenAI's and Moonshot's type, Z.ai's code; xAI's, Fireworks's (412) and OpenRouter's words (403)
+    (  # types and codes of OpenAI, New API, Moonshot, MiniMax, Z.ai; xAI's, Fireworks's, OpenRouter's and LiteLLM's words
         (403, 412, 429),
-        r"\b(?:insufficient_quota|exceeded_current_quota_error|1113)(?: \S+)?$|^Your team \S+ has (?:either )?used all|"
-        r"^Account \S+ is suspended|^Key limit exceeded",
+        r"\b(?:insufficient_(?:user_)?quota|billing_not_active|exceeded_current_quota_error|insufficient_balance_error|1113)"
+        r"(?: \S+)?$|^Your team \S+ has (?:either )?used all|^Account \S+ is suspended|^Key limit exceeded|"
+        r"^Budget has been exceeded",
         functools.partial(NO_MONEY, 429, type="billing_error"),
     ),
-    (  # Anthropic's
+    (  # Anthropic's, and LiteLLM's older
         (400,),
-        r"^Your credit balance is too low",
+        r"^Your credit balance is too low|^You have reached your specified API usage limits|^Budget has been exceeded",
         functools.partial(NO_MONEY, 400),
+    ),
+    (  # MiniMax's in Anthropic's format
+        (500,),
+        r"^insufficient balance \(1008\)",
+        functools.partial(NO_MONEY, 500),
     ),
     (  # OpenAI's and Groq's 128, xAI's 200, Gemini's 512, Copilot's 128, OpenCode's 16
         (400,),
