@@ -3259,16 +3259,22 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
         r"(?i)request too large.*tokens per min",
         functools.partial(ApiError, 429, retry=Retry.KEY, should_retry=False),
     ),
-    (  # OpenAI's and Moonshot's type, Z.ai's code; xAI's, Fireworks's (412) and OpenRouter's words (403)
+    (  # types and codes of OpenAI, New API, Moonshot, MiniMax, Z.ai; xAI's, Fireworks's, OpenRouter's and LiteLLM's words
         (403, 412, 429),
-        r"\b(?:insufficient_quota|exceeded_current_quota_error|1113)(?: \S+)?$|^Your team \S+ has (?:either )?used all|"
-        r"^Account \S+ is suspended|^Key limit exceeded",
+        r"\b(?:insufficient_(?:user_)?quota|billing_not_active|exceeded_current_quota_error|insufficient_balance_error|1113)"
+        r"(?: \S+)?$|^Your team \S+ has (?:either )?used all|^Account \S+ is suspended|^Key limit exceeded|"
+        r"^Budget has been exceeded",
         functools.partial(NO_MONEY, 429, type="billing_error"),
     ),
-    (  # Anthropic's
+    (  # Anthropic's, and LiteLLM's older
         (400,),
-        r"^Your credit balance is too low",
+        r"^Your credit balance is too low|^You have reached your specified API usage limits|^Budget has been exceeded",
         functools.partial(NO_MONEY, 400),
+    ),
+    (  # MiniMax's in Anthropic's format
+        (500,),
+        r"^insufficient balance \(1008\)",
+        functools.partial(NO_MONEY, 500),
     ),
     (  # OpenAI's and Groq's 128, xAI's 200, Gemini's 512, Copilot's 128, OpenCode's 16
         (400,),
@@ -3279,6 +3285,11 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
     (  # Ollama's and DeepSeek's of some models, vLLM's where it was not started for tools
         (400,),
         r"(?i)does not support (?:tools|function calling)\b|requires --enable-auto-tool-choice",
+        functools.partial(ApiError, 400, retry=Retry.NEXT),
+    ),
+    (  # OpenAI's and Gemini's of what this account may not do; another's may
+        (400,),
+        r"organization must be verified to (?:stream|use)|User location is not supported",
         functools.partial(ApiError, 400, retry=Retry.NEXT),
     ),
     (  # Bedrock's ("Input tag 'web_search_20250305' found using 'type' does not match any"), OpenAI's of some models
@@ -3297,6 +3308,7 @@ _OVERFLOW = (
     r"(?i)prompt (?:is )?too long|maximum context length|context[_ ]length[_ ]exceeded|exceeds? (?:the |its )?(?:model'?s? )?"
     r"(?:maximum |available )?context|context ?window|prompt token count of|input token count|input is too long|"
     r"maximum prompt length|longer than the (?:maximum )?model(?:'s context)? length|too large for model with|"
+    r"too long to fit into the model|"
     r"exceeded model token limit|model_context_window_exceeded|greater than the context length|"
     r"prompt exceeds max length|exceeds the available context size|exceed_context_size|input length exceeds|"
     r"model'?s context length is only|context length of only|exceeded max context length|reduce the length of the "

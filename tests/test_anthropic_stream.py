@@ -517,6 +517,9 @@ OVERFLOWS = [
     ("vLLM, prompt",
      "The decoder prompt (length 40123) is longer than the maximum model length of 32768. Make sure "
      "that `max_model_len` is no smaller than the number of text tokens.", (40123, 32768)),
+    ("vLLM, with images",
+     "The prompt (total length 40123) is too long to fit into the model (context length 32768). Make sure that "
+     "`max_model_len` is no smaller than the number of text tokens plus multimodal tokens.", (40123, 32768)),
     ("llama.cpp", "the request exceeds the available context size, try increasing it", None),
     ("llama.cpp, newer",
      "request (9123 tokens) exceeds the available context size (8192 tokens), try increasing it",

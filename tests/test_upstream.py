@@ -272,7 +272,20 @@ TOO_LOW = "Your credit balance is too low to access the Anthropic API. Please go
         pytest.param(403, GROK, id="xAI's 403"),
         pytest.param(403, {"message": "Key limit exceeded (total limit).", "code": 403}, id="OpenRouter"),
         pytest.param(412, {"message": SUSPENDED, "code": "PRECONDITION_FAILED", "type": "error"}, id="Fireworks"),
+        pytest.param(429, {"message": "Your account is not active", "type": "billing_not_active", "code": None},
+                     id="OpenAI's not active"),
+        pytest.param(429, {"message": "insufficient balance (1008)", "type": "insufficient_balance_error"}, id="MiniMax"),
+        pytest.param(403, {"message": "user quota is not enough", "type": "v_api_error", "param": "",
+                           "code": "insufficient_user_quota"}, id="New API"),
+        pytest.param(429, {"message": "Budget has been exceeded! Current cost: 10.51, Max budget: 10.00", "code": "429",
+                           "type": "budget_exceeded"}, id="LiteLLM"),
+        pytest.param(400, {"message": "Budget has been exceeded! Current cost: 26.075", "type": "auth_error", "code": 400},
+                     id="LiteLLM's older"),
         pytest.param(400, {"type": "invalid_request_error", "message": TOO_LOW}, id="Anthropic"),
+        pytest.param(400, {"type": "invalid_request_error", "message": "You have reached your specified API usage limits. "
+                           "You will regain access on 2026-04-01 at 00:00 UTC."}, id="Anthropic's limit of a month"),
+        pytest.param(500, {"type": "api_error", "message": "insufficient balance (1008)"},
+                     id="MiniMax in Anthropic's format"),
     ],
 )  # fmt: skip
 def test_an_account_without_money_rests_as_for_a_402(status: int, error: Any) -> None:
@@ -282,8 +295,8 @@ def test_an_account_without_money_rests_as_for_a_402(status: int, error: Any) ->
     another = dataclasses.replace(slot, target=ccmux.Target("A", "another"))
     assert (plan.relay.rests(slot, 1000.0), plan.relay.rests(another, 1000.0)) == (300, 300)
     assert (told.retry, told.should_retry) == (ccmux.Retry.KEY, False)
-    kinds = (400, "invalid_request_error") if status == 400 else (429, "billing_error")
-    assert (told.status, told.type) == kinds
+    kinds = {400: (400, "invalid_request_error"), 500: (500, "api_error")}
+    assert (told.status, told.type) == kinds.get(status, (429, "billing_error"))
 
 
 @pytest.mark.parametrize(
@@ -382,9 +395,11 @@ def test_what_another_vendor_may_take_is_a_400_that_goes_to_the_next_target(word
         "registry.ollama.ai/library/m does not support tools",
         "deepseek-reasoner does not support Function Calling",
         '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+        "Your organization must be verified to stream this model. Please go to: https://a and click on Verify.",
+        "User location is not supported for the API use.",
     ],
 )
-def test_a_model_without_tools_is_a_400_that_goes_to_the_next_target(words: str) -> None:
+def test_what_a_model_or_an_account_has_not_goes_to_the_next_target_in_its_words(words: str) -> None:
     error = ccmux.upstream_error(400, {"error": {"message": words}})
     assert (error.status, error.message, error.retry) == (400, words, ccmux.Retry.NEXT)
     assert ccmux.refused_parameter(words) == ""
