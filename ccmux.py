@@ -2324,6 +2324,8 @@ def read_event(block: str) -> tuple[str, str]:
             data.append(value)
         elif key == "event":
             name = value
+        elif key == "error":  # llama.cpp's until September 2025 (its pull request 16109), and its forks'
+            name, data = key, [value]
     return name, "\n".join(data)
 
 

@@ -406,6 +406,10 @@ def test_usage_that_nobody_told_is_counted() -> None:
             sse({"error": {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000"}}),
             400, Retry.LARGER, "prompt is too long: 9000 tokens > 8192 maximum", id="overflow in a 200",
         ),
+        pytest.param(
+            b'error: {"code": 400, "message": "request (9000 tokens) exceeds the available context size (8192 tokens)"}\n\n',
+            400, Retry.LARGER, "prompt is too long: 9000 tokens > 8192 maximum", id="llama.cpp's overflow in a 200",
+        ),
         pytest.param(sse(text("a"), "{broken"), 502, Retry.SAME, "not an OpenAI stream", id="broken JSON"),
         pytest.param(sse(text("a")), 502, Retry.SAME, "ended before", id="no finish_reason"),
         pytest.param(sse(*end()), 502, Retry.SAME, "empty", id="empty answer"),
