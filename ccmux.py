@@ -4338,7 +4338,10 @@ class OpenAIStream:
             raise error_of_event(groq)
 
     def choice(self, choice: Json) -> None:
-        delta = choice.get("delta") or choice.get("message")
+        delta = choice.get("delta")
+        # MiniMax ends a stream with all of the message once more (github.com/GCWing/OpenBitFun/pull/792).
+        if not delta and not self.out.started:
+            delta = choice.get("message")
         if isinstance(delta, dict):
             self.delta(delta)
         reason = choice.get("finish_reason")

@@ -242,6 +242,16 @@ BASH = used("Bash", command="ls")
             [said("yes")],
             id="several choices: choice 0",
         ),
+        *(
+            pytest.param(
+                [*pieces, {"object": "chat.completion", "choices": [
+                    {"index": 0, "message": {"content": "a", **calls(call(0, "c", "Bash", LS))["choices"][0]["delta"]},
+                     "finish_reason": "tool_calls"}]}, "[DONE]"],
+                [said("a"), BASH],
+                id=f"a whole message {place}",
+            )
+            for pieces, place in (([], "alone"), ([text("a"), calls(call(0, "c", "Bash", LS))], "at the end, as MiniMax's"))
+        ),
         pytest.param([text("a"), chunk({}, "stop")], [said("a")], id="end without [DONE] after a finish_reason"),
         pytest.param([text("a"), *end(), text("late")], [said("a")], id="nothing after [DONE]"),
         pytest.param([chunk({"content": [{"type": "text", "text": "a"}]}), *end()], [said("a")], id="content parts"),
