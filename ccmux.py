@@ -5607,7 +5607,7 @@ def chat_turn(message: Json, calls: int) -> list[Json]:
     if role in ("system", "developer", "assistant"):
         blocks = [b for b in blocks if b["type"] in ("text", "tool_use")]
     if role == "assistant":
-        blocks += chat_calls(message, calls)
+        blocks += [*chat_blocks(message.get("refusal")), *chat_calls(message, calls)]
         thought = message.get("reasoning_content") or message.get("reasoning")
         if thought and isinstance(thought, str) and blocks:
             # Unsigned, so that Claude gets none of it; DeepSeek and Kimi refuse a call without.
