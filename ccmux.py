@@ -2323,6 +2323,8 @@ def read_event(block: str) -> tuple[str, str]:
             data.append(value)
         elif key == "event":
             name = value
+        elif key == "error":  # llama.cpp's until September 2025 (its pull request 16109), and its forks'
+            name, data = key, [value]
     return name, "\n".join(data)
 
 
@@ -4347,7 +4349,10 @@ class OpenAIStream:
             raise error_of_event(groq)
 
     def choice(self, choice: Json) -> None:
-        delta = choice.get("delta") or choice.get("message")
+        delta = choice.get("delta")
+        # MiniMax ends a stream with all of the message once more (github.com/GCWing/OpenBitFun/pull/792).
+        if not delta and not self.out.started:
+            delta = choice.get("message")
         if isinstance(delta, dict):
             self.delta(delta)
         reason = choice.get("finish_reason")
@@ -5613,7 +5618,7 @@ def chat_turn(message: Json, calls: int) -> list[Json]:
     if role in ("system", "developer", "assistant"):
         blocks = [b for b in blocks if b["type"] in ("text", "tool_use")]
     if role == "assistant":
-        blocks += chat_calls(message, calls)
+        blocks += [*chat_blocks(message.get("refusal")), *chat_calls(message, calls)]
         thought = message.get("reasoning_content") or message.get("reasoning")
         if thought and isinstance(thought, str) and blocks:
             # Unsigned, so that Claude gets none of it; DeepSeek and Kimi refuse a call without.

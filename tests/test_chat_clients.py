@@ -423,6 +423,11 @@ def test_arguments_of_earlier_calls(arguments: Any, given: Any) -> None:
         assert out["messages"][1]["content"] == [tool_use("c", "f", **given)]
 
 
+def test_an_earlier_refusal_is_what_was_said() -> None:
+    out = request_of(HI, {"role": "assistant", "content": None, "refusal": "I will not."}, HI)
+    assert out["messages"][1] == assistant("I will not.")
+
+
 def test_calls_of_the_old_form_have_an_id_each() -> None:
     call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     result = {"role": "function", "name": "f", "content": "1"}

@@ -73,6 +73,11 @@ def test_a_last_chunk_without_its_blank_line_is_apart_from_what_follows() -> Non
         (b'{"error": {"message": "x", "code": 429}}', 429, False),
         (b'{"error": {"message": "x", "code": 429}}\n\n', 429, False),
         (chunk({"content": "a"}) + chunk({}, "stop", x_groq={"error": "over capacity"}) + DONE, 502, True),
+        (
+            b'error: {"code": 400, "message": "the request exceeds the available context size"}\n\n',
+            400,
+            False,
+        ),
         (b"<html>", 502, False),
         (b"data: {broken\n\n", 502, False),
         (b"", 502, False),

@@ -242,6 +242,16 @@ BASH = used("Bash", command="ls")
             [said("yes")],
             id="several choices: choice 0",
         ),
+        *(
+            pytest.param(
+                [*pieces, {"object": "chat.completion", "choices": [
+                    {"index": 0, "message": {"content": "a", **calls(call(0, "c", "Bash", LS))["choices"][0]["delta"]},
+                     "finish_reason": "tool_calls"}]}, "[DONE]"],
+                [said("a"), BASH],
+                id=f"a whole message {place}",
+            )
+            for pieces, place in (([], "alone"), ([text("a"), calls(call(0, "c", "Bash", LS))], "at the end, as MiniMax's"))
+        ),
         pytest.param([text("a"), chunk({}, "stop")], [said("a")], id="end without [DONE] after a finish_reason"),
         pytest.param([text("a"), *end(), text("late")], [said("a")], id="nothing after [DONE]"),
         pytest.param([chunk({"content": [{"type": "text", "text": "a"}]}), *end()], [said("a")], id="content parts"),
@@ -405,6 +415,10 @@ def test_usage_that_nobody_told_is_counted() -> None:
         pytest.param(
             sse({"error": {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000"}}),
             400, Retry.LARGER, "prompt is too long: 9000 tokens > 8192 maximum", id="overflow in a 200",
+        ),
+        pytest.param(
+            b'error: {"code": 400, "message": "request (9000 tokens) exceeds the available context size (8192 tokens)"}\n\n',
+            400, Retry.LARGER, "prompt is too long: 9000 tokens > 8192 maximum", id="llama.cpp's overflow in a 200",
         ),
         pytest.param(sse(text("a"), "{broken"), 502, Retry.SAME, "not an OpenAI stream", id="broken JSON"),
         pytest.param(sse(text("a")), 502, Retry.SAME, "ended before", id="no finish_reason"),

@@ -33,6 +33,7 @@ EVENTS = [
     pytest.param(b'data: {"a": 1}\n\n', [("", '{"a": 1}')], id="the fast shape"),
     pytest.param(b"event: ping\ndata: {}\n\n", [("ping", "{}")], id="a name"),
     pytest.param(b"data: {}\nevent: ping\n\n", [("ping", "{}")], id="name after data"),
+    pytest.param(b"error: {}\n\n", [("error", "{}")], id="llama.cpp's error"),
     pytest.param(b"data: a\n\ndata: b\n\n", [("", "a"), ("", "b")], id="two events"),
     pytest.param(b"data: a\r\n\r\ndata: b\r\n\r\n", [("", "a"), ("", "b")], id="CR LF"),
     pytest.param(b"data: a\r\rdata: b\r\r", [("", "a"), ("", "b")], id="CR"),
