@@ -14269,8 +14269,9 @@ def env_command(args: argparse.Namespace) -> int:
 
 
 def address_to_keep(args: argparse.Namespace) -> tuple[Config, str]:
-    """The config and its address, for what outlives a start; ConfigError where each start takes another port."""
+    """The config and its address, for what outlives a start; ConfigError where no start has it, or each another port."""
     config = with_overrides(read_config(args.config), args)
+    check_binding(config)
     if not config.server.port:
         raise ConfigError("[server] port is 0, so each start takes another one: set one there, or by --port")
     return config, client_url(config)
@@ -14302,6 +14303,7 @@ def code_command(args: argparse.Namespace) -> int:
             "there is no `claude` here: npm install -g @anthropic-ai/claude-code, and try again"
         )
     config = read_config(args.config)
+    check_binding(config)
     if lacks_key(config):
         raise ConfigError(NEEDS_KEY)
     try:

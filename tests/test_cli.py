@@ -688,6 +688,15 @@ def test_setup_again_replaces_a_status_line_that_ran_a_projects_files(
     assert not ccmux.has_unsafe_statusline({"statusLine": {"command": "python3 ~/ccmux.py statusline"}})
 
 
+@pytest.mark.parametrize("command", ["setup", "env", "code"])
+def test_no_way_to_an_address_that_no_server_takes(tmp_path: Path, command: str) -> None:
+    """By a config that `serve` refuses: a project's own could name any host there."""
+    write_config(tmp_path, 'host = "elsewhere.example"')
+    ran = process(tmp_path, command, PATH=fake_claude(tmp_path, "echo never"))
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert "key 'host' is 'elsewhere.example', which others can reach" in ran.err
+
+
 def test_setup_writes_no_key_that_is_none(cli: Cli, tmp_path: Path) -> None:
     write_config(tmp_path, "require_key = true")
     ran = cli("setup")
