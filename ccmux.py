@@ -121,6 +121,15 @@ def statusline(given: str = "") -> str:
     return " | ".join(filter(None, [model, *figures]))
 
 
+def print_statusline(given: str = "") -> None:
+    """Prints it in UTF-8, as Claude Code reads it whatever the locale is."""
+    import io
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    print(statusline(given))
+
+
 def session_figures(database: str, session: str) -> list[str]:
     """[provider/model (route), cost of the session, of the day, balance] as texts; only what there is."""
     import sqlite3
@@ -333,7 +342,7 @@ if (
     and sys.argv[1:3] in (["statusline"], ["statusline", "--config"])
     and len(sys.argv) in (2, 4)
 ):
-    print(statusline("".join(sys.argv[3:4])))
+    print_statusline("".join(sys.argv[3:4]))
     sys.exit(0)
 
 try:
@@ -14151,7 +14160,7 @@ def token_command(args: argparse.Namespace) -> int:
 
 def statusline_command(args: argparse.Namespace) -> int:
     """Prints a line for Claude Code: who answers, cost of session and day, balance."""
-    print(statusline(args.config))
+    print_statusline(args.config)
     return 0
 
 

@@ -1144,6 +1144,13 @@ def test_the_status_line_on_windows(python: str) -> None:
     assert command.startswith('"') == (" " in python)
 
 
+def test_statusline_is_utf8_in_any_locale(tmp_path: Path) -> None:
+    told = '{"session_id": "s", "model": {"display_name": "Größe \\ud83d\\ude00 \\ud83d"}}'
+    for command in (["statusline"], ["--config=c.toml", "statusline"]):
+        ran = process(tmp_path, *command, stdin=told, PYTHONIOENCODING="cp1252", LC_ALL="C.UTF-8")
+        assert (ran.status, ran.err) == (0, "") and ran.out.startswith("Größe 😀 \\ud83d | ")
+
+
 def test_statusline_with_a_closed_input(tmp_path: Path) -> None:
     ran = in_shell(tmp_path, 'exec "$0" "$1" statusline <&-')
     assert (ran.status, ran.err) == (0, "")
