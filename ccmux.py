@@ -14045,7 +14045,8 @@ def client_url(config: Config, port: int = 0) -> str:
 
 def print_found(word: str, text: str) -> None:
     """A line that a check found, its word (ok, note, FAILED) coloured where a person looks at a terminal."""
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # it may be closed
+    plain = not is_terminal or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     color = {"ok": 32, "note": 33, "FAILED": 31}[word]
     print(f"{word:7} {text}" if plain else f"\033[{color}m{word:7}\033[0m {text}", flush=True)
 
@@ -14786,7 +14787,14 @@ def doctor_command(args: argparse.Namespace) -> int:
 
 
 def diagnose(given: str) -> Iterator[tuple[str, str]]:
-    """(ok, note or FAILED; what was found)."""
+    """(ok, note or FAILED; what was found), up to a file or folder that cannot be had."""
+    try:
+        yield from findings(given)
+    except OSError as error:
+        yield "FAILED", words_of_fault(error)
+
+
+def findings(given: str) -> Iterator[tuple[str, str]]:
     ours = f"ccmux {__version__}, Python {sys.version.split()[0]}, aiohttp {aiohttp.__version__}"
     yield "ok", f"{ours}, tiktoken {tiktoken.__version__}, SQLite {sqlite3.sqlite_version}"
     try:
@@ -15409,11 +15417,15 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return failed(words_of_fault(error))
     except sqlite3.Error as error:
         return failed(f"the database: {error}")
     except KeyboardInterrupt:
         return 130
+
+
+def words_of_fault(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def failed(why: str) -> int:

@@ -1082,6 +1082,21 @@ def test_doctor_notes(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, 
     assert (ran.status, said in "\n".join(words_of(ran, "note"))) == (0, True)
 
 
+def test_doctor_tells_a_home_that_cannot_be_used(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / ".ccmux").write_text("")
+    ran = cli("doctor")
+    assert (ran.status, ran.err) == (1, "")
+    assert words_of(ran, "FAILED") == [f"{tmp_path / '.ccmux'}: File exists"]
+
+
+@pytest.mark.parametrize("args", ["check", "check --live", "doctor"])
+def test_checks_without_an_output(tmp_path: Path, args: str) -> None:
+    """As for their status alone."""
+    write_config(tmp_path)
+    ran = in_shell(tmp_path, f'exec "$0" "$1" {args} >&-')
+    assert ran == Ran(0, "", "")
+
+
 @pytest.mark.parametrize("env", [{"NO_PROXY": "*"}, {"NO_PROXY": "", "no_proxy": "127.0.0.1"}])
 def test_doctor_knows_a_good_no_proxy(cli: Cli, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
     for name, value in {"HTTPS_PROXY": "http://proxy.example", "CLAUDE_CODE_USE_VERTEX": "0", **env}.items():
