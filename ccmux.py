@@ -14517,7 +14517,7 @@ def settings_text(settings: Json, like: bytes | None) -> bytes:
     """The settings as Claude Code keeps them, indented as those were."""
     indent = re.search(rb"\n([ \t]+)\"", like or b"")
     text = json.dumps(settings, indent=indent[1].decode() if indent else 2, ensure_ascii=False)
-    return f"{text}\n".encode()
+    return f"{text}\n".encode(errors="backslashreplace")  # half a surrogate pair, as JSON writes it
 
 
 # What `setup` decides about: no old value of one stays beside new ones.
@@ -14570,11 +14570,15 @@ def show_change(path: Path, old: bytes | None, new: bytes | None) -> None:
 
 
 def write_text(path: Path, text: str, mode: int) -> None:
-    """A file (0600 where it is new); FileExistsError with O_EXCL, where there is one."""
-    with open(
-        os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o600), "w", encoding="utf-8", newline=""
-    ) as file:
-        file.write(text)
+    """A file (0600 where it is new). With O_EXCL a whole one or none, and FileExistsError where there is one."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o600)
+    try:
+        with open(file, "w", encoding="utf-8", newline="") as writer:
+            writer.write(text)
+    except OSError:
+        if mode & os.O_EXCL:
+            path.unlink()
+        raise
 
 
 def write_whole(path: Path, data: bytes | None) -> None:

@@ -718,6 +718,24 @@ def test_setup_leaves_no_half_of_a_file_behind(tmp_path: Path) -> None:
     assert path.read_text() == "{}"
 
 
+@pytest.mark.parametrize(
+    "args", ["init", "init --config new.toml", "import-litellm old.yaml --write new.toml"]
+)
+def test_no_half_of_a_new_config_is_left(tmp_path: Path, args: str) -> None:
+    """The next `init` would take it for a config, and so would a start."""
+    (tmp_path / "old.yaml").write_text("general_settings: {master_key: x}")
+    ran = in_shell(tmp_path, f'ulimit -f 0; "$0" "$1" {args}')
+    assert (ran.status, ran.err) == (2, "ccmux: [Errno 27] File too large\n")
+    assert [*tmp_path.glob("*.toml"), *tmp_path.glob(".ccmux/*")] == []
+
+
+def test_setup_beside_half_a_surrogate_pair(cli: Cli, tmp_path: Path) -> None:
+    """Which JSON can have, and UTF-8 cannot; a folder's name in another encoding has them as well."""
+    path = settings_of(tmp_path, b'{"model": "\\ud83d"}')
+    assert cli("setup", "--config", write_config(tmp_path).name).status == 0
+    assert b'"\\ud83d"' in path.read_bytes()
+
+
 def test_setup_touches_no_broken_settings(cli: Cli, tmp_path: Path) -> None:
     path = settings_of(tmp_path, b"{ // a comment\n}")
     ran = cli("setup")
