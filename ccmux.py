@@ -13296,7 +13296,9 @@ def read_config(given: str) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        is_ours = given or path != Path("config.toml") or is_own_config(path)
+        hint = "" if is_ours else "; if it is another program's file, name ccmux's with --config"
+        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}{hint}") from None
 
 
 def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:

@@ -1175,6 +1175,10 @@ def test_statusline_passes_over_a_projects_own_config(tmp_path: Path, text: str)
     (project / "config.toml").write_text(text)
     ran = in_shell(tmp_path, 'cd project; "$0" "$1" statusline')
     assert ran == Ran(0, "today $0.0000\n", "")
+    ran = in_shell(tmp_path, 'cd project; "$0" "$1" check')  # the others tell what to do
+    assert ran.status == 0 or ran.err.endswith(
+        "; if it is another program's file, name ccmux's with --config\n"
+    )
     write_config(project)
     assert "no figures" in in_shell(tmp_path, 'cd project; "$0" "$1" statusline').out
     process(tmp_path, "setup")  # without any config, so its server is that of ~/.ccmux
