@@ -13996,6 +13996,10 @@ def code_command(args: argparse.Namespace) -> int:
         raise ConfigError(
             "there is no `claude` here: npm install -g @anthropic-ai/claude-code, and try again"
         )
+    if not os.path.isabs(claude):  # Windows looks there first, and it may be anybody's folder
+        raise ConfigError(
+            f"the `claude` found first is {claude} of this folder: take it away, or go elsewhere"
+        )
     config = read_config(args.config)
     check_binding(config)
     if lacks_key(config):

@@ -1294,6 +1294,17 @@ def test_code_that_cannot_start(tmp_path: Path, text: str, said: str) -> None:
     assert said in ran.err.splitlines()[-1]
 
 
+def test_code_runs_no_claude_of_the_folder_it_is_in(tmp_path: Path) -> None:
+    """As Windows would, where a PATH need not say so for that."""
+    fake_claude(tmp_path, "echo never")
+    ran = process(tmp_path, "code", PATH=f"bin:{os.environ['PATH']}")
+    assert (ran.status, ran.out, ran.err.count("\n")) == (
+        2,
+        "",
+        1,
+    ) and "is bin/claude of this folder" in ran.err
+
+
 def test_code_beside_a_stranger(tmp_path: Path) -> None:
     with web_server({}) as port:
         write_config(tmp_path, port=port)
