@@ -13612,7 +13612,9 @@ def read_config(given: str) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        is_ours = given or path != Path("config.toml") or is_own_config(path)
+        hint = "" if is_ours else "; if it is another program's file, name ccmux's with --config"
+        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}{hint}") from None
 
 
 def config_of_environment(env: Mapping[str, str], ollama: list[str]) -> str:
@@ -14311,6 +14313,10 @@ def code_command(args: argparse.Namespace) -> int:
     if not claude:
         raise ConfigError(
             "there is no `claude` here: npm install -g @anthropic-ai/claude-code, and try again"
+        )
+    if not os.path.isabs(claude):  # Windows looks there first, and it may be anybody's folder
+        raise ConfigError(
+            f"the `claude` found first is {claude} of this folder: take it away, or go elsewhere"
         )
     config = read_config(args.config)
     check_binding(config)

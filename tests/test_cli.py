@@ -1215,6 +1215,10 @@ def test_statusline_passes_over_a_projects_own_config(tmp_path: Path, text: str)
     (project / "config.toml").write_text(text)
     ran = in_shell(tmp_path, 'cd project; "$0" "$1" statusline')
     assert ran == Ran(0, "today $0.0000\n", "")
+    ran = in_shell(tmp_path, 'cd project; "$0" "$1" check')  # the others tell what to do
+    assert ran.status == 0 or ran.err.endswith(
+        "; if it is another program's file, name ccmux's with --config\n"
+    )
     write_config(project)
     assert "no figures" in in_shell(tmp_path, 'cd project; "$0" "$1" statusline').out
     process(tmp_path, "setup")  # without any config, so its server is that of ~/.ccmux
@@ -1328,6 +1332,17 @@ def test_code_that_cannot_start(tmp_path: Path, text: str, said: str) -> None:
     ran = process(tmp_path, "code", PATH=fake_claude(tmp_path, "echo never"))
     assert (ran.status, ran.out) == (2, "")
     assert said in ran.err.splitlines()[-1]
+
+
+def test_code_runs_no_claude_of_the_folder_it_is_in(tmp_path: Path) -> None:
+    """As Windows would, where a PATH need not say so for that."""
+    fake_claude(tmp_path, "echo never")
+    ran = process(tmp_path, "code", PATH=f"bin:{os.environ['PATH']}")
+    assert (ran.status, ran.out, ran.err.count("\n")) == (
+        2,
+        "",
+        1,
+    ) and "is bin/claude of this folder" in ran.err
 
 
 def test_code_beside_a_stranger(tmp_path: Path) -> None:
