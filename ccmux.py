@@ -2620,8 +2620,9 @@ def newest_turn_has_image(asked: Asked) -> str:
 
 
 def holds_image(block: Json) -> bool:
-    inner = blocks_of(block.get("content")) if block.get("type") == "tool_result" else []
-    return any(b.get("type") == "image" for b in (block, *inner))
+    holders = {"tool_result": block, "document": as_object(block.get("source"))}  # of blocks of their own
+    holder = holders.get(str(block.get("type")), {})
+    return block.get("type") == "image" or any(map(holds_image, blocks_of(holder.get("content"))))
 
 
 def is_long(asked: Asked) -> str:

@@ -141,6 +141,8 @@ def test_the_steps_are_the_documented_twelve_in_order() -> None:
         pytest.param(ask(messages=[SEEN]), {}, 0, "image", "seer", id="an image"),
         pytest.param(ask(messages=[says("see"), says("ok", "assistant"), tool_result(IMAGE)]), {}, 0, "image", "seer",
                      id="an image in a tool result"),
+        pytest.param(ask(messages=[tool_result({"type": "document", "source": {"type": "content", "content": [IMAGE]}})]),
+                     {}, 0, "image", "seer", id="an image in a document in a tool result"),
         pytest.param(ask(messages=[SEEN, says("I see", "assistant"), says("so?")]), {}, 0, "default", "main",
                      id="an image of an older turn"),
         pytest.param(ask(messages=[SEEN, says("note", "system")]), {}, 0, "image", "seer",
