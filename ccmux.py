@@ -3271,6 +3271,12 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
         r"(?i)request too large.*tokens per min",
         functools.partial(ApiError, 429, retry=Retry.KEY, should_retry=False),
     ),
+    (  # Alibaba's, of a minute's tokens, which has OpenAI's code for an empty account
+        # (https://www.alibabacloud.com/help/en/model-studio/rate-limit)
+        (429,),
+        r"(?i)aliyun\.com|alibabacloud\.com|^allocated quota exceeded",
+        functools.partial(ApiError, 429, retry=Retry.KEY),
+    ),
     (  # types and codes of OpenAI, New API, Moonshot, MiniMax, Z.ai; xAI's, Fireworks's, OpenRouter's and LiteLLM's words
         (403, 412, 429),
         r"\b(?:insufficient_(?:user_)?quota|billing_not_active|exceeded_current_quota_error|insufficient_balance_error|1113)"
@@ -4210,9 +4216,14 @@ def web_search_keys(body: Json, to: Upstream) -> Json:
     # "responses": of the models that are made for it here (gpt-5-search-api).
     forms: Json = {"plugin": {"plugins": [{"id": "web"}]}, "options": options, "responses": options}
     keys = as_object(forms.get(to.quirks.web_search))
-    if keys and to.skip.isdisjoint(keys):  # left out, the model would make up what it found
+    if keys and to.skip.isdisjoint(keys):
         return keys
-    raise ApiError(400, f"this model's provider cannot search the web: {SET_WEBSEARCH}", retry=Retry.NEXT)
+    raise no_web_search()
+
+
+def no_web_search() -> ApiError:
+    """Where a search is left out, the model makes up what it found. The next target may be able to search."""
+    return ApiError(400, f"this model's provider cannot search the web: {SET_WEBSEARCH}", retry=Retry.NEXT)
 
 
 def search_place(tool: Json) -> Json:
@@ -4307,6 +4318,11 @@ class ToolCall:
     extra: Json = field(default_factory=dict)  # Google's thought signature, to come back with the call
 
 
+def is_bare_error(chunk: Json) -> bool:
+    """Whether a chunk without choices is an error by itself: FastAPI's {"detail"}, vLLM's {"object": "error", "message"}."""
+    return "usage" not in chunk and bool(error_words(chunk))
+
+
 BESIDE_TEXT = frozenset((  # what a delta may hold besides its text; most do not
     "reasoning_details", "reasoning_content", "reasoning", "refusal", "tool_calls", "function_call",
 ))  # fmt: skip
@@ -4341,8 +4357,7 @@ class OpenAIStream:
         chunk = parsed(data)
         if not isinstance(chunk, dict):
             raise not_a_stream(data, "OpenAI stream")
-        is_known = "choices" in chunk or "usage" in chunk
-        if chunk.get("error") or name == "error" or (not is_known and chunk.get("detail")):
+        if chunk.get("error") or name == "error" or ("choices" not in chunk and is_bare_error(chunk)):
             raise error_of_event(chunk)
         if chunk.get("usage") or chunk.get("x_groq"):
             self.note_usage(chunk)
@@ -5539,7 +5554,12 @@ def claude_schema(schema: Any, depth: int = 0) -> Json:
 
 
 def has_anthropic_tools(body: Json) -> bool:
-    return any("input_schema" in as_object(tool) for tool in as_list(body.get("tools")))
+    return any(is_anthropic_tool(as_object(tool)) for tool in as_list(body.get("tools")))
+
+
+def is_anthropic_tool(tool: Json) -> bool:
+    """Whether a tool is in Anthropic's form, where a web search has a name beside its type."""
+    return "input_schema" in tool or (is_web_search(tool) and "name" in tool)
 
 
 def is_old_form(body: Json) -> bool:
@@ -5552,18 +5572,8 @@ def messages_tools(body: Json) -> Json:
     web search, and the choice among them.
     """
     old = [{"function": f} for f in as_list(body.get("functions"))]
-    tools: list[Json] = []
-    for tool in map(as_object, (*as_list(body.get("tools")), *old)):
-        if is_openais(tool):
-            kind = str(tool.get("type"))[:40]
-            raise ApiError(400, f"tools: one of type {kind!r} cannot be served; describe it as a function")
-        is_flat = tool.get("type") == "function" or "input_schema" in tool
-        function = as_object(tool.get("function")) or (tool if is_flat else {})
-        if name := function.get("name"):
-            described = {"description": d} if (d := function.get("description")) else {}
-            schema = function.get("parameters") or function.get("input_schema")
-            schema = {"type": "object", "properties": {}, **as_object(schema)}
-            tools.append({"name": str(name), **described, "input_schema": schema, **cache_mark(tool)})
+    given_tools = map(as_object, (*as_list(body.get("tools")), *old))
+    tools = [tool for tool in map(messages_tool, given_tools) if tool]
     if isinstance(body.get("web_search_options"), dict):
         tools.append({"type": "web_search_20250305", "name": "web_search"})
     given = body.get("tool_choice") or body.get("function_call") or ""
@@ -5580,12 +5590,29 @@ def messages_tools(body: Json) -> Json:
     return {"tools": tools, "tool_choice": choice if choice != {"type": "auto"} else None} if tools else {}
 
 
+def messages_tool(tool: Json) -> Json:
+    """One tool, {} where it has no name; ApiError 400 for one that has no form in the Messages API."""
+    if is_openais(tool):
+        kind = str(tool.get("type"))[:40]
+        raise ApiError(400, f"tools: one of type {kind!r} cannot be served; describe it as a function")
+    if is_web_search(tool) and "name" in tool:
+        return tool
+    is_flat = tool.get("type") == "function" or "input_schema" in tool
+    function = as_object(tool.get("function")) or (tool if is_flat else {})
+    if not function.get("name"):
+        return {}
+    described = {"description": d} if (d := function.get("description")) else {}
+    schema = function.get("parameters") or function.get("input_schema")
+    schema = {"type": "object", "properties": {}, **as_object(schema)}
+    return {"name": str(function["name"]), **described, "input_schema": schema, **cache_mark(tool)}
+
+
 def is_openais(tool: Any) -> bool:
     """Whether a tool has no form in the Messages API: its input is free text, or the provider runs it. Cursor's custom ones
     have a flat form, and are left out: they are for its own models.
     """
     given = as_object(tool)
-    is_ours = not {"function", "input_schema"}.isdisjoint(given)
+    is_ours = "function" in given or is_anthropic_tool(given)
     return "custom" in given or not (is_ours or given.get("type") in (None, "", "function", "custom"))
 
 
@@ -5829,7 +5856,8 @@ def chat_error(error: ApiError, request_id: str) -> Json:
     """An error in OpenAI's shape, with the codes its clients look for."""
     # A max_tokens above the model's is an overflow, too, but no conversation to be cut down.
     is_too_long = error.cause == "overflow" and error.retry is Retry.LARGER
-    code = "context_length_exceeded" if is_too_long else CHAT_CODES.get(error.status)
+    status = 402 if error.type == "billing_error" else error.status
+    code = "context_length_exceeded" if is_too_long else CHAT_CODES.get(status)
     detail = {"message": error.message, "type": error.type, "param": error.param or None, "code": code}
     return {"error": detail, "request_id": request_id}
 
@@ -6319,7 +6347,8 @@ class ChatTap:
             self.error = not_a_stream(data, "OpenAI stream")
             return b""
         groq = as_object(chunk.get("x_groq"))
-        if chunk.get("error") or groq.get("error") or name == "error":
+        is_bare = "choices" not in chunk and is_bare_error(chunk)
+        if chunk.get("error") or groq.get("error") or name == "error" or is_bare:
             self.error = error_of_event(groq if groq.get("error") else chunk)
             return b""
         if told := chunk.get("usage") or groq.get("usage"):
@@ -6358,6 +6387,8 @@ class ChatTap:
 
 def chat_passed_on(given: Json, to: Upstream) -> Json:
     """An OpenAI-format client's own request for an upstream of its format: but for the model's name as it came."""
+    if "web_search_options" in to.skip & given.keys():
+        raise no_web_search()
     out = {**given, "model": to.model, "stream": given.get("stream") is True}
     if out["stream"] and to.quirks.stream_options:
         out["stream_options"] = {**as_object(given.get("stream_options")), "include_usage": True}

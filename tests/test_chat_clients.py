@@ -245,6 +245,11 @@ READ = {"type": "function", "function": {"name": "Read"}}
             {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
             id="web search",
         ),
+        pytest.param(
+            {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+            {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+            id="Anthropic's web search",
+        ),
     ],
 )
 def test_parameters(body: Any, expected: Any) -> None:
@@ -659,6 +664,7 @@ def test_finish_reasons(stop: str, finish: str) -> None:
         (ApiError(400, "max_tokens: 9 > 8", cause="overflow"), "invalid_request_error", None),
         (ApiError(401, "no"), "authentication_error", "invalid_api_key"),
         (ApiError(429, "slow"), "rate_limit_error", "rate_limit_exceeded"),
+        (ApiError(429, "pay", type="billing_error"), "billing_error", "insufficient_quota"),
         (ApiError(502, "broken"), "api_error", None),
     ],
 )

@@ -70,6 +70,7 @@ def test_a_last_chunk_without_its_blank_line_is_apart_from_what_follows() -> Non
     [
         (STREAM[: -len(chunk({}, "stop"))], 502, True),
         (b'data: {"error": {"message": "x", "code": 429}}\n\n', 429, False),
+        (b'data: {"object": "error", "message": "x", "code": 400}\n\n', 400, False),
         (b'{"error": {"message": "x", "code": 429}}', 429, False),
         (b'{"error": {"message": "x", "code": 429}}\n\n', 429, False),
         (chunk({"content": "a"}) + chunk({}, "stop", x_groq={"error": "over capacity"}) + DONE, 502, True),

@@ -1136,6 +1136,19 @@ async def test_an_image_goes_to_the_next_target_where_the_first_cannot_see_it(tm
     assert PNG_DATA in json.dumps(b.calls[0].json)
 
 
+async def test_a_search_that_is_refused_is_not_left_out_for_openai_clients_either(tmp_path: Path) -> None:
+    script = (
+        fs.refusing("Unknown parameter: 'web_search_options'", lambda asked: "web_search_options" in asked),
+    )
+    async with stage(tmp_path, script, OK, formats="openai") as (proxy, (a, b)):
+        for _ in range(2):
+            assert await chat(proxy, web_search_options={}) == HELLO
+        assert (a.count, b.count) == (1, 2)
+        proxy.state.config = ccmux.load_config(config_text({"A": a.url}, formats="openai"), {})
+        assert "cannot search the web" in await chat(proxy, web_search_options={})
+        assert await chat(proxy) == HELLO
+
+
 async def test_a_parameter_is_left_out_once(tmp_path: Path) -> None:
     refusal = fs.status(400, message="Unsupported parameter: 'temperature'")
     async with stage(tmp_path, (refusal,), OK, formats="openai") as (proxy, (a, b)):

@@ -404,6 +404,8 @@ def test_usage_that_nobody_told_is_counted() -> None:
         pytest.param(sse({"error": "text"}), 502, Retry.SAME, "text", id="error as text"),
         pytest.param(sse([{"error": {"message": "busy", "code": 503}}]), 503, Retry.SAME, "busy", id="Google's, in a list"),
         pytest.param(sse({"detail": "nope"}), 502, Retry.SAME, "nope", id="detail"),
+        pytest.param(sse({"object": "error", "message": "nope", "type": "BadRequestError", "code": 400}), 400, Retry.NO,
+                     "nope", id="vLLM's, bare"),
         pytest.param(
             sse(chunk({"content": ""}, "error", error={"message": "slow down", "code": 429})),
             429, Retry.KEY, "slow down", id="OpenRouter's, with a choice beside it",

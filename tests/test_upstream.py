@@ -303,6 +303,9 @@ def test_an_account_without_money_rests_as_for_a_402(status: int, error: Any) ->
     "error",
     [
         pytest.param({"message": QUOTA, "code": 429, "status": "RESOURCE_EXHAUSTED"}, id="Gemini's limit of a minute"),
+        pytest.param({"message": f"{QUOTA} See https://help.aliyun.com/", "code": "insufficient_quota"},
+                     id="Alibaba's, of a minute's tokens"),
+        pytest.param({"message": "Allocated quota exceeded, please", "code": "insufficient_quota"}, id="Alibaba's, too"),
         pytest.param({"message": "Provider returned error", "code": 429,
                       "metadata": {"raw": '{"error":{"type":"exceeded_current_quota_error"}}'}}, id="OpenRouter's own"),
     ],
