@@ -2730,11 +2730,12 @@ ROUTE_STEPS: tuple[tuple[str, Callable[[Asked], Pick]], ...] = (
 def idle_rules(config: Config) -> Iterator[str]:
     """A warning for each prompt rule that is passed over whatever it matches, or names a group that its pattern lacks."""
     for number, rule in enumerate(config.router.rules, 1):
-        at, groups = f"[[router.rules]] {number}: its model {rule.model!r}", rule.pattern.groupindex
+        at = f"[[router.rules]] {number}: its model {rule.model!r}"
+        groups = {*map(str, range(rule.pattern.groups + 1)), *rule.pattern.groupindex}
         if "$" not in rule.model and not resolve(config, rule.model):
             yield f"{at} is served by nobody, so it is passed over: {instead_of(config, rule.model)}"
         for name in (a or b for a, b in _GROUP.findall(rule.model)):
-            if not (int(name) <= rule.pattern.groups if name.isdecimal() else name in groups):
+            if name not in groups:
                 yield f"{at} names the group ${name}, which its pattern lacks: it stands for nothing"
 
 

@@ -323,12 +323,22 @@ def test_a_rule_that_names_nothing_served_is_told_in_the_trail() -> None:
 def test_a_rule_that_can_name_nothing_served_is_warned_of() -> None:
     rule = "[[router.rules]]\npattern = 'use (?P<name>\\S+)'\nmodel = '{}'\n"
     served = '[[providers]]\nname = "d"\ntype = "demo"\nmodels = ["small"]\n'
-    models = ["d/x", "$1", "$0", "d/${name}", "smal", "$2", "d/$nam"]
+    models = [
+        "d/x",
+        "$1",
+        "$0",
+        "d/${name}",
+        "smal",
+        "$2",
+        "d/$nam",
+        "$" + "9" * 5000,
+    ]  # Python reads no such number
     warnings = ccmux.load_config("".join(map(rule.format, models)) + served, {}).warnings
     assert [w[:43] for w in warnings] == [
         "[[router.rules]] 5: its model 'smal' is ser",
         "[[router.rules]] 6: its model '$2' names th",
         "[[router.rules]] 7: its model 'd/$nam' name",
+        "[[router.rules]] 8: its model '$99999999999",
     ]
     assert "did you mean 'small'?" in warnings[0] and "group $nam, which its pattern lacks" in warnings[2]
 
