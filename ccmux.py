@@ -4972,7 +4972,7 @@ class ResponsesStream:
             self.out.keep(self.kept(phase=item["phase"]))
 
     def message_done(self, key: Any, item: Json) -> None:
-        parts = [p for p in as_list(item.get("content")) if isinstance(p, dict)]
+        parts = objects_of(item.get("content"))
         self.refused |= any(p.get("type") == "refusal" for p in parts)
         for note in (n for p in parts for n in as_list(p.get("annotations"))):
             self.note_citation(as_object(note))
@@ -5082,8 +5082,7 @@ def is_another(item: Json, before: Json) -> bool:
 
 
 def message_text(item: Json) -> str:
-    parts = [p for p in as_list(item.get("content")) if isinstance(p, dict)]
-    return "".join(str(p.get("text") or p.get("refusal") or "") for p in parts)
+    return "".join(str(p.get("text") or p.get("refusal") or "") for p in objects_of(item.get("content")))
 
 
 # Codes of a failed response that say the request is at fault: another try would not differ.
@@ -5354,9 +5353,8 @@ class GeminiStream:
             self.out.thinking(text) if part.get("thought") else self.out.text(text)
         if isinstance(call, dict):
             self.call(call, part.get("thoughtSignature"))
-        if (
-            "toolCall" in part or "toolResponse" in part
-        ):  # a search beside functions: it is to come back as it is
+        if "toolCall" in part or "toolResponse" in part:
+            # A search beside functions: it is to come back as it is.
             parts = [*self.out.signature.get("parts", ()), part]
             self.out.keep({"dialect": "gemini", "model": self.to.model, "parts": parts})
 
