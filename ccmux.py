@@ -8804,6 +8804,66 @@ class Shortcut(asyncio.Protocol):
         self.protocol.resume_writing()
 
 
+class ChunkJoiner:
+    """Makes one HTTP chunk of those that arrive whole together, for which aiohttp goes through its Python one by one.
+
+    A fast stream brings hundreds of events at once, each in a chunk: a third of what the whole request costs. Nothing
+    is held back, and where it is not certain where a chunk begins, all goes on as it came.
+    """
+
+    LEAST = 4096  # bytes of a piece worth the work; a stream of smaller ones has few chunks in each
+
+    def __init__(self) -> None:
+        self.has_head = False
+        self.next: int | None = 0  # where in the coming bytes a chunk begins; None is not known any more
+
+    def feed(self, data: bytes) -> bytes:
+        """The next bytes of a response, with the same content in fewer chunks or as they are."""
+        if self.next is None:
+            return data
+        start, self.next = self.next, None
+        if not self.has_head:
+            self.has_head, start = True, end_of_chunked_head(data)
+            if not start:
+                return data
+        if start >= len(data):
+            self.next = start - len(data)
+        elif len(data) - start >= self.LEAST:
+            return data[:start] + self.joined(data[start:])
+        return data
+
+    def joined(self, data: bytes) -> bytes:
+        """As `feed`, where a chunk begins with `data`. One that holds line ends of this kind itself ends the joining."""
+        lines = data.split(b"\r\n")
+        pairs = (len(lines) - 1) // 2
+        if lines[2 * pairs - 2 : 2 * pairs] == [b"0", b""]:
+            pairs -= 1  # the end of the answer is for aiohttp to see
+        sizes, bodies = lines[0 : 2 * pairs : 2], lines[1 : 2 * pairs : 2]
+        if sizes != [b"%x" % len(body) for body in bodies] or b"0" in sizes:
+            return data
+        rest = b"\r\n".join(lines[2 * pairs :])
+        self.next = left_of_chunk(rest)
+        body = b"".join(bodies)
+        return b"%x\r\n%b\r\n%b" % (len(body), body, rest) if body else rest
+
+
+def end_of_chunked_head(data: bytes) -> int:
+    """Where the body of a response in chunks begins; 0 where that is not certain."""
+    end = data.find(b"\r\n\r\n") + 4
+    return end if data[:end].lower().find(b"\r\ntransfer-encoding: chunked\r\n") >= 0 else 0
+
+
+def left_of_chunk(data: bytes) -> int | None:
+    """How many bytes are still to come of the chunk that `data` begins; None where it does not tell, or it is the last."""
+    size, end, body = data.partition(b"\r\n")
+    if not data:
+        return 0
+    if not end or not re.fullmatch(rb"[1-9a-f][0-9a-f]{0,7}", size):
+        return None
+    left = int(size, 16) + 2 - len(body)
+    return left if left > 0 else None
+
+
 class Relay:
     """Carries requests upstream and answers back. One for the life of the server; configs come and go."""
 
@@ -13596,10 +13656,27 @@ def upstream_session(force_close: bool = False) -> aiohttp.ClientSession:
 @functools.cache
 def upstream_connector() -> type[aiohttp.TCPConnector]:
     """A connector that hands out no connection on which the upstream has said something unasked: aiohttp (3.14) would
-    take that for the answer to the next request. A function, because --help works before aiohttp is installed.
+    take that for the answer to the next request. Its connections join chunks, where aiohttp lets them.
+
+    A function, because --help works before aiohttp is installed.
     """
 
+    class Wire(aiohttp.client_proto.ResponseHandler):
+        joiner = ChunkJoiner()
+
+        def set_response_params(self, **options: Any) -> None:
+            self.joiner = ChunkJoiner()  # of this response; the parser may get some of it at once
+            super().set_response_params(**options)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(self.joiner.feed(data))
+
     class Connector(aiohttp.TCPConnector):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            handler: type[aiohttp.client_proto.ResponseHandler] = Wire
+            self._factory = functools.partial(handler, loop=self._loop)
+
         async def connect(self, req: Any, traces: Any, timeout: Any) -> aiohttp.connector.Connection:  # noqa: ASYNC109
             connection = await super().connect(req, traces, timeout)
             if connection.protocol and connection.protocol.should_close:

@@ -2128,6 +2128,28 @@ async def test_events_wake_no_task(wire: str, shortcuts: list[ccmux.Shortcut], t
 
 
 @BOTH
+async def test_events_that_arrive_together_are_read_together(
+    wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines: list[tuple[int, int]] = []
+    feed = ccmux.ChunkJoiner.feed
+
+    def noted(self: ccmux.ChunkJoiner, data: bytes) -> bytes:
+        out = feed(self, data)
+        lines.append((data.count(b"\r\n"), out.count(b"\r\n")))
+        return out
+
+    monkeypatch.setattr(ccmux.ChunkJoiner, "feed", noted)
+    async with stage(tmp_path, (fs.answer(["x "] * 500),), formats=wire) as (proxy, (a,)):
+        for _ in range(3):
+            lines.clear()
+            assert (await ask(proxy)).text == "x " * 500
+            came, went = map(sum, zip(*lines, strict=True))
+            assert came > 1000 and went < came / 4
+        assert a.connections == 1
+
+
+@BOTH
 async def test_a_connection_is_left_before_it_may_serve_another_answer(
     wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
+import h11
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from multidict import CIMultiDict
 from proxy_harness import config_text, message_body, provider_row
 from translation import PDF, PNG, text, tool_result, user
@@ -647,3 +652,122 @@ async def test_progress_keeps_a_watch_quiet() -> None:
 )  # fmt: skip
 def test_headers_that_pass_down(given: list[tuple[str, str]], passed: dict[str, str]) -> None:
     assert ccmux.answer_headers(CIMultiDict(given), ccmux.DIALECTS["anthropic"]) == passed
+
+
+CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENT = b'data: {"choices": [{"delta": {"content": "word"}}]}\n\n'
+
+
+def chunk(data: bytes, size: str = "%x") -> bytes:
+    return size.encode() % len(data) + b"\r\n" + data + b"\r\n"
+
+
+def cut(data: bytes, *places: int) -> list[bytes]:
+    ends = [*sorted(place % (len(data) + 1) for place in places), len(data)]
+    return [data[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def joined(pieces: list[bytes]) -> list[bytes]:
+    joiner = ccmux.ChunkJoiner()
+    return [joiner.feed(piece) for piece in pieces]
+
+
+def number_of_chunks(pieces: list[bytes]) -> int:
+    """In whole chunks that hold no CR LF themselves."""
+    return (b"".join(pieces).removeprefix(CHUNKED_HEAD).count(b"\r\n") - 2) // 2
+
+
+@pytest.mark.parametrize(
+    ("places", "left"),
+    [
+        pytest.param((), 1, id="all in one piece"),
+        pytest.param((len(CHUNKED_HEAD),), 1, id="the head alone"),
+        pytest.param(
+            (len(CHUNKED_HEAD) + 20_020,), 3, id="cut within an event: that one, and those on both sides"
+        ),
+        pytest.param((len(CHUNKED_HEAD) + len(chunk(EVENT)) * 300,), 2, id="cut between two"),
+        pytest.param((len(CHUNKED_HEAD) + len(chunk(EVENT)) * 300 - 1,), 3, id="cut within the end of one"),
+        pytest.param(
+            (len(CHUNKED_HEAD) + len(chunk(EVENT)) * 300 + 1,), 701, id="cut within a size: it stops"
+        ),
+        pytest.param((20,), 1000, id="a head in two pieces"),
+        pytest.param((len(CHUNKED_HEAD) + 100,), 1000, id="a stream that comes slowly"),
+    ],
+)
+def test_chunks_that_arrive_together_are_joined(places: tuple[int, ...], left: int) -> None:
+    stream = CHUNKED_HEAD + chunk(EVENT) * 1000 + chunk(b"")
+    pieces = joined(cut(stream, *places))
+    assert number_of_chunks(pieces) == left
+    assert heard(pieces)[-1] == (EVENT * 1000, "end")
+
+
+def heard(pieces: list[bytes]) -> list[tuple[bytes, str]]:
+    """What h11, an HTTP client that others wrote, has read after each piece: the content, and how it ended."""
+    client = h11.Connection(h11.CLIENT)
+    client.send(h11.Request(method="POST", target="/", headers=[("Host", "x")]))
+    client.send(h11.EndOfMessage())
+    body, state, steps = b"", "", []
+    for piece in pieces:
+        if piece and not state:
+            client.receive_data(piece)
+        try:
+            while not state and (event := client.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+                body += bytes(event.data) if isinstance(event, h11.Data) else b""
+                state = "end" if isinstance(event, h11.EndOfMessage) else ""
+        except h11.RemoteProtocolError:
+            state = "fault"
+        steps.append((body, state))
+    return steps
+
+
+HEADS = [
+    CHUNKED_HEAD,
+    CHUNKED_HEAD.lower().replace(b"http", b"HTTP"),
+    CHUNKED_HEAD.replace(b": chunked", b":chunked"),
+    b"HTTP/1.1 100 Continue\r\n\r\n" + CHUNKED_HEAD,
+    b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nX-Transfer-Encoding: chunked\r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\n\r\n",
+]
+CONTENT = st.sampled_from(
+    [EVENT, b"5\r\nhello\r\n", b"data: x\r\n\r\n", b"a", b"\r\n", b"0\r\n\r\n", b"x" * 300]
+)
+CHUNKS = st.one_of(
+    st.lists(CONTENT, max_size=3).map(lambda parts: chunk(b"".join(parts))),
+    st.tuples(CONTENT, st.sampled_from(["%X", "0%x", "%x;name=value", "+%x", "%x ", "1%x"])).map(
+        lambda c: chunk(*c)
+    ),
+)
+ENDS = st.sampled_from(
+    [chunk(b""), b"0\r\nX-Trailer: 1\r\n\r\n", b"00\r\n\r\n", b"", b"0\r\n", b"5\r\nhe", b"g\r\n"]
+)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_stands_behind_any_head_is_heard_alike(head: bytes) -> None:
+    pieces = [head + chunk(EVENT) * 100 + chunk(b"")]
+    assert heard(joined(pieces)) == heard(pieces)
+
+
+@settings(max_examples=1000)
+@given(
+    st.sampled_from(HEADS), st.lists(CHUNKS, max_size=12), ENDS, st.lists(st.integers(0, 5000), max_size=4)
+)
+def test_a_client_hears_the_same_at_each_piece_whether_joined_or_not(
+    head: bytes, chunks: list[bytes], end: bytes, places: list[int]
+) -> None:
+    pieces = cut(head + b"".join(chunks) + end, *places)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ccmux.ChunkJoiner, "LEAST", 1)
+        assert heard(joined(pieces)) == heard(pieces)
+
+
+@pytest.mark.parametrize("content", [chunk(EVENT) * 5, chunk(EVENT) * 3 + chunk(b"") + chunk(EVENT)])
+def test_content_that_looks_like_chunks_is_content(content: bytes) -> None:
+    stream = CHUNKED_HEAD + chunk(content) + chunk(EVENT) + chunk(b"")
+    ends = [match.end() for match in re.finditer(b"\r\n", stream)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ccmux.ChunkJoiner, "LEAST", 1)
+        for places in itertools.combinations(ends, 3):
+            pieces = cut(stream, *places)
+            assert heard(joined(pieces)) == heard(pieces)
