@@ -8746,7 +8746,7 @@ class Shortcut(asyncio.Protocol):
             return b""  # all of it has arrived
         if connection.transport.get_protocol() is not connection.protocol:
             return b""  # it is lost: TLS forgets its protocol a moment before it tells it
-        self.protocol = connection.protocol
+        self.protocol: Any = connection.protocol  # a Wire
         self.over: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         connection.transport.set_protocol(self)
         resume_below(self.content, 0)  # `pass_on` does it
@@ -8763,10 +8763,11 @@ class Shortcut(asyncio.Protocol):
             transport.set_protocol(self.protocol)
             resume_below(self.content, 1)
 
-    def pass_on(self) -> None:
+    def pass_on(self, content: bytes = b"") -> None:
         left = b""
         try:
-            while not left and (data := self.content.read_nowait()):
+            while not left and (data := content or self.content.read_nowait()):
+                content = b""
                 self.watch.last = 0.0
                 out = self.feed(data)
                 left = b"" if not out or self.sink.write_now(out) else out
@@ -8785,8 +8786,12 @@ class Shortcut(asyncio.Protocol):
     # What the connection has to tell:
 
     def data_received(self, data: bytes) -> None:
-        self.protocol.data_received(data)
-        if not self.over.done():  # else the task has been cancelled, and will find it
+        if self.over.done():  # the task has been cancelled, and will find it
+            self.protocol.data_received(data)
+        elif content := self.protocol.chunks.content(data):
+            self.pass_on(content)
+        else:
+            self.protocol.data_received(data)
             self.pass_on()
 
     def eof_received(self) -> None:
@@ -8804,21 +8809,26 @@ class Shortcut(asyncio.Protocol):
         self.protocol.resume_writing()
 
 
-class ChunkJoiner:
-    """Makes one HTTP chunk of those that arrive whole together, for which aiohttp goes through its Python one by one.
+class Chunks:
+    """Where the HTTP chunks of a response begin, so that aiohttp's Python need not be gone through for each.
 
     A fast stream brings hundreds of events at once, each in a chunk: a third of what the whole request costs. Nothing
     is held back, and where it is not certain where a chunk begins, all goes on as it came.
     """
 
-    LEAST = 4096  # bytes of a piece worth the work; a stream of smaller ones has few chunks in each
-
     def __init__(self) -> None:
         self.has_head = False
         self.next: int | None = 0  # where in the coming bytes a chunk begins; None is not known any more
 
-    def feed(self, data: bytes) -> bytes:
-        """The next bytes of a response, with the same content in fewer chunks or as they are."""
+    def content(self, data: bytes) -> bytes | None:
+        """What the next bytes behind the head hold where they are whole chunks, which aiohttp need not see; else None."""
+        if self.next != 0:
+            return None
+        content, rest = whole_chunks(data) or (b"", data)
+        return None if rest else content
+
+    def joined(self, data: bytes) -> bytes:
+        """The next bytes for aiohttp, with the same content in fewer chunks, or as they are."""
         if self.next is None:
             return data
         start, self.next = self.next, None
@@ -8828,29 +8838,35 @@ class ChunkJoiner:
                 return data
         if start >= len(data):
             self.next = start - len(data)
-        elif len(data) - start >= self.LEAST:
-            return data[:start] + self.joined(data[start:])
+        elif (found := whole_chunks(data[start:])) is not None:
+            content, rest = found
+            self.next = left_of_chunk(rest)
+            if content:
+                return b"%b%x\r\n%b\r\n%b" % (data[:start], len(content), content, rest)
         return data
 
-    def joined(self, data: bytes) -> bytes:
-        """As `feed`, where a chunk begins with `data`. One that holds line ends of this kind itself ends the joining."""
-        lines = data.split(b"\r\n")
-        pairs = (len(lines) - 1) // 2
-        if lines[2 * pairs - 2 : 2 * pairs] == [b"0", b""]:
-            pairs -= 1  # the end of the answer is for aiohttp to see
-        sizes, bodies = lines[0 : 2 * pairs : 2], lines[1 : 2 * pairs : 2]
-        if sizes != [b"%x" % len(body) for body in bodies] or b"0" in sizes:
-            return data
-        rest = b"\r\n".join(lines[2 * pairs :])
-        self.next = left_of_chunk(rest)
-        body = b"".join(bodies)
-        return b"%x\r\n%b\r\n%b" % (len(body), body, rest) if body else rest
+
+def whole_chunks(data: bytes) -> tuple[bytes, bytes] | None:
+    """(content of the whole chunks that `data` begins with, the rest); None where one holds such line ends itself.
+
+    The last chunk, which is empty, is part of the rest: the end of an answer is for aiohttp to see.
+    """
+    lines = data.split(b"\r\n")
+    end = (len(lines) - 1) // 2 * 2
+    if lines[end - 2 : end] == [b"0", b""]:
+        end -= 2
+    sizes, bodies = lines[0:end:2], lines[1:end:2]
+    if sizes != [b"%x" % len(body) for body in bodies] or b"0" in sizes:
+        return None
+    return b"".join(bodies), b"\r\n".join(lines[end:])
 
 
 def end_of_chunked_head(data: bytes) -> int:
-    """Where the body of a response in chunks begins; 0 where that is not certain."""
+    """Where the body of a response in chunks begins; 0 where that is not certain, or aiohttp has to unpack it."""
     end = data.find(b"\r\n\r\n") + 4
-    return end if data[:end].lower().find(b"\r\ntransfer-encoding: chunked\r\n") >= 0 else 0
+    head = data[:end].lower()
+    is_plain = head.find(b"\r\ncontent-encoding") < 0 <= head.find(b"\r\ntransfer-encoding: chunked\r\n")
+    return end if is_plain else 0
 
 
 def left_of_chunk(data: bytes) -> int | None:
@@ -13656,20 +13672,20 @@ def upstream_session(force_close: bool = False) -> aiohttp.ClientSession:
 @functools.cache
 def upstream_connector() -> type[aiohttp.TCPConnector]:
     """A connector that hands out no connection on which the upstream has said something unasked: aiohttp (3.14) would
-    take that for the answer to the next request. Its connections join chunks, where aiohttp lets them.
+    take that for the answer to the next request. Its connections keep `Chunks`, and join them for aiohttp.
 
     A function, because --help works before aiohttp is installed.
     """
 
     class Wire(aiohttp.client_proto.ResponseHandler):
-        joiner = ChunkJoiner()
+        chunks = Chunks()
 
         def set_response_params(self, **options: Any) -> None:
-            self.joiner = ChunkJoiner()  # of this response; the parser may get some of it at once
+            self.chunks = Chunks()  # of this response; the parser may get some of it at once
             super().set_response_params(**options)
 
         def data_received(self, data: bytes) -> None:
-            super().data_received(self.joiner.feed(data))
+            super().data_received(self.chunks.joined(data))
 
     class Connector(aiohttp.TCPConnector):
         def __init__(self, **options: Any) -> None:

@@ -14,7 +14,8 @@ import socket
 import ssl
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -2128,18 +2129,57 @@ async def test_events_wake_no_task(wire: str, shortcuts: list[ccmux.Shortcut], t
 
 
 @BOTH
+async def test_whole_chunks_are_sent_on_without_aiohttp(
+    wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    parsed: list[bytes] = []
+    joined = ccmux.Chunks.joined
+
+    def noted(self: ccmux.Chunks, data: bytes) -> bytes:
+        parsed.append(data)
+        return joined(self, data)
+
+    monkeypatch.setattr(ccmux.Chunks, "joined", noted)
+    script = (fs.slow_answer(0, 0.002, ["x "] * 40),)
+    async with stage(tmp_path, script, formats=wire) as (proxy, (a,)):
+        for _ in range(3):
+            parsed.clear()
+            assert (await ask(proxy)).text == "x " * 40
+            await until(lambda: not busy_connections(proxy), "the answer's end has come")
+            assert len(parsed) < 15
+        assert a.connections == 1
+
+
+def packed_answer(call: fs.UpstreamCall) -> Iterator[fs.Step]:
+    """A good stream whose every event is packed by itself, and comes by itself."""
+    packer = zlib.compressobj(wbits=31)
+    yield fs.Send(fs.head(200, [*fs.STREAM_HEAD, ("Content-Encoding", "gzip")]))
+    for block in fs.events_for(call, pieces=["x "] * 40):
+        yield fs.Send(fs.chunked(packer.compress(block) + packer.flush(zlib.Z_SYNC_FLUSH)))
+        yield fs.Pause(0.002)
+    yield fs.Send(fs.chunked(packer.flush()) + fs.LAST_CHUNK)
+
+
+@BOTH
+async def test_a_stream_that_is_packed_is_unpacked(wire: str, tmp_path: Path) -> None:
+    """ccmux asks for it as it is; some send it packed all the same."""
+    async with stage(tmp_path, (fs.Behaviour(packed_answer),), formats=wire) as (proxy, _):
+        assert (await ask(proxy)).text == "x " * 40
+
+
+@BOTH
 async def test_events_that_arrive_together_are_read_together(
     wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lines: list[tuple[int, int]] = []
-    feed = ccmux.ChunkJoiner.feed
+    joined = ccmux.Chunks.joined
 
-    def noted(self: ccmux.ChunkJoiner, data: bytes) -> bytes:
-        out = feed(self, data)
+    def noted(self: ccmux.Chunks, data: bytes) -> bytes:
+        out = joined(self, data)
         lines.append((data.count(b"\r\n"), out.count(b"\r\n")))
         return out
 
-    monkeypatch.setattr(ccmux.ChunkJoiner, "feed", noted)
+    monkeypatch.setattr(ccmux.Chunks, "joined", noted)
     async with stage(tmp_path, (fs.answer(["x "] * 500),), formats=wire) as (proxy, (a,)):
         for _ in range(3):
             lines.clear()
