@@ -8746,7 +8746,8 @@ class Shortcut(asyncio.Protocol):
             return b""  # all of it has arrived
         if connection.transport.get_protocol() is not connection.protocol:
             return b""  # it is lost: TLS forgets its protocol a moment before it tells it
-        self.protocol: Any = connection.protocol  # a Wire
+        self.protocol = connection.protocol
+        self.chunks: Chunks = getattr(self.protocol, "chunks", Chunks(None))
         self.over: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         connection.transport.set_protocol(self)
         resume_below(self.content, 0)  # `pass_on` does it
@@ -8788,7 +8789,7 @@ class Shortcut(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.over.done():  # the task has been cancelled, and will find it
             self.protocol.data_received(data)
-        elif content := self.protocol.chunks.content(data):
+        elif content := self.chunks.content(data):
             self.pass_on(content)
         else:
             self.protocol.data_received(data)
@@ -8816,9 +8817,9 @@ class Chunks:
     is held back, and where it is not certain where a chunk begins, all goes on as it came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, next: int | None = 0) -> None:
         self.has_head = False
-        self.next: int | None = 0  # where in the coming bytes a chunk begins; None is not known any more
+        self.next = next  # where in the coming bytes a chunk begins, first of all the head; None is not known any more
 
     def content(self, data: bytes) -> bytes | None:
         """What the next bytes behind the head hold where they are whole chunks, which aiohttp need not see; else None."""
@@ -13678,10 +13679,10 @@ def upstream_connector() -> type[aiohttp.TCPConnector]:
     """
 
     class Wire(aiohttp.client_proto.ResponseHandler):
-        chunks = Chunks()
+        chunks = Chunks(None)  # of no response
 
         def set_response_params(self, **options: Any) -> None:
-            self.chunks = Chunks()  # of this response; the parser may get some of it at once
+            self.chunks = Chunks()  # before the parser, which may get some of the response at once
             super().set_response_params(**options)
 
         def data_received(self, data: bytes) -> None:

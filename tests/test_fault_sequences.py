@@ -2150,6 +2150,18 @@ async def test_whole_chunks_are_sent_on_without_aiohttp(
         assert a.connections == 1
 
 
+@BOTH
+async def test_streams_are_sent_on_where_aiohttp_takes_no_handler_of_ours(
+    wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The place where it does is none of its promises."""
+    monkeypatch.setattr(ccmux, "upstream_connector", lambda: aiohttp.TCPConnector)
+    script = (fs.slow_answer(0, 0.002, ["x "] * 40),)
+    async with stage(tmp_path, script, formats=wire) as (proxy, _):
+        for _ in range(2):
+            assert (await ask(proxy)).text == "x " * 40
+
+
 def packed_answer(call: fs.UpstreamCall) -> Iterator[fs.Step]:
     """A good stream whose every event is packed by itself, and comes by itself."""
     packer = zlib.compressobj(wbits=31)
