@@ -3246,6 +3246,8 @@ def plain_error(status: int, payload: Any, words: str) -> ApiError | None:
 # Of an account without money: no wait helps, and its key rests as for a 402.
 NO_MONEY = functools.partial(ApiError, retry=Retry.KEY, should_retry=False, cause="no_money")
 
+_AFFORDS = r"fewer max_tokens\. .{0,80}can only afford ([4-9]\d{3}|[1-9]\d{4,})\b"  # fewer end a turn of Claude Code's
+
 _NO_SUCH_ADDRESS = r"(?i)^(?:404 )?(?:page )?(?:not found)?$"
 
 # Statuses, what an error with one of them says, and the error that this is.
@@ -3290,6 +3292,11 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
         r"^Your credit balance is too low|^You have reached your specified API usage limits|^Budget has been exceeded",
         functools.partial(NO_MONEY, 400),
     ),
+    (  # OpenRouter's, of an account that has money left, but not for all of max_tokens (seen June 2026)
+        (402,),
+        _AFFORDS,
+        functools.partial(ApiError, 400, retry=Retry.NEXT),
+    ),
     (  # MiniMax's in Anthropic's format
         (500,),
         r"^insufficient balance \(1008\)",
@@ -3310,6 +3317,11 @@ PLAIN_ERRORS: tuple[tuple[tuple[int, ...], str, Callable[[str], ApiError]], ...]
         (400,),
         r"organization must be verified to (?:stream|use)|User location is not supported",
         functools.partial(ApiError, 400, retry=Retry.NEXT),
+    ),
+    (  # Groq's, where the model wrote a call that is none: it may write a good one the next time
+        (400,),
+        r"\btool_use_failed\b",
+        functools.partial(ApiError, 502, retry=Retry.SAME),
     ),
     (  # Bedrock's ("Input tag 'web_search_20250305' found using 'type' does not match any"), OpenAI's of some models
         (400,),
@@ -9576,6 +9588,8 @@ class Plan:
             return self.learns(slot, CHAT)
         if error.status not in (400, 422):
             return False
+        if is_ours and self.asks_less(words):
+            return True
         if provider.quirks.transient and provider.quirks.transient in words:
             return self.once("transient")
         if is_ours and self.unthinks(words):
@@ -9588,6 +9602,18 @@ class Plan:
             return True
         name = refused_parameter(words, error.param)
         return self.learns(slot, name if is_ours or name not in OURS_ALONE else "")
+
+    def asks_less(self, words: str) -> bool:
+        """Asks for no more output than an account can pay for, where a refusal says how much that is."""
+        call, affords = self.call, re.search(_AFFORDS, words)
+        if affords is None or not self.once("output"):
+            return False
+        limit = int(affords[1])
+        call.body, call.raw = {**call.body, "max_tokens": limit}, b""
+        thinking = call.body.get("thinking")
+        if isinstance(thinking, dict) and token_number(thinking.get("budget_tokens")):
+            call.body["thinking"] = {**thinking, "budget_tokens": min(thinking["budget_tokens"], limit // 2)}
+        return True
 
     def unthinks(self, words: str) -> bool:
         """Takes thinking out of the request, each way once, where a refusal is about it."""
@@ -9980,14 +10006,25 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def wait_in_body(payload: Any) -> dict[str, str]:
     """As a header, the wait that some tell in an error's body alone (seen 2026): Gemini's retryDelay, of seconds with
-    an "s", and OpenRouter's X-RateLimit-Reset, a time in milliseconds.
+    an "s", OpenRouter's X-RateLimit-Reset, a time in milliseconds, and what relays leave of OpenAI's and Groq's: words.
     """
     detail = error_detail(payload)
     for row in as_list(detail.get("details")):
         if delay := as_object(row).get("retryDelay"):
             return {"retry-after": str(delay).removesuffix("s")}
     reset = str(as_object(as_object(detail.get("metadata")).get("headers")).get("X-RateLimit-Reset"))
-    return {"retry-after": str(int(reset) / 1000 - time.time())} if re.fullmatch("[0-9]{13}", reset) else {}
+    if re.fullmatch("[0-9]{13}", reset):
+        return {"retry-after": str(int(reset) / 1000 - time.time())}
+    told = re.search(
+        rf"(?i)\b(?:try again|retry) (?:in|after) ((?:{_SPAN_OF_TIME} ?)+)", error_words(payload)[:MOST_WORDS]
+    )
+    parts = re.findall(_SPAN_OF_TIME, told[1].lower()) if told else []
+    seconds = sum(float(number) * SECONDS_OF[unit] for number, unit in parts)
+    return {"retry-after": str(seconds)} if parts else {}
+
+
+_SPAN_OF_TIME = r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|[hms])(?:ours?|in(?:ute)?s?|ec(?:ond)?s?)?(?![a-z])"
+SECONDS_OF = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 
 def client_error(error: ApiError, slot: Slot, call: Call) -> ApiError:

@@ -112,9 +112,19 @@ def openrouter_limit(seconds: Any) -> Any:
     return {"error": {"message": message, "code": 429, "metadata": {"headers": headers}}}
 
 
+def worded_limit(wait: Any) -> Any:
+    """OpenAI's and Groq's, without their headers."""
+    limit = "Rate limit reached for m on tokens per min (TPM): Limit 30000, Used 28000, Requested 9000."
+    message = f"{limit} Please try again in {wait}. Visit https://a to learn more."
+    return {"error": {"message": message, "type": "tokens", "param": None, "code": "rate_limit_exceeded"}}
+
+
 @pytest.mark.parametrize(
     ("limit", "wait", "least", "most"),
     [
+        (worded_limit, "7.66s", 7, 8),
+        (worded_limit, "1m30.72s", 90, 91),
+        (worded_limit, "6h0m0s", 3590, 3600),
         (gemini_limit, "38s", 37, 38),
         (gemini_limit, "38.837906927s", 38, 39),
         (openrouter_limit, 50, 40, 51),
@@ -138,11 +148,30 @@ async def test_a_limit_that_only_the_body_tells(
         gemini_limit({}),
         openrouter_limit("soon"),
         openrouter_limit(None),
+        worded_limit("a moment"),
+        worded_limit("5"),
+        worded_limit("2 months"),
+        worded_limit("9" * 5000 + "s"),
         {"error": {"details": "x"}},
     ],
 )
 def test_a_wait_in_a_body_may_be_none(payload: Any) -> None:
     assert ccmux.retry_after(ccmux.wait_in_body(payload)) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        ("Please try again in 320ms.", 0.32),
+        ("Please retry after 6 seconds.", 6),
+        ("Please retry in 32.5s.", 32.5),
+        ("try again in 1 minute", 60),
+        ("Try again in 2 hours 3 minutes 4 seconds.", 7384),
+        ("Please try again in 1m0s, or in 5s", 60),
+    ],
+)
+def test_a_wait_in_words(words: str, seconds: float) -> None:
+    assert ccmux.wait_in_body({"error": words}) == {"retry-after": str(float(seconds))}
 
 
 async def test_a_limit_that_is_told_amid_an_answer_rests_nobody(tmp_path: Path) -> None:
@@ -1039,6 +1068,61 @@ async def test_a_parameter_that_is_refused_is_left_out(status: int, words: str, 
 
 
 LIMITS = ("max_tokens", "max_completion_tokens")
+
+
+def affords(tokens: int) -> str:
+    """OpenRouter's."""
+    return (
+        "This request requires more credits, or fewer max_tokens. You requested up to 32000 tokens, but can only "
+        f"afford {tokens}. To increase, visit https://openrouter.ai/settings/credits and upgrade to a paid account"
+    )
+
+
+def limit_of(call: fs.UpstreamCall) -> int:
+    return int(next(call.json[name] for name in LIMITS if name in call.json))
+
+
+@BOTH
+async def test_an_account_is_asked_for_the_output_that_it_can_pay_for(wire: str, tmp_path: Path) -> None:
+    script = (fs.refusing(affords(8123), lambda asked: asked.get("max_tokens", 0) > 8123, 402),)
+    body = message_body(max_tokens=32000, thinking={"type": "enabled", "budget_tokens": 31999})
+    async with stage(tmp_path, script, formats=wire) as (proxy, (a,)):
+        for _ in range(2):  # its key does not rest
+            full("A")(await ask(proxy, body=body))
+    assert [limit_of(call) for call in a.calls] == [32000, 8123, 32000, 8123]
+    if wire == "anthropic":
+        assert [call.json["thinking"]["budget_tokens"] for call in a.calls[:2]] == [31999, 4061]
+
+
+@pytest.mark.parametrize(("tokens", "calls", "status"), [(4000, 2, 400), (3999, 1, 402)])
+async def test_an_account_that_can_pay_for_too_little_is_refused(
+    tokens: int, calls: int, status: int, tmp_path: Path
+) -> None:
+    async with stage(tmp_path, (fs.status(402, message=affords(tokens)),), formats="openai") as (proxy, (a,)):
+        reply = await ask(proxy, body=message_body(max_tokens=32000))
+        assert (reply.status, a.count) == (status, calls)
+        assert f"can only afford {tokens}" in reply.error["message"]
+
+
+GROQ_NO_CALL = {
+    "message": "Failed to call a function. Please adjust your prompt. See 'failed_generation' for more details.",
+    "type": "invalid_request_error",
+    "code": "tool_use_failed",
+    "failed_generation": "Tool use failed: JSON does not match the expected schema for tool calls",
+    "status_code": 400,
+}
+
+
+async def test_a_call_that_groq_could_not_read_is_tried_again(tmp_path: Path) -> None:
+    refusal = fs.raw(400, [fs.JSON_TYPE], json.dumps({"error": GROQ_NO_CALL}).encode())
+    event = fs.Behaviour(
+        lambda call: fs.stream_of([b"event: error\n" + fs.sse_data({"error": GROQ_NO_CALL})])
+    )
+    async with stage(tmp_path, (refusal, OK[0], event, OK[0], refusal), formats="openai") as (proxy, (a,)):
+        for _ in range(2):
+            full("A")(await ask(proxy))
+        fails(502, "api_error")(await ask(proxy))  # Claude Code asks again
+        assert a.count == 6
 
 
 @pytest.mark.parametrize(("refused", "used"), [LIMITS, LIMITS[::-1]])
