@@ -4341,6 +4341,50 @@ BESIDE_TEXT = frozenset((  # what a delta may hold besides its text; most do not
 ))  # fmt: skip
 
 
+class Pattern:
+    """What the chunks of a stream have in common. Most differ from the one before in a piece of text alone, and are known
+    again: to parse them all would be half of what an event costs.
+    """
+
+    MOST = (
+        8  # chunks of text in a row that differ in more, after which no further one is expected to be alike
+    )
+
+    def __init__(self) -> None:
+        self.key = self.before = self.after = ""
+        self.unlike = 0
+
+    def delta(self, data: str) -> Json | None:
+        """The delta of a chunk that is alike; None where it has to be parsed."""
+        if not (self.key and data.startswith(self.before) and data.endswith(self.after)):
+            return None
+        text = data[len(self.before) : -len(self.after)]
+        if not text or '"' in text or "\\" in text or not text.isprintable():
+            return None
+        self.unlike = 0
+        return {self.key: text}
+
+    def learn(self, data: str, chunk: Json) -> None:
+        """Takes a parsed chunk as the pattern, if its text stands there as it is, and nowhere else could."""
+        if self.unlike == self.MOST or (piece := piece_of_chunk(chunk)) is None:
+            return
+        self.unlike += 1
+        key, text = piece
+        before, mark, rest = data.partition(f'"{key}":')
+        blank, quote, rest = rest.partition('"')
+        if rest.startswith(f'{text}"') and mark not in rest:
+            self.key, self.before, self.after = key, before + mark + blank + quote, rest[len(text) :]
+
+
+def piece_of_chunk(chunk: Json) -> tuple[str, str] | None:
+    """(key, text) of the one thing that the delta of a chunk's one choice says."""
+    choices = as_list(chunk.get("choices"))
+    choice = as_object(choices[0]) if len(choices) == 1 else {}
+    told = [item for item in as_object(choice.get("delta")).items() if item[1] and item[0] != "role"]
+    key, text = told[0] if len(told) == 1 and not choice.get("index") else ("", None)
+    return (key, text) if isinstance(text, str) else None
+
+
 class OpenAIStream:
     """Chat Completions chunks -> Anthropic events. `names` maps upstream tool names back to the client's."""
 
@@ -4354,6 +4398,7 @@ class OpenAIStream:
         self.think = ThinkTags(out.thinking, self.show) if to.quirks.think_tags else None
         self.details: list[Json] = []
         self.late: list[str] = []  # text that came beside an unfinished call
+        self.pattern = Pattern()
 
     @property
     def stop_reason(self) -> str:
@@ -4363,6 +4408,9 @@ class OpenAIStream:
     def feed(self, name: str, data: str) -> None:
         """One event's data. Raises ApiError for an error it tells of, or for data that is not JSON."""
         if self.out.ended:
+            return
+        if not name and (delta := self.pattern.delta(data)):
+            self.delta(delta)
             return
         if data == "[DONE]":
             self.finish()
@@ -4379,6 +4427,7 @@ class OpenAIStream:
                 if choice.get("usage"):  # Moonshot's
                     self.note_usage(choice)
                 self.choice(choice)
+        self.pattern.learn(data, chunk)
 
     def note_usage(self, chunk: Json) -> None:
         groq = as_object(chunk.get("x_groq"))

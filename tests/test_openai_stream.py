@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -16,6 +17,7 @@ from ccmux import (
     EventWriter,
     Json,
     OpenAIStream,
+    Pattern,
     Retry,
     Translation,
     Usage,
@@ -660,3 +662,131 @@ def test_any_stream_is_well_formed_or_one_error(chunks: list[Any], tail: list[An
     for block in collect(found)["content"] if error is None else ():
         if block["type"] == "tool_use":
             assert isinstance(block["input"], dict)
+
+
+# Chunks that are alike are not parsed.
+
+ALIKE = (
+    lambda text: chunk({"content": text}),
+    lambda text: chunk({"content": text}, usage=USAGE),
+    lambda text: chunk({"content": text}, "stop"),
+    lambda text: chunk(
+        {"role": "assistant", "content": text, "refusal": None, "tool_calls": None}, created=1
+    ),
+    lambda text: chunk({"content": None, "reasoning_content": text}),
+    lambda text: chunk({"content": "", "reasoning": text}),
+    lambda text: chunk({"refusal": text}),
+    lambda text: chunk({"content": text, "reasoning": "hm"}),
+    lambda text: chunk({"content": "hm", "reasoning": text}),
+    lambda text: chunk({"reasoning": text, "reasoning_details": [{"type": "reasoning.text", "text": text}]}),
+    lambda text: chunk({"content": [{"type": "text", "text": text}]}),
+    lambda text: chunk({"tool_calls": [call(0, "call_1", "Read", text)]}),
+    lambda text: {"content": text, **chunk({"content": "a"})},
+    lambda text: {**chunk({"content": text}), "content": "a"},
+    lambda text: {"choices": [{"index": 1, "delta": {"content": text}}]},
+    lambda text: {"choices": [{"delta": {"content": text}}, {"delta": {"content": "more"}}]},
+    lambda text: {"choices": [{"delta": {"content": "more"}}, {"delta": {"content": text}}]},
+    lambda text: {"choices": [{"delta": {"content": text}}, {"delta": {"reasoning": "more"}}]},
+)
+WRITTEN = (
+    lambda chunk: json.dumps(chunk),
+    lambda chunk: json.dumps(chunk, separators=(",", ":")),
+    lambda chunk: json.dumps(chunk, separators=(",", ":\t"), ensure_ascii=False),
+)
+TEXTS = [
+    "a",
+    "b ",
+    "é",
+    "🌹",
+    "\u2028",
+    "\t",
+    "\n",
+    "\\",
+    '"',
+    "",
+    "<think>",
+    "</think>",
+    '"content":"a"',
+    "\x7f",
+    "hm",
+]
+RAW = [
+    f'"{t}"'
+    for t in ('a","x":"b', 'a"}}]}', "a\x01b", "a\tb", "\\u0061", "\\", "a\\", "\\x", '\\"', '"', "", "a")
+] + ['"', ""]
+
+
+def all_told(events: list[tuple[str, str]], think_tags: bool, most: int) -> Any:
+    """What a stream makes of events one by one, with patterns of chunks or (most 0) without."""
+    stream = stream_of(OpenAIStream, upstream("gpt-x", think_tags=think_tags))
+    told: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pattern, "MOST", most)
+        try:
+            for name, data in events:
+                stream.feed(name, data)
+                told.append((stream.out.take(), stream.usage, stream.finish_reason, stream.out.has_content))
+        except ApiError as error:
+            told.append((error.status, error.message, stream.out.take()))
+    return told
+
+
+def raw_text(written: str, text: str) -> str:
+    """A chunk whose text "mark" is these very characters, quotes and all."""
+    return written.replace('"mark"', text)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    make=st.sampled_from(ALIKE),
+    other=st.sampled_from(ALIKE),
+    written=st.sampled_from(WRITTEN),
+    texts=st.lists(st.sampled_from(TEXTS), min_size=2, max_size=8),
+    raw=st.sampled_from(RAW),
+    places=st.lists(st.integers(0, 10), min_size=3, max_size=3),
+    tags=st.booleans(),
+)
+def test_chunks_that_are_alike_are_read_as_if_they_were_parsed(
+    make: Any, other: Any, written: Any, texts: list[str], raw: str, places: list[int], tags: bool
+) -> None:
+    events = [("", written(make(text))) for text in texts]
+    events.insert(places[0], ("", written(other("a"))))
+    events.insert(places[1], ("", raw_text(written(make("mark")), raw)))
+    if places[2] < len(events):
+        events.insert(places[2], ("error", written(make("b"))))
+    assert all_told(events, tags, 8) == all_told(events, tags, 0)
+
+
+@pytest.mark.parametrize("make", range(len(ALIKE)))
+@pytest.mark.parametrize("written", WRITTEN)
+def test_a_chunk_behind_one_that_may_be_alike(make: int, written: Any) -> None:
+    raw_texts = [*(json.dumps(text) for text in TEXTS), *RAW]
+    for first, raw, name in itertools.product(TEXTS, raw_texts, ("", "error")):
+        events = [("", written(ALIKE[make](first))), (name, raw_text(written(ALIKE[make]("mark")), raw))]
+        assert all_told(events, False, 8) == all_told(events, False, 0)
+
+
+@pytest.mark.parametrize("key", ["content", "reasoning_content", "reasoning"])
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+def test_a_stream_of_alike_chunks_is_parsed_once(
+    key: str, separators: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("ccmux.parsed", lambda data: seen.append(data) or json.loads(data))
+    delta = {"role": "assistant", "content": None}
+    chunks = [chunk({**delta, key: f"é{n} "}, created=n // 10) for n in range(200)]
+    datas = [json.dumps(c, separators=separators, ensure_ascii=False) for c in chunks]
+    told = all_told([("", data) for data in datas], False, 8)
+    assert seen == datas[::10]
+    deltas = [
+        event["delta"] for events, *_ in told for event in events if event["type"] == "content_block_delta"
+    ]
+    assert [delta.get("text") or delta["thinking"] for delta in deltas] == [f"é{n} " for n in range(200)]
+
+
+def test_streams_whose_chunks_are_never_alike_are_not_learnt_from_for_long() -> None:
+    """OpenAI's own have a text of random length in each."""
+    stream = stream_of(OpenAIStream, upstream("gpt-x"))
+    for number in range(50):
+        stream.feed("", json.dumps(chunk({"content": "a"}, obfuscation="x" * number)))
+    assert stream.pattern.unlike == Pattern.MOST and f'"{"x" * 7}"' in stream.pattern.after
