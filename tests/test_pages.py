@@ -872,7 +872,8 @@ async def test_unsaved_changes_warn(admin: Admin) -> None:
         await page.get_by_label("Background", exact=True).fill("typed")
         await page.evaluate("window.confirm = () => { window.warned = true; return false; }; 0")
         await page.click('nav a[href="#users"]')
-        await page.wait_for_function("window.warned && location.hash === '#router'")
+        # As a function: the page's policy lets an expression be evaluated the first time only.
+        await page.wait_for_function("() => window.warned && location.hash === '#router'")
         await expect(page.get_by_label("Background", exact=True)).to_have_value("typed")
         await page.reload()
         assert asked == ["beforeunload"]
