@@ -4341,14 +4341,12 @@ BESIDE_TEXT = frozenset((  # what a delta may hold besides its text; most do not
 ))  # fmt: skip
 
 
-class Pattern:
+class ChunkPattern:
     """What the chunks of a stream have in common. Most differ from the one before in a piece of text alone, and are known
     again: to parse them all would be half of what an event costs.
     """
 
-    MOST = (
-        8  # chunks of text in a row that differ in more, after which no further one is expected to be alike
-    )
+    MOST = 8  # chunks of text in a row that differ in more; after them none is expected to be alike
 
     def __init__(self) -> None:
         self.key = self.before = self.after = ""
@@ -4398,7 +4396,7 @@ class OpenAIStream:
         self.think = ThinkTags(out.thinking, self.show) if to.quirks.think_tags else None
         self.details: list[Json] = []
         self.late: list[str] = []  # text that came beside an unfinished call
-        self.pattern = Pattern()
+        self.pattern = ChunkPattern()
 
     @property
     def stop_reason(self) -> str:
@@ -8786,6 +8784,77 @@ class Watch:
         self.timer.cancel()
 
 
+class Chunks:
+    """Where the HTTP chunks of a response begin, so that aiohttp's Python need not be gone through for each.
+
+    A fast stream brings hundreds of events at once, each in a chunk: a third of what the whole request costs. Nothing
+    is held back, and where it is not certain where a chunk begins, all goes on as it came.
+    """
+
+    def __init__(self, next: int | None = 0) -> None:
+        self.has_head = False
+        self.next = next  # where in the coming bytes a chunk begins, first of all the head; None is not known any more
+
+    def content(self, data: bytes) -> bytes | None:
+        """What the next bytes behind the head hold where they are whole chunks, which aiohttp need not see; else None."""
+        if self.next != 0:
+            return None
+        content, rest = whole_chunks(data) or (b"", data)
+        return None if rest else content
+
+    def joined(self, data: bytes) -> bytes:
+        """The next bytes for aiohttp, with the same content in fewer chunks, or as they are."""
+        if self.next is None:
+            return data
+        start, self.next = self.next, None
+        if not self.has_head:
+            self.has_head, start = True, end_of_chunked_head(data)
+            if not start:
+                return data
+        if start >= len(data):
+            self.next = start - len(data)
+        elif (found := whole_chunks(data[start:])) is not None:
+            content, rest = found
+            self.next = left_of_chunk(rest)
+            if content:
+                return b"%b%x\r\n%b\r\n%b" % (data[:start], len(content), content, rest)
+        return data
+
+
+def whole_chunks(data: bytes) -> tuple[bytes, bytes] | None:
+    """(content of the whole chunks that `data` begins with, the rest); None where one holds such line ends itself.
+
+    The last chunk, which is empty, is part of the rest: the end of an answer is for aiohttp to see.
+    """
+    lines = data.split(b"\r\n")
+    end = (len(lines) - 1) // 2 * 2
+    if lines[end - 2 : end] == [b"0", b""]:
+        end -= 2
+    sizes, bodies = lines[0:end:2], lines[1:end:2]
+    if sizes != [b"%x" % len(body) for body in bodies] or b"0" in sizes:
+        return None
+    return b"".join(bodies), b"\r\n".join(lines[end:])
+
+
+def end_of_chunked_head(data: bytes) -> int:
+    """Where the body of a response in chunks begins; 0 where that is not certain, or aiohttp has to unpack it."""
+    end = data.find(b"\r\n\r\n") + 4
+    head = data[:end].lower()
+    is_plain = head.find(b"\r\ncontent-encoding") < 0 <= head.find(b"\r\ntransfer-encoding: chunked\r\n")
+    return end if is_plain else 0
+
+
+def left_of_chunk(data: bytes) -> int | None:
+    """How many bytes are still to come of the chunk that `data` begins; None where it does not tell, or it is the last."""
+    size, end, body = data.partition(b"\r\n")
+    if not data:
+        return 0
+    if not end or not re.fullmatch(rb"[1-9a-f][0-9a-f]{0,7}", size):
+        return None
+    left = int(size, 16) + 2 - len(body)
+    return left if left > 0 else None
+
+
 class Shortcut(asyncio.Protocol):
     """Takes the place of aiohttp's protocol on the connection of a streamed answer, and sends each piece on at once.
 
@@ -8869,77 +8938,6 @@ class Shortcut(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.protocol.resume_writing()
-
-
-class Chunks:
-    """Where the HTTP chunks of a response begin, so that aiohttp's Python need not be gone through for each.
-
-    A fast stream brings hundreds of events at once, each in a chunk: a third of what the whole request costs. Nothing
-    is held back, and where it is not certain where a chunk begins, all goes on as it came.
-    """
-
-    def __init__(self, next: int | None = 0) -> None:
-        self.has_head = False
-        self.next = next  # where in the coming bytes a chunk begins, first of all the head; None is not known any more
-
-    def content(self, data: bytes) -> bytes | None:
-        """What the next bytes behind the head hold where they are whole chunks, which aiohttp need not see; else None."""
-        if self.next != 0:
-            return None
-        content, rest = whole_chunks(data) or (b"", data)
-        return None if rest else content
-
-    def joined(self, data: bytes) -> bytes:
-        """The next bytes for aiohttp, with the same content in fewer chunks, or as they are."""
-        if self.next is None:
-            return data
-        start, self.next = self.next, None
-        if not self.has_head:
-            self.has_head, start = True, end_of_chunked_head(data)
-            if not start:
-                return data
-        if start >= len(data):
-            self.next = start - len(data)
-        elif (found := whole_chunks(data[start:])) is not None:
-            content, rest = found
-            self.next = left_of_chunk(rest)
-            if content:
-                return b"%b%x\r\n%b\r\n%b" % (data[:start], len(content), content, rest)
-        return data
-
-
-def whole_chunks(data: bytes) -> tuple[bytes, bytes] | None:
-    """(content of the whole chunks that `data` begins with, the rest); None where one holds such line ends itself.
-
-    The last chunk, which is empty, is part of the rest: the end of an answer is for aiohttp to see.
-    """
-    lines = data.split(b"\r\n")
-    end = (len(lines) - 1) // 2 * 2
-    if lines[end - 2 : end] == [b"0", b""]:
-        end -= 2
-    sizes, bodies = lines[0:end:2], lines[1:end:2]
-    if sizes != [b"%x" % len(body) for body in bodies] or b"0" in sizes:
-        return None
-    return b"".join(bodies), b"\r\n".join(lines[end:])
-
-
-def end_of_chunked_head(data: bytes) -> int:
-    """Where the body of a response in chunks begins; 0 where that is not certain, or aiohttp has to unpack it."""
-    end = data.find(b"\r\n\r\n") + 4
-    head = data[:end].lower()
-    is_plain = head.find(b"\r\ncontent-encoding") < 0 <= head.find(b"\r\ntransfer-encoding: chunked\r\n")
-    return end if is_plain else 0
-
-
-def left_of_chunk(data: bytes) -> int | None:
-    """How many bytes are still to come of the chunk that `data` begins; None where it does not tell, or it is the last."""
-    size, end, body = data.partition(b"\r\n")
-    if not data:
-        return 0
-    if not end or not re.fullmatch(rb"[1-9a-f][0-9a-f]{0,7}", size):
-        return None
-    left = int(size, 16) + 2 - len(body)
-    return left if left > 0 else None
 
 
 class Relay:
@@ -9660,8 +9658,8 @@ class Plan:
         limit = int(affords[1])
         call.body, call.raw = {**call.body, "max_tokens": limit}, b""
         thinking = call.body.get("thinking")
-        if isinstance(thinking, dict) and token_number(thinking.get("budget_tokens")):
-            call.body["thinking"] = {**thinking, "budget_tokens": min(thinking["budget_tokens"], limit // 2)}
+        if isinstance(thinking, dict) and (budget := token_number(thinking.get("budget_tokens"))):
+            call.body["thinking"] = {**thinking, "budget_tokens": min(budget, limit // 2)}
         return True
 
     def unthinks(self, words: str) -> bool:

@@ -14,10 +14,10 @@ from translation import check_cuts, check_grammar, maybe, read, sse, stream_of, 
 
 from ccmux import (
     ApiError,
+    ChunkPattern,
     EventWriter,
     Json,
     OpenAIStream,
-    Pattern,
     Retry,
     Translation,
     Usage,
@@ -721,7 +721,7 @@ def all_told(events: list[tuple[str, str]], think_tags: bool, most: int) -> Any:
     stream = stream_of(OpenAIStream, upstream("gpt-x", think_tags=think_tags))
     told: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pattern, "MOST", most)
+        patch.setattr(ChunkPattern, "MOST", most)
         try:
             for name, data in events:
                 stream.feed(name, data)
@@ -789,4 +789,4 @@ def test_streams_whose_chunks_are_never_alike_are_not_learnt_from_for_long() -> 
     stream = stream_of(OpenAIStream, upstream("gpt-x"))
     for number in range(50):
         stream.feed("", json.dumps(chunk({"content": "a"}, obfuscation="x" * number)))
-    assert stream.pattern.unlike == Pattern.MOST and f'"{"x" * 7}"' in stream.pattern.after
+    assert stream.pattern.unlike == ChunkPattern.MOST and f'"{"x" * 7}"' in stream.pattern.after
