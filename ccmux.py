@@ -3246,7 +3246,7 @@ def plain_error(status: int, payload: Any, words: str) -> ApiError | None:
 # Of an account without money: no wait helps, and its key rests as for a 402.
 NO_MONEY = functools.partial(ApiError, retry=Retry.KEY, should_retry=False, cause="no_money")
 
-_AFFORDS = r"fewer max_tokens\. .{0,80}can only afford ([4-9]\d{3}|[1-9]\d{4,})\b"  # fewer end a turn of Claude Code's
+_AFFORDS = r"fewer max_tokens\. .{0,80}can only afford ([4-9]\d{3}|[1-9]\d{4,7})\b"  # fewer end a turn of Claude Code's
 
 _NO_SUCH_ADDRESS = r"(?i)^(?:404 )?(?:page )?(?:not found)?$"
 

@@ -1070,7 +1070,7 @@ async def test_a_parameter_that_is_refused_is_left_out(status: int, words: str, 
 LIMITS = ("max_tokens", "max_completion_tokens")
 
 
-def affords(tokens: int) -> str:
+def affords(tokens: int | str) -> str:
     """OpenRouter's."""
     return (
         "This request requires more credits, or fewer max_tokens. You requested up to 32000 tokens, but can only "
@@ -1094,9 +1094,16 @@ async def test_an_account_is_asked_for_the_output_that_it_can_pay_for(wire: str,
         assert [call.json["thinking"]["budget_tokens"] for call in a.calls[:2]] == [31999, 4061]
 
 
-@pytest.mark.parametrize(("tokens", "calls", "status"), [(4000, 2, 400), (3999, 1, 402)])
+@pytest.mark.parametrize(
+    ("tokens", "calls", "status"),
+    [
+        pytest.param("4000", 2, 400, id="and refuses again"),
+        pytest.param("3999", 1, 402, id="too little"),
+        pytest.param("9" * 5000, 1, 402, id="no number that Python reads"),
+    ],
+)
 async def test_an_account_that_can_pay_for_too_little_is_refused(
-    tokens: int, calls: int, status: int, tmp_path: Path
+    tokens: str, calls: int, status: int, tmp_path: Path
 ) -> None:
     async with stage(tmp_path, (fs.status(402, message=affords(tokens)),), formats="openai") as (proxy, (a,)):
         reply = await ask(proxy, body=message_body(max_tokens=32000))
@@ -2212,25 +2219,31 @@ async def test_events_wake_no_task(wire: str, shortcuts: list[ccmux.Shortcut], t
         assert a.connections == 1
 
 
-@BOTH
-async def test_whole_chunks_are_sent_on_without_aiohttp(
-    wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    parsed: list[bytes] = []
+@pytest.fixture
+def joinings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
+    """The pieces of responses that came for aiohttp, each with what it got of it."""
+    pieces: list[tuple[bytes, bytes]] = []
     joined = ccmux.Chunks.joined
 
     def noted(self: ccmux.Chunks, data: bytes) -> bytes:
-        parsed.append(data)
-        return joined(self, data)
+        pieces.append((data, joined(self, data)))
+        return pieces[-1][1]
 
     monkeypatch.setattr(ccmux.Chunks, "joined", noted)
+    return pieces
+
+
+@BOTH
+async def test_whole_chunks_are_sent_on_without_aiohttp(
+    wire: str, joinings: list[tuple[bytes, bytes]], tmp_path: Path
+) -> None:
     script = (fs.slow_answer(0, 0.002, ["x "] * 40),)
     async with stage(tmp_path, script, formats=wire) as (proxy, (a,)):
         for _ in range(3):
-            parsed.clear()
+            joinings.clear()
             assert (await ask(proxy)).text == "x " * 40
             await until(lambda: not busy_connections(proxy), "the answer's end has come")
-            assert len(parsed) < 15
+            assert len(joinings) < 15
         assert a.connections == 1
 
 
@@ -2265,22 +2278,15 @@ async def test_a_stream_that_is_packed_is_unpacked(wire: str, tmp_path: Path) ->
 
 @BOTH
 async def test_events_that_arrive_together_are_read_together(
-    wire: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    wire: str, joinings: list[tuple[bytes, bytes]], tmp_path: Path
 ) -> None:
-    lines: list[tuple[int, int]] = []
-    joined = ccmux.Chunks.joined
-
-    def noted(self: ccmux.Chunks, data: bytes) -> bytes:
-        out = joined(self, data)
-        lines.append((data.count(b"\r\n"), out.count(b"\r\n")))
-        return out
-
-    monkeypatch.setattr(ccmux.Chunks, "joined", noted)
     async with stage(tmp_path, (fs.answer(["x "] * 500),), formats=wire) as (proxy, (a,)):
         for _ in range(3):
-            lines.clear()
+            joinings.clear()
             assert (await ask(proxy)).text == "x " * 500
-            came, went = map(sum, zip(*lines, strict=True))
+            came, went = (
+                sum(data.count(b"\r\n") for data in pieces) for pieces in zip(*joinings, strict=True)
+            )
             assert came > 1000 and went < came / 4
         assert a.connections == 1
 
