@@ -384,6 +384,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import queue
 import random
 import re
@@ -793,7 +794,7 @@ class RequestReader:
         """Reads the element at `place`, with the blanks around it."""
         if self.new > self.MOST_NEW:
             raise MuchNewError
-        size = 512
+        size = 4096
         while True:
             text, _ = codecs.utf_8_decode(raw[place : place + size], "strict", False)
             try:
@@ -2402,8 +2403,7 @@ class Asked:
     name: str  # the model asked for, without [1m]
 
 
-@dataclass(frozen=True, slots=True)
-class Pick:
+class Pick(typing.NamedTuple):
     """One step's word: a model's name, or "" and why not."""
 
     model: str = ""
@@ -2416,14 +2416,14 @@ def choose_route(body: Json, headers: Mapping[str, str], config: Config, tokens:
     asked = Asked(body, headers, config, tokens, asked_model(body))
     trail: list[tuple[str, str]] = []
     for reason, step in ROUTE_STEPS:
-        pick = step(asked)
-        targets = resolve(config, pick.model) if pick.model else ()
-        is_unserved = pick.model and not targets
-        # A name may be any words of the prompt's, so no more than its beginning is kept.
-        note = f"names {pick.model[:100]}, which nobody serves" if is_unserved else pick.note[:200]
-        trail.append((reason, note))
+        model, note, changed = step(asked)
+        targets = resolve(config, model) if model else ()
+        if model and not targets:
+            # A name may be any words of the prompt's, so no more than its beginning is kept.
+            note = f"names {model[:100]}, which nobody serves"
+        trail.append((reason, note[:200]))
         if targets:
-            return roomy_route(asked, Route(pick.model, reason, tuple(trail), targets, pick.body))
+            return roomy_route(asked, Route(model, reason, tuple(trail), targets, changed))
     raise no_such_model(config, asked.name)
 
 
@@ -2582,6 +2582,7 @@ def tag_step(asked: Asked) -> Pick:
     return Pick(note="no <CCM-SUBAGENT-MODEL> tag in the system prompt")
 
 
+NOT_SET = Pick(note="not set")
 SLOT_OF_CLASS = {
     "compaction": "compaction", "auxiliary": "background", "side_reply": "background", "subagent": "subagent",
     "workflow": "subagent",
@@ -2594,7 +2595,7 @@ def slot_step(slot: str, applies: Callable[[Asked], str] = lambda asked: "") -> 
     def step(asked: Asked) -> Pick:
         model = getattr(asked.config.router, slot)
         if not model:
-            return Pick(note="not set")
+            return NOT_SET
         told = asked.headers.get("x-claude-code-request-class", "")
         why = f"request class {told}" if SLOT_OF_CLASS.get(told) == slot else applies(asked)
         return Pick(model, f"{why}: {model}") if why else Pick(note="does not apply")
@@ -7694,19 +7695,22 @@ INSERT_REQUEST = (
 )
 MAX_ID = 2**63 - 1  # SQLite's own
 TOKEN_COLUMNS = tuple(c for c in USAGE_COLUMNS if c.endswith("_tokens"))
+# What of a settlement stands in a column of another name; what of it is text from elsewhere.
+OF_SETTLEMENT = {
+    **{f"{kind}_microusd": kind for kind in ("cost", "markup", "charge")},
+    **{column: f"usage.{column.removesuffix('_tokens')}" for column in (*TOKEN_COLUMNS, "estimated")},
+}
+usage_values = operator.attrgetter(*(OF_SETTLEMENT.get(c, c) for c in USAGE_COLUMNS))
+given_texts = operator.attrgetter(
+    "user", "session", "agent", "asked", "route", "provider", "model", "error", "stop_reason"
+)
 
 
 def settlement_row(done: Settlement) -> Json:
     """A settlement as the row of the request log, by the names of its columns."""
-    usage = done.usage
-    differing = {
-        "input_tokens": usage.input, "output_tokens": usage.output, "cache_read_tokens": usage.cache_read,
-        "cache_write_tokens": usage.cache_write, "cache_write_1h_tokens": usage.cache_write_1h,
-        "estimated": usage.estimated, "cost_microusd": done.cost, "markup_microusd": done.markup,
-        "charge_microusd": done.charge, "stop_reason": done.stop_reason or "",
-        "price": compact(done.price).decode(), "trail": compact(done.trail).decode(),
-    }  # fmt: skip
-    return {c: storable(differing[c] if c in differing else getattr(done, c)) for c in REQUEST_COLUMNS}
+    row: Json = dict(zip(USAGE_COLUMNS, usage_values(done), strict=True))
+    row |= {"price": compact(done.price).decode(), "trail": compact(done.trail).decode()}
+    return row if "".join(given_texts(done)).isascii() else {c: storable(value) for c, value in row.items()}
 
 
 def storable(value: Any) -> Any:
@@ -9068,8 +9072,8 @@ class Relay:
     def upstream_of(self, call: Call, slot: Slot) -> Upstream:
         model, row = slot.target.actual_model, call.config.model(call.route.model)
         facts = facts_of(model)
-        context = slot.target.context or (row.context if row else 0) or facts.context
-        facts = dataclasses.replace(facts, context=context)
+        if context := slot.target.context or (row.context if row else 0):
+            facts = dataclasses.replace(facts, context=context)
         return Upstream(model, slot.provider.quirks, facts, call.session, self.not_taken(call, slot))
 
     def passes(self, call: Call, slot: Slot) -> bool:
@@ -9172,7 +9176,8 @@ class Attempt:
         self.watch.wait(limit, "first byte")
         if call.on_raw:
             call.on_raw("upstream_request", request.data)
-        asyncio.get_running_loop().call_soon(call.begin_count)  # once the request is on its way
+        if call.count:
+            asyncio.get_running_loop().call_soon(call.begin_count)  # once the request is on its way
         opened = Opened()
         OPENED.set(opened)
         try:
@@ -10890,16 +10895,20 @@ class Exchange:
             self.floor_note.cancel()
         self.done = self.settlement(error)
         self.settled = self.state.store.settle(self.done)
-        self.settled.add_done_callback(self.show)
+        if self.settled.done():
+            self.show(self.settled)
+        else:
+            self.settled.add_done_callback(self.show)
         self.tell(self.done)
 
     def settlement(self, error: ApiError | None) -> Settlement:
         call, config = self.call, self.call.config
         usage = self.usage(error)
         target = call.target or call.route.targets[0]
-        price = self.price_of(target) if usage != Usage() else None
+        costs_nothing = usage == Usage()
+        price = None if costs_nothing else self.price_of(target)
         price = fast_price(price) if price and usage.fast else price
-        is_priced = usage == Usage() or price_of(config, target, call.route.model) is not None
+        is_priced = costs_nothing or price_of(config, target, call.route.model) is not None
         charge = charge_of(usage, price, config.credits.markup_percent) if price else Charge(0, 0, 0)
         order = ", then ".join(f"{t.provider}/{t.actual_model}" for t in call.route.targets)
         status = error.status if error else 200 if call.reader and call.reader.ended else 499
