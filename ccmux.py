@@ -7710,7 +7710,11 @@ def settlement_row(done: Settlement) -> Json:
     """A settlement as the row of the request log, by the names of its columns."""
     row: Json = dict(zip(USAGE_COLUMNS, usage_values(done), strict=True))
     row |= {"price": compact(done.price).decode(), "trail": compact(done.trail).decode()}
-    return row if "".join(given_texts(done)).isascii() else {c: storable(value) for c, value in row.items()}
+    texts = given_texts(done)
+    if {*map(type, texts)} == {str} and "".join(texts).isascii():
+        return row
+    row["stop_reason"] = done.stop_reason or ""
+    return {column: storable(value) for column, value in row.items()}
 
 
 def storable(value: Any) -> Any:
@@ -10762,10 +10766,10 @@ class Exchange:
             self.settle(None)
             await self.durable()
             assert call.reader is not None
-            watch_client(self.request)
             ending = call.reader.ending + self.epilogue()
             if sink is None:
                 return web.Response(body=ending, headers=self.headers(), content_type="application/json")
+            watch_client(self.request)
             return await sink.finish(ending)
         except (ClientGoneError, ConnectionError):
             raise asyncio.CancelledError from None  # as if aiohttp had noticed first
