@@ -655,18 +655,19 @@ class MuchNewError(Exception):
     """A request has more new elements than are worth taking apart while somebody waits for it."""
 
 
-class Element(typing.NamedTuple):
-    """One element of an array as it stood in a request: its bytes and its value."""
+class Element:
+    """One element of an array as it stood in a request: its bytes and its value.
 
-    raw: bytes
-    value: Any
+    `weight` is the bytes of memory it takes, roughly, with what is made of it. A run's values count with their elements.
+    """
 
-    @property
-    def weight(self) -> int:
-        """Bytes of memory it takes, roughly, with what is made of it. A run's values count with their elements."""
-        if type(self.value) is Run:
-            return 1024 + 2 * len(self.raw)
-        return 1024 + 3 * len(self.raw) + 256 * self.raw.count(b"{") + 128 * self.raw.count(b"[")
+    __slots__ = ("raw", "value", "weight")
+
+    def __init__(self, raw: bytes, value: Any) -> None:
+        self.raw, self.value = raw, value
+        self.weight = 1024 + 2 * len(raw)
+        if type(value) is not Run:
+            self.weight += len(raw) + 256 * raw.count(b"{") + 128 * raw.count(b"[")
 
 
 class RequestReader:
@@ -758,11 +759,11 @@ class RequestReader:
         place += bool(run) and is_more
         try:
             while is_more:
-                element = self.find(self.young, raw, place)
-                known, value = element or self.find_old(raw, place) or self.scan(raw, place)
-                values.append(value)
-                place += len(known)
-                if element:
+                known = self.find(self.young, raw, place)
+                element = known or self.find_old(raw, place) or self.scan(raw, place)
+                values.append(element.value)
+                place += len(element.raw)
+                if known:
                     seen = len(values), place
                 is_more = raw[place] == COMMA
                 place += is_more
@@ -2939,8 +2940,8 @@ def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
     known = before or Usage()
     if "speed" in usage:
         told["fast"] = usage["speed"] == "fast"
-    write, write_1h = cache_writes(usage, known)
-    return dataclasses.replace(known, **told, cache_write=write, cache_write_1h=write_1h)
+    told["cache_write"], told["cache_write_1h"] = cache_writes(usage, known)
+    return dataclasses.replace(before, **told) if before else Usage(**told)
 
 
 PROMPT_COUNTS = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
@@ -4202,8 +4203,13 @@ EFFORTS_UNKNOWN = (  # models (a regular expression): https://platform.claude.co
 
 def efforts_of(to: Upstream, usual: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The levels of effort that an upstream takes, but for those that the model does not know or a 400 has refused."""
-    unknown = next((levels for models, levels in EFFORTS_UNKNOWN if re.search(models, to.model)), ())
-    return tuple(e for e in to.quirks.effort or usual if e not in unknown and f"effort.{e}" not in to.skip)
+    return known_efforts(to.model, to.quirks.effort or usual, to.skip)
+
+
+@functools.lru_cache(1024)
+def known_efforts(model: str, levels: tuple[str, ...], skip: frozenset[str]) -> tuple[str, ...]:
+    unknown = next((unknown for models, unknown in EFFORTS_UNKNOWN if re.search(models, model)), ())
+    return tuple(e for e in levels if e not in unknown and f"effort.{e}" not in skip)
 
 
 def json_schema_of(body: Json) -> Json | None:
@@ -8421,9 +8427,11 @@ def enter(
 ) -> None:
     """One ledger entry; the same key again changes nothing."""
     db.execute(
+        # `insert ... select` would build a table first, as the ledger's triggers change what it reads.
         "insert into ledger (time, user_id, kind, amount_microusd, balance_microusd, request_id, note, key) "
-        "select ?, id, ?, ?, balance_microusd + ?, ?, ?, ? from users where name = ? on conflict (key) do nothing",
-        (moment, kind, amount, amount, request_id, storable(note), key, name),
+        "values (?, (select id from users where name = ?), ?, ?, "
+        "(select balance_microusd + ? from users where name = ?), ?, ?, ?) on conflict (key) do nothing",
+        (moment, name, kind, amount, amount, name, request_id, storable(note), key),
     )
 
 
@@ -8713,7 +8721,7 @@ class Sink(typing.Protocol):
     def write_now(self, data: bytes) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Slot:
     """One thing to try: a target with one of its provider's keys."""
 
@@ -8721,11 +8729,11 @@ class Slot:
     provider: Provider
     key: str = field(repr=False)
 
-    @property
+    @functools.cached_property
     def place(self) -> tuple[str, str]:
         return (self.provider.name, self.target.actual_model)
 
-    @property
+    @functools.cached_property
     def id(self) -> tuple[str, str, str]:
         return (*self.place, key_id(self.key))
 
