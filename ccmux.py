@@ -454,6 +454,9 @@ class Usage:
         return self.input + self.cache_read + self.cache_write + self.cache_write_1h
 
 
+NO_USAGE = Usage()
+
+
 @dataclass(frozen=True, slots=True)
 class Price:
     """US dollars per million tokens, which is micro-dollars per token. None: costs what input costs."""
@@ -8721,21 +8724,19 @@ class Sink(typing.Protocol):
     def write_now(self, data: bytes) -> bool: ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Slot:
     """One thing to try: a target with one of its provider's keys."""
 
     target: Target
     provider: Provider
     key: str = field(repr=False)
+    place: tuple[str, str] = field(init=False)  # provider, model
+    id: tuple[str, str, str] = field(init=False)  # the place, and the key's
 
-    @functools.cached_property
-    def place(self) -> tuple[str, str]:
-        return (self.provider.name, self.target.actual_model)
-
-    @functools.cached_property
-    def id(self) -> tuple[str, str, str]:
-        return (*self.place, key_id(self.key))
+    def __post_init__(self) -> None:
+        self.place = (self.provider.name, self.target.actual_model)
+        self.id = (*self.place, key_id(self.key))
 
 
 @functools.lru_cache(1024)
@@ -10917,7 +10918,7 @@ class Exchange:
         call, config = self.call, self.call.config
         usage = self.usage(error)
         target = call.target or call.route.targets[0]
-        costs_nothing = usage == Usage()
+        costs_nothing = usage == NO_USAGE
         price = None if costs_nothing else self.price_of(target)
         price = fast_price(price) if price and usage.fast else price
         is_priced = costs_nothing or price_of(config, target, call.route.model) is not None
