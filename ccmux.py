@@ -7779,6 +7779,9 @@ class Write:
     future: asyncio.Future[Any] | concurrent.futures.Future[Any] | None = None
     keep: bool = False  # tried again until it can be written
     sync: bool = True  # on the disk before anyone is told
+    then: Callable[[], None] | None = (
+        None  # called once it is written, even where nobody waits for it any more
+    )
     result: Any = None
     error: BaseException | None = None
 
@@ -7971,11 +7974,16 @@ class Store:
         return kept
 
     def put(
-        self, run: Callable[[sqlite3.Connection], Any], *, keep: bool = False, sync: bool = True
+        self,
+        run: Callable[[sqlite3.Connection], Any],
+        *,
+        keep: bool = False,
+        sync: bool = True,
+        then: Callable[[], None] | None = None,
     ) -> asyncio.Future[Any]:
         """Writes at once, else queues what is to be written; the future resolves when it is."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        write = Write(run, future, keep, sync)
+        write = Write(run, future, keep, sync, then)
         if self.at_once(write):
             resolve_all([write])
         else:
@@ -8105,11 +8113,11 @@ class Store:
         query = "update holds set floor_microusd = ? where request_id = ?"
         self.put(lambda db: db.execute(query, (floor, hold.request_id)), sync=False)
 
-    def settle(self, done: Settlement) -> asyncio.Future[None]:
+    def settle(self, done: Settlement, then: Callable[[], None] | None = None) -> asyncio.Future[None]:
         """The one settlement of a request, without waiting; what cannot be written is kept until it can."""
         self.open_holds -= 1
         done.time = iso(self.now())
-        return self.put(lambda db: self.write_settlement(db, done, "charge"), keep=True)
+        return self.put(lambda db: self.write_settlement(db, done, "charge"), keep=True, then=then)
 
     def write_settlement(self, db: sqlite3.Connection, done: Settlement, kind: str) -> None:
         """Takes the hold away, enters the charge and the request's row; a second time changes nothing."""
@@ -8409,6 +8417,8 @@ def tell(batch: list[Write]) -> None:
 
 def resolve_all(writes: list[Write]) -> None:
     for write in writes:
+        if write.then and not write.error:
+            write.then()
         if write.future is None or write.future.done():
             continue
         if write.error:
@@ -10907,11 +10917,7 @@ class Exchange:
         if self.floor_note:
             self.floor_note.cancel()
         self.done = self.settlement(error)
-        self.settled = self.state.store.settle(self.done)
-        if self.settled.done():
-            self.show(self.settled)
-        else:
-            self.settled.add_done_callback(self.show)
+        self.settled = self.state.store.settle(self.done, self.show)
         self.tell(self.done)
 
     def settlement(self, error: ApiError | None) -> Settlement:
@@ -10952,10 +10958,15 @@ class Exchange:
     async def durable(self) -> None:
         """Waits until the settlement is on disk, but for a disk that takes none only so long: the answer was made."""
         assert self.settled is not None
-        if not self.settled.done():
-            await asyncio.wait([self.settled], timeout=5)  # cancels nothing: it is written nevertheless
-        if not self.settled.done():
+        if self.settled.done():
+            return
+        try:
+            async with asyncio.timeout(5):  # it is written nevertheless
+                await self.settled
+        except TimeoutError:
             log.error("settlement of %s is not on disk yet; it will be tried again", self.call.request_id)
+        except Exception:  # the writer has logged it
+            return
 
     def tell(self, done: Settlement) -> None:
         """One log line, the metrics, the recorder, and the counter's lesson."""
@@ -10976,7 +10987,7 @@ class Exchange:
             log.info("%s", log_line(done))
         self.state.recorder.end(call, done.status)
 
-    def show(self, settled: asyncio.Future[None]) -> None:
+    def show(self) -> None:
         """The row for the live log, once it is on disk: who begins to listen now finds it there."""
         row = settlement_row(self.done) if self.done and self.state.listeners else {}
         for listener in self.state.listeners:
