@@ -883,7 +883,7 @@ def blanks_end(text: str, start: int) -> int:
 class Made(dict[Any, Any]):
     """What was made of something that never changes. A key tells all else that it was made from."""
 
-    MOST = 6
+    MOST = 12
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         try:
@@ -955,8 +955,10 @@ def each(values: Sequence[Json], make: Callable[[Any], T]) -> list[T]:
     if type(values) is not Elements:
         return [once(value, make) for value in values]
     run = values.run
-    before, behind = values.apart
     known = run.made.once(make, lambda: [once(value, make) for value in run.values])
+    if len(values) == len(known):
+        return [*known]
+    before, behind = values.apart
     return [*(once(value, make) for value in before), *known, *(once(value, make) for value in behind)]
 
 
@@ -2363,15 +2365,18 @@ def parsed(text: str) -> Any:
 
 
 def encode_event(event: Json) -> bytes:
-    """An Anthropic event as bytes. Text deltas, nearly all of a stream, are put together by hand."""
-    if event["type"] == "content_block_delta" and event["delta"]["type"] == "text_delta":
-        text = encode_basestring_ascii(event["delta"]["text"])
+    return written_event(event).encode()
+
+
+def written_event(event: Json) -> str:
+    """An Anthropic event as it goes out, in ASCII. Text deltas, nearly all of a stream, are put together by hand."""
+    kind = event["type"]
+    if kind == "content_block_delta" and (delta := event["delta"])["type"] == "text_delta":
         return (
-            b"event: content_block_delta\n"
-            b'data: {"type":"content_block_delta","index":%d,"delta":{"type":"text_delta","text":%s}}\n\n'
-            % (event["index"], text.encode())
+            f'event: {kind}\ndata: {{"type":"{kind}","index":{event["index"]},'
+            f'"delta":{{"type":"text_delta","text":{encode_basestring_ascii(delta["text"])}}}}}\n\n'
         )
-    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), compact(event))
+    return f"event: {kind}\ndata: {_COMPACT.encode(event)}\n\n"
 
 
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
@@ -2981,15 +2986,15 @@ def collect(events: Iterable[Json]) -> Json:
     pieces: list[str] = []  # of the block
     for event in events:
         kind, delta = event["type"], event.get("delta", {})
-        if kind == "message_start":
+        if kind == "content_block_delta" and (text := delta.get(DELTA_FIELDS.get(delta["type"]))) is not None:
+            pieces.append(text)
+        elif kind == "message_start":
             message = {**event["message"], "content": []}
         elif kind == "content_block_start":
             block, pieces = dict(event["content_block"]), []
             message["content"].append(block)
         elif kind == "content_block_delta" and delta["type"] == "signature_delta":
             block["signature"] = delta["signature"]
-        elif kind == "content_block_delta":
-            pieces.append(delta[DELTA_FIELDS[delta["type"]]])
         elif kind == "content_block_stop":
             close_block(block, "".join(pieces))
         elif kind == "message_delta":
@@ -3905,7 +3910,14 @@ def digest_of(text: str) -> str:
 
 def tool_names(body: Json) -> dict[str, str]:
     """The client's own tool name -> the name an upstream gets."""
-    return {name: upstream_name(name) for t in tools_of(body) if (name := str(t.get("name") or ""))}
+    names = dict(each(tools_of(body), both_names))
+    names.pop("", None)
+    return names
+
+
+def both_names(tool: Json) -> tuple[str, str]:
+    name = str(tool.get("name") or "")
+    return name, upstream_name(name)
 
 
 def client_tool_id(upstream_id: str) -> str:
@@ -3923,8 +3935,12 @@ def made_up_id(prefix: str, out: AnthropicStream, place: Any) -> str:
 
 def tool_ids(body: Json) -> set[str]:
     """The ids of all calls in a conversation."""
-    blocks = (b for m in messages_of(body) if m.get("role") == "assistant" for b in as_list(m.get("content")))
-    return {str(b.get("id")) for b in blocks if isinstance(b, dict) and b.get("type") == "tool_use"}
+    return set[str]().union(*each(messages_of(body), call_ids))
+
+
+def call_ids(message: Json) -> tuple[str, ...]:
+    blocks = as_list(message.get("content")) if message.get("role") == "assistant" else []
+    return tuple(str(b.get("id")) for b in blocks if isinstance(b, dict) and b.get("type") == "tool_use")
 
 
 def upstream_tool_id(client_id: str, pattern: str = "") -> str:
@@ -4360,17 +4376,18 @@ class ChunkPattern:
 
     def __init__(self) -> None:
         self.key = self.before = self.after = ""
+        self.start = self.end = 0  # of the text, the latter from the chunk's end
         self.unlike = 0
 
-    def delta(self, data: str) -> Json | None:
-        """The delta of a chunk that is alike; None where it has to be parsed."""
+    def text(self, data: str) -> str:
+        """The text of a chunk that is alike; "" where it has to be parsed."""
         if not (self.key and data.startswith(self.before) and data.endswith(self.after)):
-            return None
-        text = data[len(self.before) : -len(self.after)]
-        if not text or '"' in text or "\\" in text or not text.isprintable():
-            return None
+            return ""
+        text = data[self.start : self.end]
+        if '"' in text or "\\" in text or not text.isprintable():
+            return ""
         self.unlike = 0
-        return {self.key: text}
+        return text
 
     def learn(self, data: str, chunk: Json) -> None:
         """Takes a parsed chunk as the pattern, if its text stands there as it is, and nowhere else could."""
@@ -4382,6 +4399,7 @@ class ChunkPattern:
         blank, quote, rest = rest.partition('"')
         if rest.startswith(f'{text}"') and mark not in rest:
             self.key, self.before, self.after = key, before + mark + blank + quote, rest[len(text) :]
+            self.start, self.end = len(self.before), -len(self.after)
 
 
 def piece_of_chunk(chunk: Json) -> tuple[str, str] | None:
@@ -4417,9 +4435,15 @@ class OpenAIStream:
         """One event's data. Raises ApiError for an error it tells of, or for data that is not JSON."""
         if self.out.ended:
             return
-        if not name and (delta := self.pattern.delta(data)):
-            self.delta(delta)
-            return
+        text = "" if name else self.pattern.text(data)
+        if not text:
+            self.chunk(name, data)
+        elif self.pattern.key == "content":
+            self.content(text)
+        else:
+            self.delta({self.pattern.key: text})
+
+    def chunk(self, name: str, data: str) -> None:
         if data == "[DONE]":
             self.finish()
             return
@@ -4509,7 +4533,7 @@ class OpenAIStream:
 
     def show(self, text: str) -> None:
         """Text; beside an unfinished call it waits, because blocks never interleave."""
-        if self.in_call():
+        if self.live and self.in_call():
             self.late.append(text)
             return
         self.details = []
@@ -6150,7 +6174,8 @@ PRESETS: dict[str, Json] = dict(map(preset, PRESET_ROWS.strip().splitlines()))
 def left_out(body: Json, dialect: Dialect, to: Upstream) -> list[str]:
     """The types of those server tools that a translated request does without."""
     is_crowd = dialect.searches_alone and dialect.searches_alone(to) and bool(client_tools(body))
-    others = [t for t in tools_of(body) if not is_client_tool(t)]
+    tools = tools_of(body)
+    others = itertools.compress(tools, map(operator.not_, each(tools, is_client_tool)))
     return [str(t.get("type"))[:64] for t in others if is_crowd or not is_web_search(t)]
 
 
@@ -6230,7 +6255,7 @@ class EventWriter:
     """Anthropic events as a stream."""
 
     def feed(self, events: list[Json]) -> bytes:
-        return b"".join(map(encode_event, events))
+        return "".join(map(written_event, events)).encode()
 
     end = feed
 
@@ -7106,13 +7131,11 @@ def items_of(body: Json) -> list[Item]:
 
 def digest(value: Any) -> tuple[int, int]:
     """A hash of a JSON value, and its size in bytes or so. What is kept in a list of it has a digest of its own."""
-    if type(value) is Kept:
-        return value.made.once(digest, lambda: digest(dict(value)))
     rest: Json = {}
     parts: list[tuple[int, int]] = []
     for key, member in value.items() if isinstance(value, dict) else [("", value)]:
         if isinstance(member, list) and Kept in map(type, member):
-            parts += map(digest, member)
+            parts += each(member, digest)
             member = len(member)
         rest[key] = member
     try:  # ten times as fast as JSON; version 2 writes equal values as equal bytes
@@ -7181,7 +7204,7 @@ class Piece:
             self.add(hash(text), lambda: text)
 
     def add_value(self, value: Any, render: Callable[[Any], str]) -> None:
-        self.add((render, digest(value)), functools.partial(rendered, render, value))
+        self.add((render, once(value, digest)), functools.partial(rendered, render, value))
 
     def add_message(self, message: Json, ending: str) -> None:
         self.fixed += self.framing.message
@@ -7252,13 +7275,16 @@ def call_text(call: list[Any]) -> str:
 
 def offered_tools(body: Json) -> list[Json]:
     """The tools that the model reads about, as {name, description, input_schema}, from either form."""
-    functions = [*(t.get("function") for t in tools_of(body)), *as_list(body.get("functions"))]
+    functions = [*each(tools_of(body), function_of), *map(as_object, as_list(body.get("functions")))]
     openai = [
         {"name": f.get("name"), "description": f.get("description"), "input_schema": f.get("parameters")}
-        for f in map(as_object, functions)
-        if f
+        for f in filter(None, functions)
     ]
-    return [*client_tools(body), *openai]
+    return [*client_tools(body), *openai] if openai else client_tools(body)
+
+
+def function_of(tool: Json) -> Json:
+    return as_object(tool.get("function"))
 
 
 def claude_tools(tools: list[Json]) -> str:
