@@ -283,17 +283,18 @@ def bootstrap_failed(why: str) -> NoReturn:
 
 
 # Python keeps a script's syntax tree (27 MB) for as long as the script runs. So what runs for long, where it can, hands
-# its compiled self to a fresh interpreter, which runs it under the same name.
+# its compiled self to a fresh interpreter, which runs it under the same name, and collects no garbage before `main`.
 
 RUN_COMPILED = """import sys
 sys.argv = sys.argv[1:]
 if sys.path[0] == "":
     sys.path[0] = sys.argv[0].rpartition("/")[0]
-import marshal, types
+import gc, marshal, types
+gc.disable()
 module = sys.modules["__main__"] = types.ModuleType("__main__")
 module.__file__ = sys.argv[0]
 with open(%d, "rb") as compiled:
-    code = marshal.load(compiled)
+    code = marshal.loads(compiled.read())
 exec(code, module.__dict__)"""
 # For glibc's allocator. Its defaults give the memory of each request of 100 KB back to the kernel, and fetch it again.
 MALLOC = {
@@ -15682,6 +15683,7 @@ def add_command(group: Any, name: str, command: Command) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; 0 good, 1 a check found something, 2 the operator's error in one line."""
+    gc.enable()  # see RUN_COMPILED
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that its encoding lacks is no fault
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
