@@ -346,8 +346,37 @@ if (
     print_statusline("".join(sys.argv[3:4]))
     sys.exit(0)
 
+import ssl
+import threading
+
+BARE: list[ssl.SSLContext] = []  # that wait for the system's certificates
+READING = threading.Lock()
+
+
+@contextlib.contextmanager
+def without_certificates() -> Iterator[None]:
+    """aiohttp reads the system's certificates as it is imported, a tenth of a start. Here it is put off until the port
+    listens, or a connection needs them.
+    """
+    read = ssl.SSLContext.load_default_certs
+    ssl.SSLContext.load_default_certs = lambda context, *_: BARE.append(context)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ssl.SSLContext.load_default_certs = read  # type: ignore[method-assign]
+
+
+def read_certificates() -> None:
+    """Takes tens of milliseconds, in which other threads run."""
+    with READING:
+        while BARE:
+            BARE[0].load_default_certs()
+            del BARE[0]
+
+
 try:
-    import aiohttp
+    with without_certificates():
+        import aiohttp
     import tiktoken  # a small module; its vocabularies are loaded when something is counted
     from aiohttp import web
 
@@ -395,8 +424,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import ssl
-import threading
 import time
 import tomllib
 import typing
@@ -13839,6 +13866,8 @@ def upstream_connector() -> type[aiohttp.TCPConnector]:
             self._factory = functools.partial(handler, loop=self._loop)
 
         async def connect(self, req: Any, traces: Any, timeout: Any) -> aiohttp.connector.Connection:  # noqa: ASYNC109
+            if BARE and (req.is_ssl() or req.proxy):
+                await asyncio.to_thread(read_certificates)
             connection = await super().connect(req, traces, timeout)
             if connection.protocol and connection.protocol.should_close:
                 connection.close()
@@ -13988,6 +14017,7 @@ async def serving(
     await runner.setup()
     try:
         server = await listen(runner, config)
+        threading.Thread(target=read_certificates, daemon=True, name="ccmux-certificates").start()
         asyncio.get_running_loop().call_later(1, calm_collector)  # not while the first request waits
         works = (watch_config(state, args), keep_calibration(state), fetch_vocabularies(state))
         tasks = [asyncio.create_task(work) for work in works]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import marshal
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
+import aiohttp
+import fault_server as fs
 import psutil
 import pytest
 from attacks import set_traps, until
@@ -292,3 +296,50 @@ def test_packages_are_those_of_the_script_block() -> None:
     text = (ROOT / "ccmux.py").read_text("utf-8")
     for package in ccmux.PACKAGES:
         assert f'"{package}"' in text.partition('"""')[0]
+
+
+def test_certificates_are_read_when_they_are_needed() -> None:
+    """As the standard library would have read them while aiohttp was imported."""
+    code = """
+import ccmux, aiohttp
+[context] = ccmux.BARE
+assert context is aiohttp.connector._SSL_CONTEXT_VERIFIED and context.check_hostname
+assert context.verify_mode == ccmux.ssl.CERT_REQUIRED and context.cert_store_stats()["x509"] == 0
+ccmux.read_certificates()
+ccmux.read_certificates()
+assert context.cert_store_stats() == ccmux.ssl.create_default_context().cert_store_stats() != {}
+print(context.cert_store_stats()["x509"], ccmux.BARE)
+"""
+    trusts = {**os.environ, "SSL_CERT_FILE": str(fs.CERTIFICATE), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=trusts)
+    assert (done.stdout, done.stderr) == ("1 []\n", "")
+
+
+async def test_a_connection_by_tls_waits_for_the_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Context:
+        def load_default_certs(self) -> None:
+            read.append(threading.current_thread() is not threading.main_thread())
+
+    read: list[bool] = []
+    monkeypatch.setattr(ccmux, "BARE", [Context()])
+    async with (
+        fs.FaultServer(fs.answer()) as plain,
+        fs.FaultServer(tls=True) as tls,
+        ccmux.upstream_session() as session,
+    ):
+        async with session.post(f"{plain.url}/v1/messages", json={}):
+            assert read == []
+        for _ in range(2):
+            with pytest.raises(aiohttp.ClientConnectorCertificateError):
+                await session.post(f"{tls.url}/v1/messages", json={})
+            assert read == [True]
+
+
+def test_main_has_the_collector_work_again() -> None:
+    gc.disable()
+    try:
+        with pytest.raises(SystemExit):
+            ccmux.main(["--version"])
+        assert gc.isenabled()
+    finally:
+        gc.enable()

@@ -898,6 +898,26 @@ async def test_a_settlement_is_entered_at_the_time_it_was_made(tmp_path: Path) -
         assert store.requests("ann")[0]["time"] == store.transactions("ann")[0]["time"] == ccmux.iso(NOON)
 
 
+async def test_who_is_to_hear_of_a_settlement_hears_once_it_is_written(store: ccmux.Store) -> None:
+    """Also where its request waits no longer, whose task takes the future with it."""
+    store.add_user("ann", 0)
+    heard: list[int] = []
+
+    def hear() -> None:
+        heard.append(len(store.requests("ann")))
+
+    store.writing.acquire()
+    store.settle(settlement("r1", 7), hear).cancel()
+    assert heard == []
+    store.writing.release()
+    await until(lambda: heard == [1], "the writer has written it")
+    store.settle(settlement("r2", 7), hear)
+    assert heard == [1, 2]  # at once
+    with pytest.raises(OverflowError):
+        await asyncio.wait_for(store.settle(settlement("r3", 2**70), hear), 30)
+    assert heard == [1, 2]
+
+
 async def test_a_settlement_that_sqlite_cannot_hold_is_told(
     store: ccmux.Store, caplog: pytest.LogCaptureFixture
 ) -> None:
