@@ -7833,9 +7833,7 @@ class Write:
     future: asyncio.Future[Any] | concurrent.futures.Future[Any] | None = None
     keep: bool = False  # tried again until it can be written
     sync: bool = True  # on the disk before anyone is told
-    then: Callable[[], None] | None = (
-        None  # called once it is written, even where nobody waits for it any more
-    )
+    then: Callable[[], None] | None = None  # called once it is written, whoever still waits
     result: Any = None
     error: BaseException | None = None
 
