@@ -8490,14 +8490,24 @@ def enter(
     request_id: str = "",
     note: str = "",
 ) -> None:
-    """One ledger entry; the same key again changes nothing."""
-    db.execute(
-        # `insert ... select` would build a table first, as the ledger's triggers change what it reads.
-        "insert into ledger (time, user_id, kind, amount_microusd, balance_microusd, request_id, note, key) "
-        "values (?, (select id from users where name = ?), ?, ?, "
-        "(select balance_microusd + ? from users where name = ?), ?, ?, ?) on conflict (key) do nothing",
-        (moment, name, kind, amount, amount, name, request_id, storable(note), key),
-    )
+    """One ledger entry, where there is such a user; the same key again changes nothing."""
+    # Not `insert ... select`: for that SQLite builds a table first, as the ledger's triggers change what it reads.
+    user = db.execute("select id, balance_microusd from users where name = ?", (name,)).fetchone()
+    if user:
+        db.execute(
+            "insert into ledger (time, user_id, kind, amount_microusd, balance_microusd, request_id, note, key) "
+            "values (?, ?, ?, ?, ?, ?, ?, ?) on conflict (key) do nothing",
+            (
+                moment,
+                user["id"],
+                kind,
+                amount,
+                user["balance_microusd"] + amount,
+                request_id,
+                storable(note),
+                key,
+            ),
+        )
 
 
 def lock(path: str) -> typing.IO[str]:
