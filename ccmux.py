@@ -14025,7 +14025,9 @@ async def serving(
     await runner.setup()
     try:
         server = await listen(runner, config)
-        threading.Thread(target=read_certificates, daemon=True, name="ccmux-certificates").start()
+        threading.Thread(
+            target=read_certificates, name="ccmux-certificates"
+        ).start()  # none that dies with us
         asyncio.get_running_loop().call_later(1, calm_collector)  # not while the first request waits
         works = (watch_config(state, args), keep_calibration(state), fetch_vocabularies(state))
         tasks = [asyncio.create_task(work) for work in works]

@@ -107,6 +107,17 @@ async def test_a_certificate_is_trusted_where_the_environment_says_so(tmp_path: 
                 assert await end(proxy, signal.SIGTERM) == 0
 
 
+async def test_a_server_that_ends_while_it_reads_certificates_ends_well(tmp_path: Path) -> None:
+    """A thread in OpenSSL that outlives the interpreter is a crash."""
+    many = tmp_path / "many.pem"
+    many.write_text(fs.CERTIFICATE.read_text() * 500)  # some tenths of a second
+    async with FaultServer(fs.answer()) as a:
+        text = config_text({"A": a.url})
+        for _ in range(3):
+            async with as_process(tmp_path, text, {"SSL_CERT_FILE": str(many)}) as proxy:
+                assert await end(proxy, signal.SIGTERM) == 0
+
+
 # Signals.
 
 
