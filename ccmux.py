@@ -2973,7 +2973,7 @@ def anthropic_usage(usage: Any, before: Usage | None = None) -> Usage | None:
     told: Json = {name: token_number(usage[k]) for name, k in keys.items() if usage.get(k) is not None}
     if None in told.values() or (before is None and told.keys().isdisjoint(("input", "output"))):
         return None
-    known = before or Usage()
+    known = before or NO_USAGE
     if "speed" in usage:
         told["fast"] = usage["speed"] == "fast"
     told["cache_write"], told["cache_write_1h"] = cache_writes(usage, known)
@@ -10953,7 +10953,7 @@ class Exchange:
         call, reader = self.call, self.call.reader
         if reader is None or not (call.has_answered if error else call.first_content):
             has_left = error is None and call.is_answered  # the client
-            return Usage(input=self.input_tokens(), estimated=True) if has_left else Usage()
+            return Usage(input=self.input_tokens(), estimated=True) if has_left else NO_USAGE
         told = reader.usage
         model = call.target.actual_model if call.target else ""
         if reader.ended and told and not told.estimated and not getattr(reader, "usage_broken", False):
@@ -11027,7 +11027,7 @@ class Exchange:
                 await self.settled
         except TimeoutError:
             log.error("settlement of %s is not on disk yet; it will be tried again", self.call.request_id)
-        except Exception:  # the writer has logged it
+        except Exception:  # the writer has logged what it cannot write, and the answer was made all the same
             return
 
     def tell(self, done: Settlement) -> None:
@@ -14025,9 +14025,8 @@ async def serving(
     await runner.setup()
     try:
         server = await listen(runner, config)
-        threading.Thread(
-            target=read_certificates, name="ccmux-certificates"
-        ).start()  # none that dies with us
+        # No daemon: it may not be in OpenSSL when Python ends.
+        threading.Thread(target=read_certificates, name="ccmux-certificates").start()
         asyncio.get_running_loop().call_later(1, calm_collector)  # not while the first request waits
         works = (watch_config(state, args), keep_calibration(state), fetch_vocabularies(state))
         tasks = [asyncio.create_task(work) for work in works]

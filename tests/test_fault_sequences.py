@@ -2421,6 +2421,19 @@ async def test_a_fault_of_ccmux_before_an_answer_is_no_client_that_left(
     assert proxy.books.holds() == []
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_whose_settlement_can_never_be_written_goes_out(
+    stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def fails_always(*_: Any) -> None:
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(ccmux.Store, "write_settlement", fails_always)
+    async with stage(tmp_path, OK) as (proxy, _):
+        full()(await ask(proxy, stream=stream))
+    assert "a settlement cannot be written" in caplog.text
+
+
 @contextlib.asynccontextmanager
 async def tls_stage(
     folder: Path, script: fs.Behaviour, wire: str
